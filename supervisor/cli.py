@@ -1,0 +1,72 @@
+"""The verbs of the `supervisor` command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import NoReturn
+
+from supervisor.settings.sources import Arguments, Settings, SettingsError, gather
+
+EXIT_SETTINGS = 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """One clear line instead of argparse's usage block."""
+
+    def error(self, message: str) -> NoReturn:
+        fail([f"{message} (see `{self.prog} --help`)"])
+
+
+def fail(problems: list[str]) -> NoReturn:
+    for problem in problems:
+        print(f"supervisor: {problem}", file=sys.stderr)
+    sys.exit(EXIT_SETTINGS)
+
+
+def parser() -> argparse.ArgumentParser:
+    main_parser = _Parser(
+        prog="supervisor",
+        description="Runs `vllm serve` as a child and relays to it.",
+        allow_abbrev=False,
+    )
+    verbs = main_parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+    up = verbs.add_parser("up", help="serve a model", allow_abbrev=False)
+    explain = verbs.add_parser("explain", help="show every setting, its source, and vLLM's command", allow_abbrev=False)
+    explain.add_argument("--json", action="store_true", help="for machines")
+    for verb in (up, explain):
+        verb.add_argument("model", nargs="?", metavar="MODEL", help="a model's name on the hub, or a folder")
+        verb.add_argument("--config", metavar="FILE", help="instead of ./config.yaml")
+        verb.add_argument("--mode", metavar="MODE", help="auto, http or queue")
+        verb.add_argument("--host", metavar="HOST", help="where the gateway listens")
+        verb.add_argument("--port", metavar="PORT", help="the gateway's port")
+        verb.epilog = "Everything after `--` goes to `vllm serve` as it is."
+    return main_parser
+
+
+def arguments(argv: list[str]) -> tuple[argparse.Namespace, Arguments]:
+    """What the command line says. What follows `--` is vLLM's, and argparse never sees it."""
+    at = argv.index("--") if "--" in argv else len(argv)
+    parsed = parser().parse_args(argv[:at])
+    return parsed, Arguments(parsed.model, parsed.config, parsed.mode, parsed.host, parsed.port, tuple(argv[at + 1 :]))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parsed, given = arguments(sys.argv[1:] if argv is None else argv)
+    try:
+        settings = gather(given, os.environ)
+        sys.exit(run(parsed, settings))
+    except SettingsError as error:
+        fail(error.problems)
+
+
+def run(parsed: argparse.Namespace, settings: Settings) -> int:
+    if parsed.verb == "explain":
+        from supervisor.settings import explain  # noqa: PLC0415
+
+        explain.show(settings, as_json=parsed.json)
+        return 0
+    from supervisor.up import up  # noqa: PLC0415
+
+    return up(settings)

@@ -1,0 +1,1 @@
+"""The vllm child: its process, its states, its readiness."""

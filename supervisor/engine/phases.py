@@ -1,0 +1,59 @@
+"""The phases of a start, recognised in vLLM's log and timed: what it is doing while nobody can use it."""
+
+from __future__ import annotations
+
+import re
+import time
+
+# A line that matches means that the phase on its right begins. Only forwards: several ranks log the same lines.
+# Wordings of vLLM 0.24 to 0.32; the fake engine logs the same.
+PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
+    ("spawning vLLM", re.compile("$^")),
+    ("importing vLLM", re.compile("$^")),  # at the first line of its log
+    ("starting the engine core", re.compile(r"Initializing a V1 LLM engine|Waiting for \d+ local, \d+ remote core")),
+    ("downloading weights", re.compile(r"Downloading weights|Fetching \d+ files|Downloading shards")),
+    ("loading weights", re.compile(r"Starting to load model|Loading model weights|Loading safetensors checkpoint")),
+    ("compiling", re.compile(r"Loading weights took|Model loading took|Start compiling|Using cache directory.*compile")),
+    ("profiling memory", re.compile(r"torch\.compile takes|GPU KV cache size|CPU KV cache size|Available KV cache")),
+    ("capturing graphs", re.compile(r"Capturing CUDA graphs|Capturing cudagraphs|Warming up model")),
+    ("starting the API server", re.compile(r"init engine|Started server process|Supported tasks|Starting vLLM (API )?server")),
+)
+IMPORTING = 1
+
+
+class Waterfall:
+    """`hear(line)` for each log line; `current` and `as_rows()` at any time. Times from `start`, monotonic seconds."""
+
+    def __init__(self, start: float) -> None:
+        self.start = start
+        self.begun: list[tuple[int, float]] = [(0, start)]
+        self.finished: float | None = None
+
+    @property
+    def current(self) -> str:
+        return PHASES[self.begun[-1][0]][0]
+
+    def hear(self, line: str) -> str | None:
+        """The phase that this line begins, if any."""
+        if self.finished is not None:
+            return None
+        at = self.begun[-1][0]
+        following = [n for n in range(at + 1, len(PHASES)) if PHASES[n][1].search(line)]
+        if not following and at == 0:
+            following = [IMPORTING]
+        if not following:
+            return None
+        self.begun.append((following[-1], time.monotonic()))
+        return self.current
+
+    def finish(self) -> float:
+        """The engine is ready; returns the seconds since the spawn."""
+        self.finished = time.monotonic()
+        return self.finished - self.start
+
+    def as_rows(self) -> list[dict[str, object]]:
+        ends = [at for _, at in self.begun[1:]] + [self.finished or time.monotonic()]
+        return [
+            {"name": PHASES[number][0], "seconds": round(end - at, 3)}
+            for (number, at), end in zip(self.begun, ends, strict=True)
+        ]

@@ -1,0 +1,175 @@
+"""The vllm child: spawned in a session of its own, its log passed on line by line, and gone without a trace when told.
+
+vLLM is several processes (API server, EngineCore, a worker for each rank). Only the API server gets SIGTERM: it takes
+the others down in order, and a signal to the whole group would cut EngineCore's own clean-up short. Whatever is left
+of the session after that is killed. The session id is what finds it: vLLM renames its processes, which overwrites their
+command lines and environments, and orphans lose their parent.
+
+No asyncio here: the child is spawned before the event loop and its imports are paid for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import psutil
+
+from supervisor.settings.command import Command
+
+KEPT_LINES = 500
+LONGEST_LINE = 64 * 1024
+PR_SET_CHILD_SUBREAPER = 36
+# A socket's path may have 107 bytes on Linux, 103 on macOS.
+LONGEST_FOLDER = 80
+# How long killed processes may take to be gone; a process in uninterruptible sleep (a hung driver) may never be.
+KILL_PATIENCE = 10.0
+
+
+class Workspace:
+    """A private folder (0700) for the socket and vLLM's temporary files; `remove` leaves nothing of it."""
+
+    def __init__(self) -> None:
+        base = tempfile.gettempdir()
+        self.path = Path(tempfile.mkdtemp(prefix="supervisor-", dir=base if len(base) < LONGEST_FOLDER else "/tmp"))  # noqa: S108
+        self.temporary = self.path / "tmp"
+        self.temporary.mkdir()
+        self.socket = self.path / "vllm.sock"
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+class LogPump:
+    """Copies one of the child's streams to one of ours, line by line, in a thread of its own.
+
+    A thread, so that a terminal or a log collector that stops reading holds up vLLM's log and nothing else.
+    """
+
+    def __init__(self, source: BinaryIO, target: int, lines: deque[str], mask: Callable[[str], str]) -> None:
+        self.source = source
+        self.target: int | None = target
+        self.lines = lines
+        self.mask = mask
+        self.listener: Callable[[str], None] | None = None
+        self.thread = threading.Thread(target=self._run, name="vllm-log", daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        rest = b""
+        while data := os.read(self.source.fileno(), LONGEST_LINE):
+            *lines, rest = (rest + data).split(b"\n")
+            if len(rest) > LONGEST_LINE:
+                lines, rest = [*lines, rest], b""
+            self._pass_on(lines)
+        if rest:
+            self._pass_on([rest])
+
+    def _pass_on(self, raw: list[bytes]) -> None:
+        out = []
+        for line in raw:
+            # latin-1 maps each byte to one character and back: what is not masked stays as it was.
+            out.append(self.mask(line.decode("latin-1")).encode("latin-1", "replace") + b"\n")
+            text = out[-1].decode("utf-8", "replace").rstrip()
+            self.lines.append(text)
+            if self.listener is not None:
+                self.listener(text)
+        self._write(b"".join(out))
+
+    def _write(self, data: bytes) -> None:
+        while data and self.target is not None:
+            try:
+                data = data[os.write(self.target, data) :]
+            except OSError:
+                self.target = None  # our own output is closed: vLLM's must still be read, or it would block
+
+
+class EngineProcess:
+    """One run of `vllm serve`, from spawn to the last process of its session."""
+
+    def __init__(self, command: Command, mask: Callable[[str], str]) -> None:
+        """Spawns it. Raises OSError where the command can't be executed."""
+        _adopt_orphans()
+        self.child = subprocess.Popen(
+            command.argv,
+            env=dict(command.environ),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        self.spawned_at = time.monotonic()
+        self.lines: deque[str] = deque(maxlen=KEPT_LINES)
+        assert self.child.stdout is not None
+        assert self.child.stderr is not None
+        self.pumps = [LogPump(self.child.stdout, 1, self.lines, mask), LogPump(self.child.stderr, 2, self.lines, mask)]
+
+    @property
+    def pid(self) -> int:
+        """Of the API server; also the session's id."""
+        return self.child.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs; -N when signal N killed it."""
+        return self.child.poll()
+
+    def listen(self, listener: Callable[[str], None]) -> None:
+        """Calls `listener` with each further log line, from the pumps' threads."""
+        for pump in self.pumps:
+            pump.listener = listener
+
+    def terminate(self) -> None:
+        """SIGTERM to the API server alone."""
+        if self.child.poll() is None:
+            self.child.terminate()
+
+    def kill(self) -> None:
+        """SIGKILL to every process of the session."""
+        for pid in self.session():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def session(self) -> list[int]:
+        """The living processes of its session."""
+        found = []
+        for pid in psutil.pids():
+            with contextlib.suppress(OSError, psutil.Error):
+                if os.getsid(pid) == self.pid and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                    found.append(pid)
+        return found
+
+    def clean_up(self, patience: float = KILL_PATIENCE) -> list[int]:
+        """Kills what is left of the session, waits, reaps, and returns what would not die. Blocks up to `patience` s."""
+        deadline = time.monotonic() + patience
+        left = self.session()
+        seen = set(left)
+        while left and time.monotonic() < deadline:
+            self.kill()
+            time.sleep(0.005)  # no handle to wait on: orphans of a session are not ours to poll in one call
+            left = self.session()
+            seen.update(left)
+        self.child.poll()
+        for pid in seen - {self.pid}:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)  # adopted orphans: nobody else would reap them
+        for pump in self.pumps:
+            pump.thread.join(1.0)
+        return left
+
+
+def _adopt_orphans() -> None:
+    """Makes the orphans of our descendants our children, so that they can be reaped (Linux; elsewhere init does it)."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

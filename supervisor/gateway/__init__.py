@@ -1,0 +1,1 @@
+"""The HTTP front: own routes, and the relay of everything else to vLLM."""

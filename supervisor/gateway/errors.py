@@ -1,0 +1,54 @@
+"""Answers of our own when vLLM can't give one, in the dialect of the client's route."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from http import HTTPStatus
+
+# Anthropic's names for the kinds of error, by status; the others are `api_error`.
+ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+OPENAI_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+    502: "upstream_error",
+    503: "service_unavailable",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a request gets no answer from vLLM. `retry_after` in seconds; `code` is OpenAI's machine-readable word."""
+
+    status: int
+    message: str
+    code: str | None = None
+    retry_after: int | None = None
+
+    def head_and_body(self, path: bytes, request_id: bytes) -> tuple[bytes, bytes]:
+        """The response's status line and headers, without the closing blank line, and its body."""
+        if path.startswith(b"/v1/messages"):
+            content: dict[str, object] = {
+                "type": "error",
+                "error": {"type": ANTHROPIC_TYPES.get(self.status, "api_error"), "message": self.message},
+                "request_id": request_id.decode("latin-1"),
+            }
+        else:
+            kind = OPENAI_TYPES.get(self.status, "server_error")
+            content = {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
+        body = json.dumps(content).encode()
+        retry = b"Retry-After: %d\r\n" % self.retry_after if self.retry_after is not None else b""
+        head = (
+            b"HTTP/1.1 %d %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%sX-Request-Id: %s\r\n"
+        ) % (self.status, HTTPStatus(self.status).phrase.encode(), len(body), retry, request_id)
+        return head, body

@@ -1,0 +1,41 @@
+"""uvicorn, set up for the gateway: our protocol, our loop, our signals, sockets that are bound already."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Generator
+from typing import Any, cast
+
+import uvicorn
+
+from supervisor.gateway.app import Gateway
+from supervisor.gateway.relay import RelayProtocol
+
+
+class GatewayServer(uvicorn.Server):
+    """`await run_on(sockets)` serves until `should_exit` is set."""
+
+    def __init__(self, gateway: Gateway, keep_alive: int, close_patience: int) -> None:
+        config = uvicorn.Config(
+            cast(Any, gateway),
+            http=RelayProtocol,
+            ws="none",
+            loop="none",
+            lifespan="off",
+            interface="asgi3",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=keep_alive,
+            timeout_graceful_shutdown=close_patience,
+        )
+        super().__init__(config)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        yield  # the supervisor handles them
+
+    async def run_on(self, sockets: list[socket.socket]) -> None:
+        await self.serve(sockets)

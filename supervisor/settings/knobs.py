@@ -1,0 +1,111 @@
+"""The supervisor's own settings, as a table: variable, default, what it means, how it is read."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from supervisor.settings.catalogue import BadValue
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise BadValue("seconds, such as 120") from None
+    if not 0 <= value < 1e9:
+        raise BadValue("seconds, zero or more, such as 120")
+    return value
+
+
+def port(text: str) -> int:
+    if not text.isdigit() or int(text) > 65535:
+        raise BadValue("a port from 1 to 65535, such as 8000 (0: any free one)")
+    return int(text)
+
+
+def text(value: str) -> str:
+    return value
+
+
+def words(value: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(value))
+    except ValueError as error:
+        raise BadValue(f"arguments as a shell splits them ({error})") from None
+
+
+def keys(value: str) -> tuple[str, ...]:
+    """Keys between commas, or `@file` with one on each line."""
+    if value.startswith("@"):
+        try:
+            value = Path(value[1:]).read_text().replace("\n", ",")
+        except OSError as error:
+            raise BadValue(f"keys between commas, or @file with a key on each line ({error.strerror})") from None
+    found = tuple(key.strip() for key in value.split(",") if key.strip())
+    if not found:
+        raise BadValue("at least one key")
+    return found
+
+
+def choice(*names: str) -> Callable[[str], str]:
+    def read(value: str) -> str:
+        if value.lower() not in names:
+            raise BadValue(f"one of {', '.join(names)}")
+        return value.lower()
+
+    return read
+
+
+@dataclass(frozen=True, slots=True)
+class Knob:
+    """One row. `default` is a text, read like any other value; None means unset."""
+
+    variable: str
+    default: str | None
+    read: Callable[[str], object]
+    meaning: str
+    secret: bool = False
+
+    @property
+    def field(self) -> str:
+        """Its name in `Knobs`, and under `supervisor:` in config.yaml."""
+        return self.variable.removeprefix("SUPERVISOR_").lower()
+
+
+KNOBS = (
+    Knob("SUPERVISOR_MODE", "auto", choice("auto", "http", "queue"), "what to serve: HTTP, or RunPod's queue"),
+    Knob("SUPERVISOR_HOST", "127.0.0.1", text, "where the gateway listens (in the image: 0.0.0.0)"),
+    Knob("PORT", "8000", port, "the gateway's port"),
+    Knob("PORT_HEALTH", None, port, "a second port for health checks"),
+    Knob("SUPERVISOR_VLLM", None, text, "the command that stands for `vllm`"),
+    Knob("SUPERVISOR_EXTRA_ARGS", "", words, "appended to vLLM's command line as it is"),
+    Knob("SUPERVISOR_STARTUP_TIMEOUT", "1200", seconds, "how long vLLM may take to become ready"),
+    Knob("SUPERVISOR_HOLD_TIMEOUT", "120", seconds, "how long a request may wait for an engine that is starting"),
+    Knob("SUPERVISOR_DRAIN_TIMEOUT", "30", seconds, "how long in-flight work may finish after SIGTERM"),
+    Knob("SUPERVISOR_API_KEYS", None, keys, "keys that clients must give, between commas, or @file", secret=True),
+    Knob("SUPERVISOR_LOG_FORMAT", "text", choice("text", "json"), "our own log lines: text or json"),
+    Knob("SUPERVISOR_LOG_LEVEL", "info", choice("debug", "info", "warning", "error"), "our own log's level"),
+    Knob("SUPERVISOR_CACHE_DIR", None, text, "caches that should outlive the container"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Knobs:
+    """The values of the table above. Times in seconds."""
+
+    mode: str
+    host: str
+    port: int
+    port_health: int | None
+    vllm: str | None
+    extra_args: tuple[str, ...]
+    startup_timeout: float
+    hold_timeout: float
+    drain_timeout: float
+    api_keys: tuple[str, ...] | None
+    log_format: str
+    log_level: str
+    cache_dir: str | None

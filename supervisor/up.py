@@ -1,0 +1,165 @@
+"""`supervisor up`: binds the port, spawns vLLM, then runs the gateway until the engine is gone.
+
+The order is the point: settings and sockets first, so that every mistake of the user is told before anything starts;
+then vLLM, whose start is the long one; and only then our own imports (uvicorn, uvloop), while vLLM loads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import socket
+from typing import TYPE_CHECKING
+
+from supervisor.engine.process import EngineProcess, Workspace
+from supervisor.settings.command import Mask, build
+from supervisor.settings.sources import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from supervisor.gateway.app import Gateway
+
+BACKLOG = 2048
+# The own routes and clients' last bytes, after the last relayed request is done.
+CLOSE_PATIENCE = 5
+KEEP_ALIVE = 75
+PROBE_TIMEOUT = 10.0
+
+
+def up(settings: Settings) -> int:
+    """Serves until told to stop; returns the exit code. Raises SettingsError where it can't begin."""
+    sockets = bind(settings)
+    workspace = Workspace()
+    try:
+        mask = Mask.of(settings)
+        command = build(settings, str(workspace.socket), str(workspace.temporary))
+        try:
+            process = EngineProcess(command, mask)
+        except OSError as error:
+            raise SettingsError([f"{command.argv[0]} can't be executed ({error.strerror}): check SUPERVISOR_VLLM"]) from error
+        try:
+            return _serve(settings, process, str(workspace.socket), sockets, mask)
+        finally:
+            process.clean_up()
+    finally:
+        workspace.remove()
+
+
+def bind(settings: Settings) -> list[socket.socket]:
+    """The listening sockets. Raises SettingsError for a port that is taken or an address that is not ours."""
+    host = settings.knobs.host
+    ports = dict.fromkeys((settings.knobs.port, settings.knobs.port_health))
+    sockets = []
+    for port in ports:
+        if port is None:
+            continue
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+            listener.listen(BACKLOG)
+        except (OSError, UnicodeError) as error:
+            listener.close()
+            for other in sockets:
+                other.close()
+            why = getattr(error, "strerror", None) or error
+            raise SettingsError([f"can't listen on {host}, port {port} ({why}): set PORT (or --port), or SUPERVISOR_HOST"]) from error
+        listener.setblocking(False)
+        sockets.append(listener)
+    return sockets
+
+
+def _serve(settings: Settings, process: EngineProcess, path: str, sockets: list[socket.socket], mask: Mask) -> int:
+    import asyncio  # noqa: PLC0415  # from here on vLLM is importing too: this costs no time of the user's
+
+    import uvloop  # noqa: PLC0415
+
+    from supervisor import logs  # noqa: PLC0415
+
+    listener = logs.start(settings.knobs.log_format, settings.knobs.log_level, mask)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_run(settings, process, path, sockets, mask))
+    finally:
+        listener.stop()
+
+
+async def _run(settings: Settings, process: EngineProcess, path: str, sockets: list[socket.socket], mask: Mask) -> int:
+    import asyncio  # noqa: PLC0415
+    import logging  # noqa: PLC0415
+    import signal  # noqa: PLC0415
+
+    from supervisor.engine.engine import Collaborators, Engine  # noqa: PLC0415
+    from supervisor.gateway.app import Gateway  # noqa: PLC0415
+    from supervisor.gateway.policy import Policy  # noqa: PLC0415
+    from supervisor.gateway.server import GatewayServer  # noqa: PLC0415
+    from supervisor.gateway.upstream import Probe, Upstream, UpstreamError  # noqa: PLC0415
+
+    log = logging.getLogger("supervisor")
+    loop = asyncio.get_running_loop()
+    upstream = Upstream(path, loop)
+
+    async def probe() -> bool:
+        if not os.path.exists(path):  # noqa: ASYNC240, PTH110  # one stat, so that a loading vLLM costs no connection
+            return False
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT):
+                return await Probe.get(upstream, "/health") == 200
+        except (UpstreamError, TimeoutError):
+            return False
+
+    async def drain() -> bool:
+        try:
+            async with asyncio.timeout(settings.knobs.drain_timeout):
+                await gateway.drained()
+        except TimeoutError:
+            log.warning("%d requests were still running after %g s (SUPERVISOR_DRAIN_TIMEOUT): cut", gateway.in_flight,
+                        settings.knobs.drain_timeout)
+            gateway.cut("The server shut down before this request was done.")
+            return False
+        return True
+
+    def changed() -> None:
+        gateway.engine_changed()
+        if engine.ready:
+            log.info("%s", invitation(settings, sockets))
+
+    engine = Engine(process, Collaborators(probe, drain, changed), settings.knobs.startup_timeout)
+    facts = {"model": settings.model.value, "mode": "http", "vllm_version": settings.vllm.version,
+             "command": mask.command(process.child.args)}
+    gateway = Gateway(upstream, engine, Policy(settings.knobs.api_keys or ()), settings.knobs.hold_timeout, facts)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, engine.stop, number)
+    log.info("starting %s on http://%s", settings.model.value, address(sockets[0]))
+    server = GatewayServer(gateway, KEEP_ALIVE, CLOSE_PATIENCE)
+    serving = asyncio.create_task(server.run_on(sockets))
+    code = await engine.run()
+    server.should_exit = True
+    await serving
+    upstream.close()
+    return code
+
+
+def address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def served_name(settings: Settings) -> str:
+    """The name that clients use for the model."""
+    for option, setting in settings.options:
+        if option.key == "served_model_name" and setting.value:
+            return str(setting.value[0])
+    return str(settings.model.value)
+
+
+def invitation(settings: Settings, sockets: list[socket.socket]) -> str:
+    """What to do now that it serves: the URL, and a line to paste."""
+    host, port = sockets[0].getsockname()[:2]
+    if host in ("0.0.0.0", "::"):  # noqa: S104  # compared, not bound
+        host = "127.0.0.1"
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    body = json.dumps({"model": served_name(settings), "messages": [{"role": "user", "content": "Hello! What are you?"}]})
+    key = " -H \"Authorization: Bearer $KEY\"" if settings.knobs.api_keys else ""
+    return f"ready: {url}\n  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
