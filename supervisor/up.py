@@ -10,14 +10,10 @@ import json
 import os
 import shlex
 import socket
-from typing import TYPE_CHECKING
 
 from supervisor.engine.process import EngineProcess, Workspace
 from supervisor.settings.command import Mask, build
 from supervisor.settings.sources import Settings, SettingsError
-
-if TYPE_CHECKING:
-    from supervisor.gateway.app import Gateway
 
 BACKLOG = 2048
 # The own routes and clients' last bytes, after the last relayed request is done.
@@ -36,7 +32,9 @@ def up(settings: Settings) -> int:
         try:
             process = EngineProcess(command, mask)
         except OSError as error:
-            raise SettingsError([f"{command.argv[0]} can't be executed ({error.strerror}): check SUPERVISOR_VLLM"]) from error
+            raise SettingsError(
+                [f"{command.argv[0]} can't be executed ({error.strerror}): check SUPERVISOR_VLLM"]
+            ) from error
         try:
             return _serve(settings, process, str(workspace.socket), sockets, mask)
         finally:
@@ -49,7 +47,7 @@ def bind(settings: Settings) -> list[socket.socket]:
     """The listening sockets. Raises SettingsError for a port that is taken or an address that is not ours."""
     host = settings.knobs.host
     ports = dict.fromkeys((settings.knobs.port, settings.knobs.port_health))
-    sockets = []
+    sockets: list[socket.socket] = []
     for port in ports:
         if port is None:
             continue
@@ -64,7 +62,9 @@ def bind(settings: Settings) -> list[socket.socket]:
             for other in sockets:
                 other.close()
             why = getattr(error, "strerror", None) or error
-            raise SettingsError([f"can't listen on {host}, port {port} ({why}): set PORT (or --port), or SUPERVISOR_HOST"]) from error
+            raise SettingsError(
+                [f"can't listen on {host}, port {port} ({why}): set PORT (or --port), or SUPERVISOR_HOST"]
+            ) from error
         listener.setblocking(False)
         sockets.append(listener)
     return sockets
@@ -100,22 +100,25 @@ async def _run(settings: Settings, process: EngineProcess, path: str, sockets: l
     loop = asyncio.get_running_loop()
     upstream = Upstream(path, loop)
 
-    async def probe() -> bool:
+    async def probe() -> int | None:
         if not os.path.exists(path):  # noqa: ASYNC240, PTH110  # one stat, so that a loading vLLM costs no connection
-            return False
+            return None
         try:
             async with asyncio.timeout(PROBE_TIMEOUT):
-                return await Probe.get(upstream, "/health") == 200
+                return await Probe.get(upstream, "/health")
         except (UpstreamError, TimeoutError):
-            return False
+            return None
 
     async def drain() -> bool:
         try:
             async with asyncio.timeout(settings.knobs.drain_timeout):
                 await gateway.drained()
         except TimeoutError:
-            log.warning("%d requests were still running after %g s (SUPERVISOR_DRAIN_TIMEOUT): cut", gateway.in_flight,
-                        settings.knobs.drain_timeout)
+            log.warning(
+                "%d requests were still running after %g s (SUPERVISOR_DRAIN_TIMEOUT): cut",
+                gateway.in_flight,
+                settings.knobs.drain_timeout,
+            )
             gateway.cut("The server shut down before this request was done.")
             return False
         return True
@@ -126,8 +129,12 @@ async def _run(settings: Settings, process: EngineProcess, path: str, sockets: l
             log.info("%s", invitation(settings, sockets))
 
     engine = Engine(process, Collaborators(probe, drain, changed), settings.knobs.startup_timeout)
-    facts = {"model": settings.model.value, "mode": "http", "vllm_version": settings.vllm.version,
-             "command": mask.command(process.child.args)}
+    facts = {
+        "model": settings.model.value,
+        "mode": "http",
+        "vllm_version": settings.vllm.version,
+        "command": mask.command(process.command.argv),
+    }
     gateway = Gateway(upstream, engine, Policy(settings.knobs.api_keys or ()), settings.knobs.hold_timeout, facts)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, engine.stop, number)
@@ -160,6 +167,8 @@ def invitation(settings: Settings, sockets: list[socket.socket]) -> str:
     if host in ("0.0.0.0", "::"):  # noqa: S104  # compared, not bound
         host = "127.0.0.1"
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    body = json.dumps({"model": served_name(settings), "messages": [{"role": "user", "content": "Hello! What are you?"}]})
-    key = " -H \"Authorization: Bearer $KEY\"" if settings.knobs.api_keys else ""
+    body = json.dumps(
+        {"model": served_name(settings), "messages": [{"role": "user", "content": "Hello! What are you?"}]}
+    )
+    key = ' -H "Authorization: Bearer $KEY"' if settings.knobs.api_keys else ""
     return f"ready: {url}\n  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}"

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 
 ERROR_LINE = re.compile(r"\b\w*(Error|Exception)\b: |\berror: ")
 # What vLLM puts before each of its lines: "(APIServer pid=12) ERROR 11-21 19:00:00 [core.py:1] ".
+# Levels below ERROR: such a line may name an exception that was dealt with.
+HARMLESS = re.compile(r"^(\([^)]*pid=\d+\) )*(DEBUG|INFO|WARNING)\b")
 LINE_PREFIX = re.compile(r"^(\([^)]*pid=\d+\) )*([A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d (\[[^\]]*\] )?)?")
 
 
@@ -25,6 +27,8 @@ def last_error(lines: Iterable[str]) -> str | None:
     """The last line of a log that names an error, without vLLM's prefix."""
     found = None
     for line in lines:
+        if HARMLESS.search(line):
+            continue
         text = LINE_PREFIX.sub("", line).strip()
         if ERROR_LINE.search(text):
             found = text

@@ -8,17 +8,22 @@ import time
 # A line that matches means that the phase on its right begins. Only forwards: several ranks log the same lines.
 # Wordings of vLLM 0.24 to 0.32; the fake engine logs the same.
 PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("spawning vLLM", re.compile("$^")),
-    ("importing vLLM", re.compile("$^")),  # at the first line of its log
+    ("importing vLLM", re.compile("$^")),  # from the spawn on: 8 s and more of silence
+    ("reading the model's config", re.compile(r"non-default args")),
     ("starting the engine core", re.compile(r"Initializing a V1 LLM engine|Waiting for \d+ local, \d+ remote core")),
     ("downloading weights", re.compile(r"Downloading weights|Fetching \d+ files|Downloading shards")),
     ("loading weights", re.compile(r"Starting to load model|Loading model weights|Loading safetensors checkpoint")),
-    ("compiling", re.compile(r"Loading weights took|Model loading took|Start compiling|Using cache directory.*compile")),
+    (
+        "compiling",
+        re.compile(r"Using cache directory.*compile|Dynamo bytecode transform|Start compiling"),
+    ),
     ("profiling memory", re.compile(r"torch\.compile takes|GPU KV cache size|CPU KV cache size|Available KV cache")),
     ("capturing graphs", re.compile(r"Capturing CUDA graphs|Capturing cudagraphs|Warming up model")),
-    ("starting the API server", re.compile(r"init engine|Started server process|Supported tasks|Starting vLLM (API )?server")),
+    (
+        "starting the API server",
+        re.compile(r"init engine|Started server process|Supported tasks|Starting vLLM (API )?server"),
+    ),
 )
-IMPORTING = 1
 
 
 class Waterfall:
@@ -39,8 +44,6 @@ class Waterfall:
             return None
         at = self.begun[-1][0]
         following = [n for n in range(at + 1, len(PHASES)) if PHASES[n][1].search(line)]
-        if not following and at == 0:
-            following = [IMPORTING]
         if not following:
             return None
         self.begun.append((following[-1], time.monotonic()))

@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import psutil
 
@@ -57,12 +57,12 @@ class LogPump:
     A thread, so that a terminal or a log collector that stops reading holds up vLLM's log and nothing else.
     """
 
-    def __init__(self, source: BinaryIO, target: int, lines: deque[str], mask: Callable[[str], str]) -> None:
+    def __init__(self, source: IO[bytes], target: int, lines: deque[str], mask: Callable[[str], str]) -> None:
         self.source = source
         self.target: int | None = target
         self.lines = lines
         self.mask = mask
-        self.listener: Callable[[str], None] | None = None
+        self.listener: Callable[[str], object] | None = None
         self.thread = threading.Thread(target=self._run, name="vllm-log", daemon=True)
         self.thread.start()
 
@@ -101,6 +101,7 @@ class EngineProcess:
     def __init__(self, command: Command, mask: Callable[[str], str]) -> None:
         """Spawns it. Raises OSError where the command can't be executed."""
         _adopt_orphans()
+        self.command = command
         self.child = subprocess.Popen(
             command.argv,
             env=dict(command.environ),
@@ -120,12 +121,7 @@ class EngineProcess:
         """Of the API server; also the session's id."""
         return self.child.pid
 
-    @property
-    def exit_code(self) -> int | None:
-        """None while it runs; -N when signal N killed it."""
-        return self.child.poll()
-
-    def listen(self, listener: Callable[[str], None]) -> None:
+    def listen(self, listener: Callable[[str], object]) -> None:
         """Calls `listener` with each further log line, from the pumps' threads."""
         for pump in self.pumps:
             pump.listener = listener
@@ -164,9 +160,14 @@ class EngineProcess:
         for pid in seen - {self.pid}:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)  # adopted orphans: nobody else would reap them
-        for pump in self.pumps:
-            pump.thread.join(1.0)
+        self.finish_log(1.0)
         return left
+
+    def finish_log(self, patience: float) -> None:
+        """Returns when the log's last line is read, or after `patience` s."""
+        deadline = time.monotonic() + patience
+        for pump in self.pumps:
+            pump.thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def _adopt_orphans() -> None:

@@ -48,7 +48,11 @@ class Refusal:
             content = {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
         body = json.dumps(content).encode()
         retry = b"Retry-After: %d\r\n" % self.retry_after if self.retry_after is not None else b""
-        head = (
-            b"HTTP/1.1 %d %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%sX-Request-Id: %s\r\n"
-        ) % (self.status, HTTPStatus(self.status).phrase.encode(), len(body), retry, request_id)
+        head = (b"HTTP/1.1 %d %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%sX-Request-Id: %s\r\n") % (
+            self.status,
+            HTTPStatus(self.status).phrase.encode(),
+            len(body),
+            retry,
+            request_id,
+        )
         return head, body

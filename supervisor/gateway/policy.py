@@ -7,7 +7,9 @@ from hmac import compare_digest
 
 from supervisor.gateway.errors import Refusal
 
-UNAUTHORIZED = Refusal(401, "A valid key is needed: 'Authorization: Bearer KEY' or 'X-API-Key: KEY'.", "invalid_api_key")
+UNAUTHORIZED = Refusal(
+    401, "A valid key is needed: 'Authorization: Bearer KEY' or 'X-API-Key: KEY'.", "invalid_api_key"
+)
 
 
 class Policy:

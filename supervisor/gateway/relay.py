@@ -228,11 +228,7 @@ class Exchange:
             self.ends_by_close = True
         if not head.has_request_id:
             lines += (b"X-Request-Id: ", self.request_id, b"\r\n")
-        if (
-            self.ends_by_close
-            or (self.expects_continue and not self.request_complete)
-            or self.protocol.gateway.closing
-        ):
+        if self.ends_by_close or (self.expects_continue and not self.request_complete) or self.protocol.gateway.closing:
             self.keep_alive = False
         lines.append(b"\r\n" if self.keep_alive else b"Connection: close\r\n\r\n")
         self.protocol.transport.write(b"".join(lines))
@@ -315,9 +311,8 @@ class RelayProtocol(HttpToolsProtocol):
     # asyncio's callbacks
 
     def connection_lost(self, exc: Exception | None) -> None:
-        waiting = [cycle for cycle, _ in self.pipeline if isinstance(cycle, Exchange)]
-        for exchange in [self.answering, *waiting]:
-            if exchange is not None:
+        for exchange in (self.answering, *(cycle for cycle, _ in self.pipeline)):
+            if isinstance(exchange, Exchange):
                 exchange.client_gone()
         super().connection_lost(exc)
 

@@ -50,7 +50,7 @@ class ResponseHead:
         for name, value in headers:
             if len(name) == 10 and name.lower() == b"connection" and value.lower() not in (b"close", b"keep-alive"):
                 named |= {token.strip() for token in value.lower().split(b",")}
-        lines = []
+        lines: list[bytes] = []
         for name, value in headers:
             lower = name.lower()
             if lower in HOP_BY_HOP or lower in named:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from supervisor.settings import catalogue as catalogues
 from supervisor.settings import demo
@@ -95,7 +95,9 @@ class _Gathering:
         self.file_label, content = self._read_config()
         self.file_knobs = content.pop("supervisor", None) or {}
         if not isinstance(self.file_knobs, dict):
-            self.problems.append(f"{self.file_label}: 'supervisor' must be a mapping, such as 'supervisor: {{port: 8000}}'")
+            self.problems.append(
+                f"{self.file_label}: 'supervisor' must be a mapping, such as 'supervisor: {{port: 8000}}'"
+            )
             self.file_knobs = {}
         self.file_knobs = {_normal(key): value for key, value in self.file_knobs.items()}
         self.file = {_normal(key): value for key, value in content.items()}
@@ -269,4 +271,4 @@ def _normal(key: object) -> str:
 
 
 def _kind(content: object) -> str:
-    return {"list": "list", "str": "text"}.get(type(content).__name__, cast(str, type(content).__name__))
+    return {"list": "list", "str": "text"}.get(type(content).__name__, type(content).__name__)

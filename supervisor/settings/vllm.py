@@ -74,7 +74,9 @@ def _version_beside(program: Path) -> str | None:
 
 def _version_asked(command: tuple[str, ...]) -> str:
     try:
-        done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=VERSION_TIMEOUT, check=False)
+        done = subprocess.run(
+            [*command, "--version"], capture_output=True, text=True, timeout=VERSION_TIMEOUT, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise VllmError(f"`{shlex.join(command)} --version` does not answer: {error}") from None
     words = done.stdout.split()

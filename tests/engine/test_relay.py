@@ -1,0 +1,392 @@
+"""The relay, against a fake vLLM that says exactly what the test wants on the wire."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import socket
+import struct
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.harness import Supervisor, wait_until
+
+CHAT = "/v1/chat/completions"
+BIG = 5 * 1024 * 1024
+
+
+def chat(**more: object) -> dict[str, object]:
+    return {"model": "some/model", "messages": [{"role": "user", "content": "hi"}], **more}
+
+
+def raw_script(*parts: bytes | tuple[bytes, float], close: bool = False) -> bytes:
+    """The body of a request to /fake/raw: these bytes come back, each part a write of its own."""
+    rows = [part if isinstance(part, tuple) else (part, 0.0) for part in parts]
+    script = {"parts": [{"b64": base64.b64encode(data).decode(), "delay": delay} for data, delay in rows], "close": close}
+    return json.dumps(script).encode()
+
+
+def post(path: str, body: bytes, version: str = "1.1", *headers: str, method: str = "POST") -> bytes:
+    fields = "".join(f"{header}\r\n" for header in headers)
+    return f"{method} {path} HTTP/{version}\r\nHost: h\r\nContent-Length: {len(body)}\r\n{fields}\r\n".encode() + body
+
+
+def get(path: str, version: str = "1.1", *headers: str, method: str = "GET") -> bytes:
+    fields = "".join(f"{header}\r\n" for header in headers)
+    return f"{method} {path} HTTP/{version}\r\nHost: h\r\n{fields}\r\n".encode()
+
+
+def echo(running: Supervisor, request: bytes) -> dict[str, Any]:
+    with running.connect() as raw:
+        answer = raw.send(request).answer()
+    assert answer.status == 200, answer.head
+    found = answer.json()
+    assert isinstance(found, dict)
+    return found
+
+
+# The request, as vLLM sees it
+
+
+def test_method_target_headers_and_body_arrive_as_sent(running: Supervisor) -> None:
+    body = bytes(range(256)) * 3
+    target = "/fake/echo/a%2Fb/%C3%A9;x=1?q=%20+&q=2&empty="
+    seen = echo(running, post(target, body, "1.1", "X-One: 1", "x-TWO:  two words ", "X-One: 2", "Cookie: a=b; c"))
+    assert (seen["method"], seen["target"]) == ("POST", target)
+    assert seen["body_sha256"] == hashlib.sha256(body).hexdigest()
+    headers = [tuple(header) for header in seen["headers"]]
+    assert ("X-One", "1") in headers
+    assert ("X-One", "2") in headers
+    assert ("x-TWO", "two words") in headers
+    assert ("Cookie", "a=b; c") in headers
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "PATCH", "DELETE", "OPTIONS", "REPORT"])
+def test_any_method_passes(running: Supervisor, method: str) -> None:
+    assert echo(running, post("/fake/echo/m", b"x", method=method))["method"] == method
+
+
+def test_hop_by_hop_headers_stop_here(running: Supervisor) -> None:
+    hop = ("Connection: keep-alive, X-Mine", "X-Mine: 1", "Keep-Alive: 5", "TE: trailers", "Proxy-Connection: x")
+    names = {name.lower() for name, _ in echo(running, get("/fake/echo/h", "1.1", *hop))["headers"]}
+    assert not names & {"connection", "x-mine", "keep-alive", "te", "proxy-connection"}
+
+
+def test_request_id_is_made_or_kept_and_comes_back(running: Supervisor) -> None:
+    with running.connect() as raw:
+        made = raw.send(get("/fake/echo/id")).answer()
+        ids = [value for name, value in made.json()["headers"] if name.lower() == "x-request-id"]  # type: ignore[index]
+        assert ids == [made.headers["x-request-id"]]
+        assert len(ids[0]) == 32
+        kept = raw.send(get("/fake/echo/id", "1.1", "X-Request-Id: mine-1")).answer()
+        assert kept.headers["x-request-id"] == "mine-1"
+        assert ["X-Request-Id", "mine-1"] in kept.json()["headers"]  # type: ignore[index]
+
+
+def test_chunked_request_with_trailers(running: Supervisor) -> None:
+    head = "POST /fake/echo/c HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\nTrailer: X-Sum\r\n\r\n"
+    with running.connect() as raw:
+        raw.send(head.encode()).send(b"5;ext=1\r\nhello\r\n").send(b"1\r\n!\r\n0\r\nX-Sum: 1\r\n\r\n")
+        seen = raw.answer().json()
+    assert isinstance(seen, dict)
+    assert seen["body_sha256"] == hashlib.sha256(b"hello!").hexdigest()
+
+
+def test_large_body_streams_both_ways(running: Supervisor) -> None:
+    body = b"\xff\x00" * (BIG // 2)
+    answer = running.client.post("/fake/sink", content=body)
+    assert answer.json()["body_sha256"] == hashlib.sha256(body).hexdigest()
+    chunks = (body[at : at + 100_000] for at in range(0, BIG, 100_000))
+    assert running.client.post("/fake/sink", content=chunks).json()["body_len"] == BIG
+
+
+def test_expect_continue_waits_for_vllm(running: Supervisor) -> None:
+    with running.connect() as raw:
+        raw.send(b"POST /fake/echo/e HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n")
+        assert raw.until(b"\r\n\r\n").startswith(b"HTTP/1.1 100 ")
+        assert raw.send(b"ok").answer().json()["body_len"] == 2  # type: ignore[index]
+
+
+def test_absolute_target_is_read_as_a_path(running: Supervisor) -> None:
+    assert echo(running, get("http://elsewhere/fake/echo/x?y=1"))["target"] == "/fake/echo/x?y=1"
+
+
+# The answer, as the client sees it
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked", "close"])
+def test_binary_bodies_come_back_exactly(running: Supervisor, framing: str) -> None:
+    target = f"/fake/bytes?n={BIG}&chunk=70000&framing={framing}"
+    through = running.client.get(target).content
+    with httpx.Client(transport=httpx.HTTPTransport(uds=running.socket), base_url="http://vllm") as direct:
+        assert direct.get(target).content == through
+    assert len(through) == BIG
+
+
+def test_response_bytes_are_not_touched(running: Supervisor) -> None:
+    """Chunk sizes, extensions and trailers are the upstream's own; only the head is rebuilt."""
+    body = b"3;x=y\r\nabc\r\n1\r\n\xff\r\n0\r\nX-Trailer: t\r\n\r\n"
+    head = b"HTTP/1.1 200 Fine\r\nTransfer-Encoding: chunked\r\nX-Odd: \xe9\r\nX-Odd: 2\r\nConnection: X-Odd2\r\nX-Odd2: 3\r\n\r\n"
+    with running.connect() as raw:
+        raw.send(post("/fake/raw", raw_script(head, body[:5], body[5:11], body[11:])))
+        seen = raw.until(b"\r\n\r\n")
+        assert seen.startswith(b"HTTP/1.1 200 Fine\r\n")
+        assert b"X-Odd: \xe9\r\nX-Odd: 2\r\n" in seen
+        assert b"X-Odd2" not in seen
+        assert raw.until(b"X-Trailer: t\r\n\r\n") == body
+
+
+def test_events_leave_as_they_come(running: Supervisor) -> None:
+    """The first event is at the client while the second is not yet made."""
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    script = raw_script(head, b"b\r\ndata: one\n\n\r\n", (b"b\r\ndata: two\n\n\r\n0\r\n\r\n", 0.5))
+    with running.connect() as raw:
+        raw.send(post("/fake/raw", script)).until(b"data: one")
+        assert b"two" not in raw.received
+        raw.until(b"0\r\n\r\n")
+
+
+def test_a_head_in_pieces_is_one_head(running: Supervisor) -> None:
+    with running.connect() as raw:
+        raw.send(post("/fake/raw", raw_script(b"HTTP/1.1 2", (b"00 OK\r\nContent-Le", 0.02), (b"ngth: 2\r\n\r", 0.02), b"\nok")))
+        assert raw.answer().body == b"ok"
+
+
+@pytest.mark.parametrize("status", [204, 304])
+def test_answers_without_a_body(running: Supervisor, status: int) -> None:
+    with running.connect() as raw:
+        for _ in range(2):  # the connection stays usable
+            assert raw.send(get(f"/fake/status/{status}")).until(b"\r\n\r\n").startswith(b"HTTP/1.1 %d" % status)
+        assert raw.send(get("/fake/echo/x")).answer().status == 200
+
+
+def test_head_has_a_length_and_no_body(running: Supervisor) -> None:
+    script = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n"
+    with running.connect() as raw:
+        for _ in range(2):
+            raw.send(post("/fake/raw", raw_script(script), method="HEAD"))
+            assert b"Content-Length: 1000\r\n" in raw.until(b"\r\n\r\n")
+        assert raw.send(get("/fake/echo/x")).answer().status == 200
+
+
+def test_interim_answers_pass_to_http11_only(running: Supervisor) -> None:
+    script = raw_script(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+    with running.connect() as raw:
+        assert b"Link: </a>\r\n" in raw.send(post("/fake/raw", script)).until(b"\r\n\r\n")
+        assert raw.answer().body == b"ok"
+    with running.connect() as raw:
+        assert raw.send(post("/fake/raw", script, "1.0")).answer().status == 200
+
+
+def test_http10_client_gets_no_chunks(running: Supervisor) -> None:
+    script = raw_script(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"3\r\nabc\r\n", b"2\r\nde\r\n0\r\n\r\n")
+    with running.connect() as raw:
+        head, _, body = raw.send(post("/fake/raw", script, "1.0")).rest().partition(b"\r\n\r\n")
+    assert body == b"abcde"
+    assert b"chunked" not in head
+    assert b"Connection: close" in head
+
+
+def test_body_until_close_closes_here_too(running: Supervisor) -> None:
+    with running.connect() as raw:
+        raw.send(post("/fake/raw", raw_script(b"HTTP/1.1 200 OK\r\n\r\n", b"abc", close=True)))
+        head, _, body = raw.rest().partition(b"\r\n\r\n")
+    assert body == b"abc"
+    assert b"Connection: close" in head
+
+
+# Connections
+
+
+def test_pipelined_requests_are_answered_in_order(running: Supervisor) -> None:
+    with running.connect() as raw:
+        raw.send(get("/fake/echo/1") + post("/fake/echo/2", b"two") + get("/ping") + get("/fake/echo/3"))
+        targets = [raw.answer(), raw.answer(), raw.answer(), raw.answer()]
+        assert [answer.status for answer in targets] == [200] * 4
+        assert [b"echo/1" in targets[0].body, b"echo/2" in targets[1].body, b"echo/3" in targets[3].body] == [True] * 3
+
+
+def test_connections_are_reused_on_both_sides(running: Supervisor) -> None:
+    with running.connect() as raw:
+        connections = {raw.send(get("/fake/echo/x")).answer().headers["x-fake-connection"] for _ in range(5)}
+    assert len(connections) == 1
+
+
+def test_client_asks_to_close(running: Supervisor) -> None:
+    with running.connect() as raw:
+        assert b"Connection: close" in raw.send(get("/fake/echo/x", "1.1", "Connection: close")).rest()
+
+
+def test_a_stale_idle_connection_is_not_used() -> None:
+    """vLLM closes idle connections; a request that meets one that is just closing is sent again, not failed."""
+    with Supervisor("m", plan=[{"close_connection_after_response": True}]) as supervisor:
+        supervisor.ready()
+        with supervisor.connect() as raw:
+            for _ in range(50):
+                assert raw.send(post(CHAT, json.dumps({"model": "m", "messages": []}).encode())).answer().status in (200, 400)
+
+
+@pytest.mark.parametrize("how", [socket.SHUT_RDWR, "reset"])
+def test_client_gone_aborts_in_vllm(running: Supervisor, how: int | str) -> None:
+    body = json.dumps(chat(stream=True, max_tokens=10_000)).encode()
+    before = running.client.get("/fake/state").json()["aborted"]
+    with running.connect() as raw:
+        raw.send(post(CHAT, body, "1.1", "Content-Type: application/json", 'X-Fake: {"token_interval": 0.01}')).until(b"data: ")
+        if how == "reset":
+            raw.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    wait_until(lambda: running.client.get("/fake/state").json()["aborted"] == before + 1, "the abort", 1)
+
+
+def test_client_gone_before_the_answer_aborts(running: Supervisor) -> None:
+    with running.connect() as raw:
+        raw.send(get("/fake/hang"))
+        wait_until(lambda: running.client.get("/status").json()["in_flight"] == 1, "the request in flight")
+    wait_until(lambda: running.client.get("/status").json()["in_flight"] == 0, "the request gone", 1)
+
+
+def test_slow_client_pauses_vllm(running: Supervisor) -> None:
+    """200 MB for a client that does not read: the supervisor must not take them in."""
+    import psutil
+
+    process = psutil.Process(running.process.pid)
+    before = process.memory_info().rss
+    with running.connect() as raw:
+        raw.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        raw.send(get("/fake/bytes?n=200000000&chunk=65536&framing=chunked")).until(b"\r\n\r\n")
+        written = [process.io_counters().write_chars]
+
+        def still() -> bool:
+            written.append(process.io_counters().write_chars)
+            return len(written) > 20 and written[-20] == written[-1]
+
+        wait_until(still, "the stream to stand still")
+        assert process.memory_info().rss - before < 20_000_000
+
+
+def test_slow_vllm_pauses_the_client(running: Supervisor) -> None:
+    import psutil
+
+    process = psutil.Process(running.process.pid)
+    before = process.memory_info().rss
+    with running.connect() as raw:
+        raw.socket.settimeout(1.0)
+        raw.send(b"POST /fake/sink?rate=0 HTTP/1.1\r\nHost: h\r\nContent-Length: 200000000\r\n\r\n")
+        with pytest.raises(TimeoutError):
+            raw.send(b"x" * 200_000_000)
+        assert process.memory_info().rss - before < 20_000_000
+
+
+# Faults of vLLM
+
+
+def test_dies_mid_body_is_seen_as_cut(running: Supervisor) -> None:
+    for body in (b"Content-Length: 10\r\n\r\nabc", b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"):
+        script = raw_script(b"HTTP/1.1 200 OK\r\n" + body, close=True)
+        with pytest.raises(httpx.RemoteProtocolError):
+            running.client.post("/fake/raw", content=script)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"nonsense\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nok",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000,
+    ],
+    ids=["no-http", "two-lengths", "gzip-chunked", "unasked-upgrade", "endless-head"],
+)
+def test_garbage_becomes_502(running: Supervisor, garbage: bytes) -> None:
+    answer = running.client.post("/fake/raw", content=raw_script(garbage, close=True))
+    assert answer.status_code == 502
+    assert answer.json()["error"]["code"] == "engine_no_answer"
+    assert answer.json()["error"]["type"] == "upstream_error"
+
+
+def test_more_than_one_answer_never_reaches_the_next_request(running: Supervisor) -> None:
+    two = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nokHTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"
+    with running.connect() as raw:
+        seen = raw.send(post("/fake/raw", raw_script(two))).rest()
+    assert b"evil" not in seen
+    with running.connect() as raw:
+        raw.send(post("/fake/raw", raw_script(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", (b"HTTP/1.1 200 OK\r\n\r\n", 0.01))))
+        assert raw.answer().body == b"ok"
+        assert b"evil" not in raw.send(get("/fake/echo/x")).answer().body
+
+
+def test_early_answer_then_more_body(running: Supervisor) -> None:
+    """vLLM answers before it has read the body: the answer passes, the rest of the body goes nowhere."""
+    answer = running.client.post("/v1/nowhere", content=b"x" * BIG)
+    assert answer.status_code == 404
+
+
+# Faults of clients
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"nonsense\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+        b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ],
+    ids=["no-http", "length-and-chunked", "two-lengths", "bad-chunk"],
+)
+def test_bad_requests_are_refused(running: Supervisor, request_: bytes) -> None:
+    with running.connect() as raw:
+        seen = raw.send(request_).rest()
+    assert not seen or seen.startswith(b"HTTP/1.1 400 ")
+    assert running.client.get("/ping").status_code == 200
+
+
+def test_garbage_behind_a_request_does_not_corrupt_its_answer(running: Supervisor) -> None:
+    body = json.dumps(chat(stream=True, max_tokens=50)).encode()
+    with running.connect() as raw:
+        raw.send(post(CHAT, body, "1.1", "Content-Type: application/json", 'X-Fake: {"token_interval": 0.01}')).until(b"data: ")
+        raw.send(b"nonsense\r\n\r\n")
+        try:
+            seen = raw.rest()
+        except ConnectionResetError:
+            seen = b""
+    assert b"400" not in seen
+
+
+def test_transfer_coding_that_is_not_chunked(running: Supervisor) -> None:
+    with running.connect() as raw:
+        raw.send(b"POST /x HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n")
+        assert raw.answer().status == 501
+
+
+def test_upgrade_is_relayed_without_it(running: Supervisor) -> None:
+    with running.connect() as raw:
+        answer = raw.send(get("/fake/echo/u", "1.1", "Connection: Upgrade", "Upgrade: h2c")).answer()
+    assert not {name.lower() for name, _ in answer.json()["headers"]} & {"upgrade", "connection"}  # type: ignore[index]
+    assert answer.headers["connection"] == "close"
+
+
+# Keys
+
+
+def test_keys() -> None:
+    with Supervisor("m", environ={"SUPERVISOR_API_KEYS": "first-key,second-key"}) as supervisor:
+        client = httpx.Client(base_url=f"http://127.0.0.1:{supervisor.port}")
+        supervisor.says("supervisor: ready")
+        assert client.get("/ping").status_code == 200
+        assert client.get("/health").status_code == 200
+        for path in ("/v1/models", "/status"):
+            assert client.get(path).status_code == 401
+            assert client.get(path, headers={"Authorization": "Bearer wrong"}).status_code == 401
+            assert client.get(path, headers={"Authorization": "Bearer second-key"}).status_code == 200
+            assert client.get(path, headers={"X-API-Key": "first-key"}).status_code == 200
+        refused = client.post("/v1/messages", json={}).json()
+        assert refused["error"]["type"] == "authentication_error"
+        supervisor.engine_pid = client.get("/status", headers={"X-API-Key": "first-key"}).json()["pid"]
+        assert "first-key" not in supervisor.output
+        client.close()
+
+

@@ -1,0 +1,239 @@
+"""A supervisor as a user runs it: a process of its own, watched through its output, its port and its session.
+
+    with Supervisor(FAKE, "x") as supervisor:
+        supervisor.ready()
+        supervisor.client.get("/v1/models")
+
+Nothing here sleeps for a condition: every wait polls one with a deadline, and says what it waited for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+FAKE = ROOT / "scripts" / "fake_vllm"
+DEMO = ROOT / "supervisor" / "demo" / "model"
+SUPERVISOR = Path(sys.prefix) / "bin" / "supervisor"
+
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 10.0) -> object:
+    """Polls until `condition` is true and returns what it gave; fails with `what` after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, f"waited {seconds:g} s for: {what}"
+        time.sleep(0.01)
+    return result
+
+
+def clean_environment(**more: str) -> dict[str, str]:
+    """What a user's shell has, without settings that happen to be set on this machine."""
+    keep = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH")
+    return {name: os.environ[name] for name in keep if name in os.environ} | more
+
+
+def session_of(pid: int) -> list[int]:
+    """The living processes of a session, by its id."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.getsid(process.pid) == pid and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return found
+
+
+class Supervisor:
+    """One run of the `supervisor` command, ended by force when the block is left."""
+
+    def __init__(
+        self,
+        *arguments: str | Path,
+        vllm: str | Path | None = FAKE,
+        plan: object = None,
+        cwd: Path | None = None,
+        environ: dict[str, str] | None = None,
+        verb: str = "up",
+    ) -> None:
+        more = dict(environ or {})
+        if vllm is not None:
+            more["SUPERVISOR_VLLM"] = str(vllm)
+        if plan is not None:
+            more["FAKE_VLLM_PLAN"] = json.dumps(plan)
+        if verb == "up" and "PORT" not in more and "--port" not in arguments:
+            more["PORT"] = "0"
+        self.process = subprocess.Popen(
+            [str(SUPERVISOR), verb, *map(str, arguments)],
+            env=clean_environment(**more),
+            cwd=cwd or ROOT / "tests",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        self.raw_output = bytearray()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self.engine_pid: int | None = None
+        self._client: httpx.Client | None = None
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        while data := self.process.stdout.read1(65536):  # type: ignore[attr-defined]
+            self.raw_output += data
+
+    def __enter__(self) -> Supervisor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(Exception):
+            self.engine()
+        if self._client is not None:
+            self._client.close()
+        self.process.kill()
+        self.process.wait()
+        for pid in session_of(self.engine_pid) if self.engine_pid else []:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    # What it says
+
+    @property
+    def output(self) -> str:
+        return self.raw_output.decode(errors="replace")
+
+    def says(self, pattern: str, seconds: float = 10.0) -> re.Match[str]:
+        """Waits until its output has the pattern."""
+        try:
+            found = wait_until(lambda: re.search(pattern, self.output), f"output {pattern!r}", seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; it said:\n{self.output[-3000:]}") from None
+        assert isinstance(found, re.Match)
+        return found
+
+    @property
+    def port(self) -> int:
+        return int(self.says(r"supervisor: starting .* on http://\S+?:(\d+)\n")[1])
+
+    @property
+    def client(self) -> httpx.Client:
+        if self._client is None:
+            self._client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
+        return self._client
+
+    def ready(self, seconds: float = 15.0) -> Supervisor:
+        self.says(r"supervisor: ready: http", seconds)
+        return self
+
+    def engine(self) -> int:
+        """The pid of vLLM's API server, which is its session's id; remembered for later."""
+        if self.engine_pid is None:
+            self.engine_pid = int(self.client.get("/status").json()["pid"])
+        return self.engine_pid
+
+    @property
+    def socket(self) -> str:
+        match = re.search(r"--uds (\S+)", self.client.get("/status").json()["command"])
+        assert match is not None
+        return match[1]
+
+    # What is done to it
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def exit_code(self, seconds: float = 15.0) -> int:
+        """Waits for it to leave."""
+        code = self.process.wait(seconds)
+        self._reader.join(5)
+        return code
+
+    def connect(self) -> RawClient:
+        return RawClient(self.port)
+
+
+class RawClient:
+    """A TCP connection on which a test says exactly what goes over the wire."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=10)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.received = b""
+
+    def __enter__(self) -> RawClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    def send(self, data: bytes) -> RawClient:
+        self.socket.sendall(data)
+        return self
+
+    def until(self, end: bytes) -> bytes:
+        """Everything up to and including `end`; what lies behind it is kept for the next call."""
+        while end not in self.received:
+            data = self.socket.recv(65536)
+            assert data, f"closed before {end!r}; received {self.received!r}"
+            self.received += data
+        at = self.received.index(end) + len(end)
+        found, self.received = self.received[:at], self.received[at:]
+        return found
+
+    def rest(self) -> bytes:
+        """Everything until the other side closes."""
+        while data := self.socket.recv(65536):
+            self.received += data
+        found, self.received = self.received, b""
+        return found
+
+    def answer(self) -> Answer:
+        """One whole response with a Content-Length."""
+        head = self.until(b"\r\n\r\n")
+        answer = Answer.parse(head)
+        length = int(answer.headers.get("content-length", "0"))
+        while len(self.received) < length:
+            data = self.socket.recv(65536)
+            assert data, "closed within the body"
+            self.received += data
+        answer.body, self.received = self.received[:length], self.received[length:]
+        return answer
+
+
+class Answer:
+    """A response's head, as it came, and its body."""
+
+    def __init__(self, status: int, headers: dict[str, str], head: bytes) -> None:
+        self.status = status
+        self.headers = headers
+        self.head = head
+        self.body = b""
+
+    @classmethod
+    def parse(cls, head: bytes) -> Answer:
+        first, *lines = head.decode("latin-1").rstrip("\r\n").split("\r\n")
+        fields = (line.partition(":") for line in lines)
+        return cls(int(first.split()[1]), {name.lower(): value.strip() for name, _, value in fields}, head)
+
+    def json(self) -> object:
+        return json.loads(self.body)
+
+
+def events(data: bytes) -> Iterator[dict[str, object]]:
+    """The JSON of each SSE event, `[DONE]` left out."""
+    for line in data.decode().split("\n"):
+        if line.startswith("data: ") and line != "data: [DONE]":
+            yield json.loads(line.removeprefix("data: "))
