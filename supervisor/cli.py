@@ -55,10 +55,20 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, Arguments]:
 def main(argv: list[str] | None = None) -> None:
     parsed, given = arguments(sys.argv[1:] if argv is None else argv)
     try:
-        settings = gather(given, os.environ)
-        sys.exit(run(parsed, settings))
+        code = run(parsed, gather(given, os.environ))
     except SettingsError as error:
         fail(error.problems)
+    _forget_closed_output()
+    sys.exit(code)
+
+
+def _forget_closed_output() -> None:
+    """Or Python's own last flush would turn a clean exit into code 120 where nobody reads our output any more."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def run(parsed: argparse.Namespace, settings: Settings) -> int:

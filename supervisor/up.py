@@ -20,6 +20,9 @@ BACKLOG = 2048
 CLOSE_PATIENCE = 5
 KEEP_ALIVE = 75
 PROBE_TIMEOUT = 10.0
+# vLLM leaves 0.6 s to 2 s after SIGTERM when nothing is in flight; one that has not left by then is killed. Who wants a
+# short drain wants a short end, too.
+TERMINATE_PATIENCE = 10.0
 
 
 def up(settings: Settings) -> int:
@@ -90,7 +93,7 @@ async def _run(settings: Settings, process: EngineProcess, path: str, sockets: l
     import logging  # noqa: PLC0415
     import signal  # noqa: PLC0415
 
-    from supervisor.engine.engine import Collaborators, Engine  # noqa: PLC0415
+    from supervisor.engine.engine import Collaborators, Engine, Timeouts  # noqa: PLC0415
     from supervisor.gateway.app import Gateway  # noqa: PLC0415
     from supervisor.gateway.policy import Policy  # noqa: PLC0415
     from supervisor.gateway.server import GatewayServer  # noqa: PLC0415
@@ -128,7 +131,8 @@ async def _run(settings: Settings, process: EngineProcess, path: str, sockets: l
         if engine.ready:
             log.info("%s", invitation(settings, sockets))
 
-    engine = Engine(process, Collaborators(probe, drain, changed), settings.knobs.startup_timeout)
+    timeouts = Timeouts(settings.knobs.startup_timeout, min(settings.knobs.drain_timeout, TERMINATE_PATIENCE))
+    engine = Engine(process, Collaborators(probe, drain, changed), timeouts)
     facts = {
         "model": settings.model.value,
         "mode": "http",

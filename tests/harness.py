@@ -31,7 +31,6 @@ DEMO = ROOT / "supervisor" / "demo" / "model"
 SUPERVISOR = Path(sys.prefix) / "bin" / "supervisor"
 
 
-
 def wait_until(condition: Callable[[], object], what: str, seconds: float = 10.0) -> object:
     """Polls until `condition` is true and returns what it gave; fails with `what` after `seconds`."""
     deadline = time.monotonic() + seconds
@@ -85,6 +84,7 @@ class Supervisor:
             stderr=subprocess.STDOUT,
         )
         self.raw_output = bytearray()
+        self._reading_ends = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self.engine_pid: int | None = None
@@ -92,8 +92,15 @@ class Supervisor:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        while data := self.process.stdout.read1(65536):  # type: ignore[attr-defined]
+        while not self._reading_ends.is_set() and (data := self.process.stdout.read1(65536)):  # type: ignore[attr-defined]
             self.raw_output += data
+        if self._reading_ends.is_set():
+            self.process.stdout.close()
+
+    def stop_reading(self) -> None:
+        """Closes the other end of its output (it must be logging for this to take effect)."""
+        self._reading_ends.set()
+        self._reader.join(10)
 
     def __enter__(self) -> Supervisor:
         return self

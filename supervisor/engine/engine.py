@@ -21,8 +21,6 @@ from supervisor.engine.process import EngineProcess
 # A refused connection costs 0.1 ms, so asking every 50 ms is free and no time is lost when vLLM begins to answer.
 # An engine that answers, but not 200, logs each question: those are asked less and less often.
 FIRST_POLL, SLOWEST_POLL, POLL_GROWTH = 0.05, 1.0, 1.3
-# vLLM leaves 0.6 s after SIGTERM when nothing is in flight; one that ignores it is killed after this long.
-TERMINATE_PATIENCE = 10.0
 # After the exit its last log lines are read, which name the cause; orphans may hold the pipe open for good.
 LAST_LINES_PATIENCE = 0.1
 
@@ -38,14 +36,22 @@ class Collaborators:
     changed: Callable[[], None]
 
 
-class Engine:
-    """`await Engine(process, collaborators, startup_timeout=1200).run()` returns the supervisor's exit code."""
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Seconds: until it must be ready; until it must be gone after SIGTERM."""
 
-    def __init__(self, process: EngineProcess, collaborators: Collaborators, startup_timeout: float) -> None:
+    startup: float
+    terminate: float
+
+
+class Engine:
+    """`await Engine(process, collaborators, timeouts).run()` returns the supervisor's exit code."""
+
+    def __init__(self, process: EngineProcess, collaborators: Collaborators, timeouts: Timeouts) -> None:
         self.log = logging.getLogger("supervisor.engine")
         self.process = process
         self.collaborators = collaborators
-        self.startup_timeout = startup_timeout
+        self.timeouts = timeouts
         self.state = State.STARTING
         self.since = time.time()
         self.phases = phases.Waterfall(process.spawned_at)
@@ -156,13 +162,13 @@ class Engine:
     async def _await_readiness(self) -> None:
         delay = FIRST_POLL
         try:
-            async with asyncio.timeout(self.startup_timeout):
+            async with asyncio.timeout(self.timeouts.startup):
                 while (status := await self.collaborators.probe()) != 200:
                     await asyncio.sleep(delay)
                     if status is not None:
                         delay = min(delay * POLL_GROWTH, SLOWEST_POLL)
         except TimeoutError:
-            limit = f"{self.startup_timeout:g} s (SUPERVISOR_STARTUP_TIMEOUT)"
+            limit = f"{self.timeouts.startup:g} s (SUPERVISOR_STARTUP_TIMEOUT)"
             self._send(Event.LATE, f"vLLM was not ready after {limit}, it was at: {self.phases.current}")
             return
         self._send(Event.READY, f"vLLM answers after {self.phases.finish():.1f} s")
@@ -175,10 +181,10 @@ class Engine:
     async def _terminate(self) -> None:
         self.process.terminate()
         try:
-            async with asyncio.timeout(TERMINATE_PATIENCE):
+            async with asyncio.timeout(self.timeouts.terminate):
                 await self.exited.wait()
         except TimeoutError:
-            self.log.warning("vLLM ignored SIGTERM for %g s: killed", TERMINATE_PATIENCE)
+            self.log.warning("vLLM ignored SIGTERM for %g s: killed", self.timeouts.terminate)
             self.process.kill()
 
     def _heard(self, line: str) -> None:

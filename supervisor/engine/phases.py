@@ -12,7 +12,10 @@ PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("reading the model's config", re.compile(r"non-default args")),
     ("starting the engine core", re.compile(r"Initializing a V1 LLM engine|Waiting for \d+ local, \d+ remote core")),
     ("downloading weights", re.compile(r"Downloading weights|Fetching \d+ files|Downloading shards")),
-    ("loading weights", re.compile(r"Starting to load model|Loading model weights|Loading safetensors checkpoint")),
+    (
+        "loading weights",
+        re.compile(r"Starting to load (the )?model|Loading model weights|Loading safetensors checkpoint"),
+    ),
     (
         "compiling",
         re.compile(r"Using cache directory.*compile|Dynamo bytecode transform|Start compiling"),

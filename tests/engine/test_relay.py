@@ -25,7 +25,10 @@ def chat(**more: object) -> dict[str, object]:
 def raw_script(*parts: bytes | tuple[bytes, float], close: bool = False) -> bytes:
     """The body of a request to /fake/raw: these bytes come back, each part a write of its own."""
     rows = [part if isinstance(part, tuple) else (part, 0.0) for part in parts]
-    script = {"parts": [{"b64": base64.b64encode(data).decode(), "delay": delay} for data, delay in rows], "close": close}
+    script = {
+        "parts": [{"b64": base64.b64encode(data).decode(), "delay": delay} for data, delay in rows],
+        "close": close,
+    }
     return json.dumps(script).encode()
 
 
@@ -151,7 +154,12 @@ def test_events_leave_as_they_come(running: Supervisor) -> None:
 
 def test_a_head_in_pieces_is_one_head(running: Supervisor) -> None:
     with running.connect() as raw:
-        raw.send(post("/fake/raw", raw_script(b"HTTP/1.1 2", (b"00 OK\r\nContent-Le", 0.02), (b"ngth: 2\r\n\r", 0.02), b"\nok")))
+        raw.send(
+            post(
+                "/fake/raw",
+                raw_script(b"HTTP/1.1 2", (b"00 OK\r\nContent-Le", 0.02), (b"ngth: 2\r\n\r", 0.02), b"\nok"),
+            )
+        )
         assert raw.answer().body == b"ok"
 
 
@@ -173,7 +181,9 @@ def test_head_has_a_length_and_no_body(running: Supervisor) -> None:
 
 
 def test_interim_answers_pass_to_http11_only(running: Supervisor) -> None:
-    script = raw_script(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+    script = raw_script(
+        b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+    )
     with running.connect() as raw:
         assert b"Link: </a>\r\n" in raw.send(post("/fake/raw", script)).until(b"\r\n\r\n")
         assert raw.answer().body == b"ok"
@@ -182,7 +192,9 @@ def test_interim_answers_pass_to_http11_only(running: Supervisor) -> None:
 
 
 def test_http10_client_gets_no_chunks(running: Supervisor) -> None:
-    script = raw_script(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"3\r\nabc\r\n", b"2\r\nde\r\n0\r\n\r\n")
+    script = raw_script(
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"3\r\nabc\r\n", b"2\r\nde\r\n0\r\n\r\n"
+    )
     with running.connect() as raw:
         head, _, body = raw.send(post("/fake/raw", script, "1.0")).rest().partition(b"\r\n\r\n")
     assert body == b"abcde"
@@ -226,7 +238,10 @@ def test_a_stale_idle_connection_is_not_used() -> None:
         supervisor.ready()
         with supervisor.connect() as raw:
             for _ in range(50):
-                assert raw.send(post(CHAT, json.dumps({"model": "m", "messages": []}).encode())).answer().status in (200, 400)
+                assert raw.send(post(CHAT, json.dumps({"model": "m", "messages": []}).encode())).answer().status in (
+                    200,
+                    400,
+                )
 
 
 @pytest.mark.parametrize("how", [socket.SHUT_RDWR, "reset"])
@@ -234,7 +249,9 @@ def test_client_gone_aborts_in_vllm(running: Supervisor, how: int | str) -> None
     body = json.dumps(chat(stream=True, max_tokens=10_000)).encode()
     before = running.client.get("/fake/state").json()["aborted"]
     with running.connect() as raw:
-        raw.send(post(CHAT, body, "1.1", "Content-Type: application/json", 'X-Fake: {"token_interval": 0.01}')).until(b"data: ")
+        raw.send(post(CHAT, body, "1.1", "Content-Type: application/json", 'X-Fake: {"token_interval": 0.01}')).until(
+            b"data: "
+        )
         if how == "reset":
             raw.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     wait_until(lambda: running.client.get("/fake/state").json()["aborted"] == before + 1, "the abort", 1)
@@ -313,7 +330,12 @@ def test_more_than_one_answer_never_reaches_the_next_request(running: Supervisor
         seen = raw.send(post("/fake/raw", raw_script(two))).rest()
     assert b"evil" not in seen
     with running.connect() as raw:
-        raw.send(post("/fake/raw", raw_script(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", (b"HTTP/1.1 200 OK\r\n\r\n", 0.01))))
+        raw.send(
+            post(
+                "/fake/raw",
+                raw_script(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", (b"HTTP/1.1 200 OK\r\n\r\n", 0.01)),
+            )
+        )
         assert raw.answer().body == b"ok"
         assert b"evil" not in raw.send(get("/fake/echo/x")).answer().body
 
@@ -347,7 +369,9 @@ def test_bad_requests_are_refused(running: Supervisor, request_: bytes) -> None:
 def test_garbage_behind_a_request_does_not_corrupt_its_answer(running: Supervisor) -> None:
     body = json.dumps(chat(stream=True, max_tokens=50)).encode()
     with running.connect() as raw:
-        raw.send(post(CHAT, body, "1.1", "Content-Type: application/json", 'X-Fake: {"token_interval": 0.01}')).until(b"data: ")
+        raw.send(post(CHAT, body, "1.1", "Content-Type: application/json", 'X-Fake: {"token_interval": 0.01}')).until(
+            b"data: "
+        )
         raw.send(b"nonsense\r\n\r\n")
         try:
             seen = raw.rest()
@@ -388,5 +412,3 @@ def test_keys() -> None:
         supervisor.engine_pid = client.get("/status", headers={"X-API-Key": "first-key"}).json()["pid"]
         assert "first-key" not in supervisor.output
         client.close()
-
-

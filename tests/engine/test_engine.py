@@ -1,0 +1,337 @@
+"""The engine's life under the supervisor: start, hold, drain, stop, and failures, on the fake vLLM."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.harness import FAKE, ROOT, Supervisor, events, session_of, wait_until
+
+CHAT = "/v1/chat/completions"
+
+
+def chat(**more: object) -> dict[str, object]:
+    return {"model": "m", "messages": [{"role": "user", "content": "hi"}], **more}
+
+
+def fault(**keys: object) -> dict[str, str]:
+    return {"X-Fake": json.dumps(keys)}
+
+
+def leaves_nothing(supervisor: Supervisor, workspace: Path) -> None:
+    assert supervisor.engine_pid is not None
+    assert session_of(supervisor.engine_pid) == []
+    assert not workspace.exists()
+
+
+def state(supervisor: Supervisor) -> str:
+    return str(supervisor.client.get("/status").json()["state"])
+
+
+# Start
+
+
+def test_while_it_loads_ping_is_204_and_health_names_the_phase() -> None:
+    with Supervisor("m", plan=[{"load_seconds": 30}]) as supervisor:
+        supervisor.says("loading weights")
+        assert supervisor.client.get("/ping").status_code == 204
+        assert supervisor.client.get("/ping").content == b""
+        health = supervisor.client.get("/health")
+        assert health.status_code == 503
+        assert "loading weights" in health.json()["status"]
+        status = supervisor.client.get("/status").json()
+        assert status["state"] == "starting"
+        assert [phase["name"] for phase in status["phases"]][0] == "importing vLLM"
+        assert status["model"] == "m"
+
+
+def test_requests_that_come_too_early_are_held_and_answered_in_order() -> None:
+    with Supervisor("m", plan=[{"load_seconds": 1.5}]) as supervisor, concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(supervisor.client.post, CHAT, json=chat()) for _ in range(8)]
+        wait_until(lambda: supervisor.client.get("/status").json()["waiting"] == 8, "eight held requests")
+        assert "ready: http" not in supervisor.output
+        assert [answer.result().status_code for answer in answers] == [200] * 8
+
+
+def test_hold_timeout_is_a_503_that_says_what_is_going_on() -> None:
+    with Supervisor("m", plan=[{"load_seconds": 60}], environ={"SUPERVISOR_HOLD_TIMEOUT": "0.3"}) as supervisor:
+        answer = supervisor.client.post(CHAT, json=chat())
+        assert answer.status_code == 503
+        assert int(answer.headers["retry-after"]) >= 1
+        error = answer.json()["error"]
+        assert "starting" in error["message"]
+        assert "SUPERVISOR_HOLD_TIMEOUT" in error["message"]
+        assert error["code"] == "engine_unavailable"
+        refused = supervisor.client.post("/v1/messages", json={}).json()
+        assert refused["type"] == "error"
+        assert refused["error"]["type"] == "overloaded_error"
+        assert refused["request_id"] == refused["request_id"].strip() != ""
+
+
+def test_a_held_client_that_leaves_is_forgotten() -> None:
+    with Supervisor("m", plan=[{"load_seconds": 60}]) as supervisor:
+        with supervisor.connect() as raw:
+            raw.send(b"GET /v1/models HTTP/1.1\r\nHost: h\r\n\r\n")
+            wait_until(lambda: supervisor.client.get("/status").json()["waiting"] == 1, "the held request")
+        wait_until(lambda: supervisor.client.get("/status").json()["waiting"] == 0, "it being forgotten", 1)
+
+
+def test_vllm_log_passes_through_line_by_line() -> None:
+    with Supervisor("m", plan=[{"log_binary": True}]) as supervisor:
+        supervisor.ready()
+        assert b"Application startup complete." in supervisor.raw_output
+        wait_until(
+            lambda: b"\xff" in supervisor.raw_output or b"\xfe" in supervisor.raw_output, "bytes that are not UTF-8"
+        )
+
+
+def test_child_sees_vllms_variables_and_no_secrets_of_ours() -> None:
+    environ = {
+        "VLLM_SOMETHING": "1",
+        "HF_TOKEN": "hf_abcdefghijklmnop",
+        "RUNPOD_AI_API_KEY": "rpa_abcdefghijklmnop",
+        "RUNPOD_WEBHOOK_PING": "http://127.0.0.1:9/ping",
+        "SUPERVISOR_API_KEYS": "our-secret-key",
+    }
+    with Supervisor("m", environ=environ) as supervisor:
+        supervisor.says("supervisor: ready")
+        headers = {"X-API-Key": "our-secret-key"}
+        with httpx.Client(base_url=f"http://127.0.0.1:{supervisor.port}", headers=headers) as client:
+            names = set(client.get("/fake/state").json()["env_names"])
+            supervisor.engine_pid = client.get("/status").json()["pid"]
+        assert {"VLLM_SOMETHING", "HF_TOKEN"} <= names
+        assert not {name for name in names if name.startswith(("SUPERVISOR_", "RUNPOD_"))}
+        for secret in ("hf_abcdefghijklmnop", "rpa_abcdefghijklmnop", "our-secret-key"):
+            assert secret not in supervisor.output
+
+
+def test_health_port_serves_beside_the_first() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with Supervisor("m", environ={"PORT_HEALTH": str(port)}) as supervisor:
+        supervisor.ready()
+        assert httpx.get(f"http://127.0.0.1:{port}/ping").status_code == 200
+
+
+# Stop
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stop_mid_stream_completes_it_and_leaves_nothing(number: int) -> None:
+    with Supervisor("m") as supervisor:
+        supervisor.ready().engine()
+        workspace = Path(supervisor.socket).parent
+        body = chat(stream=True, max_tokens=40)
+        with supervisor.client.stream("POST", CHAT, json=body, headers=fault(token_interval=0.02)) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            supervisor.signal(number)
+            supervisor.says("ready -> draining")
+            late = httpx.post(f"http://127.0.0.1:{supervisor.port}{CHAT}", json=chat())
+            assert late.status_code == 503
+            assert "retry-after" in late.headers
+            assert httpx.get(f"http://127.0.0.1:{supervisor.port}/ping").status_code == 503
+            rest = list(lines)
+        assert rest[-2:] == ["data: [DONE]", ""] or "data: [DONE]" in rest
+        assert supervisor.exit_code() == 0
+        leaves_nothing(supervisor, workspace)
+
+
+def test_many_streams_and_waiting_requests_at_stop() -> None:
+    """All that were being answered complete; the exit code is 0."""
+    with Supervisor("m") as supervisor, concurrent.futures.ThreadPoolExecutor(32) as pool:
+        supervisor.ready().engine()
+
+        def stream() -> list[dict[str, object]]:
+            body = json.dumps(chat(stream=True, max_tokens=50)).encode()
+            head = (
+                f"POST {CHAT} HTTP/1.1\r\nHost: h\r\nX-Fake: {fault(token_interval=0.05)['X-Fake']}\r\nContent-Length: "
+            )
+            with supervisor.connect() as raw:
+                raw.send(f"{head}{len(body)}\r\n\r\n".encode() + body)
+                return list(events(raw.until(b"[DONE]")))
+
+        streams = [pool.submit(stream) for _ in range(32)]
+        wait_until(lambda: supervisor.client.get("/status").json()["in_flight"] == 32, "32 streams")
+        supervisor.signal(signal.SIGTERM)
+        for result in streams:
+            assert result.result()[-1]["choices"][0]["finish_reason"] == "length"  # type: ignore[index]
+        assert supervisor.exit_code() == 0
+
+
+def test_stop_while_it_loads_answers_the_waiting() -> None:
+    with Supervisor("m", plan=[{"load_seconds": 60}]) as supervisor, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        supervisor.engine()
+        held = pool.submit(supervisor.client.post, CHAT, json=chat())
+        wait_until(lambda: supervisor.client.get("/status").json()["waiting"] == 1, "the held request")
+        supervisor.signal(signal.SIGTERM)
+        assert held.result().status_code == 503
+        assert supervisor.exit_code() == 0
+        assert session_of(supervisor.engine_pid or 0) == []
+
+
+def test_drain_timeout_cuts_and_says_so_in_the_exit_code() -> None:
+    with Supervisor("m", environ={"SUPERVISOR_DRAIN_TIMEOUT": "0.3"}) as supervisor:
+        supervisor.ready().engine()
+        body = chat(stream=True, max_tokens=10_000)
+        with (
+            pytest.raises(httpx.RemoteProtocolError),
+            supervisor.client.stream("POST", CHAT, json=body, headers=fault(token_interval=0.05)) as answer,
+        ):
+            for line in answer.iter_lines():
+                if line.startswith("data:") and "draining" not in supervisor.output:
+                    supervisor.signal(signal.SIGTERM)
+                    supervisor.says("draining")
+        assert supervisor.exit_code() == 128 + signal.SIGTERM
+        assert "SUPERVISOR_DRAIN_TIMEOUT" in supervisor.output
+
+
+def test_second_signal_does_not_wait() -> None:
+    with Supervisor("m") as supervisor:
+        supervisor.ready().engine()
+        workspace = Path(supervisor.socket).parent
+        with supervisor.connect() as raw:
+            raw.send(b"GET /fake/hang HTTP/1.1\r\nHost: h\r\n\r\n")
+            wait_until(lambda: supervisor.client.get("/status").json()["in_flight"] == 1, "the request in flight")
+            supervisor.signal(signal.SIGTERM)
+            supervisor.says("ready -> draining")
+            supervisor.signal(signal.SIGTERM)
+            assert supervisor.exit_code() == 128 + signal.SIGTERM
+        leaves_nothing(supervisor, workspace)
+
+
+def test_an_orphan_is_killed() -> None:
+    with Supervisor("m", plan=[{"leave_orphan": True}]) as supervisor:
+        supervisor.ready().engine()
+        workspace = Path(supervisor.socket).parent
+        assert len(session_of(supervisor.engine())) >= 4
+        supervisor.signal(signal.SIGTERM)
+        assert supervisor.exit_code() == 0
+        leaves_nothing(supervisor, workspace)
+
+
+def test_vllm_that_ignores_sigterm_is_killed() -> None:
+    with Supervisor("m", plan=[{"ignore_sigterm": True}], environ={"SUPERVISOR_DRAIN_TIMEOUT": "1"}) as supervisor:
+        supervisor.ready().engine()
+        workspace = Path(supervisor.socket).parent
+        supervisor.signal(signal.SIGTERM)
+        assert supervisor.exit_code(20) == 0
+        assert "ignored SIGTERM" in supervisor.output
+        leaves_nothing(supervisor, workspace)
+
+
+# Failures
+
+
+def test_death_at_start_is_exit_3_and_names_the_last_error() -> None:
+    plan = [{"die_at_start": {"log": ["INFO fine", "ValueError: the model is too large"], "code": 1, "after": 0.5}}]
+    with Supervisor("m", plan=plan) as supervisor, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        supervisor.engine()
+        held = pool.submit(supervisor.client.post, CHAT, json=chat())
+        answer = held.result()
+        assert answer.status_code == 503
+        assert "the model is too large" in answer.json()["error"]["message"]
+        assert supervisor.exit_code() == 3
+        assert "starting -> failed: vLLM ended (exit code 1): ValueError: the model is too large" in supervisor.output
+        assert session_of(supervisor.engine()) == []
+
+
+def test_startup_timeout_is_exit_3_and_names_the_variable() -> None:
+    with Supervisor("m", plan=[{"load_seconds": 60}], environ={"SUPERVISOR_STARTUP_TIMEOUT": "0.5"}) as supervisor:
+        supervisor.engine()
+        assert supervisor.exit_code() == 3
+        assert "SUPERVISOR_STARTUP_TIMEOUT" in supervisor.output
+        assert session_of(supervisor.engine()) == []
+
+
+@pytest.mark.parametrize("victim", ["pid", "engine_pid"])
+def test_death_after_ready_is_exit_4_and_leaves_no_orphan(victim: str) -> None:
+    with Supervisor("m") as supervisor:
+        supervisor.ready().engine()
+        os.kill(supervisor.client.get("/fake/state").json()[victim], signal.SIGKILL)
+        assert supervisor.exit_code() == 4
+        assert "ready -> failed" in supervisor.output
+        assert session_of(supervisor.engine()) == []
+
+
+def test_request_in_flight_when_vllm_dies_gets_an_answer() -> None:
+    with Supervisor("m") as supervisor, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        supervisor.ready().engine()
+        hanging = pool.submit(supervisor.client.get, "/fake/hang")
+        wait_until(lambda: supervisor.client.get("/status").json()["in_flight"] == 1, "the request in flight")
+        os.kill(supervisor.engine(), signal.SIGKILL)
+        assert hanging.result().status_code in (502, 503)
+        assert hanging.result().json()["error"]["message"]
+
+
+def test_a_stopped_reader_of_our_output_stops_nothing() -> None:
+    """A full pipe on stdout and stderr: vLLM's log stands still, requests do not."""
+    read, write = os.pipe()
+    environ = {
+        "SUPERVISOR_VLLM": str(FAKE),
+        "PORT": "0",
+        "FAKE_VLLM_PLAN": '[{"log_flood": 2000}]',
+        "PATH": os.environ["PATH"],
+    }
+    from tests.harness import SUPERVISOR
+
+    process = subprocess.Popen(
+        [str(SUPERVISOR), "up", "m"], env=environ, stdout=write, stderr=write, stdin=subprocess.DEVNULL
+    )
+    os.close(write)
+    try:
+        head = b""
+        while b"ready: http" not in head:
+            head += os.read(read, 4096)
+        port = int(head.split(b"ready: http://127.0.0.1:")[1].split()[0])
+        engine = httpx.get(f"http://127.0.0.1:{port}/status").json()["pid"]
+        deadline = time.monotonic() + 1.5  # the flood fills the pipe's 64 KB many times in this
+        while time.monotonic() < deadline:
+            assert httpx.get(f"http://127.0.0.1:{port}/status", timeout=2).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        os.set_blocking(read, True)
+        while os.read(read, 65536):
+            pass
+        assert process.wait(15) == 0
+        assert session_of(engine) == []
+    finally:
+        process.kill()
+        process.wait()
+        os.close(read)
+
+
+def test_closed_output_stops_nothing() -> None:
+    with Supervisor("m", plan=[{"log_flood": 200}]) as supervisor:
+        supervisor.ready().engine()
+        assert supervisor.process.stdout is not None
+        supervisor.stop_reading()
+        for _ in range(20):
+            assert supervisor.client.post(CHAT, json=chat()).status_code == 200
+        supervisor.signal(signal.SIGTERM)
+        assert supervisor.process.wait(15) == 0
+        assert session_of(supervisor.engine()) == []
+
+
+def test_config_yaml_of_the_working_folder_is_read(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: m\nmax-model-len: 1k\nsupervisor:\n  hold_timeout: 7\n")
+    with Supervisor(cwd=tmp_path) as supervisor:
+        command = supervisor.ready().client.get("/status").json()["command"]
+        supervisor.engine()
+    assert " serve m " in command
+    assert "--max-model-len 1k" in command
+
+
+def test_readme_tool_line_works() -> None:
+    """`SUPERVISOR_VLLM=scripts/fake_vllm supervisor up x`, from the repository's root."""
+    with Supervisor("x", vllm="scripts/fake_vllm", cwd=ROOT) as supervisor:
+        supervisor.ready().engine()
