@@ -110,7 +110,7 @@ class _Gathering:
         vllm, catalogue = self._vllm(knobs, cache)
         model, is_demo = self._model()
         options = self._options(catalogue, demo.DEFAULTS if is_demo else {}) if catalogue else ()
-        vllm_args = (*knobs.extra_args, *self.arguments.vllm_args)
+        vllm_args = (*(knobs.extra_args or ()), *self.arguments.vllm_args)
         self._check_raw(vllm_args)
         if self._wants_queue(knobs):
             self.problems.append("queue mode is not there yet: set SUPERVISOR_MODE=http")

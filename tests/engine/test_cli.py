@@ -1,0 +1,167 @@
+"""The command as a user types it: what bad input is answered with, and what `explain` shows."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.harness import DEMO, FAKE, SUPERVISOR, clean_environment
+
+
+def run(*arguments: str, cwd: Path, vllm: str | None = str(FAKE), **environ: str) -> subprocess.CompletedProcess[str]:
+    if vllm is not None:
+        environ["SUPERVISOR_VLLM"] = vllm
+    return subprocess.run(
+        [str(SUPERVISOR), *arguments],
+        env=clean_environment(**{"PORT": "0"} | environ),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("verb", ["up", "explain"])
+@pytest.mark.parametrize(
+    ("arguments", "environ", "expected"),
+    [
+        (["m", "--bogus"], {}, "unrecognized arguments: --bogus"),
+        (["m", "n"], {}, "unrecognized arguments: n"),
+        (["m", "--port"], {}, "argument --port: expected one argument"),
+        (["m", "--mode", "nonsense"], {}, "expected one of auto, http, queue"),
+        (["/no/such/folder"], {}, "MODEL=/no/such/folder (command line): no such folder"),
+        (["m", "--config", "/no/such.yaml"], {}, "/no/such.yaml can't be read"),
+        (["m"], {"MAX_NUM_SEQS": "x"}, "MAX_NUM_SEQS=x (environment MAX_NUM_SEQS): expected a whole number"),
+        (["m"], {"vllm": "/no/such/vllm"}, "SUPERVISOR_VLLM=/no/such/vllm: no such command"),
+        (["m"], {"vllm": "/bin/false"}, "it is not a working vLLM"),
+        (["m", "--", "--uds", "x"], {}, "--uds can't be passed to vLLM"),
+        ([], {"RUNPOD_POD_ID": "x"}, "no model is named: set MODEL"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_2(
+    tmp_path: Path, verb: str, arguments: list[str], environ: dict[str, str], expected: str
+) -> None:
+    done = run(verb, *arguments, cwd=tmp_path, **environ)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("supervisor: ")
+    assert expected in line
+
+
+@pytest.mark.parametrize("arguments", [["upp"], [], ["--bogus"]])
+def test_unknown_verb(tmp_path: Path, arguments: list[str]) -> None:
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "supervisor --help" in done.stderr
+
+
+def test_malformed_config_names_file_and_line(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: m\nbroken: [1\n")
+    done = run("up", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "config.yaml is not valid YAML at line 3" in done.stderr
+    assert len(done.stderr.splitlines()) <= 2  # and the model, which the file could not name
+
+
+def test_port_in_use_names_the_variable(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = run("up", "m", "--port", str(taken.getsockname()[1]), cwd=tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "set PORT" in done.stderr
+    assert "in use" in done.stderr
+
+
+@pytest.mark.parametrize("host", ["203.0.113.7", "no.such.host.invalid", "::ffff:zz"])
+def test_an_address_that_is_not_ours(tmp_path: Path, host: str) -> None:
+    done = run("up", "m", "--host", host, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "SUPERVISOR_HOST" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_missing_vllm_says_what_to_run(tmp_path: Path) -> None:
+    """No `.vllm` beside the environment and none on PATH: a bare interpreter runs the package from elsewhere."""
+    site = tmp_path / "lib"
+    site.mkdir()
+    (site / "supervisor").symlink_to(Path(__file__).parents[2] / "supervisor")
+    done = subprocess.run(
+        [os.path.realpath(os.sys.executable), "-m", "supervisor", "up", "m"],  # type: ignore[attr-defined]
+        env={"PYTHONPATH": str(site), "PATH": "/nowhere", "HOME": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "supervisor: vLLM is not installed: run scripts/setup, or set SUPERVISOR_VLLM to the `vllm` command."
+    ]
+
+
+def test_a_vllm_that_is_no_program(tmp_path: Path) -> None:
+    broken = tmp_path / "vllm"
+    broken.write_text("#!/no/such/interpreter\n")
+    broken.chmod(0o755)
+    done = run("up", "m", cwd=tmp_path, vllm=str(broken))
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "Traceback" not in done.stderr
+
+
+# explain
+
+
+def test_explain_shows_every_setting_with_its_source(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("max_model_len: 4096\n")
+    done = run("explain", "m", cwd=tmp_path, MAX_MODEL_LEN="8192", HOST="0.0.0.0", MAX_NUM_SEQS="4")
+    assert done.returncode == 0
+    rows = {line.split()[0]: line for line in done.stdout.splitlines() if line and not line.startswith("note")}
+    assert "8192" in rows["MAX_MODEL_LEN"]
+    assert "environment MAX_MODEL_LEN" in rows["MAX_MODEL_LEN"]
+    assert "config.yaml max_model_len: 4096" in rows["MAX_MODEL_LEN"]
+    assert "default" in rows["SUPERVISOR_DRAIN_TIMEOUT"]
+    assert "note: environment HOST is not passed to vLLM: set SUPERVISOR_HOST" in done.stdout
+    command = shlex.split(done.stdout.splitlines()[-1])
+    assert command[1:3] == ["serve", "m"]
+    assert ["--max-model-len", "8192", "--max-num-seqs", "4"] == command[5:]
+
+
+def test_explain_as_json(tmp_path: Path) -> None:
+    content = json.loads(run("explain", str(DEMO), "--json", cwd=tmp_path).stdout)
+    settings = {row["name"]: row for row in content["settings"]}
+    assert settings["MODEL"]["source"] == "command line"
+    assert settings["SERVED_MODEL_NAME"] == {
+        "name": "SERVED_MODEL_NAME",
+        "value": "demo",
+        "source": "demo model",
+        "overrode": [],
+    }
+    assert content["command"].startswith(f"{FAKE} serve {DEMO} --uds ")
+    assert content["vllm_version"] == "0.32.0"
+
+
+def test_secrets_are_nowhere(tmp_path: Path) -> None:
+    secrets = {
+        "HF_TOKEN": "hf_verysecrettoken",
+        "SUPERVISOR_API_KEYS": "our-secret-key",
+        "OPENAI_API_KEY": "sk-anothersecret",
+        "SUPERVISOR_EXTRA_ARGS": "--x https://user:urlpassword@host/",
+    }
+    for arguments in (("explain", "m"), ("explain", "m", "--json"), ("explain", "m", "--port", "bad")):
+        done = run(*arguments, cwd=tmp_path, **secrets)
+        for secret in ("hf_verysecrettoken", "our-secret-key", "sk-anothersecret", "urlpassword"):
+            assert secret not in done.stdout + done.stderr

@@ -1,0 +1,312 @@
+"""Settings: precedence, provenance, values and their checks, the command that comes out. No process is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from supervisor.settings import catalogue, demo
+from supervisor.settings.aliases import ALIASES, OWNED
+from supervisor.settings.catalogue import BadValue, Option
+from supervisor.settings.command import Mask, build
+from supervisor.settings.knobs import KNOBS, Knobs
+from supervisor.settings.sources import Arguments, Settings, SettingsError, gather
+
+SHIPPED = catalogue.parse((catalogue.FLAGS / "0.32.0.json").read_text())
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a vLLM that is found, and never started."""
+    vllm = tmp_path / "vllm" / "bin" / "vllm"
+    vllm.parent.mkdir(parents=True)
+    vllm.write_text("#!/bin/false\n")
+    vllm.chmod(0o755)
+    (tmp_path / "vllm/lib/python3.12/site-packages/vllm-0.32.0+cu130.dist-info").mkdir(parents=True)
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    return work
+
+
+def read(folder: Path, arguments: Arguments = Arguments(model="m"), **environ: str) -> Settings:  # noqa: B008  # frozen
+    return gather(arguments, {"SUPERVISOR_VLLM": str(folder.parent / "vllm/bin/vllm")} | environ)
+
+
+def problems(folder: Path, arguments: Arguments = Arguments(model="m"), **environ: str) -> list[str]:  # noqa: B008
+    with pytest.raises(SettingsError) as caught:
+        read(folder, arguments, **environ)
+    return caught.value.problems
+
+
+def argv(settings: Settings) -> list[str]:
+    found = list(build(settings, "SOCKET", "FOLDER").argv[1:])
+    assert found[:2] == ["serve", str(settings.model.value)]
+    assert found[2:4] == ["--uds", "SOCKET"]
+    return found[4:]
+
+
+# Precedence and provenance
+
+
+def test_command_line_beats_environment_beats_file_beats_default(folder: Path) -> None:
+    (folder / "config.yaml").write_text("model: from-file\nsupervisor: {port: 1, host: 127.0.0.3}\nmax_model_len: 1\n")
+    settings = read(folder, Arguments(model="from-cli", port="3"), MODEL="from-env", PORT="2", MAX_MODEL_LEN="2")
+    assert (settings.model.value, settings.model.source) == ("from-cli", "command line")
+    assert settings.model.overrode == ("environment MODEL: from-env", "config.yaml model: from-file")
+    assert (settings.knobs.port, settings.knobs.host, settings.knobs.hold_timeout) == (3, "127.0.0.3", 120.0)
+    length = dict((option.key, setting) for option, setting in settings.options)["max_model_len"]
+    assert (length.value, length.source) == ("2", "environment MAX_MODEL_LEN")
+    assert length.overrode == ("config.yaml max_model_len: 1",)
+
+
+def test_empty_means_unset(folder: Path) -> None:
+    settings = read(folder, Arguments(), MODEL="", MODEL_NAME="x", PORT="", MAX_MODEL_LEN="")
+    assert settings.model.value == "x"
+    assert settings.knobs.port == 8000
+    assert argv(settings) == []
+
+
+def test_every_alias_is_read(folder: Path) -> None:
+    knobs = {knob.variable: knob.field for knob in KNOBS}
+    for ours, others in ALIASES.items():
+        for other in others:
+            value = "true" if ours == "TRUST_REMOTE_CODE" else "auto" if ours == "DTYPE" else "7"
+            settings = read(folder, Arguments(model=None if ours == "MODEL" else "m"), **{other: value})
+            if ours == "MODEL":
+                assert settings.model.source == f"environment {other}"
+            elif ours in knobs:
+                assert str(getattr(settings.knobs, knobs[ours])) in ("7.0", "('7',)")
+            else:
+                assert [setting.source for _, setting in settings.options] == [f"environment {other}"]
+
+
+def test_ours_wins_over_an_alias(folder: Path) -> None:
+    settings = read(folder, Arguments(), MODEL="ours", MODEL_NAME="theirs")
+    assert settings.model.value == "ours"
+    assert settings.model.overrode == ("environment MODEL_NAME: theirs",)
+
+
+def test_settings_are_frozen(folder: Path) -> None:
+    settings = read(folder)
+    with pytest.raises(AttributeError):
+        settings.knobs.port = 1  # type: ignore[misc]
+
+
+def test_the_table_of_knobs_and_their_object_agree() -> None:
+    assert {knob.field for knob in KNOBS} == set(Knobs.__dataclass_fields__)
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("variable", "given", "expected"),
+    [
+        ("MAX_MODEL_LEN", "32k", ["--max-model-len", "32k"]),
+        ("MAX_MODEL_LEN", "auto", ["--max-model-len", "auto"]),
+        ("GPU_MEMORY_UTILIZATION", "0.9", ["--gpu-memory-utilization", "0.9"]),
+        ("ENFORCE_EAGER", "yes", ["--enforce-eager"]),
+        ("ENFORCE_EAGER", "0", ["--no-enforce-eager"]),
+        ("DISABLE_LOG_STATS", "on", ["--disable-log-stats"]),
+        ("DISABLE_LOG_STATS", "false", []),
+        ("SERVED_MODEL_NAME", "a b", ["--served-model-name", "a", "b"]),
+        ("SERVED_MODEL_NAME", '["a", "b c"]', ["--served-model-name", "a", "b c"]),
+        ("SERVED_MODEL_NAME", "a,b", ["--served-model-name", "a", "b"]),
+        ("MIDDLEWARE", "a,b", ["--middleware", "a", "--middleware", "b"]),
+        ("SPECULATIVE_CONFIG", '{"method": "ngram"}', ["--speculative-config", '{"method": "ngram"}']),
+        ("SEED", "-1", ["--seed=-1"]),
+        ("CHAT_TEMPLATE", "{% for x in y %}", ["--chat-template", "{% for x in y %}"]),
+        ("DTYPE", "bfloat16", ["--dtype", "bfloat16"]),
+    ],
+)
+def test_values_become_argv(folder: Path, variable: str, given: str, expected: list[str]) -> None:
+    assert argv(read(folder, **{variable: given})) == expected
+
+
+def test_yaml_values_become_argv(folder: Path) -> None:
+    (folder / "config.yaml").write_text(
+        "max-model-len: 4096\nenforce_eager: false\nserved_model_name: [a, b]\nspeculative-config:\n  method: ngram\n"
+    )
+    assert argv(read(folder)) == [
+        "--no-enforce-eager", "--max-model-len", "4096", "--served-model-name", "a", "b",
+        "--speculative-config", '{"method": "ngram"}',
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("variable", "given", "expected"),
+    [
+        ("MAX_NUM_SEQS", "many", "a whole number"),
+        ("GPU_MEMORY_UTILIZATION", "90%", "a number"),
+        ("ENFORCE_EAGER", "maybe", "true or false"),
+        ("MAX_MODEL_LEN", "4 k", "4096"),
+        ("DTYPE", "float8", "bfloat16"),
+        ("SPECULATIVE_CONFIG", "{method: ngram}", "JSON"),
+        ("SERVED_MODEL_NAME", "[a", "a list"),
+        ("PORT", "eighty", "a port"),
+        ("PORT", "65536", "a port"),
+        ("SUPERVISOR_HOLD_TIMEOUT", "-1", "seconds"),
+        ("SUPERVISOR_HOLD_TIMEOUT", "nan", "seconds"),
+        ("SUPERVISOR_LOG_FORMAT", "xml", "text, json"),
+        ("SUPERVISOR_EXTRA_ARGS", "'open", "arguments"),
+        ("SUPERVISOR_API_KEYS", "@/no/such/file", "keys"),
+    ],
+)
+def test_bad_values_name_variable_value_and_expectation(folder: Path, variable: str, given: str, expected: str) -> None:
+    (problem,) = problems(folder, **{variable: given})
+    assert problem.startswith(f"{variable}=")
+    assert expected in problem
+    assert given in problem or "KEYS" in variable
+
+
+def test_all_problems_come_at_once(folder: Path) -> None:
+    (folder / "config.yaml").write_text("max_modle_len: 1\nsupervisor: {prot: 1}\n")
+    found = problems(folder, MAX_NUM_SEQS="x", PORT="y")
+    assert len(found) == 4
+    assert any("unknown key max_modle_len; did you mean max_model_len?" in problem for problem in found)
+    assert any("unknown key supervisor.prot; did you mean supervisor.port?" in problem for problem in found)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: [1\n", "is not valid YAML at line"),
+        ("- a\n- b\n", "must be a mapping"),
+        ("just words", "must be a mapping"),
+        ("supervisor: 3\nmodel: m\n", "'supervisor' must be a mapping"),
+        ("a: \x00", "is not valid YAML"),
+    ],
+)
+def test_malformed_config(folder: Path, text: str, expected: str) -> None:
+    (folder / "config.yaml").write_text(text)
+    assert any(expected in problem for problem in problems(folder))
+
+
+def test_named_config_must_exist(folder: Path) -> None:
+    (problem,) = problems(folder, Arguments(model="m", config="other.yaml"))
+    assert "other.yaml can't be read" in problem
+
+
+def test_empty_config_is_none(folder: Path) -> None:
+    (folder / "config.yaml").write_text("# all comments\n")
+    assert argv(read(folder)) == []
+
+
+# The model
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "~/nowhere-at-all", "a/b/c"])
+def test_a_folder_that_does_not_exist(folder: Path, name: str) -> None:
+    (problem,) = problems(folder, Arguments(model=name))
+    assert "no such folder" in problem
+    assert name in problem
+
+
+def test_no_model_on_a_platform_names_the_variable(folder: Path) -> None:
+    (problem,) = problems(folder, Arguments(), RUNPOD_POD_ID="x")
+    assert "set MODEL" in problem
+
+
+def test_no_model_on_a_laptop_is_the_demo(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "platform", lambda environ: None)
+    settings = read(folder, Arguments(), MAX_MODEL_LEN="512")
+    assert settings.is_demo
+    assert Path(settings.model.value) == demo.MODEL
+    found = argv(settings)
+    assert ["--max-model-len", "512"] == found[found.index("--max-model-len") :][:2]
+    assert "--enable-auto-tool-choice" in found
+    assert build(settings, "s", "f").environ["VLLM_CPU_KVCACHE_SPACE"] == "1"
+
+
+def test_queue_mode_is_said_to_be_missing(folder: Path) -> None:
+    assert any("queue mode" in problem for problem in problems(folder, SUPERVISOR_MODE="queue"))
+    assert any("queue mode" in problem for problem in problems(folder, RUNPOD_WEBHOOK_GET_JOB="http://127.0.0.1/"))
+    assert read(folder, RUNPOD_WEBHOOK_GET_JOB="http://127.0.0.1/", PORT_HEALTH="80").knobs.port_health == 80
+
+
+# What is not the user's to set
+
+
+def test_owned_options_are_said_to_be_owned(folder: Path) -> None:
+    settings = read(folder, HOST="0.0.0.0", API_KEY="k", UDS="/x", PORT="8001")
+    assert argv(settings) == []
+    assert len(settings.notes) == 3
+    assert all("is not passed to vLLM" in note for note in settings.notes)
+
+
+def test_owned_options_in_raw_arguments_are_refused(folder: Path) -> None:
+    for token in ("--uds", "--port=1", "--api-key"):
+        assert any(token.partition("=")[0] in problem for problem in problems(folder, SUPERVISOR_EXTRA_ARGS=token))
+    assert all(f"--{key.replace('_', '-')}" in SHIPPED_NAMES or key == "grpc" for key in OWNED)
+
+
+SHIPPED_NAMES = {option.name for option in SHIPPED.by_key.values()}
+
+
+def test_raw_arguments_come_last_as_they_are(folder: Path) -> None:
+    settings = read(folder, Arguments(model="m", vllm_args=("--x", "a b")), SUPERVISOR_EXTRA_ARGS="--y 'c d'", SEED="1")
+    assert argv(settings) == ["--seed", "1", "--y", "c d", "--x", "a b"]
+
+
+# The child's environment, and what a person may see
+
+
+def test_tokens_reach_vllm_as_variables_and_nothing_of_ours_does(folder: Path) -> None:
+    environ = {"HF_TOKEN": "hf_secretsecret", "RUNPOD_AI_API_KEY": "k", "SUPERVISOR_API_KEYS": "k1", "VLLM_X": "1"}
+    command = build(read(folder, **environ), "SOCKET", "FOLDER")
+    assert "hf_secretsecret" not in " ".join(command.argv)
+    assert command.environ["HF_TOKEN"] == "hf_secretsecret"
+    assert command.environ["VLLM_X"] == "1"
+    assert command.environ["TMPDIR"] == command.environ["VLLM_RPC_BASE_PATH"] == "FOLDER"
+    assert not {"RUNPOD_AI_API_KEY", "SUPERVISOR_API_KEYS", "SUPERVISOR_VLLM"} & set(command.environ)
+
+
+def test_mask_hides_what_is_secret_and_nothing_else() -> None:
+    mask = Mask({"HF_TOKEN": "hf_secretsecret", "MY_PASSWORD": "pa.*ss", "KEYBOARD": "qwertz", "MONKEY": "banana"})
+    assert mask("hf_secretsecret pa.*ss qwertz banana") == "**** **** qwertz banana"
+    assert mask("https://user:pw@host/x sk-abcdefghij hf_other123456") == "https://****@host/x **** ****"
+    assert Mask({"API_KEY": "1"})("1 and 1") == "1 and 1"
+
+
+# The catalogue
+
+
+def test_the_shipped_catalogue_is_whole() -> None:
+    assert SHIPPED.version == "0.32.0"
+    assert len(SHIPPED.by_key) == 316  # and the positional model: 317
+    kinds = [option.kind for option in SHIPPED.by_key.values()]
+    assert {kind: kinds.count(kind) for kind in set(kinds)} == {
+        "value": 206, "pair": 88, "list": 15, "switch": 5, "optional": 1, "append": 1,
+    }  # fmt: skip
+    assert {option.type for option in SHIPPED.by_key.values()} <= set(catalogue.READERS)
+
+
+def test_numbers_that_look_like_other_things() -> None:
+    option = Option("--x", "value", "int", ())
+    assert option.read("8") == option.read(8) == "8"
+    for bad in (True, "8.5", "1_000", ""):
+        with pytest.raises(BadValue):
+            option.read(bad)
+
+
+def test_an_unknown_version_is_dumped_once_and_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from supervisor.settings.vllm import Vllm, VllmError
+
+    calls = []
+
+    def dump(vllm: Vllm) -> str:
+        calls.append(vllm.version)
+        return '{"version": "9.9.9", "options": [{"name": "--new", "kind": "switch"}]}'
+
+    monkeypatch.setattr(catalogue, "dump", dump)
+    vllm = Vllm(("vllm",), "9.9.9", None)
+    for _ in range(2):
+        assert list(catalogue.load(vllm, tmp_path).by_key) == ["new"]
+    assert calls == ["9.9.9"]
+    (tmp_path / "flags" / "9.9.9.json").write_text('{"version": "9.')  # cut off while it was written
+    assert list(catalogue.load(vllm, tmp_path).by_key) == ["new"]
+    monkeypatch.undo()
+    with pytest.raises(VllmError, match=r"9\.9\.8"):
+        catalogue.load(Vllm(("vllm",), "9.9.8", None), tmp_path)

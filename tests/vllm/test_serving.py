@@ -1,0 +1,210 @@
+"""The main job on the real vLLM: what a client gets through the gateway is what vLLM gives."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+
+import anthropic
+import httpx
+import openai
+import pytest
+
+from tests.harness import Supervisor, wait_until
+
+CHAT = "/v1/chat/completions"
+ID = {"X-Request-Id": "the-same-on-both-ways"}
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Get the current weather in a city",
+        "parameters": {"type": "object", "properties": {"location": {"type": "string"}}, "required": ["location"]},
+    },
+}
+
+
+def greedy(**more: object) -> dict[str, object]:
+    question = [{"role": "user", "content": "Hello! What are you?"}]
+    return {"model": "demo", "messages": question, "temperature": 0, "max_tokens": 60, **more}
+
+
+def timeless(body: bytes) -> bytes:
+    """Without what differs from one run to the next: creation times, and ids where vLLM makes its own."""
+    body = re.sub(rb'"(created|created_at)":\s*\d+', rb'"\1":0', body)
+    return re.sub(rb'"id":\s*"(chatcmpl|cmpl|msg|resp|chatcmpl-tool|call)[-_][^"]*"', rb'"id":"\1"', body)
+
+
+@pytest.fixture
+def client(served: Supervisor) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{served.port}/v1", api_key="any", max_retries=0)
+
+
+def test_ready_says_so_everywhere(served: Supervisor) -> None:
+    assert served.client.get("/ping").status_code == 200
+    assert served.client.get("/health").status_code == 200
+    status = served.client.get("/status").json()
+    assert status["state"] == "ready"
+    assert status["vllm_version"] == "0.32.0"
+    phases = [phase["name"] for phase in status["phases"]]
+    assert phases[:2] == ["importing vLLM", "reading the model's config"]
+    assert {"loading weights", "profiling memory", "starting the API server"} <= set(phases)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, greedy()),
+        (CHAT, greedy(stream=True)),
+        (CHAT, greedy(stream=True, stream_options={"include_usage": True})),
+        (CHAT, greedy(messages=[{"role": "user", "content": "Say hello in Japanese"}], stream=True)),
+        (
+            CHAT,
+            greedy(
+                messages=[{"role": "user", "content": "What is the weather in Paris?"}], tools=[WEATHER], stream=True
+            ),
+        ),
+        ("/v1/completions", {"model": "demo", "prompt": "The supervisor is", "temperature": 0, "max_tokens": 40}),
+        (
+            "/v1/completions",
+            {"model": "demo", "prompt": "Once upon", "temperature": 0, "max_tokens": 40, "stream": True},
+        ),
+        ("/v1/messages", greedy()),
+        ("/v1/messages", greedy(stream=True)),
+        ("/tokenize", {"model": "demo", "prompt": "naïve 日本 🙂"}),
+    ],
+    ids=[
+        "chat",
+        "stream",
+        "usage",
+        "japanese",
+        "tools",
+        "completion",
+        "completion-stream",
+        "messages",
+        "messages-stream",
+        "tokenize",
+    ],
+)
+def test_answers_are_vllms_byte_for_byte(served: Supervisor, direct: httpx.Client, path: str, body: object) -> None:
+    expected = direct.post(path, json=body, headers=ID)
+    through = served.client.post(path, json=body, headers=ID)
+    assert expected.status_code == 200, expected.text
+    assert through.status_code == 200
+    assert timeless(through.content) == timeless(expected.content)
+    ours = {"x-request-id", "date", "content-length"}
+    assert {k: v for k, v in through.headers.items() if k not in ours} == {
+        k: v for k, v in expected.headers.items() if k not in ours
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        (CHAT, json.dumps(greedy(model="nobody")).encode(), 404),
+        (CHAT, b'{"model": "demo", "messages": [', 400),
+        (CHAT, json.dumps(greedy(max_tokens=1_000_000)).encode(), 400),
+        ("/v1/messages", b"{}", 400),
+        ("/v1/nowhere", b"{}", 404),
+    ],
+    ids=["wrong-model", "bad-json", "too-many-tokens", "anthropic", "no-such-route"],
+)
+def test_errors_are_vllms(served: Supervisor, direct: httpx.Client, path: str, body: bytes, status: int) -> None:
+    headers = {"Content-Type": "application/json"} | ID
+    expected = direct.post(path, content=body, headers=headers)
+    through = served.client.post(path, content=body, headers=headers)
+    assert through.status_code == expected.status_code == status
+    assert timeless(through.content) == timeless(expected.content)
+    assert through.headers["x-request-id"] == ID["X-Request-Id"]
+
+
+def test_openai_client(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="demo", messages=[{"role": "user", "content": "Hello! What are you?"}], temperature=0
+    )
+    assert answer.choices[0].finish_reason == "stop"
+    text = answer.choices[0].message.content or ""
+    assert "supervisor" in text.lower() or "vllm" in text.lower() or "model" in text.lower(), text
+    assert [model.id for model in client.models.list()] == ["demo"]
+
+
+def test_openai_client_streams(client: openai.OpenAI) -> None:
+    question = [{"role": "user", "content": "Hello! What are you?"}]
+    whole = client.chat.completions.create(model="demo", messages=question, temperature=0)  # type: ignore[call-overload]
+    stream = client.chat.completions.create(model="demo", messages=question, temperature=0, stream=True)  # type: ignore[call-overload]
+    parts = [chunk.choices[0].delta.content or "" for chunk in stream]
+    assert len(parts) > 5
+    assert "".join(parts) == whole.choices[0].message.content
+
+
+def test_async_openai_client_with_many_at_once(served: Supervisor) -> None:
+    async def ask() -> list[str | None]:
+        async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{served.port}/v1", api_key="any") as client:
+            questions = [
+                client.chat.completions.create(
+                    model="demo", messages=[{"role": "user", "content": "Hello! What are you?"}], temperature=0
+                )
+                for _ in range(16)
+            ]
+            return [answer.choices[0].message.content for answer in await asyncio.gather(*questions)]
+
+    answers = asyncio.run(ask())
+    assert len(answers) == 16
+    assert all(answers)
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_openai_client_calls_tools(client: openai.OpenAI, choice: str) -> None:
+    answer = client.chat.completions.create(  # type: ignore[call-overload]
+        model="demo",
+        messages=[{"role": "user", "content": "What is the weather in Paris?"}],
+        tools=[WEATHER],
+        tool_choice=choice,
+        temperature=0,
+        max_tokens=200,
+    )
+    call = answer.choices[0].message.tool_calls[0]
+    assert call.function.name == "get_weather"
+    assert json.loads(call.function.arguments)["location"] == "Paris"
+
+
+def test_openai_client_sees_errors_as_its_own(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="nobody", messages=[{"role": "user", "content": "x"}])
+
+
+def test_anthropic_client(served: Supervisor) -> None:
+    client = anthropic.Anthropic(base_url=f"http://127.0.0.1:{served.port}", api_key="any", max_retries=0)
+    question = [{"role": "user", "content": "Hello! What are you?"}]
+    cold = {"temperature": 0}
+    answer = client.messages.create(model="demo", max_tokens=60, messages=question, extra_body=cold)  # type: ignore[arg-type]
+    assert answer.type == "message"
+    text = answer.content[0].text  # type: ignore[union-attr]
+    assert text
+    with client.messages.stream(model="demo", max_tokens=60, messages=question, extra_body=cold) as stream:  # type: ignore[arg-type]
+        assert "".join(stream.text_stream) == text
+
+
+def running(direct: httpx.Client) -> float:
+    metrics = direct.get("/metrics").text
+    return sum(float(value) for value in re.findall(r"^vllm:num_requests_running\{.*\} (\S+)$", metrics, re.M))
+
+
+def test_a_client_that_hangs_up_stops_the_generation(served: Supervisor, direct: httpx.Client) -> None:
+    endless = greedy(stream=True, max_tokens=1900, ignore_eos=True)
+    with served.client.stream("POST", CHAT, json=endless) as answer:
+        lines = answer.iter_lines()
+        while not next(lines).startswith("data: "):
+            pass
+        wait_until(lambda: running(direct) == 1, "one running request")
+    gone = time.monotonic()
+    wait_until(lambda: running(direct) == 0, "vLLM to stop generating", 1)
+    assert time.monotonic() - gone < 1
+
+
+def test_the_supervisor_stays_small(served: Supervisor) -> None:
+    import psutil
+
+    assert psutil.Process(served.process.pid).memory_info().rss < 60_000_000
