@@ -24,8 +24,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-import psutil
-
 from supervisor.settings.command import Command
 
 KEPT_LINES = 500
@@ -139,6 +137,8 @@ class EngineProcess:
 
     def session(self) -> list[int]:
         """The living processes of its session."""
+        import psutil  # noqa: PLC0415  # 20 ms that vLLM's start does not wait for
+
         found = []
         for pid in psutil.pids():
             with contextlib.suppress(OSError, psutil.Error):
@@ -147,7 +147,7 @@ class EngineProcess:
         return found
 
     def clean_up(self, patience: float = KILL_PATIENCE) -> list[int]:
-        """Kills what is left of the session, waits, reaps, and returns what would not die. Blocks up to `patience` s."""
+        """Kills what is left of the session, waits up to `patience` s, reaps, and returns what would not die."""
         deadline = time.monotonic() + patience
         left = self.session()
         seen = set(left)

@@ -1,4 +1,4 @@
-"""Finding vLLM: the command that stands for `vllm`, its version, its Python. Nothing of it is imported (that takes 8 s)."""
+"""Finding vLLM: the command that stands for `vllm`, its version, its Python. Importing it (8 s) is avoided."""
 
 from __future__ import annotations
 
