@@ -25,6 +25,7 @@ from supervisor.gateway.upstream import (
     HOP_BY_HOP,
     Framing,
     ResponseHead,
+    Unanswered,
     UpstreamConnection,
     UpstreamError,
 )
@@ -252,8 +253,13 @@ class Exchange:
                 _reset(self.protocol.transport)
             else:
                 self.protocol.transport.close()
-        elif connection is not None and connection.reused and not self.resent and self.kept is not None:
-            # vLLM closed the idle connection while this request was on its way into it.
+        elif (
+            isinstance(error, Unanswered)
+            and connection is not None
+            and connection.reused
+            and not self.resent
+            and self.kept is not None
+        ):  # vLLM closed the idle connection while this request was on its way into it
             self.resent = True
             gateway.upstream.send(self, fresh=True)
         else:

@@ -36,6 +36,10 @@ class UpstreamError(Exception):
     """vLLM's side of the exchange failed; `text` says how, in words a client may read."""
 
 
+class Unanswered(UpstreamError):
+    """Not a byte of an answer came: on a connection that had been idle, vLLM most likely never saw the request."""
+
+
 class ResponseHead:
     """Status, reason, and the header lines that may travel on (hop-by-hop ones are gone)."""
 
@@ -105,6 +109,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._expect_head()
 
     def _expect_head(self) -> None:
+        self.answered = False  # by a single byte
         self.raw_head = b""
         self.in_head = True
         self.reason = b""
@@ -149,6 +154,8 @@ class UpstreamConnection(asyncio.Protocol):
             return
         if self.head is not None and self.head.framing is Framing.CLOSE and exc is None:
             sink.response_end()
+        elif not self.answered:
+            sink.response_lost(Unanswered("vLLM closed the connection without an answer"))
         else:
             sink.response_lost(UpstreamError("vLLM closed the connection before its answer was complete"))
 
@@ -165,6 +172,7 @@ class UpstreamConnection(asyncio.Protocol):
         if sink is None:  # nobody asked: a late answer must never reach the next request
             self.transport.abort()
             return
+        self.answered = True
         try:
             while self.in_head and data:
                 data = self._feed_head(data, sink)

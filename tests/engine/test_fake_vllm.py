@@ -22,7 +22,7 @@ import httpx
 import pytest
 
 FAKE = Path(__file__).parents[2] / "scripts" / "fake_vllm"
-PATIENCE = 5.0
+PATIENCE = 10.0
 HELLO = {"messages": [{"role": "user", "content": "hello you"}]}
 
 
