@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
+from pathlib import Path
 
 from supervisor.settings.catalogue import FLAGS, dump, parse
 from supervisor.settings.vllm import VllmError, find
@@ -23,7 +25,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     try:
-        text = dump(find(arguments.vllm, os.environ.get("PATH")))
+        with tempfile.TemporaryDirectory() as cache:
+            text = dump(find(arguments.vllm, os.environ.get("PATH"), Path(cache)))
     except VllmError as error:
         sys.exit(f"dump_flags: {error}")
     catalogue = parse(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from typing import NoReturn
 
@@ -58,6 +59,8 @@ def main(argv: list[str] | None = None) -> None:
         code = run(parsed, gather(given, os.environ))
     except SettingsError as error:
         fail(error.problems)
+    except KeyboardInterrupt:  # before anything was started; afterwards the signal is handled
+        code = 128 + signal.SIGINT
     _forget_closed_output()
     sys.exit(code)
 

@@ -9,12 +9,16 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import socket
+from dataclasses import dataclass
 
 from supervisor.engine.process import EngineProcess, Workspace
 from supervisor.settings.command import Mask, build
 from supervisor.settings.sources import Settings, SettingsError
 
+# SIGHUP too: when the terminal is closed, vLLM in its own session would not hear of it.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 BACKLOG = 2048
 # The own routes and clients' last bytes, after the last relayed request is done.
 CLOSE_PATIENCE = 5
@@ -28,6 +32,10 @@ TERMINATE_PATIENCE = 10.0
 def up(settings: Settings) -> int:
     """Serves until told to stop; returns the exit code. Raises SettingsError where it can't begin."""
     sockets = bind(settings)
+    # From the spawn on a signal must not end us, or vLLM would stay: until the engine's owner listens, they wait here.
+    pending: list[int] = []
+    for number in SIGNALS:
+        signal.signal(number, lambda number, _: pending.append(number))
     workspace = Workspace()
     try:
         mask = Mask.of(settings)
@@ -39,7 +47,7 @@ def up(settings: Settings) -> int:
                 [f"{command.argv[0]} can't be executed ({error.strerror}): check SUPERVISOR_VLLM"]
             ) from error
         try:
-            return _serve(settings, process, str(workspace.socket), sockets, mask)
+            return _serve(_Start(settings, process, str(workspace.socket), sockets, mask, pending))
         finally:
             process.clean_up()
     finally:
@@ -73,25 +81,36 @@ def bind(settings: Settings) -> list[socket.socket]:
     return sockets
 
 
-def _serve(settings: Settings, process: EngineProcess, path: str, sockets: list[socket.socket], mask: Mask) -> int:
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What is there once vLLM is spawned. `path` is its socket; `pending` holds signals that nobody has heard yet."""
+
+    settings: Settings
+    process: EngineProcess
+    path: str
+    sockets: list[socket.socket]
+    mask: Mask
+    pending: list[int]
+
+
+def _serve(start: _Start) -> int:
     import asyncio  # noqa: PLC0415  # from here on vLLM is importing too: this costs no time of the user's
 
     import uvloop  # noqa: PLC0415
 
     from supervisor import logs  # noqa: PLC0415
 
-    listener = logs.start(settings.knobs.log_format, settings.knobs.log_level, mask)
+    listener = logs.start(start.settings.knobs.log_format, start.settings.knobs.log_level, start.mask)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_run(settings, process, path, sockets, mask))
+            return runner.run(_run(start))
     finally:
         listener.stop()
 
 
-async def _run(settings: Settings, process: EngineProcess, path: str, sockets: list[socket.socket], mask: Mask) -> int:
+async def _run(start: _Start) -> int:
     import asyncio  # noqa: PLC0415
     import logging  # noqa: PLC0415
-    import signal  # noqa: PLC0415
 
     from supervisor.engine.engine import Collaborators, Engine, Timeouts  # noqa: PLC0415
     from supervisor.gateway.app import Gateway  # noqa: PLC0415
@@ -99,6 +118,7 @@ async def _run(settings: Settings, process: EngineProcess, path: str, sockets: l
     from supervisor.gateway.server import GatewayServer  # noqa: PLC0415
     from supervisor.gateway.upstream import Probe, Upstream, UpstreamError  # noqa: PLC0415
 
+    settings, path, sockets = start.settings, start.path, start.sockets
     log = logging.getLogger("supervisor")
     loop = asyncio.get_running_loop()
     upstream = Upstream(path, loop)
@@ -132,22 +152,24 @@ async def _run(settings: Settings, process: EngineProcess, path: str, sockets: l
             log.info("%s", invitation(settings, sockets))
 
     timeouts = Timeouts(settings.knobs.startup_timeout, min(settings.knobs.drain_timeout, TERMINATE_PATIENCE))
-    engine = Engine(process, Collaborators(probe, drain, changed), timeouts)
+    engine = Engine(start.process, Collaborators(probe, drain, changed), timeouts)
     facts = {
         "model": settings.model.value,
         "mode": "http",
         "vllm_version": settings.vllm.version,
-        "command": mask.command(process.command.argv),
+        "command": start.mask.command(start.process.command.argv),
     }
     gateway = Gateway(upstream, engine, Policy(settings.knobs.api_keys or ()), settings.knobs.hold_timeout, facts)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in SIGNALS:
         loop.add_signal_handler(number, engine.stop, number)
+    for heard in start.pending:
+        engine.stop(heard)
     log.info("starting %s on http://%s", settings.model.value, address(sockets[0]))
     server = GatewayServer(gateway, KEEP_ALIVE, CLOSE_PATIENCE)
-    serving = asyncio.create_task(server.run_on(sockets))
-    code = await engine.run()
-    server.should_exit = True
-    await serving
+    async with asyncio.TaskGroup() as group:
+        group.create_task(server.run_on(sockets))
+        code = await engine.run()
+        server.should_exit = True
     upstream.close()
     return code
 
@@ -175,4 +197,5 @@ def invitation(settings: Settings, sockets: list[socket.socket]) -> str:
         {"model": served_name(settings), "messages": [{"role": "user", "content": "Hello! What are you?"}]}
     )
     key = ' -H "Authorization: Bearer $KEY"' if settings.knobs.api_keys else ""
-    return f"ready: {url}\n  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+    request = f"{url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+    return f"ready: {url}\n  curl {request}"

@@ -132,6 +132,8 @@ class Engine:
             self.since = time.time()
             self.reason = reason
             self.was_ready = self.was_ready or self.ready
+            if before is State.DRAINING and event is Event.EXITED:
+                self.exit_signal = self._signal  # what was in flight is lost with it
             level = logging.ERROR if self.state is State.FAILED else logging.INFO
             self.log.log(level, "%s -> %s: %s", before.value, self.state.value, reason)
             self.collaborators.changed()

@@ -197,7 +197,7 @@ class _Gathering:
 
     def _vllm(self, knobs: Knobs, cache: Path) -> tuple[Vllm | None, Catalogue | None]:
         try:
-            vllm = find(knobs.vllm, self.environ.get("PATH"))
+            vllm = find(knobs.vllm, self.environ.get("PATH"), cache)
             return vllm, catalogues.load(vllm, cache)
         except VllmError as error:
             self.problems.append(str(error))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import shlex
 import shutil
 import subprocess
@@ -25,13 +27,13 @@ class Vllm:
     python: tuple[str, ...] | None
 
 
-def find(asked: str | None, path: str | None) -> Vllm:
+def find(asked: str | None, path: str | None, cache: Path) -> Vllm:
     """The vLLM to run: the one asked for, else the one that `scripts/setup` made, else the one on PATH."""
     command = _command(asked, path)
     program = Path(command[0])
     python = _python(program) if len(command) == 1 else (command[0],)
     version = _version_beside(program) if len(command) == 1 else None
-    return Vllm(command, version or _version_asked(command), python)
+    return Vllm(command, version or _version_asked(command, cache), python)
 
 
 def _command(asked: str | None, path: str | None) -> tuple[str, ...]:
@@ -72,7 +74,29 @@ def _version_beside(program: Path) -> str | None:
     return None
 
 
-def _version_asked(command: tuple[str, ...]) -> str:
+def _version_asked(command: tuple[str, ...], cache: Path) -> str:
+    """What `--version` says; remembered, for as long as the program is the same file, for that takes vLLM 10 s."""
+    known = cache / "versions" / _fingerprint(command)
+    try:
+        return known.read_text()
+    except OSError:
+        version = _ask_version(command)
+    with contextlib.suppress(OSError):  # a read-only cache costs the next start the same question, nothing else
+        known.parent.mkdir(parents=True, exist_ok=True)
+        known.write_text(version)
+    return version
+
+
+def _fingerprint(command: tuple[str, ...]) -> str:
+    stamps = []
+    for word in command:
+        with contextlib.suppress(OSError):
+            stat = Path(word).stat()
+            stamps.append(f"{stat.st_size} {stat.st_mtime_ns}")
+    return hashlib.sha256("\0".join((*command, *stamps)).encode()).hexdigest()
+
+
+def _ask_version(command: tuple[str, ...]) -> str:
     try:
         done = subprocess.run(
             [*command, "--version"], capture_output=True, text=True, timeout=VERSION_TIMEOUT, check=False

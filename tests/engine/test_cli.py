@@ -137,7 +137,7 @@ def test_explain_shows_every_setting_with_its_source(tmp_path: Path) -> None:
     assert "note: environment HOST is not passed to vLLM: set SUPERVISOR_HOST" in done.stdout
     command = shlex.split(done.stdout.splitlines()[-1])
     assert command[1:3] == ["serve", "m"]
-    assert ["--max-model-len", "8192", "--max-num-seqs", "4"] == command[5:]
+    assert command[5:] == ["--max-model-len", "8192", "--max-num-seqs", "4"]
 
 
 def test_explain_as_json(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
-from tests.harness import FAKE, ROOT, Supervisor, events, session_of, wait_until
+from tests.harness import FAKE, ROOT, SUPERVISOR, Supervisor, events, session_of, wait_until
 
 CHAT = "/v1/chat/completions"
 
@@ -50,7 +51,7 @@ def test_while_it_loads_ping_is_204_and_health_names_the_phase() -> None:
         assert "loading weights" in health.json()["status"]
         status = supervisor.client.get("/status").json()
         assert status["state"] == "starting"
-        assert [phase["name"] for phase in status["phases"]][0] == "importing vLLM"
+        assert status["phases"][0]["name"] == "importing vLLM"
         assert status["model"] == "m"
 
 
@@ -180,6 +181,22 @@ def test_stop_while_it_loads_answers_the_waiting() -> None:
         assert session_of(supervisor.engine_pid or 0) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_right_after_the_spawn_leaves_nothing(number: int) -> None:
+    """While the supervisor still imports, nobody walks the table yet: the signal waits."""
+    with Supervisor("m") as supervisor:
+        ours = psutil.Process(supervisor.process.pid)
+
+        def spawned() -> int | None:
+            """The pid of a child that leads a session (a short-lived one may ask vLLM for its version before)."""
+            return next((child.pid for child in ours.children() if os.getsid(child.pid) == child.pid), None)
+
+        supervisor.engine_pid = int(str(wait_until(spawned, "the spawn")))
+        supervisor.signal(number)
+        assert supervisor.exit_code() == 0
+        assert session_of(supervisor.engine_pid) == []
+
+
 def test_drain_timeout_cuts_and_says_so_in_the_exit_code() -> None:
     with Supervisor("m", environ={"SUPERVISOR_DRAIN_TIMEOUT": "0.3"}) as supervisor:
         supervisor.ready().engine()
@@ -283,8 +300,6 @@ def test_a_stopped_reader_of_our_output_stops_nothing() -> None:
         "FAKE_VLLM_PLAN": '[{"log_flood": 2000}]',
         "PATH": os.environ["PATH"],
     }
-    from tests.harness import SUPERVISOR
-
     process = subprocess.Popen(
         [str(SUPERVISOR), "up", "m"], env=environ, stdout=write, stderr=write, stdin=subprocess.DEVNULL
     )

@@ -57,7 +57,7 @@ def session(sid: int) -> dict[int, str]:
 class Fake:
     """A fake vLLM under test, in a session of its own."""
 
-    def __init__(self, folder: Path, *args: str, plan: object = None, wait: bool = True, **env: str) -> None:
+    def __init__(self, folder: Path, *args: str, plan: object = None, **env: str) -> None:
         self.socket, self.log = folder / "fake.sock", folder / "log"
         self.socket.unlink(missing_ok=True)
         more = {"FAKE_VLLM_PLAN": json.dumps(plan)} if plan is not None else {}
@@ -73,8 +73,6 @@ class Fake:
         self.http = httpx.Client(
             transport=httpx.HTTPTransport(uds=str(self.socket)), base_url="http://fake", timeout=PATIENCE
         )
-        if wait:
-            until(self.accepts, "ready")
 
     def accepts(self) -> bool:
         with socket.socket(socket.AF_UNIX) as probe:
@@ -131,9 +129,12 @@ def starter() -> Iterator[Callable[..., Fake]]:
     folder, started = Path(tempfile.mkdtemp(prefix="fake")), list[Fake]()
     segments = set(Path("/dev/shm").glob("psm_fake_*"))
 
-    def start(*args: str, **kwargs: Any) -> Fake:
-        started.append(Fake(folder, *args, **kwargs))
-        return started[-1]
+    def start(*args: str, wait: bool = True, **kwargs: Any) -> Fake:
+        one = Fake(folder, *args, **kwargs)
+        started.append(one)
+        if wait:
+            until(one.accepts, "ready")
+        return one
 
     try:
         yield start

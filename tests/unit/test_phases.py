@@ -18,7 +18,7 @@ LOG = """\
 Loading safetensors checkpoint shards:   0% Completed | 0/1 [00:00<?, ?it/s]
 (Worker pid=10817) INFO 11-21 19:34:53 [default_loader.py:501] Loading weights took 0.03 seconds
 (EngineCore pid=10595) INFO 11-21 19:34:55 [kv_cache_utils.py:2327] CPU KV cache size: 1,048,576 tokens
-(EngineCore pid=10595) INFO 11-21 19:35:01 [core.py:402] init engine (profile, create kv cache, warmup model) took 6.20 s
+(EngineCore pid=10595) INFO 11-21 19:35:01 [core.py:402] init engine (profile, kv cache, warmup) took 6.20 s
 (Worker pid=10818) INFO 11-21 19:35:01 [cpu_model_runner.py:68] Starting to load model (a second rank, late)
 (APIServer pid=9946) INFO 11-21 19:35:03 [entry.py:140] Starting vLLM server on unix:/tmp/vllm.sock
 """

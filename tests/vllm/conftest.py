@@ -1,4 +1,4 @@
-"""The real vLLM under a real supervisor, started once for all tests in this folder; the test that stops it runs last."""
+"""The real vLLM under a real supervisor, started once for all tests here; the test that stops it runs last."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import time
 import anthropic
 import httpx
 import openai
+import psutil
 import pytest
 
 from tests.harness import Supervisor, wait_until
@@ -205,6 +206,4 @@ def test_a_client_that_hangs_up_stops_the_generation(served: Supervisor, direct:
 
 
 def test_the_supervisor_stays_small(served: Supervisor) -> None:
-    import psutil
-
     assert psutil.Process(served.process.pid).memory_info().rss < 60_000_000
