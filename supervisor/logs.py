@@ -17,13 +17,23 @@ from logging.handlers import QueueHandler, QueueListener
 BACKLOG = 10_000
 
 
+COLOURS = {"INFO": "\x1b[36m", "WARNING": "\x1b[33m", "ERROR": "\x1b[31m", "CRITICAL": "\x1b[31m"}
+PLAIN = "\x1b[0m"
+
+
 class _Text(logging.Formatter):
-    def __init__(self, mask: Callable[[str], str]) -> None:
-        super().__init__("%(asctime)s supervisor %(levelname)s: %(message)s", "%H:%M:%S")
+    def __init__(self, mask: Callable[[str], str], colour: bool) -> None:
+        super().__init__("%(asctime)s supervisor%(level)s: %(message)s", "%H:%M:%S")
         self.mask = mask
+        self.colour = colour
 
     def format(self, record: logging.LogRecord) -> str:
-        return self.mask(super().format(record).replace(" INFO:", ":", 1))
+        record.level = "" if record.levelno == logging.INFO else f" {record.levelname}"
+        line = self.mask(super().format(record))
+        head, separator, message = line.partition(": ")
+        if not self.colour:
+            return line
+        return f"{COLOURS.get(record.levelname, '')}{head}{separator}{PLAIN}{message}"
 
 
 class _Json(logging.Formatter):
@@ -51,10 +61,13 @@ class _DroppingHandler(QueueHandler):
             return
 
 
-def start(form: str, level: str, mask: Callable[[str], str]) -> QueueListener:
-    """Sends the log to stderr from a thread of its own; call `stop()` on what it returns before leaving."""
+def start(form: str, level: str, mask: Callable[[str], str], colour: bool = True) -> QueueListener:
+    """Sends the log to stderr from a thread of its own; call `stop()` on what it returns before leaving.
+
+    `colour` is for terminals only.
+    """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Json(mask) if form == "json" else _Text(mask))
+    handler.setFormatter(_Json(mask) if form == "json" else _Text(mask, colour and sys.stderr.isatty()))
     waiting: queue.Queue[logging.LogRecord] = queue.Queue(BACKLOG)
     root = logging.getLogger()
     root.handlers = [_DroppingHandler(waiting)]

@@ -39,15 +39,16 @@ def up(settings: Settings) -> int:
     workspace = Workspace()
     try:
         mask = Mask.of(settings)
+        colour = not settings.environ.get("NO_COLOR")
         command = build(settings, str(workspace.socket), str(workspace.temporary))
         try:
-            process = EngineProcess(command, mask)
+            process = EngineProcess(command, mask, colour)
         except OSError as error:
             raise SettingsError(
                 [f"{command.argv[0]} can't be executed ({error.strerror}): check SUPERVISOR_VLLM"]
             ) from error
         try:
-            return _serve(_Start(settings, process, str(workspace.socket), sockets, mask, pending))
+            return _serve(_Start(settings, process, str(workspace.socket), sockets, mask, colour, pending))
         finally:
             process.clean_up()
     finally:
@@ -90,6 +91,7 @@ class _Start:
     path: str
     sockets: list[socket.socket]
     mask: Mask
+    colour: bool
     pending: list[int]
 
 
@@ -100,7 +102,8 @@ def _serve(start: _Start) -> int:
 
     from supervisor import logs  # noqa: PLC0415
 
-    listener = logs.start(start.settings.knobs.log_format, start.settings.knobs.log_level, start.mask)
+    knobs = start.settings.knobs
+    listener = logs.start(knobs.log_format, knobs.log_level, start.mask, start.colour)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_run(start))

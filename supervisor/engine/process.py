@@ -55,11 +55,15 @@ class LogPump:
     A thread, so that a terminal or a log collector that stops reading holds up vLLM's log and nothing else.
     """
 
-    def __init__(self, source: IO[bytes], target: int, lines: deque[str], mask: Callable[[str], str]) -> None:
+    def __init__(
+        self, source: IO[bytes], target: int, lines: deque[str], mask: Callable[[str], str], dim: bool
+    ) -> None:
         self.source = source
         self.target: int | None = target
         self.lines = lines
         self.mask = mask
+        # On a terminal vLLM's many lines step back behind ours.
+        self.before, self.after = (b"\x1b[2m", b"\x1b[0m") if dim else (b"", b"")
         self.listener: Callable[[str], object] | None = None
         self.thread = threading.Thread(target=self._run, name="vllm-log", daemon=True)
         self.thread.start()
@@ -78,8 +82,9 @@ class LogPump:
         out = []
         for line in raw:
             # latin-1 maps each byte to one character and back: what is not masked stays as it was.
-            out.append(self.mask(line.decode("latin-1")).encode("latin-1", "replace") + b"\n")
-            text = out[-1].decode("utf-8", "replace").rstrip()
+            shown = self.mask(line.decode("latin-1")).encode("latin-1", "replace")
+            out.append(b"%b%b%b\n" % (self.before, shown, self.after))
+            text = shown.decode("utf-8", "replace").rstrip()
             self.lines.append(text)
             if self.listener is not None:
                 self.listener(text)
@@ -96,8 +101,8 @@ class LogPump:
 class EngineProcess:
     """One run of `vllm serve`, from spawn to the last process of its session."""
 
-    def __init__(self, command: Command, mask: Callable[[str], str]) -> None:
-        """Spawns it. Raises OSError where the command can't be executed."""
+    def __init__(self, command: Command, mask: Callable[[str], str], colour: bool = True) -> None:
+        """Spawns it. Raises OSError where the command can't be executed. `colour` is for terminals only."""
         _adopt_orphans()
         self.command = command
         self.child = subprocess.Popen(
@@ -112,7 +117,10 @@ class EngineProcess:
         self.lines: deque[str] = deque(maxlen=KEPT_LINES)
         assert self.child.stdout is not None
         assert self.child.stderr is not None
-        self.pumps = [LogPump(self.child.stdout, 1, self.lines, mask), LogPump(self.child.stderr, 2, self.lines, mask)]
+        self.pumps = [
+            LogPump(source, target, self.lines, mask, dim=colour and os.isatty(target))
+            for source, target in ((self.child.stdout, 1), (self.child.stderr, 2))
+        ]
 
     @property
     def pid(self) -> int:
