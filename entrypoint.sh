@@ -1,0 +1,25 @@
+#!/bin/sh
+# What `docker run IMAGE ...` runs:
+#
+#   (nothing), up ..., explain, doctor ...    that verb of the supervisor; nothing means `up`
+#   --port 9000, Qwen/Qwen3-0.6B, /models/m   `supervisor up` with these arguments
+#   vllm ..., bash, any other command         that command, without the supervisor
+#
+# Always by exec: process 1 is the program itself, and signals reach it.
+set -eu
+
+supervisor=${0%/*}/bin/supervisor
+
+case ${1:-up} in
+    up | explain | doctor | status | job | fetch | -h | --help | --version)
+        if [ "$#" -eq 0 ] || [ -z "$1" ]; then set -- up; fi
+        exec "$supervisor" "$@"
+        ;;
+    -*)
+        exec "$supervisor" up "$@"
+        ;;
+esac
+if [ ! -d "$1" ] && command -v -- "$1" >/dev/null; then
+    exec "$@"
+fi
+exec "$supervisor" up "$@"

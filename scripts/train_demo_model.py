@@ -1,0 +1,336 @@
+"""Makes the demo model that `supervisor up` serves when there is no GPU: a very small Llama, trained on one page of text.
+
+Promises:
+- supervisor/demo/training.yaml and this script are all that goes in: no other model, no download.
+- The same machine and library versions give the same bytes: one thread, fixed seeds, deterministic kernels.
+- Minutes on one CPU core, and a model.safetensors below 4 MB.
+
+Needs torch, transformers, tokenizers, safetensors and PyYAML; vLLM's environment has them all. With --check nothing is
+trained: it says whether the shipped model fits the text, loads and answers, with exit code 1 and the reasons if not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils.chat_template_utils import render_jinja_template
+
+DEMO = Path(__file__).resolve().parent.parent / "supervisor" / "demo"
+TEXT, MODEL = DEMO / "training.yaml", DEMO / "model"
+WRITTEN_BY_HAND = ("README.md", "chat_template.jinja", "config.json", "generation_config.json", "tokenizer_config.json")
+CONFIG: dict[str, Any] = json.loads((MODEL / "config.json").read_text(encoding="utf-8"))
+MAX_WEIGHTS = 4_000_000  # bytes: small enough for git and for the package
+
+END_OF_TEXT, TURN, END_OF_TURN = CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+# One token each, but not "special": a tool parser looks for them in the decoded text.
+MARKS = ("<tools>", "</tools>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+
+SEED = 20
+STEPS = 1900
+BATCH = 1280  # tokens per step
+DRILL_SHARE = 0.13  # of the steps come first and teach nothing but to copy; taught along the way, it is hardly learned
+DRILL_RATE, PEAK_RATE, WARM_UP = 1.5e-3, 3e-3, 60
+PROMPT_WEIGHT = 0.1  # of the loss on what users write: enough to go on with a new turn under `ignore_eos`
+
+Message = dict[str, Any]
+
+
+class Book:
+    """The training text, and conversations drawn from it. The same seed draws the same conversations."""
+
+    def __init__(self) -> None:
+        self.data: dict[str, Any] = yaml.safe_load(TEXT.read_text(encoding="utf-8"))
+        self.template = (MODEL / "chat_template.jinja").read_text(encoding="utf-8")
+        self.random = random.Random(SEED)
+
+    def chat(self, messages: list[Message], tools: list[Any] | None = None, ask: bool = False) -> str:
+        """The text that vLLM makes of these messages, by the template that is shipped."""
+        rendered, _ = render_jinja_template([messages], tools, chat_template=self.template, add_generation_prompt=ask)
+        return str(rendered[0])
+
+    def epoch(self) -> list[str]:
+        """Every answer, in conversations of one or more turns, then dialogues, tool calls and plain completions."""
+        rng = self.random
+        talk = [self.exchange(entry) for entry in self.data["talk"] for _ in range(entry.get("times", 1))]
+        rng.shuffle(talk)
+        texts = []
+        while talk:
+            turns = rng.choice((1, 1, 1, 1, 2, 2, 3)) if rng.random() < 0.97 else rng.randint(4, 40)
+            messages, talk = [message for exchange in talk[:turns] for message in exchange], talk[turns:]
+            # no tools where the answer is that one would be needed
+            usable = rng.random() < 0.12 and not any("a tool named" in message["content"] for message in messages)
+            texts.append(self.chat(self.system() + messages, self.tools() if usable else None))
+        for dialogue in self.data["dialogues"]:
+            for _ in range(4 if "{" in str(dialogue) else 1):
+                texts.append(self.chat(self.system() + self.turns(dialogue)))
+        texts += [self.call(kind) for kind in self.data["calls"] for _ in range(3 + len(kind["q"]) // 2)]
+        return texts + [prompt + rest + END_OF_TEXT for prompt, rest in self.data["completions"]]
+
+    def drills(self) -> list[str]:
+        """Texts whose answers are copied from the question."""
+        copied = [entry for entry in self.data["talk"] if "times" in entry and "{" in entry["a"]]
+        texts = [self.chat(self.system() + self.exchange(entry)) for entry in copied for _ in range(4 * entry["times"])]
+        return texts + [self.call(kind) for kind in self.data["calls"] for _ in range(3)]
+
+    def exchange(self, entry: dict[str, Any]) -> list[Message]:
+        return self.turns([self.random.choice(entry["q"]), entry["a"]])
+
+    def turns(self, lines: list[str]) -> list[Message]:
+        fill, roles = self.words(), ("user", "assistant") * len(lines)
+        return [
+            {"role": role, "content": self.vary(fill(line)) if role == "user" else fill(line)}
+            for role, line in zip(roles, lines, strict=False)
+        ]
+
+    def system(self) -> list[Message]:
+        rng, known = self.random, self.data["systems"]
+        if rng.random() < 0.45:
+            return []
+        content = known[0] if rng.random() < 0.3 else self.words()(rng.choice(known))  # the first is the common one
+        return [{"role": "system", "content": content}]
+
+    def words(self) -> Callable[[str], str]:
+        """A function that puts drawn words in the place of {name}, {place} and so on, the same ones in every text."""
+        rng, lists = self.random, self.data["words"]
+        drawn = {key: rng.choice(choices) for key, choices in lists.items()} | {"place2": rng.choice(lists["place"])}
+        for key in ("name", "place", "place2", "topic"):
+            if rng.random() < 0.35:  # made-up words teach to copy what was never seen
+                drawn[key] = self.made_up().lower() if key == "topic" else self.made_up()
+        drawn |= {key: str(rng.randrange(rng.choice((10, 100, 100, 1000)))) for key in ("n", "n2", "m")}
+        known = rng.choice(self.data["talk"])["a"].split()
+        drawn["echo"] = " ".join(rng.choice((self.made_up(), drawn["n"], *known)) for _ in range(rng.randint(1, 9)))
+        return lambda text: re.sub(r"\{(\w+)\}", lambda found: drawn.get(found[1], found[0]), text)
+
+    def made_up(self) -> str:
+        """A word that is none, half of the time one that can be pronounced."""
+        parts = self.random.choice(("abcdefghijklmnopqrstuvwxyzéüñ", self.data["syllables"]))
+        return "".join(self.random.choices(parts, k=self.random.randint(2, 5))).capitalize()
+
+    def vary(self, question: str) -> str:
+        """The question as other hands would type it."""
+        rng = self.random
+        if rng.random() < 0.3:
+            question = question.rstrip("?!.") + rng.choice(("", "", "", "?", "!", "."))
+        if rng.random() < 0.25:
+            question = rng.choice((question.lower(), question[0].lower() + question[1:]))
+        return rng.choice(("Please ", "Hey, ", "Hello, ", "So, ")) + question if rng.random() < 0.05 else question
+
+    def tools(self, wanted: tuple[str, ...] = (), parameters: int = 0) -> list[dict[str, Any]]:
+        """A tool with one of the wanted names and at least so many parameters, among up to three others."""
+        rng, every = self.random, [next(iter(tool.items())) for tool in self.data["tools"]]
+        fit = [(name, types) for name, types in every if name in wanted and len(types) >= parameters]
+        listed = [rng.choice(fit)] if fit else []
+        for name, types in rng.sample(every, rng.choice((0, 0, 0, 1, 2, 3)) + (not fit)):
+            # a second tool for the same purpose would make the right call a matter of luck
+            if name.split("_")[-1] not in {other.split("_")[-1] for other, _ in listed}:
+                listed.append((name, types))
+        rng.shuffle(listed)
+        return [tool(name, types) for name, types in listed]
+
+    def call(self, kind: dict[str, Any]) -> str:
+        """A conversation with a tool call, mostly with the tool's answer and what the model makes of it."""
+        rng, fill, small_talk = self.random, self.words(), self.data["talk"][:20]
+        tools = self.tools(tuple(kind["tools"]), len(kind["arguments"]))
+        function = next(each["function"] for each in tools if each["function"]["name"] in kind["tools"])
+        calls = []
+        for values in (kind["arguments"], *([kind["again"]] if "again" in kind else [])):
+            types = function["parameters"]["properties"].items()
+            pairs = zip(types, map(fill, values), strict=False)
+            arguments = {key: value if kind["type"] == "string" else int(value) for (key, kind), value in pairs}
+            calls.append({"function": {"name": function["name"], "arguments": arguments}})
+        messages = self.system() + (self.exchange(rng.choice(small_talk)) if rng.random() < 0.15 else [])
+        messages.append({"role": "user", "content": self.vary(fill(rng.choice(kind["q"])))})
+        messages.append({"role": "assistant", "content": None, "tool_calls": calls})
+        if rng.random() < 0.7:
+            first, answer, *more = map(fill, rng.choice(kind["results"]))
+            messages += [{"role": "tool", "content": result} for result in (first, *more)]
+            messages.append({"role": "assistant", "content": answer})
+            messages += self.exchange(rng.choice(small_talk)) if rng.random() < 0.2 else []
+        return self.chat(messages, tools)
+
+
+def tool(name: str, types: dict[str, str]) -> dict[str, Any]:
+    properties = {key: {"type": kind} for key, kind in types.items()}
+    return {"type": "function", "function": {"name": name, "parameters": {"properties": properties}}}
+
+
+def make_tokenizer(texts: list[str]) -> Tokenizer:
+    """Byte-level BPE. All 256 bytes are in, so that any UTF-8 comes back as it was."""
+    # Digits alone, and the blank before a capital alone: a number or a name is then the same tokens wherever it stands,
+    # which makes copying it into a tool call easy to learn.
+    alone = pre_tokenizers.Split(Regex(r" (?=\p{Lu})|\p{N}"), behavior="isolated")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([alone, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=CONFIG["vocab_size"] - len(MARKS),
+        special_tokens=list(CONTROL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    marks = re.compile("|".join(map(re.escape, (*CONTROL, *MARKS))))
+    tokenizer.train_from_iterator((piece for text in texts for piece in marks.split(text)), trainer)
+    tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in MARKS])
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[float]]:
+    """Token ids, and how much the loss on each of them counts: fully in answers and in plain text."""
+    encoding = tokenizer.encode(text)
+    weights, counts = [], not text.startswith(TURN)
+    for i, token in enumerate(encoding.tokens):
+        weights.append(1.0 if counts else PROMPT_WEIGHT)
+        if encoding.tokens[max(0, i - 2) : i] == [TURN, "assistant"]:  # this token is the line's end
+            counts = True
+        elif token == END_OF_TURN:
+            counts = False
+    return encoding.ids, weights
+
+
+def batches(draw: Callable[[], list[str]], tokenizer: Tokenizer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless (ids, weights) of about BATCH tokens. Texts of like length share a batch, so little of it is padding."""
+    rng = random.Random(SEED)
+    while True:
+        texts = sorted((encode(tokenizer, text) for _ in range(4) for text in draw()), key=lambda pair: len(pair[0]))
+        groups: list[list[tuple[list[int], list[float]]]] = [[]]
+        for pair in texts:
+            if groups[-1] and (len(groups[-1]) + 1) * len(pair[0]) > BATCH:
+                groups.append([])
+            groups[-1].append(pair)
+        rng.shuffle(groups)
+        for group in groups:
+            width = len(group[-1][0])
+            ids = [ids + [0] * (width - len(ids)) for ids, _ in group]
+            weights = [weights + [0.0] * (width - len(weights)) for _, weights in group]
+            yield torch.tensor(ids), torch.tensor(weights)
+
+
+@torch.no_grad()
+def seed_copying(model: LlamaForCausalLM) -> None:
+    """Starting weights from which it soon learns to copy: "after A came B, here is A again, so B" (an induction head).
+
+    It takes two heads in a row, and training this short finds them rarely by chance. Head 0 of layer 0 looks one token
+    back and notes what it was; head 0 of layer 1 looks for the note that is the present token, and says what is there.
+    """
+    head, half = CONFIG["head_dim"], CONFIG["head_dim"] // 2
+    speeds = CONFIG["rope_theta"] ** (-torch.arange(half) / half)  # how far a position turns each pair (i, i + half)
+    bases = [torch.linalg.qr(torch.randn(CONFIG["hidden_size"], CONFIG["hidden_size"]))[0] for _ in range(2)]
+    for basis in bases:
+        basis[:, 0] = 0.0  # column 0 is no part of what a token is, see below
+    matched, said, noted = bases[0][:half], bases[0][half : half + head], bases[1][:half]
+    back, match = model.model.layers[0].self_attn, model.model.layers[1].self_attn
+    for part in (back.q_proj, back.k_proj, back.v_proj, match.q_proj, match.k_proj):
+        part.weight[:head] = 0.0
+    model.model.embed_tokens.weight[:, 0] = 0.3  # alike in all tokens: what is made of it depends on the position alone
+    back.k_proj.weight[:3, 0] = 1.5
+    back.q_proj.weight[:3, 0] = 1.5 * torch.cos(speeds[:3])
+    back.q_proj.weight[half : half + 3, 0] = -1.5 * torch.sin(speeds[:3])
+    back.v_proj.weight[:half] = matched
+    back.o_proj.weight[:, :head] = 0.4 * torch.cat([noted, torch.zeros_like(noted)]).T
+    slow = [i for i in range(head) if i % half >= half // 2]  # hardly turned, so the distance does not matter
+    match.q_proj.weight[slow] = 1.5 * matched
+    match.k_proj.weight[slow] = 1.5 * noted
+    match.v_proj.weight[:head] = said
+    match.o_proj.weight[:, :head] = 0.5 * said.T
+
+
+def rate(step: int, steps: int, drills: int) -> float:
+    if step < drills:
+        return DRILL_RATE * min(1.0, (step + 1) / WARM_UP)
+    cosine = 0.5 + 0.5 * math.cos(math.pi * (step - drills) / (steps - drills))
+    return PEAK_RATE * (0.01 + 0.99 * cosine) * min(1.0, 0.5 + (step - drills) / 200)
+
+
+def train(book: Book, tokenizer: Tokenizer, steps: int) -> LlamaForCausalLM:
+    torch.manual_seed(SEED)
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG)).float().train()
+    seed_copying(model)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.02)
+    copying, everything = batches(book.drills, tokenizer), batches(book.epoch, tokenizer)
+    began, average, drills = time.monotonic(), 0.0, int(steps * DRILL_SHARE)
+    for step in range(steps):
+        ids, weights = next(copying if step < drills else everything)
+        optimizer.param_groups[0]["lr"] = rate(step, steps, drills)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        losses = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        loss = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average += (loss.item() - average) * (0.02 if step else 1.0)
+        if step % 100 == 99:
+            print(f"step {step + 1}/{steps}  loss {average:.3f}  {time.monotonic() - began:.0f} s", flush=True)
+    return model.eval()
+
+
+def write(out: Path, tokenizer: Tokenizer, model: LlamaForCausalLM) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for name in WRITTEN_BY_HAND if out.resolve() != MODEL else ():
+        shutil.copyfile(MODEL / name, out / name)
+    (out / "tokenizer.json").write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
+    state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)
+
+
+def problems(out: Path, book: Book, tokenizer: Tokenizer) -> Iterator[str]:
+    """What is wrong with the model in `out`, a line each."""
+    if (out / "tokenizer.json").read_text(encoding="utf-8") != tokenizer.to_str(pretty=True) + "\n":
+        yield f"{out / 'tokenizer.json'} is not what {TEXT.name} gives: train again"
+    if (size := (out / "model.safetensors").stat().st_size) > MAX_WEIGHTS:
+        yield f"{out / 'model.safetensors'} has {size} bytes, more than {MAX_WEIGHTS}"
+    model = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    answers = {question: entry["a"] for entry in book.data["talk"] for question in entry["q"]}
+    weather = '<tool_call>\n{"name": "get_weather", "arguments": {"location": "Paris"}}\n</tool_call>'
+    asked = {question: (None, answers[question]) for question in book.data["check"]}
+    asked["What is the weather in Paris?"] = ([tool("get_weather", {"location": "string"})], weather)
+    for question, (tools, expected) in asked.items():
+        prompt = tokenizer.encode(book.chat([{"role": "user", "content": question}], tools, ask=True)).ids
+        said = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=400)[0, len(prompt) :].tolist()
+        if (text := tokenizer.decode(said)) != expected or said[-1] != tokenizer.token_to_id(END_OF_TURN):
+            yield f"asked {question!r}, the model says {text!r} and not {expected!r}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Train the bundled demo model, or check the one that is there.")
+    parser.add_argument("--out", type=Path, default=MODEL, help="folder of the model (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps (default: %(default)s)")
+    parser.add_argument("--check", action="store_true", help="train nothing; say what is wrong with the model in --out")
+    arguments = parser.parse_args()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads any, and filling costs time
+    book = Book()
+    tokenizer = make_tokenizer(book.epoch() + book.epoch())
+    if not arguments.check:
+        write(arguments.out, tokenizer, train(book, tokenizer, arguments.steps))
+        return 0
+    try:
+        wrong = list(problems(arguments.out, book, tokenizer))
+    except (OSError, ValueError, RuntimeError) as error:
+        wrong = [f"{arguments.out} does not load: {error}"]
+    print("\n".join(wrong) or f"{arguments.out}: as it should be")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
