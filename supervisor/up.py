@@ -7,13 +7,13 @@ then vLLM, whose start is the long one; and only then our own imports (uvicorn, 
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import signal
 import socket
 from dataclasses import dataclass
 
-from supervisor.engine.process import EngineProcess, Workspace
+from supervisor.engine.process import EngineProcess
+from supervisor.engine.remains import Guard, Workspace, clean_leftovers, temporary_folder
 from supervisor.settings.command import Mask, build
 from supervisor.settings.sources import Settings, SettingsError
 
@@ -36,23 +36,55 @@ def up(settings: Settings) -> int:
     pending: list[int] = []
     for number in SIGNALS:
         signal.signal(number, lambda number, _: pending.append(number))
-    workspace = Workspace()
+    base = temporary_folder(settings.environ)
+    clean_leftovers(base)
     try:
-        mask = Mask.of(settings)
-        colour = not settings.environ.get("NO_COLOR")
-        command = build(settings, str(workspace.socket), str(workspace.temporary))
+        workspace = Workspace.create(base)
+    except OSError as error:
+        raise SettingsError([f"no folder can be made in {base} ({error.strerror}): set TMPDIR"]) from error
+    guard = Guard(workspace)
+    try:
+        spawn = Spawn(settings, workspace, guard)
         try:
-            process = EngineProcess(command, mask, colour)
+            process = spawn()
         except OSError as error:
-            raise SettingsError(
-                [f"{command.argv[0]} can't be executed ({error.strerror}): check SUPERVISOR_VLLM"]
-            ) from error
+            program = settings.vllm.command[0]
+            raise SettingsError([f"{program} can't be executed ({error.strerror}): check SUPERVISOR_VLLM"]) from error
         try:
-            return _serve(_Start(settings, process, str(workspace.socket), sockets, mask, colour, pending))
+            return _serve(_Start(settings, spawn, process, sockets, pending))
         finally:
-            process.clean_up()
+            assert spawn.latest is not None
+            spawn.latest.clean_up()
     finally:
         workspace.remove()
+        guard.dismiss()
+
+
+class Spawn:
+    """Starts vLLM: `spawn()`, for the first time before the event loop, and again after each crash."""
+
+    def __init__(self, settings: Settings, workspace: Workspace, guard: Guard) -> None:
+        self.workspace = workspace
+        self.guard = guard
+        self.mask = Mask.of(settings)
+        self.colour = not settings.environ.get("NO_COLOR")
+        self.command = build(settings, str(workspace.socket), str(workspace.temporary))
+        self.latest: EngineProcess | None = None
+        self._noted: set[str] | None = None
+
+    def __call__(self) -> EngineProcess:
+        """Raises OSError."""
+        self.latest = EngineProcess(self.command, self.mask, self.colour)
+        self._noted = None
+        self.note(self.latest)
+        return self.latest
+
+    def note(self, process: EngineProcess) -> None:
+        """Tells the guard, and a later start, what would have to be removed."""
+        if self._noted != process.segments:
+            self._noted = set(process.segments)
+            self.guard.watch(process.pid, process.segments)
+            self.workspace.remember(process.pid, process.segments)
 
 
 def bind(settings: Settings) -> list[socket.socket]:
@@ -84,14 +116,12 @@ def bind(settings: Settings) -> list[socket.socket]:
 
 @dataclass(frozen=True, slots=True)
 class _Start:
-    """What is there once vLLM is spawned. `path` is its socket; `pending` holds signals that nobody has heard yet."""
+    """What is there once vLLM is spawned. `pending` holds signals that nobody has heard yet."""
 
     settings: Settings
+    spawn: Spawn
     process: EngineProcess
-    path: str
     sockets: list[socket.socket]
-    mask: Mask
-    colour: bool
     pending: list[int]
 
 
@@ -103,7 +133,7 @@ def _serve(start: _Start) -> int:
     from supervisor import logs  # noqa: PLC0415
 
     knobs = start.settings.knobs
-    listener = logs.start(knobs.log_format, knobs.log_level, start.mask, start.colour)
+    listener = logs.start(knobs.log_format, knobs.log_level, start.spawn.mask, start.spawn.colour)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_run(start))
@@ -115,54 +145,93 @@ async def _run(start: _Start) -> int:
     import asyncio  # noqa: PLC0415
     import logging  # noqa: PLC0415
 
-    from supervisor.engine.engine import Collaborators, Engine, Timeouts  # noqa: PLC0415
-    from supervisor.gateway.app import Gateway  # noqa: PLC0415
+    from supervisor.engine import gpu  # noqa: PLC0415
+    from supervisor.engine.engine import Collaborators, Engine, Limits  # noqa: PLC0415
+    from supervisor.gateway.app import Admission, Gateway  # noqa: PLC0415
     from supervisor.gateway.policy import Policy  # noqa: PLC0415
     from supervisor.gateway.server import GatewayServer  # noqa: PLC0415
     from supervisor.gateway.upstream import Probe, Upstream, UpstreamError  # noqa: PLC0415
 
-    settings, path, sockets = start.settings, start.path, start.sockets
+    settings, knobs, sockets, workspace = start.settings, start.settings.knobs, start.sockets, start.spawn.workspace
     log = logging.getLogger("supervisor")
     loop = asyncio.get_running_loop()
-    upstream = Upstream(path, loop)
+    upstream = Upstream(str(workspace.socket), loop)
+    gpu_before = await asyncio.to_thread(gpu.used)
 
-    async def probe() -> int | None:
-        if not os.path.exists(path):  # noqa: ASYNC240, PTH110  # one stat, so that a loading vLLM costs no connection
-            return None
+    async def ask(path: str) -> tuple[int, bytes] | None:
         try:
             async with asyncio.timeout(PROBE_TIMEOUT):
-                return await Probe.get(upstream, "/health")
+                return await Probe.get(upstream, path)
         except (UpstreamError, TimeoutError):
             return None
 
+    async def health() -> int | None:
+        if not workspace.socket.exists():  # one stat, so that a loading vLLM costs no connection
+            return None
+        answer = await ask("/health")
+        return answer[0] if answer is not None else None
+
+    async def metrics() -> bytes | None:
+        answer = await ask("/metrics")
+        return answer[1] if answer is not None and answer[0] == 200 else None
+
+    async def cleaned() -> None:
+        upstream.close()
+        workspace.clear()
+        await gpu.freed(gpu_before)
+
     async def drain() -> bool:
         try:
-            async with asyncio.timeout(settings.knobs.drain_timeout):
+            async with asyncio.timeout(knobs.drain_timeout):
                 await gateway.drained()
         except TimeoutError:
-            log.warning(
-                "%d requests were still running after %g s (SUPERVISOR_DRAIN_TIMEOUT): cut",
-                gateway.in_flight,
-                settings.knobs.drain_timeout,
-            )
+            limit = f"{knobs.drain_timeout:g} s (SUPERVISOR_DRAIN_TIMEOUT)"
+            log.warning("%d requests were still running after %s: cut", gateway.in_flight, limit)
             gateway.cut("The server shut down before this request was done.")
             return False
         return True
 
     def changed() -> None:
         gateway.engine_changed()
-        if engine.ready:
+        if engine.ready and not engine.restarts:
             log.info("%s", invitation(settings, sockets))
 
-    timeouts = Timeouts(settings.knobs.startup_timeout, min(settings.knobs.drain_timeout, TERMINATE_PATIENCE))
-    engine = Engine(start.process, Collaborators(probe, drain, changed), timeouts)
+    engine = Engine(
+        start.process,
+        Collaborators(
+            spawn=start.spawn,
+            cleaned=cleaned,
+            noted=start.spawn.note,
+            health=health,
+            metrics=metrics,
+            traffic=lambda: gateway.traffic(),  # noqa: PLW0108  # there is no gateway yet
+            drain=drain,
+            changed=changed,
+        ),
+        Limits(
+            startup=knobs.startup_timeout,
+            terminate=min(knobs.drain_timeout, TERMINATE_PATIENCE),
+            stall=knobs.stall_timeout,
+            restarts=knobs.max_restarts,
+            window=knobs.restart_window,
+            stay_when_failed=knobs.on_failure == "serve",
+        ),
+    )
     facts = {
         "model": settings.model.value,
         "mode": "http",
         "vllm_version": settings.vllm.version,
-        "command": start.mask.command(start.process.command.argv),
+        "command": start.spawn.mask.command(start.spawn.command.argv),
     }
-    gateway = Gateway(upstream, engine, Policy(settings.knobs.api_keys or ()), settings.knobs.hold_timeout, facts)
+    admission = Admission(knobs.max_concurrency or None, knobs.max_waiting)
+    gateway = Gateway(
+        upstream,
+        engine,
+        Policy(knobs.api_keys or ()),
+        hold_timeout=knobs.hold_timeout,
+        admission=admission,
+        facts=facts,
+    )
     for number in SIGNALS:
         loop.add_signal_handler(number, engine.stop, number)
     for heard in start.pending:

@@ -106,8 +106,9 @@ class Supervisor:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(Exception):
-            self.engine()
+        if self.process.poll() is None:
+            with contextlib.suppress(Exception):
+                self.engine()
         if self._client is not None:
             self._client.close()
         self.process.kill()

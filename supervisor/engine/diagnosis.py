@@ -1,16 +1,322 @@
-"""Why the engine ended: exit code and log tail -> one sentence. The table of causes and remedies has its place here."""
+"""Why the engine ended: exit code and log tail -> cause and remedy, by an ordered table.
+
+Each rule's pattern is looked for in the last lines of vLLM's log; the first rule that matches speaks. The lines that
+the patterns were written for lie in `tests/unit/failures/`, as vLLM wrote them. A cause that is permanent makes a start
+that never succeeded not worth repeating.
+"""
+# ruff: noqa: E501  # a pattern in two pieces is hard to compare with the line that it is for
 
 from __future__ import annotations
 
 import re
 import signal
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 ERROR_LINE = re.compile(r"\b\w*(Error|Exception)\b: |\berror: ")
 # What vLLM puts before each of its lines: "(APIServer pid=12) ERROR 11-21 19:00:00 [core.py:1] ".
-# Levels below ERROR: such a line may name an exception that was dealt with.
-HARMLESS = re.compile(r"^(\([^)]*pid=\d+\) )*(DEBUG|INFO|WARNING)\b")
-LINE_PREFIX = re.compile(r"^(\([^)]*pid=\d+\) )*([A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d (\[[^\]]*\] )?)?")
+LINE_PREFIX = re.compile(r"^(\([^)]*pid=\d+\) )*([A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d (\[[^\]]*\] ?)?)?")
+# Levels below ERROR, vLLM's and torch's: such a line may name an exception that was dealt with.
+HARMLESS = re.compile(r"^(\([^)]*pid=\d+\) )*(DEBUG|INFO|WARNING)\b|^\[?[IW]\d{4} ")
+# What a part of vLLM says when another one has ended: never the root.
+FOLLOW_UP = re.compile(
+    r"Engine core initialization failed|WorkerProc initialization failed|EngineCore encountered an issue|EngineDeadError|"
+    r"Engine core proc \S+ died|cancelled$"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What happened, and what to change. `permanent`: the same settings will end the same way."""
+
+    cause: str
+    remedy: str
+    permanent: bool
+
+    @property
+    def text(self) -> str:
+        return f"{self.cause} {self.remedy}".strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """`cause` and `remedy` may name the pattern's groups, `{option}`, and as an environment variable, `{OPTION}`."""
+
+    pattern: re.Pattern[str]
+    cause: str
+    remedy: str
+    permanent: bool = True
+
+
+def _rule(pattern: str, cause: str, remedy: str, *, permanent: bool = True) -> Rule:
+    return Rule(re.compile(pattern, re.I | re.S), cause, remedy, permanent)
+
+
+# In this order: the specific before the general, the root before what follows from it.
+RULES = (
+    _rule(
+        r"unrecognized arguments: (?P<what>[^\n]+)",
+        "vLLM does not know the option {what}.",
+        "Take it out of SUPERVISOR_EXTRA_ARGS or of what follows `--`; `vllm serve --help` lists what there is.",
+    ),
+    _rule(
+        r"error: argument (?:-\w+/)?--(?P<option>[\w-]+)[^\s:]*: Value (?P<value>[^\n]*) cannot be converted to <function loads",
+        "The value of --{option} is no JSON: {value}.",
+        "Correct {OPTION}; `supervisor explain` shows where it came from.",
+    ),
+    _rule(
+        r"error: argument (?:-\w+/)?--(?P<option>[\w-]+)[^\s:]*: (?P<why>[^\n]+)",
+        "vLLM does not take the value of --{option}: {why}.",
+        "Correct {OPTION}; `supervisor explain` shows where it came from.",
+    ),
+    _rule(
+        r"max(?:imum)? seq(?:uence)? len(?:gth)? \((?P<asked>\d+)\).{0,400}estimated maximum model length is (?P<fits>\d+)",
+        "The KV cache has room for {fits} tokens, and the model's length is {asked}.",
+        "Set MAX_MODEL_LEN={fits} or less, or give it more memory (GPU_MEMORY_UTILIZATION; on a CPU VLLM_CPU_KVCACHE_SPACE).",
+    ),
+    _rule(
+        r"max(?:imum)? seq(?:uence)? len(?:gth)? \((?P<asked>\d+)\).{0,300}KV cache",
+        "The KV cache has no room for one request of {asked} tokens.",
+        "Lower MAX_MODEL_LEN, or give it more memory (GPU_MEMORY_UTILIZATION; on a CPU VLLM_CPU_KVCACHE_SPACE).",
+    ),
+    _rule(
+        r"No available memory for the cache blocks",
+        "The weights leave no memory for the KV cache.",
+        "Raise GPU_MEMORY_UTILIZATION, use a smaller or quantized model, or spread it with TENSOR_PARALLEL_SIZE.",
+    ),
+    _rule(
+        r"Free memory on device [^\n]{1,200} is less than",
+        "Something else holds the GPU's memory.",
+        "Free it (`nvidia-smi` shows who), or lower GPU_MEMORY_UTILIZATION.",
+        permanent=False,
+    ),
+    _rule(
+        r"out of memory occurred when warming up sampler with (?P<what>\d+)",
+        "The GPU's memory was not enough for {what} sequences at once.",
+        "Lower MAX_NUM_SEQS or GPU_MEMORY_UTILIZATION.",
+    ),
+    _rule(
+        r"CUDA out of memory|torch\.OutOfMemoryError|HIP out of memory",
+        "The GPU's memory was not enough.",
+        "Lower MAX_MODEL_LEN, MAX_NUM_SEQS or GPU_MEMORY_UTILIZATION, quantize the model, or use more GPUs "
+        "(TENSOR_PARALLEL_SIZE).",
+    ),
+    _rule(
+        r"in parse_safetensors_file_metadata\n|validation errors? for VllmConfig\n  Value error, [^\n]{1,80}\(char \d+\)|"
+        r"SafetensorError|Error while deserializing header|UnpicklingError|PytorchStreamReader failed",
+        "A file of the weights is damaged, or only a Git LFS pointer to one.",
+        "Delete it and let it be downloaded again (MODEL; a clone needs `git lfs pull`).",
+    ),
+    _rule(
+        r"MemoryError|Cannot allocate memory|DefaultCPUAllocator: (?:can't|not enough)|std::bad_alloc",
+        "The machine's memory was not enough.",
+        "Give the container more memory, or lower MAX_MODEL_LEN and, on a CPU, VLLM_CPU_KVCACHE_SPACE.",
+    ),
+    _rule(
+        r"No space left on device: '/psm_|creating shared memory segment|unable to (?:open|allocate|write to) shared memory|Bus error|"
+        r"insufficient shared memory",
+        "The shared memory (/dev/shm) is full.",
+        "Start the container with --ipc=host or --shm-size=8g.",
+    ),
+    _rule(
+        r"No space left on device|Not enough free disk space|Disk quota exceeded",
+        "The disk is full.",
+        "Mount a larger volume and point HF_HOME at it, or free space.",
+    ),
+    _rule(
+        r"GatedRepoError|gated repo|Access to model \S+ is restricted|403 Client Error|403 Forbidden",
+        "The model's repository is gated, and the token has no access to it.",
+        "Accept its terms on the hub, and set HF_TOKEN to a token of that account.",
+    ),
+    _rule(
+        r"RepositoryNotFoundError|401 Client Error|401 Unauthorized|is not a valid model identifier listed on|"
+        r"Repository Not Found",
+        "There is no such model on the hub, or it is private.",
+        "Check the spelling of MODEL; for a private one set HF_TOKEN.",
+    ),
+    _rule(
+        r"RevisionNotFoundError|is not a valid git identifier|Revision Not Found",
+        "The model has no such revision.",
+        "Check REVISION.",
+    ),
+    _rule(
+        r"outgoing traffic has been disabled|HF_HUB_OFFLINE|offline mode is enabled",
+        "The model is not in the cache, and downloads are switched off.",
+        "Unset HF_HUB_OFFLINE, or put the model into the cache (HF_HOME).",
+    ),
+    _rule(
+        r"LocalEntryNotFoundError|We couldn't connect to|ConnectError|ConnectTimeout|Max retries exceeded|"
+        r"Temporary failure in name resolution|Name or service not known|Network is unreachable|"
+        r"50[0234] Server Error|429 Client Error|ReadTimeout",
+        "The hub could not be reached.",
+        "Check the network (and HF_ENDPOINT, if set); it is tried again.",
+        permanent=False,
+    ),
+    _rule(
+        r"Model architectures? \[?(?P<what>[^\]\n]+?)\]? (?:are|is) not supported",
+        "This vLLM does not support the architecture {what}.",
+        "Use a newer image, or set MODEL to another model.",
+    ),
+    _rule(
+        r"model type `(?P<what>[^`\n]+)` but Transformers does not recognize",
+        "This vLLM does not know the model type {what}.",
+        "Use a newer image, or set MODEL to another model.",
+    ),
+    _rule(
+        r"Unrecognized model in|Should have a `model_type` key",
+        "The model's config.json does not say what type of model it is.",
+        "Check that MODEL names the folder of a whole model.",
+    ),
+    _rule(
+        r"trust_remote_code=True|trust-remote-code|requires you to execute the configuration file",
+        "The model brings code of its own.",
+        "If you trust it, set TRUST_REMOTE_CODE=true.",
+    ),
+    _rule(
+        r"Cannot find any model weights|no file named .{0,80}(?:safetensors|bin)|Cannot find any (?:safetensors|bin) files",
+        "The model's folder has no weights.",
+        "Check that the download is complete, and LOAD_FORMAT.",
+    ),
+    _rule(
+        r"Following weights were not initialized|in \w*weight_loader\n.{0,600}?Error: ",
+        "The weights do not fit the model's config.json.",
+        "Check that the files of MODEL belong together, or let it be downloaded again.",
+    ),
+    _rule(
+        r"Couldn't instantiate the backend tokenizer|Can't load tokenizer for|"
+        r"tokenization_utils\w*\.py\", line \d+, in .{0,1200}JSONDecodeError",
+        "The model's tokenizer is missing or damaged.",
+        "Check that the folder has its tokenizer.json, or name another model's with TOKENIZER.",
+    ),
+    _rule(
+        r"Repo id must [^\n]{1,200}: '(?P<what>[^'\n]+)'\. Use `repo_type`",
+        "There is no folder {what}, and it can't be a model's name on the hub.",
+        "Check MODEL, or whichever setting names it.",
+    ),
+    _rule(
+        r"is not a valid JSON file|JSONDecodeError|Can't load the configuration of|Invalid repository ID or local directory",
+        "The model's config.json is missing or damaged.",
+        "Check that MODEL names a folder with a config.json, or a model on the hub.",
+    ),
+    _rule(
+        r"driver on your system is too old|driver version is insufficient|Error 80[34]: ",
+        "The GPU's driver is too old for this image's CUDA.",
+        "Use a machine with a newer driver (on RunPod: the endpoint's allowed CUDA versions), or an older image.",
+    ),
+    _rule(
+        r"no kernel image is available",
+        "This image has no code for this GPU: it is too old for it, or too new.",
+        "Use another GPU (on RunPod: the endpoint's GPU types), or another image.",
+    ),
+    _rule(
+        r"Error 802: ",
+        "The GPU is not set up yet (CUDA error 802): the host's fabric manager does not run.",
+        "Use another machine; it is tried again.",
+        permanent=False,
+    ),
+    _rule(
+        r"No CUDA GPUs are available|Failed to infer device type|Device string must not be empty|NVML Shared Library Not Found|"
+        r"Found no NVIDIA driver",
+        "vLLM sees no GPU.",
+        "Start the container with --gpus all, and check CUDA_VISIBLE_DEVICES; `nvidia-smi` must work inside it.",
+    ),
+    _rule(
+        r"Bfloat16 is only supported on GPUs",
+        "This GPU can't compute in bfloat16.",
+        "Set DTYPE=half.",
+    ),
+    _rule(
+        r"quantization method (?P<what>\S+) is not supported for the current GPU",
+        "This GPU is too old for the model's quantization, {what}.",
+        "Set MODEL to one that is quantized otherwise, or use a newer GPU.",
+    ),
+    _rule(
+        r"World size \(\d+\) is larger than the number of|cannot be larger than the number of available|"
+        r"world_size \(\d+\) (?:must be less than or equal to|is less than than)",
+        "The model is to be spread over more devices than there are.",
+        "Lower TENSOR_PARALLEL_SIZE (and PIPELINE_PARALLEL_SIZE, DATA_PARALLEL_SIZE).",
+    ),
+    _rule(
+        r"must be divisible by tensor parallel size|not divisible by (?:the )?(?:tensor|weight)|"
+        r"attention heads \(\d+\) must be divisible",
+        "TENSOR_PARALLEL_SIZE does not divide the model's attention heads.",
+        "Use 1, 2, 4 or 8.",
+    ),
+    _rule(
+        r"User-specified max_model_len \((?P<asked>\d+)\) is greater than the derived max_model_len \(\w+=(?P<fits>\d+)",
+        "MAX_MODEL_LEN={asked} is more than the {fits} that the model was made for.",
+        "Set MAX_MODEL_LEN={fits} or less, or leave it unset (VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 allows it, at the price of nonsense).",
+    ),
+    _rule(
+        r"Address already in use",
+        "A port or socket that vLLM needs is taken.",
+        "It is tried again; if it stays, look for another vLLM on this machine.",
+        permanent=False,
+    ),
+    _rule(
+        r"NCCL error|ncclSystemError|ncclUnhandledCudaError",
+        "The GPUs could not talk to each other (NCCL).",
+        "Set NCCL_DEBUG=INFO to see why; often it is the shared memory: start the container with --ipc=host.",
+        permanent=False,
+    ),
+    _rule(
+        r"CUDA error: (?P<what>[^\n]+)",
+        "The GPU failed: {what}.",
+        "If it comes back, try another machine, or ENFORCE_EAGER=true.",
+        permanent=False,
+    ),
+    # vLLM's own checks of its settings, of which there are hundreds.
+    _rule(
+        r"validation errors? for \w+\n(?P<option>[a-z]\w*)\S*\n  (?P<why>[^\n]+?) \[type=",
+        "vLLM does not take the value of {option}: {why}.",
+        "Correct {OPTION}; `supervisor explain` shows where it came from.",
+    ),
+    _rule(
+        r"validation errors? for \w+\n  (?:Value error|Assertion failed), (?P<why>.{1,600}?)(?: \[type=|\n\n)",
+        "vLLM does not take these settings: {why}.",
+        "`supervisor explain` shows where each came from.",
+    ),
+)
+
+# Where the log says nothing: by the signal.
+SIGNALS = {
+    signal.SIGKILL: ("It was killed by SIGKILL, most likely by the kernel because memory ran out.",
+                     "Give the container more memory; `dmesg` on the host tells."),
+    signal.SIGSEGV: ("It crashed (SIGSEGV).", "A newer image may help; the log above says what it was doing."),
+    signal.SIGBUS: ("It crashed (SIGBUS), most likely because the shared memory (/dev/shm) is full.",
+                    "Start the container with --ipc=host or --shm-size=8g."),
+    signal.SIGILL: ("It crashed (SIGILL): this processor lacks instructions that this build of vLLM uses.",
+                    "Use a build for this processor."),
+}  # fmt: skip
+
+
+# An engine process or a worker was gone, and none of them said why.
+ENGINE_GONE = (
+    "vLLM's engine process was gone without a word, most likely killed by the kernel because memory ran out.",
+    "Give the container more memory; `dmesg` on the host tells.",
+)
+
+
+def diagnose(exit_code: int, lines: Iterable[str], ended_by_us: str | None = None) -> Diagnosis:
+    """`exit_code` is -N for signal N; `lines` the last ones of the log, oldest first; `ended_by_us` says why, where it
+    was us who killed it, and then the exit code means nothing."""
+    lines = list(lines)
+    text = "\n".join(LINE_PREFIX.sub("", line) for line in lines if not HARMLESS.match(line))
+    for rule in RULES:
+        if found := rule.pattern.search(text):
+            groups = {name: (value or "").strip().rstrip(".") for name, value in found.groupdict().items()}
+            groups |= {name.upper(): value.upper().replace("-", "_") for name, value in groups.items()}
+            return Diagnosis(rule.cause.format_map(groups), rule.remedy.format_map(groups), rule.permanent)
+    if ended_by_us is not None:
+        return Diagnosis(f"{ended_by_us}.", "", permanent="SUPERVISOR_STARTUP_TIMEOUT" in ended_by_us)
+    if exit_code < 0 and -exit_code in SIGNALS:
+        return Diagnosis(*SIGNALS[signal.Signals(-exit_code)], permanent=False)
+    error = last_error(lines)
+    if error is not None:
+        return Diagnosis(error, "", permanent=exit_code > 0)
+    if FOLLOW_UP.search(text):
+        return Diagnosis(*ENGINE_GONE, permanent=False)
+    return Diagnosis("Its log does not say why.", "", permanent=False)
 
 
 def how_it_ended(exit_code: int) -> str:
@@ -24,10 +330,10 @@ def how_it_ended(exit_code: int) -> str:
 
 
 def last_error(lines: Iterable[str]) -> str | None:
-    """The last line of a log that names an error, without vLLM's prefix."""
+    """The last line of a log that names an error, without vLLM's prefix; what only follows from one is no error."""
     found = None
     for line in lines:
-        if HARMLESS.search(line):
+        if HARMLESS.search(line) or FOLLOW_UP.search(line):
             continue
         text = LINE_PREFIX.sub("", line).strip()
         if ERROR_LINE.search(text):

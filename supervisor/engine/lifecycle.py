@@ -1,8 +1,11 @@
 """The engine's life as a table: (state, event) -> (next state, actions). Pure: no clock, no process, no I/O.
 
     starting ──ready──► ready ──stop──► draining ──drained──► stopping ──exited──► stopped
-        │                 │                │                     ▲
-        └─exited, late────┴─exited────► failed                   └── stop: from starting, nothing is in flight
+        │                 │                                      ▲
+        │ exited          │ exited, broken                       └── stop, from starting and restarting
+        ▼                 ▼
+        └──────────► restarting ──retry──► (spawned again) ──ready──► ready
+                          └──give up──► failed
 
 `engine/engine.py` is the one owner that walks this table and carries the actions out; everyone else asks or waits.
 """
@@ -15,6 +18,7 @@ from enum import Enum
 class State(Enum):
     STARTING = "starting"
     READY = "ready"
+    RESTARTING = "restarting"
     DRAINING = "draining"
     STOPPING = "stopping"
     STOPPED = "stopped"
@@ -23,13 +27,17 @@ class State(Enum):
 
 class Event(Enum):
     READY = "the engine answers"
-    EXITED = "the engine's process ended"
-    LATE = "the start-up timeout has passed"
+    BROKEN = "a process of the engine died, or it hangs, or its start takes too long: it must go"
+    EXITED = "the process that was started has ended"
+    RETRY = "another start is worth trying, and its time has come"
+    GIVE_UP = "the cause is permanent, or the restart limit is reached"
     STOP = "a signal asks to stop"
     DRAINED = "nothing is in flight any more, or the drain timeout has passed"
 
 
 class Action(Enum):
+    SPAWN = "start the engine again"
+    JUDGE = "find the cause, and decide whether another start is worth trying, and when"
     DRAIN = "let in-flight requests finish, up to the drain timeout"
     TERMINATE = "SIGTERM to the API server, SIGKILL to what is left"
     KILL = "SIGKILL to the whole session, at once"
@@ -37,39 +45,32 @@ class Action(Enum):
 
 
 S, E, A = State, Event, Action
-IGNORED: tuple[Action, ...] = ()
 
+# What is not listed here is ignored; `tests/unit/test_lifecycle.py` lists that too, so that nothing is by accident.
 TABLE: dict[tuple[State, Event], tuple[State, tuple[Action, ...]]] = {
     (S.STARTING, E.READY): (S.READY, ()),
-    (S.STARTING, E.EXITED): (S.FAILED, (A.CLEAN_UP,)),
-    (S.STARTING, E.LATE): (S.FAILED, (A.KILL,)),
+    (S.STARTING, E.BROKEN): (S.STARTING, (A.KILL,)),
+    (S.STARTING, E.EXITED): (S.RESTARTING, (A.CLEAN_UP, A.JUDGE)),
     (S.STARTING, E.STOP): (S.STOPPING, (A.TERMINATE,)),
-    (S.STARTING, E.DRAINED): (S.STARTING, IGNORED),
-    (S.READY, E.READY): (S.READY, IGNORED),
-    (S.READY, E.EXITED): (S.FAILED, (A.CLEAN_UP,)),
-    (S.READY, E.LATE): (S.READY, IGNORED),
+    # Requests are held from the moment it is known to be broken, not only when its last process is gone.
+    (S.READY, E.BROKEN): (S.RESTARTING, (A.KILL,)),
+    (S.READY, E.EXITED): (S.RESTARTING, (A.CLEAN_UP, A.JUDGE)),
     (S.READY, E.STOP): (S.DRAINING, (A.DRAIN,)),
-    (S.READY, E.DRAINED): (S.READY, IGNORED),
-    (S.DRAINING, E.READY): (S.DRAINING, IGNORED),
+    (S.RESTARTING, E.READY): (S.READY, ()),
+    (S.RESTARTING, E.BROKEN): (S.RESTARTING, (A.KILL,)),
+    (S.RESTARTING, E.EXITED): (S.RESTARTING, (A.CLEAN_UP, A.JUDGE)),
+    (S.RESTARTING, E.RETRY): (S.RESTARTING, (A.SPAWN,)),
+    (S.RESTARTING, E.GIVE_UP): (S.FAILED, ()),
+    (S.RESTARTING, E.STOP): (S.STOPPING, (A.TERMINATE,)),
+    # Nobody waits for another engine now: what is in flight ends with this one.
+    (S.DRAINING, E.BROKEN): (S.STOPPING, (A.KILL,)),
     (S.DRAINING, E.EXITED): (S.STOPPED, (A.CLEAN_UP,)),
-    (S.DRAINING, E.LATE): (S.DRAINING, IGNORED),
     (S.DRAINING, E.STOP): (S.STOPPING, (A.KILL,)),  # a second signal skips the wait
     (S.DRAINING, E.DRAINED): (S.STOPPING, (A.TERMINATE,)),
-    (S.STOPPING, E.READY): (S.STOPPING, IGNORED),
     (S.STOPPING, E.EXITED): (S.STOPPED, (A.CLEAN_UP,)),
-    (S.STOPPING, E.LATE): (S.STOPPING, IGNORED),
     (S.STOPPING, E.STOP): (S.STOPPING, (A.KILL,)),
-    (S.STOPPING, E.DRAINED): (S.STOPPING, IGNORED),
-    (S.STOPPED, E.READY): (S.STOPPED, IGNORED),
-    (S.STOPPED, E.EXITED): (S.STOPPED, IGNORED),
-    (S.STOPPED, E.LATE): (S.STOPPED, IGNORED),
-    (S.STOPPED, E.STOP): (S.STOPPED, IGNORED),
-    (S.STOPPED, E.DRAINED): (S.STOPPED, IGNORED),
-    (S.FAILED, E.READY): (S.FAILED, IGNORED),
-    (S.FAILED, E.EXITED): (S.FAILED, (A.CLEAN_UP,)),  # killed because it was late
-    (S.FAILED, E.LATE): (S.FAILED, IGNORED),
-    (S.FAILED, E.STOP): (S.FAILED, IGNORED),
-    (S.FAILED, E.DRAINED): (S.FAILED, IGNORED),
+    # Only where SUPERVISOR_ON_FAILURE=serve keeps the supervisor there, to tell the cause.
+    (S.FAILED, E.STOP): (S.STOPPED, ()),
 }
 
 # States in which no request that arrives can be answered any more.
@@ -77,4 +78,4 @@ OVER = frozenset({S.DRAINING, S.STOPPING, S.STOPPED, S.FAILED})
 
 
 def step(state: State, event: Event) -> tuple[State, tuple[Action, ...]]:
-    return TABLE[state, event]
+    return TABLE.get((state, event), (state, ()))

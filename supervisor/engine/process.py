@@ -13,40 +13,22 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import shutil
 import signal
 import subprocess
-import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import IO
 
+from supervisor.engine import remains
 from supervisor.settings.command import Command
 
 KEPT_LINES = 500
 LONGEST_LINE = 64 * 1024
 PR_SET_CHILD_SUBREAPER = 36
-# A socket's path may have 107 bytes on Linux, 103 on macOS.
-LONGEST_FOLDER = 80
-# How long killed processes may take to be gone; a process in uninterruptible sleep (a hung driver) may never be.
-KILL_PATIENCE = 10.0
-
-
-class Workspace:
-    """A private folder (0700) for the socket and vLLM's temporary files; `remove` leaves nothing of it."""
-
-    def __init__(self) -> None:
-        base = tempfile.gettempdir()
-        self.path = Path(tempfile.mkdtemp(prefix="supervisor-", dir=base if len(base) < LONGEST_FOLDER else "/tmp"))  # noqa: S108
-        self.temporary = self.path / "tmp"
-        self.temporary.mkdir()
-        self.socket = self.path / "vllm.sock"
-
-    def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+# How vLLM names its processes; a compiler or `nvidia-smi` that it runs for a moment is none of the engine's parts.
+PART_PREFIX = "VLLM::"
 
 
 class LogPump:
@@ -114,6 +96,7 @@ class EngineProcess:
             start_new_session=True,
         )
         self.spawned_at = time.monotonic()
+        self.segments: set[str] = set()
         self.lines: deque[str] = deque(maxlen=KEPT_LINES)
         assert self.child.stdout is not None
         assert self.child.stderr is not None
@@ -128,9 +111,11 @@ class EngineProcess:
         return self.child.pid
 
     def listen(self, listener: Callable[[str], object]) -> None:
-        """Calls `listener` with each further log line, from the pumps' threads."""
+        """Calls `listener` with each log line, from the pumps' threads; first with those that came already."""
         for pump in self.pumps:
             pump.listener = listener
+        for line in list(self.lines):  # one may come twice, none is missed
+            listener(line)
 
     def terminate(self) -> None:
         """SIGTERM to the API server alone."""
@@ -138,36 +123,35 @@ class EngineProcess:
             self.child.terminate()
 
     def kill(self) -> None:
-        """SIGKILL to every process of the session."""
-        for pid in self.session():
+        """SIGKILL to every process of the session, once."""
+        for pid in remains.session(self.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def session(self) -> list[int]:
-        """The living processes of its session."""
+    def survey(self) -> dict[int, str]:
+        """The engine's parts that live: pid -> name, such as `VLLM::EngineCore`. Notes their shared memory, and reaps
+        orphans. Reads /proc: some 10 ms, so not for the event loop."""
         import psutil  # noqa: PLC0415  # 20 ms that vLLM's start does not wait for
 
-        found = []
-        for pid in psutil.pids():
-            with contextlib.suppress(OSError, psutil.Error):
-                if os.getsid(pid) == self.pid and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-                    found.append(pid)
-        return found
+        members = remains.session(self.pid)
+        self.segments |= remains.segments(members)
+        _reap_orphans(self.pid)
+        parts = {}
+        for pid in members:
+            with contextlib.suppress(psutil.Error):
+                name = psutil.Process(pid).name()
+                if pid != self.pid and name.startswith(PART_PREFIX):
+                    parts[pid] = name
+        return parts
 
-    def clean_up(self, patience: float = KILL_PATIENCE) -> list[int]:
-        """Kills what is left of the session, waits up to `patience` s, reaps, and returns what would not die."""
-        deadline = time.monotonic() + patience
-        left = self.session()
-        seen = set(left)
-        while left and time.monotonic() < deadline:
-            self.kill()
-            time.sleep(0.005)  # no handle to wait on: orphans of a session are not ours to poll in one call
-            left = self.session()
-            seen.update(left)
+    def clean_up(self) -> list[int]:
+        """Kills what is left of the session, reaps it, removes its shared memory; returns what would not die."""
+        self.segments |= remains.segments(remains.session(self.pid))
+        left = remains.kill_session(self.pid)
         self.child.poll()
-        for pid in seen - {self.pid}:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, os.WNOHANG)  # adopted orphans: nobody else would reap them
+        _reap_orphans(self.pid)
+        if not left:
+            remains.unlink(self.segments)
         self.finish_log(1.0)
         return left
 
@@ -182,3 +166,16 @@ def _adopt_orphans() -> None:
     """Makes the orphans of our descendants our children, so that they can be reaped (Linux; elsewhere init does it)."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _reap_orphans(spared: int) -> None:
+    """Reaps what ended and is not awaited: all but `spared` and the children of our own session.
+
+    As process 1 of a container we inherit everybody's orphans, and nobody else will reap them.
+    """
+    ours = os.getsid(0)
+    with contextlib.suppress(ChildProcessError, ProcessLookupError):
+        while found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if found.si_pid == spared or os.getsid(found.si_pid) == ours:
+                return  # the next survey comes by again
+            os.waitpid(found.si_pid, os.WNOHANG)

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from supervisor.gateway.errors import Refusal
@@ -18,8 +19,10 @@ from supervisor.gateway.policy import Policy
 from supervisor.gateway.upstream import Upstream, UpstreamError
 
 if TYPE_CHECKING:
-    from supervisor.gateway.relay import Exchange
+    from supervisor.gateway.exchange import Exchange
 
+# The death of the engine is known within 0.1 s; a lost request waits this long, in seconds, to learn of it.
+FATE_KNOWN_AFTER = 0.25
 OWN_PATHS = frozenset({b"/ping", b"/health", b"/status"})
 # What a client is told to wait, in seconds, before it asks again.
 RETRY_AFTER = 5
@@ -45,17 +48,28 @@ class EngineView(Protocol):
     def status(self) -> Mapping[str, object]: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """How many requests may run at once (None: as many as come), and how many more may wait."""
+
+    limit: int | None
+    waiting: int
+
+
 class Gateway:
     """Shared state of the client connections; as an ASGI app, our own routes."""
 
     own_paths = OWN_PATHS
+    fate_known_after = FATE_KNOWN_AFTER
 
     def __init__(
         self,
         upstream: Upstream,
         engine: EngineView,
         policy: Policy,
+        *,
         hold_timeout: float,
+        admission: Admission,
         facts: Mapping[str, object],
     ) -> None:
         """`facts` never change and are shown at `/status`: model, mode, version, command (masked)."""
@@ -63,11 +77,15 @@ class Gateway:
         self.engine = engine
         self.policy = policy
         self.hold_timeout = hold_timeout
+        self.admission = admission
         self.facts = facts
         self.log = logging.getLogger("supervisor.gateway")
         self.exchanges: set[Exchange] = set()
         self.held: dict[Exchange, asyncio.TimerHandle] = {}
+        self.queued: dict[Exchange, asyncio.TimerHandle] = {}  # first come, first served
+        self.active = 0  # admitted and not yet answered
         self.open = False  # requests go to vLLM as they come
+        self.generation = 0  # of the engine: one more each time it stops being ready
         self.closing = False  # every answer closes its connection
         self._emptied: asyncio.Event | None = None  # there while somebody waits in `drained`
 
@@ -80,17 +98,74 @@ class Gateway:
             refusal = self.unavailable()
         return refusal
 
+    def admit(self, exchange: Exchange) -> None:
+        """Sends the request on, or lets it wait its turn behind those that came before."""
+        if self.admission.limit is None or self.active < self.admission.limit:
+            self._go(exchange)
+        elif len(self.queued) < self.admission.waiting:
+            timer = self.upstream.loop.call_later(self.hold_timeout, self._held_too_long, exchange)
+            self.queued[exchange] = timer
+        else:
+            text = f"{self.active} requests are running and {len(self.queued)} are waiting: the server is busy."
+            exchange.refuse(Refusal(429, text, code="too_many_requests", retry_after=RETRY_AFTER))
+
+    def resume(self, exchange: Exchange) -> None:
+        """Sends a request again whose engine is gone: to the next one, when that is ready."""
+        if self.engine.over:
+            exchange.refuse(self.unavailable())
+        elif self.open:
+            self.upstream.send(exchange, fresh=True)
+        else:
+            self.hold(exchange)
+
+    def _go(self, exchange: Exchange) -> None:
+        self.active += 1
+        exchange.admitted = True
+        if self.open:
+            self.upstream.send(exchange)
+        else:
+            self.hold(exchange)
+
     def hold(self, exchange: Exchange) -> None:
         """Keeps the request until the engine is ready, or answers 503."""
         timer = self.upstream.loop.call_later(self.hold_timeout, self._held_too_long, exchange)
         self.held[exchange] = timer
 
+    def hold_lost(self, exchange: Exchange, error: UpstreamError) -> None:
+        """vLLM closed the connection before it answered: what becomes of the request depends on the engine's fate."""
+        if self.engine.over:
+            exchange.refuse(self.unavailable())
+            return
+        self.log.warning("%s (request %s, held)", error, exchange.request_id.decode("latin-1"))
+        self.hold(exchange)
+        if self.open:  # its death may not be known yet
+            self.upstream.loop.call_later(FATE_KNOWN_AFTER, self._still_alive, exchange, error)
+
+    def _still_alive(self, exchange: Exchange, error: UpstreamError) -> None:
+        """The engine did not die, so it is the request that it gave no answer to; or its socket was overrun."""
+        timer = self.held.get(exchange)
+        if not self.open or timer is None:
+            return
+        timer.cancel()
+        del self.held[exchange]
+        if exchange.replayed:
+            exchange.refuse(self.unanswered(error))
+        else:
+            self.upstream.send(exchange, fresh=True)
+
     def leave(self, exchange: Exchange) -> None:
         """The request is answered, or its client is gone."""
-        timer = self.held.pop(exchange, None)
+        timer = self.held.pop(exchange, None) or self.queued.pop(exchange, None)
         if timer is not None:
             timer.cancel()
         self.exchanges.discard(exchange)
+        if exchange.admitted:
+            exchange.admitted = False
+            self.active -= 1
+            if self.queued and not self.engine.over:
+                following = next(iter(self.queued))
+                self.queued.pop(following).cancel()
+                self._go(following)
         if self._emptied is not None and not self.exchanges:
             self._emptied.set()
 
@@ -103,6 +178,12 @@ class Gateway:
             return self.unavailable()
         return Refusal(502, f"{error}.", code="engine_no_answer")
 
+    def broken_off(self) -> Refusal:
+        """vLLM had begun its answer and did not end it."""
+        return Refusal(
+            503, "The engine stopped in the middle of this answer. Please send the request again.", "engine_stopped"
+        )
+
     def _held_too_long(self, exchange: Exchange) -> None:
         refusal = self.unavailable()
         waited = f" The request waited {self.hold_timeout:g} s (SUPERVISOR_HOLD_TIMEOUT)."
@@ -112,14 +193,16 @@ class Gateway:
 
     def engine_changed(self) -> None:
         """Called after each transition of the engine."""
+        if self.open and not self.engine.ready:
+            self.generation += 1
         self.open = self.engine.ready
         if self.open:
             for exchange in list(self.held):
                 self.held.pop(exchange).cancel()
-                self.upstream.send(exchange)
+                self.upstream.send(exchange, fresh=exchange.replayed)
         elif self.engine.over:
             self.closing = True
-            for exchange in list(self.held):
+            for exchange in [*self.held, *self.queued]:
                 exchange.refuse(self.unavailable())
 
     async def drained(self) -> None:
@@ -133,13 +216,22 @@ class Gateway:
         for exchange in list(self.exchanges):
             exchange.end_now(Refusal(503, explanation, code="shutting_down", retry_after=RETRY_AFTER))
 
+    def traffic(self) -> tuple[int, int]:
+        """Reads of vLLM's answers so far, and requests to its models that wait for vLLM's next byte alone."""
+        awaited = 0
+        for exchange in self.exchanges:
+            connection = exchange.connection
+            if connection is not None and exchange.request_complete and not connection.response_paused:
+                awaited += exchange.path.startswith(b"/v1/")
+        return self.upstream.reads, awaited
+
     @property
     def in_flight(self) -> int:
-        return len(self.exchanges) - len(self.held)
+        return len(self.exchanges) - self.waiting
 
     @property
     def waiting(self) -> int:
-        return len(self.held)
+        return len(self.held) + len(self.queued)
 
     # Our own routes
 

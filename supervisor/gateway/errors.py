@@ -56,3 +56,15 @@ class Refusal:
             request_id,
         )
         return head, body
+
+    def events(self, path: bytes) -> bytes:
+        """The end of an event stream that had begun: an error event, and the end mark that the route's clients know."""
+        kind = OPENAI_TYPES.get(self.status, "server_error")
+        if path.startswith(b"/v1/messages"):
+            event = {"type": "error", "error": {"type": "api_error", "message": self.message}}
+            return b"event: error\ndata: %b\n\n" % json.dumps(event).encode()
+        if path.startswith(b"/v1/responses"):
+            content = {"type": "error", "code": self.code, "message": self.message, "param": None}
+            return b"event: error\ndata: %b\n\n" % json.dumps(content).encode()
+        error = {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
+        return b"data: %b\n\ndata: [DONE]\n\n" % json.dumps(error).encode()

@@ -36,19 +36,28 @@ class UpstreamError(Exception):
     """vLLM's side of the exchange failed; `text` says how, in words a client may read."""
 
 
-class Unanswered(UpstreamError):
+class Disconnected(UpstreamError):
+    """vLLM closed the connection: it may have died."""
+
+
+class NotConnected(Disconnected):
+    """Nothing was sent: nobody listens on vLLM's socket."""
+
+
+class Unanswered(Disconnected):
     """Not a byte of an answer came: on a connection that had been idle, vLLM most likely never saw the request."""
 
 
 class ResponseHead:
     """Status, reason, and the header lines that may travel on (hop-by-hop ones are gone)."""
 
-    __slots__ = ("fields", "framing", "has_request_id", "reason", "status")
+    __slots__ = ("fields", "framing", "has_request_id", "is_sse", "reason", "status")
 
     def __init__(self, status: int, reason: bytes, headers: list[tuple[bytes, bytes]]) -> None:
         self.status = status
         self.reason = reason
         self.has_request_id = False
+        self.is_sse = False
         framing = Framing.CLOSE
         named: frozenset[bytes] = frozenset()
         for name, value in headers:
@@ -65,6 +74,8 @@ class ResponseHead:
                 continue
             if lower == b"content-length":
                 framing = Framing.LENGTH
+            elif lower == b"content-type":
+                self.is_sse = value.startswith(b"text/event-stream")
             elif lower == b"x-request-id":
                 self.has_request_id = True
             lines += (name, b": ", value, b"\r\n")
@@ -76,6 +87,7 @@ class Sink(Protocol):
     """Who sends one request and receives its response. Calls come in this order, `response_lost` at any point."""
 
     is_head: bool
+    is_relayed: bool  # a client's, not one of our own questions
 
     def connected(self, connection: UpstreamConnection) -> None: ...
 
@@ -118,6 +130,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.keep_alive = False
         self.request_sent = False
         self.message_complete = False
+        self.in_chunk = False  # between a chunk's size and its last byte
 
     # What the sink calls
 
@@ -157,7 +170,7 @@ class UpstreamConnection(asyncio.Protocol):
         elif not self.answered:
             sink.response_lost(Unanswered("vLLM closed the connection without an answer"))
         else:
-            sink.response_lost(UpstreamError("vLLM closed the connection before its answer was complete"))
+            sink.response_lost(Disconnected("vLLM closed the connection before its answer was complete"))
 
     def pause_writing(self) -> None:
         if self.sink is not None:
@@ -173,6 +186,7 @@ class UpstreamConnection(asyncio.Protocol):
             self.transport.abort()
             return
         self.answered = True
+        self.upstream.reads += sink.is_relayed
         try:
             while self.in_head and data:
                 data = self._feed_head(data, sink)
@@ -252,6 +266,12 @@ class UpstreamConnection(asyncio.Protocol):
         self.keep_alive = self.parser.should_keep_alive()
         self.head = ResponseHead(self.parser.get_status_code(), self.reason, self.headers)
 
+    def on_chunk_header(self) -> None:
+        self.in_chunk = True
+
+    def on_chunk_complete(self) -> None:
+        self.in_chunk = False
+
     def on_message_complete(self) -> None:
         self.message_complete = True
 
@@ -263,6 +283,7 @@ class Upstream:
         self.path = path
         self.loop = loop or asyncio.get_running_loop()
         self.idle: list[UpstreamConnection] = []
+        self.reads = 0  # of answers, ever: the heartbeat's sign that vLLM makes progress
         self.opening: set[asyncio.Task[None]] = set()
 
     def send(self, sink: Sink, *, fresh: bool = False) -> None:
@@ -285,7 +306,7 @@ class Upstream:
         try:
             _, connection = await self.loop.create_unix_connection(lambda: UpstreamConnection(self), self.path)
         except OSError as error:
-            sink.response_lost(UpstreamError(f"vLLM does not take connections ({error.strerror or error})"))
+            sink.response_lost(NotConnected(f"vLLM does not take connections ({error.strerror or error})"))
             return
         connection.sink = sink
         sink.connected(connection)
@@ -306,19 +327,24 @@ class Upstream:
 
 
 class Probe:
-    """A sink that asks vLLM one small question: `await Probe.get(upstream, "/health")`."""
+    """A sink that asks vLLM one small question: `status, body = await Probe.get(upstream, "/metrics")`.
+
+    The body comes as it was framed, which is good enough to look for lines in it.
+    """
 
     is_head = False
+    is_relayed = False
 
-    def __init__(self, path: str, answer: asyncio.Future[int]) -> None:
+    def __init__(self, path: str, answer: asyncio.Future[tuple[int, bytes]]) -> None:
         self.path = path
         self.answer = answer
         self.connection: UpstreamConnection | None = None
         self.status = 0
+        self.body: list[bytes] = []
 
     @classmethod
-    async def get(cls, upstream: Upstream, path: str) -> int:
-        """The status of a GET; its body is thrown away. Raises UpstreamError."""
+    async def get(cls, upstream: Upstream, path: str) -> tuple[int, bytes]:
+        """Raises UpstreamError."""
         probe = cls(path, upstream.loop.create_future())
         upstream.send(probe, fresh=True)
         try:
@@ -339,11 +365,11 @@ class Probe:
         self.status = head.status
 
     def response_data(self, data: bytes) -> None:
-        pass
+        self.body.append(data)
 
     def response_end(self) -> None:
         if not self.answer.done():
-            self.answer.set_result(self.status)
+            self.answer.set_result((self.status, b"".join(self.body)))
 
     def response_lost(self, error: UpstreamError) -> None:
         if not self.answer.done():

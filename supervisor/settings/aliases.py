@@ -14,6 +14,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "TRUST_REMOTE_CODE": ("LLM_TRUST_REMOTE_CODE",),
     "SUPERVISOR_EXTRA_ARGS": ("VLLM_EXTRA_ARGS",),
     "SUPERVISOR_STARTUP_TIMEOUT": ("VLLM_STARTUP_TIMEOUT",),
+    "SUPERVISOR_MAX_CONCURRENCY": ("MAX_CONCURRENCY",),
 }
 
 # Options of `vllm serve` that the supervisor sets itself -> what to do instead.

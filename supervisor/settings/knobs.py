@@ -20,6 +20,12 @@ def seconds(text: str) -> float:
     return value
 
 
+def count(text: str) -> int:
+    if not text.isdigit() or len(text) > 6:
+        raise BadValue("a whole number, zero or more, such as 5")
+    return int(text)
+
+
 def port(text: str) -> int:
     if not text.isdigit() or int(text) > 65535:
         raise BadValue("a port from 1 to 65535, such as 8000 (0: any free one)")
@@ -83,8 +89,14 @@ KNOBS = (
     Knob("SUPERVISOR_VLLM", None, text, "the command that stands for `vllm`"),
     Knob("SUPERVISOR_EXTRA_ARGS", "", words, "appended to vLLM's command line as it is"),
     Knob("SUPERVISOR_STARTUP_TIMEOUT", "1200", seconds, "how long vLLM may take to become ready"),
+    Knob("SUPERVISOR_STALL_TIMEOUT", "120", seconds, "no progress for this long with work in flight: vLLM hangs"),
+    Knob("SUPERVISOR_MAX_RESTARTS", "5", count, "how often vLLM is started again ..."),
+    Knob("SUPERVISOR_RESTART_WINDOW", "600", seconds, "... within this time, before it is given up"),
+    Knob("SUPERVISOR_ON_FAILURE", "exit", choice("exit", "serve"), "then: leave with 3 or 4, or stay and tell why"),
     Knob("SUPERVISOR_HOLD_TIMEOUT", "120", seconds, "how long a request may wait for an engine that is starting"),
     Knob("SUPERVISOR_DRAIN_TIMEOUT", "30", seconds, "how long in-flight work may finish after SIGTERM"),
+    Knob("SUPERVISOR_MAX_CONCURRENCY", None, count, "how many requests may run at once; unset: no limit"),
+    Knob("SUPERVISOR_MAX_WAITING", "1000", count, "how many more may wait for that, before a 429"),
     Knob("SUPERVISOR_API_KEYS", None, keys, "keys that clients must give, between commas, or @file", secret=True),
     Knob("SUPERVISOR_LOG_FORMAT", "text", choice("text", "json"), "our own log lines: text or json"),
     Knob("SUPERVISOR_LOG_LEVEL", "info", choice("debug", "info", "warning", "error"), "our own log's level"),
@@ -103,8 +115,14 @@ class Knobs:
     vllm: str | None
     extra_args: tuple[str, ...]
     startup_timeout: float
+    stall_timeout: float
+    max_restarts: int
+    restart_window: float
+    on_failure: str
     hold_timeout: float
     drain_timeout: float
+    max_concurrency: int | None
+    max_waiting: int
     api_keys: tuple[str, ...] | None
     log_format: str
     log_level: str

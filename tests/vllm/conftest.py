@@ -19,6 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.vllm)
+            item.add_marker(pytest.mark.xdist_group("vllm"))  # one process runs them all: there is one vLLM
             item.add_marker(pytest.mark.timeout(START + 200))
     items.sort(key=lambda item: item.get_closest_marker("stops_vllm") is not None)
 

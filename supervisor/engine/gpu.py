@@ -1,0 +1,56 @@
+"""Whether the GPU's memory is free again: a new engine that starts beside a dying one runs out of memory.
+
+Needs the package nvidia-ml-py (`pynvml`), which vLLM's CUDA image has on its own side and ours installs where there is
+a GPU; without it, or without a GPU, there is nothing to wait for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+# What may stay allocated, in bytes: the driver's own, and contexts that other processes hold change by this much.
+SLACK = 512 * 1024 * 1024
+PATIENCE = 30.0
+POLL = 0.1
+
+
+def used() -> list[int] | None:
+    """Bytes in use on each GPU; None where that can't be known."""
+    try:
+        import pynvml  # type: ignore[import-not-found,import-untyped,unused-ignore]  # noqa: PLC0415
+
+        nvml: Any = pynvml
+        nvml.nvmlInit()
+    except Exception:  # noqa: BLE001  # no package, no driver, no GPU: NVML has an error class for each
+        return None
+    try:
+        return [
+            int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(index)).used)
+            for index in range(nvml.nvmlDeviceGetCount())
+        ]
+    except nvml.NVMLError:
+        return None
+    finally:
+        with contextlib.suppress(nvml.NVMLError):
+            nvml.nvmlShutdown()
+
+
+async def freed(before: Sequence[int] | None, patience: float = PATIENCE) -> None:
+    """Waits until no GPU holds more than it did before the engine was started; says so where it takes too long."""
+    if before is None:
+        return
+    log = logging.getLogger("supervisor.engine")
+    deadline = time.monotonic() + patience
+    while (now := await asyncio.to_thread(used)) is not None:
+        held = max((after - free for after, free in zip(now, before, strict=False)), default=0)
+        if held <= SLACK:
+            return
+        if time.monotonic() > deadline:
+            log.warning("%.1f GB of GPU memory are still held %g s after the engine's end", held / 1e9, patience)
+            return
+        await asyncio.sleep(POLL)

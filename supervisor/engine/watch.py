@@ -1,0 +1,74 @@
+"""Notices at once when a part of the engine dies: EngineCore, or a worker.
+
+vLLM itself takes 2 s to notice, leaves with exit code 0, and leaves the workers behind. The parts are no children of
+ours, so a pidfd stands for each: the kernel tells of its end without polling. Which parts there are is found by looking
+now and then, for vLLM starts them one after the other while it loads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+
+from supervisor.engine.process import EngineProcess
+
+# Seconds between two looks at the session: short while parts are still being started.
+LOADING_INTERVAL, SERVING_INTERVAL = 0.5, 5.0
+
+
+class Watch:
+    """`await Watch(process, ready, died, surveyed).run()` until it is cancelled."""
+
+    def __init__(
+        self,
+        process: EngineProcess,
+        ready: Callable[[], bool],
+        died: Callable[[str], None],
+        surveyed: Callable[[], None],
+    ) -> None:
+        """`died` is called with what died, once; `surveyed` after each look, when more may be known of its memory."""
+        self.process = process
+        self.ready = ready
+        self.died = died
+        self.surveyed = surveyed
+        self.descriptors: dict[int, int] = {}
+        self._wake = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def look_now(self) -> None:
+        """The engine has just become ready: all its parts are there now."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        try:
+            while True:
+                for pid, name in (await asyncio.to_thread(self.process.survey)).items():
+                    if pid not in self.descriptors:
+                        self._attend(pid, name)
+                self.surveyed()
+                self._wake.clear()
+                try:
+                    async with asyncio.timeout(SERVING_INTERVAL if self.ready() else LOADING_INTERVAL):
+                        await self._wake.wait()
+                except TimeoutError:
+                    continue
+        finally:
+            for descriptor in self.descriptors.values():
+                self._loop.remove_reader(descriptor)
+                os.close(descriptor)
+
+    def _attend(self, pid: int, name: str) -> None:
+        try:
+            descriptor = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self.died(f"{name} (pid {pid}) died")
+            return
+        except OSError:
+            return  # forbidden here: then vLLM's own exit, 2 s later, has to do
+        self.descriptors[pid] = descriptor
+        self._loop.add_reader(descriptor, self._ended, pid, name)
+
+    def _ended(self, pid: int, name: str) -> None:
+        self._loop.remove_reader(self.descriptors[pid])
+        self.died(f"{name} (pid {pid}) died")

@@ -1,0 +1,451 @@
+"""One relayed request, from its head to the last byte of its answer, between a client's connection and vLLM's.
+
+Heads are rebuilt on both ways (hop-by-hop headers gone, the request id added); bodies pass as they come. A request
+body is framed anew, by what the parser saw, so that vLLM never sees two requests where we saw one. Backpressure works
+both ways: whoever can't take more pauses the reading of the other side.
+
+Until the answer begins, the request is kept (bodies up to 1 MiB), so that it can be sent again when the engine dies.
+After that an event stream is ended by an error event, and everything else is cut so that the client notices.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from typing import TYPE_CHECKING
+
+import httptools
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
+
+from supervisor.gateway.errors import Refusal
+from supervisor.gateway.upstream import (
+    HOP_BY_HOP,
+    Disconnected,
+    Framing,
+    NotConnected,
+    ResponseHead,
+    Unanswered,
+    UpstreamConnection,
+    UpstreamError,
+)
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from supervisor.gateway.relay import RelayProtocol
+
+# Request bodies up to this size are kept until the answer begins, so that the request can be sent again.
+KEEP_LIMIT = 1024 * 1024
+# Header lines that the relay looks at; all others are copied without a look.
+WATCHED = HOP_BY_HOP | {b"content-length", b"expect", b"host", b"x-request-id"}
+REQUEST_ID_LIMIT = 256
+# An event that is larger than this passes in pieces.
+PARTIAL_LIMIT = 64 * 1024
+# The end of a chunk that ends an event, or the stream.
+EVENT_ENDS = (b"\n\n\r\n", b"\r\n\r\n")
+# What vLLM's API server answers to everything in flight in the moment its EngineCore dies.
+DOUBTED = frozenset({500, 503})
+
+
+class _Unheard:
+    """Stands for the event that uvicorn sets on its cycles: nobody waits for an exchange."""
+
+    def set(self) -> None:
+        pass
+
+
+class Exchange:
+    """One relayed request, from its head to the last byte of its answer.
+
+    Is a `Sink` for the upstream connection, and has the attributes that uvicorn's protocol reads of its cycle:
+    `keep_alive`, `response_complete`, `disconnected`, `message_event`.
+    """
+
+    __slots__ = (
+        "admitted",
+        "chunked",
+        "connection",
+        "dechunker",
+        "disconnected",
+        "doubted",
+        "ends_by_close",
+        "expects_continue",
+        "generation",
+        "headers",
+        "http11",
+        "is_head",
+        "keep_alive",
+        "kept",
+        "kept_size",
+        "method",
+        "partial",
+        "path",
+        "protocol",
+        "replayed",
+        "request_complete",
+        "request_head",
+        "request_id",
+        "resent",
+        "response_complete",
+        "response_started",
+        "target",
+        "torn",
+        "whole_events",
+    )
+    message_event = _Unheard()
+    is_relayed = True
+
+    def __init__(
+        self, protocol: RelayProtocol, method: bytes, target: bytes, path: bytes, headers: list[tuple[bytes, bytes]]
+    ) -> None:
+        self.protocol = protocol
+        self.method = method
+        self.target = target
+        self.path = path
+        self.headers = headers
+        self.is_head = method == b"HEAD"
+        self.admitted = False
+        self.http11 = True
+        self.keep_alive = True
+        self.chunked = False
+        self.expects_continue = False
+        self.request_id = b""
+        self.request_head = b""
+        self.request_complete = False
+        self.kept: list[bytes] | None = []
+        self.kept_size = 0
+        self.generation = 0  # of the engine that has the request
+        self.resent = False  # because an idle connection turned out closed
+        self.replayed = False  # because the engine died
+        self.connection: UpstreamConnection | None = None
+        self.dechunker: _Dechunker | None = None
+        self.ends_by_close = False
+        self.whole_events = False
+        self.partial = b""  # reads of an event stream that end within a chunk
+        self.torn = False  # the client has half a chunk
+        self.doubted: _Doubted | None = None
+        self.response_started = False
+        self.response_complete = False
+        self.disconnected = False
+
+    # From the client
+
+    def build_request_head(self) -> Refusal | None:
+        """Writes the head that vLLM will see. A refusal where HTTP leaves no honest way to pass the request on."""
+        lines = [self.method, b" ", self.target, b" HTTP/1.1\r\n"]
+        has_host = False
+        named: frozenset[bytes] = frozenset()
+        for name, value in self.headers:
+            lower = name.lower()
+            if lower not in WATCHED:
+                lines += (name, b": ", value, b"\r\n")
+            elif lower == b"host":
+                has_host = True
+                lines += (name, b": ", value, b"\r\n")
+            elif lower == b"content-length":
+                lines += (name, b": ", value, b"\r\n")
+            elif lower == b"x-request-id":
+                if not self.request_id and 0 < len(value) <= REQUEST_ID_LIMIT:
+                    self.request_id = value
+            elif lower == b"transfer-encoding":
+                if value.lower() != b"chunked":
+                    return Refusal(501, "Transfer-Encoding other than 'chunked' is not supported.")
+                self.chunked = True
+                lines.append(b"Transfer-Encoding: chunked\r\n")
+            elif lower == b"expect":
+                if self.http11:  # RFC 9110, 10.1.1: an HTTP/1.0 client can't wait for a 100
+                    self.expects_continue = True
+                    lines += (name, b": ", value, b"\r\n")
+            elif lower == b"connection" and value.lower() not in (b"close", b"keep-alive"):
+                named |= {token.strip() for token in value.lower().split(b",")}
+        if not self.request_id:
+            self.request_id = os.urandom(16).hex().encode()
+        if not has_host:
+            lines.append(b"Host: vllm\r\n")
+        lines += (b"X-Request-Id: ", self.request_id, b"\r\n\r\n")
+        if named - WATCHED:
+            lines = _without(lines, named - WATCHED)
+        self.request_head = b"".join(lines)
+        return None
+
+    def start(self) -> None:
+        """Its turn has come: the answers before it on this connection are complete."""
+        self.protocol.answering = self
+        gateway = self.protocol.gateway
+        gateway.exchanges.add(self)
+        refusal = self.build_request_head() or gateway.check(self)
+        if refusal is not None:
+            self.refuse(refusal)
+        else:
+            gateway.admit(self)
+
+    def request_data(self, data: bytes) -> None:
+        if self.response_complete:
+            return  # answered early: the rest is read and thrown away, so that the connection stays usable
+        if self.chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        self._pass_on(data)
+
+    def request_end(self, trailers: list[tuple[bytes, bytes]]) -> None:
+        self.request_complete = True
+        if self.response_complete:
+            return
+        if self.chunked:
+            fields = b"".join(b"%b: %b\r\n" % field for field in trailers if field[0].lower() not in WATCHED)
+            self._pass_on(b"0\r\n%b\r\n" % fields)
+        if self.connection is not None:
+            self.connection.end_request()
+
+    def _pass_on(self, data: bytes) -> None:
+        if self.kept is not None:
+            self.kept.append(data)
+            self.kept_size += len(data)
+        if self.connection is not None:
+            self.connection.write(data)
+            if self.kept_size > KEEP_LIMIT:
+                self.kept = None
+        elif self.kept_size > HIGH_WATER_LIMIT:
+            self.protocol.flow.pause_reading()
+
+    def client_gone(self) -> None:
+        """Nobody will read the answer: vLLM is told at once, by closing its connection."""
+        self.disconnected = True
+        self.protocol.gateway.leave(self)
+        if self.connection is not None:
+            self.connection.abort()
+            self.connection = None
+
+    # From vLLM: a Sink
+
+    def connected(self, connection: UpstreamConnection) -> None:
+        if self.disconnected or self.response_complete:
+            connection.abort()
+            return
+        self.connection = connection
+        self.generation = self.protocol.gateway.generation
+        assert self.kept is not None  # dropped only after a connection was there, and then nothing is sent again
+        connection.write(b"".join((self.request_head, *self.kept)))
+        if self.request_complete:
+            connection.end_request()
+        else:
+            self.protocol.flow.resume_reading()
+
+    def response_head(self, head: ResponseHead) -> None:
+        if head.status < 200:
+            if self.http11:
+                self.protocol.transport.write(b"HTTP/1.1 %d %b\r\n%b\r\n" % (head.status, head.reason, head.fields))
+            return
+        gateway = self.protocol.gateway
+        if head.status in DOUBTED and self.kept is not None and not self.replayed:
+            self.doubted = _Doubted(head)
+            gateway.upstream.loop.call_later(gateway.fate_known_after, self._settle)
+        else:
+            self._begin(head)
+
+    def _settle(self) -> None:
+        """An answer of 500 is only believed of an engine that survived it; otherwise the request is sent again."""
+        doubted, self.doubted = self.doubted, None
+        gateway = self.protocol.gateway
+        if doubted is None or self.disconnected or self.response_complete:
+            return
+        if gateway.generation == self.generation:
+            self._begin(doubted.head)
+            for data in doubted.body:
+                self.response_data(data)
+            if doubted.ended:
+                self.response_end()
+            return
+        if self.connection is not None:
+            self.connection.abort()
+            self.connection = None
+        self.replayed = True
+        gateway.resume(self)
+
+    def _begin(self, head: ResponseHead) -> None:
+        self.response_started = True
+        self.kept = None
+        lines = [b"HTTP/1.1 %d " % head.status, head.reason, b"\r\n", head.fields]
+        if head.framing is Framing.CHUNKED and not self.is_head:
+            self.whole_events = head.is_sse
+            if self.http11:
+                lines.append(b"Transfer-Encoding: chunked\r\n")
+            else:
+                self.dechunker = _Dechunker()
+                self.ends_by_close = True
+        elif head.framing is Framing.CLOSE and not self.is_head:
+            self.ends_by_close = True
+        if not head.has_request_id:
+            lines += (b"X-Request-Id: ", self.request_id, b"\r\n")
+        if self.ends_by_close or (self.expects_continue and not self.request_complete) or self.protocol.gateway.closing:
+            self.keep_alive = False
+        lines.append(b"\r\n" if self.keep_alive else b"Connection: close\r\n\r\n")
+        self.protocol.transport.write(b"".join(lines))
+
+    def response_data(self, data: bytes) -> None:
+        if self.doubted is not None:
+            self.doubted.body.append(data)
+            return
+        if self.whole_events:
+            if self.partial:
+                data = self.partial + data
+                self.partial = b""
+            assert self.connection is not None
+            self.torn = self.connection.in_chunk or not data.endswith(EVENT_ENDS)
+            if self.torn and len(data) < PARTIAL_LIMIT:
+                # Half an event is of no use to the client, and a stream that stops there could not be ended well.
+                self.partial = data
+                self.torn = False
+                return
+        self._write(data)
+
+    def _write(self, data: bytes) -> None:
+        self.protocol.transport.write(data if self.dechunker is None else self.dechunker.feed(data))
+
+    def response_end(self) -> None:
+        self.connection = None
+        if self.doubted is not None:
+            self.doubted.ended = True
+            return
+        if self.partial:
+            self._write(self.partial)
+        self._complete()
+
+    def response_lost(self, error: UpstreamError) -> None:
+        connection, self.connection = self.connection, None
+        if self.disconnected or self.response_complete:
+            return
+        self.doubted = None
+        gateway = self.protocol.gateway
+        if self.response_started:
+            gateway.log.warning("%s (request %s, answer cut)", error, self.request_id.decode("latin-1"))
+            self._break_off(gateway.broken_off())
+        elif (
+            isinstance(error, Unanswered)
+            and connection is not None
+            and connection.reused
+            and not self.resent
+            and self.kept is not None
+        ):  # vLLM closed the idle connection while this request was on its way into it
+            self.resent = True
+            gateway.upstream.send(self, fresh=True)
+        elif isinstance(error, Disconnected) and not self.replayed and self.kept is not None:
+            self.replayed = not isinstance(error, NotConnected)  # then nothing was sent, and it costs no second try
+            gateway.hold_lost(self, error)
+        else:
+            gateway.log.warning("%s (request %s)", error, self.request_id.decode("latin-1"))
+            self.refuse(gateway.unanswered(error))
+
+    def pause_request(self) -> None:
+        if not self.request_complete:
+            self.protocol.flow.pause_reading()
+
+    def resume_request(self) -> None:
+        self.protocol.flow.resume_reading()
+
+    # Our own answer
+
+    def refuse(self, refusal: Refusal) -> None:
+        head, body = refusal.head_and_body(self.path, self.request_id)
+        if (self.expects_continue and not self.request_complete) or self.protocol.gateway.closing:
+            self.keep_alive = False
+        end = b"\r\n" if self.keep_alive else b"Connection: close\r\n\r\n"
+        self.protocol.transport.write(head + end + (b"" if self.is_head else body))
+        if self.connection is not None:
+            self.connection.abort()
+            self.connection = None
+        self._complete()
+
+    def end_now(self, refusal: Refusal) -> None:
+        """The drain timeout has passed: an answer that has not begun is a refusal, one that has is broken off."""
+        if not self.response_started:
+            self.refuse(refusal)
+        else:
+            if self.connection is not None:
+                self.connection.abort()
+                self.connection = None
+            self._break_off(refusal)
+
+    def _break_off(self, refusal: Refusal) -> None:
+        """Ends an answer that had begun: an event stream by an error event and its proper end, all else by a cut."""
+        if self.whole_events and not self.torn:
+            self._write(_whole_events(self.partial))
+            events = refusal.events(self.path)
+            end = events if self.dechunker is not None else b"%x\r\n%b\r\n0\r\n\r\n" % (len(events), events)
+            self.protocol.transport.write(end)
+            self._complete()
+        else:
+            self.client_gone()
+            if self.ends_by_close:
+                _reset(self.protocol.transport)
+            else:
+                self.protocol.transport.close()
+
+    def _complete(self) -> None:
+        self.response_complete = True
+        protocol = self.protocol
+        protocol.gateway.leave(self)
+        protocol.answering = None
+        if not self.keep_alive:
+            protocol.transport.close()
+        protocol.on_response_complete()
+
+
+class _Doubted:
+    """An answer that waits for the engine's fate. Error answers are small: nothing bounds them here."""
+
+    __slots__ = ("body", "ended", "head")
+
+    def __init__(self, head: ResponseHead) -> None:
+        self.head = head
+        self.body: list[bytes] = []
+        self.ended = False
+
+
+class _Dechunker:
+    """Takes the chunk framing off, for HTTP/1.0 clients."""
+
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+        self.parser = httptools.HttpResponseParser(self)
+        self.parser.feed_data(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+
+    def on_body(self, body: bytes) -> None:
+        self.parts.append(body)
+
+    def feed(self, data: bytes) -> bytes:
+        self.parser.feed_data(data)
+        body = b"".join(self.parts)
+        self.parts.clear()
+        return body
+
+
+def _whole_events(data: bytes) -> bytes:
+    """The chunks at the beginning of `data` up to the last that ends an event; what follows is dropped."""
+    at = whole = 0
+    while (line := data.find(b"\r\n", at)) >= 0:
+        size = int(data[at:line].partition(b";")[0], 16)
+        end = line + 2 + size + 2
+        if size == 0 or end > len(data):
+            break
+        at = end
+        if data[:at].endswith(EVENT_ENDS):
+            whole = at
+    return data[:whole]
+
+
+def _reset(transport: asyncio.Transport) -> None:
+    """Closes so that the client notices: a body whose end only the close tells must not look complete."""
+    connection = transport.get_extra_info("socket")
+    if connection is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
+
+
+def _without(lines: list[bytes], names: frozenset[bytes]) -> list[bytes]:
+    """The head's lines without the headers that `Connection` names."""
+    kept = []
+    for line in b"".join(lines).split(b"\r\n"):
+        if line.partition(b":")[0].lower() not in names:
+            kept.append(line)
+    return [b"\r\n".join(kept)]

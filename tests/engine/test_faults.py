@@ -1,0 +1,493 @@
+"""The fault table (docs/faults.md), each row a test on the fake vLLM; on the real one: tests/vllm/test_faults.py."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.harness import FAKE, SUPERVISOR, RawClient, Supervisor, clean_environment, events, session_of, wait_until
+
+CHAT = "/v1/chat/completions"
+OFTEN = {"SUPERVISOR_MAX_RESTARTS": "1000", "SUPERVISOR_RESTART_WINDOW": "0.05"}  # every crash is the first
+
+
+def chat(**more: object) -> dict[str, object]:
+    return {"model": "m", "messages": [{"role": "user", "content": "hi"}], **more}
+
+
+def fault(**keys: object) -> dict[str, str]:
+    return {"X-Fake": json.dumps(keys)}
+
+
+def post_raw(client: RawClient, path: str, body: object, **faults: object) -> RawClient:
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: h\r\nX-Fake: {json.dumps(faults)}\r\nContent-Length: {len(content)}\r\n\r\n"
+    return client.send(head.encode() + content)
+
+
+def state_of(supervisor: Supervisor) -> dict[str, int]:
+    found = supervisor.client.get("/fake/state").json()
+    assert isinstance(found, dict)
+    return found
+
+
+def ready_again(supervisor: Supervisor, times: int = 1) -> None:
+    wait_until(lambda: supervisor.output.count("restarting -> ready") >= times, f"restart {times}", 20)
+
+
+def ends(supervisor: Supervisor) -> None:
+    """Stops it and checks that nothing is left."""
+    supervisor.engine_pid = supervisor.client.get("/status").json()["pid"]
+    supervisor.signal(signal.SIGTERM)
+    assert supervisor.exit_code() == 0
+    assert session_of(supervisor.engine_pid) == []
+
+
+# A process of the engine dies
+
+
+@pytest.mark.parametrize("victim", ["pid", "engine_pid", "worker_pid"])
+def test_death_while_idle_costs_nothing(victim: str) -> None:
+    with Supervisor("m") as supervisor:
+        supervisor.ready()
+        before = state_of(supervisor)
+        os.kill(before[victim], signal.SIGKILL)
+        supervisor.says("ready -> restarting")
+        assert supervisor.client.post(CHAT, json=chat()).status_code == 200  # held meanwhile
+        status = supervisor.client.get("/status").json()
+        assert status["restarts"] == 1
+        assert status["last_failure"]["cause"]
+        assert status["transitions"] == {"starting -> ready": 1, "ready -> restarting": 1, "restarting -> ready": 1}
+        assert session_of(before["pid"]) == []
+        ends(supervisor)
+
+
+@pytest.mark.parametrize("victim", ["pid", "engine_pid", "worker_pid"])
+def test_unanswered_requests_are_sent_again_once_it_is_back(victim: str) -> None:
+    with Supervisor("m") as supervisor, concurrent.futures.ThreadPoolExecutor(8) as pool:
+        supervisor.ready()
+        slow = fault(prefill_seconds=0.7)
+        waiting = [pool.submit(supervisor.client.post, CHAT, json=chat(), headers=slow) for _ in range(8)]
+        wait_until(lambda: state_of(supervisor)["running"] == 8, "eight running requests")
+        os.kill(state_of(supervisor)[victim], signal.SIGKILL)
+        assert [answer.result().status_code for answer in waiting] == [200] * 8
+        assert supervisor.client.get("/status").json()["restarts"] == 1
+
+
+def test_an_answer_of_500_is_not_believed_of_a_dying_engine() -> None:
+    """vLLM's API server answers 500 to what was in flight in the moment its EngineCore dies."""
+    with Supervisor("m", environ=OFTEN) as supervisor, concurrent.futures.ThreadPoolExecutor(4) as pool:
+        supervisor.ready()
+        for restart in range(3):
+            slow = fault(prefill_seconds=0.5)
+            waiting = [pool.submit(supervisor.client.post, CHAT, json=chat(), headers=slow) for _ in range(4)]
+            wait_until(lambda: state_of(supervisor)["running"] == 4, "four running requests")
+            os.kill(state_of(supervisor)["engine_pid"], signal.SIGKILL)
+            assert [answer.result().status_code for answer in waiting] == [200] * 4, supervisor.output[-2000:]
+            ready_again(supervisor, restart + 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "error", "end"),
+    [
+        (CHAT, chat(), lambda event: event["error"]["code"], b"data: [DONE]\n\n"),
+        ("/v1/completions", {"model": "m", "prompt": "x"}, lambda event: event["error"]["code"], b"data: [DONE]\n\n"),
+        ("/v1/messages", chat(), lambda event: event["error"]["type"], b"}\n\n"),
+        ("/v1/responses", {"model": "m", "input": "x"}, lambda event: event["code"], b"}\n\n"),
+    ],
+    ids=["chat", "completions", "messages", "responses"],
+)
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+def test_a_stream_that_had_begun_ends_with_an_error_in_its_dialect(
+    path: str, body: dict[str, object], error: object, end: bytes, split: bool
+) -> None:
+    with Supervisor("m") as supervisor:
+        supervisor.ready()
+        faults = fault(token_interval=0.02, split_utf8=split)
+        body = body | {"stream": True, "max_tokens": 1000, "max_output_tokens": 1000}
+        victim = state_of(supervisor)["pid"]
+        with supervisor.client.stream("POST", path, json=body, headers=faults) as answer:
+            received = b""
+            for data in answer.iter_raw():  # raises where the framing does not end properly
+                received += data
+                if received.count(b"data: ") == 5:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(victim, signal.SIGKILL)
+        assert received.endswith(end)
+        last = list(events(received))[-1]
+        assert callable(error)
+        assert error(last) in ("engine_stopped", "api_error")
+        ready_again(supervisor)
+
+
+def test_a_whole_answer_that_had_begun_is_cut() -> None:
+    with Supervisor("m") as supervisor:
+        supervisor.ready()
+        victim = state_of(supervisor)["pid"]
+        with (
+            pytest.raises(httpx.RemoteProtocolError),
+            supervisor.client.stream("GET", "/fake/bytes?n=1000000&chunk=1000&interval=0.05") as answer,
+        ):
+            for _ in answer.iter_raw():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(victim, signal.SIGKILL)
+
+
+def test_a_request_that_kills_the_engine_is_sent_twice_and_no_more() -> None:
+    with Supervisor("m", environ=OFTEN) as supervisor:
+        supervisor.ready()
+        answer = supervisor.client.post(CHAT, json=chat(), headers=fault(die_after_tokens=0, how="api"))
+        assert answer.status_code in (502, 503)
+        assert answer.json()["error"]["message"]
+        ready_again(supervisor, 2)
+        assert supervisor.client.get("/status").json()["restarts"] == 2
+        assert supervisor.client.post(CHAT, json=chat()).status_code == 200
+
+
+def test_a_large_body_is_not_kept_and_not_sent_again() -> None:
+    with Supervisor("m") as supervisor:
+        supervisor.ready()
+        body = chat(padding="x" * 2_000_000)
+        answer = supervisor.client.post(CHAT, json=body, headers=fault(die_after_tokens=0, how="api"))
+        assert answer.status_code in (502, 503)
+        ready_again(supervisor)
+        assert supervisor.client.get("/status").json()["restarts"] == 1
+
+
+# It hangs
+
+
+def test_a_frozen_engine_is_noticed_and_replaced() -> None:
+    environ = {"SUPERVISOR_STALL_TIMEOUT": "1"}
+    with Supervisor("m", environ=environ) as supervisor, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        supervisor.ready()
+        os.kill(state_of(supervisor)["engine_pid"], signal.SIGSTOP)
+        frozen = pool.submit(supervisor.client.post, CHAT, json=chat())
+        supervisor.says("vLLM hangs: no progress in 1 s .SUPERVISOR_STALL_TIMEOUT. with 1 requests in flight")
+        assert frozen.result().status_code == 200  # sent again to the next one
+        ends(supervisor)
+
+
+def test_a_frozen_stream_ends_with_an_error() -> None:
+    with Supervisor("m", environ={"SUPERVISOR_STALL_TIMEOUT": "1"}) as supervisor:
+        supervisor.ready()
+        body = chat(stream=True, max_tokens=100)
+        answer = supervisor.client.post(CHAT, json=body, headers=fault(freeze_after_tokens=3))
+        assert list(events(answer.content))[-1]["error"]["code"] == "engine_stopped"  # type: ignore[index]
+        assert answer.content.endswith(b"data: [DONE]\n\n")
+
+
+def test_what_is_slow_is_not_hung() -> None:
+    with Supervisor("m", environ={"SUPERVISOR_STALL_TIMEOUT": "1"}) as supervisor:
+        supervisor.ready()
+        body = chat(stream=True, max_tokens=6)
+        answer = supervisor.client.post(CHAT, json=body, headers=fault(token_interval=0.4, prefill_seconds=0.7))
+        assert answer.content.endswith(b"data: [DONE]\n\n")
+        assert "hangs" not in supervisor.output
+
+
+# It does not start
+
+
+def test_a_crash_loop_ends_with_4(tmp_path: Path) -> None:
+    environ = {"SUPERVISOR_MAX_RESTARTS": "2", "FAKE_VLLM_COUNT": str(tmp_path / "n")}
+    plan = [{}, {"die_at_start": {"log": ["MemoryError"], "code": 1, "after": 0.1}}]
+    with Supervisor("m", plan=plan, environ=environ) as supervisor:
+        supervisor.ready()
+        os.kill(state_of(supervisor)["pid"], signal.SIGKILL)
+        assert supervisor.exit_code(30) == 4
+        assert supervisor.output.count("restart 1 of 2") == supervisor.output.count("restart 2 of 2") == 1
+        assert "restarting -> failed: The machine's memory was not enough." in supervisor.output
+        assert "SUPERVISOR_MAX_RESTARTS" in supervisor.output
+
+
+def test_a_transient_cause_is_tried_again(tmp_path: Path) -> None:
+    plan = [{"die_at_start": {"log": ["OSError: We couldn't connect to the hub"], "code": 1}}, {}]
+    with Supervisor("m", plan=plan, environ={"FAKE_VLLM_COUNT": str(tmp_path / "n")}) as supervisor:
+        supervisor.says("The hub could not be reached")
+        assert supervisor.client.post(CHAT, json=chat()).status_code == 200
+        ends(supervisor)
+
+
+def test_a_permanent_cause_is_told_to_all_who_wait_and_exits_3() -> None:
+    log = ["ValueError: Model architectures ['Nonsense'] are not supported for now."]
+    plan = [{"die_at_start": {"log": log, "code": 1, "after": 1}}]
+    with Supervisor("m", plan=plan) as supervisor, concurrent.futures.ThreadPoolExecutor(4) as pool:
+        supervisor.engine()
+        held = [pool.submit(supervisor.client.post, CHAT, json=chat()) for _ in range(4)]
+        for answer in held:
+            assert answer.result().status_code == 503
+            assert "does not support the architecture" in answer.result().json()["error"]["message"]
+        assert supervisor.exit_code() == 3
+
+
+def test_on_failure_serve_stays_and_tells_why() -> None:
+    plan = [{"die_at_start": {"log": ["torch.OutOfMemoryError: CUDA out of memory."], "code": 1}}]
+    with Supervisor("m", plan=plan, environ={"SUPERVISOR_ON_FAILURE": "serve"}) as supervisor:
+        supervisor.says("-> failed")
+        ping = supervisor.client.get("/ping")
+        assert ping.status_code == 503
+        told = [
+            ping.json()["status"],
+            supervisor.client.get("/health").json()["status"],
+            supervisor.client.post(CHAT, json=chat()).json()["error"]["message"],
+            supervisor.client.post("/v1/messages", json={}).json()["error"]["message"],
+        ]
+        status = supervisor.client.get("/status").json()
+        failure = status["last_failure"]
+        assert failure["exit_code"] == 1
+        assert failure["cause"] == "The GPU's memory was not enough."
+        assert "TENSOR_PARALLEL_SIZE" in failure["remedy"]
+        assert any("CUDA out of memory" in line for line in failure["log_tail"])
+        for text in [*told, supervisor.output]:
+            assert f"{failure['cause']} {failure['remedy']}" in text
+        supervisor.signal(signal.SIGTERM)
+        assert supervisor.exit_code() == 3
+
+
+def test_a_part_that_dies_while_it_loads_is_noticed() -> None:
+    plan = [{"load_seconds": 60}]
+    with Supervisor("m", plan=plan) as supervisor:
+        session = supervisor.engine()
+
+        def engine_core() -> int | None:
+            for pid in session_of(session):
+                with contextlib.suppress(psutil.Error):
+                    if psutil.Process(pid).name().startswith("VLLM::EngineCore"):
+                        return pid
+            return None
+
+        os.kill(int(str(wait_until(engine_core, "EngineCore"))), signal.SIGKILL)
+        supervisor.says("starting -> restarting", 10)
+
+
+# It leaves things behind
+
+
+def test_twenty_crashes_leave_no_shared_memory_and_no_files(tmp_path: Path) -> None:
+    def segments() -> set[str]:
+        return {path.name for path in Path("/dev/shm").glob("psm_fake_*")}
+
+    before = segments()
+    with Supervisor("m", plan=[{"shm": 1}], environ=OFTEN | {"TMPDIR": str(tmp_path)}) as supervisor:
+        supervisor.ready()
+        note = Path(supervisor.socket).parent / "remains.json"
+        for restart in range(20):
+            state = state_of(supervisor)
+            # What it has mapped is noted within moments of its start; a crash before that is another story.
+            wait_until(lambda: f"psm_fake_{state['engine_pid']}" in note.read_text(), "the note of its memory")  # noqa: B023
+            ours = {name for name in segments() if f"_{state['pid']}_" in name or f"_{state['engine_pid']}_" in name}
+            assert len(ours) == 2
+            os.kill(state[("pid", "engine_pid", "worker_pid")[restart % 3]], signal.SIGKILL)
+            ready_again(supervisor, restart + 1)
+            assert not ours & segments()
+        assert [path.name for path in tmp_path.iterdir()] == [note.parent.name]
+        ends(supervisor)
+    assert segments() - before == set()
+    assert list(tmp_path.iterdir()) == []
+
+
+# The supervisor itself
+
+
+def test_sigkill_of_the_supervisor_takes_vllm_along() -> None:
+    with Supervisor("m", plan=[{"shm": 1, "leave_orphan": True}]) as supervisor:
+        supervisor.ready().engine()
+        workspace = Path(supervisor.socket).parent
+        note = workspace / "remains.json"
+        wait_until(lambda: "psm_fake" in note.read_text(), "the note of its shared memory")
+        segments = json.loads(note.read_text())["segments"]
+        supervisor.signal(signal.SIGKILL)
+        wait_until(lambda: session_of(supervisor.engine()) == [], "vLLM's end")
+        wait_until(lambda: not workspace.exists(), "the workspace's removal")
+        assert not [path for path in segments if "psm_fake" in path and Path(path).exists()]
+
+
+def test_a_new_start_cleans_what_it_finds_of_its_own_and_nothing_else() -> None:
+    """Supervisor and guard are both killed: the next start on this machine does their work."""
+    with Supervisor("m", plan=[{"shm": 1}]) as first, Supervisor("m") as bystander:
+        first.ready().engine()
+        bystander.ready().engine()
+        workspace = Path(first.socket).parent
+        wait_until(lambda: "psm_fake" in (workspace / "remains.json").read_text(), "the note of its shared memory")
+        segments = json.loads((workspace / "remains.json").read_text())["segments"]
+        (guard,) = [child for child in psutil.Process(first.process.pid).children() if child.pid != first.engine()]
+        guard.kill()
+        first.signal(signal.SIGKILL)
+        first.process.wait()
+        assert len(session_of(first.engine())) >= 3
+        stranger = Path(tempfile.mkdtemp(prefix="supervisor-"))  # looks like ours, and has no note
+        try:
+            with Supervisor("m") as second:
+                second.says("starting m")
+                assert session_of(first.engine()) == []
+                assert not workspace.exists()
+                assert not [path for path in segments if "psm_fake" in path and Path(path).exists()]
+                second.ready().engine()
+            assert stranger.exists()
+        finally:
+            stranger.rmdir()
+        assert bystander.client.post(CHAT, json=chat()).status_code == 200
+
+
+def test_as_process_1_it_reaps_orphans() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, for a pid namespace")
+    inside = subprocess.Popen(
+        ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", str(SUPERVISOR), "up", "m"],
+        env=clean_environment(SUPERVISOR_VLLM=str(FAKE), PORT="0"),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        assert inside.stdout is not None
+        output = b""
+        while b"ready: http" not in output:
+            output += os.read(inside.stdout.fileno(), 65536)
+        (init,) = psutil.Process(inside.pid).children()
+        port = int(output.split(b"ready: http://127.0.0.1:")[1].split()[0])
+        assert httpx.get(f"http://127.0.0.1:{port}/status").json()["pid"] > 1
+        # An orphan of a process that is no part of vLLM, such as `docker exec` leaves.
+        subprocess.run(
+            ["nsenter", "-t", str(init.pid), "-p", "sh", "-c", "setsid sh -c 'sleep 0.2 & exec true' & wait"],
+            check=True,
+        )
+        wait_until(lambda: any(child.name() == "sleep" for child in init.children()) or True, "the orphan")
+
+        def no_zombies() -> bool:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                return all(child.status() != psutil.STATUS_ZOMBIE for child in init.children())
+            return False
+
+        wait_until(
+            lambda: not any(child.name() == "sleep" for child in init.children()) and no_zombies(), "it reaped", 10
+        )
+        init.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 15
+        while inside.poll() is None and time.monotonic() < deadline:
+            os.read(inside.stdout.fileno(), 65536)
+        assert inside.returncode == 0
+    finally:
+        inside.kill()
+        inside.wait()
+        inside.stdout.close()
+
+
+def test_parents_death_changes_nothing() -> None:
+    read, write = os.pipe()
+    parent = subprocess.Popen(
+        ["sh", "-c", f"{SUPERVISOR} up m & wait"],
+        env=clean_environment(SUPERVISOR_VLLM=str(FAKE), PORT="0"),
+        stdin=subprocess.DEVNULL, stdout=write, stderr=write,
+    )  # fmt: skip
+    os.close(write)
+    output = b""
+    while b"ready: http" not in output:
+        output += os.read(read, 65536)
+    (ours,) = psutil.Process(parent.pid).children()
+    parent.kill()
+    parent.wait()
+    port = int(output.split(b"ready: http://127.0.0.1:")[1].split()[0])
+    engine = httpx.get(f"http://127.0.0.1:{port}/status").json()["pid"]
+    assert httpx.post(f"http://127.0.0.1:{port}{CHAT}", json=chat()).status_code == 200
+    ours.send_signal(signal.SIGTERM)
+    while os.read(read, 65536):
+        pass
+    os.close(read)
+    assert session_of(engine) == []
+
+
+def test_a_full_disk_stops_nothing(tmp_path: Path) -> None:
+    """No file can grow by a byte (`ulimit -f 0`): the notes and caches are lost, the requests are not."""
+    script = f"ulimit -f 0; exec {SUPERVISOR} up m"
+    process = subprocess.Popen(
+        ["bash", "-c", script],
+        env=clean_environment(SUPERVISOR_VLLM=str(FAKE), PORT="0", HOME=str(tmp_path)),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        assert process.stdout is not None
+        output = b""
+        while b"ready: http" not in output:
+            data = os.read(process.stdout.fileno(), 65536)
+            assert data, output
+            output += data
+        port = int(output.split(b"ready: http://127.0.0.1:")[1].split()[0])
+        state = httpx.get(f"http://127.0.0.1:{port}/fake/state").json()
+        os.kill(state["engine_pid"], signal.SIGKILL)
+        assert httpx.post(f"http://127.0.0.1:{port}{CHAT}", json=chat(), timeout=20).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        while os.read(process.stdout.fileno(), 65536):
+            pass
+        assert process.wait(15) == 0
+        assert session_of(state["pid"]) == []
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_a_temporary_folder_that_can_not_be_written_is_named() -> None:
+    with Supervisor("m", environ={"TMPDIR": "/proc"}) as supervisor:
+        assert supervisor.exit_code() == 2
+        assert supervisor.output.startswith("supervisor: no folder can be made in /proc (")
+        assert "set TMPDIR" in supervisor.output
+
+
+# Drain
+
+
+def test_at_sigterm_32_running_streams_complete_and_32_waiting_requests_are_refused() -> None:
+    environ = {"SUPERVISOR_MAX_CONCURRENCY": "32"}
+    with Supervisor("m", environ=environ) as supervisor, contextlib.ExitStack() as stack:
+        supervisor.ready().engine()
+        body = chat(stream=True, max_tokens=60)
+        running = [stack.enter_context(supervisor.connect()) for _ in range(32)]
+        for client in running:
+            post_raw(client, CHAT, body, token_interval=0.05)
+        wait_until(lambda: supervisor.client.get("/status").json()["in_flight"] == 32, "32 streams")
+        waiting = [stack.enter_context(supervisor.connect()) for _ in range(32)]
+        for client in waiting:
+            post_raw(client, CHAT, body)
+        wait_until(lambda: supervisor.client.get("/status").json()["waiting"] == 32, "32 waiting")
+        supervisor.signal(signal.SIGTERM)
+        for client in waiting:
+            answer = client.answer()
+            assert answer.status == 503
+            assert "retry-after" in answer.headers
+        for client in running:
+            last = list(events(client.until(b"[DONE]")))[-1]
+            assert last["choices"][0]["finish_reason"] == "length"  # type: ignore[index]
+        assert supervisor.exit_code() == 0
+        assert session_of(supervisor.engine()) == []
+
+
+def test_the_limit_is_first_come_first_served_and_then_429() -> None:
+    environ = {"SUPERVISOR_MAX_CONCURRENCY": "1", "SUPERVISOR_MAX_WAITING": "2"}
+    with Supervisor("m", environ=environ) as supervisor, contextlib.ExitStack() as stack:
+        supervisor.ready()
+        clients = [stack.enter_context(supervisor.connect()) for _ in range(4)]
+        for number, client in enumerate(clients[:3]):
+            post_raw(client, CHAT, chat(max_tokens=5), token_interval=0.1)
+            wait_until(lambda: supervisor.client.get("/status").json()["waiting"] == number, "its place")  # noqa: B023
+        refused = post_raw(clients[3], CHAT, chat()).answer()
+        assert refused.status == 429
+        assert int(refused.headers["retry-after"]) > 0
+        clients[1].socket.close()  # gives its place up
+        wait_until(lambda: supervisor.client.get("/status").json()["waiting"] == 1, "the place given up")
+        assert clients[0].answer().status == 200
+        assert clients[2].answer().status == 200
