@@ -184,6 +184,11 @@ class Gateway:
             503, "The engine stopped in the middle of this answer. Please send the request again.", "engine_stopped"
         )
 
+    def lost_twice(self) -> Refusal:
+        """The engine died, the request was sent to the next one, and that died too."""
+        text = "The engine stopped twice while it worked on this request."
+        return Refusal(503, text, "engine_stopped", retry_after=RETRY_AFTER)
+
     def _held_too_long(self, exchange: Exchange) -> None:
         refusal = self.unavailable()
         waited = f" The request waited {self.hold_timeout:g} s (SUPERVISOR_HOLD_TIMEOUT)."

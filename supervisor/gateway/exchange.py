@@ -44,6 +44,8 @@ REQUEST_ID_LIMIT = 256
 PARTIAL_LIMIT = 64 * 1024
 # The end of a chunk that ends an event, or the stream.
 EVENT_ENDS = (b"\n\n\r\n", b"\r\n\r\n")
+# The last event of a stream, by the dialect of its route.
+STREAM_ENDS = (b"data: [DONE]\n\n\r\n", b'"type":"message_stop"}\n\n\r\n')
 # What vLLM's API server answers to everything in flight in the moment its EngineCore dies.
 DOUBTED = frozenset({500, 503})
 
@@ -78,6 +80,7 @@ class Exchange:
         "keep_alive",
         "kept",
         "kept_size",
+        "latest",
         "method",
         "partial",
         "path",
@@ -91,6 +94,7 @@ class Exchange:
         "response_started",
         "target",
         "torn",
+        "unsent_head",
         "whole_events",
     )
     message_event = _Unheard()
@@ -124,6 +128,8 @@ class Exchange:
         self.whole_events = False
         self.partial = b""  # reads of an event stream that end within a chunk
         self.torn = False  # the client has half a chunk
+        self.latest = b""  # what the client got last of an event stream
+        self.unsent_head = b""
         self.doubted: _Doubted | None = None
         self.response_started = False
         self.response_complete = False
@@ -237,7 +243,7 @@ class Exchange:
                 self.protocol.transport.write(b"HTTP/1.1 %d %b\r\n%b\r\n" % (head.status, head.reason, head.fields))
             return
         gateway = self.protocol.gateway
-        if head.status in DOUBTED and self.kept is not None and not self.replayed:
+        if head.status in DOUBTED:
             self.doubted = _Doubted(head)
             gateway.upstream.loop.call_later(gateway.fate_known_after, self._settle)
         else:
@@ -252,19 +258,20 @@ class Exchange:
         if gateway.generation == self.generation:
             self._begin(doubted.head)
             for data in doubted.body:
-                self.response_data(data)
+                self._write(data)
             if doubted.ended:
                 self.response_end()
             return
         if self.connection is not None:
             self.connection.abort()
             self.connection = None
-        self.replayed = True
-        gateway.resume(self)
+        if self.replayed or self.kept is None:
+            self.refuse(gateway.lost_twice() if self.replayed else gateway.broken_off())
+        else:
+            self.replayed = True
+            gateway.resume(self)
 
     def _begin(self, head: ResponseHead) -> None:
-        self.response_started = True
-        self.kept = None
         lines = [b"HTTP/1.1 %d " % head.status, head.reason, b"\r\n", head.fields]
         if head.framing is Framing.CHUNKED and not self.is_head:
             self.whole_events = head.is_sse
@@ -280,12 +287,23 @@ class Exchange:
         if self.ends_by_close or (self.expects_continue and not self.request_complete) or self.protocol.gateway.closing:
             self.keep_alive = False
         lines.append(b"\r\n" if self.keep_alive else b"Connection: close\r\n\r\n")
-        self.protocol.transport.write(b"".join(lines))
+        self.unsent_head = b"".join(lines)
+        if head.framing is not Framing.LENGTH or self.is_head:
+            self._start_answer()
+
+    def _start_answer(self) -> None:
+        """From its first byte on an answer can't be taken back, and the request is not sent again."""
+        self.response_started = True
+        self.kept = None
+        self.protocol.transport.write(self.unsent_head)
+        self.unsent_head = b""
 
     def response_data(self, data: bytes) -> None:
         if self.doubted is not None:
             self.doubted.body.append(data)
             return
+        if self.unsent_head:  # a whole answer's head waits for its body: vLLM may die between the two
+            self._start_answer()
         if self.whole_events:
             if self.partial:
                 data = self.partial + data
@@ -297,6 +315,7 @@ class Exchange:
                 self.partial = data
                 self.torn = False
                 return
+            self.latest = data
         self._write(data)
 
     def _write(self, data: bytes) -> None:
@@ -307,6 +326,8 @@ class Exchange:
         if self.doubted is not None:
             self.doubted.ended = True
             return
+        if self.unsent_head:
+            self._start_answer()
         if self.partial:
             self._write(self.partial)
         self._complete()
@@ -316,6 +337,7 @@ class Exchange:
         if self.disconnected or self.response_complete:
             return
         self.doubted = None
+        self.unsent_head = b""
         gateway = self.protocol.gateway
         if self.response_started:
             gateway.log.warning("%s (request %s, answer cut)", error, self.request_id.decode("latin-1"))
@@ -369,10 +391,13 @@ class Exchange:
     def _break_off(self, refusal: Refusal) -> None:
         """Ends an answer that had begun: an event stream by an error event and its proper end, all else by a cut."""
         if self.whole_events and not self.torn:
-            self._write(_whole_events(self.partial))
-            events = refusal.events(self.path)
-            end = events if self.dechunker is not None else b"%x\r\n%b\r\n0\r\n\r\n" % (len(events), events)
-            self.protocol.transport.write(end)
+            rest = _whole_events(self.partial)
+            self._write(rest)
+            # vLLM may have ended the stream itself, and died before the last chunk.
+            events = b"" if (rest or self.latest).endswith(STREAM_ENDS) else refusal.events(self.path)
+            if self.dechunker is None:
+                events = (b"%x\r\n%b\r\n" % (len(events), events) if events else b"") + b"0\r\n\r\n"
+            self.protocol.transport.write(events)
             self._complete()
         else:
             self.client_gone()

@@ -326,6 +326,58 @@ def test_dies_mid_body_is_seen_as_cut(running: Supervisor) -> None:
             running.client.post("/fake/raw", content=script)
 
 
+EVENT_STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def event(data: bytes) -> bytes:
+    return b"%x\r\ndata: %b\n\n\r\n" % (len(data) + 8, data)
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ([event(b"one")], b"data: one\n\n" + b"ERROR"),
+        ([event(b"one") + event(b"two")[:7]], b"data: one\n\n" + b"ERROR"),
+        ([event(b"one") + event(b"two")[:-1]], b"data: one\n\n" + b"ERROR"),
+        ([event(b"one") + b"1"], b"data: one\n\n" + b"ERROR"),
+        ([event(b"one"), b"5\r\ndata:\r\n"], b"data: one\n\n" + b"ERROR"),
+        ([event(b"one") + event(b"[DONE]")], b"data: one\n\ndata: [DONE]\n\n"),
+        ([event(b"one") + event(b"[DONE]") + b"0\r\n"], b"data: one\n\ndata: [DONE]\n\n"),
+        ([], b"ERROR"),
+    ],
+    ids=["whole", "half-chunk", "almost", "half-size", "half-event", "ended", "almost-ended", "head-alone"],
+)
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+def test_a_stream_that_breaks_off_is_ended_well(
+    running: Supervisor, parts: list[bytes], expected: bytes, version: str
+) -> None:
+    """Only whole events reach the client, and an error is the last of them, unless the stream was at its end."""
+    script = raw_script(EVENT_STREAM, *((part, 0.02) for part in parts), close=True)
+    with running.connect() as raw:
+        raw.send(post("/fake/raw", script, version)).until(b"\r\n\r\n")
+        if version == "1.0":
+            received = raw.rest()
+        else:
+            received = b""
+            while size := int(raw.until(b"\r\n"), 16):
+                chunk = raw.until(b"\r\n")
+                while len(chunk) < size + 2:
+                    chunk += raw.until(b"\r\n")
+                received += chunk[:-2]
+            assert raw.until(b"\r\n") == b"\r\n"
+    before, error, _ = received.partition(b'data: {"error"')
+    assert before + (b"ERROR" if error else b"") == expected
+    assert received.endswith(b"data: [DONE]\n\n")
+
+
+def test_a_head_without_its_body_is_no_answer_yet(running: Supervisor) -> None:
+    """vLLM dies between the head and the body of a whole answer: nothing has reached the client."""
+    script = raw_script(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n", close=True)
+    answer = running.client.post("/fake/raw", content=script)
+    assert answer.status_code == 502
+    assert answer.json()["error"]["code"] == "engine_no_answer"
+
+
 def test_a_cut_body_never_looks_complete(running: Supervisor) -> None:
     """An HTTP/1.0 client knows the end of a body by the close alone: a cut one must end in a reset."""
     script = raw_script(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", (b"3\r\nabc\r\n", 0.05), close=True)
@@ -354,8 +406,8 @@ def test_garbage_becomes_502(running: Supervisor, garbage: bytes) -> None:
 def test_more_than_one_answer_never_reaches_the_next_request(running: Supervisor) -> None:
     two = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nokHTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"
     with running.connect() as raw:
-        seen = raw.send(post("/fake/raw", raw_script(two))).rest()
-    assert b"evil" not in seen
+        assert raw.send(post("/fake/raw", raw_script(two))).answer().status == 502
+        assert b"evil" not in raw.send(get("/fake/echo/x")).answer().body
     with running.connect() as raw:
         raw.send(
             post(

@@ -1,4 +1,5 @@
-"""The real vLLM under a real supervisor, started once for all tests here; the test that stops it runs last."""
+"""The real vLLM under a real supervisor, started once for all tests here. Tests that break it run after the
+others, and the one that stops it runs last."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.vllm)
             item.add_marker(pytest.mark.xdist_group("vllm"))  # one process runs them all: there is one vLLM
             item.add_marker(pytest.mark.timeout(START + 200))
-    items.sort(key=lambda item: item.get_closest_marker("stops_vllm") is not None)
+    order = ("breaks_vllm", "stops_vllm")
+    items.sort(key=lambda item: [item.get_closest_marker(name) is not None for name in reversed(order)])
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +31,14 @@ def served() -> Iterator[Supervisor]:
     assert VLLM.exists(), (
         "the real vLLM is missing: run scripts/setup, or leave these tests out with scripts/test --quick"
     )
-    with Supervisor(DEMO, vllm=VLLM) as supervisor:
+    # Every crash counts as the first, and a hang as one after 15 s: tests/vllm/test_faults.py breaks it often.
+    environ = {
+        "SUPERVISOR_MAX_RESTARTS": "100",
+        "SUPERVISOR_RESTART_WINDOW": "0.05",
+        "SUPERVISOR_STALL_TIMEOUT": "15",
+        "SUPERVISOR_HOLD_TIMEOUT": str(START),
+    }
+    with Supervisor(DEMO, vllm=VLLM, environ=environ) as supervisor:
         supervisor.engine()
         yield supervisor.ready(START)
 

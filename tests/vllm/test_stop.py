@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from tests.vllm.test_serving import CHAT, greedy
 @pytest.mark.stops_vllm
 def test_sigterm_mid_stream_completes_it_and_leaves_nothing(served: Supervisor) -> None:
     workspace = Path(served.socket).parent
-    assert len(session_of(served.engine())) >= 3  # API server, EngineCore, worker
+    segments = json.loads((workspace / "remains.json").read_text())["segments"]
+    assert len(segments) >= 2
+    session = served.client.get("/status").json()["pid"]  # not that of the first start
+    assert len(session_of(session)) >= 3  # API server, EngineCore, worker
     body = greedy(stream=True, max_tokens=1500, ignore_eos=True)
     with served.client.stream("POST", CHAT, json=body) as answer:
         received = b""
@@ -27,5 +31,6 @@ def test_sigterm_mid_stream_completes_it_and_leaves_nothing(served: Supervisor) 
     last = list(events(received))[-1]
     assert last["choices"][0]["finish_reason"] == "length"  # type: ignore[index]
     assert served.exit_code(60) == 0
-    assert session_of(served.engine()) == []
+    assert session_of(session) == []
     assert not workspace.exists()
+    assert not [path for path in segments if Path(path).exists()]

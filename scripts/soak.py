@@ -1,0 +1,274 @@
+#!/usr/bin/env python3
+"""Many clients, random faults, and an account of every request.
+
+    .venv/bin/python scripts/soak.py --seconds 300 --clients 64
+    .venv/bin/python scripts/soak.py --vllm .vllm/bin/vllm --model supervisor/demo/model \
+        --served-as demo --clients 16 --crashes 20 --seconds 2400 --patience 300 --stall 60
+
+Starts a supervisor over the fake vLLM (or the one named by --vllm), lets clients ask without a pause, and kills
+and freezes vLLM's processes meanwhile. At the end every request must be accounted for:
+
+    whole      a complete answer, or a complete stream
+    ended      a stream that had begun and ended with an error event and its proper end
+    refused    an error in the client's dialect (502, 503, 429)
+
+Anything else is a fault of ours: `cut` (a stream that stops without an end, a connection that closes without an answer)
+and `hung` (no answer within --patience). The exit code is 0 only where there is none of them, where the supervisor left
+with 0, and where no process, shared memory or folder of its own is left. Bounded in time and count; loopback only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+SUPERVISOR = ROOT / ".venv" / "bin" / "supervisor"
+MOST_REQUESTS = 500_000
+
+# fault -> (what it is done to, the signal, how often beside the others)
+FAULTS = {
+    "kill API server": ("", signal.SIGKILL, 3),
+    "kill EngineCore": ("VLLM::EngineCore", signal.SIGKILL, 3),
+    "kill worker": ("VLLM::Worker", signal.SIGKILL, 3),
+    "freeze EngineCore": ("VLLM::EngineCore", signal.SIGSTOP, 1),
+}
+
+
+@dataclass
+class Account:
+    """What became of the requests; `wrong` keeps the first few that should not be."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    slowest: float = 0.0
+    faults: Counter[str] = field(default_factory=Counter)
+
+    def add(self, outcome: str, seconds: float, what: str) -> None:
+        self.outcomes[outcome] += 1
+        self.slowest = max(self.slowest, seconds)
+        if outcome in ("cut", "hung") and len(self.wrong) < 20:
+            self.wrong.append(f"{outcome} after {seconds:.2f} s: {what}")
+
+    @property
+    def total(self) -> int:
+        return sum(self.outcomes.values())
+
+
+class Client:
+    """Asks again and again, on one connection for as long as that lasts."""
+
+    def __init__(self, port: int, model: str, account: Account, patience: float, rng: random.Random) -> None:
+        self.port = port
+        self.model = model
+        self.account = account
+        self.patience = patience
+        self.rng = rng
+        self.streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def run(self, over: asyncio.Event) -> None:
+        while not over.is_set() and self.account.total < MOST_REQUESTS:
+            began = time.monotonic()
+            stream = self.rng.random() < 0.5
+            try:
+                async with asyncio.timeout(self.patience):
+                    outcome, what = await self._ask(stream)
+            except TimeoutError:
+                outcome, what = "hung", "stream" if stream else "whole answer"
+            except (OSError, asyncio.IncompleteReadError, ValueError) as error:
+                outcome, what = "cut", f"{'stream' if stream else 'whole answer'}: {error!r}"
+            if outcome in ("hung", "cut"):
+                self._close()
+            self.account.add(outcome, time.monotonic() - began, what)
+        self._close()
+
+    def _close(self) -> None:
+        if self.streams is not None:
+            self.streams[1].close()
+            self.streams = None
+
+    async def _ask(self, stream: bool) -> tuple[str, str]:
+        if self.streams is None:
+            self.streams = await asyncio.open_connection("127.0.0.1", self.port)
+        reader, writer = self.streams
+        question = {"role": "user", "content": f"Hello number {self.rng.randrange(1000)}"}
+        body = {"model": self.model, "messages": [question], "stream": stream, "max_tokens": self.rng.randrange(1, 60)}
+        content = json.dumps(body).encode()
+        faults = json.dumps({"token_interval": 0.01})
+        writer.write(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: soak\r\nContent-Type: application/json\r\n"
+            b"X-Fake: %b\r\nContent-Length: %d\r\n\r\n%b" % (faults.encode(), len(content), content)
+        )
+        head = (await reader.readuntil(b"\r\n\r\n")).lower()
+        status = int(head.split()[1])
+        if b"transfer-encoding: chunked" in head:
+            answer = b"".join([chunk async for chunk in chunks(reader)])
+        else:
+            found = re.search(rb"content-length: (\d+)", head)
+            if found is None:
+                raise ValueError("no length")
+            answer = await reader.readexactly(int(found[1]))
+        if b"connection: close" in head:
+            self._close()
+        if status != 200:
+            message = json.loads(answer)["error"]["message"]
+            return ("refused" if status in (429, 502, 503) and message else "cut"), f"{status} {message}"
+        if not stream:
+            return ("whole" if json.loads(answer)["choices"][0]["finish_reason"] else "cut"), "whole answer"
+        events = [line[6:] for line in answer.decode().split("\n") if line.startswith("data: ")]
+        if not answer.endswith(b"data: [DONE]\n\n"):
+            return "cut", f"stream of {len(events)} events without an end"
+        last = json.loads(events[-2])
+        for event in events[:-2]:
+            json.loads(event)
+        if "error" in last:
+            return "ended", last["error"]["message"]
+        return ("whole" if any(choice["finish_reason"] for choice in last["choices"]) else "cut"), "stream"
+
+
+async def chunks(reader: asyncio.StreamReader):  # type: ignore[no-untyped-def]  # noqa: ANN201
+    while size := int((await reader.readuntil(b"\r\n")).split(b";")[0], 16):
+        yield await reader.readexactly(size)
+        await reader.readexactly(2)
+    await reader.readexactly(2)
+
+
+class Run:
+    """The supervisor under test, and what is done to its engine."""
+
+    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+        self.log = folder / "log"
+        environ = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        environ |= {
+            "SUPERVISOR_VLLM": arguments.vllm,
+            "PORT": "0",
+            "TMPDIR": str(folder),
+            # Every crash is the first: the limit is not what is tried here.
+            "SUPERVISOR_MAX_RESTARTS": "10000",
+            "SUPERVISOR_RESTART_WINDOW": "0.05",
+            "SUPERVISOR_STALL_TIMEOUT": str(arguments.stall),
+            "SUPERVISOR_HOLD_TIMEOUT": str(arguments.patience),
+            "FAKE_VLLM_PLAN": '[{"shm": 1}]',
+        }
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [str(SUPERVISOR), "up", arguments.model], env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    async def until(self, pattern: str, seconds: float, times: int = 1) -> re.Match[str]:
+        deadline = time.monotonic() + seconds
+        while len(found := list(re.finditer(pattern, self.text()))) < times:
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                raise SystemExit(f"soak: waited for {pattern!r}; the log ends with:\n{self.text()[-3000:]}")
+            await asyncio.sleep(0.05)
+        return found[times - 1]
+
+    def engine(self) -> dict[str, int]:
+        """The engine's processes by name; the API server's is empty."""
+        ours = psutil.Process(self.process.pid)
+        found = {}
+        for leader in ours.children():
+            with contextlib.suppress(psutil.Error, OSError):
+                if os.getsid(leader.pid) == leader.pid and leader.cmdline()[:1] != ours.cmdline()[:1]:
+                    found[""] = leader.pid
+                    for part in leader.children(recursive=True):
+                        found[part.name()[:16]] = part.pid
+        return found
+
+    async def break_things(self, arguments: argparse.Namespace, account: Account, rng: random.Random) -> None:
+        """One fault after the other, each when the engine has been ready for a moment."""
+        for number in range(1, arguments.crashes + 1):
+            await asyncio.sleep(rng.uniform(0.2, arguments.pause))
+            names, weights = list(FAULTS), [weight for _, _, weight in FAULTS.values()]
+            fault = rng.choices(names, weights)[0]
+            target, signal_number, _ = FAULTS[fault]
+            pid = self.engine().get(target[:16])
+            if pid is None:
+                raise SystemExit(f"soak: no process {target!r} to {fault}")
+            os.kill(pid, signal_number)
+            account.faults[fault] += 1
+            await self.until("restarting -> ready", arguments.patience, number)
+
+
+def report(run: Run, account: Account, seconds: float, code: int, log: str | None) -> bool:
+    """Prints the account; True where nothing was lost and nothing is left."""
+    print(f"{account.total} requests in {seconds:.0f} s, slowest {account.slowest:.2f} s")
+    for outcome in ("whole", "ended", "refused", "cut", "hung"):
+        print(f"  {outcome:8} {account.outcomes[outcome]}")
+    faults = ", ".join(f"{count} x {fault}" for fault, count in account.faults.items())
+    print(f"{run.text().count('restarting -> ready')} restarts: {faults}")
+    for line in account.wrong:
+        print(f"  {line}")
+    left = [path.name for path in run.log.parent.iterdir() if path != run.log]
+    print(f"exit code {code}; left behind: {', '.join(left) or 'nothing'}")
+    if log:
+        Path(log).write_text(run.text())
+    return not account.outcomes["cut"] and not account.outcomes["hung"] and code == 0 and not left and account.total > 0
+
+
+async def soak(arguments: argparse.Namespace, folder: Path) -> bool:
+    rng = random.Random(arguments.seed)
+    account = Account()
+    run = Run(arguments, folder)
+    try:
+        port = int((await run.until(r"supervisor: starting .* on http://\S+?:(\d+)\n", 30))[1])
+        await run.until("supervisor: ready: http", arguments.patience)
+        model = arguments.served_as or arguments.model
+        began = time.monotonic()
+        over = asyncio.Event()
+        async with asyncio.TaskGroup() as group:
+            for _ in range(arguments.clients):
+                client = Client(port, model, account, arguments.patience, random.Random(rng.random()))
+                group.create_task(client.run(over))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(arguments.seconds):
+                    await run.break_things(arguments, account, rng)
+            over.set()
+        seconds = time.monotonic() - began
+        await run.until("-> ready", arguments.patience, 1 + sum(account.faults.values()))
+        run.process.send_signal(signal.SIGTERM)
+        code = await asyncio.to_thread(run.process.wait, 60)
+    finally:
+        run.process.kill()
+    return report(run, account, seconds, code, arguments.log)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=300, help="how long it goes on at most")
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--crashes", type=int, default=10_000, help="at most so many faults")
+    parser.add_argument("--pause", type=float, default=3, help="at most so many seconds between two faults")
+    parser.add_argument("--patience", type=float, default=60, help="a request that takes longer hangs")
+    parser.add_argument("--stall", type=float, default=2, help="SUPERVISOR_STALL_TIMEOUT")
+    parser.add_argument("--vllm", default=str(ROOT / "scripts" / "fake_vllm"))
+    parser.add_argument("--model", default="soak")
+    parser.add_argument("--served-as", help="the name that clients use, where it is not the model's")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--log", help="where the supervisor's log goes in the end")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+        if not asyncio.run(soak(arguments, Path(folder))):
+            sys.exit("soak: not every request is accounted for, or something is left behind")
+
+
+if __name__ == "__main__":
+    main()

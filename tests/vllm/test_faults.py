@@ -1,0 +1,124 @@
+"""The fault table on the real vLLM: what is done to it, and what its clients see."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import signal
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.harness import DEMO, Supervisor, events, session_of, wait_until
+from tests.vllm.conftest import START, VLLM
+from tests.vllm.test_serving import CHAT, greedy
+
+
+def part(supervisor: Supervisor, name: str) -> int:
+    """The pid of one of the engine's processes; "" is the API server."""
+    session = supervisor.client.get("/status").json()["pid"]
+    if not name:
+        return int(session)
+
+    def found() -> int | None:
+        for pid in session_of(session):
+            with contextlib.suppress(psutil.Error):
+                if psutil.Process(pid).name().startswith(name):
+                    return pid
+        return None
+
+    return int(str(wait_until(found, name, 60)))
+
+
+def restarts(supervisor: Supervisor) -> int:
+    return supervisor.output.count("restarting -> ready")
+
+
+def ready_again(supervisor: Supervisor, before: int) -> None:
+    wait_until(lambda: restarts(supervisor) > before, "another start", START)
+
+
+def stream(supervisor: Supervisor) -> list[dict[str, object]]:
+    """A long stream, read to its proper end."""
+    body = greedy(stream=True, max_tokens=1900, ignore_eos=True)
+    answer = httpx.post(f"http://127.0.0.1:{supervisor.port}{CHAT}", json=body, timeout=START)
+    assert answer.content.endswith(b"data: [DONE]\n\n")
+    return list(events(answer.content))
+
+
+@pytest.mark.breaks_vllm
+@pytest.mark.parametrize("victim", ["VLLM::EngineCore", "VLLM::Worker", ""], ids=["EngineCore", "worker", "API-server"])
+def test_killed_with_work_in_flight(served: Supervisor, victim: str) -> None:
+    """Streams that had begun end with an error event, whole answers that had not begun are made by the next engine."""
+    before = restarts(served)
+    segments = json.loads((Path(served.socket).parent / "remains.json").read_text())["segments"]
+    assert len(segments) >= 2
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        streams = [pool.submit(stream, served) for _ in range(8)]
+        body = greedy(max_tokens=1900, ignore_eos=True)
+        url = f"http://127.0.0.1:{served.port}{CHAT}"
+        whole = [pool.submit(httpx.post, url, json=body, timeout=START) for _ in range(8)]
+        wait_until(lambda: served.client.get("/status").json()["in_flight"] == 16, "16 requests in flight", 60)
+        metrics = served.client.get("/metrics").text  # through the gateway, as vLLM gives it
+        assert "vllm:num_requests_running" in metrics
+        os.kill(part(served, victim), signal.SIGKILL)
+        served.says(r"ready -> restarting")
+        for result in streams:
+            last = result.result()[-1]
+            assert "error" in last or last["choices"][0]["finish_reason"] == "length"  # type: ignore[index]
+        assert any("error" in result.result()[-1] for result in streams)
+        for answer in whole:
+            assert answer.result().status_code == 200, answer.result().text
+            assert answer.result().json()["usage"]["completion_tokens"] == 1900
+    ready_again(served, before)
+    assert not [path for path in segments if Path(path).exists()]  # 420 MB by size, which nothing else removes
+
+
+@pytest.mark.breaks_vllm
+def test_killed_while_idle_and_again_while_loading(served: Supervisor) -> None:
+    before = restarts(served)
+    os.kill(part(served, "VLLM::EngineCore"), signal.SIGKILL)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        held = pool.submit(httpx.post, f"http://127.0.0.1:{served.port}{CHAT}", json=greedy(), timeout=START)
+        old = served.client.get("/status").json()["pid"]
+        wait_until(lambda: served.client.get("/status").json()["pid"] != old, "the next start", 60)
+        os.kill(part(served, "VLLM::EngineCore"), signal.SIGKILL)
+        ready_again(served, before)
+        assert held.result().status_code == 200
+
+
+@pytest.mark.breaks_vllm
+def test_frozen_with_work_in_flight(served: Supervisor) -> None:
+    before = restarts(served)
+    os.kill(part(served, "VLLM::EngineCore"), signal.SIGSTOP)
+    answer = httpx.post(f"http://127.0.0.1:{served.port}{CHAT}", json=greedy(), timeout=START)
+    assert "vLLM hangs: no progress in 15 s" in served.output
+    assert answer.status_code == 200
+    assert restarts(served) == before + 1
+
+
+# With supervisors of their own
+
+
+def test_a_permanent_failure_exits_3_and_names_what_to_change() -> None:
+    with Supervisor(DEMO, "--", "--no-such-option", vllm=VLLM) as supervisor:
+        supervisor.engine()
+        assert supervisor.exit_code(START) == 3
+        assert (
+            "vLLM does not know the option --no-such-option. Take it out of SUPERVISOR_EXTRA_ARGS" in supervisor.output
+        )
+        assert session_of(supervisor.engine()) == []
+
+
+def test_a_crash_loop_ends() -> None:
+    with Supervisor(DEMO, vllm=VLLM, environ={"SUPERVISOR_MAX_RESTARTS": "1"}) as supervisor:
+        first = supervisor.client.get("/status").json()["pid"]
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: supervisor.client.get("/status").json()["pid"] != first, "the next start", 30)
+        os.kill(supervisor.client.get("/status").json()["pid"], signal.SIGKILL)
+        assert supervisor.exit_code(30) == 3
+        assert "SUPERVISOR_MAX_RESTARTS" in supervisor.output
