@@ -179,6 +179,21 @@ def test_a_frozen_engine_is_noticed_and_replaced() -> None:
         ends(supervisor)
 
 
+def test_the_stacks_of_a_hung_engine_are_logged_where_py_spy_is(tmp_path: Path) -> None:
+    """A stand-in for py-spy on PATH, which prints what it was asked for."""
+    program = tmp_path / "py-spy"
+    program.write_text('#!/bin/sh\necho "the stacks, by: $*"\n')
+    program.chmod(0o755)
+    environ = {"SUPERVISOR_STALL_TIMEOUT": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with Supervisor("m", environ=environ) as supervisor:
+        supervisor.ready()
+        engine = state_of(supervisor)["engine_pid"]
+        assert supervisor.client.post(CHAT, json=chat(stream=True), headers=fault(freeze_after_tokens=1)).content
+        supervisor.says(
+            rf"stacks of VLLM::EngineCor\w* \(pid {engine}\):\nthe stacks, by: dump --nonblocking --pid {engine}"
+        )
+
+
 def test_a_frozen_stream_ends_with_an_error() -> None:
     with Supervisor("m", environ={"SUPERVISOR_STALL_TIMEOUT": "1"}) as supervisor:
         supervisor.ready()
@@ -222,7 +237,7 @@ def test_a_transient_cause_is_tried_again(tmp_path: Path) -> None:
 
 def test_a_permanent_cause_is_told_to_all_who_wait_and_exits_3() -> None:
     log = ["ValueError: Model architectures ['Nonsense'] are not supported for now."]
-    plan = [{"die_at_start": {"log": log, "code": 1, "after": 1}}]
+    plan = [{"die_at_start": {"log": log, "code": 1, "after": 2.5}}]
     with Supervisor("m", plan=plan) as supervisor, concurrent.futures.ThreadPoolExecutor(4) as pool:
         supervisor.engine()
         held = [pool.submit(supervisor.client.post, CHAT, json=chat()) for _ in range(4)]
