@@ -181,7 +181,6 @@ class Engine:
             self.failed = self.failed or self.state is State.FAILED
             if self.ready:
                 self.was_ready = self.served = True
-                self.watch.look_now()
             if before is State.DRAINING and event in (Event.EXITED, Event.BROKEN):
                 self.exit_signal = self._signal  # what was in flight is lost with it
             level = logging.ERROR if self.state is State.FAILED else logging.INFO
@@ -254,6 +253,7 @@ class Engine:
             limit = f"{self.limits.startup:g} s (SUPERVISOR_STARTUP_TIMEOUT)"
             self._send(Event.BROKEN, f"vLLM was not ready after {limit}, it was at: {self.phases.current}")
             return
+        await self.watch.look()  # some 20 ms: from the first request on, the death of any part is known at once
         self._send(Event.READY, f"vLLM answers after {self.phases.finish():.1f} s")
 
     def _part_died(self, what: str) -> None:
@@ -349,6 +349,6 @@ class Engine:
     def _heard(self, line: str) -> None:
         phase = self.phases.hear(line)
         if phase is not None:
-            self.watch.look_now()  # more processes and more shared memory than before
+            self.watch.look_soon()  # more processes and more shared memory than before
         if phase is not None and self.state in (State.STARTING, State.RESTARTING):
             self.log.info("%s (%.1f s so far)", phase, time.monotonic() - self.process.spawned_at)

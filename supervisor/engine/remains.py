@@ -102,8 +102,16 @@ class Workspace:
         """Notes the session that runs now, with its start, and its segments."""
         text = json.dumps({"session": sid, "started": started(sid), "segments": sorted(paths)}).encode()
         with contextlib.suppress(OSError):  # a full disk: the guard still knows
-            os.ftruncate(self.lock, 0)
+            # In this order: killed between the two, the note still begins with what is true now.
             os.pwrite(self.lock, text, 0)
+            os.ftruncate(self.lock, len(text))
+
+    def recall(self) -> tuple[int, str, list[str]] | None:
+        """What `remember` wrote last: session, its start, segments."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            note, _ = json.JSONDecoder().raw_decode(self.note.read_text())
+            return int(note["session"]), str(note["started"]), list(note["segments"])
+        return None
 
     def clear(self) -> None:
         """Removes what one run of vLLM left, for the next."""
@@ -147,12 +155,13 @@ def clean_leftovers(base: Path) -> list[Path]:
     """Ends and removes what a killed supervisor left, and nothing else's; returns the workspaces that are gone."""
     removed = []
     for workspace in leftovers(base):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            note = json.loads(workspace.note.read_bytes())
+        note = workspace.recall()
+        if note is not None:
+            sid, start, paths = note
             # The leader may be gone while its orphans live; another process may have its number now.
-            if started(note["session"]) in ("", note["started"]):
-                kill_session(note["session"])
-            unlink(note["segments"])
+            if started(sid) in ("", start):
+                kill_session(sid)
+            unlink(paths)
         workspace.remove()
         os.close(workspace.lock)
         removed.append(workspace.path)

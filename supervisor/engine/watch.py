@@ -36,18 +36,22 @@ class Watch:
         self._wake = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
-    def look_now(self) -> None:
-        """The engine has just become ready: all its parts are there now."""
+    def look_soon(self) -> None:
+        """There may be more parts than at the last look."""
         self._wake.set()
+
+    async def look(self) -> None:
+        """Finds the parts that there are now, and attends to each."""
+        for pid, name in (await asyncio.to_thread(self.process.survey)).items():
+            if pid not in self.descriptors:
+                self._attend(pid, name)
+        self.surveyed()
 
     async def run(self) -> None:
         try:
             while True:
-                for pid, name in (await asyncio.to_thread(self.process.survey)).items():
-                    if pid not in self.descriptors:
-                        self._attend(pid, name)
-                self.surveyed()
                 self._wake.clear()
+                await self.look()
                 try:
                     async with asyncio.timeout(SERVING_INTERVAL if self.ready() else LOADING_INTERVAL):
                         await self._wake.wait()

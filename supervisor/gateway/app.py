@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from supervisor.gateway.errors import Refusal
 from supervisor.gateway.policy import Policy
-from supervisor.gateway.upstream import Upstream, UpstreamError
+from supervisor.gateway.upstream import NotConnected, Upstream, UpstreamError
 
 if TYPE_CHECKING:
     from supervisor.gateway.exchange import Exchange
@@ -148,10 +148,10 @@ class Gateway:
             return
         timer.cancel()
         del self.held[exchange]
-        if exchange.replayed:
-            exchange.refuse(self.unanswered(error))
-        else:
+        if isinstance(error, NotConnected):
             self.upstream.send(exchange, fresh=True)
+        else:
+            exchange.refuse(self.unanswered(error))
 
     def leave(self, exchange: Exchange) -> None:
         """The request is answered, or its client is gone."""

@@ -257,6 +257,8 @@ class Exchange:
             return
         if gateway.generation == self.generation:
             self._begin(doubted.head)
+            if self.unsent_head:
+                self._start_answer()
             for data in doubted.body:
                 self._write(data)
             if doubted.ended:
@@ -351,8 +353,10 @@ class Exchange:
         ):  # vLLM closed the idle connection while this request was on its way into it
             self.resent = True
             gateway.upstream.send(self, fresh=True)
+        elif isinstance(error, NotConnected):
+            gateway.hold_lost(self, error)  # nothing was sent: this is no second try
         elif isinstance(error, Disconnected) and not self.replayed and self.kept is not None:
-            self.replayed = not isinstance(error, NotConnected)  # then nothing was sent, and it costs no second try
+            self.replayed = True
             gateway.hold_lost(self, error)
         else:
             gateway.log.warning("%s (request %s)", error, self.request_id.decode("latin-1"))

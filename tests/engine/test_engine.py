@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.harness import FAKE, ROOT, SUPERVISOR, Supervisor, events, session_of, wait_until
+from tests.harness import FAKE, ROOT, SUPERVISOR, Supervisor, events, http, session_of, wait_until
 
 CHAT = "/v1/chat/completions"
 
@@ -56,7 +56,7 @@ def test_while_it_loads_ping_is_204_and_health_names_the_phase() -> None:
 
 
 def test_requests_that_come_too_early_are_held_and_answered_in_order() -> None:
-    with Supervisor("m", plan=[{"load_seconds": 1.5}]) as supervisor, concurrent.futures.ThreadPoolExecutor(8) as pool:
+    with Supervisor("m", plan=[{"load_seconds": 4}]) as supervisor, concurrent.futures.ThreadPoolExecutor(8) as pool:
         answers = [pool.submit(supervisor.client.post, CHAT, json=chat()) for _ in range(8)]
         wait_until(lambda: supervisor.client.get("/status").json()["waiting"] == 8, "eight held requests")
         assert "ready: http" not in supervisor.output
@@ -106,7 +106,7 @@ def test_child_sees_vllms_variables_and_no_secrets_of_ours() -> None:
     with Supervisor("m", environ=environ) as supervisor:
         supervisor.says("supervisor: ready")
         headers = {"X-API-Key": "our-secret-key"}
-        with httpx.Client(base_url=f"http://127.0.0.1:{supervisor.port}", headers=headers) as client:
+        with httpx.Client(verify=False, base_url=f"http://127.0.0.1:{supervisor.port}", headers=headers) as client:
             names = set(client.get("/fake/state").json()["env_names"])
             supervisor.engine_pid = client.get("/status").json()["pid"]
         assert {"VLLM_SOMETHING", "HF_TOKEN"} <= names
@@ -121,7 +121,7 @@ def test_health_port_serves_beside_the_first() -> None:
         port = free.getsockname()[1]
     with Supervisor("m", environ={"PORT_HEALTH": str(port)}) as supervisor:
         supervisor.ready()
-        assert httpx.get(f"http://127.0.0.1:{port}/ping").status_code == 200
+        assert http.get(f"http://127.0.0.1:{port}/ping").status_code == 200
 
 
 # Stop
@@ -132,16 +132,16 @@ def test_stop_mid_stream_completes_it_and_leaves_nothing(number: int) -> None:
     with Supervisor("m") as supervisor:
         supervisor.ready().engine()
         workspace = Path(supervisor.socket).parent
-        body = chat(stream=True, max_tokens=40)
+        body = chat(stream=True, max_tokens=150)
         with supervisor.client.stream("POST", CHAT, json=body, headers=fault(token_interval=0.02)) as answer:
             lines = answer.iter_lines()
             next(lines)
             supervisor.signal(number)
             supervisor.says("ready -> draining")
-            late = httpx.post(f"http://127.0.0.1:{supervisor.port}{CHAT}", json=chat())
+            late = http.post(f"http://127.0.0.1:{supervisor.port}{CHAT}", json=chat())
             assert late.status_code == 503
             assert "retry-after" in late.headers
-            assert httpx.get(f"http://127.0.0.1:{supervisor.port}/ping").status_code == 503
+            assert http.get(f"http://127.0.0.1:{supervisor.port}/ping").status_code == 503
             rest = list(lines)
         assert rest[-2:] == ["data: [DONE]", ""] or "data: [DONE]" in rest
         assert supervisor.exit_code() == 0
@@ -265,7 +265,7 @@ def test_death_at_start_is_exit_3_and_names_the_last_error() -> None:
 
 
 def test_startup_timeout_is_exit_3_and_names_the_variable() -> None:
-    with Supervisor("m", plan=[{"load_seconds": 60}], environ={"SUPERVISOR_STARTUP_TIMEOUT": "0.5"}) as supervisor:
+    with Supervisor("m", plan=[{"load_seconds": 60}], environ={"SUPERVISOR_STARTUP_TIMEOUT": "3"}) as supervisor:
         supervisor.engine()
         assert supervisor.exit_code() == 3
         assert "SUPERVISOR_STARTUP_TIMEOUT" in supervisor.output
@@ -290,10 +290,10 @@ def test_a_stopped_reader_of_our_output_stops_nothing() -> None:
         while b"ready: http" not in head:
             head += os.read(read, 4096)
         port = int(head.split(b"ready: http://127.0.0.1:")[1].split()[0])
-        engine = httpx.get(f"http://127.0.0.1:{port}/status").json()["pid"]
+        engine = http.get(f"http://127.0.0.1:{port}/status").json()["pid"]
         deadline = time.monotonic() + 1.5  # the flood fills the pipe's 64 KB many times in this
         while time.monotonic() < deadline:
-            assert httpx.get(f"http://127.0.0.1:{port}/status", timeout=2).status_code == 200
+            assert http.get(f"http://127.0.0.1:{port}/status", timeout=2).status_code == 200
         process.send_signal(signal.SIGTERM)
         os.set_blocking(read, True)
         while os.read(read, 65536):

@@ -370,6 +370,25 @@ def test_a_stream_that_breaks_off_is_ended_well(
     assert received.endswith(b"data: [DONE]\n\n")
 
 
+@pytest.mark.parametrize("framing", ["length", "chunked", "empty", "stream"])
+def test_an_answer_of_500_of_a_living_engine_passes(running: Supervisor, framing: str) -> None:
+    """It is held back for a moment, in case the engine is dying, and then passes as it came."""
+    answers = {
+        "length": (b"Content-Length: 4\r\n\r\nfail", b"fail"),
+        "chunked": (b"Transfer-Encoding: chunked\r\n\r\n4\r\nfail\r\n0\r\n\r\n", b"fail"),
+        "empty": (b"Content-Length: 0\r\n\r\n", b""),
+        "stream": (
+            b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n" + event(b"x") + b"0\r\n\r\n",
+            b"data: x\n\n",
+        ),
+    }
+    raw, body = answers[framing]
+    answer = running.client.post("/fake/raw", content=raw_script(b"HTTP/1.1 500 Oops\r\nX-A: b\r\n" + raw))
+    assert (answer.status_code, answer.reason_phrase, answer.headers["x-a"]) == (500, "Oops", "b")
+    assert answer.content == body
+    assert running.client.get("/v1/models").status_code == 200
+
+
 def test_a_head_without_its_body_is_no_answer_yet(running: Supervisor) -> None:
     """vLLM dies between the head and the body of a whole answer: nothing has reached the client."""
     script = raw_script(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n", close=True)
@@ -477,7 +496,7 @@ def test_upgrade_is_relayed_without_it(running: Supervisor) -> None:
 
 def test_keys() -> None:
     with Supervisor("m", environ={"SUPERVISOR_API_KEYS": "first-key,second-key"}) as supervisor:
-        client = httpx.Client(base_url=f"http://127.0.0.1:{supervisor.port}")
+        client = httpx.Client(verify=False, base_url=f"http://127.0.0.1:{supervisor.port}")
         supervisor.says("supervisor: ready")
         assert client.get("/ping").status_code == 200
         assert client.get("/health").status_code == 200

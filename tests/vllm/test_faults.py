@@ -9,11 +9,10 @@ import os
 import signal
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
 
-from tests.harness import DEMO, Supervisor, events, session_of, wait_until
+from tests.harness import DEMO, Supervisor, events, http, session_of, wait_until
 from tests.vllm.conftest import START, VLLM
 from tests.vllm.test_serving import CHAT, greedy
 
@@ -45,7 +44,7 @@ def ready_again(supervisor: Supervisor, before: int) -> None:
 def stream(supervisor: Supervisor) -> list[dict[str, object]]:
     """A long stream, read to its proper end."""
     body = greedy(stream=True, max_tokens=1900, ignore_eos=True)
-    answer = httpx.post(f"http://127.0.0.1:{supervisor.port}{CHAT}", json=body, timeout=START)
+    answer = http.post(f"http://127.0.0.1:{supervisor.port}{CHAT}", json=body, timeout=START)
     assert answer.content.endswith(b"data: [DONE]\n\n")
     return list(events(answer.content))
 
@@ -61,7 +60,7 @@ def test_killed_with_work_in_flight(served: Supervisor, victim: str) -> None:
         streams = [pool.submit(stream, served) for _ in range(8)]
         body = greedy(max_tokens=1900, ignore_eos=True)
         url = f"http://127.0.0.1:{served.port}{CHAT}"
-        whole = [pool.submit(httpx.post, url, json=body, timeout=START) for _ in range(8)]
+        whole = [pool.submit(http.post, url, json=body, timeout=START) for _ in range(8)]
         wait_until(lambda: served.client.get("/status").json()["in_flight"] == 16, "16 requests in flight", 60)
         metrics = served.client.get("/metrics").text  # through the gateway, as vLLM gives it
         assert "vllm:num_requests_running" in metrics
@@ -83,7 +82,7 @@ def test_killed_while_idle_and_again_while_loading(served: Supervisor) -> None:
     before = restarts(served)
     os.kill(part(served, "VLLM::EngineCore"), signal.SIGKILL)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        held = pool.submit(httpx.post, f"http://127.0.0.1:{served.port}{CHAT}", json=greedy(), timeout=START)
+        held = pool.submit(http.post, f"http://127.0.0.1:{served.port}{CHAT}", json=greedy(), timeout=START)
         old = served.client.get("/status").json()["pid"]
         wait_until(lambda: served.client.get("/status").json()["pid"] != old, "the next start", 60)
         os.kill(part(served, "VLLM::EngineCore"), signal.SIGKILL)
@@ -95,7 +94,7 @@ def test_killed_while_idle_and_again_while_loading(served: Supervisor) -> None:
 def test_frozen_with_work_in_flight(served: Supervisor) -> None:
     before = restarts(served)
     os.kill(part(served, "VLLM::EngineCore"), signal.SIGSTOP)
-    answer = httpx.post(f"http://127.0.0.1:{served.port}{CHAT}", json=greedy(), timeout=START)
+    answer = http.post(f"http://127.0.0.1:{served.port}{CHAT}", json=greedy(), timeout=START)
     assert "vLLM hangs: no progress in 15 s" in served.output
     assert answer.status_code == 200
     assert restarts(served) == before + 1

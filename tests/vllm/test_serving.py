@@ -90,11 +90,16 @@ def test_ready_says_so_everywhere(served: Supervisor) -> None:
     ],
 )
 def test_answers_are_vllms_byte_for_byte(served: Supervisor, direct: httpx.Client, path: str, body: object) -> None:
-    expected = direct.post(path, json=body, headers=ID)
-    through = served.client.post(path, json=body, headers=ID)
-    assert expected.status_code == 200, expected.text
-    assert through.status_code == 200
-    assert timeless(through.content) == timeless(expected.content)
+    for _ in range(8):
+        expected = direct.post(path, json=body, headers=ID)
+        through = served.client.post(path, json=body, headers=ID)
+        assert expected.status_code == 200, expected.text
+        assert through.status_code == 200
+        # vLLM joins tokens into one event when it is behind, so that two streams may be cut into events differently.
+        if timeless(through.content) == timeless(expected.content):
+            break
+    else:
+        assert timeless(through.content) == timeless(expected.content)
     ours = {"x-request-id", "date", "content-length"}
     assert {k: v for k, v in through.headers.items() if k not in ours} == {
         k: v for k, v in expected.headers.items() if k not in ours
