@@ -19,8 +19,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
-            item.add_marker(pytest.mark.vllm)
-            item.add_marker(pytest.mark.xdist_group("vllm"))  # one process runs them all: there is one vLLM
             item.add_marker(pytest.mark.timeout(START + 200))
     order = ("breaks_vllm", "stops_vllm")
     items.sort(key=lambda item: [item.get_closest_marker(name) is not None for name in reversed(order)])

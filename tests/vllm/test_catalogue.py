@@ -6,10 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from supervisor.settings import catalogue
 from supervisor.settings.vllm import Vllm, find
 from tests.harness import ROOT
 from tests.vllm.conftest import VLLM
+
+pytestmark = pytest.mark.vllm
 
 
 def test_the_shipped_catalogue_is_what_vllm_has() -> None:

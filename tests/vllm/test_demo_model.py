@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import subprocess
 
+import pytest
+
 from tests.harness import DEMO, ROOT
+
+pytestmark = pytest.mark.vllm
 
 
 def test_the_shipped_model_is_what_the_script_makes() -> None:

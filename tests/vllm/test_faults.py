@@ -16,6 +16,8 @@ from tests.harness import DEMO, Supervisor, events, http, session_of, wait_until
 from tests.vllm.conftest import START, VLLM
 from tests.vllm.test_serving import CHAT, greedy
 
+pytestmark = pytest.mark.vllm
+
 
 def part(supervisor: Supervisor, name: str) -> int:
     """The pid of one of the engine's processes; "" is the API server."""

@@ -15,6 +15,8 @@ import pytest
 
 from tests.harness import Supervisor, wait_until
 
+pytestmark = pytest.mark.vllm
+
 CHAT = "/v1/chat/completions"
 ID = {"X-Request-Id": "the-same-on-both-ways"}
 WEATHER = {

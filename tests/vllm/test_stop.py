@@ -11,6 +11,8 @@ import pytest
 from tests.harness import Supervisor, events, session_of
 from tests.vllm.test_serving import CHAT, greedy
 
+pytestmark = pytest.mark.vllm
+
 
 @pytest.mark.stops_vllm
 def test_sigterm_mid_stream_completes_it_and_leaves_nothing(served: Supervisor) -> None:
