@@ -19,9 +19,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import yaml
-from safetensors.torch import save
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
@@ -252,7 +252,7 @@ def write(out: Path, tokenizer: Tokenizer, model: LlamaForCausalLM) -> None:
         shutil.copyfile(MODEL / name, out / name)
     (out / "tokenizer.json").write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
     state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    (out / "model.safetensors").write_bytes(save(state, metadata={"format": "pt"}))
+    (out / "model.safetensors").write_bytes(safetensors.torch.save(state, metadata={"format": "pt"}))
 
 
 def problems(out: Path, book: Book, tokenizer: Tokenizer) -> Iterator[str]:
@@ -289,7 +289,7 @@ def main() -> int:
         return 0
     try:
         wrong = list(problems(arguments.out, book, tokenizer))
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         wrong = [f"{arguments.out} does not load: {error}"]
     print("\n".join(wrong) or f"{arguments.out}: as it should be")
     return 1 if wrong else 0
