@@ -23,6 +23,8 @@ FOLLOW_UP = re.compile(
     r"Engine core initialization failed|WorkerProc initialization failed|EngineCore encountered an issue|EngineDeadError|"
     r"Engine core proc \S+ died|cancelled$"
 )
+# What the API server says on SIGTERM; the errors after it are those of things being taken away.
+TOLD_TO_STOP = re.compile(r"\[shutdown\] API server: shutdown triggered")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +82,15 @@ RULES = (
         "Lower MAX_MODEL_LEN, or give it more memory (GPU_MEMORY_UTILIZATION; on a CPU VLLM_CPU_KVCACHE_SPACE).",
     ),
     _rule(
-        r"No available memory for the cache blocks",
-        "The weights leave no memory for the KV cache.",
-        "Raise GPU_MEMORY_UTILIZATION, use a smaller or quantized model, or spread it with TENSOR_PARALLEL_SIZE.",
+        r"No available memory for the cache blocks|less than requested memory for kv \(-",
+        "There is no memory left for the KV cache beside the weights.",
+        "Raise GPU_MEMORY_UTILIZATION (or KV_CACHE_MEMORY_BYTES, if set), use a smaller or quantized model, or spread it "
+        "with TENSOR_PARALLEL_SIZE.",
+    ),
+    _rule(
+        r"Available memory on node \d+ \((?P<free>[\d.]+)/[^)]+\) on kv cache allocation is less than requested [^(\n]*\((?P<asked>[\d.]+)",
+        "The KV cache is to have {asked} GiB, and the machine has {free} GiB to spare.",
+        "Lower VLLM_CPU_KVCACHE_SPACE or KV_CACHE_MEMORY_BYTES.",
     ),
     _rule(
         r"Free memory on device [^\n]{1,200} is less than",
@@ -113,30 +121,59 @@ RULES = (
         "Give the container more memory, or lower MAX_MODEL_LEN and, on a CPU, VLLM_CPU_KVCACHE_SPACE.",
     ),
     _rule(
+        r"Resource temporarily unavailable \(src/|what\(\): +Resource temporarily unavailable|can't start new thread",
+        "There is no memory left for another thread, or the container may have no more of them.",
+        "Give the container more memory, and more processes (`docker run --pids-limit`).",
+    ),
+    _rule(
+        r"Insufficient space in /dev/shm for shared-memory allocation: (?P<what>\d+ MiB) required, (?P<free>\d+ MiB) free",
+        "The shared memory (/dev/shm) is too small: vLLM needs {what} of it, and {free} are free.",
+        "Start the container with --ipc=host or --shm-size=8g.",
+    ),
+    _rule(
         r"No space left on device: '/psm_|creating shared memory segment|unable to (?:open|allocate|write to) shared memory|Bus error|"
         r"insufficient shared memory",
         "The shared memory (/dev/shm) is full.",
         "Start the container with --ipc=host or --shm-size=8g.",
     ),
     _rule(
-        r"No space left on device|Not enough free disk space|Disk quota exceeded",
+        r"file size is: (?P<size>[\d.]+ \w+)\. The target location (?P<what>\S+) only has (?P<free>[\d.]+ \w+) free.{0,20000}?No space left on device",
+        "The disk is full: {free} are free at {what}, and a file of {size} was to be downloaded.",
+        "Mount a larger volume and point HF_HOME at it, or free space.",
+    ),
+    _rule(
+        r"No space left on device|Disk quota exceeded",
         "The disk is full.",
         "Mount a larger volume and point HF_HOME at it, or free space.",
     ),
     _rule(
-        r"GatedRepoError|gated repo|Access to model \S+ is restricted|403 Client Error|403 Forbidden",
-        "The model's repository is gated, and the token has no access to it.",
+        r"(?:Read-only file system|Permission denied): '(?P<what>[^'\n]+)'",
+        "vLLM may not write to {what}, or not read it.",
+        "Mount it writable for the container's user, or point HF_HOME at a folder that is.",
+    ),
+    _rule(
+        r"Invalid credentials in Authorization header|Invalid user token",
+        "The hub does not know the token in HF_TOKEN.",
+        "Set HF_TOKEN to a valid one, or unset it.",
+    ),
+    _rule(
+        r"GatedRepoError: 401|401 Client Error\.\s+Cannot access gated repo",
+        "The model's repository is gated, and no token was given.",
         "Accept its terms on the hub, and set HF_TOKEN to a token of that account.",
     ),
     _rule(
-        r"RepositoryNotFoundError|401 Client Error|401 Unauthorized|is not a valid model identifier listed on|"
-        r"Repository Not Found",
-        "There is no such model on the hub, or it is private.",
-        "Check the spelling of MODEL; for a private one set HF_TOKEN.",
+        r"GatedRepoError|Cannot access gated repo|Access to model \S+ is restricted|403 Client Error|403 Forbidden",
+        "The model's repository is gated, and HF_TOKEN gives no access to it.",
+        "Accept its terms on the hub with that token's account, or set HF_TOKEN to another's.",
     ),
     _rule(
-        r"RevisionNotFoundError|is not a valid git identifier|Revision Not Found",
-        "The model has no such revision.",
+        r"Repository Not Found for url: \w+://[^/\s]+/(?:api/models/)?(?P<what>[\w.-]+/[\w.-]+)",
+        "There is no model {what} on the hub, or it is private.",
+        "Check the spelling of MODEL (or TOKENIZER); for a private one set HF_TOKEN to a token that may read it.",
+    ),
+    _rule(
+        r"Revision Not Found for url: \w+://[^/\s]+/(?:api/models/)?(?P<model>[\w.-]+/[\w.-]+)/\w+/(?P<what>[^/\s]+)",
+        "{model} has no revision {what}.",
         "Check REVISION.",
     ),
     _rule(
@@ -145,11 +182,27 @@ RULES = (
         "Unset HF_HUB_OFFLINE, or put the model into the cache (HF_HOME).",
     ),
     _rule(
-        r"LocalEntryNotFoundError|We couldn't connect to|ConnectError|ConnectTimeout|Max retries exceeded|"
-        r"Temporary failure in name resolution|Name or service not known|Network is unreachable|"
-        r"50[0234] Server Error|429 Client Error|ReadTimeout",
+        r"429 Too Many Requests|429 Client Error",
+        "The hub turned us away: too many requests (429).",
+        "Set HF_TOKEN: with an account the limits are higher. It is tried again.",
+        permanent=False,
+    ),
+    _rule(
+        r"Server error '(?P<what>5\d\d [^'\n]+)'|(?P<older>5\d\d) Server Error",
+        "The hub is out of order: it answers {what}{older}.",
+        "It is tried again; check HF_ENDPOINT, if set.",
+        permanent=False,
+    ),
+    _rule(
+        r"Connect(?:ion)?Error: (?:\[[^\]\n]*\] )?(?P<what>[^\n]+)\n.{0,6000}?(?:We couldn't connect to|LocalEntryNotFoundError)",
+        "The hub could not be reached: {what}.",
+        "Check the network and, if set, HF_ENDPOINT; it is tried again.",
+        permanent=False,
+    ),
+    _rule(
+        r"LocalEntryNotFoundError|We couldn't connect to|Max retries exceeded|ConnectTimeout|ReadTimeout",
         "The hub could not be reached.",
-        "Check the network (and HF_ENDPOINT, if set); it is tried again.",
+        "Check the network and, if set, HF_ENDPOINT; it is tried again.",
         permanent=False,
     ),
     _rule(
@@ -168,14 +221,19 @@ RULES = (
         "Check that MODEL names the folder of a whole model.",
     ),
     _rule(
-        r"trust_remote_code=True|trust-remote-code|requires you to execute the configuration file",
+        r"Unknown quantization method: (?P<what>[\w.-]+)",
+        "This vLLM does not know the quantization {what}.",
+        "Use a newer image, or set MODEL to another model (and check QUANTIZATION, if set).",
+    ),
+    _rule(
+        r"contains custom code which must be executed|requires you to execute the \w+ file",
         "The model brings code of its own.",
         "If you trust it, set TRUST_REMOTE_CODE=true.",
     ),
     _rule(
-        r"Cannot find any model weights|no file named .{0,80}(?:safetensors|bin)|Cannot find any (?:safetensors|bin) files",
-        "The model's folder has no weights.",
-        "Check that the download is complete, and LOAD_FORMAT.",
+        r"Cannot find any model weights with `(?P<what>[^`\n]+)`",
+        "There are no weights in {what}.",
+        "Check that MODEL's download is complete, and LOAD_FORMAT, if set.",
     ),
     _rule(
         r"Following weights were not initialized|in \w*weight_loader\n.{0,600}?Error: ",
@@ -194,9 +252,14 @@ RULES = (
         "Check MODEL, or whichever setting names it.",
     ),
     _rule(
-        r"is not a valid JSON file|JSONDecodeError|Can't load the configuration of|Invalid repository ID or local directory",
-        "The model's config.json is missing or damaged.",
-        "Check that MODEL names a folder with a config.json, or a model on the hub.",
+        r"Invalid repository ID or local directory specified: '(?P<what>[^'\n]+)'",
+        "There is no config.json in {what}.",
+        "Check that MODEL names a folder with a config.json, or a model on the hub that has one.",
+    ),
+    _rule(
+        r"config file at '(?P<what>[^'\n]+)' is not a valid JSON file",
+        "{what} is not valid JSON.",
+        "Correct it, or let MODEL be downloaded again.",
     ),
     _rule(
         r"driver on your system is too old|driver version is insufficient|Error 80[34]: ",
@@ -237,10 +300,9 @@ RULES = (
         "Lower TENSOR_PARALLEL_SIZE (and PIPELINE_PARALLEL_SIZE, DATA_PARALLEL_SIZE).",
     ),
     _rule(
-        r"must be divisible by tensor parallel size|not divisible by (?:the )?(?:tensor|weight)|"
-        r"attention heads \(\d+\) must be divisible",
-        "TENSOR_PARALLEL_SIZE does not divide the model's attention heads.",
-        "Use 1, 2, 4 or 8.",
+        r"attention heads \((?P<heads>\d+)\) must be divisible by tensor parallel size \((?P<what>\d+)\)",
+        "TENSOR_PARALLEL_SIZE={what} does not divide the model's {heads} attention heads.",
+        "Set TENSOR_PARALLEL_SIZE to a divisor of {heads}.",
     ),
     _rule(
         r"User-specified max_model_len \((?P<asked>\d+)\) is greater than the derived max_model_len \(\w+=(?P<fits>\d+)",
@@ -248,10 +310,35 @@ RULES = (
         "Set MAX_MODEL_LEN={fits} or less, or leave it unset (VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 allows it, at the price of nonsense).",
     ),
     _rule(
+        r"Loading lora (?P<what>\S+) failed: (?P<why>[^\n']+?)(?:'|$|\n)",
+        "The LoRA adapter {what} can't be loaded: {why}.",
+        "Correct LORA_MODULES.",
+    ),
+    _rule(
+        r"chat template string \((?P<what>[^)\n]+)\) appears path-like, but doesn't exist",
+        "There is no chat template {what}.",
+        "Correct CHAT_TEMPLATE.",
+    ),
+    _rule(
+        r"invalid tool call parser: (?P<what>\S+)",
+        "This vLLM has no tool parser {what}.",
+        "Correct TOOL_CALL_PARSER; the log lists those that there are.",
+    ),
+    _rule(
+        r"Reasoning parser '(?P<what>[^'\n]+)' not found",
+        "This vLLM has no reasoning parser {what}.",
+        "Correct REASONING_PARSER; the log lists those that there are.",
+    ),
+    _rule(
         r"Address already in use",
         "A port or socket that vLLM needs is taken.",
         "It is tried again; if it stays, look for another vLLM on this machine.",
         permanent=False,
+    ),
+    _rule(
+        r"in create_server_unix_socket\n.{0,200}?Error: (?P<why>[^\n]+)",
+        "vLLM can't make its socket: {why}.",
+        "Set TMPDIR to a folder that exists, is writable and has a short path.",
     ),
     _rule(
         r"NCCL error|ncclSystemError|ncclUnhandledCudaError",
@@ -263,6 +350,25 @@ RULES = (
         r"CUDA error: (?P<what>[^\n]+)",
         "The GPU failed: {what}.",
         "If it comes back, try another machine, or ENFORCE_EAGER=true.",
+        permanent=False,
+    ),
+    _rule(
+        r"Segfault encountered|Fatal Python error: Segmentation fault",
+        "vLLM crashed (segmentation fault).",
+        "The log above says what it was doing; a newer image, or ENFORCE_EAGER=true, may help.",
+        permanent=False,
+    ),
+    # How the engine process or a worker ended, which is all that is known of it.
+    _rule(
+        r"(?:Failed core proc\(s\): \{'|died unexpectedly \(exit code: )(?:\w+': )?-9\b",
+        "vLLM's engine process was killed by SIGKILL, most likely by the kernel because memory ran out.",
+        "Give the container more memory, or lower MAX_MODEL_LEN; `dmesg` on the host tells.",
+        permanent=False,
+    ),
+    _rule(
+        r"(?:Failed core proc\(s\): \{'|died unexpectedly \(exit code: )(?:\w+': )?-(?P<signal>\d+)\b",
+        "vLLM's engine process crashed (signal {signal}).",
+        "The log above says what it was doing; a newer image, or ENFORCE_EAGER=true, may help.",
         permanent=False,
     ),
     # vLLM's own checks of its settings, of which there are hundreds.
@@ -301,7 +407,8 @@ def diagnose(exit_code: int, lines: Iterable[str], ended_by_us: str | None = Non
     """`exit_code` is -N for signal N; `lines` the last ones of the log, oldest first; `ended_by_us` says why, where it
     was us who killed it, and then the exit code means nothing."""
     lines = list(lines)
-    text = "\n".join(LINE_PREFIX.sub("", line) for line in lines if not HARMLESS.match(line))
+    told = (LINE_PREFIX.sub("", line) for line in lines if not HARMLESS.match(line))
+    text = "\n".join(line for line in told if not line.startswith("    "))  # a traceback's quoted source tells nothing
     for rule in RULES:
         if found := rule.pattern.search(text):
             groups = {name: (value or "").strip().rstrip(".") for name, value in found.groupdict().items()}
@@ -309,12 +416,19 @@ def diagnose(exit_code: int, lines: Iterable[str], ended_by_us: str | None = Non
             return Diagnosis(rule.cause.format_map(groups), rule.remedy.format_map(groups), rule.permanent)
     if ended_by_us is not None:
         return Diagnosis(f"{ended_by_us}.", "", permanent="SUPERVISOR_STARTUP_TIMEOUT" in ended_by_us)
+    return by_the_end(exit_code, lines)
+
+
+def by_the_end(exit_code: int, lines: list[str]) -> Diagnosis:
+    """The diagnosis of a log that no rule knows: by who stopped it, by the signal, by its last error."""
+    if any(TOLD_TO_STOP.search(line) for line in lines):
+        return Diagnosis("It was told to stop (SIGTERM), and not by us.", "", permanent=False)
     if exit_code < 0 and -exit_code in SIGNALS:
         return Diagnosis(*SIGNALS[signal.Signals(-exit_code)], permanent=False)
     error = last_error(lines)
     if error is not None:
         return Diagnosis(error, "", permanent=exit_code > 0)
-    if FOLLOW_UP.search(text):
+    if any(FOLLOW_UP.search(line) for line in lines if not HARMLESS.match(line)):
         return Diagnosis(*ENGINE_GONE, permanent=False)
     return Diagnosis("Its log does not say why.", "", permanent=False)
 

@@ -1,0 +1,251 @@
+#!/usr/bin/env python3
+"""A stand-in for the Hugging Face hub on loopback: serves folders as model repositories, and refuses as the hub does.
+
+    scripts/stand_in_hub.py --repo org/tiny=FOLDER [--repo org/tiny@v2=FOLDER] --gated org/x --private org/y
+
+Its first line says where it listens; give that to a client as HF_ENDPOINT. What it promises:
+- what `huggingface_hub` needs to look up and download a model: the routes below /api/models, and files with ETag,
+  X-Repo-Commit and byte ranges, so that an interrupted download goes on where it stopped;
+- the hub's own refusals, with its status and X-Error-Code: a repository that does not exist, is private or gated, a
+  revision or file that it has not, a token that nobody has. Without a token, private and missing look the same;
+- on request a hub in trouble: errors (--fail), a slow line (--rate), connections that break off (--cut).
+
+Model repositories only; no uploads, no Xet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import http.server
+import json
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from http import HTTPStatus
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
+
+MAIN = "main"
+CHUNK = 64 * 1024
+# The hub keeps these in its large-file storage; their ETag is a SHA-256, that of others git's blob id.
+LARGE = {".safetensors", ".bin", ".gguf", ".pt", ".pth", ".onnx"}
+API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/(?P<verb>revision|tree|paths-info)/(?P<rest>.+))?")
+FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
+RANGE = re.compile(r"bytes=(\d+)-(\d*)")
+
+
+class RefusalError(Exception):
+    """An answer that is not what was asked for."""
+
+    def __init__(self, status: int, code: str, message: str, commit: str = "") -> None:
+        super().__init__(message)
+        self.status, self.code, self.message, self.commit = status, code, message, commit
+
+
+@cache
+def digest(path: Path, size: int, _changed: int) -> str:
+    """A file's id, which is its ETag."""
+    if path.suffix in LARGE:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % size + path.read_bytes()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    name: str
+    path: Path
+    size: int
+    id: str
+
+    def json(self) -> dict[str, object]:
+        entry: dict[str, object] = {"type": "file", "path": self.name, "size": self.size, "oid": self.id}
+        if self.path.suffix in LARGE:
+            entry["lfs"] = {"oid": self.id, "size": self.size, "pointerSize": 134}
+        return entry
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """A folder as one commit: its id changes when a file does."""
+
+    entries: dict[str, Entry]
+    commit: str
+
+    @classmethod
+    def of(cls, folder: Path | None) -> Revision:
+        entries = {}
+        for path in sorted(folder.rglob("*")) if folder else ():
+            if path.is_file():
+                facts = path.stat()
+                name = path.relative_to(folder).as_posix() if folder else ""
+                entries[name] = Entry(name, path, facts.st_size, digest(path, facts.st_size, facts.st_mtime_ns))
+        listing = "".join(f"{entry.id} {name}\n" for name, entry in entries.items())
+        return cls(entries, hashlib.sha1(listing.encode()).hexdigest())
+
+    def tree(self, below: str, recursive: bool) -> Iterator[dict[str, object]]:
+        prefix = f"{below}/" if below else ""
+        folders = set()
+        for name, entry in self.entries.items():
+            if name.startswith(prefix):
+                folder, deeper, _ = name.removeprefix(prefix).partition("/")
+                if deeper and folder not in folders:
+                    folders.add(folder)
+                    yield {"type": "directory", "path": prefix + folder, "size": 0, "oid": "0" * 40}
+                if recursive or not deeper:
+                    yield entry.json()
+
+
+@dataclass
+class Hub:
+    """What it has, whom it lets in, and what is wrong with it. A revision without a folder is empty."""
+
+    repos: dict[str, dict[str, Path | None]] = field(default_factory=dict)
+    gated: frozenset[str] = frozenset()
+    private: frozenset[str] = frozenset()
+    token: str = "hf_member"
+    outsider: str = "hf_outsider"
+    fail: int = 0
+    fail_times: int = -1
+    rate: int = 0
+    cut: int = 0
+
+    def in_trouble(self) -> bool:
+        """Whether this request is to fail; each one counts."""
+        if not self.fail or self.fail_times == 0:
+            return False
+        self.fail_times -= 1
+        return True
+
+    def revision(self, repo: str, revision: str, token: str | None, reads: bool) -> Revision:
+        """`reads`: the content of a gated repository is asked for; what there is may be seen by all."""
+        if token is not None and token not in (self.token, self.outsider):
+            raise RefusalError(401, "", "Invalid credentials in Authorization header")
+        if repo not in self.repos or (repo in self.private and token != self.token):
+            # Who has not logged in is not told which names are taken.
+            if token is None:
+                raise RefusalError(401, "RepoNotFound", "Invalid username or password.")
+            raise RefusalError(404, "RepoNotFound", "Repository not found")
+        if reads and repo in self.gated and token != self.token:
+            if token is None:
+                raise RefusalError(401, "GatedRepo", f"Access to model {repo} is restricted. Please log in.")
+            raise RefusalError(403, "GatedRepo", f"Access to model {repo} is restricted, and you are not in its list.")
+        for name, folder in self.repos[repo].items():
+            found = Revision.of(folder)
+            if revision in (name, found.commit):
+                return found
+        raise RefusalError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def do_GET(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        try:
+            self._answer(body)
+        except RefusalError as refusal:
+            headers = {"X-Error-Message": refusal.message}
+            headers |= {"X-Error-Code": refusal.code} if refusal.code else {}
+            headers |= {"X-Repo-Commit": refusal.commit} if refusal.commit else {}
+            self._send(refusal.status, json.dumps({"error": refusal.message}).encode(), headers)
+
+    do_HEAD = do_POST = do_GET
+
+    def _answer(self, body: bytes) -> None:
+        if self.hub.in_trouble():
+            raise RefusalError(self.hub.fail, "", HTTPStatus(self.hub.fail).phrase)
+        url = urlsplit(self.path)
+        path = unquote(url.path)
+        scheme, _, token = self.headers.get("Authorization", "").partition(" ")
+        who = token if scheme == "Bearer" else None
+        if found := API.fullmatch(path):
+            where, _, below = (found["rest"] or MAIN).partition("/")
+            revision = self.hub.revision(found["repo"], where, who, reads=False)
+            query = parse_qs(url.query)
+            if found["verb"] == "tree":
+                answer: object = list(revision.tree(below, query.get("recursive", ["false"])[0].lower() == "true"))
+            elif found["verb"] == "paths-info":
+                form = parse_qs(body.decode())
+                wanted = form["paths"] if "paths" in form else json.loads(body or b"{}").get("paths", [])
+                answer = [revision.entries[name].json() for name in wanted if name in revision.entries]
+            else:
+                answer = self._model(found["repo"], revision)
+            self._send(200, json.dumps(answer).encode(), {"X-Repo-Commit": revision.commit})
+        elif found := FILE.fullmatch(path):
+            revision = self.hub.revision(found["repo"], unquote(found["revision"]), who, reads=True)
+            if found["file"] not in revision.entries:
+                raise RefusalError(404, "EntryNotFound", "Entry not found", revision.commit)
+            self._send_file(revision.entries[found["file"]], revision.commit)
+        else:
+            raise RefusalError(404, "", "Sorry, we can't find the page you are looking for.")
+
+    def _model(self, repo: str, revision: Revision) -> dict[str, object]:
+        siblings = [{"rfilename": entry.name, "size": entry.size} for entry in revision.entries.values()]
+        return {"id": repo, "modelId": repo, "author": repo.partition("/")[0], "sha": revision.commit, "tags": [],
+                "private": repo in self.hub.private, "gated": "manual" if repo in self.hub.gated else False,
+                "siblings": siblings}  # fmt: skip
+
+    def _send_file(self, entry: Entry, commit: str) -> None:
+        headers = {"ETag": f'"{entry.id}"', "X-Repo-Commit": commit}
+        status, first, last = 200, 0, entry.size - 1
+        if found := RANGE.fullmatch(self.headers.get("Range", "")):
+            status, first, last = 206, int(found[1]), min(int(found[2] or last), last)
+            if first > last:
+                self._send(416, b"", {"Content-Range": f"bytes */{entry.size}"})
+                return
+            headers["Content-Range"] = f"bytes {first}-{last}/{entry.size}"
+        self._send(status, entry.path.read_bytes()[first : last + 1], headers)
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in ({"Content-Type": "application/json", "Content-Length": str(len(body))} | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if self.hub.cut and len(body) > self.hub.cut:
+            body, self.close_connection = body[: self.hub.cut], True
+        step = max(1, self.hub.rate // 10) if self.hub.rate else CHUNK
+        with contextlib.suppress(ConnectionError):  # a client may leave when it likes
+            for at in range(0, len(body), step):
+                self.wfile.write(body[at : at + step])
+                time.sleep(step / self.hub.rate if self.hub.rate else 0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--port", type=int, default=0, help="0, the default, is one that is free")
+    parser.add_argument("--repo", action="append", default=[], metavar="ORG/NAME[@REVISION]=FOLDER")
+    parser.add_argument("--gated", action="append", default=[], metavar="ORG/NAME", help="files for --token alone")
+    parser.add_argument("--private", action="append", default=[], metavar="ORG/NAME", help="not there but for --token")
+    parser.add_argument("--token", default=Hub.token, help="of an account with access to everything (%(default)s)")
+    parser.add_argument("--outsider", default=Hub.outsider, help="token of an account without (%(default)s)")
+    parser.add_argument("--fail", type=int, default=0, metavar="STATUS", help="answer every request like this")
+    parser.add_argument("--fail-times", type=int, default=-1, metavar="N", help="but only the first N")
+    parser.add_argument("--rate", type=int, default=0, metavar="BYTES", help="at most so many a second, per connection")
+    parser.add_argument("--cut", type=int, default=0, metavar="BYTES", help="break off each longer answer after these")
+    given = parser.parse_args()
+
+    hub = Hub(token=given.token, outsider=given.outsider, fail=given.fail, fail_times=given.fail_times, rate=given.rate,
+              cut=given.cut, gated=frozenset(given.gated), private=frozenset(given.private))  # fmt: skip
+    for text in given.repo:
+        name, _, folder = text.partition("=")
+        repo, _, revision = name.partition("@")
+        if not Path(folder).is_dir():
+            parser.error(f"--repo {text}: no such folder")
+        hub.repos.setdefault(repo, {})[revision or MAIN] = Path(folder)
+    for repo in hub.gated | hub.private:
+        hub.repos.setdefault(repo, {MAIN: None})
+    Handler.hub = hub
+    with http.server.ThreadingHTTPServer(("127.0.0.1", given.port), Handler) as server:
+        print(f"http://127.0.0.1:{server.server_port}", flush=True)
+        server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""Each failure of the real vLLM gets its root cause and the variable to change; a log without one gets no rule's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from supervisor.engine.diagnosis import FOLLOW_UP, RULES, Diagnosis, Rule, diagnose, how_it_ended
+from supervisor.settings import catalogue
+from supervisor.settings.knobs import KNOBS
+
+LOGS = Path(__file__).parent / "failures"
+
+
+class Row(NamedTuple):
+    """A log file of `failures/`, and what has to be in its diagnosis."""
+
+    log: str
+    cause: str
+    remedy: str
+    permanent: bool = True
+
+
+# fmt: off
+PRODUCED = (
+    # The command line
+    Row("option-unknown", "does not know the option --max-modle-len", "SUPERVISOR_EXTRA_ARGS"),
+    Row("option-value", "--max-num-seqs: invalid int value: 'many'", "MAX_NUM_SEQS"),
+    Row("option-choice", "--dtype: invalid choice: 'float8'", "DTYPE"),
+    Row("option-json", "--override-generation-config is no JSON: {temperature}", "OVERRIDE_GENERATION_CONFIG"),
+    Row("option-range", "gpu_memory_utilization: Input should be less than or equal to 1", "GPU_MEMORY_UTILIZATION"),
+    Row("option-combination", "max_num_batched_tokens (16) must be greater than", "explain"),
+    Row("length-above-model", "MAX_MODEL_LEN=8192 is more than the 2048", "MAX_MODEL_LEN=2048"),
+
+    # The model's folder
+    Row("model-folder-missing", "no folder /tmp/x/nowhere", "MODEL"),
+    Row("config-missing", "no config.json in /tmp/x/no-config", "MODEL"),
+    Row("config-damaged", "/tmp/x/bad-config/config.json", "MODEL"),
+    Row("architecture-unknown", "architecture 'NoSuchForCausalLM'", "newer image"),
+    Row("model-type-unknown", "model type nosuch", "newer image"),
+    Row("architecture-and-type-unknown", "model type nosuch", "newer image"),
+    Row("model-type-missing", "does not say what type of model it is", "MODEL"),
+    Row("quantization-unknown", "quantization nosuch", "QUANTIZATION"),
+    Row("weights-missing", "no weights in /tmp/x/no-weights", "LOAD_FORMAT"),
+    Row("weights-truncated", "weights is damaged", "downloaded again"),
+    Row("weights-header-truncated", "weights is damaged", "downloaded again"),
+    Row("weights-empty", "weights is damaged", "downloaded again"),
+    Row("weights-lfs-pointer", "Git LFS pointer", "git lfs pull"),  # all that vLLM says is MemoryError
+    Row("weights-lfs-pointer-untied", "Git LFS pointer", "git lfs pull"),
+    Row("weights-empty-untied", "weights is damaged", "downloaded again"),
+    Row("weights-not-pickle", "weights is damaged", "downloaded again"),
+    Row("weights-of-another-shape", "do not fit the model's config.json", "MODEL"),
+    Row("weights-layers-missing", "do not fit the model's config.json", "MODEL"),
+    Row("tokenizer-missing", "tokenizer is missing or damaged", "TOKENIZER"),
+    Row("tokenizer-damaged", "tokenizer is missing or damaged", "TOKENIZER"),
+
+    # Memory
+    Row("memory-1500m", "no memory left for another thread", "--pids-limit"),  # exit code -6: ZeroMQ aborts
+    Row("memory-3g", "machine's memory was not enough", "VLLM_CPU_KVCACHE_SPACE"),
+    Row("kv-cache-too-small", "has room for 1048448 tokens", "MAX_MODEL_LEN=1048448"),
+    Row("kv-cache-none", "no memory left for the KV cache", "GPU_MEMORY_UTILIZATION"),
+    Row("kv-cache-utilization", "no memory left for the KV cache", "GPU_MEMORY_UTILIZATION"),
+    Row("kv-cache-500g", "500.0 GiB, and the machine has 15.56 GiB", "VLLM_CPU_KVCACHE_SPACE"),
+
+    # The hub
+    Row("hub-no-such-model", "no model acme/none on the hub, or it is private", "HF_TOKEN"),
+    Row("hub-no-such-model-with-token", "no model acme/none on the hub, or it is private", "HF_TOKEN"),
+    Row("hub-gated", "gated, and no token was given", "HF_TOKEN"),
+    Row("hub-gated-with-token", "gated, and HF_TOKEN gives no access", "HF_TOKEN"),
+    Row("hub-private", "no model acme/private on the hub, or it is private", "HF_TOKEN"),
+    Row("hub-token-invalid", "does not know the token", "HF_TOKEN"),
+    Row("hub-tokenizer-none", "no model acme/none on the hub", "TOKENIZER"),
+    Row("hub-no-config", "no config.json in acme/no-config", "MODEL"),
+    Row("hub-no-weights", "no weights in acme/no-weights", "LOAD_FORMAT"),
+    Row("hub-offline", "downloads are switched off", "HF_HUB_OFFLINE"),
+    Row("hub-down", "could not be reached: Connection refused", "HF_ENDPOINT", permanent=False),
+    Row("hub-no-network", "could not be reached: Temporary failure in name resolution", "network", permanent=False),
+    Row("hub-error-500", "answers 500 Internal Server Error", "HF_ENDPOINT", permanent=False),
+    Row("hub-error-429", "too many requests", "HF_TOKEN", permanent=False),
+    Row("hub-no-such-revision", "acme/tiny has no revision v9", "REVISION"),
+
+    # Disks
+    Row("disk-full-download", "0.96 MB are free at /tmp/x/hf/hub", "HF_HOME"),
+    Row("disk-full-cache", "disk is full", "HF_HOME"),
+    Row("disk-read-only", "may not write to /tmp/x/hf/hub", "HF_HOME"),
+    Row("shm-64m", "needs 160 MiB of it, and 64 MiB are free", "--shm-size"),  # what Docker gives
+    Row("shm-full", "needs 160 MiB of it, and 0 MiB are free", "--shm-size"),
+
+    # The command line against the machine and the model
+    Row("heads-fewer-than-ranks", "TENSOR_PARALLEL_SIZE=8 does not divide the model's 4", "divisor of 4"),
+    Row("heads-not-divisible", "TENSOR_PARALLEL_SIZE=3 does not divide the model's 4", "divisor of 4"),
+    Row("remote-code", "code of its own", "TRUST_REMOTE_CODE=true"),
+    Row("lora-missing", "adapter x can't be loaded: No adapter found for /tmp/x/no-lora", "LORA_MODULES"),
+    Row("chat-template-missing", "no chat template /tmp/x/none.jinja", "CHAT_TEMPLATE"),
+    Row("tool-parser-unknown", "no tool parser nosuch", "TOOL_CALL_PARSER"),
+    Row("reasoning-parser-unknown", "no reasoning parser nosuch", "REASONING_PARSER"),
+    Row("uds-folder-missing", "No such file or directory", "TMPDIR"),
+    Row("uds-too-long", "AF_UNIX path too long", "TMPDIR"),
+    Row("uds-in-use", "port or socket that vLLM needs is taken", "another vLLM", permanent=False),
+    Row("port-in-use", "port or socket that vLLM needs is taken", "another vLLM", permanent=False),
+
+    # Killed
+    Row("killed-while-starting", "killed by SIGKILL", "memory", permanent=False),
+    Row("killed-while-loading", "killed by SIGKILL", "memory", permanent=False),
+    Row("engine-killed-while-loading", "engine process was killed by SIGKILL", "memory", permanent=False),
+    Row("engine-killed-when-ready", "engine process was gone without a word", "memory", permanent=False),  # exit code 0
+    Row("engine-segfault-while-loading", "crashed (segmentation fault)", "ENFORCE_EAGER", permanent=False),
+    Row("segfault", "crashed (segmentation fault)", "ENFORCE_EAGER", permanent=False),
+    Row("bus-error", "SIGBUS", "--shm-size", permanent=False),
+#MORE
+)
+
+# A CPU can't produce these: lines from public issues of vLLM, or of the libraries below it.
+QUOTED = (
+    # vllm#16343
+    Row("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 350.00 MiB. GPU 0 has a total capacity of "
+        "23.68 GiB of which 212.81 MiB is free.", "GPU's memory was not enough", "MAX_MODEL_LEN"),
+    # vllm#17939
+    Row("RuntimeError: CUDA out of memory occurred when warming up sampler with 256 dummy requests. Please try "
+        "lowering `max_num_seqs` or `gpu_memory_utilization` when initializing the engine.", "256 sequences",
+        "MAX_NUM_SEQS"),
+    # vllm#20305
+    Row("ValueError: Free memory on device (31.44/47.38 GiB) on startup is less than desired GPU memory utilization "
+        "(0.95, 45.01 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes.",
+        "Something else holds", "GPU_MEMORY_UTILIZATION", permanent=False),
+    # vllm#2418, as older versions said it
+    Row("ValueError: The model's max seq len (4096) is larger than the maximum number of tokens that can be stored in "
+        "KV cache (3664). Try increasing `gpu_memory_utilization` or decreasing `max_model_len`.",
+        "one request of 4096 tokens", "MAX_MODEL_LEN"),
+    # vllm#27508
+    Row("ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when "
+        "initializing the engine.", "no memory left for the KV cache", "GPU_MEMORY_UTILIZATION"),
+    # FunASR#2973
+    Row("RuntimeError: The NVIDIA driver on your system is too old (found version 12080). Please update your GPU",
+        "driver is too old", "newer driver"),
+    # gpustack#1254, gpustack#2691
+    Row("RuntimeError: Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions before calling "
+        "NumCudaDevices() that might have already set an error? Error 804: forward compatibility was attempted on non "
+        "supported HW", "driver is too old", "newer driver"),
+    # requests' own words, of older images
+    Row("requests.exceptions.ReadTimeout: (ReadTimeoutError(\"HTTPSConnectionPool(host='hub.example', port=443): Read "
+        "timed out. (read timeout=10)\"))", "could not be reached", "HF_ENDPOINT", permanent=False),
+    # MiniMax-M2.5#9
+    Row("RuntimeError: Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions before calling "
+        "NumCudaDevices() that might have already set an error? Error 802: system not yet initialized",
+        "fabric manager", "another machine", permanent=False),
+    # vllm#14452
+    Row("RuntimeError: CUDA error: no kernel image is available for execution on the device", "no code for this GPU",
+        "another image"),
+    # vllm#12847, kinetic#269, OpenLLM#746
+    Row("RuntimeError: Failed to infer device type", "sees no GPU", "--gpus all"),
+    Row("RuntimeError: Device string must not be empty", "sees no GPU", "--gpus all"),
+    Row("RuntimeError: Found no NVIDIA driver on your system.", "sees no GPU", "CUDA_VISIBLE_DEVICES"),
+    # vllm#1157
+    Row("ValueError: Bfloat16 is only supported on GPUs with compute capability of at least 8.0. Your Tesla T4 GPU has "
+        "compute capability 7.5.", "bfloat16", "DTYPE=half"),
+    # vllm#4327
+    Row("ValueError: The quantization method fp8 is not supported for the current GPU. Minimum capability: 90. Current "
+        "capability: 86.", "quantization, fp8", "MODEL"),
+    # vllm's config/parallel.py, vllm#28873, Skills#1059, vllm#15217
+    Row("  Value error, World size (8) is larger than the number of available GPUs (2) in this node.", "more devices",
+        "TENSOR_PARALLEL_SIZE"),
+    Row("AssertionError: local_world_size (16) must be less than or equal to the number of visible devices (8).",
+        "more devices", "TENSOR_PARALLEL_SIZE"),
+    Row("Value error, Tensor parallel size (16) cannot be larger than the number of available GPUs (8)", "more devices",
+        "TENSOR_PARALLEL_SIZE"),
+    Row("RuntimeError: please ensure that world_size (2) is less than than max local gpu count (1)", "more devices",
+        "TENSOR_PARALLEL_SIZE"),
+    # MiniMax-01#42, and the same without NCCL's own line
+    Row("torch.distributed.DistBackendError: NCCL error in: NCCLUtils.hpp:268, unhandled system error\n"
+        "NCCL WARN Error while creating shared memory segment /dev/shm/nccl-xxxxx (size 7340384)", "/dev/shm",
+        "--shm-size"),
+    Row("torch.distributed.DistBackendError: NCCL error in: NCCLUtils.hpp:268, unhandled system error (run with "
+        "NCCL_DEBUG=INFO for details), NCCL version 2.21.5", "NCCL", "NCCL_DEBUG=INFO", permanent=False),
+    # vllm#5645
+    Row("terminate called after throwing an instance of 'std::system_error'\n  what():  Resource temporarily "
+        "unavailable",
+        "no memory left for another thread", "--pids-limit"),
+    # what vLLM says of whatever signal it was
+    Row("RuntimeError: Engine core initialization failed. Failed core proc(s): {'EngineCore': -4}",
+        "crashed (signal 4)", "newer image", permanent=False),
+    # vllm#28028
+    Row("torch.AcceleratorError: CUDA error: an illegal memory access was encountered", "illegal memory access",
+        "another machine", permanent=False),
+)
+# fmt: on
+
+
+def read(log: str) -> tuple[int, list[str]]:
+    """The exit code and the lines."""
+    first, *lines = (LOGS / f"{log}.log").read_text().splitlines()
+    return int(first.removeprefix("# exit ")), lines
+
+
+@pytest.mark.parametrize("row", PRODUCED, ids=lambda row: row.log)
+def test_a_failure_of_the_real_vllm(row: Row) -> None:
+    diagnosis = diagnose(*read(row.log))
+    assert row.cause in diagnosis.cause
+    assert row.remedy in diagnosis.remedy
+    assert diagnosis.permanent is row.permanent
+    assert not FOLLOW_UP.search(diagnosis.cause)
+
+
+@pytest.mark.parametrize("row", QUOTED, ids=lambda row: row.log[:60])
+def test_a_failure_that_others_reported(row: Row) -> None:
+    follow_up = "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}"
+    diagnosis = diagnose(1, [*row.log.splitlines(), follow_up])
+    assert row.cause in diagnosis.cause
+    assert row.remedy in diagnosis.remedy
+    assert diagnosis.permanent is row.permanent
+
+
+def test_every_log_is_in_the_table() -> None:
+    assert {row.log for row in PRODUCED} | set(CLEAN) == {path.stem for path in LOGS.glob("*.log")}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.cause[:50])
+def test_every_rule_is_the_first_to_match_one_of_them(rule: Rule) -> None:
+    """Or it would be there for nothing, or stand behind one that takes its lines away."""
+
+    def said_by(diagnosis: Diagnosis) -> bool:
+        pairs = (rule.cause, diagnosis.cause), (rule.remedy, diagnosis.remedy)
+        return all(re.fullmatch(re.sub(r"\\\{\w+\\\}", ".*", re.escape(text)), said, re.S) for text, said in pairs)
+
+    assert any(said_by(diagnose(*read(row.log))) for row in PRODUCED) or any(
+        said_by(diagnose(1, row.log.splitlines())) for row in QUOTED
+    )
+
+
+CLEAN = ("clean-stop",)
+
+
+@pytest.mark.parametrize("log", CLEAN)
+def test_a_log_without_a_failure_is_blamed_on_nothing(log: str) -> None:
+    code, lines = read(log)
+    assert code == 0
+    for end in range(len(lines) + 1):
+        diagnosis = diagnose(0, lines[:end])
+        assert diagnosis.cause in ("Its log does not say why.", "It was told to stop (SIGTERM), and not by us.")
+        assert (diagnosis.remedy, diagnosis.permanent) == ("", False)
+    assert "told to stop" in diagnosis.cause
+
+
+def test_remedies_name_variables_that_exist() -> None:
+    options = catalogue.parse((catalogue.FLAGS / "0.32.0.json").read_text())
+    known = {knob.variable for knob in KNOBS} | set(options.by_variable)
+    known |= {"MODEL", "HF_TOKEN", "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE", "TMPDIR"}  # MODEL: the positional one
+    known |= {"VLLM_CPU_KVCACHE_SPACE", "VLLM_ALLOW_LONG_MAX_MODEL_LEN", "CUDA_VISIBLE_DEVICES", "NCCL_DEBUG"}
+    named = {name for rule in RULES for name in re.findall(r"(?<![{\w])[A-Z]+(?:_[A-Z]+)+(?![}\w])", rule.remedy)}
+    assert named - known == set()
+    assert {"MAX_MODEL_LEN", "HF_TOKEN"} < named
+
+
+def test_without_a_line_that_tells_the_signal_does() -> None:
+    assert "SIGKILL" in diagnose(-9, []).cause
+    assert "/dev/shm" in diagnose(-7, []).cause
+    assert not diagnose(-11, []).permanent
+    assert (how_it_ended(0), how_it_ended(-9), how_it_ended(-250)) == (
+        "exit code 0", "killed by SIGKILL", "killed by signal 250")  # fmt: skip
+
+
+def test_what_we_did_to_it_comes_before_the_signal() -> None:
+    assert diagnose(-9, [], ended_by_us="It made no progress for 120 s").cause == "It made no progress for 120 s."
+    assert diagnose(-9, [], ended_by_us="Not ready within SUPERVISOR_STARTUP_TIMEOUT=1 s").permanent
+
+
+def test_an_error_that_was_dealt_with_is_none() -> None:
+    lines = ["(APIServer pid=1) WARNING 11-21 19:00:00 [x.py:1] OSError: [Errno 28] No space left on device"]
+    assert diagnose(0, lines).cause == "Its log does not say why."
+
+
+def test_an_unknown_error_is_told_as_it_is_and_what_follows_from_it_is_not() -> None:
+    lines = [
+        "(EngineCore pid=7) ERROR 11-21 19:00:00 [core.py:1] KeyError: 'layers.9'",
+        "Exception: WorkerProc initialization failed due to an exception in a background process.",
+        "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}",
+    ]
+    assert diagnose(1, lines) == Diagnosis("KeyError: 'layers.9'", "", permanent=True)
+    assert "engine process was gone" in diagnose(1, lines[2:]).cause
