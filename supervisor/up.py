@@ -265,9 +265,7 @@ def invitation(settings: Settings, sockets: list[socket.socket]) -> str:
     if host in ("0.0.0.0", "::"):  # noqa: S104  # compared, not bound
         host = "127.0.0.1"
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    body = json.dumps(
-        {"model": served_name(settings), "messages": [{"role": "user", "content": "Hello! What are you?"}]}
-    )
+    body = json.dumps({"model": served_name(settings), "messages": [{"role": "user", "content": "What are you?"}]})
     key = ' -H "Authorization: Bearer $KEY"' if settings.knobs.api_keys else ""
     request = f"{url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
     return f"ready: {url}\n  curl {request}"

@@ -236,6 +236,11 @@ RULES = (
         "Check that MODEL's download is complete, and LOAD_FORMAT, if set.",
     ),
     _rule(
+        r"Load format `(?P<what>[^`\n]+)` is not supported",
+        "This vLLM has no load format {what}.",
+        "Correct LOAD_FORMAT, or leave it unset.",
+    ),
+    _rule(
         r"Following weights were not initialized|in \w*weight_loader\n.{0,600}?Error: ",
         "The weights do not fit the model's config.json.",
         "Check that the files of MODEL belong together, or let it be downloaded again.",

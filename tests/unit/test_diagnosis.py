@@ -59,6 +59,7 @@ PRODUCED = (
 
     # Memory
     Row("memory-1500m", "no memory left for another thread", "--pids-limit"),  # exit code -6: ZeroMQ aborts
+    Row("memory-12g-kv", "machine's memory was not enough", "VLLM_CPU_KVCACHE_SPACE"),
     Row("memory-3g", "machine's memory was not enough", "VLLM_CPU_KVCACHE_SPACE"),
     Row("kv-cache-too-small", "has room for 1048448 tokens", "MAX_MODEL_LEN=1048448"),
     Row("kv-cache-none", "no memory left for the KV cache", "GPU_MEMORY_UTILIZATION"),
@@ -93,6 +94,7 @@ PRODUCED = (
     Row("heads-fewer-than-ranks", "TENSOR_PARALLEL_SIZE=8 does not divide the model's 4", "divisor of 4"),
     Row("heads-not-divisible", "TENSOR_PARALLEL_SIZE=3 does not divide the model's 4", "divisor of 4"),
     Row("remote-code", "code of its own", "TRUST_REMOTE_CODE=true"),
+    Row("load-format-unknown", "no load format nosuch", "LOAD_FORMAT"),
     Row("lora-missing", "adapter x can't be loaded: No adapter found for /tmp/x/no-lora", "LORA_MODULES"),
     Row("chat-template-missing", "no chat template /tmp/x/none.jinja", "CHAT_TEMPLATE"),
     Row("tool-parser-unknown", "no tool parser nosuch", "TOOL_CALL_PARSER"),

@@ -30,7 +30,7 @@ WEATHER = {
 
 
 def greedy(**more: object) -> dict[str, object]:
-    question = [{"role": "user", "content": "Hello! What are you?"}]
+    question = [{"role": "user", "content": "What are you?"}]
     return {"model": "demo", "messages": question, "temperature": 0, "max_tokens": 60, **more}
 
 
@@ -130,16 +130,16 @@ def test_errors_are_vllms(served: Supervisor, direct: httpx.Client, path: str, b
 
 def test_openai_client(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
-        model="demo", messages=[{"role": "user", "content": "Hello! What are you?"}], temperature=0
+        model="demo", messages=[{"role": "user", "content": "What are you?"}], temperature=0
     )
     assert answer.choices[0].finish_reason == "stop"
     text = answer.choices[0].message.content or ""
-    assert "supervisor" in text.lower() or "vllm" in text.lower() or "model" in text.lower(), text
+    assert "demo model" in text  # a sentence, not noise: it is the first that a newcomer sees
     assert [model.id for model in client.models.list()] == ["demo"]
 
 
 def test_openai_client_streams(client: openai.OpenAI) -> None:
-    question = [{"role": "user", "content": "Hello! What are you?"}]
+    question = [{"role": "user", "content": "What are you?"}]
     whole = client.chat.completions.create(model="demo", messages=question, temperature=0)  # type: ignore[call-overload]
     stream = client.chat.completions.create(model="demo", messages=question, temperature=0, stream=True)  # type: ignore[call-overload]
     parts = [chunk.choices[0].delta.content or "" for chunk in stream]
@@ -152,7 +152,7 @@ def test_async_openai_client_with_many_at_once(served: Supervisor) -> None:
         async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{served.port}/v1", api_key="any") as client:
             questions = [
                 client.chat.completions.create(
-                    model="demo", messages=[{"role": "user", "content": "Hello! What are you?"}], temperature=0
+                    model="demo", messages=[{"role": "user", "content": "What are you?"}], temperature=0
                 )
                 for _ in range(16)
             ]
@@ -185,7 +185,7 @@ def test_openai_client_sees_errors_as_its_own(client: openai.OpenAI) -> None:
 
 def test_anthropic_client(served: Supervisor) -> None:
     client = anthropic.Anthropic(base_url=f"http://127.0.0.1:{served.port}", api_key="any", max_retries=0)
-    question = [{"role": "user", "content": "Hello! What are you?"}]
+    question = [{"role": "user", "content": "What are you?"}]
     cold = {"temperature": 0}
     answer = client.messages.create(model="demo", max_tokens=60, messages=question, extra_body=cold)  # type: ignore[arg-type]
     assert answer.type == "message"
