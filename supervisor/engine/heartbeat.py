@@ -50,6 +50,7 @@ class Heartbeat:
         self._progress: tuple[float, int] | None = None
         self._vllm_progress = 0.0
         self._misses = 0
+        self._working = False
 
     def stalled(self, now: float, scrape: Scrape | None, relayed: int, awaited: int) -> bool:
         """One sample. `scrape` is None where vLLM did not answer; `relayed` counts the reads of vLLM's answers by the
@@ -64,7 +65,9 @@ class Heartbeat:
             self._vllm_progress = scrape.progress
             working = scrape.working > 0 or awaited > 0
         progress = (self._vllm_progress, relayed)
-        if slept or not working or progress != self._progress:
+        begun = working and not self._working
+        self._working = working
+        if slept or not working or begun or progress != self._progress:
             self._moved_at = now
             self._progress = progress
             return False

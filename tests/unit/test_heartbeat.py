@@ -65,9 +65,21 @@ def test_a_request_that_vllm_does_not_count_is_a_hang_too() -> None:
         lambda bench: bench.after(12, Scrape(50, 1)) or bench.after(11, Scrape(0, 1)),  # restarted: counters anew
         lambda bench: bench.after(12, Scrape(50, 1)) or bench.after(1, Scrape(50, 1), gap=3600),  # the machine slept
         lambda bench: bench.after(12, Scrape(50, 1)) or bench.after(100, Scrape(50, 0)),  # the client gave up
+        lambda bench: bench.after(9, Scrape(50, 0)) or bench.after(12, Scrape(50, 1)),  # work that began since
         lambda bench: bench.after(100, None),  # no answer, but nobody waits
     ],
-    ids=["idle", "saturated", "prefill", "relayed", "missed", "restarted", "slept", "given-up", "unanswered-idle"],
+    ids=[
+        "idle",
+        "saturated",
+        "prefill",
+        "relayed",
+        "missed",
+        "restarted",
+        "slept",
+        "given-up",
+        "just-begun",
+        "unanswered-idle",
+    ],
 )
 def test_what_is_no_hang(case: object) -> None:
     assert callable(case)
