@@ -62,6 +62,7 @@ PRODUCED = (
     Row("memory-12g-kv", "machine's memory was not enough", "VLLM_CPU_KVCACHE_SPACE"),
     Row("memory-3g", "machine's memory was not enough", "VLLM_CPU_KVCACHE_SPACE"),
     Row("kv-cache-too-small", "has room for 1048448 tokens", "MAX_MODEL_LEN=1048448"),
+    Row("kv-cache-bytes-too-small", "has room for 3968 tokens", "MAX_MODEL_LEN=3968"),
     Row("kv-cache-none", "no memory left for the KV cache", "GPU_MEMORY_UTILIZATION"),
     Row("kv-cache-utilization", "no memory left for the KV cache", "GPU_MEMORY_UTILIZATION"),
     Row("kv-cache-500g", "500.0 GiB, and the machine has 15.56 GiB", "VLLM_CPU_KVCACHE_SPACE"),
