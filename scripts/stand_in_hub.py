@@ -145,9 +145,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     hub: Hub
 
     def do_GET(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         try:
-            self._answer(body)
+            self._answer(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
         except RefusalError as refusal:
             headers = {"X-Error-Message": refusal.message}
             headers |= {"X-Error-Code": refusal.code} if refusal.code else {}
@@ -170,8 +169,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if found["verb"] == "tree":
                 answer: object = list(revision.tree(below, query.get("recursive", ["false"])[0].lower() == "true"))
             elif found["verb"] == "paths-info":
-                form = parse_qs(body.decode())
-                wanted = form["paths"] if "paths" in form else json.loads(body or b"{}").get("paths", [])
+                wanted = parse_qs(body.decode()).get("paths") or json.loads(body or b"{}").get("paths", [])
                 answer = [revision.entries[name].json() for name in wanted if name in revision.entries]
             else:
                 answer = self._model(found["repo"], revision)

@@ -200,6 +200,12 @@ RULES = (
         permanent=False,
     ),
     _rule(
+        r"peer closed connection without sending complete message body|IncompleteRead",
+        "The connection to the hub broke off, again and again.",
+        "Check the network and, if set, HF_ENDPOINT; it is tried again.",
+        permanent=False,
+    ),
+    _rule(
         r"LocalEntryNotFoundError|We couldn't connect to|Max retries exceeded|ConnectTimeout|ReadTimeout",
         "The hub could not be reached.",
         "Check the network and, if set, HF_ENDPOINT; it is tried again.",
@@ -344,6 +350,11 @@ RULES = (
         r"in create_server_unix_socket\n.{0,200}?Error: (?P<why>[^\n]+)",
         "vLLM can't make its socket: {why}.",
         "Set TMPDIR to a folder that exists, is writable and has a short path.",
+    ),
+    _rule(
+        r"Too many open files",
+        "vLLM may not open as many files and sockets as it needs.",
+        "Start the container with --ulimit nofile=65536.",
     ),
     _rule(
         r"NCCL error|ncclSystemError|ncclUnhandledCudaError",

@@ -57,14 +57,19 @@ def kill_session(sid: int, patience: float = KILL_PATIENCE) -> list[int]:
 
 
 def segments(pids: Iterable[int]) -> set[str]:
-    """The files in /dev/shm that these processes have mapped."""
-    found = set()
+    """The files in /dev/shm that these processes have mapped.
+
+    Found by inode: a semaphore is mapped by a name that is gone (`sem.XXXXXX (deleted)`), and linked as `sem.mp-...`.
+    """
+    inodes: set[int] = set()
     for pid in pids:
         with contextlib.suppress(OSError), Path(f"/proc/{pid}/maps").open() as maps:
-            for line in maps:
-                at = line.find(SHARED_MEMORY)
-                if at >= 0:
-                    found.add(line[at:].rstrip("\n").removesuffix(" (deleted)"))
+            inodes.update(int(line.split(None, 5)[4]) for line in maps if SHARED_MEMORY in line)
+    found = set()
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(SHARED_MEMORY):
+            if entry.inode() in inodes:
+                found.add(entry.path)
     return found
 
 

@@ -59,6 +59,7 @@ PRODUCED = (
 
     # Memory
     Row("memory-1500m", "no memory left for another thread", "--pids-limit"),  # exit code -6: ZeroMQ aborts
+    Row("open-files", "may not open as many files", "--ulimit nofile"),
     Row("memory-12g-kv", "machine's memory was not enough", "VLLM_CPU_KVCACHE_SPACE"),
     Row("memory-3g", "machine's memory was not enough", "VLLM_CPU_KVCACHE_SPACE"),
     Row("kv-cache-too-small", "has room for 1048448 tokens", "MAX_MODEL_LEN=1048448"),
@@ -113,7 +114,6 @@ PRODUCED = (
     Row("engine-segfault-while-loading", "crashed (segmentation fault)", "ENFORCE_EAGER", permanent=False),
     Row("segfault", "crashed (segmentation fault)", "ENFORCE_EAGER", permanent=False),
     Row("bus-error", "SIGBUS", "--shm-size", permanent=False),
-#MORE
 )
 
 # A CPU can't produce these: lines from public issues of vLLM, or of the libraries below it.
@@ -143,6 +143,9 @@ QUOTED = (
     Row("RuntimeError: Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions before calling "
         "NumCudaDevices() that might have already set an error? Error 804: forward compatibility was attempted on non "
         "supported HW", "driver is too old", "newer driver"),
+    # huggingface_hub 2.4, without vLLM, against the stand-in hub with --cut
+    Row("httpx2.RemoteProtocolError: peer closed connection without sending complete message body (received 700000 "
+        "bytes, expected 1841368)", "broke off", "HF_ENDPOINT", permanent=False),
     # requests' own words, of older images
     Row("requests.exceptions.ReadTimeout: (ReadTimeoutError(\"HTTPSConnectionPool(host='hub.example', port=443): Read "
         "timed out. (read timeout=10)\"))", "could not be reached", "HF_ENDPOINT", permanent=False),
