@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from supervisor.engine.diagnosis import Diagnosis, diagnose, how_it_ended
+from supervisor.engine.diagnosis import diagnose, how_it_ended
 from supervisor.engine.heartbeat import Heartbeat, Scrape
 from supervisor.engine.lifecycle import OVER, Action, Event, State, step
 from supervisor.engine.phases import Waterfall
@@ -84,7 +84,6 @@ class Engine:
         self.transitions: Counter[str] = Counter()
         self.restarts = 0
         self.last_failure: dict[str, object] | None = None
-        self.diagnosis: Diagnosis | None = None
         self.exit_signal: int | None = None  # of the signal that stopped us, where its drain failed
         self._policy = Restarts(limits.restarts, limits.window)
         self._signal = signal.SIGTERM
@@ -307,7 +306,6 @@ class Engine:
         code = self.process.child.poll()
         lines = list(self.process.lines)
         diagnosis = diagnose(code if code is not None else 0, lines, ended_by_us=self.broken)
-        self.diagnosis = diagnosis
         ended = how_it_ended(code) if code is not None else "still there"
         self.last_failure = {
             "at": time.time(),

@@ -390,7 +390,6 @@ def test_as_process_1_it_reaps_orphans() -> None:
             ["nsenter", "-t", str(init.pid), "-p", "sh", "-c", "setsid sh -c 'sleep 0.2 & exec true' & wait"],
             check=True,
         )
-        wait_until(lambda: any(child.name() == "sleep" for child in init.children()) or True, "the orphan")
 
         def no_zombies() -> bool:
             with contextlib.suppress(psutil.NoSuchProcess):
