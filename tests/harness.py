@@ -112,10 +112,12 @@ class Supervisor:
     def __enter__(self) -> Supervisor:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         if self.process.poll() is None:
             with contextlib.suppress(Exception):
                 self.engine()
+        if kind is not None:
+            print(f"the supervisor said:\n{self.output[-5000:]}")  # pytest shows it with the failure
         if self._client is not None:
             self._client.close()
         self.process.kill()

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -127,7 +128,6 @@ class Fake:
 def starter() -> Iterator[Callable[..., Fake]]:
     """Starts fakes, and leaves no process, socket file or segment of theirs behind."""
     folder, started = Path(tempfile.mkdtemp(prefix="fake")), list[Fake]()
-    segments = set(Path("/dev/shm").glob("psm_fake_*"))
 
     def start(*args: str, wait: bool = True, **kwargs: Any) -> Fake:
         one = Fake(folder, *args, **kwargs)
@@ -141,8 +141,10 @@ def starter() -> Iterator[Callable[..., Fake]]:
     finally:
         for one in started:
             one.clean_up()
-        for segment in set(Path("/dev/shm").glob("psm_fake_*")) - segments:
-            segment.unlink()
+            # By the pids in its log: other fakes, of other tests, have their segments beside these.
+            for pid in set(re.findall(r"pid=(\d+)", one.log.read_text(errors="replace"))):
+                for segment in Path("/dev/shm").glob(f"psm_fake_{pid}_*"):
+                    segment.unlink()
         shutil.rmtree(folder)
 
 

@@ -301,10 +301,7 @@ def test_a_part_that_dies_while_it_loads_is_noticed() -> None:
 
 
 def test_twenty_crashes_leave_no_shared_memory_and_no_files(tmp_path: Path) -> None:
-    def segments() -> set[str]:
-        return {path.name for path in Path("/dev/shm").glob("psm_fake_*")}
-
-    before = segments()
+    seen: set[Path] = set()
     with Supervisor("m", plan=[{"shm": 1}], environ=OFTEN | {"TMPDIR": str(tmp_path)}) as supervisor:
         supervisor.ready()
         note = Path(supervisor.socket).parent / "remains.json"
@@ -312,14 +309,16 @@ def test_twenty_crashes_leave_no_shared_memory_and_no_files(tmp_path: Path) -> N
             state = state_of(supervisor)
             # What it has mapped is noted within moments of its start; a crash before that is another story.
             wait_until(lambda: f"psm_fake_{state['engine_pid']}" in note.read_text(), "the note of its memory")  # noqa: B023
-            ours = {name for name in segments() if f"_{state['pid']}_" in name or f"_{state['engine_pid']}_" in name}
-            assert len(ours) == 2
+            ours = {Path(f"/dev/shm/psm_fake_{state[part]}_0") for part in ("pid", "engine_pid")}
+            assert all(path.exists() for path in ours)
+            seen |= ours
             os.kill(state[("pid", "engine_pid", "worker_pid")[restart % 3]], signal.SIGKILL)
             ready_again(supervisor, restart + 1)
-            assert not ours & segments()
+            assert not [path for path in seen if path.exists()]
         assert [path.name for path in tmp_path.iterdir()] == [note.parent.name]
         ends(supervisor)
-    assert segments() - before == set()
+    assert len(seen) == 40
+    assert not [path for path in seen if path.exists()]
     assert list(tmp_path.iterdir()) == []
 
 
