@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -74,7 +74,10 @@ class Supervisor:
         cwd: Path | None = None,
         environ: dict[str, str] | None = None,
         verb: str = "up",
+        program: Sequence[str | Path] | None = None,
+        within: Sequence[str] = (),
     ) -> None:
+        """`program` stands for `supervisor up`; `within` is a command that runs the one it is followed by."""
         more = dict(environ or {})
         if vllm is not None:
             more["SUPERVISOR_VLLM"] = str(vllm)
@@ -83,7 +86,7 @@ class Supervisor:
         if verb == "up" and "PORT" not in more and "--port" not in arguments:
             more["PORT"] = "0"
         self.process = subprocess.Popen(
-            [str(SUPERVISOR), verb, *map(str, arguments)],
+            [*within, *map(str, program or (SUPERVISOR, verb)), *map(str, arguments)],
             env=clean_environment(**more),
             cwd=cwd or ROOT / "tests",
             stdin=subprocess.DEVNULL,
@@ -166,6 +169,12 @@ class Supervisor:
         match = re.search(r"--uds (\S+)", self.client.get("/status").json()["command"])
         assert match is not None
         return match[1]
+
+    @property
+    def inner(self) -> psutil.Process:
+        """The supervisor itself, where it runs `within` another command."""
+        (child,) = psutil.Process(self.process.pid).children()
+        return child
 
     # What is done to it
 

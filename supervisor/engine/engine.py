@@ -336,6 +336,9 @@ class Engine:
         if self.exited.is_set():  # between two runs: there is nothing to end
             self._send(Event.EXITED, "no engine was running")
             return
+        if not self.served:  # while it loads vLLM is deaf to SIGTERM, or leaves in its own time; it has nothing to lose
+            await asyncio.to_thread(self.process.kill)
+            return
         self.process.terminate()
         try:
             async with asyncio.timeout(self.limits.terminate):

@@ -39,7 +39,7 @@ class Action(Enum):
     SPAWN = "start the engine again"
     JUDGE = "find the cause, and decide whether another start is worth trying, and when"
     DRAIN = "let in-flight requests finish, up to the drain timeout"
-    TERMINATE = "SIGTERM to the API server, SIGKILL to what is left"
+    TERMINATE = "SIGTERM to the API server, SIGKILL to what is left; SIGKILL at once to one that never served"
     KILL = "SIGKILL to the whole session, at once"
     CLEAN_UP = "kill what the engine left behind, and remove its files"
 

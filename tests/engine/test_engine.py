@@ -170,14 +170,18 @@ def test_many_streams_and_waiting_requests_at_stop() -> None:
         assert supervisor.exit_code() == 0
 
 
-def test_stop_while_it_loads_answers_the_waiting() -> None:
-    with Supervisor("m", plan=[{"load_seconds": 60}]) as supervisor, concurrent.futures.ThreadPoolExecutor(1) as pool:
+@pytest.mark.parametrize("deaf", [False, True])
+def test_stop_while_it_loads_answers_the_waiting(deaf: bool) -> None:
+    """vLLM is deaf to SIGTERM while it loads (3 of 3 tries), and has nothing to lose: it is killed at once."""
+    plan = [{"load_seconds": 60, "ignore_sigterm": deaf}]
+    with Supervisor("m", plan=plan) as supervisor, concurrent.futures.ThreadPoolExecutor(1) as pool:
         supervisor.engine()
         held = pool.submit(supervisor.client.post, CHAT, json=chat())
         wait_until(lambda: supervisor.client.get("/status").json()["waiting"] == 1, "the held request")
         supervisor.signal(signal.SIGTERM)
         assert held.result().status_code == 503
         assert supervisor.exit_code() == 0
+        assert "ignored SIGTERM" not in supervisor.output
         assert session_of(supervisor.engine_pid or 0) == []
 
 

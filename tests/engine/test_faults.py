@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 
 import httpx
@@ -17,13 +16,9 @@ import psutil
 import pytest
 
 from tests.harness import (
-    FAKE,
-    SUPERVISOR,
     RawClient,
     Supervisor,
-    clean_environment,
     events,
-    http,
     session_of,
     wait_until,
 )
@@ -366,103 +361,56 @@ def test_a_new_start_cleans_what_it_finds_of_its_own_and_nothing_else() -> None:
         assert bystander.client.post(CHAT, json=chat()).status_code == 200
 
 
-def test_as_process_1_it_reaps_orphans() -> None:
-    if os.geteuid() != 0:
-        pytest.skip("needs root, for a pid namespace")
-    inside = subprocess.Popen(
-        ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", str(SUPERVISOR), "up", "m"],
-        env=clean_environment(SUPERVISOR_VLLM=str(FAKE), PORT="0"),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    try:
-        assert inside.stdout is not None
-        output = b""
-        while b"ready: http" not in output:
-            output += os.read(inside.stdout.fileno(), 65536)
-        (init,) = psutil.Process(inside.pid).children()
-        port = int(output.split(b"ready: http://127.0.0.1:")[1].split()[0])
-        assert http.get(f"http://127.0.0.1:{port}/status").json()["pid"] > 1
-        # An orphan of a process that is no part of vLLM, such as `docker exec` leaves.
-        subprocess.run(
-            ["nsenter", "-t", str(init.pid), "-p", "sh", "-c", "setsid sh -c 'sleep 0.2 & exec true' & wait"],
-            check=True,
-        )
+def test_as_process_1_it_reaps_orphans(tmp_path: Path) -> None:
+    assert os.geteuid() == 0, "needs root, for a pid namespace"
+    fresh = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    with Supervisor("m", within=fresh) as supervisor:
+        supervisor.ready()
+        init = supervisor.inner
+        # An orphan of a process that is no part of vLLM, such as `docker exec` leaves. It lives until the gate opens.
+        orphan = f"setsid sh -c 'cat {gate} & exec true' & wait"
+        subprocess.run(["nsenter", "-t", str(init.pid), "-p", "sh", "-c", orphan], check=True)
 
-        def no_zombies() -> bool:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                return all(child.status() != psutil.STATUS_ZOMBIE for child in init.children())
-            return False
+        def orphans() -> list[psutil.Process]:
+            return [child for child in init.children() if child.name() == "cat"]
 
-        wait_until(
-            lambda: not any(child.name() == "sleep" for child in init.children()) and no_zombies(), "it reaped", 10
-        )
+        (found,) = wait_until(orphans, "the orphan is a child of process 1")  # type: ignore[misc]
+        gate.write_bytes(b"")
+        wait_until(lambda: not found.is_running(), "it is reaped")  # a zombie counts as running
+        session = supervisor.engine()
         init.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + 15
-        while inside.poll() is None and time.monotonic() < deadline:
-            os.read(inside.stdout.fileno(), 65536)
-        assert inside.returncode == 0
-    finally:
-        inside.kill()
-        inside.wait()
-        inside.stdout.close()
+        assert supervisor.exit_code() == 0
+        assert session > 1
+    assert not init.is_running()
 
 
 def test_parents_death_changes_nothing() -> None:
-    read, write = os.pipe()
-    parent = subprocess.Popen(
-        ["sh", "-c", f"{SUPERVISOR} up m & wait"],
-        env=clean_environment(SUPERVISOR_VLLM=str(FAKE), PORT="0"),
-        stdin=subprocess.DEVNULL, stdout=write, stderr=write,
-    )  # fmt: skip
-    os.close(write)
-    output = b""
-    while b"ready: http" not in output:
-        output += os.read(read, 65536)
-    (ours,) = psutil.Process(parent.pid).children()
-    parent.kill()
-    parent.wait()
-    port = int(output.split(b"ready: http://127.0.0.1:")[1].split()[0])
-    engine = http.get(f"http://127.0.0.1:{port}/status").json()["pid"]
-    assert http.post(f"http://127.0.0.1:{port}{CHAT}", json=chat()).status_code == 200
-    ours.send_signal(signal.SIGTERM)
-    while os.read(read, 65536):
-        pass
-    os.close(read)
-    assert session_of(engine) == []
+    with Supervisor("m", within=("sh", "-c", '"$@" & wait', "sh")) as parent:
+        parent.ready()
+        ours = parent.inner
+        parent.process.kill()
+        parent.process.wait()
+        try:
+            session = parent.engine()
+            assert parent.client.post(CHAT, json=chat()).status_code == 200
+            ours.send_signal(signal.SIGTERM)
+            wait_until(lambda: not ours.is_running(), "its end")
+            assert session_of(session) == []
+        finally:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                ours.kill()
 
 
 def test_a_full_disk_stops_nothing(tmp_path: Path) -> None:
     """No file can grow by a byte (`ulimit -f 0`): the notes and caches are lost, the requests are not."""
-    script = f"ulimit -f 0; exec {SUPERVISOR} up m"
-    process = subprocess.Popen(
-        ["bash", "-c", script],
-        env=clean_environment(SUPERVISOR_VLLM=str(FAKE), PORT="0", HOME=str(tmp_path)),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    try:
-        assert process.stdout is not None
-        output = b""
-        while b"ready: http" not in output:
-            data = os.read(process.stdout.fileno(), 65536)
-            assert data, output
-            output += data
-        port = int(output.split(b"ready: http://127.0.0.1:")[1].split()[0])
-        state = http.get(f"http://127.0.0.1:{port}/fake/state").json()
-        os.kill(state["engine_pid"], signal.SIGKILL)
-        assert http.post(f"http://127.0.0.1:{port}{CHAT}", json=chat(), timeout=20).status_code == 200
-        process.send_signal(signal.SIGTERM)
-        while os.read(process.stdout.fileno(), 65536):
-            pass
-        assert process.wait(15) == 0
-        assert session_of(state["pid"]) == []
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+    full = ("bash", "-c", 'ulimit -f 0; exec "$@"', "bash")
+    with Supervisor("m", within=full, environ={"HOME": str(tmp_path)}) as supervisor:
+        supervisor.ready()
+        os.kill(state_of(supervisor)["engine_pid"], signal.SIGKILL)
+        assert supervisor.client.post(CHAT, json=chat()).status_code == 200
+        ends(supervisor)
 
 
 def test_a_temporary_folder_that_can_not_be_written_is_named() -> None:

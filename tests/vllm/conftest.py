@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.harness import DEMO, ROOT, Supervisor
+from tests.harness import ROOT, Supervisor
 
 VLLM = ROOT / ".vllm" / "bin" / "vllm"
 START = 400.0  # seconds; 30 to 40 on an idle machine with two cores
@@ -36,7 +36,8 @@ def served() -> Iterator[Supervisor]:
         "SUPERVISOR_STALL_TIMEOUT": "15",
         "SUPERVISOR_HOLD_TIMEOUT": str(START),
     }
-    with Supervisor(DEMO, vllm=VLLM, environ=environ) as supervisor:
+    # As a newcomer starts it: without a word on the model or on where vLLM is.
+    with Supervisor(vllm=None, program=(ROOT / "scripts" / "up",), environ=environ) as supervisor:
         supervisor.engine()
         yield supervisor.ready(START)
 

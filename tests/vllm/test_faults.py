@@ -22,6 +22,7 @@ pytestmark = pytest.mark.vllm
 def part(supervisor: Supervisor, name: str) -> int:
     """The pid of one of the engine's processes; "" is the API server."""
     session = supervisor.client.get("/status").json()["pid"]
+    supervisor.engine_pid = session  # not always that of the first start
     if not name:
         return int(session)
 
@@ -113,6 +114,18 @@ def test_a_permanent_failure_exits_3_and_names_what_to_change() -> None:
             "vLLM does not know the option --no-such-option. Take it out of SUPERVISOR_EXTRA_ARGS" in supervisor.output
         )
         assert session_of(supervisor.engine()) == []
+
+
+def test_sigterm_while_it_loads_ends_it_at_once() -> None:
+    """With its EngineCore started, vLLM is deaf to SIGTERM until it is ready."""
+    with Supervisor(DEMO, vllm=VLLM) as supervisor:
+        part(supervisor, "VLLM::EngineCore")
+        workspace = Path(supervisor.socket).parent
+        supervisor.signal(signal.SIGTERM)
+        assert supervisor.exit_code(30) == 0
+        assert "ignored SIGTERM" not in supervisor.output
+        assert session_of(supervisor.engine_pid or 0) == []
+        assert not workspace.exists()
 
 
 def test_a_crash_loop_ends() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import subprocess
 import time
 
 import anthropic
@@ -54,6 +55,13 @@ def test_ready_says_so_everywhere(served: Supervisor) -> None:
     phases = [phase["name"] for phase in status["phases"]]
     assert phases[:2] == ["importing vLLM", "reading the model's config"]
     assert {"loading weights", "profiling memory", "starting the API server"} <= set(phases)
+
+
+def test_the_printed_command_can_be_pasted_and_answers_in_a_sentence(served: Supervisor) -> None:
+    line = served.says(r"\n  (curl .+)\n")[1]
+    pasted = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=True)
+    text = json.loads(pasted.stdout)["choices"][0]["message"]["content"]
+    assert len(text.split()) >= 4, text  # sampled, so not always the same words
 
 
 @pytest.mark.parametrize(
