@@ -11,6 +11,7 @@ import shlex
 import signal
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 from supervisor.engine.process import EngineProcess
 from supervisor.engine.remains import Guard, Workspace, clean_leftovers, temporary_folder
@@ -27,11 +28,15 @@ PROBE_TIMEOUT = 10.0
 # vLLM leaves 0.6 s to 2 s after SIGTERM when nothing is in flight; one that has not left by then is killed. Who wants a
 # short drain wants a short end, too.
 TERMINATE_PATIENCE = 10.0
+# Of the drain timeout, at most: to report RunPod's jobs that are not done as failed.
+LAST_REPORTS = 5.0
+# States that the queue worker is told of; the end is told by `finish`.
+TOLD = frozenset({"starting", "ready", "restarting", "failed"})
 
 
 def up(settings: Settings) -> int:
     """Serves until told to stop; returns the exit code. Raises SettingsError where it can't begin."""
-    sockets = bind(settings)
+    listeners = bind(settings)
     # From the spawn on a signal must not end us, or vLLM would stay: until the engine's owner listens, they wait here.
     pending: list[int] = []
     for number in SIGNALS:
@@ -51,7 +56,7 @@ def up(settings: Settings) -> int:
             program = settings.vllm.command[0]
             raise SettingsError([f"{program} can't be executed ({error.strerror}): check SUPERVISOR_VLLM"]) from error
         try:
-            return _serve(_Start(settings, spawn, process, sockets, pending))
+            return _serve(_Start(settings, spawn, process, listeners, pending))
         finally:
             assert spawn.latest is not None
             spawn.latest.clean_up()
@@ -87,31 +92,58 @@ class Spawn:
             self.workspace.remember(process.pid, process.segments)
 
 
-def bind(settings: Settings) -> list[socket.socket]:
-    """The listening sockets. Raises SettingsError for a port that is taken or an address that is not ours."""
-    host = settings.knobs.host
-    ports = dict.fromkeys((settings.knobs.port, settings.knobs.port_health))
-    sockets: list[socket.socket] = []
-    for port in ports:
-        if port is None:
-            continue
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-            listener.listen(BACKLOG)
-        except (OSError, UnicodeError) as error:
-            listener.close()
-            for other in sockets:
-                other.close()
-            why = getattr(error, "strerror", None) or error
-            raise SettingsError(
-                [f"can't listen on {host}, port {port} ({why}): set PORT (or --port), or SUPERVISOR_HOST"]
-            ) from error
-        listener.setblocking(False)
-        sockets.append(listener)
-    return sockets
+@dataclass(frozen=True, slots=True)
+class Listeners:
+    """Bound sockets. `front` is where clients come: the gateway's first, or the simulated RunPod's."""
+
+    gateway: tuple[socket.socket, ...]
+    simulator: socket.socket | None = None
+
+    @property
+    def front(self) -> socket.socket | None:
+        return self.simulator or next(iter(self.gateway), None)
+
+
+def bind(settings: Settings) -> Listeners:
+    """The listening sockets. Raises SettingsError for a port that is taken or an address that is not ours.
+
+    In queue mode the gateway has a port only where one was asked for: on RunPod's Hub, port 80 is the test runner's.
+    Outside of RunPod the port is the simulator's.
+    """
+    knobs = settings.knobs
+    health = [_listen(knobs.host, knobs.port_health)] if knobs.port_health not in (None, knobs.port) else []
+    if settings.mode == "queue":
+        if not settings.environ.get("RUNPOD_WEBHOOK_GET_JOB"):
+            return Listeners(tuple(health), simulator=_listen(knobs.host, knobs.port))
+        if not settings.asked_for("PORT"):
+            return Listeners(tuple(health))
+    return Listeners((_listen(knobs.host, knobs.port), *health))
+
+
+def _listen(host: str, port: int | None) -> socket.socket:
+    assert port is not None
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+    except (OSError, UnicodeError) as error:
+        listener.close()
+        why = getattr(error, "strerror", None) or error
+        raise SettingsError(
+            [f"can't listen on {host}, port {port} ({why}): set PORT (or --port), or SUPERVISOR_HOST"]
+        ) from error
+    listener.setblocking(False)
+    return listener
+
+
+def _listen_privately(path: Path) -> socket.socket:
+    """For the queue worker. The folder is ours alone (0700)."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(path))
+    listener.listen(BACKLOG)
+    listener.setblocking(False)
+    return listener
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +153,7 @@ class _Start:
     settings: Settings
     spawn: Spawn
     process: EngineProcess
-    sockets: list[socket.socket]
+    listeners: Listeners
     pending: list[int]
 
 
@@ -151,11 +183,13 @@ async def _run(start: _Start) -> int:
     from supervisor.gateway.policy import Policy  # noqa: PLC0415
     from supervisor.gateway.server import GatewayServer  # noqa: PLC0415
     from supervisor.gateway.upstream import Probe, Upstream, UpstreamError  # noqa: PLC0415
+    from supervisor.queue.child import Queue  # noqa: PLC0415
 
-    settings, knobs, sockets, workspace = start.settings, start.settings.knobs, start.sockets, start.spawn.workspace
+    settings, knobs, listeners, workspace = start.settings, start.settings.knobs, start.listeners, start.spawn.workspace
     log = logging.getLogger("supervisor")
     loop = asyncio.get_running_loop()
     upstream = Upstream(str(workspace.socket), loop)
+    queue: Queue | None = None
     gpu_before = await asyncio.to_thread(gpu.used)
 
     async def ask(path: str) -> tuple[int, bytes] | None:
@@ -183,6 +217,9 @@ async def _run(start: _Start) -> int:
     async def drain() -> bool:
         try:
             async with asyncio.timeout(knobs.drain_timeout):
+                if queue is not None:
+                    reserve = min(LAST_REPORTS, knobs.drain_timeout / 4)
+                    await queue.worker.finish(knobs.drain_timeout - reserve, reserve)
                 await gateway.drained()
         except TimeoutError:
             limit = f"{knobs.drain_timeout:g} s (SUPERVISOR_DRAIN_TIMEOUT)"
@@ -193,8 +230,10 @@ async def _run(start: _Start) -> int:
 
     def changed() -> None:
         gateway.engine_changed()
+        if queue is not None and engine.state.value in TOLD:
+            queue.worker.tell(engine.state.value)
         if engine.ready and not engine.restarts:
-            log.info("%s", invitation(settings, sockets))
+            log.info("%s", invitation(settings, listeners, queue.simulator.url if queue and queue.simulator else ""))
 
     engine = Engine(
         start.process,
@@ -219,7 +258,7 @@ async def _run(start: _Start) -> int:
     )
     facts = {
         "model": settings.model.value,
-        "mode": "http",
+        "mode": settings.mode,
         "vllm_version": settings.vllm.version,
         "command": start.spawn.mask.command(start.spawn.command.argv),
     }
@@ -236,11 +275,21 @@ async def _run(start: _Start) -> int:
         loop.add_signal_handler(number, engine.stop, number)
     for heard in start.pending:
         engine.stop(heard)
-    log.info("starting %s on http://%s", settings.model.value, address(sockets[0]))
+    where = f" on http://{address(listeners.front)}" if listeners.front else ""
+    log.info("starting %s%s", settings.model.value, where or ", for RunPod's queue")
     server = GatewayServer(gateway, KEEP_ALIVE, CLOSE_PATIENCE)
+    sockets = list(listeners.gateway)
     async with asyncio.TaskGroup() as group:
+        if settings.mode == "queue":
+            path = workspace.path / "gateway.sock"
+            sockets.append(_listen_privately(path))
+            queue = Queue.start(settings, listeners.simulator, str(path), served_name(settings))
+            group.create_task(queue.worker.run())
         group.create_task(server.run_on(sockets))
         code = await engine.run()
+        if queue is not None:
+            await queue.worker.finish(LAST_REPORTS, LAST_REPORTS)
+            queue.stop()
         server.should_exit = True
     upstream.close()
     return code
@@ -259,13 +308,21 @@ def served_name(settings: Settings) -> str:
     return str(settings.model.value)
 
 
-def invitation(settings: Settings, sockets: list[socket.socket]) -> str:
+def invitation(settings: Settings, listeners: Listeners, simulator: str) -> str:
     """What to do now that it serves: the URL, and a line to paste."""
-    host, port = sockets[0].getsockname()[:2]
+    chat = {"messages": [{"role": "user", "content": "What are you?"}]}
+    if simulator:
+        request = (
+            f"{simulator}/runsync -H 'Content-Type: application/json' -d {shlex.quote(json.dumps({'input': chat}))}"
+        )
+        return f"ready: a simulated RunPod endpoint, {simulator}\n  curl {request}"
+    if not listeners.gateway:
+        return f"ready: up to {settings.knobs.max_concurrency} of RunPod's jobs at once"
+    host, port = listeners.gateway[0].getsockname()[:2]
     if host in ("0.0.0.0", "::"):  # noqa: S104  # compared, not bound
         host = "127.0.0.1"
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    body = json.dumps({"model": served_name(settings), "messages": [{"role": "user", "content": "What are you?"}]})
+    body = json.dumps({"model": served_name(settings), **chat})
     key = ' -H "Authorization: Bearer $KEY"' if settings.knobs.api_keys else ""
     request = f"{url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
     return f"ready: {url}\n  curl {request}"

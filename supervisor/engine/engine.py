@@ -112,6 +112,10 @@ class Engine:
         return self.state in OVER
 
     @property
+    def draining(self) -> bool:
+        return self.state is State.DRAINING
+
+    @property
     def explanation(self) -> str:
         elapsed = time.monotonic() - self.phases.start
         if self.state is State.STARTING:

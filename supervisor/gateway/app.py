@@ -42,6 +42,10 @@ class EngineView(Protocol):
         """Draining, stopped or failed: no request that arrives now can be answered."""
 
     @property
+    def draining(self) -> bool:
+        """The engine still answers what was there before the signal came."""
+
+    @property
     def explanation(self) -> str:
         """Why it is not ready, in a sentence for a client: the phase while it loads, the cause when it failed."""
 
@@ -93,6 +97,8 @@ class Gateway:
 
     def check(self, exchange: Exchange) -> Refusal | None:
         """The seam of keys, routes, limits and admission: may this request go on?"""
+        if exchange.protocol.private:  # RunPod asked for the key; a job that was taken is done even while we drain
+            return self.unavailable() if self.engine.over and not self.engine.draining else None
         refusal = self.policy.check(exchange.path, exchange.headers)
         if refusal is None and self.engine.over:
             refusal = self.unavailable()
@@ -100,7 +106,8 @@ class Gateway:
 
     def admit(self, exchange: Exchange) -> None:
         """Sends the request on, or lets it wait its turn behind those that came before."""
-        if self.admission.limit is None or self.active < self.admission.limit:
+        # How many jobs run at once is the queue worker's to keep; the requests of a job's batch wait in vLLM.
+        if self.admission.limit is None or self.active < self.admission.limit or exchange.protocol.private:
             self._go(exchange)
         elif len(self.queued) < self.admission.waiting:
             timer = self.upstream.loop.call_later(self.hold_timeout, self._held_too_long, exchange)
@@ -121,7 +128,7 @@ class Gateway:
     def _go(self, exchange: Exchange) -> None:
         self.active += 1
         exchange.admitted = True
-        if self.open:
+        if self.open or self.engine.draining:
             self.upstream.send(exchange)
         else:
             self.hold(exchange)
@@ -162,7 +169,7 @@ class Gateway:
         if exchange.admitted:
             exchange.admitted = False
             self.active -= 1
-            if self.queued and not self.engine.over:
+            if self.queued and (self.engine.draining or not self.engine.over):
                 following = next(iter(self.queued))
                 self.queued.pop(following).cancel()
                 self._go(following)
@@ -208,7 +215,8 @@ class Gateway:
         elif self.engine.over:
             self.closing = True
             for exchange in [*self.held, *self.queued]:
-                exchange.refuse(self.unavailable())
+                if not (self.engine.draining and exchange.protocol.private):
+                    exchange.refuse(self.unavailable())
 
     async def drained(self) -> None:
         """Returns when no request is in flight."""

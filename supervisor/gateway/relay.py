@@ -7,7 +7,9 @@ pipelining and graceful shutdown stay uvicorn's.
 
 from __future__ import annotations
 
+import asyncio
 import os
+import socket
 from typing import TYPE_CHECKING, Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -27,8 +29,14 @@ class RelayProtocol(HttpToolsProtocol):
         self.gateway = cast("Gateway", self.app)
         self.incoming: Exchange | None = None  # whose body is arriving
         self.answering: Exchange | None = None  # whose answer is leaving
+        self.private = False  # from the queue worker, over a socket that nobody else can open
 
     # asyncio's callbacks
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        found = transport.get_extra_info("socket")
+        self.private = found is not None and found.family == socket.AF_UNIX
 
     def connection_lost(self, exc: Exception | None) -> None:
         for exchange in (self.answering, *(cycle for cycle, _ in self.pipeline)):

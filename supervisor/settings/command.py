@@ -12,7 +12,7 @@ from supervisor.settings.sources import MASK, Settings
 
 # Variables that vLLM has no business to see: ours, and RunPod's secrets (a process list of the child shows them).
 WITHHELD_PREFIXES = ("SUPERVISOR_", "RUNPOD_WEBHOOK_")
-WITHHELD = frozenset({"RUNPOD_AI_API_KEY", "RUNPOD_API_KEY"})
+WITHHELD = frozenset({"RUNPOD_AI_API_KEY", "RUNPOD_API_KEY", "RUNPOD_ENDPOINT_SECRET"})
 
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|(^|_)KEYS?($|_)|API_?KEY")
 # What a token looks like where its variable's name does not say so: the hub's, OpenAI's, RunPod's; a URL's password.

@@ -82,7 +82,9 @@ class Knob:
 
 
 KNOBS = (
-    Knob("SUPERVISOR_MODE", "auto", choice("auto", "http", "queue"), "what to serve: HTTP, or RunPod's queue"),
+    Knob(
+        "SUPERVISOR_MODE", "auto", choice("auto", "http", "queue"), "what to serve: HTTP, or RunPod's queue"
+    ),  # stays first
     Knob("SUPERVISOR_HOST", "127.0.0.1", text, "where the gateway listens (in the image: 0.0.0.0)"),
     Knob("PORT", "8000", port, "the gateway's port"),
     Knob("PORT_HEALTH", None, port, "a second port for health checks"),
@@ -92,10 +94,15 @@ KNOBS = (
     Knob("SUPERVISOR_STALL_TIMEOUT", "120", seconds, "no progress for this long with work in flight: vLLM hangs"),
     Knob("SUPERVISOR_MAX_RESTARTS", "5", count, "how often vLLM is started again ..."),
     Knob("SUPERVISOR_RESTART_WINDOW", "600", seconds, "... within this time, before it is given up"),
-    Knob("SUPERVISOR_ON_FAILURE", "exit", choice("exit", "serve"), "then: leave with 3 or 4, or stay and tell why"),
+    Knob(
+        "SUPERVISOR_ON_FAILURE",
+        "exit",
+        choice("exit", "serve"),
+        "then: leave with 3 or 4, or stay and tell why (queue: serve)",
+    ),
     Knob("SUPERVISOR_HOLD_TIMEOUT", "120", seconds, "how long a request may wait for an engine that is starting"),
     Knob("SUPERVISOR_DRAIN_TIMEOUT", "30", seconds, "how long in-flight work may finish after SIGTERM"),
-    Knob("SUPERVISOR_MAX_CONCURRENCY", None, count, "how many requests may run at once; unset: no limit"),
+    Knob("SUPERVISOR_MAX_CONCURRENCY", None, count, "how many requests may run at once; unset: no limit (queue: 30)"),
     Knob("SUPERVISOR_MAX_WAITING", "1000", count, "how many more may wait for that, before a 429"),
     Knob("SUPERVISOR_API_KEYS", None, keys, "keys that clients must give, between commas, or @file", secret=True),
     Knob("SUPERVISOR_LOG_FORMAT", "text", choice("text", "json"), "our own log lines: text or json"),

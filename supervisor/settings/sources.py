@@ -20,6 +20,8 @@ from supervisor.settings.catalogue import BadValue, Catalogue, Option
 from supervisor.settings.knobs import KNOBS, Knob, Knobs
 from supervisor.settings.vllm import Vllm, VllmError, find
 
+# In queue mode a failed worker is better off telling the cause in each job than in a loop of starts that are paid for.
+QUEUE_DEFAULTS = {"SUPERVISOR_ON_FAILURE": "serve", "SUPERVISOR_MAX_CONCURRENCY": "30"}
 CONFIG_NAME = "config.yaml"
 MASK = "****"
 
@@ -68,6 +70,7 @@ class Settings:
     """Everything the user asked for. Nothing reads the environment after this."""
 
     model: Setting
+    mode: str  # http or queue
     options: tuple[tuple[Option, Setting], ...]
     knobs: Knobs
     knob_settings: tuple[Setting, ...]
@@ -77,6 +80,10 @@ class Settings:
     cache: Path
     notes: tuple[str, ...]
     environ: Mapping[str, str] = field(repr=False)
+
+    def asked_for(self, variable: str) -> bool:
+        """Whether the user set one of the supervisor's own settings."""
+        return any(knob.name == variable and not knob.source.startswith("default") for knob in self.knob_settings)
 
 
 def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
@@ -103,7 +110,11 @@ class _Gathering:
         self.file = {_normal(key): value for key, value in content.items()}
 
     def settings(self) -> Settings:
-        knob_settings = tuple(self._knob(knob) for knob in KNOBS)
+        first, *others = KNOBS
+        asked = self._knob(first)
+        mode = self._mode(asked.value)
+        defaults = QUEUE_DEFAULTS if mode == "queue" else {}
+        knob_settings = (asked, *(self._knob(knob, defaults.get(knob.variable)) for knob in others))
         knobs = Knobs(**{knob.field: setting.value for knob, setting in zip(KNOBS, knob_settings, strict=True)})
         self._known({knob.field for knob in KNOBS}, self.file_knobs, "supervisor.")
         cache = self._cache(knobs)
@@ -112,12 +123,20 @@ class _Gathering:
         options = self._options(catalogue, demo.DEFAULTS if is_demo else {}) if catalogue else ()
         vllm_args = (*(knobs.extra_args or ()), *self.arguments.vllm_args)
         self._check_raw(vllm_args)
-        if self._wants_queue(knobs):
-            self.problems.append("queue mode is not there yet: set SUPERVISOR_MODE=http")
         if self.problems or vllm is None or model is None:
             raise SettingsError(self.problems)
         return Settings(
-            model, options, knobs, knob_settings, vllm_args, vllm, is_demo, cache, tuple(self.notes), dict(self.environ)
+            model,
+            mode,
+            options,
+            knobs,
+            knob_settings,
+            vllm_args,
+            vllm,
+            is_demo,
+            cache,
+            tuple(self.notes),
+            dict(self.environ),
         )
 
     # The sources
@@ -168,12 +187,14 @@ class _Gathering:
 
     # The parts of the settings
 
-    def _knob(self, knob: Knob) -> Setting:
+    def _knob(self, knob: Knob, queue_default: str | None = None) -> Setting:
         found = self._candidates(knob.variable, knob.field, self.file_knobs, "supervisor.")
         asked = getattr(self.arguments, knob.field, None) if knob.field in ("mode", "host", "port") else None
         if asked:
             found.insert(0, (f"command line --{knob.field}", asked))
-        if knob.default is not None:
+        if queue_default is not None:
+            found.append(("default of queue mode", queue_default))
+        elif knob.default is not None:
             found.append(("default", knob.default))
         if not found:
             return Setting(knob.variable, None, "default")
@@ -255,11 +276,12 @@ class _Gathering:
             if token.startswith("--") and key in OWNED:
                 self.problems.append(f"{token.partition('=')[0]} can't be passed to vLLM: {OWNED[key]}")
 
-    def _wants_queue(self, knobs: Knobs) -> bool:
-        if knobs.mode != "auto":
-            return knobs.mode == "queue"
+    def _mode(self, asked: object) -> str:
+        """http or queue. RunPod's load balancer may give its workers a queue's address as well."""
+        if asked in ("http", "queue"):
+            return str(asked)
         balanced = self.environ.get("PORT_HEALTH") or self.environ.get("HEALTH_CHECK_PATH")
-        return bool(self.environ.get("RUNPOD_WEBHOOK_GET_JOB")) and not balanced
+        return "queue" if self.environ.get("RUNPOD_WEBHOOK_GET_JOB") and not balanced else "http"
 
 
 def _overrode(found: list[tuple[str, Any]], secret: bool = False) -> tuple[str, ...]:

@@ -221,10 +221,30 @@ def test_no_model_on_a_laptop_is_the_demo(folder: Path, monkeypatch: pytest.Monk
     assert build(settings, "s", "f").environ["VLLM_CPU_KVCACHE_SPACE"] == "1"
 
 
-def test_queue_mode_is_said_to_be_missing(folder: Path) -> None:
-    assert any("queue mode" in problem for problem in problems(folder, SUPERVISOR_MODE="queue"))
-    assert any("queue mode" in problem for problem in problems(folder, RUNPOD_WEBHOOK_GET_JOB="http://127.0.0.1/"))
-    assert read(folder, RUNPOD_WEBHOOK_GET_JOB="http://127.0.0.1/", PORT_HEALTH="80").knobs.port_health == 80
+@pytest.mark.parametrize(
+    ("mode", "environ"),
+    [
+        ("http", {}),
+        ("queue", {"SUPERVISOR_MODE": "queue"}),
+        ("queue", {"RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1/"}),
+        # A load balancer's worker asks to be looked at; it may have been given a queue's address all the same.
+        ("http", {"RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1/", "PORT_HEALTH": "80"}),
+        ("http", {"RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1/", "HEALTH_CHECK_PATH": "/ping"}),
+        ("http", {"RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1/", "SUPERVISOR_MODE": "http"}),
+    ],
+)
+def test_mode(folder: Path, mode: str, environ: dict[str, str]) -> None:
+    assert read(folder, **environ).mode == mode
+
+
+def test_queue_mode_has_defaults_of_its_own(folder: Path) -> None:
+    queue = read(folder, SUPERVISOR_MODE="queue")
+    assert (queue.knobs.on_failure, queue.knobs.max_concurrency) == ("serve", 30)
+    assert not queue.asked_for("SUPERVISOR_ON_FAILURE")
+    asked = read(folder, SUPERVISOR_MODE="queue", SUPERVISOR_ON_FAILURE="exit", MAX_CONCURRENCY="7")
+    assert (asked.knobs.on_failure, asked.knobs.max_concurrency) == ("exit", 7)
+    assert asked.asked_for("SUPERVISOR_ON_FAILURE")
+    assert (read(folder).knobs.on_failure, read(folder).knobs.max_concurrency) == ("exit", None)
 
 
 # What is not the user's to set

@@ -1,0 +1,188 @@
+"""The queue worker as the supervisor sees it: a child that is told the engine's state, and started again when it dies.
+
+It is told through its standard input, a word per line; that this ends is how it learns of our death.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from supervisor.settings.sources import Settings
+
+# Seconds before a worker that died is started again: the first, the longest; after so long it counts as healthy.
+FIRST_RESTART, SLOWEST_RESTART, HEALTHY_AFTER = 0.5, 30.0, 60.0
+LEVELS = frozenset({"NOTSET", "TRACE", "DEBUG", "INFO", "WARN", "ERROR"})
+
+
+def environment(environ: Mapping[str, str], address: str, model: str, jobs: int, *, llm: bool) -> dict[str, str]:
+    """What the worker is started with: RunPod's own variables, made safe for the SDK, and the gateway's address.
+
+    The SDK reads most of these while it is imported, and has no other way to be told.
+    """
+    found = dict(environ)
+    # By default it logs every token. RunPod sets RUNPOD_DEBUG_LEVEL; a level that it does not know ends its import.
+    if found.get("RUNPOD_LOG_LEVEL") not in LEVELS:
+        found["RUNPOD_LOG_LEVEL"] = "INFO"
+    # Its checks import torch and take memory on each GPU after vLLM has filled it. Ours come before: queue/fitness.py.
+    found.setdefault("RUNPOD_SKIP_AUTO_SYSTEM_CHECKS", "true")
+    found.setdefault("RUNPOD_SKIP_GPU_CHECK", "true")
+    # Below 1000 ms it becomes zero, and the heartbeat dies of that without a word.
+    interval = found.get("RUNPOD_PING_INTERVAL", "")
+    if interval and (not interval.isdigit() or int(interval) < 1000):
+        found["RUNPOD_PING_INTERVAL"] = "1000" if interval.isdigit() else "10000"
+    # The Hub's tests give an address without a query, to which the SDK appends `&...`, and the variable unexpanded.
+    take = found["RUNPOD_WEBHOOK_GET_JOB"].replace("$RUNPOD_POD_ID", found.get("RUNPOD_POD_ID") or "local")
+    found["RUNPOD_WEBHOOK_GET_JOB"] = take if "?" in take else f"{take}?"
+    # With this it would serve HTTP instead of the queue.
+    found.pop("RUNPOD_REALTIME_PORT", None)
+    return found | {
+        "SUPERVISOR_QUEUE_SOCKET": address,
+        "SUPERVISOR_QUEUE_MODEL": model,
+        "SUPERVISOR_QUEUE_JOBS": str(jobs),
+        "SUPERVISOR_QUEUE_SHAPE": "llm" if llm else "",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def simulated(url: str) -> dict[str, str]:
+    """What RunPod would set, for a worker of the simulator at `url` (`http://127.0.0.1:8000/v2/local`)."""
+    return {
+        "RUNPOD_POD_ID": "local",
+        "RUNPOD_ENDPOINT_ID": "local",
+        "RUNPOD_AI_API_KEY": "local",
+        "RUNPOD_PING_INTERVAL": "4000",
+        "RUNPOD_WEBHOOK_GET_JOB": f"{url}/job-take/$ID?gpu=local",
+        "RUNPOD_WEBHOOK_POST_OUTPUT": f"{url}/job-done/$RUNPOD_POD_ID/$ID?gpu=local",
+        "RUNPOD_WEBHOOK_POST_STREAM": f"{url}/job-stream/$RUNPOD_POD_ID/$ID?gpu=local",
+        "RUNPOD_WEBHOOK_PING": f"{url}/ping/$RUNPOD_POD_ID?gpu=local",
+    }
+
+
+class Simulator:
+    """RunPod's side of the queue, as a process beside us, on a socket that is bound already."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        host, port = listener.getsockname()[:2]
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v2/local"
+        self.child = subprocess.Popen(
+            [sys.executable, "-m", "supervisor.queue.simulator", "--fd", str(listener.fileno()), "--with-parent"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[listener.fileno()],
+            process_group=0,
+        )
+
+    def stop(self) -> None:
+        """When nobody is left to post to it."""
+        self.child.terminate()
+        self.child.wait()
+
+
+class QueueWorker:
+    """`run()` keeps it alive until `finish()`; `tell()` passes on the engine's state."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self.environ = environ
+        self.log = logging.getLogger("supervisor.queue")
+        self.word = "starting"
+        self.restarts = 0
+        self.child: subprocess.Popen[bytes] | None = None
+        self._ended = asyncio.Event()
+        self._finishing = False
+
+    def tell(self, word: str) -> None:
+        """starting, ready, restarting, failed; draining: take nothing more, and leave when all is done; expire: fail
+        what still runs, and leave."""
+        self.word = word
+        if self.child is not None and self.child.stdin is not None:
+            with contextlib.suppress(OSError):  # it is dead, or about to be: the next one is told
+                os.write(self.child.stdin.fileno(), f"{word}\n".encode())
+
+    async def run(self) -> None:
+        delay = FIRST_RESTART
+        while not self._finishing:
+            began = time.monotonic()
+            code = await self._once()
+            if self._finishing:
+                break
+            delay = FIRST_RESTART if time.monotonic() - began > HEALTHY_AFTER else min(delay * 2, SLOWEST_RESTART)
+            self.log.error("the queue worker ended (%s), the jobs it had are lost: again in %.1f s", _how(code), delay)
+            self.restarts += 1
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay):
+                    await self._ended.wait()
+        self._ended.set()
+
+    async def _once(self) -> int:
+        self.child = subprocess.Popen(  # noqa: ASYNC220  # a thread waits for it, as for vLLM
+            [sys.executable, "-m", "supervisor.queue.worker"],
+            env=self.environ,
+            stdin=subprocess.PIPE,
+            process_group=0,  # Ctrl-C is for the supervisor; with its heartbeat it ends as one
+        )
+        self.tell(self.word)
+        try:
+            return await asyncio.to_thread(self.child.wait)
+        finally:
+            child, self.child = self.child, None
+            self._sweep(child)
+
+    def _sweep(self, child: subprocess.Popen[bytes]) -> None:
+        """Its heartbeat dies with it, by itself; should it not, RunPod would think that the worker lives."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-child.pid, os.WNOHANG)[0]:
+                pass
+        if child.stdin is not None:
+            with contextlib.suppress(OSError):
+                child.stdin.close()
+
+    async def finish(self, patience: float, reserve: float) -> None:
+        """Lets it end its jobs for `patience` seconds, then has it report the others as failed for `reserve` more."""
+        self._finishing = True
+        for word, seconds in (("draining", patience), ("expire", reserve)):
+            self.tell(word)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._ended.wait()
+                    return
+        if self.child is not None:
+            self.log.warning("the queue worker did not end: killed")
+            self.child.kill()
+
+
+def _how(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """What runs beside the gateway in queue mode: the worker, and outside of RunPod its simulator."""
+
+    worker: QueueWorker
+    simulator: Simulator | None
+
+    @classmethod
+    def start(cls, settings: Settings, simulated_on: socket.socket | None, address: str, model: str) -> Queue:
+        """The simulator takes over `simulated_on`; the worker asks the gateway at the unix socket `address`."""
+        simulator = Simulator(simulated_on) if simulated_on is not None else None
+        environ = {**settings.environ, **(simulated(simulator.url) if simulator is not None else {})}
+        # Who names the model as runpod-LLM does has clients who know its answers.
+        llm = settings.model.source.endswith("LLM_MODEL")
+        jobs = settings.knobs.max_concurrency or 1
+        return cls(QueueWorker(environment(environ, address, model, jobs, llm=llm)), simulator)
+
+    def stop(self) -> None:
+        if self.simulator is not None:
+            self.simulator.stop()

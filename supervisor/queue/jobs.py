@@ -1,0 +1,363 @@
+"""RunPod jobs: an input -> the HTTP requests that it stands for; their answers -> the job's result. Pure: no I/O.
+
+The shapes are those that users of worker-vllm and of runpod-LLM send; `docs/jobs.md` shows each with its result.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from urllib.parse import quote, urlencode
+
+JSON = dict[str, Any]
+DEFAULT_ROUTE = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+# vLLM stops a completion after 16 tokens where nobody says otherwise, which no user of these shapes means.
+COMPLETION_TOKENS = 512
+# The client's connection is not ours: what belongs to it does not go to vLLM. RunPod's key is no key of vLLM's.
+OWN_HEADERS = frozenset(
+    {"authorization", "connection", "content-length", "expect", "host", "te", "transfer-encoding", "upgrade"}
+)
+# Fields of the short shape that are for the worker and not for vLLM; worker-vllm before 2026 read the last three.
+WORKER_FIELDS = frozenset(
+    {
+        "messages", "prompt", "sampling_params", "apply_chat_template",
+        "max_batch_size", "min_batch_size", "batch_size_growth_factor",
+    }
+)  # fmt: skip
+# What runpod-LLM assumed where a request says nothing.
+LLM_DEFAULTS = {"temperature": 0.7, "top_p": 1.0, "max_tokens": 512}
+LLM_MODES = {"chat": "chat", "complete": "complete", "completion": "complete", "json": "json"}
+LLM_MARKS = frozenset({"mode", "json_schema", "schema", "regex", "guided_regex"})
+# Its own fields. `best_of` is gone from vLLM; a batch's answer is one object, so nothing streams.
+LLM_FIELDS = LLM_MARKS | {"messages", "prompt", "best_of", "stream", "stream_options", "requests"}
+SHAPES = "openai_route, route, messages, prompt, mode, requests"
+
+
+class JobError(Exception):
+    """Why a job fails, as an OpenAI error object with the HTTP status beside it."""
+
+    def __init__(
+        self,
+        message: str,
+        status: int = 400,
+        kind: str = "invalid_request_error",
+        param: object = None,
+        code: object = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.kind = kind
+        self.param = param
+        self.code = code
+
+    @property
+    def text(self) -> str:
+        content = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        return json.dumps({**content, "status": self.status}, ensure_ascii=False)
+
+    @classmethod
+    def of_answer(cls, status: int, body: bytes) -> JobError:
+        """From what vLLM or the gateway answered: OpenAI's shape, Anthropic's, FastAPI's, or plain text."""
+        try:
+            content = json.loads(body)
+        except ValueError:
+            content = None
+        error = content.get("error", content.get("detail")) if isinstance(content, dict) else None
+        if isinstance(error, dict) and isinstance(error.get("message"), str):
+            kind = error.get("type") or "error"
+            return cls(error["message"], status, str(kind), error.get("param"), error.get("code"))
+        text = error if isinstance(error, str) else body.decode("utf-8", "replace").strip() or "no further word"
+        return cls(f"HTTP {status}: {text[:2000]}", status, "upstream_error")
+
+
+class Request(NamedTuple):
+    """What goes to the gateway. `path` has its query; `body` None means none."""
+
+    method: str
+    path: str
+    headers: tuple[tuple[str, str], ...] = ()
+    body: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One request, passed on as it comes; or, with `shape`, one whose JSON answer is reshaped; or a batch of these.
+
+    `as_list`: the result is a list of what came, as worker-vllm's users know it; else it is the object itself.
+    """
+
+    request: Request | None
+    shape: Callable[[JSON], JSON] | None = None
+    batch: tuple[Job | JobError, ...] = ()
+    as_list: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Reads inputs. `model` is put where a body names none; `llm`: `messages` alone means runpod-LLM's shape."""
+
+    model: str
+    llm: bool = False
+
+    def read(self, content: object) -> Job:
+        """Raises JobError, which says what is wrong with the input."""
+        if not isinstance(content, dict) or not content:
+            raise JobError(f"The job's input must be an object with one of: {SHAPES}.")
+        if "requests" in content:
+            return self._batch(content["requests"])
+        return self._single(content, self.llm)
+
+    def _batch(self, items: object) -> Job:
+        if not isinstance(items, list) or not items:
+            raise JobError("requests must be a list with at least one request.", param="requests")
+
+        def read(item: object) -> Job | JobError:
+            if not isinstance(item, dict):
+                return JobError("Each of requests must be an object.", param="requests")
+            if "requests" in item:
+                return JobError("A batch can't hold another one.", param="requests")
+            try:
+                return self._single(_unstreamed(item), llm=True)
+            except JobError as error:
+                return error
+
+        return Job(None, batch=tuple(map(read, items)), as_list=False)
+
+    def _single(self, content: JSON, llm: bool) -> Job:
+        if content.get("openai_input"):
+            route = content.get("openai_route") or DEFAULT_ROUTE
+            return Job(self._request("POST", route, self._json_body(content["openai_input"], "openai_input")))
+        if content.get("openai_route"):
+            return Job(self._request("GET", content["openai_route"]))
+        if content.get("route"):
+            return Job(self._route(content))
+        if "messages" not in content and "prompt" not in content:
+            raise JobError(f"The job's input has none of: {SHAPES}.")
+        if LLM_MARKS & content.keys() or (llm and "sampling_params" not in content):
+            return self._llm(content)
+        return Job(self._short(content))
+
+    # Any route
+
+    def _route(self, content: JSON) -> Request:
+        body, headers = content.get("body"), _headers(content.get("headers"))
+        if content.get("files"):
+            form, form_type = _form(content["files"], self._with_model(body if isinstance(body, dict) else {}))
+            data: bytes | None = form
+            headers = (*_without(headers, "content-type"), ("Content-Type", form_type))
+        elif isinstance(body, dict) and body.keys() == {"content_type", "base64"}:  # as binary results come out
+            data = _binary(body["base64"], "body")
+            headers = (*_without(headers, "content-type"), ("Content-Type", _header(body["content_type"])))
+        elif body is None:
+            data = None
+        elif isinstance(body, str):
+            data = body.encode("utf-8", "replace")
+        else:
+            data = self._json_body(body, "body")
+            headers = (*_without(headers, "content-type"), ("Content-Type", "application/json"))
+        method = content.get("method") or ("GET" if data is None else "POST")
+        if not isinstance(method, str) or not method.isalpha():
+            raise JobError("method must be an HTTP method, such as POST.", param="method")
+        path = _path(content["route"])
+        if query := content.get("query"):
+            text = (
+                urlencode(query, doseq=True) if isinstance(query, dict) else quote(str(query), safe="=&%+,:/?@!$'()*;~")
+            )
+            path += ("&" if "?" in path else "?") + text
+        return Request(method.upper(), path, headers, data)
+
+    def _request(self, method: str, route: object, body: bytes | None = None) -> Request:
+        return Request(method, _path(route), (("Content-Type", "application/json"),) if body is not None else (), body)
+
+    def _json_body(self, content: object, name: str) -> bytes:
+        if isinstance(content, str):  # some clients encode it twice
+            try:
+                content = json.loads(content)
+            except ValueError as error:
+                raise JobError(f"{name} is text that is no JSON ({error}).", param=name) from None
+        if isinstance(content, dict):
+            content = self._with_model(content)
+        return json.dumps(content).encode()
+
+    def _with_model(self, body: JSON) -> JSON:
+        return body if body.get("model") else {**body, "model": self.model}
+
+    # worker-vllm's short shape
+
+    def _short(self, content: JSON) -> Request:
+        sampling = content.get("sampling_params") or {}
+        if not isinstance(sampling, dict):
+            raise JobError("sampling_params must be an object.", param="sampling_params")
+        beside = {name: value for name, value in content.items() if name not in WORKER_FIELDS}
+        body = {**beside, **sampling}
+        messages, prompt = content.get("messages"), content.get("prompt")
+        if not messages and isinstance(prompt, str) and content.get("apply_chat_template") in (True, "true"):
+            messages = [{"role": "user", "content": prompt}]
+        if messages:
+            return self._request("POST", DEFAULT_ROUTE, self._json_body({"messages": messages, **body}, "input"))
+        if prompt is None:
+            raise JobError("messages is empty, and there is no prompt.", param="messages")
+        body.setdefault("max_tokens", COMPLETION_TOKENS)
+        return self._request("POST", COMPLETIONS, self._json_body({"prompt": prompt, **body}, "input"))
+
+    # runpod-LLM's shape
+
+    def _llm(self, content: JSON) -> Job:
+        asked = str(content.get("mode") or ("chat" if not _wants_json(content) else "json")).lower()
+        mode = LLM_MODES.get(asked)
+        if mode is None:
+            raise JobError(f"mode {asked!r} is not one of: {', '.join(LLM_MODES)}.", param="mode")
+        messages, prompt = content.get("messages"), content.get("prompt")
+        body = {name: value for name, value in content.items() if name not in LLM_FIELDS and value is not None}
+        body = {**LLM_DEFAULTS, **body}
+        if mode == "json":
+            body.update(_constraint(content))
+        if mode == "complete" or not messages:
+            if prompt is None:
+                wanted = "prompt" if mode == "complete" else "messages" if mode == "chat" else "messages or prompt"
+                raise JobError(f"mode {mode} needs {wanted}.", param=wanted.split(maxsplit=1)[0])
+            if mode == "chat":
+                body["messages"], route = [{"role": "user", "content": prompt}], DEFAULT_ROUTE
+            else:
+                body["prompt"], route = prompt, COMPLETIONS
+        else:
+            body["messages"], route = messages, DEFAULT_ROUTE
+        request = self._request("POST", route, self._json_body(body, "input"))
+        return Job(request, shape=lambda answer: llm_result(answer, mode), as_list=False)
+
+
+def _unstreamed(item: JSON) -> JSON:
+    """A stream has no place in a batch's list of results: one object for each item."""
+    whole = {name: value for name, value in item.items() if name != "stream"}
+    for name in ("openai_input", "body"):
+        if isinstance(whole.get(name), dict) and "stream" in whole[name]:
+            whole[name] = {**whole[name], "stream": False}
+    return whole
+
+
+def _wants_json(content: JSON) -> bool:
+    return any(content.get(name) for name in ("json_schema", "schema", "regex", "guided_regex"))
+
+
+def _constraint(content: JSON) -> JSON:
+    schema = content.get("json_schema") or content.get("schema")
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except ValueError as error:
+            raise JobError(f"The schema is text that is no JSON ({error}).", param="json_schema") from None
+    if schema:
+        if not isinstance(schema, dict):
+            raise JobError("The schema must be an object.", param="json_schema")
+        if isinstance(schema.get("schema"), dict) and "type" not in schema:  # OpenAI's {"name", "schema"}
+            return {"response_format": {"type": "json_schema", "json_schema": {"name": "result", **schema}}}
+        return {"response_format": {"type": "json_schema", "json_schema": {"name": "result", "schema": schema}}}
+    if pattern := content.get("regex") or content.get("guided_regex"):
+        return {"structured_outputs": {"regex": pattern}}
+    return {"response_format": {"type": "json_object"}}
+
+
+def llm_result(answer: JSON, mode: str) -> JSON:
+    """An OpenAI answer as runpod-LLM's clients know it: `mode`, three counts of tokens, and in json mode the value."""
+    choices = []
+    for index, choice in enumerate(answer.get("choices") or []):
+        kept: JSON = {"index": choice.get("index", index), "finish_reason": choice.get("finish_reason")}
+        if "message" in choice:
+            message = choice["message"] or {}
+            kept["message"] = {"role": message.get("role", "assistant"), "content": message.get("content")}
+            if message.get("tool_calls"):
+                kept["message"]["tool_calls"] = message["tool_calls"]
+            text = message.get("content")
+        else:
+            text = kept["text"] = choice.get("text")
+        if mode == "json":
+            try:
+                kept["json"] = json.loads(text or "")
+            except ValueError as error:
+                kept["json_parse_error"] = str(error)
+        choices.append(kept)
+    usage = answer.get("usage") or {}
+    counts = {name: usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
+    return {"id": answer.get("id"), "model": answer.get("model"), "mode": mode, "choices": choices, "usage": counts}
+
+
+def batch_result(model: str, results: list[object]) -> JSON:
+    return {"model": model, "count": len(results), "results": results}
+
+
+# Pieces of requests
+
+
+def _path(route: object) -> str:
+    if (
+        not isinstance(route, str)
+        or "://" in route.partition("?")[0]
+        or any(ord(c) <= 32 or ord(c) == 127 for c in route)
+    ):
+        raise JobError("The route must be a path, such as /v1/chat/completions.", param="route")
+    path = route if route.startswith("/") else f"/{route}"
+    if path.startswith("/openai/"):  # as it is in the endpoint's URL
+        path = path.removeprefix("/openai")
+    return quote(path, safe="/?=&%+,:;@!$'()*~-._[]")
+
+
+def _header(value: object) -> str:
+    text = str(value)
+    if any(ord(c) < 32 or ord(c) > 255 or ord(c) == 127 for c in text):
+        raise JobError("A header has a character that HTTP does not allow.", param="headers")
+    return text
+
+
+def _headers(content: object) -> tuple[tuple[str, str], ...]:
+    if content is None:
+        return ()
+    if not isinstance(content, dict):
+        raise JobError("headers must be an object.", param="headers")
+    found = []
+    for name, value in content.items():
+        if not name or not all(c.isascii() and (c.isalnum() or c in "-_.!#$%&'*+^`|~") for c in name):
+            raise JobError(f"{name!r} is no name of a header.", param="headers")
+        if name.lower() not in OWN_HEADERS:
+            found.append((name, _header(value)))
+    return tuple(found)
+
+
+def _without(headers: tuple[tuple[str, str], ...], name: str) -> tuple[tuple[str, str], ...]:
+    return tuple(header for header in headers if header[0].lower() != name)
+
+
+def _binary(text: object, name: str) -> bytes:
+    try:
+        if not isinstance(text, str):
+            raise TypeError
+        return base64.b64decode(text, validate=True)
+    except (TypeError, ValueError, binascii.Error):
+        raise JobError(f"{name} has base64 that is none.", param=name) from None
+
+
+def _form(files: object, fields: Mapping[str, Any]) -> tuple[bytes, str]:
+    """multipart/form-data, as the audio routes want it. `files`: name -> {"base64", "filename"?, "content_type"?}."""
+    from urllib3.filepost import encode_multipart_formdata  # noqa: PLC0415  # most jobs have no files
+
+    if not isinstance(files, dict):
+        raise JobError('files must be an object: {"file": {"base64": ..., "filename": ...}}.', param="files")
+    parts: list[Any] = [
+        (name, value if isinstance(value, str) else json.dumps(value))
+        for name, value in fields.items()
+        if value is not None
+    ]
+    for name, given in files.items():
+        file = {"base64": given} if isinstance(given, str) else given
+        if not isinstance(file, dict) or "base64" not in file:
+            raise JobError(f"files.{name} needs base64.", param="files")
+        data = _binary(file["base64"], f"files.{name}")
+        kind = _header(file.get("content_type") or "application/octet-stream")
+        parts.append((name, (_header(file.get("filename") or name), data, kind)))
+    body, content_type = encode_multipart_formdata(parts)
+    return body, content_type

@@ -1,0 +1,553 @@
+"""RunPod's side of the queue on a laptop, over HTTP: what workers poll and post to, what clients ask, and faults.
+
+    python -m supervisor.queue.simulator --port 8000
+
+`docs/simulator.md` lists the routes. What jobs go through is in `simulated.py`; here are HTTP, faults and the log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.types import Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from supervisor.queue.simulated import JOB_BYTES, Job, Queue, State, parse
+
+LOG_LENGTH = 20_000
+DROPPED_FOR = 120.0
+# How long /stream waits for a chunk.
+STREAM_WAIT = 1.0
+# For /runsync?wait=, in milliseconds.
+WAIT, WAIT_LEAST, WAIT_MOST = 90_000, 1000, 300_000
+# Requests in any ten seconds; other routes have no limit.
+RATE_SECONDS = 10.0
+RATES = {"run": 1000, "runsync": 2000, "status": 2000, "stream": 2000, "openai": 2000, "cancel": 100}
+# Connections of workers rest between polls and posts; uvicorn's five seconds would reset them under a post.
+KEEP_ALIVE = 120
+
+PLATFORM = ("job-take", "job-take-batch", "job-stop", "job-stream", "job-done", "ping")
+FAULTS = ("status", "reset", "accept-reset", "drop", "delay", "empty")
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def reply(content: object, status: int = 200) -> Response:
+    # ASCII: half of a surrogate pair, which JSON can carry, has no UTF-8.
+    return Response(json.dumps(content).encode(), status, media_type="application/json")
+
+
+@dataclass(slots=True)
+class Fault:
+    """What goes wrong `on` a route, from its request number `after` on, `times` times (None: always)."""
+
+    on: str
+    do: str
+    status: int = 500
+    seconds: float = 0.0
+    times: int | None = None
+    after: int = 0
+    passed: int = 0
+    acted: int = 0
+
+    @classmethod
+    def read(cls, given: Any) -> Fault:
+        """ValueError or TypeError says what is wrong."""
+        names = {"on", "do", "status", "seconds", "times", "after"}
+        if not isinstance(given, dict) or given.keys() - names:
+            raise ValueError(f"a fault is an object with the keys {', '.join(sorted(names))}")
+        fault = cls(**given)
+        if fault.on not in (*PLATFORM, "*"):
+            raise ValueError(f"`on` is one of {', '.join(PLATFORM)}, *")
+        if fault.do not in FAULTS:
+            raise ValueError(f"`do` is one of {', '.join(FAULTS)}")
+        if not 200 <= fault.status <= 599 or fault.seconds < 0 or fault.after < 0 or (fault.times or 0) < 0:
+            raise ValueError("a number is out of range")
+        return fault
+
+    def acts(self, what: str) -> bool:
+        """Counts a request, and says whether it is hit."""
+        if self.on not in (what, "*") or (self.times is not None and self.acted >= self.times):
+            return False
+        if self.passed < self.after:
+            self.passed += 1
+            return False
+        self.acted += 1
+        return True
+
+
+@dataclass(slots=True)
+class Entry:
+    """One request of a worker. `status` is None while it has no answer, and when it never gets one."""
+
+    seq: int
+    at: float
+    what: str
+    method: str
+    target: str
+    headers: dict[str, str]
+    body_bytes: int = 0
+    status: int | None = None
+    fault: str | None = None
+
+
+@dataclass(slots=True)
+class Window:
+    """At most `limit` requests in any ten seconds."""
+
+    limit: int
+    times: deque[float] = field(default_factory=deque)
+
+    def admits(self, now: float) -> bool:
+        while self.times and self.times[0] <= now - RATE_SECONDS:
+            self.times.popleft()
+        if len(self.times) >= self.limit:
+            return False
+        self.times.append(now)
+        return True
+
+
+class WireProtocol(HttpToolsProtocol):
+    """Requests carry their transport, for faults need to reset it and polls to know whether it is closed."""
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["state"]["transport"] = self.transport
+
+
+def is_gone(request: Request) -> bool:
+    """Whether the other side is known to have left; not `is_disconnected`, for nothing may happen while one asks."""
+    return bool(request.state.transport.is_closing())
+
+
+async def has_left(receive: Receive) -> None:
+    """Returns when the other side leaves. The request's body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_left(request: Request, waiting_for: Coroutine[Any, Any, None]) -> bool:
+    """Waits for it to end, and is True; False if the other side left before."""
+    leaving = asyncio.ensure_future(has_left(request.receive))
+    waiting = asyncio.ensure_future(waiting_for)
+    try:
+        await asyncio.wait((leaving, waiting), return_when=asyncio.FIRST_COMPLETED)
+        return waiting.done()
+    finally:
+        leaving.cancel()
+        waiting.cancel()
+
+
+class Reset(Response):
+    """No answer: the connection ends in a TCP reset."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        transport = scope["state"]["transport"]
+        if wire := transport.get_extra_info("socket"):
+            wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        transport.abort()
+        await has_left(receive)  # else uvicorn would miss the answer
+
+
+class Handed(Response):
+    """Something that must not get lost: `undo` is called if the connection is closed when it is written."""
+
+    def __init__(self, content: object, undo: Callable[[], object]) -> None:
+        super().__init__(json.dumps(content).encode(), media_type="application/json")
+        self.undo = undo
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def watched(message: Message) -> None:
+            await send(message)
+            if message["type"] == "http.response.start" and scope["state"]["transport"].is_closing():
+                self.undo()
+
+        await super().__call__(scope, receive, watched)
+
+
+class Simulator:
+    """The app of one endpoint."""
+
+    def __init__(self, queue: Queue) -> None:
+        self.queue = queue
+        self.faults: list[Fault] = []
+        self.log: deque[Entry] = deque(maxlen=LOG_LENGTH)
+        self.requests = 0
+        self.windows = {route: Window(limit) for route, limit in RATES.items()}
+
+    def app(self, endpoint: str) -> Starlette:
+        platform, client = self._platform, self._client
+        routes = [
+            platform("job-take", "/{worker}", partial(self.take, False)),
+            platform("job-take-batch", "/{worker}", partial(self.take, True)),
+            platform("job-stop", "/{worker}", self.stop),
+            platform("job-stream", "/{worker}/{job}", partial(self.post, self.queue.chunk), "POST"),
+            platform("job-done", "/{worker}/{job}", partial(self.post, self.queue.result), "POST"),
+            platform("ping", "/{worker}", self.ping),
+            client("run", "", self.run, "POST"),
+            client("runsync", "", self.runsync, "POST"),
+            client("status", "/{job}", self.status, "GET", "POST"),
+            client("stream", "/{job}", self.stream, "GET", "POST"),
+            client("cancel", "/{job}", self.cancel, "POST"),
+            client("retry", "/{job}", self.retry, "POST"),
+            client("purge-queue", "", self.purge, "POST"),
+            client("health", "", self.health, "GET"),
+            client("openai", "/{path:path}", self.openai, "GET", "POST", "PUT", "PATCH", "DELETE"),
+        ]
+        return Starlette(
+            routes=[
+                Mount(f"/v2/{endpoint}", routes=routes),
+                Route("/faults", self.change_faults, methods=["GET", "POST", "DELETE"]),
+                Route("/log", self.show_log),
+                Route("/jobs/{job}", self.show_job),
+                Route("/workers", self.show_workers),
+            ],
+            exception_handlers={HTTPException: _as_json, ClientDisconnect: _as_nothing},
+        )
+
+    def _job(self, request: Request) -> Job:
+        job = self.queue.jobs.get(request.path_params["job"])
+        if job is None:
+            raise HTTPException(404, "job not found")
+        return job
+
+    # The platform's side
+
+    def _platform(self, what: str, path: str, handler: Endpoint, method: str = "GET") -> Route:
+        """Logs, and lets faults act before the handler gets the request."""
+
+        async def endpoint(request: Request) -> Response:
+            self.requests += 1
+            target = request.scope["raw_path"].decode() + (f"?{request.url.query}" if request.url.query else "")
+            headers = {name.lower(): value for name, value in request.headers.items()}
+            entry = Entry(self.requests, time.monotonic(), what, request.method, target, headers)
+            self.log.append(entry)
+            worker = self.queue.worker(request.path_params["worker"])
+            worker.seen = entry.at
+            worker.counts[what] += 1
+            entry.body_bytes = len(await request.body())
+            fault = next((fault for fault in self.faults if fault.acts(what)), None)
+            entry.fault = fault.do if fault else None
+            try:
+                response = await (_suffer(fault, request, handler) if fault else handler(request))
+            except HTTPException as error:  # an answer, too: it must be logged
+                response = await _as_json(request, error)
+            if not isinstance(response, Reset):
+                entry.status = response.status_code
+            return response
+
+        return Route(f"/{what}{path}", endpoint, methods=[method])
+
+    async def take(self, batch: bool, request: Request) -> Response:
+        size = _number(request, "batch_size", 1, 1, 10_000) if batch else 1
+        jobs = await self.queue.take(request.path_params["worker"], size, partial(is_gone, request))
+        if not jobs:
+            return Response(status_code=204)
+        deliveries = [job.delivery() for job in jobs]
+        return Handed(deliveries if batch else deliveries[0], partial(self.queue.put_back, jobs))
+
+    async def stop(self, request: Request) -> Response:
+        worker = request.path_params["worker"]
+        ids = await self.queue.stops(worker, partial(is_gone, request))
+        if not ids:
+            return Response(status_code=204)
+        return Handed({"jobsToStop": ids}, partial(self.queue.worker(worker).stops.extend, ids))
+
+    async def post(self, store: Callable[..., int], request: Request) -> Response:
+        body, key = await request.body(), request.headers.get("idempotency-key")
+        is_stream = request.query_params.get("isStream") == "true"
+        status = store(request.path_params["worker"], self._job(request), body, key, is_stream=is_stream)
+        return reply({} if status == 200 else {"error": "too large, or not the JSON object that is expected"}, status)
+
+    async def ping(self, request: Request) -> Response:
+        self.queue.ping(request.path_params["worker"], dict(request.query_params))
+        return reply({})
+
+    # The client's side
+
+    def _client(self, route: str, path: str, handler: Endpoint, *methods: str) -> Route:
+        """Answers 429 when there are more requests than the route takes."""
+        window = self.windows.get(route)
+
+        async def endpoint(request: Request) -> Response:
+            limited = window and (route != "openai" or request.method == "POST")
+            if window and limited and not window.admits(time.monotonic()):
+                raise HTTPException(429, f"more than {window.limit} requests to /{route} in {RATE_SECONDS:g} s")
+            return await handler(request)
+
+        return Route(f"/{route}{path}", endpoint, methods=list(methods))
+
+    async def _submit(self, request: Request, *, sync: bool) -> Job:
+        try:
+            return self.queue.submit(await _json(request, JOB_BYTES[sync]), sync=sync)
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from None
+
+    async def run(self, request: Request) -> Response:
+        return reply((await self._submit(request, sync=False)).view())
+
+    async def runsync(self, request: Request) -> Response:
+        wait = _number(request, "wait", WAIT, WAIT_LEAST, WAIT_MOST) / 1000
+        job = await self._submit(request, sync=True)
+        await job.changed.until(lambda: job.over, wait)
+        if job.gone:
+            raise HTTPException(404, "job not found")
+        return reply(job.view())
+
+    async def status(self, request: Request) -> Response:
+        return reply(self._job(request).view())
+
+    async def stream(self, request: Request) -> Response:
+        job = self._job(request)
+        await job.changed.until(lambda: job.over or len(job.chunks) > job.read, STREAM_WAIT)
+        chunks = [{"output": chunk["output"]} for chunk in job.chunks[job.read :]]
+        job.read = len(job.chunks)
+        return reply({"status": job.state, "stream": chunks} | ({"error": e} if (e := job.result.get("error")) else {}))
+
+    async def cancel(self, request: Request) -> Response:
+        job = self._job(request)
+        self.queue.cancel(job)
+        return reply({"id": job.id, "status": job.state})
+
+    async def retry(self, request: Request) -> Response:
+        job = self._job(request)
+        try:
+            self.queue.retry(job)
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from None
+        return reply({"id": job.id, "status": job.state})
+
+    async def purge(self, request: Request) -> Response:
+        return reply({"removed": self.queue.purge(), "status": "completed"})
+
+    async def health(self, request: Request) -> Response:
+        return reply(self.queue.health())
+
+    async def openai(self, request: Request) -> Response:
+        wrapped: dict[str, Any] = {"openai_route": f"/{request.path_params['path']}"}
+        if await request.body():
+            wrapped["openai_input"] = await _json(request, JOB_BYTES[False])
+        job = self.queue.submit({"input": wrapped}, sync=False)
+        body = wrapped.get("openai_input")
+        streams = isinstance(body, dict) and bool(body.get("stream"))
+        started = job.changed.until(lambda: job.over or (streams and job.chunks))
+        if not await unless_left(request, started):
+            if streams:
+                self.queue.cancel(job)
+            return Response(status_code=499)  # nobody reads it
+        if streams and job.chunks:
+            abandoned = BackgroundTask(self._abandon, job)
+            return StreamingResponse(_text_of(job), media_type="text/event-stream", background=abandoned)
+        return _whole(job, "text/event-stream" if streams else "text/plain")
+
+    async def _abandon(self, job: Job) -> None:
+        """After a stream: the job is over, or its client has left."""
+        self.queue.cancel(job)
+
+    # For tests and the curious
+
+    async def change_faults(self, request: Request) -> Response:
+        if request.method == "DELETE":
+            self.faults.clear()
+        elif request.method == "POST":
+            try:
+                self.faults.append(Fault.read(await _json(request, JOB_BYTES[False])))
+            except (ValueError, TypeError) as error:
+                raise HTTPException(400, str(error)) from None
+        return reply([asdict(fault) for fault in self.faults])
+
+    async def show_log(self, request: Request) -> Response:
+        since = _number(request, "since", 0, 0, sys.maxsize)
+        return reply([asdict(entry) for entry in self.log if entry.seq > since])
+
+    async def show_job(self, request: Request) -> Response:
+        job = self._job(request)
+        first = job.chunks[0]["at"] if job.chunks else None
+        timeline = {"created": job.created, "taken": job.taken, "first_chunk": first, "done": job.done}
+        shown = {"id": job.id, "state": job.state, "input": job.request["input"], "timeline": timeline, **job.result}
+        names = ("worker", "retries", "chunks", "posts", "duplicates", "late")
+        return reply(shown | {name: getattr(job, name) for name in names})
+
+    async def show_workers(self, request: Request) -> Response:
+        return reply(
+            {
+                name: {"seen": each.seen, "ping": each.ping, "unhealthy": each.unhealthy, "counts": each.counts}
+                for name, each in self.queue.workers.items()
+            }
+        )
+
+
+async def _suffer(fault: Fault, request: Request, handler: Endpoint) -> Response:
+    match fault.do:
+        case "status":
+            return Response(status_code=fault.status)
+        case "empty":
+            return Response(status_code=204)
+        case "delay":
+            await asyncio.sleep(fault.seconds)
+            return await handler(request)
+        case "accept-reset":
+            await handler(request)
+        case "drop":
+            await unless_left(request, asyncio.sleep(DROPPED_FOR))
+    return Reset()
+
+
+async def _json(request: Request, limit: int) -> Any:
+    body = await request.body()
+    if len(body) > limit:
+        raise HTTPException(413, f"the body is larger than {limit} bytes")
+    try:
+        return parse(body)
+    except ValueError as error:
+        raise HTTPException(400, f"the body is not JSON: {error}") from None
+
+
+def _number(request: Request, name: str, default: int, least: int, most: int) -> int:
+    try:
+        value = int(request.query_params.get(name, default))
+    except ValueError:
+        value = least - 1
+    if not least <= value <= most:
+        raise HTTPException(400, f"{name} must be a whole number from {least} to {most}")
+    return value
+
+
+async def _as_json(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return reply({"error": error.detail}, error.status_code)
+
+
+async def _as_nothing(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
+def _text(output: Any) -> str:
+    return output if isinstance(output, str) else json.dumps(output)
+
+
+async def _text_of(job: Job) -> AsyncIterator[bytes]:
+    """What the chunks say, as they come, until the job is over."""
+    read = 0
+    while True:
+        waiting = job.chunks[read:]
+        if waiting:
+            read += len(waiting)
+            yield "".join(_text(chunk["output"]) for chunk in waiting).encode(errors="replace")
+        elif job.over:
+            return
+        else:
+            await job.changed.until(lambda: job.over or len(job.chunks) > read)  # noqa: B023 - awaited here
+
+
+def _whole(job: Job, text_type: str) -> Response:
+    """The answer of a job that is over and has streamed nothing; text that is JSON says so in its content type."""
+    if job.gone or job.state in (State.CANCELLED, State.TIMED_OUT):
+        return reply({"error": f"job {'expired' if job.gone else job.state}"}, 500)
+    content = job.result.get("error" if job.state is State.FAILED else "output")
+    status = 500 if job.state is State.FAILED else 200
+    if isinstance(content, list) and content and all(isinstance(part, str) for part in content):
+        content = "".join(content)
+    elif isinstance(content, list) and len(content) == 1:
+        content = content[0]
+    if not isinstance(content, str):
+        return reply(content, status)
+    text = content.encode(errors="replace")
+    try:
+        parse(text)
+    except ValueError:
+        return Response(text, status, media_type=text_type)
+    return Response(text, status, media_type="application/json")
+
+
+class Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        yield  # they end the process at once
+
+
+def _leave(*_: object) -> None:
+    """Nothing in here outlives the process, so there is nothing to wait for, open polls included."""
+    os._exit(0)
+
+
+def _leave_with_parent() -> None:
+    while os.read(0, 65536):
+        pass
+    _leave()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    # With its protocol, which `socket.create_server` leaves out: asyncio turns Nagle off only where it sees TCP, and
+    # answers written in two parts would take 40 ms.
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(address)
+    listener.listen(2048)
+    return listener
+
+
+def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m supervisor.queue.simulator", description="RunPod's queue on a laptop.")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000, help="0: any free one (default: 8000)")
+    parser.add_argument("--endpoint", default="local", help="the endpoint's id (default: local)")
+    parser.add_argument("--hold", type=float, default=20.0, help="seconds for which an empty poll stays open (20)")
+    parser.add_argument("--lost-after", type=float, default=40.0, help="seconds without a ping that names the job (40)")
+    parser.add_argument("--with-parent", action="store_true", help="leave when standard input ends")
+    return parser.parse_args(given)
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    options = _arguments(given)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave)
+    if options.with_parent:
+        threading.Thread(target=_leave_with_parent, daemon=True).start()
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # its own mistakes only
+    try:
+        listener = _listen(options.host, options.port)
+    except OSError as error:
+        sys.exit(f"simulator: can't listen on {options.host}:{options.port}: {error.strerror}")
+    app = Simulator(Queue(options.hold, options.lost_after)).app(options.endpoint)
+    config = uvicorn.Config(
+        app,
+        http=WireProtocol,
+        ws="none",
+        loop="asyncio",  # it writes at once, so that a closed connection shows in the write
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        timeout_keep_alive=KEEP_ALIVE,
+    )
+    port = listener.getsockname()[1]
+    print(f"simulator: http://{options.host}:{port}/v2/{options.endpoint}", flush=True)
+    Server(config).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""RunPod's simulator and a supervisor that takes its jobs with the real SDK, over the fake vLLM."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from supervisor.queue.child import simulated
+from tests.harness import ROOT, Supervisor, wait_until
+
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
+
+
+class RunPod:
+    """A simulator of its own, and what a client of RunPod does."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "supervisor.queue.simulator", "--port", "0", "--with-parent", *arguments],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline().decode()
+        assert line.startswith("simulator: http"), line
+        self.url = line.split()[1]
+        self.base = self.url.rpartition("/v2/")[0]
+        self.http = httpx.Client(verify=False, timeout=60)
+
+    def __enter__(self) -> RunPod:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.http.close()
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream is not None
+            stream.close()
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """For a worker."""
+        return simulated(self.url) | {"RUNPOD_PING_INTERVAL": "1000"} | more
+
+    # As a client
+
+    def run(self, content: object, **more: object) -> str:
+        """-> the job's id. `more` stands beside `input`: policy, webhook."""
+        answer = self.http.post(f"{self.url}/run", json={"input": content, **more})
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["id"])
+
+    def status(self, job_id: str) -> dict[str, Any]:
+        return dict(self.http.get(f"{self.url}/status/{job_id}").json())
+
+    def result(self, job_id: str, seconds: float = 20) -> dict[str, Any]:
+        """The job's status once it is over."""
+        wait_until(lambda: self.status(job_id)["status"] in OVER, f"the end of job {job_id}", seconds)
+        return self.status(job_id)
+
+    def done(self, content: object, seconds: float = 20) -> Any:
+        """-> the output of a job that completes."""
+        status = self.result(self.run(content), seconds)
+        assert status["status"] == "COMPLETED", status
+        return status.get("output")
+
+    def failed(self, content: object, seconds: float = 20) -> dict[str, Any]:
+        """-> the error of a job that fails, which is the JSON text of an object."""
+        status = self.result(self.run(content), seconds)
+        assert status["status"] == "FAILED", status
+        return dict(json.loads(status["error"]))
+
+    # As the platform
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        """Everything that the platform knows of it: chunks, posts, times."""
+        return dict(self.http.get(f"{self.base}/jobs/{job_id}").json())
+
+    def log(self, what: str = "") -> list[dict[str, Any]]:
+        """Requests of workers; `what`: only of one kind, such as job-take."""
+        found = self.http.get(f"{self.base}/log").json()
+        return [entry for entry in found if not what or entry["what"] == what]
+
+    def fault(self, on: str, do: str, **more: object) -> None:
+        answer = self.http.post(f"{self.base}/faults", json={"on": on, "do": do, **more})
+        assert answer.status_code < 300, answer.text
+
+    def no_faults(self) -> None:
+        self.http.delete(f"{self.base}/faults")
+
+    def worker(self) -> dict[str, Any]:
+        return dict(self.http.get(f"{self.base}/workers").json())
+
+
+def in_queue_mode(runpod: RunPod, *arguments: str, environ: dict[str, str] | None = None, **more: Any) -> Supervisor:
+    """A supervisor that takes its jobs; its gateway has a port beside, for a look at `/status` and `/fake/state`."""
+    return Supervisor("m", *arguments, environ=runpod.environment(**(environ or {})), **more)
+
+
+def joined(runpod: RunPod, seconds: float = 20) -> None:
+    """Waits until the worker polls for jobs."""
+    wait_until(lambda: runpod.log("job-take-batch") or runpod.log("job-take"), "the first take", seconds)
+
+
+@pytest.fixture(scope="session")
+def runpod() -> Iterator[RunPod]:
+    with RunPod("--hold", "5") as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def endpoint(runpod: RunPod) -> Iterator[Supervisor]:
+    """One that serves; for tests that leave it as they found it."""
+    with in_queue_mode(runpod) as supervisor:
+        supervisor.ready()
+        joined(runpod)
+        yield supervisor
+
+
+@pytest.fixture(autouse=True)
+def _no_faults_are_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "runpod" in request.fixturenames:
+        request.getfixturevalue("runpod").no_faults()
