@@ -21,6 +21,8 @@ from supervisor.settings.sources import Settings
 
 # Seconds before a worker that died is started again: the first, the longest; after so long it counts as healthy.
 FIRST_RESTART, SLOWEST_RESTART, HEALTHY_AFTER = 0.5, 30.0, 60.0
+# Without the current folder among the places to import from: a `queue.py` of the user's would be imported first.
+SAFELY = ("-P", "-m")
 LEVELS = frozenset({"NOTSET", "TRACE", "DEBUG", "INFO", "WARN", "ERROR"})
 
 
@@ -75,7 +77,7 @@ class Simulator:
         host, port = listener.getsockname()[:2]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v2/local"
         self.child = subprocess.Popen(
-            [sys.executable, "-m", "supervisor.queue.simulator", "--fd", str(listener.fileno()), "--with-parent"],
+            [sys.executable, *SAFELY, "supervisor.queue.simulator", "--fd", str(listener.fileno()), "--with-parent"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             pass_fds=[listener.fileno()],
@@ -125,7 +127,7 @@ class QueueWorker:
 
     async def _once(self) -> int:
         self.child = subprocess.Popen(  # noqa: ASYNC220  # a thread waits for it, as for vLLM
-            [sys.executable, "-m", "supervisor.queue.worker"],
+            [sys.executable, *SAFELY, "supervisor.queue.worker"],
             env=self.environ,
             stdin=subprocess.PIPE,
             process_group=0,  # Ctrl-C is for the supervisor; with its heartbeat it ends as one

@@ -187,7 +187,8 @@ class Queue:
         if job.state not in (State.FAILED, State.TIMED_OUT):
             raise ValueError("only jobs that are FAILED or TIMED_OUT can be retried")
         self._disarm(job, "retention")
-        job.done, job.read, job.retries, job.result = None, 0, 0, {}
+        self.retried += 1
+        job.done, job.read, job.retries = None, 0, 0
         job.chunks.clear()
         job.keys.clear()
         self._requeue(job)
@@ -203,9 +204,7 @@ class Queue:
         busy = {job.worker for job in self.jobs.values() if job.state is State.IN_PROGRESS}
         oldest = time.monotonic() - self.hold - FORGOTTEN_AFTER
         known = {name: worker for name, worker in self.workers.items() if worker.seen > oldest}
-        unhealthy = {
-            name for name, worker in known.items() if worker.ping and "unhealthy" in worker.ping["params"].values()
-        }
+        unhealthy = {name for name, worker in known.items() if worker.ping and _is_unhealthy(worker.ping["params"])}
         ready = known.keys() - unhealthy
         return {
             "jobs": {
@@ -274,14 +273,8 @@ class Queue:
         if len(body) > CHUNK_BYTES or (content := _content(body)) is None or "output" not in content:
             return 400
         job.keys.add(key)
-        chunk = {
-            "at": time.monotonic(),
-            "bytes": len(body),
-            "key": key,
-            "isStream": is_stream,
-            "output": content["output"],
-        }
-        job.chunks.append(chunk)
+        noted = {"at": time.monotonic(), "bytes": len(body), "key": key, "isStream": is_stream}
+        job.chunks.append(noted | {"output": content["output"]})
         job.changed.beat()
         return 200
 
@@ -344,7 +337,7 @@ class Queue:
 
     def _requeue(self, job: Job, *, front: bool = False) -> None:
         self._disarm(job, "execution", "lost")
-        job.state, job.worker, job.taken = State.IN_QUEUE, None, None
+        job.state, job.worker, job.taken, job.result = State.IN_QUEUE, None, None, {}
         self._enqueue(job, front=front)
 
     def _withdraw(self, job: Job) -> None:
@@ -373,7 +366,7 @@ class Queue:
         else:
             job.retries = 1
             self.retried += 1
-            self._requeue(job)
+            self._requeue(job, front=True)
 
     def _drop(self, job: Job) -> None:
         self._withdraw(job)

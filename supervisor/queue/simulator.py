@@ -21,7 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -60,9 +60,9 @@ def reply(content: object, status: int = 200) -> Response:
     return Response(json.dumps(content).encode(), status, media_type="application/json")
 
 
-@dataclass(slots=True)
+@dataclass
 class Fault:
-    """What goes wrong `on` a route, from its request number `after` on, `times` times (None: always)."""
+    """What goes wrong `on` a route: `times` times (None: always), once `after` requests have passed it."""
 
     on: str
     do: str
@@ -99,7 +99,7 @@ class Fault:
         return True
 
 
-@dataclass(slots=True)
+@dataclass
 class Entry:
     """One request of a worker. `status` is None while it has no answer, and when it never gets one."""
 
@@ -166,9 +166,10 @@ class Reset(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         transport = scope["state"]["transport"]
-        if wire := transport.get_extra_info("socket"):
-            wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        transport.abort()
+        if not transport.is_closing():
+            linger = struct.pack("ii", 1, 0)  # for no time at all: then closing is a reset
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            transport.abort()
         await has_left(receive)  # else uvicorn would miss the answer
 
 
@@ -241,9 +242,9 @@ class Simulator:
 
         async def endpoint(request: Request) -> Response:
             self.requests += 1
-            target = request.scope["raw_path"].decode() + (f"?{request.url.query}" if request.url.query else "")
-            headers = {name.lower(): value for name, value in request.headers.items()}
-            entry = Entry(self.requests, time.monotonic(), what, request.method, target, headers)
+            path, query = (request.scope[part].decode("latin-1") for part in ("raw_path", "query_string"))
+            target = f"{path}?{query}" if query else path
+            entry = Entry(self.requests, time.monotonic(), what, request.method, target, dict(request.headers))
             self.log.append(entry)
             worker = self.queue.worker(request.path_params["worker"])
             worker.seen = entry.at
@@ -293,8 +294,8 @@ class Simulator:
         window = self.windows.get(route)
 
         async def endpoint(request: Request) -> Response:
-            limited = window and (route != "openai" or request.method == "POST")
-            if window and limited and not window.admits(time.monotonic()):
+            is_free = route == "openai" and request.method != "POST"
+            if window and not is_free and not window.admits(time.monotonic()):
                 raise HTTPException(429, f"more than {window.limit} requests to /{route} in {RATE_SECONDS:g} s")
             return await handler(request)
 
@@ -323,9 +324,11 @@ class Simulator:
     async def stream(self, request: Request) -> Response:
         job = self._job(request)
         await job.changed.until(lambda: job.over or len(job.chunks) > job.read, STREAM_WAIT)
+        self._job(request)  # which may have expired
         chunks = [{"output": chunk["output"]} for chunk in job.chunks[job.read :]]
         job.read = len(job.chunks)
-        return reply({"status": job.state, "stream": chunks} | ({"error": e} if (e := job.result.get("error")) else {}))
+        error = {"error": job.result["error"]} if "error" in job.result else {}
+        return reply({"status": job.state, "stream": chunks, **error})
 
     async def cancel(self, request: Request) -> Response:
         job = self._job(request)
@@ -377,11 +380,11 @@ class Simulator:
                 self.faults.append(Fault.read(await _json(request, JOB_BYTES[False])))
             except (ValueError, TypeError) as error:
                 raise HTTPException(400, str(error)) from None
-        return reply([asdict(fault) for fault in self.faults])
+        return reply([vars(fault) for fault in self.faults])
 
     async def show_log(self, request: Request) -> Response:
         since = _number(request, "since", 0, 0, sys.maxsize)
-        return reply([asdict(entry) for entry in self.log if entry.seq > since])
+        return reply([vars(entry) for entry in self.log if entry.seq > since])
 
     async def show_job(self, request: Request) -> Response:
         job = self._job(request)
@@ -410,7 +413,8 @@ async def _suffer(fault: Fault, request: Request, handler: Endpoint) -> Response
             await asyncio.sleep(fault.seconds)
             return await handler(request)
         case "accept-reset":
-            await handler(request)
+            with contextlib.suppress(HTTPException):  # a refusal gets lost like any answer
+                await handler(request)
         case "drop":
             await unless_left(request, asyncio.sleep(DROPPED_FOR))
     return Reset()
@@ -484,6 +488,8 @@ def _whole(job: Job, text_type: str) -> Response:
 
 
 class Server(uvicorn.Server):
+    """uvicorn without its signal handlers."""
+
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:
         yield  # they end the process at once
@@ -515,6 +521,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m supervisor.queue.simulator", description="RunPod's queue on a laptop.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0: any free one (default: 8000)")
+    parser.add_argument("--fd", type=int, help="a socket that is bound already, instead of host and port")
     parser.add_argument("--endpoint", default="local", help="the endpoint's id (default: local)")
     parser.add_argument("--hold", type=float, default=20.0, help="seconds for which an empty poll stays open (20)")
     parser.add_argument("--lost-after", type=float, default=40.0, help="seconds without a ping that names the job (40)")
@@ -530,9 +537,9 @@ def main(given: Sequence[str] | None = None) -> None:
         threading.Thread(target=_leave_with_parent, daemon=True).start()
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # its own mistakes only
     try:
-        listener = _listen(options.host, options.port)
+        listener = _listen(options.host, options.port) if options.fd is None else socket.socket(fileno=options.fd)
     except OSError as error:
-        sys.exit(f"simulator: can't listen on {options.host}:{options.port}: {error.strerror}")
+        sys.exit(f"simulator: cannot listen on {options.host}:{options.port}: {error.strerror}")
     app = Simulator(Queue(options.hold, options.lost_after)).app(options.endpoint)
     config = uvicorn.Config(
         app,
@@ -544,8 +551,8 @@ def main(given: Sequence[str] | None = None) -> None:
         access_log=False,
         timeout_keep_alive=KEEP_ALIVE,
     )
-    port = listener.getsockname()[1]
-    print(f"simulator: http://{options.host}:{port}/v2/{options.endpoint}", flush=True)
+    host, port = listener.getsockname()[:2]
+    print(f"simulator: http://{host}:{port}/v2/{options.endpoint}", flush=True)
     Server(config).run(sockets=[listener])
 
 

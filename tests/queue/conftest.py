@@ -22,7 +22,7 @@ class RunPod:
 
     def __init__(self, *arguments: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "supervisor.queue.simulator", "--port", "0", "--with-parent", *arguments],
+            [sys.executable, "-P", "-m", "supervisor.queue.simulator", "--port", "0", "--with-parent", *arguments],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -24,7 +24,7 @@ from supervisor.queue.simulated import Queue, State
 from supervisor.queue.simulator import Handed
 from tests.harness import ROOT, wait_until
 
-HOLD = 1.0
+HOLD = 0.7
 numbers = itertools.count(1)
 
 
@@ -138,6 +138,8 @@ class Worker:
 def running() -> Iterator[Simulator]:
     with Simulator() as simulator:
         yield simulator
+        simulator.process.terminate()
+        assert simulator.ends() == (0, "")  # no test has made it complain
 
 
 @pytest.fixture
@@ -615,7 +617,7 @@ def test_a_port_that_is_taken(simulator: Simulator) -> None:
     command = [sys.executable, "-m", "supervisor.queue.simulator", "--port", port]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10, check=False)
     assert ended.returncode == 1
-    assert ended.stderr == f"simulator: can't listen on 127.0.0.1:{port}: Address already in use\n"
+    assert ended.stderr == f"simulator: cannot listen on 127.0.0.1:{port}: Address already in use\n"
 
 
 # The SDK's client

@@ -1,0 +1,494 @@
+"""The real SDK against the simulated RunPod, over the fake vLLM: what reaches RunPod, and what does not get lost."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.harness import ROOT, Supervisor, clean_environment, session_of, wait_until
+from tests.queue.conftest import RunPod, in_queue_mode, joined
+
+CHAT = "/v1/chat/completions"
+HELLO = {"messages": [{"role": "user", "content": "hi"}]}
+LIMIT = 50  # requests in two seconds: a loop without a pause makes thousands
+
+
+def faulty(body: dict[str, object] | None = None, **fault: object) -> dict[str, object]:
+    """A streamed chat request that the fake treats as `fault` says."""
+    return {
+        "route": CHAT,
+        "body": {**HELLO, "stream": True, **(body or {})},
+        "headers": {"X-Fake": json.dumps(fault)},
+    }
+
+
+def text_of(output: list[str]) -> str:
+    assert all(isinstance(piece, str) for piece in output), output
+    return "".join(output)
+
+
+def timeless(text: str) -> str:
+    return re.sub(r'"(id|created)":("[^"]*"|\d+)', "", text)
+
+
+def running(supervisor: Supervisor) -> int:
+    return int(supervisor.client.get("/fake/state").json()["running"])
+
+
+def direct(supervisor: Supervisor, job: dict[str, Any]) -> str:
+    """What the gateway answers to the same request."""
+    answer = supervisor.client.post(job["route"], json=job["body"], headers=job["headers"])
+    assert answer.status_code == 200
+    return answer.text
+
+
+# On the wire
+
+
+def test_takes_stops_and_pings(endpoint: Supervisor, runpod: RunPod) -> None:
+    takes = runpod.log("job-take-batch")
+    assert "/job-take-batch/local?gpu=local&batch_size=30&job_in_progress=0" in takes[0]["target"]
+    assert takes[0]["headers"]["authorization"] == "local"  # the key as it is, without `Bearer`
+    assert takes[0]["headers"]["user-agent"].startswith("RunPod-Python-SDK/1.12")
+    wait_until(lambda: runpod.log("job-stop"), "the stop channel's poll")
+    job = runpod.run(faulty({"max_tokens": 400}, token_interval=0.01))
+    wait_until(lambda: any(job in ping["target"] for ping in runpod.log("ping")), "a ping that names the job")
+    runpod.result(job)
+
+
+def test_a_stream_arrives_byte_for_byte(endpoint: Supervisor, runpod: RunPod) -> None:
+    content = faulty({"max_tokens": 40}, split_utf8=True, token_interval=0.005)
+    job = runpod.run(content)
+    output = runpod.result(job)["output"]
+    assert timeless(text_of(output)) == timeless(direct(endpoint, content))
+    assert output[0].count("\n\n") == 1  # the first event at once, by itself
+    assert all(piece.endswith("\n\n") for piece in output)
+    known = runpod.job(job)
+    assert len(output) == len(known["chunks"]) <= 20  # 42 events
+    assert [post["isStream"] for post in known["posts"]] == ["true"]
+    posts = [entry for entry in runpod.log("job-stream") if job in entry["target"]]
+    assert all("isStream=false" in post["target"] for post in posts)
+    assert all(post["headers"]["content-type"] == "application/x-www-form-urlencoded" for post in posts)
+
+
+def test_a_whole_answer_is_one_object_in_a_list(endpoint: Supervisor, runpod: RunPod) -> None:
+    (answer,) = runpod.done({**HELLO, "max_tokens": 3})
+    assert answer["object"] == "chat.completion"
+    assert answer["model"] == "m"
+
+
+def test_an_answer_in_runpod_llms_shape_is_the_object_itself(endpoint: Supervisor, runpod: RunPod) -> None:
+    job = runpod.run({"mode": "chat", **HELLO})
+    output = runpod.result(job)["output"]
+    assert output["mode"] == "chat"
+    assert output["usage"]["completion_tokens"] == 512
+    known = runpod.job(job)
+    assert [post["isStream"] for post in known["posts"]] == ["false"]
+    assert known["chunks"] == []
+
+
+def test_a_batch(endpoint: Supervisor, runpod: RunPod) -> None:
+    items = [
+        {"mode": "chat", **HELLO, "max_tokens": 2},
+        {"mode": "complete", "prompt": "hi", "max_tokens": 2},
+        {"mode": "nonsense", **HELLO},
+        {"mode": "chat", **HELLO, "model": "other"},
+        {"openai_route": CHAT, "openai_input": {**HELLO, "stream": True}},
+    ]
+    output = runpod.done({"requests": items})
+    assert (output["model"], output["count"]) == ("m", 5)
+    first, second, third, fourth, fifth = output["results"]
+    assert first["choices"][0]["message"]["role"] == "assistant"
+    assert second["choices"][0]["text"]
+    assert "nonsense" in third["error"]
+    assert "other" in fourth["error"]
+    assert fifth["object"] == "chat.completion"
+
+
+def test_binary_in_and_out(endpoint: Supervisor, runpod: RunPod) -> None:
+    raw = bytes(range(256))
+    body = {"content_type": "application/octet-stream", "base64": base64.b64encode(raw).decode()}
+    (seen,) = runpod.done({"route": "/fake/echo", "body": body, "method": "PUT", "query": {"a": "b c"}})
+    assert (seen["method"], seen["target"], seen["body_len"]) == ("PUT", "/fake/echo?a=b+c", 256)
+    (out,) = runpod.done({"route": "/fake/bytes?n=300"})
+    assert len(base64.b64decode(out["base64"])) == 300
+    assert out["content_type"] == "application/octet-stream"
+    (form,) = runpod.done({"route": "/fake/echo", "files": {"file": {"base64": body["base64"], "filename": "a.wav"}}})
+    assert dict(form["headers"])["Content-Type"].startswith("multipart/form-data; boundary=")
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "words"),
+    [
+        ({}, 400, "input must be an object"),
+        ({"nonsense": 1}, 400, "has none of: openai_route"),
+        ("text", 400, "input must be an object"),
+        ({"messages": []}, 400, "messages is empty"),
+        ({"openai_route": "no path"}, 400, "must be a path"),
+        ({**HELLO, "model": "other"}, 404, "other"),
+        ({"openai_route": CHAT, "openai_input": {**HELLO, "model": "other", "stream": True}}, 404, "other"),
+        ({"route": "/nowhere"}, 404, "Not Found"),
+        ({"prompt": "x" * 5_000_000}, 400, "too long"),
+        ({**HELLO, "max_tokens": -1}, 400, "max_tokens"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_errors_are_json_with_the_status(
+    endpoint: Supervisor, runpod: RunPod, content: object, status: int, words: str
+) -> None:
+    error = runpod.failed(content)
+    assert error["status"] == status
+    assert words in error["message"]
+    assert error["type"]
+    assert "Traceback" not in str(error)
+    assert "/main/" not in str(error)
+
+
+def test_lone_surrogates_go_in_and_come_out(endpoint: Supervisor, runpod: RunPod) -> None:
+    lone = '{"input": {"route": "/fake/echo", "body": {"x": "\\ud83d"}}}'
+    answer = runpod.http.post(f"{runpod.url}/run", content=lone)
+    assert runpod.result(answer.json()["id"])["status"] == "COMPLETED"
+    raw = base64.b64encode(
+        b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 17\r\n\r\n{"x": "a\\ud83d" }'
+    ).decode()
+    (out,) = runpod.done({"route": "/fake/raw", "body": {"parts": [{"b64": raw}], "close": True}})
+    assert out["x"].startswith("a")
+
+
+def test_a_result_above_runpods_limit_is_an_error_and_not_a_lost_job(endpoint: Supervisor, runpod: RunPod) -> None:
+    error = runpod.failed({"route": "/fake/bytes?n=11000000"})
+    assert (error["status"], error["type"]) == (413, "result_too_large")
+    assert "10 MB" in error["message"]
+    error = runpod.failed(faulty({"max_tokens": 60_000}), seconds=60)
+    assert "10 MB" in error["message"]
+    wait_until(lambda: running(endpoint) == 0, "the generation's end")
+
+
+# Cancelled and expired
+
+
+def test_a_cancelled_job_stops_the_generation(endpoint: Supervisor, runpod: RunPod) -> None:
+    job = runpod.run(faulty({"max_tokens": 5000}, token_interval=0.01))
+    wait_until(lambda: len(runpod.job(job)["chunks"]) >= 2, "a stream under way")
+    assert running(endpoint) == 1
+    runpod.http.post(f"{runpod.url}/cancel/{job}")
+    wait_until(lambda: running(endpoint) == 0, "the generation's end", 1)
+    assert runpod.job(job)["posts"] == []
+
+
+def test_a_job_cancelled_while_its_chunk_is_being_posted(endpoint: Supervisor, runpod: RunPod) -> None:
+    runpod.fault("job-stream", "delay", seconds=30, times=1)
+    job = runpod.run(faulty({"max_tokens": 5000}, token_interval=0.01))
+    wait_until(lambda: running(endpoint) == 1, "the generation")
+    wait_until(lambda: [entry for entry in runpod.log("job-stream") if job in entry["target"]], "the POST")
+    runpod.http.post(f"{runpod.url}/cancel/{job}")
+    wait_until(lambda: running(endpoint) == 0, "the generation's end", 1)
+
+
+def test_an_expired_job_stops_the_generation(endpoint: Supervisor, runpod: RunPod) -> None:
+    job = runpod.run(faulty({"max_tokens": 5000}, token_interval=0.01), policy={"executionTimeout": 5000})
+    wait_until(lambda: running(endpoint) == 1, "the generation")
+    wait_until(lambda: runpod.status(job)["status"] == "TIMED_OUT", "the time limit")
+    wait_until(lambda: running(endpoint) == 0, "the generation's end", 1)
+
+
+# RunPod's side fails
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"do": "status", "status": 429},
+        {"do": "status", "status": 500},
+        {"do": "reset"},
+        {"do": "accept-reset"},
+    ],
+    ids=lambda fault: str(fault.get("status", fault["do"])),
+)
+def test_no_chunk_and_no_result_is_lost_or_doubled(
+    endpoint: Supervisor, runpod: RunPod, fault: dict[str, object]
+) -> None:
+    content = faulty({"max_tokens": 30}, token_interval=0.005)
+    runpod.fault("job-stream", times=2, after=1, **fault)  # type: ignore[arg-type]
+    runpod.fault("job-done", times=2, **fault)  # type: ignore[arg-type]
+    job = runpod.run(content)
+    status = runpod.result(job)
+    assert status["status"] == "COMPLETED"
+    assert timeless(text_of(status["output"])) == timeless(direct(endpoint, content))
+    known = runpod.job(job)
+    assert len(known["chunks"]) == len(status["output"])
+    assert len(known["posts"]) == 1
+    assert sum(chunk["bytes"] for chunk in known["chunks"]) > 0
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [{"do": "status", "status": 401}, {"do": "status", "status": 500}, {"do": "empty"}, {"do": "reset"}],
+    ids=lambda fault: str(fault.get("status", fault["do"])),
+)
+def test_polling_never_spins(endpoint: Supervisor, runpod: RunPod, fault: dict[str, object]) -> None:
+    runpod.fault("*", times=None, **fault)  # type: ignore[arg-type]
+    start = len(runpod.log("job-take-batch"))
+    runpod.run(HELLO)  # ends the poll that is open
+    wait_until(lambda: len(runpod.log("job-take-batch")) > start + 5, "some polls")
+    polls = [entry["at"] for entry in runpod.log("job-take-batch")][start + 1 :]
+    assert polls[4] - polls[0] > 0.5  # 0.1, 0.2, 0.4 s ...
+    assert len(polls) < LIMIT
+    runpod.no_faults()
+    assert runpod.done(HELLO, 30)
+
+
+# The engine's life
+
+
+def test_a_crash_with_jobs_under_way(endpoint: Supervisor, runpod: RunPod) -> None:
+    """A job of whose answer nothing had come is done by the next engine; a stream that had begun says that it broke."""
+    stream = runpod.run(faulty({"max_tokens": 5000}, token_interval=0.01))
+    whole = runpod.run({"route": CHAT, "body": HELLO, "headers": {"X-Fake": json.dumps({"prefill_seconds": 1})}})
+    wait_until(lambda: running(endpoint) == 2 and runpod.job(stream)["chunks"], "both")
+    os.kill(endpoint.client.get("/fake/state").json()["engine_pid"], signal.SIGKILL)
+    assert runpod.result(whole)["status"] == "COMPLETED"
+    output = text_of(runpod.result(stream)["output"])
+    assert output.endswith("data: [DONE]\n\n")
+    assert '"error"' in output
+    assert endpoint.client.get("/status").json()["mode"] == "queue"
+
+
+def test_nothing_is_taken_while_it_restarts_and_pings_go_on() -> None:
+    with RunPod("--hold", "2") as runpod:
+        plan = [{}, {"load_seconds": 4}]
+        environ = {"FAKE_VLLM_COUNT": f"/tmp/fake-count-{os.getpid()}"}
+        with in_queue_mode(runpod, plan=plan, environ=environ) as supervisor:
+            supervisor.ready()
+            joined(runpod)
+            os.kill(supervisor.client.get("/fake/state").json()["engine_pid"], signal.SIGKILL)
+            supervisor.says("ready -> restarting")
+            job = runpod.run(HELLO)
+            takes, pings = len(runpod.log("job-take-batch")), len(runpod.log("ping"))
+            wait_until(lambda: len(runpod.log("ping")) >= pings + 2, "pings while it restarts")
+            assert runpod.status(job)["status"] == "IN_QUEUE"
+            assert len(runpod.log("job-take-batch")) == takes
+            assert "restarting -> ready" not in supervisor.output
+            assert runpod.result(job)["status"] == "COMPLETED"
+        os.unlink(environ["FAKE_VLLM_COUNT"])
+
+
+def test_an_engine_that_failed_for_good_tells_each_job_why() -> None:
+    with RunPod("--hold", "2") as runpod:
+        line = "ValueError: No available memory for the cache blocks."
+        plan = [{"die_at_start": {"log": [line], "code": 1}}]
+        with in_queue_mode(runpod, plan=plan) as supervisor:
+            supervisor.says("restarting -> failed")
+            error = runpod.failed(HELLO)
+            assert error["status"] == 503
+            assert "no memory left for the KV cache" in error["message"]
+            assert "GPU_MEMORY_UTILIZATION" in error["message"]
+            assert runpod.failed(faulty())["status"] == 503
+            supervisor.signal(signal.SIGTERM)
+            assert supervisor.exit_code() == 3
+
+
+# The end
+
+
+def the_worker(supervisor: Supervisor) -> psutil.Process:
+    (found,) = [
+        child
+        for child in psutil.Process(supervisor.process.pid).children()
+        if "supervisor.queue.worker" in child.cmdline()
+    ]
+    return found
+
+
+def all_gone(processes: list[psutil.Process]) -> bool:
+    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+
+
+def test_sigterm_while_idle_waits_for_no_poll_and_takes_no_job() -> None:
+    with RunPod("--hold", "60") as runpod, in_queue_mode(runpod) as supervisor:
+        supervisor.ready()
+        joined(runpod)
+        wait_until(lambda: runpod.log("job-stop"), "the stop channel's poll")
+        worker = the_worker(supervisor)
+        family = [worker, *worker.children(recursive=True)]
+        assert len(family) == 2  # and its heartbeat
+        session = supervisor.engine()
+        supervisor.signal(signal.SIGTERM)
+        supervisor.says("ready -> draining")
+        assert supervisor.exit_code(8) == 0
+        assert session_of(session) == []
+        assert all_gone(family)
+        assert runpod.status(runpod.run(HELLO))["status"] == "IN_QUEUE"
+
+
+def test_sigterm_lets_jobs_finish() -> None:
+    with RunPod("--hold", "60") as runpod, in_queue_mode(runpod) as supervisor:
+        supervisor.ready()
+        content = faulty({"max_tokens": 100}, token_interval=0.01)
+        jobs = [runpod.run(content) for _ in range(8)]
+        wait_until(lambda: all(runpod.job(job)["chunks"] for job in jobs), "eight streams")
+        expected = timeless(direct(supervisor, faulty({"max_tokens": 100})))
+        supervisor.signal(signal.SIGTERM)
+        assert supervisor.exit_code() == 0
+        for job in jobs:
+            assert timeless(text_of(runpod.status(job)["output"])) == expected
+
+
+def test_a_job_that_outlives_the_drain_is_reported_with_the_reason() -> None:
+    with (
+        RunPod("--hold", "60") as runpod,
+        in_queue_mode(runpod, environ={"SUPERVISOR_DRAIN_TIMEOUT": "2"}) as supervisor,
+    ):
+        supervisor.ready()
+        stream = runpod.run(faulty({"max_tokens": 50_000}, token_interval=0.01))
+        whole = runpod.run({"route": CHAT, "body": HELLO, "headers": {"X-Fake": json.dumps({"prefill_seconds": 60})}})
+        wait_until(lambda: running(supervisor) == 2, "both")
+        supervisor.signal(signal.SIGTERM)
+        assert supervisor.exit_code() == 0
+        for job in (stream, whole):
+            status = runpod.status(job)
+            assert status["status"] == "FAILED"
+            assert "SUPERVISOR_DRAIN_TIMEOUT" in json.loads(status["error"])["message"]
+
+
+def test_sigterm_while_it_loads() -> None:
+    with RunPod("--hold", "60") as runpod, in_queue_mode(runpod, plan=[{"load_seconds": 60}]) as supervisor:
+        worker = wait_until(lambda: [the_worker(supervisor)] if supervisor.engine() else [], "the worker")
+        supervisor.signal(signal.SIGTERM)
+        assert supervisor.exit_code() == 0
+        assert all_gone(list(worker))  # type: ignore[call-overload]
+        assert runpod.log("job-take-batch") == []  # it had not joined
+
+
+def test_a_worker_that_is_killed_is_started_again_and_its_heartbeat_dies_with_it() -> None:
+    with RunPod("--hold", "2", "--lost-after", "1") as runpod, in_queue_mode(runpod) as supervisor:
+        supervisor.ready()
+        joined(runpod)
+        worker = the_worker(supervisor)
+        (heartbeat,) = worker.children()
+        job = runpod.run(faulty({"max_tokens": 300}, token_interval=0.01))
+        wait_until(lambda: running(supervisor) == 1, "the generation")
+        worker.kill()
+        wait_until(lambda: all_gone([worker, heartbeat]), "the heartbeat's end", 2)
+        wait_until(lambda: running(supervisor) == 0, "the generation's end")
+        supervisor.says(r"the queue worker ended \(killed by SIGKILL\)")
+        assert runpod.result(job, 30)["status"] == "COMPLETED"  # RunPod gave it out again
+        children = psutil.Process(supervisor.process.pid).children()
+        assert not [child for child in children if child.status() == psutil.STATUS_ZOMBIE]
+
+
+def test_a_killed_supervisor_takes_the_worker_along() -> None:
+    with RunPod("--hold", "60") as runpod, in_queue_mode(runpod) as supervisor:
+        supervisor.ready().engine()
+        joined(runpod)
+        worker = the_worker(supervisor)
+        family = [worker, *worker.children()]
+        job = runpod.run(faulty({"max_tokens": 5000}, token_interval=0.01))
+        wait_until(lambda: runpod.job(job)["chunks"], "the stream")
+        supervisor.signal(signal.SIGKILL)
+        assert runpod.result(job)["status"] == "FAILED"  # and is not left to RunPod's patience
+        wait_until(lambda: all_gone(family), "the worker's end")
+
+
+# Around it
+
+
+def test_the_log_has_lines_of_json_with_the_job_and_nothing_of_its_content(
+    endpoint: Supervisor, runpod: RunPod
+) -> None:
+    prompt = "a sentence that nobody else writes"
+    job = runpod.run({"prompt": prompt, "stream": True, "max_tokens": 20})
+    text = text_of(runpod.result(job)["output"])
+    bad = runpod.run({"prompt": prompt, "max_tokens": -1})
+    runpod.result(bad)
+    lines = [json.loads(line) for line in endpoint.output.splitlines() if line.startswith('{"requestId"')]
+    assert {line["level"] for line in lines} <= {"INFO", "WARN", "ERROR"}
+    assert any(line["requestId"] == job and line["message"].startswith("Finished") for line in lines)
+    assert any(line["requestId"] == bad and line["message"].startswith("Failed") for line in lines)
+    assert prompt not in endpoint.output
+    assert "Füße" in text
+    assert "Füße" not in endpoint.output
+
+
+def test_the_hubs_test_runner() -> None:
+    """It gives an address without a query, no stream, no ping, and has port 80 for itself."""
+    with RunPod("--hold", "2") as runpod:
+        environ = {
+            "RUNPOD_POD_ID": "w1",
+            "RUNPOD_WEBHOOK_GET_JOB": f"{runpod.url}/job-take/$RUNPOD_POD_ID",
+            "RUNPOD_WEBHOOK_POST_OUTPUT": f"{runpod.url}/job-done/$RUNPOD_POD_ID/$ID",
+            "SUPERVISOR_VLLM": str(ROOT / "scripts" / "fake_vllm"),
+        }
+        with Supervisor("m", environ={**environ, "PORT": ""}) as supervisor:
+            supervisor.says("ready: up to 30 of RunPod's jobs at once")
+            (answer,) = runpod.done({**HELLO, "max_tokens": 3})
+            assert answer["object"] == "chat.completion"
+            assert "data: [DONE]" in text_of(runpod.done(faulty()))
+            connections = psutil.Process(supervisor.process.pid).net_connections("tcp")
+            assert not [one for one in connections if one.status == psutil.CONN_LISTEN]
+            supervisor.signal(signal.SIGTERM)
+            assert supervisor.exit_code() == 0
+
+
+def test_outside_of_runpod_a_simulated_one_is_started() -> None:
+    with Supervisor("m", "--mode", "queue") as supervisor:
+        line = supervisor.says(r"ready: a simulated RunPod endpoint, http://\S+\n  (curl .+)\n", 20)[1]
+        pasted = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=True)
+        answer = json.loads(pasted.stdout)
+        assert answer["status"] == "COMPLETED"
+        assert answer["output"][0]["object"] == "chat.completion"
+        family = psutil.Process(supervisor.process.pid).children(recursive=True)
+        supervisor.signal(signal.SIGINT)
+        assert supervisor.exit_code() == 0
+        assert all_gone(family)
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with Supervisor("m", "--mode", "queue") as first:
+        port = first.says(r"starting m on http://127.0.0.1:(\d+)")[1]
+        with Supervisor("m", "--mode", "queue", "--port", port) as second:
+            assert second.exit_code() == 2
+            assert f"can't listen on 127.0.0.1, port {port}" in second.output
+
+
+def test_clients(endpoint: Supervisor, runpod: RunPod) -> None:
+    """openai's and the runpod SDK's own, in a process of its own."""
+    script = f"""
+import openai, runpod
+client = openai.OpenAI(base_url="{runpod.url}/openai/v1", api_key="any")
+hello = [{{"role": "user", "content": "hi"}}]
+whole = client.chat.completions.create(model="m", messages=hello, max_tokens=5)
+parts = client.chat.completions.create(model="m", messages=hello, max_tokens=5, stream=True)
+assert "".join(part.choices[0].delta.content or "" for part in parts) == whole.choices[0].message.content
+assert [model.id for model in client.models.list()] == ["m"]
+runpod.api_key, runpod.endpoint_url_base = "any", "{runpod.base}/v2"
+endpoint = runpod.Endpoint("local")
+assert endpoint.run_sync({{"input": {{"messages": hello, "max_tokens": 2}}}})[0]["object"] == "chat.completion"
+job = endpoint.run({{"input": {{"messages": hello, "max_tokens": 2, "stream": True}}}})
+text = "".join(job.stream())
+assert text.endswith("data: [DONE]\\n\\n"), text
+assert job.status() == "COMPLETED"
+assert endpoint.health()["workers"]["ready"] == 1
+print("all well")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        check=False,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.endswith("all well\n"), done.stderr
