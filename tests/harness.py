@@ -37,10 +37,11 @@ http = httpx.Client(verify=False, timeout=60)
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = 10.0) -> object:
     """Polls until `condition` is true and returns what it gave; fails with `what` after `seconds`."""
-    deadline = time.monotonic() + seconds
+    deadline, pause = time.monotonic() + seconds, 0.005
     while not (result := condition()):
         assert time.monotonic() < deadline, f"waited {seconds:g} s for: {what}"
-        time.sleep(0.01)
+        time.sleep(pause)
+        pause = min(pause * 1.2, 0.05)
     return result
 
 

@@ -21,6 +21,7 @@ from supervisor.settings.sources import Settings
 
 # Seconds before a worker that died is started again: the first, the longest; after so long it counts as healthy.
 FIRST_RESTART, SLOWEST_RESTART, HEALTHY_AFTER = 0.5, 30.0, 60.0
+SWEEP_PATIENCE = 2.0
 # Without the current folder among the places to import from: a `queue.py` of the user's would be imported first.
 SAFELY = ("-P", "-m")
 LEVELS = frozenset({"NOTSET", "TRACE", "DEBUG", "INFO", "WARN", "ERROR"})
@@ -47,12 +48,13 @@ def environment(environ: Mapping[str, str], address: str, model: str, jobs: int,
     found["RUNPOD_WEBHOOK_GET_JOB"] = take if "?" in take else f"{take}?"
     # With this it would serve HTTP instead of the queue.
     found.pop("RUNPOD_REALTIME_PORT", None)
+    # With this a line of log and its end are two writes, and vLLM's log gets in between.
+    found.pop("PYTHONUNBUFFERED", None)
     return found | {
         "SUPERVISOR_QUEUE_SOCKET": address,
         "SUPERVISOR_QUEUE_MODEL": model,
         "SUPERVISOR_QUEUE_JOBS": str(jobs),
         "SUPERVISOR_QUEUE_SHAPE": "llm" if llm else "",
-        "PYTHONUNBUFFERED": "1",
     }
 
 
@@ -137,18 +139,7 @@ class QueueWorker:
             return await asyncio.to_thread(self.child.wait)
         finally:
             child, self.child = self.child, None
-            self._sweep(child)
-
-    def _sweep(self, child: subprocess.Popen[bytes]) -> None:
-        """Its heartbeat dies with it, by itself; should it not, RunPod would think that the worker lives."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(child.pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-child.pid, os.WNOHANG)[0]:
-                pass
-        if child.stdin is not None:
-            with contextlib.suppress(OSError):
-                child.stdin.close()
+            await asyncio.to_thread(_sweep, child)
 
     async def finish(self, patience: float, reserve: float) -> None:
         """Lets it end its jobs for `patience` seconds, then has it report the others as failed for `reserve` more."""
@@ -162,6 +153,21 @@ class QueueWorker:
         if self.child is not None:
             self.log.warning("the queue worker did not end: killed")
             self.child.kill()
+
+
+def _sweep(child: subprocess.Popen[bytes]) -> None:
+    """Its heartbeat dies with it, by itself, and is then ours to reap. Should it live, RunPod would think that the
+    worker does."""
+    deadline = time.monotonic() + SWEEP_PATIENCE
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        while time.monotonic() < deadline:
+            os.killpg(child.pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(-child.pid, os.WNOHANG)
+            time.sleep(0.005)  # it may still be its dead parent's
+    if child.stdin is not None:
+        with contextlib.suppress(OSError):
+            child.stdin.close()
 
 
 def _how(code: int) -> str:

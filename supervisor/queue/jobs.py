@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,8 +21,11 @@ COMPLETIONS = "/v1/completions"
 COMPLETION_TOKENS = 512
 # The client's connection is not ours: what belongs to it does not go to vLLM. RunPod's key is no key of vLLM's.
 OWN_HEADERS = frozenset(
-    {"authorization", "connection", "content-length", "expect", "host", "te", "transfer-encoding", "upgrade"}
-)
+    {
+        "authorization", "connection", "content-length", "expect", "host", "keep-alive", "proxy-authorization",
+        "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade",
+    }
+)  # fmt: skip
 # Fields of the short shape that are for the worker and not for vLLM; worker-vllm before 2026 read the last three.
 WORKER_FIELDS = frozenset(
     {
@@ -34,7 +38,7 @@ LLM_DEFAULTS = {"temperature": 0.7, "top_p": 1.0, "max_tokens": 512}
 LLM_MODES = {"chat": "chat", "complete": "complete", "completion": "complete", "json": "json"}
 LLM_MARKS = frozenset({"mode", "json_schema", "schema", "regex", "guided_regex"})
 # Its own fields. `best_of` is gone from vLLM; a batch's answer is one object, so nothing streams.
-LLM_FIELDS = LLM_MARKS | {"messages", "prompt", "best_of", "stream", "stream_options", "requests"}
+LLM_FIELDS = LLM_MARKS | WORKER_FIELDS | {"best_of", "stream", "stream_options", "requests"}
 SHAPES = "openai_route, route, messages, prompt, mode, requests"
 
 
@@ -109,7 +113,7 @@ class Reader:
         """Raises JobError, which says what is wrong with the input."""
         if not isinstance(content, dict) or not content:
             raise JobError(f"The job's input must be an object with one of: {SHAPES}.")
-        if "requests" in content:
+        if content.get("requests") is not None:
             return self._batch(content["requests"])
         return self._single(content, self.llm)
 
@@ -120,7 +124,7 @@ class Reader:
         def read(item: object) -> Job | JobError:
             if not isinstance(item, dict):
                 return JobError("Each of requests must be an object.", param="requests")
-            if "requests" in item:
+            if item.get("requests") is not None:
                 return JobError("A batch can't hold another one.", param="requests")
             try:
                 return self._single(_unstreamed(item), llm=True)
@@ -130,6 +134,12 @@ class Reader:
         return Job(None, batch=tuple(map(read, items)), as_list=False)
 
     def _single(self, content: JSON, llm: bool) -> Job:
+        try:
+            return self._of_shape(content, llm)
+        except RecursionError:
+            raise JobError("The input is nested too deeply.") from None
+
+    def _of_shape(self, content: JSON, llm: bool) -> Job:
         if content.get("openai_input"):
             route = content.get("openai_route") or DEFAULT_ROUTE
             return Job(self._request("POST", route, self._json_body(content["openai_input"], "openai_input")))
@@ -139,7 +149,7 @@ class Reader:
             return Job(self._route(content))
         if "messages" not in content and "prompt" not in content:
             raise JobError(f"The job's input has none of: {SHAPES}.")
-        if LLM_MARKS & content.keys() or (llm and "sampling_params" not in content):
+        if any(content.get(mark) is not None for mark in LLM_MARKS) or (llm and "sampling_params" not in content):
             return self._llm(content)
         return Job(self._short(content))
 
@@ -148,7 +158,9 @@ class Reader:
     def _route(self, content: JSON) -> Request:
         body, headers = content.get("body"), _headers(content.get("headers"))
         if content.get("files"):
-            form, form_type = _form(content["files"], self._with_model(body if isinstance(body, dict) else {}))
+            if not isinstance(body, dict | None):
+                raise JobError("Beside files, body must be an object.", param="body")
+            form, form_type = _form(content["files"], self._with_model(body or {}))
             data: bytes | None = form
             headers = (*_without(headers, "content-type"), ("Content-Type", form_type))
         elif isinstance(body, dict) and body.keys() == {"content_type", "base64"}:  # as binary results come out
@@ -156,20 +168,17 @@ class Reader:
             headers = (*_without(headers, "content-type"), ("Content-Type", _header(body["content_type"])))
         elif body is None:
             data = None
-        elif isinstance(body, str):
+        elif isinstance(body, str) and (_typed(headers) or not body.lstrip().startswith("{")):
             data = body.encode("utf-8", "replace")
         else:
             data = self._json_body(body, "body")
             headers = (*_without(headers, "content-type"), ("Content-Type", "application/json"))
         method = content.get("method") or ("GET" if data is None else "POST")
-        if not isinstance(method, str) or not method.isalpha():
+        if not isinstance(method, str) or not (method.isascii() and method.isalpha()):
             raise JobError("method must be an HTTP method, such as POST.", param="method")
         path = _path(content["route"])
-        if query := content.get("query"):
-            text = (
-                urlencode(query, doseq=True) if isinstance(query, dict) else quote(str(query), safe="=&%+,:/?@!$'()*;~")
-            )
-            path += ("&" if "?" in path else "?") + text
+        if query := _query(content.get("query")):
+            path += ("&" if "?" in path else "?") + query
         return Request(method.upper(), path, headers, data)
 
     def _request(self, method: str, route: object, body: bytes | None = None) -> Request:
@@ -191,11 +200,8 @@ class Reader:
     # worker-vllm's short shape
 
     def _short(self, content: JSON) -> Request:
-        sampling = content.get("sampling_params") or {}
-        if not isinstance(sampling, dict):
-            raise JobError("sampling_params must be an object.", param="sampling_params")
         beside = {name: value for name, value in content.items() if name not in WORKER_FIELDS}
-        body = {**beside, **sampling}
+        body = {**beside, **_sampling(content)}
         messages, prompt = content.get("messages"), content.get("prompt")
         if not messages and isinstance(prompt, str) and content.get("apply_chat_template") in (True, "true"):
             messages = [{"role": "user", "content": prompt}]
@@ -214,7 +220,8 @@ class Reader:
         if mode is None:
             raise JobError(f"mode {asked!r} is not one of: {', '.join(LLM_MODES)}.", param="mode")
         messages, prompt = content.get("messages"), content.get("prompt")
-        body = {name: value for name, value in content.items() if name not in LLM_FIELDS and value is not None}
+        given = {**content, **_sampling(content)}
+        body = {name: value for name, value in given.items() if name not in LLM_FIELDS and value is not None}
         body = {**LLM_DEFAULTS, **body}
         if mode == "json":
             body.update(_constraint(content))
@@ -234,11 +241,23 @@ class Reader:
 
 def _unstreamed(item: JSON) -> JSON:
     """A stream has no place in a batch's list of results: one object for each item."""
-    whole = {name: value for name, value in item.items() if name != "stream"}
-    for name in ("openai_input", "body"):
-        if isinstance(whole.get(name), dict) and "stream" in whole[name]:
-            whole[name] = {**whole[name], "stream": False}
+    whole = {name: value for name, value in item.items() if name not in ("stream", "stream_options")}
+    for name in ("openai_input", "body", "sampling_params"):
+        inner = whole.get(name)
+        if isinstance(inner, str) and '"stream' in inner:
+            with contextlib.suppress(ValueError, RecursionError):  # what is wrong with it is said by who needs it
+                inner = json.loads(inner)
+        if isinstance(inner, dict) and "stream" in inner:
+            rest = {name: value for name, value in inner.items() if name != "stream_options"}
+            whole[name] = {**rest, "stream": False}
     return whole
+
+
+def _sampling(content: JSON) -> JSON:
+    sampling = content.get("sampling_params") or {}
+    if not isinstance(sampling, dict):
+        raise JobError("sampling_params must be an object.", param="sampling_params")
+    return sampling
 
 
 def _wants_json(content: JSON) -> bool:
@@ -260,6 +279,8 @@ def _constraint(content: JSON) -> JSON:
         return {"response_format": {"type": "json_schema", "json_schema": {"name": "result", "schema": schema}}}
     if pattern := content.get("regex") or content.get("guided_regex"):
         return {"structured_outputs": {"regex": pattern}}
+    if content.get("response_format") or content.get("structured_outputs"):  # said in vLLM's own words
+        return {}
     return {"response_format": {"type": "json_object"}}
 
 
@@ -278,8 +299,10 @@ def llm_result(answer: JSON, mode: str) -> JSON:
             text = kept["text"] = choice.get("text")
         if mode == "json":
             try:
-                kept["json"] = json.loads(text or "")
-            except ValueError as error:
+                value = json.loads(text or "")
+                json.dumps(value, allow_nan=False)  # Python reads NaN, and 1e999 as infinity; RunPod does not
+                kept["json"] = value
+            except (ValueError, RecursionError) as error:
                 kept["json_parse_error"] = str(error)
         choices.append(kept)
     usage = answer.get("usage") or {}
@@ -304,7 +327,17 @@ def _path(route: object) -> str:
     path = route if route.startswith("/") else f"/{route}"
     if path.startswith("/openai/"):  # as it is in the endpoint's URL
         path = path.removeprefix("/openai")
-    return quote(path, safe="/?=&%+,:;@!$'()*~-._[]")
+    return quote(path, safe="/?=&%+,:;@!$'()*~-._[]", errors="surrogatepass")
+
+
+def _query(content: object) -> str:
+    if not content:
+        return ""
+    if isinstance(content, dict):
+        return urlencode(content, doseq=True, errors="surrogatepass")
+    if not isinstance(content, str):
+        raise JobError("query must be an object or text.", param="query")
+    return quote(content.removeprefix("?"), safe="=&%+,:/?@!$'()*;~", errors="surrogatepass")
 
 
 def _header(value: object) -> str:
@@ -328,6 +361,10 @@ def _headers(content: object) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
+def _typed(headers: tuple[tuple[str, str], ...]) -> bool:
+    return any(name.lower() == "content-type" for name, _ in headers)
+
+
 def _without(headers: tuple[tuple[str, str], ...], name: str) -> tuple[tuple[str, str], ...]:
     return tuple(header for header in headers if header[0].lower() != name)
 
@@ -336,7 +373,7 @@ def _binary(text: object, name: str) -> bytes:
     try:
         if not isinstance(text, str):
             raise TypeError
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode("".join(text.split()), validate=True)  # programs break its lines
     except (TypeError, ValueError, binascii.Error):
         raise JobError(f"{name} has base64 that is none.", param=name) from None
 
@@ -347,17 +384,22 @@ def _form(files: object, fields: Mapping[str, Any]) -> tuple[bytes, str]:
 
     if not isinstance(files, dict):
         raise JobError('files must be an object: {"file": {"base64": ..., "filename": ...}}.', param="files")
-    parts: list[Any] = [
-        (name, value if isinstance(value, str) else json.dumps(value))
-        for name, value in fields.items()
-        if value is not None
-    ]
+    parts: list[Any] = []
+    for name, value in fields.items():
+        for each in value if isinstance(value, list) else [value]:  # a form has no lists: the field comes again
+            if each is not None:
+                parts.append((_utf8(name), _utf8(each if isinstance(each, str) else json.dumps(each))))
     for name, given in files.items():
         file = {"base64": given} if isinstance(given, str) else given
         if not isinstance(file, dict) or "base64" not in file:
             raise JobError(f"files.{name} needs base64.", param="files")
         data = _binary(file["base64"], f"files.{name}")
         kind = _header(file.get("content_type") or "application/octet-stream")
-        parts.append((name, (_header(file.get("filename") or name), data, kind)))
+        parts.append((_utf8(name), (_utf8(str(file.get("filename") or name)), data, kind)))
     body, content_type = encode_multipart_formdata(parts)
     return body, content_type
+
+
+def _utf8(text: str) -> str:
+    """Without lone surrogates, which JSON can carry and a form can't."""
+    return text.encode("utf-8", "replace").decode()

@@ -254,7 +254,7 @@ class Link:
             return
         run.sequence += 1
         try:
-            await self._post(session, template, content, job["id"], f"{job['id']}/{run.sequence}", stream=False)
+            await self._post(session, template, content, job["id"], f"{run.attempt}/{run.sequence}", stream=False)
         except NotTaken as error:
             log.error(f"A chunk could not be delivered: {error}", job["id"])  # noqa: TRY400  # not Python's logger
             run.fail(
@@ -272,7 +272,14 @@ class Link:
             if content.get("output"):
                 content = {"output": content["output"][0]}
         try:
-            await self._post(session, rp_http.JOB_DONE_URL, content, job["id"], f"{job['id']}/done", stream=stream)
+            await self._post(
+                session,
+                rp_http.JOB_DONE_URL,
+                content,
+                job["id"],
+                f"{run.attempt if run is not None else job['id']}/done",
+                stream=stream,
+            )
         except NotTaken as error:
             log.error(f"The result could not be delivered: {error}", job["id"])  # noqa: TRY400
             return

@@ -117,6 +117,7 @@ class Run:
         self.streams = False
         self.cancelled = False
         self.began = time.monotonic()
+        self.attempt = os.urandom(4).hex()  # RunPod may give the same job out again
         self.sequence = 0  # of the chunks posted
         self._size = 0
         self._limit = SYNC_RESULT_LIMIT if job_id.startswith("sync-") else RESULT_LIMIT

@@ -33,6 +33,7 @@ class RunPod:
         self.url = line.split()[1]
         self.base = self.url.rpartition("/v2/")[0]
         self.http = httpx.Client(verify=False, timeout=60)
+        self._seen: list[dict[str, Any]] = []
 
     def __enter__(self) -> RunPod:
         return self
@@ -85,8 +86,9 @@ class RunPod:
 
     def log(self, what: str = "") -> list[dict[str, Any]]:
         """Requests of workers; `what`: only of one kind, such as job-take."""
-        found = self.http.get(f"{self.base}/log").json()
-        return [entry for entry in found if not what or entry["what"] == what]
+        since = self._seen[-1]["seq"] if self._seen else 0
+        self._seen += self.http.get(f"{self.base}/log", params={"since": since}).json()
+        return [entry for entry in self._seen if not what or entry["what"] == what]
 
     def fault(self, on: str, do: str, **more: object) -> None:
         answer = self.http.post(f"{self.base}/faults", json={"on": on, "do": do, **more})
