@@ -10,6 +10,7 @@ import json
 import shlex
 import signal
 import socket
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,8 @@ PROBE_TIMEOUT = 10.0
 # vLLM leaves 0.6 s to 2 s after SIGTERM when nothing is in flight; one that has not left by then is killed. Who wants a
 # short drain wants a short end, too.
 TERMINATE_PATIENCE = 10.0
+# As of an engine that can't start: the same settings may do on another machine.
+EXIT_UNFIT = 3
 # Of the drain timeout, at most: to report RunPod's jobs that are not done as failed.
 LAST_REPORTS = 5.0
 # States that the queue worker is told of; the end is told by `finish`.
@@ -36,12 +39,14 @@ TOLD = frozenset({"starting", "ready", "restarting", "failed"})
 
 def up(settings: Settings) -> int:
     """Serves until told to stop; returns the exit code. Raises SettingsError where it can't begin."""
+    base = temporary_folder(settings.environ)
+    if settings.mode == "queue" and not _fit(settings, base):
+        return EXIT_UNFIT
     listeners = bind(settings)
     # From the spawn on a signal must not end us, or vLLM would stay: until the engine's owner listens, they wait here.
     pending: list[int] = []
     for number in SIGNALS:
         signal.signal(number, lambda number, _: pending.append(number))
-    base = temporary_folder(settings.environ)
     clean_leftovers(base)
     try:
         workspace = Workspace.create(base)
@@ -63,6 +68,18 @@ def up(settings: Settings) -> int:
     finally:
         workspace.remove()
         guard.dismiss()
+
+
+def _fit(settings: Settings, folder: Path) -> bool:
+    from supervisor.queue import fitness  # noqa: PLC0415  # in queue mode only
+
+    found = fitness.check(settings.environ, folder)
+    if found is None:
+        return True
+    name, reason = found
+    print(f"supervisor: this machine is not fit ({name}): {reason}", file=sys.stderr)
+    fitness.report(settings.environ, name, reason)
+    return False
 
 
 class Spawn:

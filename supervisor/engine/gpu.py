@@ -22,7 +22,7 @@ POLL = 0.1
 def used() -> list[int] | None:
     """Bytes in use on each GPU; None where that can't be known."""
     try:
-        import pynvml  # type: ignore[import-not-found,import-untyped,unused-ignore]  # noqa: PLC0415
+        import pynvml  # noqa: PLC0415
 
         nvml: Any = pynvml
         nvml.nvmlInit()

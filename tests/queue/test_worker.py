@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from typing import Any
 
 import psutil
@@ -403,7 +404,8 @@ def test_the_hubs_test_runner() -> None:
             "RUNPOD_WEBHOOK_POST_OUTPUT": f"{runpod.url}/job-done/$RUNPOD_POD_ID/$ID",
             "SUPERVISOR_VLLM": str(ROOT / "scripts" / "fake_vllm"),
         }
-        with Supervisor("m", environ={**environ, "PORT": ""}) as supervisor:
+        environ |= {"MODEL": "m", "PORT": ""}
+        with Supervisor(program=(sys.executable, ROOT / "handler.py"), environ=environ) as supervisor:
             supervisor.says("ready: up to 30 of RunPod's jobs at once")
             (answer,) = runpod.done({**HELLO, "max_tokens": 3})
             assert answer["object"] == "chat.completion"
@@ -416,6 +418,23 @@ def test_the_hubs_test_runner() -> None:
             assert supervisor.exit_code(8) == 0
             assert all_gone([worker])
             assert runpod.status(runpod.run(HELLO))["status"] == "IN_QUEUE"
+
+
+HUB = json.loads((ROOT / ".runpod" / "tests.json").read_text())["tests"]
+
+
+@pytest.mark.parametrize("test", HUB, ids=[test["name"] for test in HUB])
+def test_what_the_hub_would_ask(endpoint: Supervisor, runpod: RunPod, test: dict[str, Any]) -> None:
+    assert runpod.done(test["input"])
+
+
+def test_a_machine_without_its_gpus_is_reported_and_left() -> None:
+    with RunPod() as runpod, in_queue_mode(runpod, environ={"RUNPOD_GPU_COUNT": "99"}) as supervisor:
+        assert supervisor.exit_code() == 3
+        assert "this machine is not fit (gpu): RunPod gave 99 GPUs" in supervisor.output
+        assert "importing vLLM" not in supervisor.output
+        (ping,) = runpod.log("ping")
+        assert "status=unhealthy&check=gpu&reason=RunPod+gave+99+GPUs" in ping["target"]
 
 
 def test_outside_of_runpod_a_simulated_one_is_started() -> None:

@@ -1,0 +1,68 @@
+"""Whether this machine can do the work, looked at before vLLM takes the GPU; and how RunPod is told that it can't.
+
+The SDK's own checks come after vLLM is up: they import torch and make a context on every GPU, in memory that is full by
+then, and end the worker where they fail. These are cheap, and a worker that fails them is replaced before it loads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+
+# What a start needs at the very least; weights and caches have their own, larger wants.
+LEAST_DISK = 200 * 1024 * 1024
+REPORT_TIMEOUT = 2.0
+LONGEST_REASON = 256
+
+
+def check(environ: Mapping[str, str], folder: Path) -> tuple[str, str] | None:
+    """(which check, why) where the machine is not fit. `folder`: where temporary files go."""
+    wanted = environ.get("RUNPOD_GPU_COUNT", "")
+    if wanted.isdigit() and int(wanted) > 0 and (problem := _gpus(int(wanted))):
+        return "gpu", problem
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(folder).free
+        if free < LEAST_DISK:
+            return "disk", f"only {free // 1_000_000} MB are free in {folder}"
+    return None
+
+
+def _gpus(wanted: int) -> str | None:
+    try:
+        import pynvml  # noqa: PLC0415
+
+        pynvml.nvmlInit()
+    except ImportError:
+        return None  # nothing to ask with
+    except pynvml.NVMLError as error:
+        return f"RunPod gave {wanted} GPUs, and the driver does not answer ({error})"
+    try:
+        found = pynvml.nvmlDeviceGetCount()
+        for index in range(found):  # a GPU that fell off the bus answers this with an error
+            pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(index))
+    except pynvml.NVMLError as error:
+        return f"a GPU does not answer ({error})"
+    finally:
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
+    return f"RunPod gave {wanted} GPUs, and the driver shows {found}" if found < wanted else None
+
+
+def report(environ: Mapping[str, str], name: str, reason: str) -> None:
+    """One ping that says so, as the SDK would send it; RunPod then gives the work to another machine."""
+    address = environ.get("RUNPOD_WEBHOOK_PING", "")
+    if not address.startswith(("http://", "https://")):
+        return
+    url = address.replace("$RUNPOD_POD_ID", environ.get("RUNPOD_POD_ID", ""))
+    query = urllib.parse.urlencode({"status": "unhealthy", "check": name, "reason": reason[:LONGEST_REASON]})
+    request = urllib.request.Request(  # noqa: S310  # checked above
+        f"{url}{'&' if '?' in url else '?'}{query}",
+        headers={"Authorization": environ.get("RUNPOD_AI_API_KEY", "")},
+    )
+    with contextlib.suppress(urllib.error.URLError, OSError):
+        urllib.request.urlopen(request, timeout=REPORT_TIMEOUT).close()  # noqa: S310
