@@ -449,16 +449,6 @@ def by_the_end(exit_code: int, lines: list[str]) -> Diagnosis:
     return Diagnosis("Its log does not say why.", "", permanent=False)
 
 
-def how_it_ended(exit_code: int) -> str:
-    """`exit code 1`, or `killed by SIGKILL`."""
-    if exit_code >= 0:
-        return f"exit code {exit_code}"
-    try:
-        return f"killed by {signal.Signals(-exit_code).name}"
-    except ValueError:
-        return f"killed by signal {-exit_code}"
-
-
 def last_error(lines: Iterable[str]) -> str | None:
     """The last line of a log that names an error, without vLLM's prefix; what only follows from one is no error."""
     found = None

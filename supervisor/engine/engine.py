@@ -16,11 +16,10 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from supervisor.engine.diagnosis import diagnose, how_it_ended
 from supervisor.engine.heartbeat import Heartbeat, Scrape
 from supervisor.engine.lifecycle import OVER, Action, Event, State, step
 from supervisor.engine.phases import Waterfall
-from supervisor.engine.process import EngineProcess
+from supervisor.engine.process import EngineProcess, how_it_ended
 from supervisor.engine.restarts import Restarts
 from supervisor.engine.watch import Watch
 
@@ -307,6 +306,8 @@ class Engine:
 
     async def _judge(self) -> None:
         """Sends RETRY, when its time has come, or GIVE_UP."""
+        from supervisor.engine.diagnosis import diagnose  # noqa: PLC0415  # 80 patterns to compile, for failures only
+
         code = self.process.child.poll()
         lines = list(self.process.lines)
         diagnosis = diagnose(code if code is not None else 0, lines, ended_by_us=self.broken)

@@ -162,6 +162,16 @@ class EngineProcess:
             pump.thread.join(max(0.0, deadline - time.monotonic()))
 
 
+def how_it_ended(exit_code: int) -> str:
+    """`exit code 1`, or `killed by SIGKILL`."""
+    if exit_code >= 0:
+        return f"exit code {exit_code}"
+    try:
+        return f"killed by {signal.Signals(-exit_code).name}"
+    except ValueError:
+        return f"killed by signal {-exit_code}"
+
+
 def _adopt_orphans() -> None:
     """Makes the orphans of our descendants our children, so that they can be reaped (Linux; elsewhere init does it)."""
     with contextlib.suppress(AttributeError, OSError):

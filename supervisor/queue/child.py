@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from supervisor.engine.process import how_it_ended
 from supervisor.settings.sources import Settings
 
 # Seconds before a worker that died is started again: the first, the longest; after so long it counts as healthy.
@@ -120,7 +121,9 @@ class QueueWorker:
             if self._finishing:
                 break
             delay = FIRST_RESTART if time.monotonic() - began > HEALTHY_AFTER else min(delay * 2, SLOWEST_RESTART)
-            self.log.error("the queue worker ended (%s), the jobs it had are lost: again in %.1f s", _how(code), delay)
+            self.log.error(
+                "the queue worker ended (%s), the jobs it had are lost: again in %.1f s", how_it_ended(code), delay
+            )
             self.restarts += 1
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay):
@@ -168,10 +171,6 @@ def _sweep(child: subprocess.Popen[bytes]) -> None:
     if child.stdin is not None:
         with contextlib.suppress(OSError):
             child.stdin.close()
-
-
-def _how(code: int) -> str:
-    return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import pytest
 
-from supervisor.engine.diagnosis import FOLLOW_UP, RULES, Diagnosis, Rule, diagnose, how_it_ended
+from supervisor.engine.diagnosis import FOLLOW_UP, RULES, Diagnosis, Rule, diagnose
+from supervisor.engine.process import how_it_ended
 from supervisor.settings import catalogue
 from supervisor.settings.knobs import KNOBS
 

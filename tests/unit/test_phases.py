@@ -6,8 +6,9 @@ import time
 
 import pytest
 
-from supervisor.engine.diagnosis import how_it_ended, last_error
+from supervisor.engine.diagnosis import last_error
 from supervisor.engine.phases import PHASES, Waterfall
+from supervisor.engine.process import how_it_ended
 from supervisor.gateway.policy import UNAUTHORIZED, Policy
 
 # vLLM 0.32's own lines, cut to what matters.
