@@ -22,8 +22,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-sys.modules["httpx._main"] = None  # type: ignore[assignment]  # its command line; with rich, 0.25 s of each test process
-
 import httpx
 import psutil
 

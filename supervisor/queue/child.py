@@ -100,10 +100,9 @@ class QueueWorker:
         self.environ = environ
         self.log = logging.getLogger("supervisor.queue")
         self.word = "starting"
-        self.restarts = 0
         self.child: subprocess.Popen[bytes] | None = None
         self._ended = asyncio.Event()
-        self._finishing = False
+        self._leaving = asyncio.Event()
 
     def tell(self, word: str) -> None:
         """starting, ready, restarting, failed; draining: take nothing more, and leave when all is done; expire: fail
@@ -115,19 +114,19 @@ class QueueWorker:
 
     async def run(self) -> None:
         delay = FIRST_RESTART
-        while not self._finishing:
+        while not self._leaving.is_set():
             began = time.monotonic()
             code = await self._once()
-            if self._finishing:
+            if self._leaving.is_set():
                 break
-            delay = FIRST_RESTART if time.monotonic() - began > HEALTHY_AFTER else min(delay * 2, SLOWEST_RESTART)
-            self.log.error(
-                "the queue worker ended (%s), the jobs it had are lost: again in %.1f s", how_it_ended(code), delay
-            )
-            self.restarts += 1
+            if time.monotonic() - began > HEALTHY_AFTER:
+                delay = FIRST_RESTART
+            ended = how_it_ended(code)
+            self.log.error("the queue worker ended (%s), the jobs it had are lost: again in %.1f s", ended, delay)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay):
-                    await self._ended.wait()
+                    await self._leaving.wait()
+            delay = min(delay * 2, SLOWEST_RESTART)
         self._ended.set()
 
     async def _once(self) -> int:
@@ -146,7 +145,7 @@ class QueueWorker:
 
     async def finish(self, patience: float, reserve: float) -> None:
         """Lets it end its jobs for `patience` seconds, then has it report the others as failed for `reserve` more."""
-        self._finishing = True
+        self._leaving.set()
         for word, seconds in (("draining", patience), ("expire", reserve)):
             self.tell(word)
             with contextlib.suppress(TimeoutError):

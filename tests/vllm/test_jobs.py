@@ -14,14 +14,14 @@ import pytest
 
 from tests.harness import Supervisor, events
 from tests.queue.conftest import RunPod
-from tests.vllm.test_serving import CHAT, WEATHER, greedy, timeless
+from tests.vllm.test_serving import CHAT, WEATHER, timeless
 
 pytestmark = pytest.mark.vllm
 
 COMPLETIONS = "/v1/completions"
 QUESTION = [{"role": "user", "content": "What are you?"}]
 FORECAST = [{"role": "user", "content": "What is the weather in Paris?"}]
-COLD = {"temperature": 0, "max_tokens": 60}
+COLD = {"temperature": 0, "max_tokens": 20}
 TOLD = {"model": "demo", **COLD}
 PLACE = {
     "type": "object",
@@ -29,6 +29,16 @@ PLACE = {
     "required": ["city", "sunny"],
     "additionalProperties": False,
 }
+
+
+def greedy(**more: object) -> dict[str, object]:
+    """A body for `/v1/chat/completions` with everything that is filled in elsewhere."""
+    return {"messages": QUESTION, **TOLD, **more}
+
+
+def idless(stream: bytes) -> bytes:
+    """Without ids and times; the events of a response name the item that they belong to."""
+    return re.sub(rb'"item_id":"[^"]*"', b'"item_id":""', timeless(stream))
 
 
 def comparable(content: object) -> object:
@@ -57,7 +67,7 @@ def text_of(answer: Any) -> str:
 
 
 def still_works(runpod: RunPod) -> None:
-    assert "demo model" in text_of(only(runpod.done({"messages": QUESTION, **COLD})))
+    assert text_of(only(runpod.done({"messages": QUESTION, "temperature": 0, "max_tokens": 3}))) == "I am the"
 
 
 # The shapes that pass a request on: the answer is that of HTTP
@@ -101,17 +111,11 @@ def still_works(runpod: RunPod) -> None:
         ),
         ({"messages": QUESTION, "sampling_params": COLD}, CHAT, greedy()),
         ({"messages": QUESTION, "sampling_params": COLD, "max_tokens": 3, "stream": False}, CHAT, greedy()),
-        (
-            {"messages": QUESTION, **COLD, "logprobs": True, "top_logprobs": 2},
-            CHAT,
-            greedy(logprobs=True, top_logprobs=2),
-        ),
         ({"messages": FORECAST, **COLD, "tools": [WEATHER]}, CHAT, greedy(messages=FORECAST, tools=[WEATHER])),
         ({"prompt": "What are you?", "apply_chat_template": True, "sampling_params": COLD}, CHAT, greedy()),
         ({"prompt": "Once upon", "sampling_params": COLD}, COMPLETIONS, {"prompt": "Once upon", **TOLD}),
         ({"prompt": ["Once", "upon"], **COLD}, COMPLETIONS, {"prompt": ["Once", "upon"], **TOLD}),
         ({"prompt": "Once upon", "max_batch_size": 5, **COLD}, COMPLETIONS, {"prompt": "Once upon", **TOLD}),
-        ({"prompt": "Once upon", "temperature": 0}, COMPLETIONS, {"prompt": "Once upon", **TOLD, "max_tokens": 512}),
     ],
     ids=[
         "chat",
@@ -127,13 +131,11 @@ def still_works(runpod: RunPod) -> None:
         "route-with-bytes",
         "messages",
         "messages-and-fields",
-        "messages-with-logprobs",
         "messages-with-tools",
         "prompt-with-template",
         "prompt",
         "prompts",
         "prompt-for-an-old-worker",
-        "prompt-without-a-limit",
     ],
 )
 def test_a_job_gives_what_http_gives(
@@ -161,11 +163,6 @@ def test_text_is_text(runpod: RunPod) -> None:
     assert "vllm:num_requests_running" in only(runpod.done({"route": "/metrics"}))
 
 
-def test_nothing_is_an_empty_text(served: Supervisor, runpod: RunPod) -> None:
-    assert served.client.get("/health").content == b""
-    assert only(runpod.done({"route": "/health"})) == ""
-
-
 def test_a_query_arrives(runpod: RunPod) -> None:
     error = runpod.failed({"route": "/v1/responses/resp_none", "query": {"starting_after": "no number"}})
     assert error["status"] == 400
@@ -183,9 +180,16 @@ def test_a_request_has_its_jobs_id(runpod: RunPod) -> None:
     assert only(runpod.result(job_id)["output"])["id"] == f"chatcmpl-{job_id}"
 
 
-def test_a_prompt_without_a_limit_goes_on_after_vllms_16_tokens(runpod: RunPod) -> None:
+def test_a_prompt_without_a_limit_goes_on_after_vllms_16_tokens(served: Supervisor, runpod: RunPod) -> None:
     answer = only(runpod.done({"prompt": "Once upon", "temperature": 0}))
     assert answer["usage"]["completion_tokens"] > 16
+    body = {"model": "demo", "prompt": "Once upon", "temperature": 0, "max_tokens": 512}
+    assert comparable(answer) == comparable(over_http(served, COMPLETIONS, body))
+
+
+def test_the_limit_that_is_filled_in_leaves_room_for_a_long_prompt(runpod: RunPod) -> None:
+    answer = only(runpod.done({"prompt": [7] * 2040}))
+    assert answer["usage"]["total_tokens"] <= 2048
 
 
 # Streams
@@ -207,9 +211,9 @@ def test_a_prompt_without_a_limit_goes_on_after_vllms_16_tokens(runpod: RunPod) 
             greedy(messages=[{"role": "user", "content": "Say hello in Japanese"}], stream=True),
         ),
         (
-            {"messages": FORECAST, **COLD, "stream": True, "tools": [WEATHER]},
+            {"messages": FORECAST, "stream": True, "tools": [WEATHER], "temperature": 0, "max_tokens": 60},
             CHAT,
-            greedy(messages=FORECAST, stream=True, tools=[WEATHER]),
+            greedy(messages=FORECAST, stream=True, tools=[WEATHER], max_tokens=60),
         ),
         (
             {"prompt": "Once upon", **COLD, "stream": True},
@@ -236,10 +240,10 @@ def test_a_stream_is_that_of_http(served: Supervisor, runpod: RunPod, content: o
         chunks = runpod.result(job_id)["output"]
         stream = "".join(chunks).encode()
         # vLLM joins tokens into one event when it is behind, so that two streams may be cut into events differently.
-        if timeless(stream) == timeless(expected.content):
+        if idless(stream) == idless(expected.content):
             break
     else:
-        assert timeless(stream) == timeless(expected.content)
+        assert idless(stream) == idless(expected.content)
     assert len(list(events(stream))) > 3
     assert all(chunk.endswith("\n\n") for chunk in chunks)
     assert chunks[0].count("\n\n") == 1
@@ -290,16 +294,22 @@ def test_mode_complete(served: Supervisor, runpod: RunPod) -> None:
         {"mode": "json", "messages": FORECAST, "json_schema": PLACE},
         {"messages": FORECAST, "schema": json.dumps(PLACE)},
         {"messages": FORECAST, "json_schema": {"name": "place", "schema": PLACE, "strict": True}},
-        {"mode": "json", "prompt": "The weather:", "schema": PLACE},
     ],
-    ids=["json-schema", "text", "openais", "prompt"],
+    ids=["json-schema", "text", "openais"],
 )
 def test_mode_json_holds_a_schema(runpod: RunPod, more: dict[str, object]) -> None:
     choice = choice_of(runpod.done({**COLD, **more}), "json")
     assert choice["json"].keys() == {"city", "sunny"}
     assert choice["json"]["city"] in ("Paris", "Rome")
     assert choice["json"]["sunny"] in (True, False)
-    assert json.loads(choice["message"]["content"] if "messages" in more else choice["text"]) == choice["json"]
+    assert json.loads(choice["message"]["content"]) == choice["json"]
+
+
+def test_mode_json_with_a_prompt(runpod: RunPod) -> None:
+    asked = {"mode": "json", "prompt": "The weather is", "schema": {"enum": ["sunny", "rainy"]}, **COLD}
+    choice = choice_of(runpod.done(asked), "json")
+    assert choice["json"] in ("sunny", "rainy")
+    assert json.loads(choice["text"]) == choice["json"]
 
 
 @pytest.mark.parametrize("name", ["regex", "guided_regex"])
@@ -351,7 +361,7 @@ def test_a_batch_of_mixed_requests_with_some_that_fail(runpod: RunPod) -> None:
             "requests": [
                 {"messages": QUESTION, "temperature": 0},
                 {"mode": "complete", "prompt": "Once upon", "temperature": 0, "max_tokens": 20},
-                {"prompt": "The weather:", "json_schema": PLACE, "temperature": 0},
+                {"prompt": "The weather is", "json_schema": {"enum": ["sunny", "rainy"]}, "temperature": 0},
                 {"mode": "poem", "prompt": "a"},
                 {"messages": QUESTION, "model": "nobody"},
                 {"messages": QUESTION, "sampling_params": {**COLD, "stream": True}, "stream": True},
@@ -366,9 +376,9 @@ def test_a_batch_of_mixed_requests_with_some_that_fail(runpod: RunPod) -> None:
     chat, completion, constrained, no_mode, no_model, short, passed_on, tokens, models, no_object = result["results"]
     assert "demo model" in choice_of(chat, "chat")["message"]["content"]
     assert choice_of(completion, "complete")["text"]
-    assert choice_of(constrained, "json")["json"].keys() == {"city", "sunny"}
+    assert choice_of(constrained, "json")["json"] in ("sunny", "rainy")
     assert no_mode == {"error": "mode 'poem' is not one of: chat, complete, completion, json."}
-    assert no_model == {"error": "The model `nobody` does not exist."}
+    assert no_model["error"].startswith("The model `nobody` does not exist.")
     assert short["object"] == passed_on["object"] == "chat.completion"
     assert text_of(short) == text_of(passed_on)
     assert tokens["count"] >= 1
