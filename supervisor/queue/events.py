@@ -4,8 +4,8 @@ from __future__ import annotations
 
 # RunPod takes 1 MB per chunk; more than this at a time only delays what comes behind.
 CHUNK_LIMIT = 256 * 1024
-# A single event that is longer than this is cut, between two characters.
-EVENT_LIMIT = 900_000
+# A single event that is longer than this is cut, between two characters: quotes and backslashes double in JSON.
+EVENT_LIMIT = 450_000
 
 
 class Events:
@@ -21,7 +21,7 @@ class Events:
     def cut(self, *, ended: bool = False) -> str:
         """With `ended`, what is left is given although no event's end follows."""
         at = self._first_end() if not self.begun else self._last_end()
-        if at < 0 and (ended or len(self.buffer) > EVENT_LIMIT):
+        if at > EVENT_LIMIT or (at < 0 and (ended or len(self.buffer) > EVENT_LIMIT)):
             at = self._whole_characters(CHUNK_LIMIT)
         if at <= 0:
             return ""
@@ -45,7 +45,7 @@ class Events:
 
     def _whole_characters(self, limit: int) -> int:
         """The length of what may be cut off at `limit` without tearing a code point."""
-        at = min(limit, len(self.buffer))
-        while 0 < at < len(self.buffer) and self.buffer[at] & 0xC0 == 0x80:
-            at -= 1
-        return at
+        if len(self.buffer) <= limit:
+            return len(self.buffer)
+        # The byte behind the cut begins a character, or is one of the three at most that continue it.
+        return next((at for at in range(limit, limit - 4, -1) if self.buffer[at] & 0xC0 != 0x80), limit)

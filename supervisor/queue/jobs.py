@@ -192,7 +192,8 @@ class Reader:
                 raise JobError(f"{name} is text that is no JSON ({error}).", param=name) from None
         if isinstance(content, dict):
             content = self._with_model(content)
-        return json.dumps(content).encode()
+        # Half of a surrogate pair, of an emoji that a client cut: vLLM's tokenizer would take offence.
+        return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
 
     def _with_model(self, body: JSON) -> JSON:
         return body if body.get("model") else {**body, "model": self.model}
@@ -292,8 +293,8 @@ def llm_result(answer: JSON, mode: str) -> JSON:
         if "message" in choice:
             message = choice["message"] or {}
             kept["message"] = {"role": message.get("role", "assistant"), "content": message.get("content")}
-            if message.get("tool_calls"):
-                kept["message"]["tool_calls"] = message["tool_calls"]
+            if message.get("tool_calls"):  # beside them vLLM says "" where a call is required
+                kept["message"] |= {"content": message.get("content") or None, "tool_calls": message["tool_calls"]}
             text = message.get("content")
         else:
             text = kept["text"] = choice.get("text")

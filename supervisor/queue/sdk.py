@@ -62,6 +62,8 @@ SLOWEST_POLL = 10.0
 PATIENCE = 90.0
 # Nothing but these is worth another try.
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})
+# What RunPod takes as one chunk.
+CHUNK_BYTES = 1_000_000
 # As the SDK sends them: RunPod is used to it.
 POST_HEADERS = {"charset": "utf-8", "Content-Type": "application/x-www-form-urlencoded"}
 
@@ -98,6 +100,11 @@ def serve(worker: Worker, jobs: int) -> None:
 def _die_with_parent() -> None:
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def encode(content: JSON) -> bytes:
+    """A lone surrogate, which a model can write and JSON can carry, is no UTF-8."""
+    return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
 
 
 class Pace:
@@ -252,9 +259,12 @@ class Link:
         template = rp_http.JOB_STREAM_URL
         if run is None or not run.as_list or "://" not in template:  # in the Hub's tests nobody listens to streams
             return
+        body = encode(content)
+        if not run.streams and len(body) > CHUNK_BYTES:
+            return  # RunPod would refuse it as a chunk; the result has it
         run.sequence += 1
         try:
-            await self._post(session, template, content, job["id"], f"{run.attempt}/{run.sequence}", stream=False)
+            await self._post(session, template, body, job["id"], f"{run.attempt}/{run.sequence}", stream=False)
         except NotTaken as error:
             log.error(f"A chunk could not be delivered: {error}", job["id"])  # noqa: TRY400  # not Python's logger
             run.fail(
@@ -275,7 +285,7 @@ class Link:
             await self._post(
                 session,
                 rp_http.JOB_DONE_URL,
-                content,
+                encode(content),
                 job["id"],
                 f"{run.attempt if run is not None else job['id']}/done",
                 stream=stream,
@@ -292,13 +302,11 @@ class Link:
             log.info(f"Finished{seconds}.", job["id"])
 
     async def _post(
-        self, session: aiohttp.ClientSession, template: str, content: JSON, job_id: str, key: str, *, stream: bool
+        self, session: aiohttp.ClientSession, template: str, body: bytes, job_id: str, key: str, *, stream: bool
     ) -> None:
         """Until RunPod has taken it, in order: the next one waits for this. Raises NotTaken."""
         url = template.replace("$ID", job_id)
         url += f"{'&' if '?' in url else '?'}isStream={'true' if stream else 'false'}"
-        # A lone surrogate, which a model can write and JSON can carry, is no UTF-8.
-        body = json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
         # After a reset nobody knows whether it was taken; who knows this header does.
         headers = {**POST_HEADERS, "X-Request-ID": job_id, "Idempotency-Key": key}
 

@@ -120,7 +120,7 @@ def refusal(content: object, reader: Reader = READER) -> JobError:
         "half-a-surrogate-pair",
         {"openai_input": {"messages": [{"role": "user", "content": "\ud83d"}]}},
         CHAT,
-        {"messages": [{"role": "user", "content": "\ud83d"}], "model": "demo"},
+        {"messages": [{"role": "user", "content": "?"}], "model": "demo"},
     ),
 )
 @pytest.mark.parametrize("reader", [READER, LLM_READER], ids=["", "llm"])
@@ -839,9 +839,15 @@ def test_result_of_a_completion() -> None:
     ]
 
 
-def test_result_of_tool_calls() -> None:
-    (choice,) = llm_result(answer(message(None, tool_calls=[CALL])), "chat")["choices"]
-    assert choice["message"] == {"role": "assistant", "content": None, "tool_calls": [CALL]}
+@pytest.mark.parametrize(("content", "kept"), [(None, None), ("", None), ("Let me see.", "Let me see.")])
+def test_result_of_tool_calls(content: str | None, kept: str | None) -> None:
+    (choice,) = llm_result(answer(message(content, tool_calls=[CALL])), "chat")["choices"]
+    assert choice["message"] == {"role": "assistant", "content": kept, "tool_calls": [CALL]}
+
+
+def test_an_empty_text_stays_one() -> None:
+    (choice,) = llm_result(answer(message("", tool_calls=[])), "chat")["choices"]
+    assert choice["message"] == {"role": "assistant", "content": ""}
 
 
 @pytest.mark.parametrize("text", ['{"city": "Rome", "n": [1.5, null]}', "5", '"é"', "null", " [] "])

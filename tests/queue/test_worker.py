@@ -125,6 +125,11 @@ def test_binary_in_and_out(endpoint: Supervisor, runpod: RunPod) -> None:
     assert dict(form["headers"])["Content-Type"].startswith("multipart/form-data; boundary=")
 
 
+def test_an_answer_above_the_limit_of_a_chunk_is_in_the_result(endpoint: Supervisor, runpod: RunPod) -> None:
+    (out,) = runpod.done({"route": "/fake/bytes?n=3000000"})
+    assert len(base64.b64decode(out["base64"])) == 3_000_000
+
+
 # Errors
 
 

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from tests.harness import ROOT, Supervisor
+from tests.queue.conftest import RunPod
 
 VLLM = ROOT / ".vllm" / "bin" / "vllm"
 START = 400.0  # seconds; 30 to 40 on an idle machine with two cores
@@ -25,7 +26,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def served() -> Iterator[Supervisor]:
+def runpod() -> Iterator[RunPod]:
+    with RunPod() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def served(runpod: RunPod) -> Iterator[Supervisor]:
+    """In queue mode, with a port beside: HTTP and jobs go to the same vLLM."""
     assert VLLM.exists(), (
         "the real vLLM is missing: run scripts/setup, or leave these tests out with scripts/test --quick"
     )
@@ -35,6 +43,7 @@ def served() -> Iterator[Supervisor]:
         "SUPERVISOR_RESTART_WINDOW": "0.05",
         "SUPERVISOR_STALL_TIMEOUT": "15",
         "SUPERVISOR_HOLD_TIMEOUT": str(START),
+        **runpod.environment(),
     }
     # As a newcomer starts it: without a word on the model or on where vLLM is.
     with Supervisor(vllm=None, program=(ROOT / "scripts" / "up",), environ=environ) as supervisor:

@@ -111,7 +111,11 @@ def still_works(runpod: RunPod) -> None:
         ),
         ({"messages": QUESTION, "sampling_params": COLD}, CHAT, greedy()),
         ({"messages": QUESTION, "sampling_params": COLD, "max_tokens": 3, "stream": False}, CHAT, greedy()),
-        ({"messages": FORECAST, **COLD, "tools": [WEATHER]}, CHAT, greedy(messages=FORECAST, tools=[WEATHER])),
+        (
+            {"messages": FORECAST, "temperature": 0, "tools": [WEATHER], "max_tokens": 60},
+            CHAT,
+            greedy(messages=FORECAST, tools=[WEATHER], max_tokens=60),
+        ),
         ({"prompt": "What are you?", "apply_chat_template": True, "sampling_params": COLD}, CHAT, greedy()),
         ({"prompt": "Once upon", "sampling_params": COLD}, COMPLETIONS, {"prompt": "Once upon", **TOLD}),
         ({"prompt": ["Once", "upon"], **COLD}, COMPLETIONS, {"prompt": ["Once", "upon"], **TOLD}),
@@ -298,7 +302,7 @@ def test_mode_complete(served: Supervisor, runpod: RunPod) -> None:
     ids=["json-schema", "text", "openais"],
 )
 def test_mode_json_holds_a_schema(runpod: RunPod, more: dict[str, object]) -> None:
-    choice = choice_of(runpod.done({**COLD, **more}), "json")
+    choice = choice_of(runpod.done({"temperature": 0, "max_tokens": 60, **more}), "json")
     assert choice["json"].keys() == {"city", "sunny"}
     assert choice["json"]["city"] in ("Paris", "Rome")
     assert choice["json"]["sunny"] in (True, False)
@@ -339,7 +343,7 @@ def test_tools(runpod: RunPod, tool_choice: object) -> None:
     assert call["id"]
     assert (call["type"], call["function"]["name"]) == ("function", "get_weather")
     assert json.loads(call["function"]["arguments"]) == {"location": "Paris"}
-    assert not choice["message"]["content"]
+    assert choice["message"]["content"] is None
 
 
 def test_tool_choice_none(runpod: RunPod) -> None:
@@ -499,10 +503,8 @@ def test_half_a_surrogate_pair_is_answered(runpod: RunPod) -> None:
     answer = runpod.http.post(f"{runpod.url}/run", content=content.encode())
     assert answer.status_code == 200, answer.text
     status = runpod.result(answer.json()["id"])
-    if status["status"] == "FAILED":
-        assert json.loads(status["error"])["status"] == 400
-    else:
-        assert text_of(only(status["output"]))
+    assert status["status"] == "COMPLETED", status
+    assert text_of(only(status["output"]))
     still_works(runpod)
 
 
