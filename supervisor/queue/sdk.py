@@ -213,8 +213,10 @@ class Link:
     async def take(self, session: aiohttp.ClientSession, count: int) -> list[JSON] | None:
         """`rp_scale.get_job`: up to `count` jobs, once the engine can do them."""
         await self.joined.wait()
-        jobs = await self._poll(self.taking, lambda: self._ask_for_jobs(session, count))
-        for job in jobs or []:
+        jobs = await self._poll(self.taking, lambda: self._ask_for_jobs(session, count)) or []
+        # One that we have already: RunPod took us for dead, and gave it out again.
+        jobs = [job for job in jobs if job["id"] not in self.worker.runs]
+        for job in jobs:
             self.worker.begin(job)
         return jobs
 
@@ -275,31 +277,30 @@ class Link:
         self, session: aiohttp.ClientSession, content: JSON, job: JSON, is_stream: bool = False
     ) -> None:
         """`rp_job.send_result`."""
-        run = self.worker.runs.get(job["id"])
-        stream = is_stream
-        if run is not None and not run.as_list:  # the object itself, as of a handler that is no generator
-            stream = False
-            if content.get("output"):
-                content = {"output": content["output"][0]}
+        run = self.worker.runs[job["id"]]
+        stream = is_stream and run.as_list
+        if not run.as_list and content.get("output"):  # the object itself, as of a handler that is no generator
+            content = {"output": content["output"][0]}
         try:
-            await self._post(
-                session,
-                rp_http.JOB_DONE_URL,
-                encode(content),
-                job["id"],
-                f"{run.attempt if run is not None else job['id']}/done",
-                stream=stream,
-            )
+            try:
+                await self._post(session, rp_http.JOB_DONE_URL, encode(content), run.job_id, run.attempt, stream=stream)
+            except NotTaken as error:
+                if error.transient:
+                    raise
+                # Too large, most likely. An error is small, and says more to who waits than an empty result.
+                run.error = JobError(f"RunPod did not take the result ({error}).", 502, "upstream_error")
+                body = encode({"error": run.error.text})
+                await self._post(session, rp_http.JOB_DONE_URL, body, run.job_id, f"{run.attempt}/error", stream=stream)
         except NotTaken as error:
-            log.error(f"The result could not be delivered: {error}", job["id"])  # noqa: TRY400
+            log.error(f"The result could not be delivered: {error}", run.job_id)  # noqa: TRY400
             return
-        seconds = f" after {time.monotonic() - run.began:.1f} s" if run is not None else ""
-        if run is not None and run.error is not None:
+        seconds = time.monotonic() - run.began
+        if run.error is not None:
             # Of a 4xx no words: vLLM's quote what the user sent.
             why = run.error.message if run.error.status >= 500 else run.error.kind
-            log.warn(f"Failed{seconds}: {run.error.status}, {why}", job["id"])
+            log.warn(f"Failed after {seconds:.1f} s: {run.error.status}, {why}", run.job_id)
         else:
-            log.info(f"Finished{seconds}.", job["id"])
+            log.info(f"Finished after {seconds:.1f} s.", run.job_id)
 
     async def _post(
         self, session: aiohttp.ClientSession, template: str, body: bytes, job_id: str, key: str, *, stream: bool

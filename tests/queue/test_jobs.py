@@ -531,6 +531,12 @@ LLM_CASES = (
         CHAT,
         llm(messages=HI, **CONSTRAINED),
     ),
+    Case(
+        "a-schema-with-a-word-of-that-name",
+        {"messages": HI, "json_schema": {"type": "object", "schema": {}}},
+        CHAT,
+        llm(messages=HI, **json_schema({"type": "object", "schema": {}})),
+    ),
     Case("a-schema-means-json", {"prompt": "a", "schema": SCHEMA}, COMPLETIONS, llm(prompt="a", **CONSTRAINED)),
     Case("regex", {"messages": HI, "regex": "a+"}, CHAT, llm(messages=HI, structured_outputs={"regex": "a+"})),
     Case(

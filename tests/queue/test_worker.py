@@ -130,6 +130,12 @@ def test_an_answer_above_the_limit_of_a_chunk_is_in_the_result(endpoint: Supervi
     assert len(base64.b64decode(out["base64"])) == 3_000_000
 
 
+def test_a_result_that_runpod_refuses_becomes_an_error(endpoint: Supervisor, runpod: RunPod) -> None:
+    runpod.fault("job-done", "status", status=413, times=1)
+    error = runpod.failed(HELLO)
+    assert "RunPod did not take the result (RunPod answers 413)" in error["message"]
+
+
 # Errors
 
 
