@@ -13,11 +13,15 @@ import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from supervisor.engine.process import EngineProcess
 from supervisor.engine.remains import Guard, Workspace, clean_leftovers, temporary_folder
 from supervisor.settings.command import Mask, build
 from supervisor.settings.sources import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from supervisor.queue.child import Queue
 
 # SIGHUP too: when the terminal is closed, vLLM in its own session would not hear of it.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -200,7 +204,6 @@ async def _run(start: _Start) -> int:
     from supervisor.gateway.policy import Policy  # noqa: PLC0415
     from supervisor.gateway.server import GatewayServer  # noqa: PLC0415
     from supervisor.gateway.upstream import Probe, Upstream, UpstreamError  # noqa: PLC0415
-    from supervisor.queue.child import Queue  # noqa: PLC0415
 
     settings, knobs, listeners, workspace = start.settings, start.settings.knobs, start.listeners, start.spawn.workspace
     log = logging.getLogger("supervisor")
@@ -298,6 +301,8 @@ async def _run(start: _Start) -> int:
     sockets = list(listeners.gateway)
     async with asyncio.TaskGroup() as group:
         if settings.mode == "queue":
+            from supervisor.queue.child import Queue  # noqa: PLC0415
+
             path = workspace.path / "gateway.sock"
             sockets.append(_listen_privately(path))
             queue = Queue.start(settings, listeners.simulator, str(path), served_name(settings))

@@ -9,10 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
 
+# What a machine with NVIDIA's driver has (the second: WSL). Asking the library instead costs 15 ms of every start.
+DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvmap")
 # What may stay allocated, in bytes: the driver's own, and contexts that other processes hold change by this much.
 SLACK = 512 * 1024 * 1024
 PATIENCE = 30.0
@@ -21,6 +24,8 @@ POLL = 0.1
 
 def used() -> list[int] | None:
     """Bytes in use on each GPU; None where that can't be known."""
+    if not any(map(os.path.exists, DRIVERS)):
+        return None
     try:
         import pynvml  # noqa: PLC0415
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from tenacity import RetryCallState, Retrying, wait_exponential_jitter
-
 # Seconds: 1, 2, 4 ... 30, and up to one more, so that workers that died of the same cause do not return in step.
-BACKOFF = wait_exponential_jitter(initial=1, max=30, jitter=1)
+FIRST, LONGEST, JITTER = 1, 30, 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +46,8 @@ class Restarts:
 
 def backoff(attempt: int) -> float:
     """Seconds before the attempt's start; the first is 1."""
+    from tenacity import RetryCallState, Retrying, wait_exponential_jitter  # noqa: PLC0415  # 15 ms of every start
+
     state = RetryCallState(Retrying(), None, (), {})
     state.attempt_number = attempt
-    return BACKOFF(state)
+    return wait_exponential_jitter(initial=FIRST, max=LONGEST, jitter=JITTER)(state)

@@ -33,6 +33,8 @@ WORKER_FIELDS = frozenset(
         "max_batch_size", "min_batch_size", "batch_size_growth_factor",
     }
 )  # fmt: skip
+# Of an error; vLLM's may quote all that was sent.
+LONGEST_MESSAGE = 4000
 # What runpod-LLM assumed where a request says nothing.
 LLM_DEFAULTS = {"temperature": 0.7, "top_p": 1.0, "max_tokens": 512}
 LLM_MODES = {"chat": "chat", "complete": "complete", "completion": "complete", "json": "json"}
@@ -75,9 +77,9 @@ class JobError(Exception):
         error = content.get("error", content.get("detail")) if isinstance(content, dict) else None
         if isinstance(error, dict) and isinstance(error.get("message"), str):
             kind = error.get("type") or "error"
-            return cls(error["message"], status, str(kind), error.get("param"), error.get("code"))
+            return cls(error["message"][:LONGEST_MESSAGE], status, str(kind), error.get("param"), error.get("code"))
         text = error if isinstance(error, str) else body.decode("utf-8", "replace").strip() or "no further word"
-        return cls(f"HTTP {status}: {text[:2000]}", status, "upstream_error")
+        return cls(f"HTTP {status}: {text[:LONGEST_MESSAGE]}", status, "upstream_error")
 
 
 class Request(NamedTuple):

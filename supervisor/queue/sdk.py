@@ -227,7 +227,10 @@ class Link:
             if response.status != 200:
                 raise NotTaken(f"RunPod answers {response.status}", transient=True)
             body = await response.read()
-        content = json.loads(body) if body else None
+        try:
+            content = json.loads(body) if body else None
+        except RecursionError:
+            raise NotTaken("a job came that is nested too deeply to be read", transient=False) from None
         found = content if isinstance(content, list) else [content]
         jobs = [job for job in found if isinstance(job, dict) and isinstance(job.get("id"), str) and job["id"]]
         if len(jobs) < len(found) and content is not None:

@@ -27,6 +27,7 @@ from supervisor.queue.jobs import JSON, Job, JobError, Reader, Request, batch_re
 CHUNK_GAP = 0.05
 # RunPod's limits on a result, with room for what is around it.
 RESULT_LIMIT, SYNC_RESULT_LIMIT = 10_000_000 - 50_000, 20_000_000 - 50_000
+ERROR_LIMIT = 1_000_000
 # Of one batch, at once; the rest of it waits its turn here instead of in vLLM.
 BATCH_CONCURRENCY = 100
 SHUT_DOWN = JobError(
@@ -168,13 +169,8 @@ class Run:
             self._check(
                 0 if self.streams else len(json.dumps(self.object, ensure_ascii=False).encode("utf-8", "replace"))
             )
-        except JobError as error:
-            self.error = self.error or error
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            if isinstance(error, aiohttp.ClientPayloadError):
-                self.error = self.error or CUT
-            else:
-                self.error = self.error or JobError(f"The gateway gave no answer ({error}).", 502, "upstream_error")
+        except Exception as error:  # noqa: BLE001  # whatever it is, the job must not end as if it were done
+            self.error = self.error or _as_job_error(error)
         finally:
             self._arrived.set()
 
@@ -187,8 +183,8 @@ class Run:
                     raise item
                 async with turn:
                     return await self._single(item, f"{self.job_id}-{number}", stream=False)
-            except JobError as error:
-                return {"error": error.message}
+            except Exception as error:  # noqa: BLE001  # it does not sink the others
+                return {"error": _as_job_error(error).message}
 
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one(number, item)) for number, item in enumerate(items)]
@@ -198,7 +194,7 @@ class Run:
         assert job.request is not None
         async with self.client.ask(job.request, request_id) as response:
             if response.status >= 400:
-                raise JobError.of_answer(response.status, await response.content.read(1_000_000))
+                raise JobError.of_answer(response.status, await _beginning(response))
             if stream and response.content_type == "text/event-stream":
                 self.streams = True
                 async for data in response.content.iter_any():
@@ -225,11 +221,31 @@ class Run:
             )
 
 
+def _as_job_error(error: Exception) -> JobError:
+    if isinstance(error, JobError):
+        return error
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return CUT
+    if isinstance(error, (aiohttp.ClientError, OSError)):
+        return JobError(f"The gateway gave no answer ({error or type(error).__name__}).", 502, "upstream_error")
+    return JobError(f"The worker could not do this job ({type(error).__name__}).", 500, "server_error")
+
+
+async def _beginning(response: aiohttp.ClientResponse) -> bytes:
+    """The body of an error, or as much of it as anybody would read."""
+    body = bytearray()
+    async for data in response.content.iter_any():
+        body += data
+        if len(body) > ERROR_LIMIT:
+            break
+    return bytes(body)
+
+
 def _result(body: bytes, content_type: str, job: Job) -> object:
     """JSON as an object, text as text, everything else as base64 with its type."""
     if content_type == "application/json" or content_type.endswith("+json"):
         try:
-            answer = json.loads(body)
+            answer = json.loads(body, parse_constant=lambda _: None)  # NaN, which is no JSON
         except ValueError as error:
             raise JobError(f"The answer is no JSON ({error}).", 502, "upstream_error") from None
         if isinstance(answer, dict) and answer.get("error"):  # the SDK would make a Python repr of it

@@ -166,14 +166,37 @@ def test_errors_are_json_with_the_status(
     assert "/main/" not in str(error)
 
 
+def raw(*parts: bytes, close: object = True) -> dict[str, object]:
+    """A request to which the fake answers these bytes, each part so that it is read alone."""
+    script = {"parts": [{"b64": base64.b64encode(part).decode(), "delay": 0.02} for part in parts], "close": close}
+    return {"route": "/fake/raw", "body": script}
+
+
+def answer(body: bytes, status: bytes = b"200 OK", length: int | None = None) -> bytes:
+    head = b"HTTP/1.1 %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    return head % (status, len(body) if length is None else length) + body
+
+
+def test_what_is_no_proper_answer(endpoint: Supervisor, runpod: RunPod) -> None:
+    """A worker that does not understand says so; the job is not done as if it had."""
+    pieces = answer(b'{"error": {"message": "in two pieces", "type": "Odd", "code": 418}}', b"418 Teapot")
+    error = runpod.failed(raw(pieces[:-20], pieces[-20:]))
+    assert (error["message"], error["type"], error["status"]) == ("in two pieces", "Odd", 418)
+    assert "in the middle" in runpod.failed(raw(answer(b'{"x":', length=100)))["message"]
+    assert "no JSON" in runpod.failed(raw(answer(b"{")))["message"]
+    assert "RecursionError" in runpod.failed(raw(answer(b"[" * 100_000)))["message"]
+    assert runpod.done(raw(answer(b'{"x": NaN}'))) == [{"x": None}]
+    broken = raw(answer(b'{"x":', length=100))
+    output = runpod.done({"requests": [broken, {"mode": "chat", **HELLO, "max_tokens": 1}]})
+    assert "in the middle" in output["results"][0]["error"]
+    assert output["results"][1]["choices"]
+
+
 def test_lone_surrogates_go_in_and_come_out(endpoint: Supervisor, runpod: RunPod) -> None:
     lone = '{"input": {"route": "/fake/echo", "body": {"x": "\\ud83d"}}}'
-    answer = runpod.http.post(f"{runpod.url}/run", content=lone)
-    assert runpod.result(answer.json()["id"])["status"] == "COMPLETED"
-    raw = base64.b64encode(
-        b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 17\r\n\r\n{"x": "a\\ud83d" }'
-    ).decode()
-    (out,) = runpod.done({"route": "/fake/raw", "body": {"parts": [{"b64": raw}], "close": True}})
+    sent = runpod.http.post(f"{runpod.url}/run", content=lone)
+    assert runpod.result(sent.json()["id"])["status"] == "COMPLETED"
+    (out,) = runpod.done(raw(answer(b'{"x": "a\\ud83d" }')))
     assert out["x"].startswith("a")
 
 
