@@ -314,6 +314,9 @@ def main() -> None:
     reader = Reader(os.environ["SUPERVISOR_QUEUE_MODEL"], llm=os.environ.get("SUPERVISOR_QUEUE_SHAPE") == "llm")
     worker = Worker(orders, Client(os.environ["SUPERVISOR_QUEUE_SOCKET"]), reader)
     sdk.serve(worker, int(os.environ["SUPERVISOR_QUEUE_JOBS"]))
+    # All is reported. Python's own way out of so many modules takes half a second that the drain may not have.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":  # the SDK's heartbeat is a process that imports this file again, from Python 3.14 on

@@ -22,6 +22,8 @@ from typing import Any
 import httpx
 import pytest
 
+pytestmark = pytest.mark.tools
+
 FAKE = Path(__file__).parents[2] / "scripts" / "fake_vllm"
 PATIENCE = 10.0
 HELLO = {"messages": [{"role": "user", "content": "hello you"}]}

@@ -956,7 +956,7 @@ FAILURES = (
     Failure("text", 502, b"Bad Gateway\n", "HTTP 502: Bad Gateway"),
     Failure("bytes", 500, b"\xff\xfe\x00", "HTTP 500: ��\x00"),
     Failure("nothing", 500, b"", "HTTP 500: no further word"),
-    Failure("long", 500, b"x" * 3000, "HTTP 500: " + "x" * 2000),
+    Failure("long", 500, b"x" * 9000, "HTTP 500: " + "x" * 4000),
 )
 
 

@@ -30,6 +30,8 @@ import pytest
 from tests.harness import clean_environment, wait_until
 from tests.queue.conftest import RunPod
 
+pytestmark = pytest.mark.tools
+
 PLAIN = Path(__file__).with_name("plain_worker.py")
 MANY = 200
 # A paced loop is not there yet after this median gap, however busy the machine.

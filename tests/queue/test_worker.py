@@ -350,7 +350,7 @@ def all_gone(processes: list[psutil.Process]) -> bool:
 def test_sigterm_lets_jobs_finish_and_reports_those_that_do_not() -> None:
     with (
         RunPod("--hold", "60") as runpod,
-        in_queue_mode(runpod, environ={"SUPERVISOR_DRAIN_TIMEOUT": "3"}) as supervisor,
+        in_queue_mode(runpod, environ={"SUPERVISOR_DRAIN_TIMEOUT": "6"}) as supervisor,
     ):
         supervisor.ready()
         short = [runpod.run(faulty({"max_tokens": 100}, token_interval=0.01)) for _ in range(8)]
