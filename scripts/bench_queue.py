@@ -21,9 +21,11 @@ import argparse
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -210,6 +212,7 @@ def plain_worker() -> None:
 
     import runpod  # noqa: PLC0415
 
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # at the end a last ping may find nobody
     runpod.serverless.start(
         {"handler": handler, "concurrency_modifier": lambda _: jobs, "return_aggregate_stream": True}
     )
@@ -331,6 +334,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not 1 <= arguments.jobs <= MOST_JOBS or min(arguments.tokens, arguments.runs) < 1 or arguments.rate <= 0:
         parser.error(f"1 to {MOST_JOBS} jobs, at least one token and run, a rate above zero")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench_queue: told to end"))  # and to take everybody along
     with tempfile.TemporaryDirectory(prefix="bench-") as folder, started(arguments, Path(folder)) as processes:
         rows = asyncio.run(bench(arguments, *processes))
     if not report(rows, arguments):

@@ -1,0 +1,49 @@
+"""Which test runs where, when several processes share them (scripts/test).
+
+xdist cuts the list of tests into equal pieces, one for each process, and lets who is done take tests off the ends of
+others' pieces. As collected, a few pieces would have all of the slow tests: so each begins with its share of those, and
+is filled up with quick ones. Tests that share a supervisor stay together, for each process would start one of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+
+# Seconds, about, of a test in these files; where tests share something, what all of them take.
+SLOW = {"tests/queue/test_worker.py": 4.0, "tests/engine/test_faults.py": 1.5, "tests/engine/test_engine.py": 1.5}
+TOGETHER = {"endpoint": 35.0, "running": 10.0}  # by fixture
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    count = getattr(config, "workerinput", {}).get("workercount", 1)
+    if count > 1:
+        items[:] = dealt(items, count)
+
+
+def dealt(items: Iterable[pytest.Item], count: int) -> list[pytest.Item]:
+    groups: dict[str, tuple[float, list[pytest.Item]]] = {}
+    quick: list[pytest.Item] = []
+    for item in items:
+        shared = next((name for name in TOGETHER if name in getattr(item, "fixturenames", ())), None)
+        seconds = SLOW.get(item.nodeid.partition("::")[0])
+        if shared is not None:
+            groups.setdefault(shared, (TOGETHER[shared], []))[1].append(item)
+        elif seconds is not None:
+            groups[item.nodeid] = (seconds, [item])
+        else:
+            quick.append(item)
+    piles: list[tuple[float, list[pytest.Item]]] = [(0.0, []) for _ in range(count)]
+    for seconds, group in sorted(groups.values(), key=lambda group: -group[0]):
+        at = min(range(count), key=lambda at: piles[at][0])
+        piles[at] = (piles[at][0] + seconds, piles[at][1] + group)
+    # As xdist deals: each gets an equal share of what is left.
+    left = sum(len(pile) for _, pile in piles) + len(quick)
+    found = []
+    for at, (_, pile) in enumerate(sorted(piles, key=lambda pile: -len(pile[1]))):
+        share = left // (count - at)
+        filled = pile + [quick.pop() for _ in range(min(len(quick), max(0, share - len(pile))))]
+        left -= share
+        found += filled
+    return found + quick
