@@ -335,7 +335,11 @@ def test_sigkill_of_the_supervisor_takes_vllm_along() -> None:
 
 def test_a_new_start_cleans_what_it_finds_of_its_own_and_nothing_else() -> None:
     """Supervisor and guard are both killed: the next start on this machine does their work."""
-    with Supervisor("m", plan=[{"shm": 1}]) as first, Supervisor("m") as bystander:
+    with (
+        tempfile.TemporaryDirectory() as base,  # or the start of another test's supervisor would clean up before ours
+        Supervisor("m", plan=[{"shm": 1}], environ={"TMPDIR": base}) as first,
+        Supervisor("m", environ={"TMPDIR": base}) as bystander,
+    ):
         first.ready().engine()
         bystander.ready().engine()
         workspace = Path(first.socket).parent
@@ -346,18 +350,14 @@ def test_a_new_start_cleans_what_it_finds_of_its_own_and_nothing_else() -> None:
         first.signal(signal.SIGKILL)
         first.process.wait()
         assert len(session_of(first.engine())) >= 3
-        stranger = Path(tempfile.mkdtemp(prefix="supervisor-"))  # looks like ours, and has no note
-        try:
-            with Supervisor("m") as second:
-                second.says("starting m")
-                # Or another test's start was faster, and is just at it.
-                wait_until(lambda: not workspace.exists(), "the workspace's removal")
-                assert session_of(first.engine()) == []
-                assert not [path for path in segments if "psm_fake" in path and Path(path).exists()]
-                second.ready().engine()
-            assert stranger.exists()
-        finally:
-            stranger.rmdir()
+        stranger = Path(tempfile.mkdtemp(prefix="supervisor-", dir=base))  # looks like ours, and has no note
+        with Supervisor("m", environ={"TMPDIR": base}) as second:
+            second.says("starting m")
+            assert not workspace.exists()
+            assert session_of(first.engine()) == []
+            assert not [path for path in segments if "psm_fake" in path and Path(path).exists()]
+            second.ready().engine()
+        assert stranger.exists()
         assert bystander.client.post(CHAT, json=chat()).status_code == 200
 
 
