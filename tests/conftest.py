@@ -13,7 +13,7 @@ import pytest
 
 # Seconds, about, of a test in these files; where tests share something, what all of them take.
 SLOW = {"tests/queue/test_worker.py": 4.0, "tests/engine/test_faults.py": 1.5, "tests/engine/test_engine.py": 1.5}
-TOGETHER = {"endpoint": 35.0, "running": 10.0}  # by fixture
+TOGETHER = {"endpoint": 35.0, "plain": 12.0, "running": 10.0}  # by fixture
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -28,6 +28,8 @@ CHUNK_GAP = 0.05
 # RunPod's limits on a result, with room for what is around it.
 RESULT_LIMIT, SYNC_RESULT_LIMIT = 10_000_000 - 50_000, 20_000_000 - 50_000
 ERROR_LIMIT = 1_000_000
+# Seconds; the SDK begins a job that it has within 0.1 s.
+FORGOTTEN_AFTER = 5.0
 # Of one batch, at once; the rest of it waits its turn here instead of in vLLM.
 BATCH_CONCURRENCY = 100
 SHUT_DOWN = JobError(
@@ -293,8 +295,10 @@ class Worker:
 
     def cancel(self, job_id: str) -> None:
         """RunPod says that nobody waits for it any more."""
-        if job_id in self.runs:
-            self.runs[job_id].cancel()
+        if run := self.runs.get(job_id):
+            run.cancel()
+            # Where the SDK's task is stopped before its first step, nobody else would ever forget it.
+            asyncio.get_running_loop().call_later(FORGOTTEN_AFTER, self._over, run)
 
     def expire(self) -> None:
         for run in list(self.runs.values()):

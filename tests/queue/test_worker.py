@@ -136,6 +136,22 @@ def test_a_result_that_runpod_refuses_becomes_an_error(endpoint: Supervisor, run
     assert "RunPod did not take the result (RunPod answers 413)" in error["message"]
 
 
+def test_no_more_jobs_are_taken_than_may_run(endpoint: Supervisor, runpod: RunPod) -> None:
+    slow = {"route": CHAT, "body": HELLO, "headers": {"X-Fake": json.dumps({"prefill_seconds": 60})}}
+    jobs = [runpod.run(slow) for _ in range(34)]
+
+    def states() -> list[str]:
+        return [runpod.status(job)["status"] for job in jobs]
+
+    wait_until(lambda: states().count("IN_PROGRESS") >= 30, "thirty at once")
+    wait_until(lambda: "job_in_progress=1" in runpod.log("job-take-batch")[-1]["target"], "the takes of these")
+    assert states() == ["IN_PROGRESS"] * 30 + ["IN_QUEUE"] * 4
+    for job in reversed(jobs):
+        runpod.http.post(f"{runpod.url}/cancel/{job}")
+    assert runpod.done({**HELLO, "max_tokens": 1})
+    wait_until(lambda: running(endpoint) == 0, "the generations' end")
+
+
 # Errors
 
 
