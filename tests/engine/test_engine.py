@@ -185,7 +185,7 @@ def test_stop_while_it_loads_answers_the_waiting(deaf: bool) -> None:
         assert session_of(supervisor.engine_pid or 0) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_right_after_the_spawn_leaves_nothing(number: int) -> None:
     """While the supervisor still imports, nobody walks the table yet: the signal waits."""
     with Supervisor("m") as supervisor:

@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 import pytest
 
-pytestmark = pytest.mark.tools
+pytestmark = pytest.mark.slow
 
 FAKE = Path(__file__).parents[2] / "scripts" / "fake_vllm"
 PATIENCE = 10.0

@@ -295,6 +295,7 @@ def test_a_part_that_dies_while_it_loads_is_noticed() -> None:
 # It leaves things behind
 
 
+@pytest.mark.slow
 def test_twenty_crashes_leave_no_shared_memory_and_no_files(tmp_path: Path) -> None:
     seen: set[Path] = set()
     with Supervisor("m", plan=[{"shm": 1}], environ=OFTEN | {"TMPDIR": str(tmp_path)}) as supervisor:

@@ -30,7 +30,7 @@ import pytest
 from tests.harness import clean_environment, wait_until
 from tests.queue.conftest import RunPod
 
-pytestmark = pytest.mark.tools
+pytestmark = pytest.mark.slow
 
 PLAIN = Path(__file__).with_name("plain_worker.py")
 MANY = 200

@@ -24,7 +24,7 @@ from supervisor.queue.simulated import Queue, State
 from supervisor.queue.simulator import Handed
 from tests.harness import ROOT, wait_until
 
-pytestmark = pytest.mark.tools
+pytestmark = pytest.mark.slow
 
 HOLD = 0.7
 numbers = itertools.count(1)
