@@ -325,7 +325,7 @@ def test_processes_are_named_and_nested_like_those_of_vllm(shared: Fake) -> None
 
 
 def test_bound_but_not_listening_while_loading(fake: Callable[..., Fake]) -> None:
-    one = fake(plan={"load_seconds": 0.3}, wait=False)
+    one = fake(plan={"load_seconds": 2}, wait=False)
     until(one.socket.exists)
     assert not one.accepts()
     until(one.accepts)
