@@ -143,6 +143,7 @@ class Link:
         self.worker = worker
         self.jobs = jobs
         self.polls: set[asyncio.Task[Any]] = set()
+        self.receiving: set[asyncio.Task[Any]] = set()  # of these: jobs are on their way, and must not be dropped
         self.taking = Pace("taking jobs")
         self.stopping = Pace("stop channel")
         self.joined = asyncio.Event()
@@ -171,7 +172,7 @@ class Link:
             self.joined.set()
         else:
             self.joined.clear()
-            for poll in self.polls:  # nothing is taken that could not be done
+            for poll in self.polls - self.receiving:  # nothing is taken that could not be done
                 poll.cancel()
         if order in ("expire", "gone"):
             self.worker.expire()  # their failure is still reported
@@ -196,6 +197,7 @@ class Link:
         finally:
             task.cancel()
             self.polls.discard(task)
+            self.receiving.discard(task)
             self.worker.changed.set()
 
     async def _paced(self, pace: Pace, poll: Callable[[], Coroutine[Any, Any, T | None]]) -> T | None:
@@ -235,6 +237,7 @@ class Link:
                 return None
             if response.status != 200:
                 raise NotTaken(f"RunPod answers {response.status}", transient=True)
+            self.receiving |= {task for task in self.polls if task is asyncio.current_task()}
             body = await response.read()
         try:
             content = json.loads(body) if body else None
