@@ -21,8 +21,8 @@ RUN python3 -m venv --without-pip /opt/supervisor \
         then install() { python3 -m pip --python /opt/supervisor/bin/python install --no-cache-dir "$@"; }; \
         else install() { uv pip install --python /opt/supervisor/bin/python --no-cache "$@"; }; \
     fi \
-    && install --require-hashes -r requirements/runtime.txt \
-    && install --require-hashes -r requirements/build.txt --target /src/build \
+    && install --no-deps --require-hashes -r requirements/runtime.txt \
+    && install --no-deps --require-hashes -r requirements/build.txt --target /src/build \
     && PYTHONPATH=/src/build install --no-deps --no-build-isolation . \
     && cp entrypoint.sh /opt/supervisor/ \
     && chmod 755 /opt/supervisor/entrypoint.sh \
