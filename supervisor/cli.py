@@ -58,7 +58,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         code = run(parsed, gather(given, os.environ))
     except SettingsError as error:
-        fail(error.problems)
+        from supervisor.settings import explain  # noqa: PLC0415
+
+        explain.show_problems(error, as_json=getattr(parsed, "json", False))
+        code = EXIT_SETTINGS
     except KeyboardInterrupt:  # before anything was started; afterwards the signal is handled
         code = 128 + signal.SIGINT
     _forget_closed_output()

@@ -7,6 +7,7 @@ then vLLM, whose start is the long one; and only then our own imports (uvicorn, 
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import signal
 import socket
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from supervisor.engine.process import EngineProcess
 from supervisor.engine.remains import Guard, Workspace, clean_leftovers, temporary_folder
-from supervisor.settings.command import Mask, build
+from supervisor.settings.command import build
 from supervisor.settings.sources import Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class Spawn:
     def __init__(self, settings: Settings, workspace: Workspace, guard: Guard) -> None:
         self.workspace = workspace
         self.guard = guard
-        self.mask = Mask.of(settings)
+        self.mask = settings.mask
         self.colour = not settings.environ.get("NO_COLOR")
         self.command = build(settings, str(workspace.socket), str(workspace.temporary))
         self.latest: EngineProcess | None = None
@@ -204,6 +205,7 @@ async def _run(start: _Start) -> int:
     from supervisor.gateway.policy import Policy  # noqa: PLC0415
     from supervisor.gateway.server import GatewayServer  # noqa: PLC0415
     from supervisor.gateway.upstream import Probe, Upstream, UpstreamError  # noqa: PLC0415
+    from supervisor.settings import explain  # noqa: PLC0415
 
     settings, knobs, listeners, workspace = start.settings, start.settings.knobs, start.listeners, start.spawn.workspace
     log = logging.getLogger("supervisor")
@@ -281,12 +283,13 @@ async def _run(start: _Start) -> int:
         "mode": settings.mode,
         "vllm_version": settings.vllm.version,
         "command": start.spawn.mask.command(start.spawn.command.argv),
+        **explain.facts(settings),
     }
     admission = Admission(knobs.max_concurrency or None, knobs.max_waiting)
     gateway = Gateway(
         upstream,
         engine,
-        Policy(knobs.api_keys or ()),
+        Policy(knobs.api_keys or (), max_body=knobs.max_body, timeout=knobs.request_timeout or math.inf),
         hold_timeout=knobs.hold_timeout,
         admission=admission,
         facts=facts,
@@ -295,6 +298,8 @@ async def _run(start: _Start) -> int:
         loop.add_signal_handler(number, engine.stop, number)
     for heard in start.pending:
         engine.stop(heard)
+    for warning in settings.warnings:
+        log.warning("%s", warning)
     where = f" on http://{address(listeners.front)}" if listeners.front else ""
     log.info("starting %s%s", settings.model.value, where or ", for RunPod's queue")
     server = GatewayServer(gateway, KEEP_ALIVE, CLOSE_PATIENCE)
@@ -324,10 +329,8 @@ def address(listener: socket.socket) -> str:
 
 def served_name(settings: Settings) -> str:
     """The name that clients use for the model."""
-    for option, setting in settings.options:
-        if option.key == "served_model_name" and setting.value:
-            return str(setting.value[0])
-    return str(settings.model.value)
+    names = settings.option("served_model_name")
+    return str(names[0] if names else settings.model.value)
 
 
 def invitation(settings: Settings, listeners: Listeners, simulator: str) -> str:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # The death of the engine is known within 0.1 s; a lost request waits this long, in seconds, to learn of it.
 FATE_KNOWN_AFTER = 0.25
+# Seconds between two looks at how long requests have been running.
+CLOCK_TICK = 1.0
 OWN_PATHS = frozenset({b"/ping", b"/health", b"/status"})
 # What a client is told to wait, in seconds, before it asks again.
 RETRY_AFTER = 5
@@ -92,6 +94,7 @@ class Gateway:
         self.generation = 0  # of the engine: one more each time it stops being ready
         self.closing = False  # every answer closes its connection
         self._emptied: asyncio.Event | None = None  # there while somebody waits in `drained`
+        self._look_at_the_clock()
 
     # What the relay asks
 
@@ -237,6 +240,16 @@ class Gateway:
             if connection is not None and exchange.request_complete and not connection.response_paused:
                 awaited += exchange.path.startswith(b"/v1/")
         return self.upstream.reads, awaited
+
+    def _look_at_the_clock(self) -> None:
+        """Ends requests that are over their time. One look at all of them costs less than a timer for each."""
+        loop, timeout = self.upstream.loop, self.policy.timeout
+        loop.call_later(min(CLOCK_TICK, timeout / 4), self._look_at_the_clock)
+        oldest = loop.time() - timeout
+        for exchange in [exchange for exchange in self.exchanges if exchange.began < oldest]:
+            refusal = self.policy.too_late()
+            self.log.warning("%s (request %s)", refusal.message, exchange.request_id.decode("latin-1"))
+            exchange.end_now(refusal)
 
     @property
     def in_flight(self) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import sys
 from typing import TYPE_CHECKING
 
 import httptools
@@ -66,6 +67,8 @@ class Exchange:
 
     __slots__ = (
         "admitted",
+        "began",
+        "body_left",
         "chunked",
         "connection",
         "dechunker",
@@ -134,6 +137,9 @@ class Exchange:
         self.response_started = False
         self.response_complete = False
         self.disconnected = False
+        self.began = 0.0  # by the loop's clock
+        # Bytes that the request's body may still have. Jobs have RunPod's limit.
+        self.body_left = sys.maxsize if protocol.private else protocol.gateway.policy.max_body
 
     # From the client
 
@@ -150,6 +156,7 @@ class Exchange:
                 has_host = True
                 lines += (name, b": ", value, b"\r\n")
             elif lower == b"content-length":
+                self.body_left -= int(value)
                 lines += (name, b": ", value, b"\r\n")
             elif lower == b"x-request-id":
                 if not self.request_id and 0 < len(value) <= REQUEST_ID_LIMIT:
@@ -180,18 +187,32 @@ class Exchange:
         self.protocol.answering = self
         gateway = self.protocol.gateway
         gateway.exchanges.add(self)
+        self.began = gateway.upstream.loop.time()
         refusal = self.build_request_head() or gateway.check(self)
+        if refusal is None and self.body_left < 0:
+            refusal = gateway.policy.too_large()
         if refusal is not None:
             self.refuse(refusal)
         else:
             gateway.admit(self)
 
     def request_data(self, data: bytes) -> None:
+        if self.chunked:
+            self.body_left -= len(data)
+            if self.body_left < 0:
+                self._too_much()
         if self.response_complete:
             return  # answered early: the rest is read and thrown away, so that the connection stays usable
         if self.chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
         self._pass_on(data)
+
+    def _too_much(self) -> None:
+        """A chunked body tells its size only as it comes."""
+        if not self.response_complete:
+            self.end_now(self.protocol.gateway.policy.too_large())
+        elif not self.protocol.lingering:  # refused for another reason: nobody reads all of it to be polite
+            self.protocol.linger()
 
     def request_end(self, trailers: list[tuple[bytes, bytes]]) -> None:
         self.request_complete = True
@@ -373,7 +394,8 @@ class Exchange:
 
     def refuse(self, refusal: Refusal) -> None:
         head, body = refusal.head_and_body(self.path, self.request_id)
-        if (self.expects_continue and not self.request_complete) or self.protocol.gateway.closing:
+        gateway = self.protocol.gateway
+        if (self.expects_continue and not self.request_complete) or gateway.closing or self.body_left < 0:
             self.keep_alive = False
         end = b"\r\n" if self.keep_alive else b"Connection: close\r\n\r\n"
         self.protocol.transport.write(head + end + (b"" if self.is_head else body))
@@ -383,7 +405,7 @@ class Exchange:
         self._complete()
 
     def end_now(self, refusal: Refusal) -> None:
-        """The drain timeout has passed: an answer that has not begun is a refusal, one that has is broken off."""
+        """A time limit has passed, or a size: an answer that has not begun is a refusal, one that has is broken off."""
         if not self.response_started:
             self.refuse(refusal)
         else:
@@ -416,7 +438,10 @@ class Exchange:
         protocol.gateway.leave(self)
         protocol.answering = None
         if not self.keep_alive:
-            protocol.transport.close()
+            if self.body_left < 0:
+                protocol.linger()
+            else:
+                protocol.transport.close()
         protocol.on_response_complete()
 
 

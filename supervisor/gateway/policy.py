@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterable
 from hmac import compare_digest
 
@@ -15,8 +17,19 @@ UNAUTHORIZED = Refusal(
 class Policy:
     """`check` is asked once for each request; None lets it pass."""
 
-    def __init__(self, api_keys: Iterable[str] = ()) -> None:
+    def __init__(self, api_keys: Iterable[str] = (), *, max_body: int = sys.maxsize, timeout: float = math.inf) -> None:
+        """`max_body` in bytes; `timeout` of a whole request, in seconds."""
         self.keys = tuple(key.encode() for key in api_keys)
+        self.max_body = max_body
+        self.timeout = timeout
+
+    def too_large(self) -> Refusal:
+        text = f"The request's body is larger than {self.max_body} bytes (SUPERVISOR_MAX_BODY)."
+        return Refusal(413, text, "request_too_large")
+
+    def too_late(self) -> Refusal:
+        text = f"The request took longer than {self.timeout:g} s (SUPERVISOR_REQUEST_TIMEOUT)."
+        return Refusal(504, text, "request_timeout")
 
     def check(self, path: bytes, headers: list[tuple[bytes, bytes]]) -> Refusal | None:
         if not self.keys:

@@ -20,6 +20,9 @@ from supervisor.gateway.exchange import Exchange
 if TYPE_CHECKING:
     from supervisor.gateway.app import Gateway
 
+# Seconds in which a client that was refused may still send its body, and read why.
+LINGER = 2.0
+
 
 class RelayProtocol(HttpToolsProtocol):
     """One client connection. Passed to uvicorn as `Config(http=...)`; `Config(app=...)` must be the `Gateway`."""
@@ -29,6 +32,7 @@ class RelayProtocol(HttpToolsProtocol):
         self.gateway = cast("Gateway", self.app)
         self.incoming: Exchange | None = None  # whose body is arriving
         self.answering: Exchange | None = None  # whose answer is leaving
+        self.lingering = False  # answered and half closed; whatever still comes is thrown away
         self.private = False  # from the queue worker, over a socket that nobody else can open
 
     # asyncio's callbacks
@@ -43,6 +47,18 @@ class RelayProtocol(HttpToolsProtocol):
             if isinstance(exchange, Exchange):
                 exchange.client_gone()
         super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if not self.lingering:
+            super().data_received(data)
+
+    def linger(self) -> None:
+        """Closes our side alone: closing both while the client still sends would reset what it has not read yet."""
+        self.lingering = True
+        self.flow.resume_reading()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.loop.call_later(LINGER, self.transport.close)
 
     def pause_writing(self) -> None:
         super().pause_writing()

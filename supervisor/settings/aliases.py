@@ -1,4 +1,4 @@
-"""Names that other workers use, and options that are not the user's to set."""
+"""Names that other workers use, options that are not the user's to set, and variables that no longer mean anything."""
 
 from __future__ import annotations
 
@@ -12,25 +12,61 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "CONFIG": ("VLLM_CONFIG_FILE",),
     "DTYPE": ("LLM_DTYPE",),
     "TRUST_REMOTE_CODE": ("LLM_TRUST_REMOTE_CODE",),
+    "RESPONSE_ROLE": ("OPENAI_RESPONSE_ROLE",),
+    # worker-vllm's templates still offer these; vLLM has options for them again.
+    "SPEC_METHOD": ("SPECULATIVE_METHOD",),
+    "SPEC_MODEL": ("SPECULATIVE_MODEL",),
+    "SPEC_TOKENS": ("NUM_SPECULATIVE_TOKENS",),
     "SUPERVISOR_EXTRA_ARGS": ("VLLM_EXTRA_ARGS",),
     "SUPERVISOR_STARTUP_TIMEOUT": ("VLLM_STARTUP_TIMEOUT",),
+    "SUPERVISOR_REQUEST_TIMEOUT": ("REQUEST_TIMEOUT",),
     "SUPERVISOR_MAX_CONCURRENCY": ("MAX_CONCURRENCY",),
+    # vLLM would ask for it at its own socket as well, and refuse the queue's jobs.
+    "SUPERVISOR_API_KEYS": ("VLLM_API_KEY",),
 }
 
+_TLS = "end TLS in front of the supervisor"
 # Options of `vllm serve` that the supervisor sets itself -> what to do instead.
 OWNED: dict[str, str] = {
     "host": "set SUPERVISOR_HOST; vLLM itself listens on a private unix socket",
     "port": "set PORT, which is the gateway's; vLLM itself listens on a private unix socket",
     "uds": "nothing to set: vLLM's socket is private to the supervisor",
     "api_key": "set SUPERVISOR_API_KEYS: the gateway checks the keys",
-    "ssl_keyfile": "end TLS in front of the supervisor",
-    "ssl_certfile": "end TLS in front of the supervisor",
-    "ssl_ca_certs": "end TLS in front of the supervisor",
-    "ssl_cert_reqs": "end TLS in front of the supervisor",
-    "ssl_ciphers": "end TLS in front of the supervisor",
-    "enable_ssl_refresh": "end TLS in front of the supervisor",
+    "ssl_keyfile": _TLS,
+    "ssl_certfile": _TLS,
+    "ssl_ca_certs": _TLS,
+    "ssl_cert_reqs": _TLS,
+    "ssl_ciphers": _TLS,
+    "enable_ssl_refresh": _TLS,
     "headless": "the supervisor serves HTTP, so vLLM must too",
     "grpc": "the supervisor relays HTTP, so vLLM must serve it",
     # A token on argv is seen by everybody who can run `ps`: vLLM reads the variable itself.
     "hf_token": "set HF_TOKEN in the environment: it reaches vLLM as it is",
+}
+# Owned by name, and yet nothing to warn of: the gateway's own port, and a token that reaches vLLM as it is.
+OWNED_AND_READ = frozenset({"PORT", "HF_TOKEN"})
+
+# A zero that means "not set", by variable -> the reason that is told.
+ZERO_MEANS_UNSET: dict[str, str] = {
+    # Templates that were written when this was worker-vllm's default; vLLM refuses to start with it.
+    "MAX_NUM_BATCHED_TOKENS": "worker-vllm's templates write 0 for 'not set', and vLLM can't run with it",
+}
+
+_BATCHES = "answers are not collected into batches any more: streams are passed on event by event"
+# Variables that the templates and pages of worker-vllm and runpod-LLM name, and that do nothing here -> what to do.
+FORMER: dict[str, str] = {
+    "BASE_PATH": "set HF_HOME for the models, and SUPERVISOR_CACHE_DIR for caches",
+    "DEFAULT_BATCH_SIZE": _BATCHES,
+    "DEFAULT_MIN_BATCH_SIZE": _BATCHES,
+    "DEFAULT_BATCH_SIZE_GROWTH_FACTOR": _BATCHES,
+    "RAW_OPENAI_OUTPUT": "OpenAI routes always give OpenAI's format",
+    "SPECULATIVE_METHOD": 'set SPECULATIVE_CONFIG, such as {"method": "ngram", "num_speculative_tokens": 5}',
+    "SPECULATIVE_MODEL": 'set SPECULATIVE_CONFIG, such as {"model": "...", "num_speculative_tokens": 5}',
+    "NUM_SPECULATIVE_TOKENS": 'set SPECULATIVE_CONFIG, such as {"method": "ngram", "num_speculative_tokens": 5}',
+    "NGRAM_PROMPT_LOOKUP_MIN": 'set SPECULATIVE_CONFIG, such as {"method": "ngram", "prompt_lookup_min": 2}',
+    "NGRAM_PROMPT_LOOKUP_MAX": 'set SPECULATIVE_CONFIG, such as {"method": "ngram", "prompt_lookup_max": 4}',
+    "TRANSFORMERS_VERSION": "vLLM's image brings its own transformers: build an image on another version",
+    "VLLM_VERSION": "it is an argument of the image's build: docker build --build-arg VLLM_VERSION=...",
+    "LLM_ALLOW_ANY": "one model is served: set MODEL, and start another worker for another model",
+    "TRT_LLM_ENGINE_DIR": "this runs vLLM",
 }

@@ -7,26 +7,27 @@ file is dumped on the spot, in vLLM's environment, and kept in the cache folder.
 from __future__ import annotations
 
 import json
-import re
+import operator
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from supervisor.settings.values import ITEM_READERS, READERS, BadValue, items, read_bool, read_choice
 from supervisor.settings.vllm import Vllm, VllmError
 
 FLAGS = Path(__file__).parent / "flags"
 DUMP_TIMEOUT = 300.0
 
-TRUE = frozenset({"true", "1", "yes", "on"})
-FALSE = frozenset({"false", "0", "no", "off"})
-# vLLM's human-readable integers: decimal suffixes small, binary ones large (`1k` is 1000, `1K` is 1024).
-HUMAN_INT = re.compile(r"-?\d+|\d+(\.\d+)?[kmgtKMGT]")
-
-
-class BadValue(ValueError):
-    """A value that the option does not take; the text says what it expects, with an example."""
+# What a bound of a number says, by its name in the catalogue (and in pydantic, from where the dump has it).
+BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
+    "ge": ("at least", operator.ge),
+    "gt": ("more than", operator.gt),
+    "le": ("at most", operator.le),
+    "lt": ("less than", operator.lt),
+}
+HUMAN = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,26 +36,55 @@ class Option:
 
     name: str
     kind: str
-    type: str
-    choices: tuple[str, ...]
+    type: str = "str"
+    choices: tuple[str, ...] = ()
+    default: object = None
+    also: tuple[str, ...] = ()  # further long names
+    short: tuple[str, ...] = ()
+    off: tuple[str, ...] = ()  # names that switch a pair off, besides --no-x
+    none: bool = False  # vLLM takes the text `None` for no value
+    bounds: tuple[tuple[str, float], ...] = ()
 
     @property
     def key(self) -> str:
         """As in config.yaml: `max_model_len`."""
-        return self.name[2:].replace("-", "_")
+        return key_of(self.name)
 
     @property
     def variable(self) -> str:
         """As in the environment: `MAX_MODEL_LEN`."""
         return self.key.upper()
 
+    @property
+    def opposite(self) -> str | None:
+        """The key that a pair `--enable-x` would have as `--disable-x`, and the other way round."""
+        word, _, rest = self.key.partition("_")
+        other = {"enable": "disable", "disable": "enable"}.get(word)
+        return f"{other}_{rest}" if other and self.kind == "pair" else None
+
+    def is_unset(self, given: object) -> bool:
+        """vLLM takes the text `None` for no value; where that is the default as well, it is as if nothing was said."""
+        return given in ("", None) or (
+            given in ("None", "none", "null") and self.default is None and given not in self.choices
+        )
+
     def read(self, given: object) -> object:
-        """The value that `given` (a string, or what YAML made of it) stands for. Raises BadValue."""
+        """The value that `given` (a text, or what YAML made of it) stands for. Raises BadValue."""
         if self.kind in ("pair", "switch"):
             return read_bool(given)
         if self.kind in ("list", "append"):
-            return tuple(self._read_item(item) for item in _items(given))
-        return self._read_item(given)
+            return tuple(self._read_item(item, ITEM_READERS) for item in items(given))
+        if self.type == "json" and isinstance(self.default, list) and not str(given).lstrip().startswith(("[", "{")):
+            return json.dumps(items(given))  # ALLOWED_ORIGINS=https://a,https://b
+        return self._read_item(given, READERS)
+
+    def check(self, text: str) -> None:
+        """One value as it stands on vLLM's command line. Raises BadValue."""
+        if self.none and text in ("", "None"):
+            return
+        read = self._read_item(text, READERS)
+        if self.choices and read != text and self.type != "folded":
+            raise BadValue(f"{read}, in these capitals")
 
     def argv(self, value: object) -> list[str]:
         """How a value that `read` gave is written on vLLM's command line."""
@@ -63,7 +93,7 @@ class Option:
         if self.kind == "switch":
             return [self.name] if value else []
         if isinstance(value, tuple):
-            if self.kind == "append":
+            if self.kind == "append" or (len(value) == 1 and str(value[0]).startswith("-")):
                 return [token for item in value for token in self._pair(str(item))]
             return [self.name, *map(str, value)] if value else []
         return self._pair(str(value))
@@ -72,116 +102,56 @@ class Option:
         # argparse takes a value that begins with a dash for an option, unless it is glued on.
         return [f"{self.name}={text}"] if text.startswith("-") else [self.name, text]
 
-    def _read_item(self, given: object) -> str:
-        if self.choices and str(given) not in self.choices:
-            raise BadValue(f"one of {', '.join(self.choices)}")
-        return READERS[self.type](given)
+    def _read_item(self, given: object, readers: Mapping[str, Callable[[object], str]]) -> str:
+        if self.choices:
+            return read_choice(given, self.choices)
+        text = readers[self.type](given)
+        if self.bounds and text != "auto":
+            number = float(text[:-1]) * HUMAN[text[-1]] if text[-1] in HUMAN else float(text)
+            if not all(BOUNDS[name][1](number, bound) for name, bound in self.bounds):
+                raise BadValue(" and ".join(f"{BOUNDS[name][0]} {bound:g}" for name, bound in self.bounds))
+        return text
 
 
-def read_bool(given: object) -> bool:
-    if isinstance(given, bool):
-        return given
-    word = str(given).strip().lower()
-    if word in TRUE:
-        return True
-    if word in FALSE:
-        return False
-    raise BadValue("true or false")
-
-
-def _items(given: object) -> list[object]:
-    """A list as YAML gives it, or a string: a JSON list, or items between commas, or between spaces."""
-    if isinstance(given, list | tuple):
-        return list(given)
-    text = str(given).strip()
-    if text.startswith("["):
-        try:
-            items = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise BadValue('a list: JSON like ["a", "b"], or a,b') from error
-        return list(items)
-    separator = "," if "," in text else None
-    return [item.strip() for item in text.split(separator) if item.strip()]
-
-
-def _int(given: object) -> str:
-    if isinstance(given, bool) or not re.fullmatch(r"[+-]?\d+", str(given).strip()):
-        raise BadValue("a whole number, such as 8")
-    return str(given).strip()
-
-
-def _float(given: object) -> str:
-    try:
-        float(str(given))
-    except ValueError:
-        raise BadValue("a number, such as 0.9") from None
-    return str(given).strip()
-
-
-def _text(given: object) -> str:
-    if isinstance(given, dict | list):
-        raise BadValue("a text")
-    return _word(given)
-
-
-def _word(given: object) -> str:
-    return str(given).lower() if isinstance(given, bool) else str(given)
-
-
-def _json(given: object) -> str:
-    if isinstance(given, str):
-        try:
-            json.loads(given)
-        except json.JSONDecodeError as error:
-            raise BadValue(f'JSON, such as {{"key": "value"}} ({error.msg} at character {error.pos + 1})') from None
-        return given
-    return json.dumps(given)
-
-
-def _json_or_text(given: object) -> str:
-    return given if isinstance(given, str) else json.dumps(given)
-
-
-def _human_int(given: object) -> str:
-    text = _word(given).strip()
-    if not HUMAN_INT.fullmatch(text):
-        raise BadValue("a whole number, such as 4096, 32k (32000) or 32K (32768)")
-    return text
-
-
-def _human_int_or_auto(given: object) -> str:
-    return "auto" if str(given).strip() == "auto" else _human_int(given)
-
-
-READERS = {
-    "int": _int,
-    "float": _float,
-    "str": _text,
-    "json": _json,
-    "json_or_str": _json_or_text,
-    "human_int": _human_int,
-    "human_int_or_auto": _human_int_or_auto,
-}
+def key_of(name: str) -> str:
+    """`--max-model-len`, however it is written -> `max_model_len`."""
+    return name.removeprefix("--").replace("-", "_").lower()
 
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
-    """All options of one vLLM version, by `key` and by `variable`."""
+    """All options of one vLLM version, by `key`, and the names of the variables that this vLLM reads itself."""
 
     version: str
     by_key: Mapping[str, Option]
-    by_variable: Mapping[str, Option]
+    environment: frozenset[str] = frozenset()
+
+    def find(self, key: str) -> Option | None:
+        """The option of that key, under any of its long names."""
+        name = f"--{key.replace('_', '-')}"
+        return self.by_key.get(key) or next((row for row in self.by_key.values() if name in row.also), None)
 
 
 def parse(text: str) -> Catalogue:
     """A catalogue file's text. Raises ValueError where it is none."""
     content: dict[str, Any] = json.loads(text)
     options = [
-        Option(row["name"], row["kind"], row.get("type", "str"), tuple(map(str, row.get("choices", ()))))
+        Option(
+            row["name"],
+            row["kind"],
+            row.get("type", "str"),
+            tuple(map(str, row.get("choices", ()))),
+            row.get("default"),
+            tuple(row.get("also", ())),
+            tuple(row.get("short", ())),
+            tuple(row.get("off", ())),
+            row.get("none", False),
+            tuple((name, row[name]) for name in BOUNDS if name in row),
+        )
         for row in content["options"]
     ]
     return Catalogue(
-        content["version"], {option.key: option for option in options}, {option.variable: option for option in options}
+        content["version"], {option.key: option for option in options}, frozenset(content.get("environment", ()))
     )
 
 

@@ -1,43 +1,87 @@
-"""What `supervisor explain` shows: each setting with its source, what was not taken, and vLLM's command. Masked."""
+"""What `supervisor explain` and `/status` show: each setting with its source, the warnings, vLLM's command. Masked."""
 
 from __future__ import annotations
 
 import json
+import sys
 
-from supervisor.settings.command import Mask, build
-from supervisor.settings.sources import Setting, Settings
+from supervisor.settings.command import build
+from supervisor.settings.secrets import MASK
+from supervisor.settings.sources import Setting, Settings, SettingsError
 
 # The real ones are made at start, private to each run.
 SOCKET, FOLDER = "/tmp/supervisor-XXXXXXXX/vllm.sock", "/tmp/supervisor-XXXXXXXX/tmp"  # noqa: S108  # shown, not used
+# Where the output is no terminal: tables are not folded, and `grep` finds whole rows.
+WIDE = 200
+
+
+def facts(settings: Settings) -> dict[str, object]:
+    """For machines: `settings` (each with name, value, source, overrode) and `warnings`."""
+    mask = settings.mask
+    return {
+        "settings": [
+            {
+                "name": setting.name,
+                "value": mask(setting.shown),
+                "source": mask(setting.source),
+                "overrode": [mask(text) for text in setting.overrode],
+            }
+            for setting in _rows(settings)
+        ],
+        "warnings": list(settings.warnings),
+    }
+
+
+def command(settings: Settings) -> str:
+    return settings.mask.command(build(settings, SOCKET, FOLDER).argv)
 
 
 def show(settings: Settings, *, as_json: bool) -> None:
-    mask = Mask.of(settings)
-    command = mask.command(build(settings, SOCKET, FOLDER).argv)
-    rows = [settings.model, *(setting for _, setting in settings.options), *settings.knob_settings]
     if as_json:
-        content = {
-            "vllm_version": settings.vllm.version,
-            "settings": [_row(setting, mask) for setting in rows],
-            "notes": [mask(note) for note in settings.notes],
-            "command": command,
-        }
-        print(json.dumps(content, indent=2))
+        content = {"mode": settings.mode, "vllm_version": settings.vllm.version, **facts(settings)}
+        print(json.dumps(content | {"problems": [], "command": command(settings)}, indent=2))
         return
-    table = [(row.name, mask(row.shown), row.source, mask("; ".join(row.overrode))) for row in rows]
-    table.insert(0, ("SETTING", "VALUE", "SOURCE", "OVERRODE"))
-    widths = [max(len(line[column]) for line in table) for column in range(4)]
-    for line in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    for note in settings.notes:
-        print(f"\nnote: {mask(note)}")
-    print(f"\nvLLM {settings.vllm.version}:\n{command}")
+    from rich.console import Console  # noqa: PLC0415  # 60 ms that no other verb should pay for
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    console = Console(width=None if sys.stdout.isatty() else WIDE, highlight=False)
+    mask = settings.mask
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("SETTING", "VALUE", "SOURCE", "OVERRODE"):
+        table.add_column(heading, overflow="fold")
+    for setting in _rows(settings):
+        texts = (setting.name, setting.shown, setting.source, "; ".join(setting.overrode))
+        style = "dim" if setting.source == "default" else ""
+        table.add_row(*(Text(mask(text)) for text in texts), style=style)
+    console.print(table)
+    if settings.warnings:
+        console.print()
+    for warning in settings.warnings:
+        console.print(Text("warning: ", "yellow") + Text(warning), soft_wrap=True)
+    console.print(Text(f"\nvLLM {settings.vllm.version}, mode {settings.mode}:", "bold"))
+    console.print(Text(command(settings)), soft_wrap=True)
+    if MASK in command(settings):
+        console.print(Text(f"({MASK} stands for a secret: put it in before you paste this)", "dim"))
 
 
-def _row(setting: Setting, mask: Mask) -> dict[str, object]:
-    return {
-        "name": setting.name,
-        "value": mask(setting.shown),
-        "source": setting.source,
-        "overrode": [mask(text) for text in setting.overrode],
-    }
+def show_problems(error: SettingsError, *, as_json: bool) -> None:
+    """What is wrong, all at once. For machines on standard output, for people on standard error."""
+    if as_json:
+        print(json.dumps({"problems": error.problems, "warnings": error.warnings}, indent=2))
+    for problem in error.problems:
+        print(f"supervisor: {problem}", file=sys.stderr)
+    for warning in error.warnings:
+        print(f"supervisor: warning: {warning}", file=sys.stderr)
+
+
+def _rows(settings: Settings) -> list[Setting]:
+    """What was set comes first, each part in the order of vLLM's options."""
+    own = settings.knob_settings
+    asked = [setting for setting in own if setting.source != "default"]
+    return [
+        settings.model,
+        *(setting for _, setting in (*settings.options, *settings.raw)),
+        *asked,
+        *(setting for setting in own if setting not in asked),
+    ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from supervisor.settings.catalogue import BadValue
+from supervisor.settings.values import BadValue
 
 
 def seconds(text: str) -> float:
@@ -16,18 +17,29 @@ def seconds(text: str) -> float:
     except ValueError:
         raise BadValue("seconds, such as 120") from None
     if not 0 <= value < 1e9:
-        raise BadValue("seconds, zero or more, such as 120")
+        raise BadValue("seconds, from 0 to a billion, such as 120")
     return value
 
 
+SIZES = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def size(text: str) -> int:
+    """Bytes: 64MiB (binary), 30MB (decimal), 1000000."""
+    found = re.fullmatch(r"(\d{1,12})\s*([kmg]i?)?b?", text.strip().lower())
+    if found is None or not int(found[1]):
+        raise BadValue("a size, such as 64MiB or 30MB")
+    return int(found[1]) * SIZES[found[2] or ""]
+
+
 def count(text: str) -> int:
-    if not text.isdigit() or len(text) > 6:
+    if not re.fullmatch(r"[0-9]{1,6}", text):
         raise BadValue("a whole number, zero or more, such as 5")
     return int(text)
 
 
 def port(text: str) -> int:
-    if not text.isdigit() or int(text) > 65535:
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
         raise BadValue("a port from 1 to 65535, such as 8000 (0: any free one)")
     return int(text)
 
@@ -40,7 +52,7 @@ def words(value: str) -> tuple[str, ...]:
     try:
         return tuple(shlex.split(value))
     except ValueError as error:
-        raise BadValue(f"arguments as a shell splits them ({error})") from None
+        raise BadValue(f"arguments as a shell splits them, such as '--seed 1' ({error})") from None
 
 
 def keys(value: str) -> tuple[str, ...]:
@@ -48,11 +60,12 @@ def keys(value: str) -> tuple[str, ...]:
     if value.startswith("@"):
         try:
             value = Path(value[1:]).read_text().replace("\n", ",")
-        except OSError as error:
-            raise BadValue(f"keys between commas, or @file with a key on each line ({error.strerror})") from None
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or "not a text"
+            raise BadValue(f"keys between commas, or @file with a key on each line ({why})") from None
     found = tuple(key.strip() for key in value.split(",") if key.strip())
     if not found:
-        raise BadValue("at least one key")
+        raise BadValue("at least one key, such as key1,key2")
     return found
 
 
@@ -90,20 +103,24 @@ KNOBS = (
     Knob("PORT_HEALTH", None, port, "a second port for health checks"),
     Knob("SUPERVISOR_VLLM", None, text, "the command that stands for `vllm`"),
     Knob("SUPERVISOR_EXTRA_ARGS", "", words, "appended to vLLM's command line as it is"),
-    Knob("SUPERVISOR_STARTUP_TIMEOUT", "1200", seconds, "how long vLLM may take to become ready"),
-    Knob("SUPERVISOR_STALL_TIMEOUT", "120", seconds, "no progress for this long with work in flight: vLLM hangs"),
+    Knob("SUPERVISOR_STARTUP_TIMEOUT", "1200", seconds, "seconds until vLLM must be ready"),
+    Knob("SUPERVISOR_STALL_TIMEOUT", "120", seconds, "seconds without progress, with work in flight, until vLLM counts as hung"),
     Knob("SUPERVISOR_MAX_RESTARTS", "5", count, "how often vLLM is started again ..."),
-    Knob("SUPERVISOR_RESTART_WINDOW", "600", seconds, "... within this time, before it is given up"),
+    Knob("SUPERVISOR_RESTART_WINDOW", "600", seconds, "... within so many seconds, before it is given up"),
     Knob(
         "SUPERVISOR_ON_FAILURE",
         "exit",
         choice("exit", "serve"),
         "then: leave with 3 or 4, or stay and tell why (queue: serve)",
     ),
-    Knob("SUPERVISOR_HOLD_TIMEOUT", "120", seconds, "how long a request may wait for an engine that is starting"),
-    Knob("SUPERVISOR_DRAIN_TIMEOUT", "30", seconds, "how long in-flight work may finish after SIGTERM"),
+    Knob("SUPERVISOR_HOLD_TIMEOUT", "120", seconds, "seconds that a request may wait for an engine that is starting"),
+    Knob("SUPERVISOR_DRAIN_TIMEOUT", "30", seconds, "seconds that running requests may go on after SIGTERM"),
     Knob("SUPERVISOR_MAX_CONCURRENCY", None, count, "how many requests may run at once; unset: no limit (queue: 30)"),
-    Knob("SUPERVISOR_MAX_WAITING", "1000", count, "how many more may wait for that, before a 429"),
+    Knob("SUPERVISOR_MAX_WAITING", "1000", count, "how many more may wait for their turn, before a 429"),
+    Knob(
+        "SUPERVISOR_REQUEST_TIMEOUT", "3600", seconds, "seconds that a request may take, its answer included (0: no limit)"
+    ),
+    Knob("SUPERVISOR_MAX_BODY", "64MiB", size, "the largest request body"),
     Knob("SUPERVISOR_API_KEYS", None, keys, "keys that clients must give, between commas, or @file", secret=True),
     Knob("SUPERVISOR_LOG_FORMAT", "text", choice("text", "json"), "our own log lines: text or json"),
     Knob("SUPERVISOR_LOG_LEVEL", "info", choice("debug", "info", "warning", "error"), "our own log's level"),
@@ -130,6 +147,8 @@ class Knobs:
     drain_timeout: float
     max_concurrency: int | None
     max_waiting: int
+    request_timeout: float
+    max_body: int
     api_keys: tuple[str, ...] | None
     log_format: str
     log_level: str

@@ -2,11 +2,11 @@
 
 `gather` reads all of it once and finds every problem in one go: either frozen `Settings` come out, or one
 `SettingsError` with a line for each thing to change. An empty string means unset (RunPod's Hub injects every default).
+Nothing that was set is lost without a word: what has no effect is among the warnings.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,24 +14,26 @@ from pathlib import Path
 from typing import Any
 
 from supervisor.settings import catalogue as catalogues
-from supervisor.settings import demo
-from supervisor.settings.aliases import ALIASES, OWNED
-from supervisor.settings.catalogue import BadValue, Catalogue, Option
+from supervisor.settings import config_file, demo, platform, typos
+from supervisor.settings.aliases import ALIASES, OWNED, OWNED_AND_READ, ZERO_MEANS_UNSET
+from supervisor.settings.catalogue import Catalogue, Option
 from supervisor.settings.knobs import KNOBS, Knob, Knobs
+from supervisor.settings.raw import Given, RawArguments
+from supervisor.settings.removed import REMOVED
+from supervisor.settings.secrets import MASK, Mask
+from supervisor.settings.values import BadValue, read_bool
 from supervisor.settings.vllm import Vllm, VllmError, find
 
-# In queue mode a failed worker is better off telling the cause in each job than in a loop of starts that are paid for.
-QUEUE_DEFAULTS = {"SUPERVISOR_ON_FAILURE": "serve", "SUPERVISOR_MAX_CONCURRENCY": "30"}
-CONFIG_NAME = "config.yaml"
-MASK = "****"
+LONGEST_SHOWN = 200  # characters of a value, in a line that tells what is wrong with it
 
 
 class SettingsError(Exception):
-    """Invalid settings: `problems` has one line for each, which says what to change."""
+    """Invalid settings: `problems` has one line for each, which says what to change. Masked."""
 
-    def __init__(self, problems: list[str]) -> None:
+    def __init__(self, problems: list[str], warnings: list[str] | None = None) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+        self.warnings = warnings or []
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,9 @@ class Setting:
             return MASK
         if isinstance(self.value, tuple):
             return " ".join(map(str, self.value))
-        return "" if self.value is None else str(self.value)
+        if isinstance(self.value, bool):
+            return str(self.value).lower()
+        return f"{self.value:g}" if isinstance(self.value, float) else "" if self.value is None else str(self.value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +76,28 @@ class Settings:
     model: Setting
     mode: str  # http or queue
     options: tuple[tuple[Option, Setting], ...]
+    raw: tuple[tuple[Option, Setting], ...]  # what is in `vllm_args`
     knobs: Knobs
     knob_settings: tuple[Setting, ...]
     vllm_args: tuple[str, ...]
     vllm: Vllm
     is_demo: bool
     cache: Path
-    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
     environ: Mapping[str, str] = field(repr=False)
 
     def asked_for(self, variable: str) -> bool:
         """Whether the user set one of the supervisor's own settings."""
         return any(knob.name == variable and not knob.source.startswith("default") for knob in self.knob_settings)
+
+    def option(self, key: str) -> Any:
+        """The value of one of vLLM's options, by its key; None where nobody set it."""
+        found = [setting.value for option, setting in (*self.options, *self.raw) if option.key == key]
+        return found[-1] if found else None
+
+    @property
+    def mask(self) -> Mask:
+        return Mask(self.environ, self.knobs.api_keys or ())
 
 
 def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
@@ -92,108 +106,109 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
 
 
 class _Gathering:
-    """One pass over the sources; `problems` and `notes` fill on the way."""
+    """One pass over the sources; `problems` and `warnings` fill on the way."""
 
     def __init__(self, arguments: Arguments, environ: Mapping[str, str]) -> None:
         self.arguments = arguments
         self.environ = environ
-        self.problems: list[str] = []
-        self.notes: list[str] = []
-        self.file_label, content = self._read_config()
-        self.file_knobs = content.pop("supervisor", None) or {}
-        if not isinstance(self.file_knobs, dict):
-            self.problems.append(
-                f"{self.file_label}: 'supervisor' must be a mapping, such as 'supervisor: {{port: 8000}}'"
-            )
-            self.file_knobs = {}
-        self.file_knobs = {_normal(key): value for key, value in self.file_knobs.items()}
-        self.file = {_normal(key): value for key, value in content.items()}
+        self.file = config_file.read(arguments.config)
+        self.problems: list[str] = [*self.file.problems]
+        self.warnings: list[str] = []
+        self.read = {"HF_TOKEN"}  # variables that were looked at
+        hidden = {str(self.file.knobs[knob.field]) for knob in KNOBS if knob.secret and knob.field in self.file.knobs}
+        self.mask = Mask(environ, hidden | {part.strip() for text in hidden for part in text.split(",")})
 
     def settings(self) -> Settings:
         first, *others = KNOBS
         asked = self._knob(first)
         mode = self._mode(asked.value)
-        defaults = QUEUE_DEFAULTS if mode == "queue" else {}
-        knob_settings = (asked, *(self._knob(knob, defaults.get(knob.variable)) for knob in others))
+        self.label, self.defaults = platform.defaults(mode, self.environ)
+        knob_settings = (asked, *(self._knob(knob, self.defaults.get(knob.variable)) for knob in others))
         knobs = Knobs(**{knob.field: setting.value for knob, setting in zip(KNOBS, knob_settings, strict=True)})
-        self._known({knob.field for knob in KNOBS}, self.file_knobs, "supervisor.")
+        self._known({knob.field for knob in KNOBS}, self.file.knobs, "supervisor.")
         cache = self._cache(knobs)
         vllm, catalogue = self._vllm(knobs, cache)
-        model, is_demo = self._model()
-        options = self._options(catalogue, demo.DEFAULTS if is_demo else {}) if catalogue else ()
-        vllm_args = (*(knobs.extra_args or ()), *self.arguments.vllm_args)
-        self._check_raw(vllm_args)
-        if self.problems or vllm is None or model is None:
-            raise SettingsError(self.problems)
+        raw: tuple[tuple[Option, Setting], ...] = ()
+        options: tuple[tuple[Option, Setting], ...] = ()
+        model, is_demo = self._model(catalogue)
+        if catalogue:
+            raw = self._raw(knob_settings, catalogue)
+            options, raw = self._options(catalogue, demo.DEFAULTS if is_demo else {}, raw)
+            self._unread(catalogue)
+        self._platform(mode, (*options, *raw), knob_settings)
+        problems, warnings = list(map(self.mask, self.problems)), list(map(self.mask, self.warnings))
+        if problems or vllm is None or model is None:
+            raise SettingsError(problems, warnings)
         return Settings(
-            model,
-            mode,
-            options,
-            knobs,
-            knob_settings,
-            vllm_args,
-            vllm,
-            is_demo,
-            cache,
-            tuple(self.notes),
-            dict(self.environ),
+            model=model,
+            mode=mode,
+            options=options,
+            raw=raw,
+            knobs=knobs,
+            knob_settings=knob_settings,
+            vllm_args=(*(knobs.extra_args or ()), *self.arguments.vllm_args),
+            vllm=vllm,
+            is_demo=is_demo,
+            cache=cache,
+            warnings=tuple(warnings),
+            environ=dict(self.environ),
         )
 
     # The sources
 
-    def _read_config(self) -> tuple[str, dict[str, Any]]:
-        asked = self.arguments.config
-        path = Path(asked or CONFIG_NAME)
-        if asked is None and not path.exists():
-            return CONFIG_NAME, {}
-        import yaml  # noqa: PLC0415  # takes 30 ms, and most starts have no file
-
-        label = str(path)
-        try:
-            content = yaml.safe_load(path.read_text())
-        except OSError as error:
-            self.problems.append(f"{label} can't be read ({error.strerror}): name a file with --config")
-            return label, {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            where = f" at line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
-            what = getattr(error, "problem", None) or str(error)
-            self.problems.append(f"{label} is not valid YAML{where}: {what}")
-            return label, {}
-        if content is None:
-            return label, {}
-        if not isinstance(content, dict):
-            self.problems.append(f"{label} must be a mapping, such as 'max_model_len: 4096', not a {_kind(content)}")
-            return label, {}
-        return label, {str(key): value for key, value in content.items()}
-
-    def _candidates(self, name: str, key: str, file: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    def _candidates(self, names: Iterable[str], key: str, *, knob: bool = False) -> list[tuple[str, Any]]:
         """Every source that names it, the one that wins first."""
-        found = []
-        for variable in (name, *ALIASES.get(name, ())):
-            if self.environ.get(variable):
+        found: list[tuple[str, Any]] = []
+        for variable in names:
+            self.read.add(variable)
+            if self.environ.get(variable, "").strip():
                 found.append((f"environment {variable}", self.environ[variable]))
-        if file.get(key) not in (None, ""):
-            found.append((f"{self.file_label} {prefix}{key}", file[key]))
+        content, prefix = (self.file.knobs, "supervisor.") if knob else (self.file.content, "")
+        if content.get(key) not in (None, ""):
+            found.append((f"{self.file.label} {prefix}{key}", content[key]))
         return found
+
+    def _lines(self, found: list[tuple[str, Any]], secret: bool = False) -> tuple[str, ...]:
+        """What was overridden: each source with its value."""
+        return tuple(
+            f"{source}: {MASK if secret else self._shown(given)}"
+            for source, given in found
+            if not source.startswith("default")
+        )
+
+    def _shown(self, given: object) -> str:
+        """A value for one line of text. Masked before it is cut: half a secret is not recognised any more."""
+        text = self.mask(_normal_text(given)).replace("\n", "\\n")
+        return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "..."
+
+    def _bad(self, variable: str, given: object, source: str, error: BadValue) -> None:
+        self.problems.append(f"{variable}={self._shown(given)} ({source}): expected {error}")
 
     def _known(self, known: Iterable[str], given: Iterable[str], prefix: str = "") -> None:
         """A key of config.yaml that nothing reads is an error: the file was written for us."""
         known = list(known)
+        other = {alias.lower(): ours.lower() for ours, names in ALIASES.items() for alias in names}
         for key in given:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, 1)
-                hint = f"; did you mean {prefix}{near[0]}?" if near else ""
-                self.problems.append(f"{self.file_label}: unknown key {prefix}{key}{hint}")
+            if key in known:
+                continue
+            if key in REMOVED and not prefix:
+                self.warnings.append(f"{self.file.label} {key} has no effect: {REMOVED[key]}")
+                continue
+            ours = other.get(key, "")
+            where = f"supervisor.{ours.removeprefix('supervisor_')}" if ours.startswith("supervisor_") else ours
+            hint = f"; use {where}" if where else typos.nearest(prefix + key, [prefix + name for name in known])
+            self.problems.append(f"{self.file.label}: unknown key {prefix}{key}{hint}")
 
     # The parts of the settings
 
-    def _knob(self, knob: Knob, queue_default: str | None = None) -> Setting:
-        found = self._candidates(knob.variable, knob.field, self.file_knobs, "supervisor.")
+    def _knob(self, knob: Knob, platform_default: str | None = None) -> Setting:
+        names = (knob.variable, *ALIASES.get(knob.variable, ()))
+        found = self._candidates(names, knob.field, knob=True)
         asked = getattr(self.arguments, knob.field, None) if knob.field in ("mode", "host", "port") else None
         if asked:
             found.insert(0, (f"command line --{knob.field}", asked))
-        if queue_default is not None:
-            found.append(("default of queue mode", queue_default))
+        if platform_default is not None:
+            found.append((self.label, platform_default))
         elif knob.default is not None:
             found.append(("default", knob.default))
         if not found:
@@ -202,10 +217,9 @@ class _Gathering:
         try:
             value: object = knob.read(str(given))
         except BadValue as error:
-            shown = MASK if knob.secret else given
-            self.problems.append(f"{knob.variable}={shown} ({source}): expected {error}")
+            self._bad(knob.variable, MASK if knob.secret else given, source, error)
             value = None
-        return Setting(knob.variable, value, source, _overrode(found, knob.secret), knob.secret)
+        return Setting(knob.variable, value, source, self._lines(found[1:], knob.secret), knob.secret)
 
     def _cache(self, knobs: Knobs) -> Path:
         if knobs.cache_dir:
@@ -224,14 +238,15 @@ class _Gathering:
             self.problems.append(str(error))
             return None, None
 
-    def _model(self) -> tuple[Setting | None, bool]:
-        found = self._candidates("MODEL", "model", self.file)
+    def _model(self, catalogue: Catalogue | None) -> tuple[Setting | None, bool]:
+        found = self._candidates(("MODEL", *ALIASES["MODEL"]), "model")
         if self.arguments.model:
             found.insert(0, ("command line", self.arguments.model))
+        found += self._vllm_config(catalogue)
         if not found:
-            platform = demo.platform(self.environ)
-            if platform is not None:
-                self.problems.append(f"no model is named: set MODEL, such as MODEL=Qwen/Qwen3-0.6B ({platform})")
+            where = demo.platform(self.environ)
+            if where is not None:
+                self.problems.append(f"no model is named: set MODEL, such as MODEL=Qwen/Qwen3-0.6B ({where})")
                 return None, False
             found = [("demo model: no model is named", str(demo.MODEL))]
         source, given = found[0]
@@ -239,58 +254,125 @@ class _Gathering:
         if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
             folder = Path(name).expanduser()
             if not folder.exists():
-                self.problems.append(f"MODEL={name} ({source}): no such folder")
+                self.problems.append(
+                    f"MODEL={name} ({source}): expected a folder that is there, or a name such as org/model"
+                )
                 return None, False
             name = str(folder)
         is_demo = Path(name).resolve() == demo.MODEL
-        return Setting("MODEL", name, source, _overrode(found)), is_demo
+        return Setting("MODEL", name, source, self._lines(found[1:])), is_demo
 
-    def _options(self, catalogue: Catalogue, defaults: Mapping[str, object]) -> tuple[tuple[Option, Setting], ...]:
-        self._known([*catalogue.by_key, "model"], self.file)
+    def _vllm_config(self, catalogue: Catalogue | None) -> list[tuple[str, Any]]:
+        """What the file of vLLM's own --config says of the model; what it may not say is a problem."""
+        found = self._candidates(("CONFIG", *ALIASES["CONFIG"]), "config") if catalogue else []
+        if not found:
+            return []
+        source, path = found[0]
+        file = config_file.read_vllm_config(str(path), source)
+        self.problems += file.problems
+        for key in file.content:
+            if key in OWNED:
+                self.problems.append(f"{file.label}: {key} can't be set there: {OWNED[key]}")
+        return [(file.label, file.content["model"])] if file.content.get("model") else []
+
+    def _raw(self, knob_settings: Iterable[Setting], catalogue: Catalogue) -> tuple[tuple[Option, Setting], ...]:
+        (extra,) = [setting for setting in knob_settings if setting.name == "SUPERVISOR_EXTRA_ARGS"]
+        last: dict[str, tuple[Given, str]] = {}
+        for tokens, source in ((extra.value or (), extra.source), (self.arguments.vllm_args, "command line")):
+            read = RawArguments(tokens, source, catalogue)
+            self.problems += read.problems
+            self.warnings += read.warnings
+            last |= {given.name: (given, source) for given in read.given}
+        return tuple((given.option, Setting(given.name, given.value, source)) for given, source in last.values())
+
+    def _options(
+        self, catalogue: Catalogue, defaults: Mapping[str, object], raw: tuple[tuple[Option, Setting], ...]
+    ) -> tuple[tuple[tuple[Option, Setting], ...], tuple[tuple[Option, Setting], ...]]:
+        """The options of variables and files, less those that raw arguments override; and these, with what it was."""
+        self._known([*catalogue.by_key, *self._also(catalogue), "model"], self.file.content)
         options = []
+        overriding = {setting.name: setting for _, setting in raw}
         for option in catalogue.by_key.values():
             if option.key == "model":
                 continue
-            found = self._candidates(option.variable, option.key, self.file)
+            found = self._given(option)
             if option.key in OWNED:
                 for source, _ in found:
-                    if source not in ("environment PORT", "environment HF_TOKEN"):  # ours, and passed on as it is
-                        self.notes.append(f"{source} is not passed to vLLM: {OWNED[option.key]}")
+                    if source.removeprefix("environment ") not in OWNED_AND_READ:
+                        self.warnings.append(f"{source} is not passed to vLLM: {OWNED[option.key]}")
                 continue
             if option.key in defaults:
                 found.append(("demo model", defaults[option.key]))
             if not found:
                 continue
+            if winner := overriding.get(option.variable):
+                overriding[option.variable] = Setting(winner.name, winner.value, winner.source, self._lines(found))
+                continue
             source, given = found[0]
             try:
                 value = option.read(given)
             except BadValue as error:
-                self.problems.append(f"{option.variable}={given} ({source}): expected {error}")
+                self._bad(option.variable, given, source, error)
                 continue
-            options.append((option, Setting(option.variable, value, source, _overrode(found))))
-        return tuple(options)
+            options.append((option, Setting(option.variable, value, source, self._lines(found[1:]))))
+        return tuple(options), tuple((option, overriding[setting.name]) for option, setting in raw)
 
-    def _check_raw(self, tokens: Iterable[str]) -> None:
-        for token in tokens:
-            key = token.partition("=")[0].removeprefix("--").replace("-", "_")
-            if token.startswith("--") and key in OWNED:
-                self.problems.append(f"{token.partition('=')[0]} can't be passed to vLLM: {OWNED[key]}")
+    def _given(self, option: Option) -> list[tuple[str, Any]]:
+        """The sources of an option, under all its names, those left out that say 'not set' in words."""
+        keys = [option.key, *map(catalogues.key_of, option.also)]
+        found = []
+        for key in keys:
+            names = (key.upper(), *(ALIASES.get(key.upper(), ()) if key == option.key else ()))
+            found += self._candidates(names, key)
+        kept: list[tuple[str, Any]] = []
+        for source, given in found:
+            auto = platform.computed(option.variable, given, self.environ)
+            if option.variable in ZERO_MEANS_UNSET and str(given).strip() == "0":
+                self.warnings.append(f"{source}=0 is taken for not set: {ZERO_MEANS_UNSET[option.variable]}")
+            elif auto is not None:
+                kept.append((f"{source}={given}", auto))
+            elif not option.is_unset(given):
+                kept.append((source, given))
+        if option.opposite:  # DISABLE_PREFIX_CACHING=true
+            for source, given in self._candidates((option.opposite.upper(),), option.opposite):
+                try:
+                    kept.append((f"{source}={self._shown(given)}", not read_bool(given)))
+                except BadValue as error:
+                    self._bad(option.opposite.upper(), given, source, error)
+        return kept
+
+    def _also(self, catalogue: Catalogue) -> list[str]:
+        """Keys that name an option in another way."""
+        also = [catalogues.key_of(name) for option in catalogue.by_key.values() for name in option.also]
+        return also + [option.opposite for option in catalogue.by_key.values() if option.opposite]
+
+    def _unread(self, catalogue: Catalogue) -> None:
+        """Variables that are set and that nothing reads, as far as they look meant for us."""
+        self.warnings += typos.unread(self.environ, self.read, catalogue)
+        port = self.environ.get("VLLM_PORT", "")
+        if "://" in port:
+            self.warnings.append(
+                f"VLLM_PORT={port} is not passed to vLLM, which would fail on it: Kubernetes made it for a service "
+                "named vllm; rename the service, or set enableServiceLinks: false"
+            )
+        elif port:
+            self.warnings.append(
+                "VLLM_PORT is passed to vLLM, for which it is the first port of its internal traffic; "
+                "the port for clients is PORT"
+            )
+
+    def _platform(self, mode: str, options: Iterable[tuple[Option, Setting]], knob_settings: Iterable[Setting]) -> None:
+        settings = (*(setting for _, setting in options), *knob_settings)
+        values = {setting.name: (setting.value, setting.source) for setting in settings}
+        self.warnings += platform.warnings(self.environ, mode, values)
 
     def _mode(self, asked: object) -> str:
         """http or queue. RunPod's load balancer may give its workers a queue's address as well."""
         if asked in ("http", "queue"):
             return str(asked)
-        balanced = self.environ.get("PORT_HEALTH") or self.environ.get("HEALTH_CHECK_PATH")
-        return "queue" if self.environ.get("RUNPOD_WEBHOOK_GET_JOB") and not balanced else "http"
+        queue = self.environ.get("RUNPOD_WEBHOOK_GET_JOB") and not platform.balanced(self.environ)
+        return "queue" if queue else "http"
 
 
-def _overrode(found: list[tuple[str, Any]], secret: bool = False) -> tuple[str, ...]:
-    return tuple(f"{source}: {MASK if secret else given}" for source, given in found[1:] if source != "default")
-
-
-def _normal(key: object) -> str:
-    return str(key).replace("-", "_").lower()
-
-
-def _kind(content: object) -> str:
-    return {"list": "list", "str": "text"}.get(type(content).__name__, type(content).__name__)
+def _normal_text(given: object) -> str:
+    return str(given).lower() if isinstance(given, bool) else str(given)

@@ -11,6 +11,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+# The version that the image is built on, that the tests run, and whose catalogue is shipped.
+PINNED = "0.32.0"
 VERSION_TIMEOUT = 120.0
 
 

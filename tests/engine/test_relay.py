@@ -8,6 +8,7 @@ import json
 import socket
 import struct
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -489,6 +490,58 @@ def test_upgrade_is_relayed_without_it(running: Supervisor) -> None:
         answer = raw.send(get("/fake/echo/u", "1.1", "Connection: Upgrade", "Upgrade: h2c")).answer()
     assert not {name.lower() for name, _ in answer.json()["headers"]} & {"upgrade", "connection"}  # type: ignore[index]
     assert answer.headers["connection"] == "close"
+
+
+# Limits
+
+
+@pytest.fixture(scope="module")
+def limited() -> Iterator[Supervisor]:
+    with Supervisor(
+        "some/model", environ={"SUPERVISOR_MAX_BODY": "100k", "SUPERVISOR_REQUEST_TIMEOUT": "0.5"}
+    ) as supervisor:
+        yield supervisor.ready()
+
+
+def test_a_body_of_the_largest_size_passes(limited: Supervisor) -> None:
+    with limited.connect() as raw:
+        assert raw.send(post("/fake/echo/x", b"x" * 100_000)).answer().json()["body_len"] == 100_000
+        chunk = b"186a0\r\n" + b"x" * 100_000 + b"\r\n0\r\n\r\n"
+        head = b"POST /fake/echo/x HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
+        assert raw.send(head + chunk).answer().json()["body_len"] == 100_000
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+@pytest.mark.parametrize("size", [100_001, 5_000_000])
+def test_a_larger_body_is_refused_and_the_client_learns_why(limited: Supervisor, framing: str, size: int) -> None:
+    """Also one that goes on sending: a reset would take the answer from it."""
+    with limited.connect() as raw:
+        if framing == "length":
+            raw.send(b"POST /fake/sink HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n" % size)
+        else:
+            raw.send(b"POST /fake/sink HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n" % size)
+        raw.send(b"x" * size)
+        answer = raw.answer()
+        assert answer.status == 413
+        assert answer.json()["error"]["code"] == "request_too_large"  # type: ignore[index,call-overload]
+        assert "SUPERVISOR_MAX_BODY" in answer.json()["error"]["message"]  # type: ignore[index,call-overload]
+        assert answer.headers["connection"] == "close"
+        assert raw.rest() == b""
+
+
+def test_a_request_over_its_time_is_ended(limited: Supervisor) -> None:
+    with limited.connect() as raw:
+        answer = raw.send(get("/fake/hang")).answer()
+        assert answer.status == 504
+        assert answer.json()["error"]["code"] == "request_timeout"  # type: ignore[index,call-overload]
+    answer = limited.client.post(
+        CHAT, json=chat(stream=True, max_tokens=1000), headers={"X-Fake": '{"token_interval": 0.01}'}
+    )
+    assert answer.status_code == 200
+    assert b'"request_timeout"' in answer.content
+    assert answer.content.endswith(b"data: [DONE]\n\n")
+    wait_until(lambda: limited.client.get("/status").json()["in_flight"] == 0, "nothing in flight")
+    assert "SUPERVISOR_REQUEST_TIMEOUT" in limited.output
 
 
 # Keys

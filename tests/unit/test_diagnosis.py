@@ -257,7 +257,7 @@ def test_a_log_without_a_failure_is_blamed_on_nothing(log: str) -> None:
 
 def test_remedies_name_variables_that_exist() -> None:
     options = catalogue.parse((catalogue.FLAGS / "0.32.0.json").read_text())
-    known = {knob.variable for knob in KNOBS} | set(options.by_variable)
+    known = {knob.variable for knob in KNOBS} | {option.variable for option in options.by_key.values()}
     known |= {"MODEL", "HF_TOKEN", "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE", "TMPDIR"}  # MODEL: the positional one
     known |= {"VLLM_CPU_KVCACHE_SPACE", "VLLM_ALLOW_LONG_MAX_MODEL_LEN", "CUDA_VISIBLE_DEVICES", "NCCL_DEBUG"}
     named = {name for rule in RULES for name in re.findall(r"(?<![{\w])[A-Z]+(?:_[A-Z]+)+(?![}\w])", rule.remedy)}

@@ -15,7 +15,12 @@ from supervisor.settings.knobs import KNOBS
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OPTIONS = catalogue.parse((catalogue.FLAGS / "0.32.0.json").read_text())
-KNOWN = {knob.variable for knob in KNOBS} | set(OPTIONS.by_variable) | set(ALIASES) | {"HF_TOKEN"}
+KNOWN = (
+    {knob.variable for knob in KNOBS}
+    | {option.variable for option in OPTIONS.by_key.values()}
+    | set(ALIASES)
+    | {"HF_TOKEN"}
+)
 KNOWN |= {name for names in ALIASES.values() for name in names}
 
 

