@@ -46,10 +46,20 @@ def parser() -> argparse.ArgumentParser:
     return main_parser
 
 
+def _vllms_own(unknown: list[str]) -> str:
+    """What to say of arguments that are not ours: `--max-model-len 4096` is one of vLLM's."""
+    message = f"unrecognized arguments: {' '.join(unknown)}"
+    if any(word.startswith("-") for word in unknown):
+        message += f". Options of `vllm serve` go behind `--`: supervisor up MODEL -- {' '.join(unknown)}"
+    return message
+
+
 def arguments(argv: list[str]) -> tuple[argparse.Namespace, Arguments]:
     """What the command line says. What follows `--` is vLLM's, and argparse never sees it."""
     at = argv.index("--") if "--" in argv else len(argv)
-    parsed = parser().parse_args(argv[:at])
+    parsed, unknown = parser().parse_known_args(argv[:at])
+    if unknown:
+        parser().error(_vllms_own(unknown))
     return parsed, Arguments(parsed.model, parsed.config, parsed.mode, parsed.host, parsed.port, tuple(argv[at + 1 :]))
 
 

