@@ -137,9 +137,15 @@ class Supervisor:
         return self.raw_output.decode(errors="replace")
 
     def says(self, pattern: str, seconds: float = 10.0) -> re.Match[str]:
-        """Waits until its output has the pattern."""
+        """Waits until its output has the pattern; no longer than until it has ended."""
+
+        def found_or_over() -> re.Match[str] | bool | None:
+            over = self.process.poll() is not None and not self._reader.is_alive()
+            return re.search(pattern, self.output) or over
+
         try:
-            found = wait_until(lambda: re.search(pattern, self.output), f"output {pattern!r}", seconds)
+            found = wait_until(found_or_over, f"output {pattern!r}", seconds)
+            assert found is not True, f"it ended without output {pattern!r}"
         except AssertionError as error:
             raise AssertionError(f"{error}; it said:\n{self.output[-3000:]}") from None
         assert isinstance(found, re.Match)

@@ -82,6 +82,11 @@ RULES = (
         "Lower MAX_MODEL_LEN, or give it more memory (GPU_MEMORY_UTILIZATION; on a CPU VLLM_CPU_KVCACHE_SPACE).",
     ),
     _rule(
+        r"No common block size for (?P<asked>\d+) \((?P<why>[^\n]{1,200}?)\)\.",
+        "The attention on this machine has no blocks of {asked} tokens ({why}).",
+        "Leave BLOCK_SIZE unset: vLLM then takes one that fits.",
+    ),
+    _rule(
         r"No available memory for the cache blocks|less than requested memory for kv \(-",
         "There is no memory left for the KV cache beside the weights.",
         "Raise GPU_MEMORY_UTILIZATION (or KV_CACHE_MEMORY_BYTES, if set), use a smaller or quantized model, or spread it "

@@ -104,7 +104,9 @@ KNOBS = (
     Knob("SUPERVISOR_VLLM", None, text, "the command that stands for `vllm`"),
     Knob("SUPERVISOR_EXTRA_ARGS", "", words, "appended to vLLM's command line as it is"),
     Knob("SUPERVISOR_STARTUP_TIMEOUT", "1200", seconds, "seconds until vLLM must be ready"),
-    Knob("SUPERVISOR_STALL_TIMEOUT", "120", seconds, "seconds without progress, with work in flight, until vLLM counts as hung"),
+    Knob(
+        "SUPERVISOR_STALL_TIMEOUT", "120", seconds, "seconds without progress, with work in flight, until vLLM is hung"
+    ),
     Knob("SUPERVISOR_MAX_RESTARTS", "5", count, "how often vLLM is started again ..."),
     Knob("SUPERVISOR_RESTART_WINDOW", "600", seconds, "... within so many seconds, before it is given up"),
     Knob(
@@ -118,7 +120,7 @@ KNOBS = (
     Knob("SUPERVISOR_MAX_CONCURRENCY", None, count, "how many requests may run at once; unset: no limit (queue: 30)"),
     Knob("SUPERVISOR_MAX_WAITING", "1000", count, "how many more may wait for their turn, before a 429"),
     Knob(
-        "SUPERVISOR_REQUEST_TIMEOUT", "3600", seconds, "seconds that a request may take, its answer included (0: no limit)"
+        "SUPERVISOR_REQUEST_TIMEOUT", "3600", seconds, "seconds that a request may take, answer included (0: no limit)"
     ),
     Knob("SUPERVISOR_MAX_BODY", "64MiB", size, "the largest request body"),
     Knob("SUPERVISOR_API_KEYS", None, keys, "keys that clients must give, between commas, or @file", secret=True),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import DEMO, FAKE, SUPERVISOR, clean_environment
+from tests.harness import DEMO, FAKE, ROOT, SUPERVISOR, clean_environment
 
 
 def run(*arguments: str, cwd: Path, vllm: str | None = str(FAKE), **environ: str) -> subprocess.CompletedProcess[str]:
@@ -122,6 +122,13 @@ def test_a_vllm_that_is_no_program(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert "Traceback" not in done.stderr
+
+
+def test_the_readmes_example_of_wrong_settings_is_what_comes_out(tmp_path: Path) -> None:
+    command, *said = re.search(r"```\n\$ (.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1].splitlines()  # type: ignore[index]
+    environ = dict(word.split("=") for word in command.split()[:-1])
+    assert command.split()[-1] == "scripts/up"
+    assert run("up", "m", cwd=tmp_path, **environ).stderr.splitlines() == said
 
 
 # explain

@@ -96,7 +96,8 @@ def test_the_schema_is_one_and_takes_the_example() -> None:
     [
         "", "max-model-len: 4096", "max_model_len: 32k", "max_model_len: auto", "tensor_parallel_size: auto", "seed:",
         "served_model_name: a", "served_model_name: [a, 7]", "lora_modules: [{name: a, path: b}]",
-        "enforce_eager: true", "speculative_config: {method: ngram}", "supervisor: {port: 8000, max_body: 30MB}", "supervisor:",
+        "enforce_eager: true", "speculative_config: {method: ngram}",
+        "supervisor: {port: 8000, max_body: 30MB}", "supervisor:",
     ],
 )  # fmt: skip
 def test_the_schema_takes_what_is_taken(text: str) -> None:
