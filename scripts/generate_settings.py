@@ -59,7 +59,7 @@ GROUPS: tuple[tuple[str, tuple[Popular, ...]], ...] = (
             Popular(
                 "DOWNLOAD_DIR", "where weights are downloaded to, instead of the hub's cache", "/models", hub=False
             ),
-            Popular("HF_OVERRIDES", "changes to the model's config.json", {"rope_scaling": {"factor": 2.0}}, hub=False),
+            Popular("HF_OVERRIDES", "changes to the model's config.json", {"max_position_embeddings": 8192}, hub=False),
             Popular("SERVED_MODEL_NAME", "the names that clients use for the model", ["my-model"]),
         ),
     ),

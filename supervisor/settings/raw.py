@@ -22,12 +22,11 @@ NEGATIVE_NUMBER = re.compile(r"-\d+(\.\d+)?")
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """One option among raw arguments. Not `whole`: a part of a JSON option (`--x.y 1`), or one more of several."""
+    """One option among raw arguments. `name`: the variable that it stands for, or what was written (`--x.y`)."""
 
     option: Option
-    name: str  # of the variable that it stands for, or the part as it was written
+    name: str
     value: object
-    whole: bool = True
 
 
 class RawArguments:
@@ -83,7 +82,7 @@ class RawArguments:
             values = [value] if glued else self._values(1)
             if not values:
                 self._problem(name, "a value is missing")
-            self.given.append(Given(option, name, "".join(values), whole=False))
+            self.given.append(Given(option, name, "".join(values)))
         else:
             self._valued(base, option, [value] if glued else self._values(None if option.kind == "list" else 1))
 
@@ -98,9 +97,8 @@ class RawArguments:
             self._problem(f"{name} {' '.join(values)}", f"expected {error}")
             return
         several = option.kind in ("list", "append")
-        whole = option.kind != "append"
-        shown = option.variable if whole else name
-        self.given.append(Given(option, shown, tuple(values) if several else "".join(values), whole))
+        shown = name if option.kind == "append" else option.variable
+        self.given.append(Given(option, shown, tuple(values) if several else "".join(values)))
 
     def _find(self, base: str) -> tuple[Option, bool] | None:
         """The option, and whether it is its `--no-` form. As argparse does, takes a beginning for the whole."""

@@ -7,6 +7,7 @@ Nothing that was set is lost without a word: what has no effect is among the war
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -291,7 +292,8 @@ class _Gathering:
         """The options of variables and files, less those that raw arguments override; and these, with what it was."""
         self._known([*catalogue.by_key, *self._also(catalogue), "model"], self.file.content)
         options = []
-        overriding = {setting.name: setting for _, setting in raw}
+        # vLLM lets a part of a JSON option (`--x.y 1`) replace the whole of it; only `append` options add up.
+        overriding: dict[str, tuple[str, ...]] = {option.variable: () for option, _ in raw if option.kind != "append"}
         for option in catalogue.by_key.values():
             if option.key == "model":
                 continue
@@ -305,8 +307,8 @@ class _Gathering:
                 found.append(("demo model", defaults[option.key]))
             if not found:
                 continue
-            if winner := overriding.get(option.variable):
-                overriding[option.variable] = Setting(winner.name, winner.value, winner.source, self._lines(found))
+            if option.variable in overriding:
+                overriding[option.variable] = self._lines(found)
                 continue
             source, given = found[0]
             try:
@@ -315,7 +317,11 @@ class _Gathering:
                 self._bad(option.variable, given, source, error)
                 continue
             options.append((option, Setting(option.variable, value, source, self._lines(found[1:]))))
-        return tuple(options), tuple((option, overriding[setting.name]) for option, setting in raw)
+        told = tuple(
+            (option, dataclasses.replace(setting, overrode=overriding.get(option.variable, ())))
+            for option, setting in raw
+        )
+        return tuple(options), told
 
     def _given(self, option: Option) -> list[tuple[str, Any]]:
         """The sources of an option, under all its names, those left out that say 'not set' in words."""

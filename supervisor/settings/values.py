@@ -133,6 +133,8 @@ def _json(given: object) -> str:
 
 def _json_with_human_ints(given: object) -> str:
     """vLLM's own classes of settings: numbers in their JSON may be written as 32k."""
+    if isinstance(given, list) or str(given).lstrip().startswith("["):
+        raise BadValue('a JSON object, such as {"key": "value"}')
     return _checked_json(given, HUMAN_INT_IN_JSON.sub(lambda found: found[1] or "1", str(given)))
 
 

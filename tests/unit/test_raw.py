@@ -66,11 +66,16 @@ def test_they_win_and_what_they_override_is_not_passed_twice(folder: Path) -> No
     assert settings.option("seed") == "7"
 
 
-def test_a_part_of_a_json_option_leaves_the_rest_of_it_in_place(folder: Path) -> None:
+def test_a_part_of_a_json_option_replaces_the_whole_as_vllm_does(folder: Path) -> None:
     settings = read(folder, "--compilation-config.mode 3", COMPILATION_CONFIG='{"cudagraph_mode": "NONE"}')
-    assert list(build(settings, "S", "F").argv[5:]) == [
-        "--compilation-config", '{"cudagraph_mode": "NONE"}', "--compilation-config.mode", "3",
-    ]  # fmt: skip
+    assert list(build(settings, "S", "F").argv[5:]) == ["--compilation-config.mode", "3"]
+    ((_, setting),) = settings.raw
+    assert setting.overrode == ('environment COMPILATION_CONFIG: {"cudagraph_mode": "NONE"}',)
+
+
+def test_several_add_up_where_vllm_adds_them_up(folder: Path) -> None:
+    settings = read(folder, "--middleware c.d", MIDDLEWARE="a.b")
+    assert list(build(settings, "S", "F").argv[5:]) == ["--middleware", "a.b", "--middleware", "c.d"]
 
 
 @pytest.mark.parametrize(

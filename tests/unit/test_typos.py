@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 
+from supervisor.settings import catalogue as catalogues
 from supervisor.settings import typos
 from supervisor.settings.aliases import ALIASES, FORMER
-from supervisor.settings.catalogue import FLAGS, Catalogue, parse
+from supervisor.settings.catalogue import FLAGS, Catalogue, Option, parse
 from supervisor.settings.knobs import KNOBS
 from supervisor.settings.removed import REMOVED, REMOVED_ENVIRONMENT
+from supervisor.settings.sources import Arguments, Settings, gather
 
 CATALOGUE = parse((FLAGS / "0.32.0.json").read_text())
 READ = {option.variable for option in CATALOGUE.by_key.values()} | {knob.variable for knob in KNOBS}
@@ -95,11 +99,52 @@ def test_kubernetes_makes_variables_for_services_of_any_name() -> None:
 
 
 def test_vllms_own_variables_are_checked_against_those_it_reads() -> None:
-    catalogue = Catalogue("0.32.0", CATALOGUE.by_key, frozenset({"VLLM_USE_DEEP_GEMM", "VLLM_LOGGING_LEVEL"}))
-    environ = {"VLLM_USE_DEEPGEMM": "1", "VLLM_LOGGING_LEVEL": "INFO", "VLLM_OF_A_PLUGIN": "1"}
-    (line,) = typos.unread(environ, READ, catalogue)
+    (line,) = told(VLLM_USE_DEEPGEMM="1", VLLM_LOGGING_LEVEL="INFO", VLLM_OF_A_PLUGIN="1")
     assert "VLLM_USE_DEEPGEMM" in line
     assert "did you mean VLLM_USE_DEEP_GEMM?" in line
+
+
+HISTORY = json.loads((Path(__file__).parent / "vllm_history.json").read_text())
+
+
+@pytest.mark.parametrize("name", HISTORY["options"])
+def test_every_option_that_a_release_since_0_11_had_is_told_of(name: str) -> None:
+    variable, last = name[2:].replace("-", "_").upper(), HISTORY["options"][name]
+    (line,) = told(**{variable: "1"})
+    assert line.startswith(f"{variable} has no effect: ")
+    assert f"(vLLM had it until {last})" in line
+
+
+@pytest.mark.parametrize("name", HISTORY["environment"])
+def test_every_variable_that_a_release_since_0_11_read_is_told_of(name: str) -> None:
+    (line,) = told(**{name: "1"})
+    assert line.startswith(f"{name} has no effect in vLLM 0.32.0: ")
+    assert f"(vLLM had it until {HISTORY['environment'][name]})" in line
+
+
+def test_what_stands_for_them_exists() -> None:
+    """Every name in capitals in the advice is an option's variable, or one of vLLM's own."""
+    known = READ | CATALOGUE.environment | {"MONOKERNEL", "JSON", "GPU"}  # the first came with 0.33
+    for table in (REMOVED, REMOVED_ENVIRONMENT, FORMER):
+        for name, advice in table.items():
+            assert set(re.findall(r"\b[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+\b", advice)) - known <= {
+                "FLASH_ATTN", "TRTLLM_RAGGED", "VLLM_VERSION", "HF_HOME",
+            }, name  # fmt: skip
+
+
+def test_a_vllm_that_has_the_name_is_given_it(folder: Path) -> None:
+    """The table is asked last: vLLM 0.17 still has --swap-space."""
+    options = {**CATALOGUE.by_key, "swap_space": Option("--swap-space", "value", "float")}
+    catalogue = Catalogue("0.17.1", options, frozenset({"VLLM_USE_V1"}))
+    settings = gather_with(folder, catalogue, SWAP_SPACE="4", VLLM_USE_V1="1")
+    assert settings.option("swap_space") == "4"
+    assert settings.warnings == ()
+
+
+def gather_with(folder: Path, catalogue: Catalogue, **environ: str) -> Settings:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalogues, "load", lambda vllm, cache: catalogue)
+        return gather(Arguments(model="m"), {"SUPERVISOR_VLLM": str(folder.parent / "vllm/bin/vllm")} | environ)
 
 
 def test_each_name_without_effect_says_what_to_do() -> None:

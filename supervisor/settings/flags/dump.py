@@ -45,6 +45,11 @@ TYPES = {
     "human_readable_int_or_auto": "human_int_or_auto",
 }
 
+DEPRECATED = re.compile(r"^\W*deprecated\b|\bdeprecated:|\bis deprecated\b", re.IGNORECASE)
+
+# Those that vLLM writes out before its parser sees them: -O3, -O=3 and -O 3.
+SHORTS = {"--optimization-level": ["-O"]}
+
 
 def first_of(modules: Iterable[str], name: str) -> Any:
     for module in modules:
@@ -127,7 +132,7 @@ def kind(action: argparse.Action) -> str:
 def deprecated(parser: argparse.ArgumentParser, action: argparse.Action) -> bool:
     """vLLM marks few of them as argparse does; the others say it in their help text."""
     marked = getattr(action, "deprecated", False) or action in getattr(parser, "_deprecated", ())
-    return marked or re.search(r"^\W*deprecated\b|\bis deprecated\b", action.help or "", re.IGNORECASE) is not None
+    return marked or DEPRECATED.search(action.help or "") is not None
 
 
 def plain(value: Any) -> bool:
@@ -175,7 +180,7 @@ def option(parser: argparse.ArgumentParser, action: argparse.Action, limits: dic
     row["name"] = longs[0]
     if len(longs) > 1:
         row["also"] = longs[1:]
-    if shorts := [name for name in names if not name.startswith("--")]:
+    if shorts := [name for name in names if not name.startswith("--")] + SHORTS.get(longs[0], []):
         row["short"] = shorts
     if others := [name for name in off if name != f"--no-{longs[0][2:]}"]:
         row["off"] = others  # besides --no-x, which all pairs have

@@ -1,0 +1,311 @@
+#!/usr/bin/env python3
+"""What the gateway costs beside nginx: CPU per JSON request and per streamed event, rates, latencies, memory.
+
+    .venv/bin/python scripts/bench_gateway.py [--seconds 5] [--only nginx,gateway] [--json FILE]
+
+In one run, against the same upstream (scripts/fast_upstream.py): nothing between (direct), nginx with one worker and
+`proxy_buffering off`, the gateway as `supervisor up` runs it, with a key, request ids, metrics and admission on, and
+uvicorn + httpx, which is what people write first. wrk is the client. The proxy has a core of its own where there are
+two; its CPU is its own user and system time, so that the figures hold on a busy machine. nginx and wrk come from
+Debian's packages (nginx-light, wrk).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import httpx
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+UPSTREAM = ROOT / "scripts" / "fast_upstream.py"
+KEY = "a-key-for-the-benchmark"
+EVENTS = 64
+CONNECTIONS = (1, 64, 256)
+BODY = {"model": "m", "messages": [{"role": "user", "content": "x" * 200}]}
+NGINX = """
+{user}
+worker_processes 1; daemon off; pid {folder}/nginx.pid; error_log {folder}/error.log;
+events {{ worker_connections 4096; }}
+http {{
+    access_log off; client_body_temp_path {folder}/b; proxy_temp_path {folder}/p; fastcgi_temp_path {folder}/f;
+    uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
+    keepalive_requests 1000000;
+    upstream vllm {{ server unix:{folder}/upstream.sock; keepalive 512; keepalive_requests 1000000; }}
+    server {{
+        listen 127.0.0.1:{port} backlog=2048;
+        location / {{
+            proxy_pass http://vllm; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_buffering off;
+        }}
+    }}
+}}
+"""
+NAIVE = """
+import httpx, os, uvicorn
+transport = httpx.AsyncHTTPTransport(uds=os.environ["UPSTREAM"], limits=httpx.Limits(max_connections=None))
+client = httpx.AsyncClient(transport=transport, base_url="http://vllm", timeout=None)
+async def app(scope, receive, send):
+    if scope["type"] != "http":
+        return
+    body = b""
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if not message.get("more_body"):
+            break
+    headers = {"content-type": "application/json"}
+    async with client.stream(scope["method"], scope["path"], content=body, headers=headers) as answer:
+        fields = [row for row in answer.headers.raw if row[0].lower() not in (b"transfer-encoding", b"content-length")]
+        await send({"type": "http.response.start", "status": answer.status_code, "headers": fields})
+        async for data in answer.aiter_raw():
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+uvicorn.run(app, host="127.0.0.1", port=int(os.environ["PORT"]), log_level="error", access_log=False, lifespan="off")
+"""
+
+
+@dataclass
+class Front:
+    """What is measured: where it listens, and the processes whose time counts."""
+
+    name: str
+    port: int
+    pids: list[int]
+
+    def cpu(self) -> float:
+        return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in self.pids)
+
+    def rss(self) -> float:
+        return sum(psutil.Process(pid).memory_info().rss for pid in self.pids) / 1e6
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def pinned(core: int, command: list[str]) -> list[str]:
+    return ["taskset", "-c", str(core), *command] if len(os.sched_getaffinity(0)) > 1 else command
+
+
+@contextlib.contextmanager
+def running(command: list[str], core: int, **environ: str) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
+    log = tempfile.TemporaryFile()  # noqa: SIM115  # closed below, after the process
+    process = subprocess.Popen(
+        pinned(core, command), env=os.environ | environ, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+    )
+    try:
+        yield process, log
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        log.close()
+
+
+def answers(port: int) -> bool:
+    try:
+        headers = {"Authorization": f"Bearer {KEY}"}
+        return httpx.post(f"http://127.0.0.1:{port}/v1/x", json=BODY, headers=headers).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def wait_for(port: int, process: subprocess.Popen[bytes], said: IO[bytes]) -> None:
+    deadline = time.monotonic() + 30
+    while not answers(port):
+        if process.poll() is not None or time.monotonic() > deadline:
+            said.seek(0)
+            sys.exit(f"bench_gateway: nothing answers on port {port}:\n{said.read().decode()[-2000:]}")
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def nginx(folder: Path) -> Iterator[Front]:
+    port = free_port()
+    (folder / "nginx.conf").write_text(
+        NGINX.format(folder=folder, port=port, user="user root;" if os.geteuid() == 0 else "")
+    )
+    with running(["nginx", "-c", str(folder / "nginx.conf"), "-e", str(folder / "error.log")], 1) as (process, said):
+        wait_for(port, process, said)
+        pids = [child.pid for child in psutil.Process(process.pid).children()]
+        yield Front("nginx", port, pids)
+
+
+@contextlib.contextmanager
+def gateway(folder: Path) -> Iterator[Front]:
+    port = free_port()
+    environ = {
+        "SUPERVISOR_VLLM": str(folder / "vllm"), "PORT": str(port), "SUPERVISOR_API_KEYS": KEY,
+        "SUPERVISOR_MAX_CONCURRENCY": "1000", "PYTHONDONTWRITEBYTECODE": "",
+    }  # fmt: skip
+    with running([str(Path(sys.prefix) / "bin" / "supervisor"), "up", "m"], 1, **environ) as (process, said):
+        wait_for(port, process, said)
+        children = psutil.Process(process.pid).children(recursive=True)
+        for child in children:  # the upstream that it started shares the client's core
+            with contextlib.suppress(psutil.Error):
+                if "fast_upstream" in " ".join(child.cmdline()):
+                    child.cpu_affinity([0])
+        yield Front("gateway", port, [process.pid])
+
+
+@contextlib.contextmanager
+def naive(folder: Path) -> Iterator[Front]:
+    port = free_port()
+    environ = {"UPSTREAM": str(folder / "upstream.sock"), "PORT": str(port)}
+    with running([sys.executable, "-c", NAIVE], 1, **environ) as (process, said):
+        wait_for(port, process, said)
+        yield Front("uvicorn + httpx", port, [process.pid])
+
+
+def wrk(front: Front, kind: str, connections: int, seconds: int, folder: Path) -> dict[str, float]:
+    """One reading. `kind`: json or stream. Latencies are of whole responses."""
+    body = BODY | ({"stream": True} if kind == "stream" else {})
+    script = folder / f"{kind}.lua"
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+    lines = [f'wrk.headers["{name}"] = "{value}"' for name, value in headers.items()]
+    script.write_text("\n".join(['wrk.method = "POST"', f"wrk.body = [[{json.dumps(body)}]]", *lines]) + "\n")
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "--timeout", "20s", "-s", str(script)]
+    cpu, start = front.cpu(), time.monotonic()
+    done = subprocess.run(
+        pinned(0, [*command, f"http://127.0.0.1:{front.port}/v1/x"]), capture_output=True, text=True, check=True
+    )
+    cpu, taken = front.cpu() - cpu, time.monotonic() - start
+    return read(done.stdout, kind, cpu, taken)
+
+
+def read(text: str, kind: str, cpu: float, taken: float) -> dict[str, float]:
+    count = int(re.search(r"(\d+) requests in", text)[1])  # type: ignore[index]
+    units = {"us": 1e-3, "ms": 1.0, "s": 1e3}
+
+    def latency(percent: int) -> float:
+        found = re.search(rf" {percent}%\s+([\d.]+)(us|ms|s)", text)
+        return float(found[1]) * units[found[2]] if found else float("nan")
+
+    errors = sum(map(int, re.findall(r"(?:connect|read|write|timeout) (\d+)", text)))
+    errors += int(found[1]) if (found := re.search(r"Non-2xx or 3xx responses: (\d+)", text)) else 0
+    things = count * (EVENTS if kind == "stream" else 1)
+    return {
+        "per_second": things / taken,
+        "cpu_us": cpu / things * 1e6 if things else float("nan"),
+        "p50_ms": latency(50),
+        "p99_ms": latency(99),
+        "errors": errors,
+    }
+
+
+def idle_memory(front: Front, count: int) -> float:
+    """MB for each of so many idle connections."""
+    before = front.rss()
+    held = [socket.create_connection(("127.0.0.1", front.port)) for _ in range(count)]
+    request = f"GET /ping HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {KEY}\r\n\r\n".encode()
+    for connection in held:
+        connection.sendall(request)
+    for connection in held:
+        connection.recv(65536)
+    after = front.rss()
+    for connection in held:
+        connection.close()
+    return after - before
+
+
+def slow_readers(front: Front, count: int) -> float:
+    """MB more while so many clients do not read their streams."""
+    before = front.rss()
+    body = json.dumps(BODY | {"stream": True}).encode()
+    head = f"POST /v1/x HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
+    held = []
+    for _ in range(count):
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", front.port))
+        connection.sendall(head.encode() + body)
+        held.append(connection)
+    time.sleep(3)  # streams of 64 events, 2 ms apart, are long over: what is not read is held somewhere
+    after = front.rss()
+    for connection in held:
+        connection.close()
+    return after - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=int, default=5)
+    parser.add_argument("--only", help="names between commas, of: direct, nginx, gateway, naive")
+    parser.add_argument("--connections", type=lambda text: tuple(map(int, text.split(","))), default=CONNECTIONS)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    for program in ("nginx", "wrk", "taskset"):
+        if not shutil.which(program):
+            sys.exit(f"bench_gateway: {program} is missing (Debian: apt-get install nginx-light wrk util-linux)")
+    fronts: dict[str, Callable[[Path], Any]] = {"nginx": nginx, "gateway": gateway, "naive": naive}
+    chosen = (arguments.only or "direct,nginx,gateway,naive").split(",")
+    results: dict[str, Any] = {
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        # The program that stands for vLLM: the supervisor's own Python, whatever PATH says.
+        (folder / "vllm").write_text(
+            f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(UPSTREAM))} "$@"\n'
+        )
+        (folder / "vllm").chmod(0o755)
+        port = free_port()
+        command = [str(folder / "vllm"), "serve", "m", "--uds", str(folder / "upstream.sock"), "--port", str(port)]
+        with running(command, 0) as (upstream, said):
+            wait_for(port, upstream, said)
+            direct = contextlib.nullcontext(Front("direct", port, []))
+            print(results["machine"])
+            print(f"{'':16}{'':8}{'conns':>6}{'per s':>10}{'CPU us':>9}{'p50 ms':>9}{'p99 ms':>9}{'errors':>8}")
+            for choice in chosen:
+                with direct if choice == "direct" else fronts[choice](folder) as front:
+                    rows = results[choice] = {}
+                    for kind in ("json", "stream"):
+                        for connections in arguments.connections:
+                            row = rows[f"{kind} {connections}"] = wrk(
+                                front, kind, connections, arguments.seconds, folder
+                            )
+                            print(
+                                f"{front.name:16}{kind:8}{connections:6}{row['per_second']:10.0f}{row['cpu_us']:9.1f}"
+                                f"{row['p50_ms']:9.2f}{row['p99_ms']:9.2f}{row['errors']:8.0f}",
+                                flush=True,
+                            )
+                    if front.pids:
+                        rows["rss_mb"] = front.rss()
+                        rows["idle_1000_mb"] = idle_memory(front, 1000)
+                        rows["slow_256_mb"] = slow_readers(front, 256)
+                        print(
+                            f"{front.name:16}memory {rows['rss_mb']:.0f} MB; 1,000 idle connections "
+                            f"{rows['idle_1000_mb']:+.1f} MB; 256 slow readers {rows['slow_256_mb']:+.1f} MB"
+                        )
+    if {"nginx", "gateway"} <= set(results):
+        for key, row in results["gateway"].items():
+            if isinstance(row, dict):
+                print(f"times nginx's CPU, {key}: {row['cpu_us'] / results['nginx'][key]['cpu_us']:.2f}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
