@@ -109,8 +109,15 @@ class Option:
         if self.bounds and text != "auto":
             number = float(text[:-1]) * HUMAN[text[-1]] if text[-1] in HUMAN else float(text)
             if not all(BOUNDS[name][1](number, bound) for name, bound in self.bounds):
-                raise BadValue(" and ".join(f"{BOUNDS[name][0]} {bound:g}" for name, bound in self.bounds))
+                limits = " and ".join(f"{BOUNDS[name][0]} {bound:g}" for name, bound in self.bounds)
+                raise BadValue(f"{limits}, such as {self._example()}")
         return text
+
+    def _example(self) -> object:
+        if isinstance(self.default, int | float):
+            return self.default
+        _, bound = self.bounds[0]
+        return max(int(bound) + 1, 8)
 
 
 def key_of(name: str) -> str:

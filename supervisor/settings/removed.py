@@ -1,7 +1,7 @@
 """Options and variables of older vLLMs -> the last release that had them, and what stands for them now.
 
-Asked only where the installed vLLM lacks the name. From 0.11.0 on the names come from the parsers of 27 releases, dumped
-and compared (tests/unit/vllm_history.json); older ones from the sources of twelve releases, so that `last` is the last
+Asked only where the installed vLLM lacks the name. From 0.11.0 on they come from the parsers of 27 releases, dumped and
+compared (tests/unit/vllm_history.json); older ones from the sources of twelve releases, so that `last` is the last
 of those. The reasons are the releases' own: their deprecation warnings, and the code that took over.
 """
 

@@ -75,10 +75,10 @@ def test_values_become_argv(key: str, given: object, expected: list[str]) -> Non
     ("key", "given", "expected"),
     [
         ("max_num_seqs", "8.5", "a whole number, such as 8"),
-        ("max_num_seqs", "0", "at least 1"),
+        ("max_num_seqs", "0", "at least 1, such as 8"),
         ("max_num_seqs", True, "a whole number, such as 8"),
         ("max_num_seqs", {"a": 1}, "a whole number, such as 8"),
-        ("gpu_memory_utilization", "90", "more than 0 and at most 1"),
+        ("gpu_memory_utilization", "90", "more than 0 and at most 1, such as 0.92"),
         ("gpu_memory_utilization", "90%", "a number, such as 0.9"),
         ("gpu_memory_utilization", "nan", "a number, such as 0.9"),
         ("gpu_memory_utilization", "0,9", "a number, such as 0.9"),
