@@ -10,21 +10,26 @@ import asyncio
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from supervisor.gateway.errors import Refusal
+from supervisor.gateway.heads import Memo, RequestHead
 from supervisor.gateway.policy import Policy
 from supervisor.gateway.upstream import NotConnected, Upstream, UpstreamError
 
 if TYPE_CHECKING:
     from supervisor.gateway.exchange import Exchange
+    from supervisor.gateway.relay import RelayProtocol
 
 # The death of the engine is known within 0.1 s; a lost request waits this long, in seconds, to learn of it.
 FATE_KNOWN_AFTER = 0.25
-# Seconds between two looks at how long requests have been running.
-CLOCK_TICK = 1.0
+# Seconds between two looks at what has been going on for too long.
+TICK = 1.0
+CLIENT_TIMEOUT = 60.0
+KEEP_ALIVE = 75.0
 OWN_PATHS = frozenset({b"/ping", b"/health", b"/status"})
 # What a client is told to wait, in seconds, before it asks again.
 RETRY_AFTER = 5
@@ -77,8 +82,15 @@ class Gateway:
         hold_timeout: float,
         admission: Admission,
         facts: Mapping[str, object],
+        client_timeout: float = CLIENT_TIMEOUT,
+        keep_alive: float = KEEP_ALIVE,
     ) -> None:
-        """`facts` never change and are shown at `/status`: model, mode, version, command (masked)."""
+        """`facts` never change and are shown at `/status`: model, mode, version, command (masked).
+
+        `client_timeout`: seconds for a client's next bytes, or for it to take ours; `keep_alive`: between requests.
+        """
+        self.client_timeout = client_timeout
+        self.keep_alive = keep_alive
         self.upstream = upstream
         self.engine = engine
         self.policy = policy
@@ -94,7 +106,16 @@ class Gateway:
         self.generation = 0  # of the engine: one more each time it stops being ready
         self.closing = False  # every answer closes its connection
         self._emptied: asyncio.Event | None = None  # there while somebody waits in `drained`
-        self._look_at_the_clock()
+        self.heads: Memo[RequestHead] = Memo()
+        self.connections: set[RelayProtocol] = set()
+        self.clock = 0.0  # the loop's time at the last tick
+        self._run, self._requests = os.urandom(10).hex().encode(), 0
+        self._tick()
+
+    def new_id(self) -> bytes:
+        """A request's id: of this run, and counted. To read as many random bytes for each would cost as much again."""
+        self._requests += 1
+        return b"%b%012x" % (self._run, self._requests)
 
     # What the relay asks
 
@@ -102,10 +123,12 @@ class Gateway:
         """The seam of keys, routes, limits and admission: may this request go on?"""
         if exchange.protocol.private:  # RunPod asked for the key; a job that was taken is done even while we drain
             return self.unavailable() if self.engine.over and not self.engine.draining else None
-        refusal = self.policy.check(exchange.path, exchange.headers)
-        if refusal is None and self.engine.over:
-            refusal = self.unavailable()
-        return refusal
+        verdict = exchange.verdict
+        if verdict is None:
+            verdict = exchange.verdict = self.policy.judge(exchange.path, exchange.headers)
+        if verdict.refusal is not None:
+            return verdict.refusal
+        return None if self.open or not self.engine.over else self.unavailable()
 
     def admit(self, exchange: Exchange) -> None:
         """Sends the request on, or lets it wait its turn behind those that came before."""
@@ -241,15 +264,17 @@ class Gateway:
                 awaited += exchange.path.startswith(b"/v1/")
         return self.upstream.reads, awaited
 
-    def _look_at_the_clock(self) -> None:
-        """Ends requests that are over their time. One look at all of them costs less than a timer for each."""
+    def _tick(self) -> None:
+        """Ends what is over its time. One look at everything costs less than a timer for each request."""
         loop, timeout = self.upstream.loop, self.policy.timeout
-        loop.call_later(min(CLOCK_TICK, timeout / 4), self._look_at_the_clock)
-        oldest = loop.time() - timeout
-        for exchange in [exchange for exchange in self.exchanges if exchange.began < oldest]:
+        loop.call_later(min(TICK, timeout / 4, self.client_timeout / 4), self._tick)
+        self.clock = now = loop.time()
+        for exchange in [exchange for exchange in self.exchanges if exchange.began < now - timeout]:
             refusal = self.policy.too_late()
             self.log.warning("%s (request %s)", refusal.message, exchange.request_id.decode("latin-1"))
             exchange.end_now(refusal)
+        for connection in list(self.connections):
+            connection.check_time(now)
 
     @property
     def in_flight(self) -> int:
@@ -270,7 +295,7 @@ class Gateway:
         elif scope["path"] == "/health":
             ready = self.engine.ready
             await _answer(send, 200 if ready else 503, {"status": "ok" if ready else self.engine.explanation})
-        elif (refusal := self.policy.check(b"/status", scope["headers"])) is not None:
+        elif (refusal := self.policy.judge(b"/status", scope["headers"]).refusal) is not None:
             await _answer(send, refusal.status, {"error": refusal.message})
         else:
             status = {**self.engine.status(), **self.facts, "in_flight": self.in_flight, "waiting": self.waiting}

@@ -10,7 +10,6 @@ After that an event stream is ended by an error event, and everything else is cu
 
 from __future__ import annotations
 
-import os
 import socket
 import struct
 import sys
@@ -20,6 +19,8 @@ import httptools
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
 from supervisor.gateway.errors import Refusal
+from supervisor.gateway.heads import RequestHead, WholeHead
+from supervisor.gateway.policy import head_limits
 from supervisor.gateway.upstream import (
     HOP_BY_HOP,
     Disconnected,
@@ -34,6 +35,7 @@ from supervisor.gateway.upstream import (
 if TYPE_CHECKING:
     import asyncio
 
+    from supervisor.gateway.policy import Verdict
     from supervisor.gateway.relay import RelayProtocol
 
 # Request bodies up to this size are kept until the answer begins, so that the request can be sent again.
@@ -47,6 +49,7 @@ PARTIAL_LIMIT = 64 * 1024
 EVENT_ENDS = (b"\n\n\r\n", b"\r\n\r\n")
 # The last event of a stream, by the dialect of its route.
 STREAM_ENDS = (b"data: [DONE]\n\n\r\n", b'"type":"message_stop"}\n\n\r\n')
+NO_HEADERS: list[tuple[bytes, bytes]] = []
 # What vLLM's API server answers to everything in flight in the moment its EngineCore dies.
 DOUBTED = frozenset({500, 503})
 
@@ -65,43 +68,37 @@ class Exchange:
     `keep_alive`, `response_complete`, `disconnected`, `message_event`.
     """
 
-    __slots__ = (
-        "admitted",
-        "began",
-        "body_left",
-        "chunked",
-        "connection",
-        "dechunker",
-        "disconnected",
-        "doubted",
-        "ends_by_close",
-        "expects_continue",
-        "generation",
-        "headers",
-        "http11",
-        "is_head",
-        "keep_alive",
-        "kept",
-        "kept_size",
-        "latest",
-        "method",
-        "partial",
-        "path",
-        "protocol",
-        "replayed",
-        "request_complete",
-        "request_head",
-        "request_id",
-        "resent",
-        "response_complete",
-        "response_started",
-        "target",
-        "torn",
-        "unsent_head",
-        "whole_events",
-    )
     message_event = _Unheard()
     is_relayed = True
+
+    # The state of a new one. Kept in the class: what a small request never touches costs it nothing.
+    admitted = False
+    http11 = True
+    keep_alive = True
+    chunked = False
+    expects_continue = False
+    request_id = b""
+    request_head = b""
+    request_complete = False
+    kept_size = 0
+    generation = 0  # of the engine that has the request
+    resent = False  # because an idle connection turned out closed
+    replayed = False  # because the engine died
+    connection: UpstreamConnection | None = None
+    dechunker: _Dechunker | None = None
+    ends_by_close = False
+    whole_events = False
+    partial = b""  # reads of an event stream that end within a chunk
+    torn = False  # the client has half a chunk
+    latest = b""  # what the client got last of an event stream
+    unsent_head = b""
+    doubted: _Doubted | None = None
+    response_started = False
+    response_complete = False
+    disconnected = False
+    status = 0  # of the answer, once there is one
+    body_left = sys.maxsize  # bytes that the request's body may still have; jobs have RunPod's limit
+    verdict: Verdict | None = None
 
     def __init__(
         self, protocol: RelayProtocol, method: bytes, target: bytes, path: bytes, headers: list[tuple[bytes, bytes]]
@@ -112,39 +109,34 @@ class Exchange:
         self.path = path
         self.headers = headers
         self.is_head = method == b"HEAD"
-        self.admitted = False
-        self.http11 = True
-        self.keep_alive = True
-        self.chunked = False
-        self.expects_continue = False
-        self.request_id = b""
-        self.request_head = b""
-        self.request_complete = False
+        self.began = protocol.loop.time()
         self.kept: list[bytes] | None = []
-        self.kept_size = 0
-        self.generation = 0  # of the engine that has the request
-        self.resent = False  # because an idle connection turned out closed
-        self.replayed = False  # because the engine died
-        self.connection: UpstreamConnection | None = None
-        self.dechunker: _Dechunker | None = None
-        self.ends_by_close = False
-        self.whole_events = False
-        self.partial = b""  # reads of an event stream that end within a chunk
-        self.torn = False  # the client has half a chunk
-        self.latest = b""  # what the client got last of an event stream
-        self.unsent_head = b""
-        self.doubted: _Doubted | None = None
-        self.response_started = False
-        self.response_complete = False
-        self.disconnected = False
-        self.began = 0.0  # by the loop's clock
-        # Bytes that the request's body may still have. Jobs have RunPod's limit.
-        self.body_left = sys.maxsize if protocol.private else protocol.gateway.policy.max_body
+        if not protocol.private:
+            self.body_left = protocol.gateway.policy.max_body
+
+    @classmethod
+    def repeated(cls, protocol: RelayProtocol, head: RequestHead, digits: bytes, body: bytes) -> Exchange:
+        """A whole request whose head was seen before."""
+        exchange = cls(protocol, head.method, head.target, head.path, NO_HEADERS)
+        exchange.verdict = head.verdict
+        exchange.request_id = request_id = protocol.gateway.new_id()
+        exchange.request_head = b"".join((head.before, digits, head.after, request_id, b"\r\n\r\n"))
+        if body:
+            exchange.kept = [body]
+            exchange.kept_size = size = len(body)
+            exchange.body_left -= size
+        exchange.request_complete = True
+        return exchange
 
     # From the client
 
     def build_request_head(self) -> Refusal | None:
         """Writes the head that vLLM will see. A refusal where HTTP leaves no honest way to pass the request on."""
+        refusal = head_limits(self.target, self.headers)
+        if refusal is not None:
+            self.request_id = self.protocol.gateway.new_id()
+            self.keep_alive = False
+            return refusal
         lines = [self.method, b" ", self.target, b" HTTP/1.1\r\n"]
         has_host = False
         named: frozenset[bytes] = frozenset()
@@ -173,7 +165,7 @@ class Exchange:
             elif lower == b"connection" and value.lower() not in (b"close", b"keep-alive"):
                 named |= {token.strip() for token in value.lower().split(b",")}
         if not self.request_id:
-            self.request_id = os.urandom(16).hex().encode()
+            self.request_id = self.protocol.gateway.new_id()
         if not has_host:
             lines.append(b"Host: vllm\r\n")
         lines += (b"X-Request-Id: ", self.request_id, b"\r\n\r\n")
@@ -187,8 +179,7 @@ class Exchange:
         self.protocol.answering = self
         gateway = self.protocol.gateway
         gateway.exchanges.add(self)
-        self.began = gateway.upstream.loop.time()
-        refusal = self.build_request_head() or gateway.check(self)
+        refusal = (None if self.request_head else self.build_request_head()) or gateway.check(self)
         if refusal is None and self.body_left < 0:
             refusal = gateway.policy.too_large()
         if refusal is not None:
@@ -243,6 +234,24 @@ class Exchange:
             self.connection.abort()
             self.connection = None
 
+    def memorable(self) -> RequestHead | None:
+        """Its head, to be known when it comes again; None where it is not a common one."""
+        if (
+            not self.request_head
+            or self.chunked
+            or self.expects_continue
+            or not self.keep_alive
+            or not self.http11
+            or self.is_head
+            or self.verdict is None
+            or self.verdict.refusal is not None
+            or any(name.lower() == b"x-request-id" for name, _ in self.headers)
+            or sum(name.lower() == b"content-length" for name, _ in self.headers) > 1
+        ):
+            return None
+        written = self.request_head[: -len(self.request_id) - 4]
+        return RequestHead(self.method, self.target, self.path, written, self.verdict)
+
     # From vLLM: a Sink
 
     def connected(self, connection: UpstreamConnection) -> None:
@@ -270,6 +279,19 @@ class Exchange:
         else:
             self._begin(head)
 
+    def response_whole(self, head: WholeHead, digits: bytes, body: bytes) -> None:
+        """All of an answer at once, its head one that was seen before."""
+        self.connection = None
+        self.status = head.status
+        end = b"\r\n\r\n"
+        if self.protocol.gateway.closing or not self.keep_alive:
+            self.keep_alive = False
+            end = b"\r\nConnection: close\r\n\r\n"
+        self.response_started = True
+        self.kept = None
+        self.protocol.transport.write(b"".join((head.before, digits, head.after, self.request_id, end, body)))
+        self._complete()
+
     def _settle(self) -> None:
         """An answer of 500 is only believed of an engine that survived it; otherwise the request is sent again."""
         doubted, self.doubted = self.doubted, None
@@ -295,6 +317,7 @@ class Exchange:
             gateway.resume(self)
 
     def _begin(self, head: ResponseHead) -> None:
+        self.status = head.status
         lines = [b"HTTP/1.1 %d " % head.status, head.reason, b"\r\n", head.fields]
         if head.framing is Framing.CHUNKED and not self.is_head:
             self.whole_events = head.is_sse
@@ -393,6 +416,7 @@ class Exchange:
     # Our own answer
 
     def refuse(self, refusal: Refusal) -> None:
+        self.status = refusal.status
         head, body = refusal.head_and_body(self.path, self.request_id)
         gateway = self.protocol.gateway
         if (self.expects_continue and not self.request_complete) or gateway.closing or self.body_left < 0:
@@ -403,6 +427,11 @@ class Exchange:
             self.connection.abort()
             self.connection = None
         self._complete()
+
+    def refuse_late(self) -> None:
+        """The client does not go on with its body."""
+        self.body_left = -1  # nobody waits for the rest
+        self.end_now(Refusal(408, "The request's body did not come in time.", code="request_timeout"))
 
     def end_now(self, refusal: Refusal) -> None:
         """A time limit has passed, or a size: an answer that has not begun is a refusal, one that has is broken off."""

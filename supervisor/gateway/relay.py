@@ -8,20 +8,23 @@ pipelining and graceful shutdown stay uvicorn's.
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 from typing import TYPE_CHECKING, Any, cast
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from supervisor.gateway.errors import Refusal
 from supervisor.gateway.exchange import Exchange
+from supervisor.gateway.heads import split
+from supervisor.gateway.policy import HEAD_LIMIT, HEAD_TOO_LARGE
 
 if TYPE_CHECKING:
     from supervisor.gateway.app import Gateway
 
 # Seconds in which a client that was refused may still send its body, and read why.
 LINGER = 2.0
+HEAD_TOO_SLOW = Refusal(408, "The request's head did not come in time.", code="request_timeout")
 
 
 class RelayProtocol(HttpToolsProtocol):
@@ -32,6 +35,10 @@ class RelayProtocol(HttpToolsProtocol):
         self.gateway = cast("Gateway", self.app)
         self.incoming: Exchange | None = None  # whose body is arriving
         self.answering: Exchange | None = None  # whose answer is leaving
+        self.between = True  # whole requests: the parser expects a new one
+        self.head_read = 0  # bytes read since a request began, until its head is complete
+        self.active_at = self.gateway.clock  # when the client did something, or was answered, last
+        self.stuck_at = 0.0  # since when the client does not take its answer; 0: it does
         self.lingering = False  # answered and half closed; whatever still comes is thrown away
         self.private = False  # from the queue worker, over a socket that nobody else can open
 
@@ -41,16 +48,72 @@ class RelayProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         found = transport.get_extra_info("socket")
         self.private = found is not None and found.family == socket.AF_UNIX
+        self.gateway.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.gateway.connections.discard(self)
         for exchange in (self.answering, *(cycle for cycle, _ in self.pipeline)):
             if isinstance(exchange, Exchange):
                 exchange.client_gone()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if not self.lingering:
-            super().data_received(data)
+        if self.lingering:
+            return
+        self.active_at = self.gateway.clock
+        key = None
+        if self.between and (self.cycle is None or self.cycle.response_complete) and (found := split(data)) is not None:
+            end, key, digits = found
+            if len(data) != end + (int(digits) if digits else 0):
+                key = None
+            elif (known := self.gateway.heads.get(key)) is not None:
+                exchange = Exchange.repeated(self, known, digits, data[end:])
+                self.cycle = cast(Any, exchange)
+                exchange.start()
+                return
+        self._parse(data)
+        if key is not None and self.between and isinstance(self.cycle, Exchange):
+            head = self.cycle.memorable()
+            if head is not None:
+                self.gateway.heads.learn(key, head)
+
+    def _parse(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        self.head_read += len(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError:
+            self.send_400_response("The request is not valid HTTP/1.1.")
+        except httptools.HttpParserUpgrade:
+            pass  # it was relayed without, and its connection closes
+        else:
+            if self.head_read > HEAD_LIMIT and not self.between and self.incoming is None:
+                self._refuse_without_a_request(HEAD_TOO_LARGE)
+
+    def on_response_complete(self) -> None:
+        """uvicorn's, without a timer for each request: `check_time` looks at all connections at once."""
+        if self.transport.is_closing():
+            return
+        self.active_at = self.gateway.clock
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+
+    def check_time(self, now: float) -> None:
+        """Called each second: closes what waits for its client for too long."""
+        gateway = self.gateway
+        waited = now - self.active_at
+        if self.stuck_at and now - self.stuck_at > gateway.client_timeout:
+            self.transport.abort()
+        elif self.cycle is not None and not self.cycle.response_complete:
+            exchange = self.incoming
+            if exchange is not None and waited > gateway.client_timeout and not self.flow.read_paused:
+                exchange.refuse_late()
+        elif self.between:
+            if waited > gateway.keep_alive:
+                self.transport.close()
+        elif waited > gateway.client_timeout:
+            self._refuse_without_a_request(HEAD_TOO_SLOW)
 
     def linger(self) -> None:
         """Closes our side alone: closing both while the client still sends would reset what it has not read yet."""
@@ -62,17 +125,20 @@ class RelayProtocol(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        self.stuck_at = self.loop.time()
         if self.answering is not None and self.answering.connection is not None:
             self.answering.connection.pause_response()
 
     def resume_writing(self) -> None:
         super().resume_writing()
+        self.stuck_at = 0.0
         if self.answering is not None and self.answering.connection is not None:
             self.answering.connection.resume_response()
 
     # httptools' callbacks, in the order in which it calls them
 
     def on_message_begin(self) -> None:
+        self.between = False
         self.url = b""
         self.headers = []
         self.incoming = None
@@ -82,6 +148,7 @@ class RelayProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         target, headers = self.url, self.headers
+        self.head_read = 0
         path = target.partition(b"?")[0]
         if not target.startswith(b"/"):
             target, path = _origin_form(target)
@@ -115,6 +182,7 @@ class RelayProtocol(HttpToolsProtocol):
             self.incoming.request_data(body)
 
     def on_message_complete(self) -> None:
+        self.between = True
         if self.incoming is None:
             super().on_message_complete()
         else:
@@ -136,12 +204,16 @@ class RelayProtocol(HttpToolsProtocol):
         pass  # an unanswered `Upgrade:` is no fault: the request was relayed without it
 
     def send_400_response(self, msg: str) -> None:
+        self._refuse_without_a_request(Refusal(400, msg, code="bad_request"))
+
+    def _refuse_without_a_request(self, refusal: Refusal) -> None:
+        """What came is no request, or not yet: there is no exchange to answer for."""
         if self.cycle is not None and not self.cycle.response_complete:
             self.transport.abort()  # an answer is under way: a second one in its midst would corrupt it
             return
-        head, body = Refusal(400, msg, code="bad_request").head_and_body(b"", os.urandom(16).hex().encode())
+        head, body = refusal.head_and_body(b"", self.gateway.new_id())
         self.transport.write(head + b"Connection: close\r\n\r\n" + body)
-        self.transport.close()
+        self.linger()
 
 
 def _origin_form(target: bytes) -> tuple[bytes, bytes]:

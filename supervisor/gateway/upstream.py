@@ -15,6 +15,8 @@ from typing import Protocol, cast
 
 import httptools
 
+from supervisor.gateway.heads import Memo, WholeHead, split
+
 # vLLM's uvicorn closes an idle connection after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE): leave first.
 IDLE_LIMIT = 4.0
 HEAD_LIMIT = 64 * 1024
@@ -93,6 +95,9 @@ class Sink(Protocol):
 
     def response_head(self, head: ResponseHead) -> None:
         """Also for each 1xx; the last call carries the final status."""
+
+    def response_whole(self, head: WholeHead, digits: bytes, body: bytes) -> None:
+        """Instead of all the others: a whole answer, whose head was seen before."""
 
     def response_data(self, data: bytes) -> None:
         """Raw body bytes, chunk framing and trailers included."""
@@ -187,6 +192,16 @@ class UpstreamConnection(asyncio.Protocol):
             return
         self.answered = True
         self.upstream.reads += sink.is_relayed
+        key = None
+        if self.in_head and self.request_sent and not self.raw_head and (found := split(data)) is not None:
+            end, key, digits = found
+            known = self.upstream.heads.get(key)
+            if known is not None and digits and len(data) == end + int(digits) and not sink.is_head:
+                self.sink = None
+                self.answered = self.request_sent = False
+                self.upstream.release(self)
+                sink.response_whole(known, digits, data[end:])
+                return
         try:
             while self.in_head and data:
                 data = self._feed_head(data, sink)
@@ -203,7 +218,25 @@ class UpstreamConnection(asyncio.Protocol):
             self._fail(sink, str(error))
         else:
             if self.message_complete and self.sink is sink:
+                if key is not None and (head := self._memorable(sink)) is not None:
+                    self.upstream.heads.learn(key, head)
                 self._finish(sink)
+
+    def _memorable(self, sink: Sink) -> WholeHead | None:
+        """The head of an answer that came as a whole, to be known when it comes again."""
+        head = self.head
+        if (
+            head is None
+            or head.framing is not Framing.LENGTH
+            or not 200 <= head.status < 500  # 500 and 503 may be a dying engine's
+            or head.has_request_id
+            or not self.keep_alive
+            or not sink.is_relayed
+            or sink.is_head
+        ):
+            return None
+        written = b"HTTP/1.1 %d %b\r\n%bX-Request-Id: " % (head.status, head.reason, head.fields)
+        return WholeHead(head.status, written)
 
     def _feed_head(self, data: bytes, sink: Sink) -> bytes:
         """Parses up to the end of one head and returns what lies behind it."""
@@ -283,6 +316,7 @@ class Upstream:
         self.path = path
         self.loop = loop or asyncio.get_running_loop()
         self.idle: list[UpstreamConnection] = []
+        self.heads: Memo[WholeHead] = Memo()
         self.reads = 0  # of answers, ever: the heartbeat's sign that vLLM makes progress
         self.opening: set[asyncio.Task[None]] = set()
 
@@ -363,6 +397,11 @@ class Probe:
 
     def response_head(self, head: ResponseHead) -> None:
         self.status = head.status
+
+    def response_whole(self, head: WholeHead, digits: bytes, body: bytes) -> None:
+        self.status = head.status
+        self.body.append(body)
+        self.response_end()
 
     def response_data(self, data: bytes) -> None:
         self.body.append(data)
