@@ -291,6 +291,8 @@ async def _run(start: _Start) -> int:
         engine,
         Policy(knobs.api_keys or (), max_body=knobs.max_body, timeout=knobs.request_timeout or math.inf),
         hold_timeout=knobs.hold_timeout,
+        client_timeout=knobs.client_timeout or math.inf,
+        keep_alive=KEEP_ALIVE,
         admission=admission,
         facts=facts,
     )

@@ -188,9 +188,10 @@ class Gateway:
 
     def leave(self, exchange: Exchange) -> None:
         """The request is answered, or its client is gone."""
-        timer = self.held.pop(exchange, None) or self.queued.pop(exchange, None)
-        if timer is not None:
-            timer.cancel()
+        if self.held or self.queued:
+            timer = self.held.pop(exchange, None) or self.queued.pop(exchange, None)
+            if timer is not None:
+                timer.cancel()
         self.exchanges.discard(exchange)
         if exchange.admitted:
             exchange.admitted = False

@@ -96,6 +96,9 @@ class Exchange:
     response_started = False
     response_complete = False
     disconnected = False
+    upgrading = False  # asks for a WebSocket
+    tunnel = False  # has one: bytes pass both ways, whatever they are
+    early: tuple[bytes, ...] = ()  # frames that came before the WebSocket was there
     status = 0  # of the answer, once there is one
     body_left = sys.maxsize  # bytes that the request's body may still have; jobs have RunPod's limit
     verdict: Verdict | None = None
@@ -120,11 +123,10 @@ class Exchange:
         exchange = cls(protocol, head.method, head.target, head.path, NO_HEADERS)
         exchange.verdict = head.verdict
         exchange.request_id = request_id = protocol.gateway.new_id()
-        exchange.request_head = b"".join((head.before, digits, head.after, request_id, b"\r\n\r\n"))
-        if body:
-            exchange.kept = [body]
-            exchange.kept_size = size = len(body)
-            exchange.body_left -= size
+        # The body stands with the head: it is sent, and sent again, in one piece with it.
+        exchange.request_head = b"".join((head.before, digits, head.after, request_id, b"\r\n\r\n", body))
+        exchange.kept_size = size = len(body)
+        exchange.body_left -= size
         exchange.request_complete = True
         return exchange
 
@@ -162,6 +164,10 @@ class Exchange:
                 if self.http11:  # RFC 9110, 10.1.1: an HTTP/1.0 client can't wait for a 100
                     self.expects_continue = True
                     lines += (name, b": ", value, b"\r\n")
+            elif lower == b"upgrade":
+                if value.lower() == b"websocket" and self.protocol.parser.should_upgrade() and self.method == b"GET":
+                    self.upgrading = True
+                    lines.append(b"Connection: Upgrade\r\nUpgrade: websocket\r\n")
             elif lower == b"connection" and value.lower() not in (b"close", b"keep-alive"):
                 named |= {token.strip() for token in value.lower().split(b",")}
         if not self.request_id:
@@ -261,7 +267,7 @@ class Exchange:
         self.connection = connection
         self.generation = self.protocol.gateway.generation
         assert self.kept is not None  # dropped only after a connection was there, and then nothing is sent again
-        connection.write(b"".join((self.request_head, *self.kept)))
+        connection.write(b"".join((self.request_head, *self.kept)) if self.kept else self.request_head)
         if self.request_complete:
             connection.end_request()
         else:
@@ -406,8 +412,29 @@ class Exchange:
             gateway.log.warning("%s (request %s)", error, self.request_id.decode("latin-1"))
             self.refuse(gateway.unanswered(error))
 
+    def response_switched(self, head: ResponseHead, data: bytes) -> None:
+        """vLLM opened the WebSocket; `data` may hold its first frames."""
+        self.status = head.status
+        self.tunnel = self.response_started = True
+        self.kept = None
+        self.protocol.tunnel = self
+        lines = (b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n", head.fields)
+        self.protocol.transport.write(b"".join((*lines, b"X-Request-Id: ", self.request_id, b"\r\n\r\n", data)))
+        for early in self.early:
+            self.tunnel_data(early)
+        self.early = ()
+        self.protocol.flow.resume_reading()
+
+    def tunnel_data(self, data: bytes) -> None:
+        """From the client: frames, or what it sent before it knew whether there would be any."""
+        if not self.tunnel:
+            self.early = (*self.early, data)
+            self.protocol.flow.pause_reading()  # it is to wait
+        elif self.connection is not None:
+            self.connection.write(data)
+
     def pause_request(self) -> None:
-        if not self.request_complete:
+        if not self.request_complete or self.tunnel:
             self.protocol.flow.pause_reading()
 
     def resume_request(self) -> None:

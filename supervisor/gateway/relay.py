@@ -16,7 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from supervisor.gateway.errors import Refusal
 from supervisor.gateway.exchange import Exchange
-from supervisor.gateway.heads import split
+from supervisor.gateway.heads import Latest, RequestHead, split
 from supervisor.gateway.policy import HEAD_LIMIT, HEAD_TOO_LARGE
 
 if TYPE_CHECKING:
@@ -35,10 +35,12 @@ class RelayProtocol(HttpToolsProtocol):
         self.gateway = cast("Gateway", self.app)
         self.incoming: Exchange | None = None  # whose body is arriving
         self.answering: Exchange | None = None  # whose answer is leaving
+        self.latest: Latest[RequestHead] | None = None
         self.between = True  # whole requests: the parser expects a new one
         self.head_read = 0  # bytes read since a request began, until its head is complete
         self.active_at = self.gateway.clock  # when the client did something, or was answered, last
         self.stuck_at = 0.0  # since when the client does not take its answer; 0: it does
+        self.tunnel: Exchange | None = None  # a WebSocket
         self.lingering = False  # answered and half closed; whatever still comes is thrown away
         self.private = False  # from the queue worker, over a socket that nobody else can open
 
@@ -60,22 +62,35 @@ class RelayProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.lingering:
             return
+        if self.tunnel is not None:
+            self.tunnel.tunnel_data(data)
+            return
         self.active_at = self.gateway.clock
         key = None
-        if self.between and (self.cycle is None or self.cycle.response_complete) and (found := split(data)) is not None:
-            end, key, digits = found
-            if len(data) != end + (int(digits) if digits else 0):
-                key = None
-            elif (known := self.gateway.heads.get(key)) is not None:
-                exchange = Exchange.repeated(self, known, digits, data[end:])
-                self.cycle = cast(Any, exchange)
-                exchange.start()
-                return
+        if self.between and (self.cycle is None or self.cycle.response_complete):
+            if self.latest is not None and (same := self.latest.read(data)) is not None:
+                end, digits = same
+                if len(data) == end + int(digits):
+                    self._repeat(self.latest.head, digits, data[end:])
+                    return
+            elif (found := split(data)) is not None:
+                end, key, digits = found
+                if len(data) != end + (int(digits) if digits else 0):
+                    key = None
+                elif (known := self.gateway.heads.get(key)) is not None:
+                    self.latest = Latest(key, known) if digits else None
+                    self._repeat(known, digits, data[end:])
+                    return
         self._parse(data)
         if key is not None and self.between and isinstance(self.cycle, Exchange):
             head = self.cycle.memorable()
             if head is not None:
                 self.gateway.heads.learn(key, head)
+
+    def _repeat(self, head: RequestHead, digits: bytes, body: bytes) -> None:
+        exchange = Exchange.repeated(self, head, digits, body)
+        self.cycle = cast(Any, exchange)
+        exchange.start()
 
     def _parse(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
@@ -84,8 +99,13 @@ class RelayProtocol(HttpToolsProtocol):
             self.parser.feed_data(data)
         except httptools.HttpParserError:
             self.send_400_response("The request is not valid HTTP/1.1.")
-        except httptools.HttpParserUpgrade:
-            pass  # it was relayed without, and its connection closes
+        except httptools.HttpParserUpgrade as upgrade:
+            exchange = self.incoming
+            if exchange is not None and exchange.upgrading and not exchange.response_complete:
+                self.tunnel = exchange
+                if rest := data[upgrade.args[0] :]:
+                    exchange.tunnel_data(rest)
+            # any other protocol: it was relayed without, and its connection closes after the answer
         else:
             if self.head_read > HEAD_LIMIT and not self.between and self.incoming is None:
                 self._refuse_without_a_request(HEAD_TOO_LARGE)
@@ -107,7 +127,8 @@ class RelayProtocol(HttpToolsProtocol):
             self.transport.abort()
         elif self.cycle is not None and not self.cycle.response_complete:
             exchange = self.incoming
-            if exchange is not None and waited > gateway.client_timeout and not self.flow.read_paused:
+            waiting = exchange is not None and not exchange.request_complete and not exchange.response_complete
+            if exchange is not None and waiting and waited > gateway.client_timeout and not self.flow.read_paused:
                 exchange.refuse_late()
         elif self.between:
             if waited > gateway.keep_alive:

@@ -10,12 +10,13 @@ No coroutine runs per request and no body is parsed: this is the path of every t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from enum import Enum
 from typing import Protocol, cast
 
 import httptools
 
-from supervisor.gateway.heads import Memo, WholeHead, split
+from supervisor.gateway.heads import Latest, Memo, WholeHead, split
 
 # vLLM's uvicorn closes an idle connection after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE): leave first.
 IDLE_LIMIT = 4.0
@@ -90,11 +91,15 @@ class Sink(Protocol):
 
     is_head: bool
     is_relayed: bool  # a client's, not one of our own questions
+    upgrading: bool  # asks for a WebSocket
 
     def connected(self, connection: UpstreamConnection) -> None: ...
 
     def response_head(self, head: ResponseHead) -> None:
         """Also for each 1xx; the last call carries the final status."""
+
+    def response_switched(self, head: ResponseHead, data: bytes) -> None:
+        """A WebSocket is open; what comes of it follows by `response_data`, and its end by `response_end`."""
 
     def response_whole(self, head: WholeHead, digits: bytes, body: bytes) -> None:
         """Instead of all the others: a whole answer, whose head was seen before."""
@@ -119,6 +124,8 @@ class UpstreamConnection(asyncio.Protocol):
         self.upstream = upstream
         self.transport: asyncio.Transport = None  # type: ignore[assignment]  # set by connection_made, before any use
         self.sink: Sink | None = None
+        self.tunnel = False  # a WebSocket: no HTTP any more
+        self.latest: Latest[WholeHead] | None = None
         self.reused = False
         self.idle_since = 0.0
         self.response_paused = False
@@ -170,7 +177,7 @@ class UpstreamConnection(asyncio.Protocol):
         sink, self.sink = self.sink, None
         if sink is None:
             return
-        if self.head is not None and self.head.framing is Framing.CLOSE and exc is None:
+        if self.tunnel or (self.head is not None and self.head.framing is Framing.CLOSE and exc is None):
             sink.response_end()
         elif not self.answered:
             sink.response_lost(Unanswered("vLLM closed the connection without an answer"))
@@ -192,11 +199,22 @@ class UpstreamConnection(asyncio.Protocol):
             return
         self.answered = True
         self.upstream.reads += sink.is_relayed
+        if self.tunnel:
+            sink.response_data(data)
+            return
         key = None
-        if self.in_head and self.request_sent and not self.raw_head and (found := split(data)) is not None:
-            end, key, digits = found
-            known = self.upstream.heads.get(key)
-            if known is not None and digits and len(data) == end + int(digits) and not sink.is_head:
+        if self.in_head and self.request_sent and not self.raw_head:
+            known: WholeHead | None = None
+            end, digits = 0, b""
+            if self.latest is not None and (same := self.latest.read(data)) is not None:
+                known = self.latest.head
+                end, digits = same
+            elif (found := split(data)) is not None:
+                end, key, digits = found
+                known = self.upstream.heads.get(key) if digits else None
+                if known is not None:
+                    self.latest = Latest(key, known)
+            if known is not None and len(data) == end + int(digits) and not sink.is_head:
                 self.sink = None
                 self.answered = self.request_sent = False
                 self.upstream.release(self)
@@ -205,7 +223,7 @@ class UpstreamConnection(asyncio.Protocol):
         try:
             while self.in_head and data:
                 data = self._feed_head(data, sink)
-                if self.sink is not sink:
+                if self.sink is not sink or self.tunnel:
                     return
             if data:
                 if self.message_complete:
@@ -249,13 +267,18 @@ class UpstreamConnection(asyncio.Protocol):
             self.raw_head = data
             return b""
         self.raw_head = b""
-        self.parser.feed_data(data[:end])
+        with contextlib.suppress(httptools.HttpParserUpgrade):  # 101: told from the status below
+            self.parser.feed_data(data[:end])
         if self.head is None:
             raise UpstreamError("vLLM's response head is not valid HTTP/1.1")
         head = self.head
         if head.status < 200:  # an interim answer: the parser is ready for the next head
             if head.status == 101:
-                raise UpstreamError("vLLM switched protocols unasked")
+                if not sink.upgrading:
+                    raise UpstreamError("vLLM switched protocols unasked")
+                self.tunnel = True
+                sink.response_switched(head, data[end:])
+                return b""
             sent = self.request_sent
             self._expect_head()
             self.request_sent = sent
@@ -368,6 +391,7 @@ class Probe:
 
     is_head = False
     is_relayed = False
+    upgrading = False
 
     def __init__(self, path: str, answer: asyncio.Future[tuple[int, bytes]]) -> None:
         self.path = path
@@ -397,6 +421,9 @@ class Probe:
 
     def response_head(self, head: ResponseHead) -> None:
         self.status = head.status
+
+    def response_switched(self, head: ResponseHead, data: bytes) -> None:
+        raise AssertionError  # never asked for
 
     def response_whole(self, head: WholeHead, digits: bytes, body: bytes) -> None:
         self.status = head.status

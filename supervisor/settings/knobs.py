@@ -122,6 +122,7 @@ KNOBS = (
     Knob(
         "SUPERVISOR_REQUEST_TIMEOUT", "3600", seconds, "seconds that a request may take, answer included (0: no limit)"
     ),
+    Knob("SUPERVISOR_CLIENT_TIMEOUT", "60", seconds, "seconds for a client's next bytes, or for it to take ours"),
     Knob("SUPERVISOR_MAX_BODY", "64MiB", size, "the largest request body"),
     Knob("SUPERVISOR_API_KEYS", None, keys, "keys that clients must give, between commas, or @file", secret=True),
     Knob("SUPERVISOR_LOG_FORMAT", "text", choice("text", "json"), "our own log lines: text or json"),
@@ -150,6 +151,7 @@ class Knobs:
     max_concurrency: int | None
     max_waiting: int
     request_timeout: float
+    client_timeout: float
     max_body: int
     api_keys: tuple[str, ...] | None
     log_format: str
