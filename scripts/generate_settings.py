@@ -154,6 +154,11 @@ KNOB_EXAMPLES: dict[str, object] = {
     "extra_args": "--foo bar",
     "max_concurrency": 64,
     "api_keys": "@keys.txt",
+    "admin_keys": "@admins.txt",
+    "allow_routes": "/server_info",
+    "rate_limit": 600,
+    "tls_cert": "/tls/tls.crt",
+    "tls_key": "/tls/tls.key",
     "cache_dir": "/path",
 }
 # The supervisor's settings that the Hub offers. The others are for those who read docs/settings.md.

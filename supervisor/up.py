@@ -20,16 +20,19 @@ from supervisor.engine.process import EngineProcess
 from supervisor.engine.remains import Guard, Workspace, clean_leftovers, temporary_folder
 from supervisor.settings.command import build
 from supervisor.settings.sources import Settings, SettingsError
+from supervisor.settings.values import BadValue
 
 if TYPE_CHECKING:
+    from supervisor.gateway.app import Gateway
     from supervisor.queue.child import Queue
+    from supervisor.settings.secrets import Mask
 
 # SIGHUP too: when the terminal is closed, vLLM in its own session would not hear of it.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 BACKLOG = 2048
 # The own routes and clients' last bytes, after the last relayed request is done.
 CLOSE_PATIENCE = 5
-KEEP_ALIVE = 75
+KEEP_ALIVE = 75.0
 PROBE_TIMEOUT = 10.0
 # vLLM leaves 0.6 s to 2 s after SIGTERM when nothing is in flight; one that has not left by then is killed. Who wants a
 # short drain wants a short end, too.
@@ -202,7 +205,7 @@ async def _run(start: _Start) -> int:
     from supervisor.engine import gpu  # noqa: PLC0415
     from supervisor.engine.engine import Collaborators, Engine, Limits  # noqa: PLC0415
     from supervisor.gateway.app import Admission, Gateway  # noqa: PLC0415
-    from supervisor.gateway.policy import Policy  # noqa: PLC0415
+    from supervisor.gateway.policy import Policy, Routes  # noqa: PLC0415
     from supervisor.gateway.server import GatewayServer  # noqa: PLC0415
     from supervisor.gateway.upstream import Probe, Upstream, UpstreamError  # noqa: PLC0415
     from supervisor.settings import explain  # noqa: PLC0415
@@ -289,7 +292,13 @@ async def _run(start: _Start) -> int:
     gateway = Gateway(
         upstream,
         engine,
-        Policy(knobs.api_keys or (), max_body=knobs.max_body, timeout=knobs.request_timeout or math.inf),
+        Policy(
+            *(keys.values for keys in settings.keys),
+            routes=Routes(knobs.allow_routes or (), str(settings.option("root_path") or "")),
+            rate=knobs.rate_limit,
+            max_body=knobs.max_body,
+            timeout=knobs.request_timeout or math.inf,
+        ),
         hold_timeout=knobs.hold_timeout,
         client_timeout=knobs.client_timeout or math.inf,
         keep_alive=KEEP_ALIVE,
@@ -304,7 +313,9 @@ async def _run(start: _Start) -> int:
         log.warning("%s", warning)
     where = f" on http://{address(listeners.front)}" if listeners.front else ""
     log.info("starting %s%s", settings.model.value, where or ", for RunPod's queue")
-    server = GatewayServer(gateway, KEEP_ALIVE, CLOSE_PATIENCE)
+    if any(keys.file for keys in settings.keys) and not sys.stdin.isatty():
+        loop.add_signal_handler(signal.SIGHUP, _read_keys_again, settings, gateway, start.spawn.mask)
+    server = GatewayServer(gateway, CLOSE_PATIENCE, certificate=knobs.tls_cert, key=knobs.tls_key)
     sockets = list(listeners.gateway)
     async with asyncio.TaskGroup() as group:
         if settings.mode == "queue":
@@ -322,6 +333,21 @@ async def _run(start: _Start) -> int:
         server.should_exit = True
     upstream.close()
     return code
+
+
+def _read_keys_again(settings: Settings, gateway: Gateway, mask: Mask) -> None:
+    """SIGHUP, where keys are in files and no terminal could have been closed."""
+    import logging  # noqa: PLC0415
+
+    log = logging.getLogger("supervisor")
+    try:
+        api_keys, admin_keys = (keys.read_again().values for keys in settings.keys)
+    except BadValue as error:
+        log.error("the keys stay as they were: expected %s", error)  # noqa: TRY400  # no bug of ours
+        return
+    mask.add((*api_keys, *admin_keys))
+    gateway.set_keys(api_keys, admin_keys)
+    log.info("keys read again: %d for clients, %d for administrators", len(api_keys), len(admin_keys))
 
 
 def address(listener: socket.socket) -> str:
@@ -348,7 +374,8 @@ def invitation(settings: Settings, listeners: Listeners, simulator: str) -> str:
     host, port = listeners.gateway[0].getsockname()[:2]
     if host in ("0.0.0.0", "::"):  # noqa: S104  # compared, not bound
         host = "127.0.0.1"
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if settings.knobs.tls_cert else "http"
+    url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
     body = json.dumps({"model": served_name(settings), **chat})
     key = ' -H "Authorization: Bearer $KEY"' if settings.knobs.api_keys else ""
     request = f"{url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}"

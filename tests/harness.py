@@ -79,7 +79,7 @@ class Supervisor:
         within: Sequence[str] = (),
     ) -> None:
         """`program` stands for `supervisor up`; `within` is a command that runs the one it is followed by."""
-        more = dict(environ or {})
+        more = {"SUPERVISOR_ALLOW_ROUTES": "/fake,/v1/nowhere", **(environ or {})}
         if vllm is not None:
             more["SUPERVISOR_VLLM"] = str(vllm)
         if plan is not None:

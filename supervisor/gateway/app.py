@@ -11,17 +11,19 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from supervisor.gateway.counts import Counts
 from supervisor.gateway.errors import Refusal
 from supervisor.gateway.heads import Memo, RequestHead
 from supervisor.gateway.policy import Policy
-from supervisor.gateway.upstream import NotConnected, Upstream, UpstreamError
+from supervisor.gateway.upstream import NotConnected, Probe, Upstream, UpstreamError
 
 if TYPE_CHECKING:
     from supervisor.gateway.exchange import Exchange
+    from supervisor.gateway.metrics import Exposition
     from supervisor.gateway.relay import RelayProtocol
 
 # The death of the engine is known within 0.1 s; a lost request waits this long, in seconds, to learn of it.
@@ -30,7 +32,9 @@ FATE_KNOWN_AFTER = 0.25
 TICK = 1.0
 CLIENT_TIMEOUT = 60.0
 KEEP_ALIVE = 75.0
-OWN_PATHS = frozenset({b"/ping", b"/health", b"/status"})
+OWN_PATHS = frozenset({b"/ping", b"/health", b"/status", b"/metrics", b"/"})
+# Seconds for vLLM to tell its metrics, before only ours are told.
+METRICS_PATIENCE = 5.0
 # What a client is told to wait, in seconds, before it asks again.
 RETRY_AFTER = 5
 
@@ -106,7 +110,9 @@ class Gateway:
         self.generation = 0  # of the engine: one more each time it stops being ready
         self.closing = False  # every answer closes its connection
         self._emptied: asyncio.Event | None = None  # there while somebody waits in `drained`
+        self.counts = Counts()
         self.heads: Memo[RequestHead] = Memo()
+        self._exposition: Exposition | None = None
         self.connections: set[RelayProtocol] = set()
         self.clock = 0.0  # the loop's time at the last tick
         self._run, self._requests = os.urandom(10).hex().encode(), 0
@@ -117,17 +123,29 @@ class Gateway:
         self._requests += 1
         return b"%b%012x" % (self._run, self._requests)
 
+    def set_keys(self, api_keys: Iterable[str], admin_keys: Iterable[str]) -> None:
+        """From now on these are valid; requests that run are not stopped."""
+        self.policy.set_keys(api_keys, admin_keys)
+        self.heads.forget()
+        for connection in self.connections:
+            connection.latest = None
+
     # What the relay asks
 
     def check(self, exchange: Exchange) -> Refusal | None:
         """The seam of keys, routes, limits and admission: may this request go on?"""
-        if exchange.protocol.private:  # RunPod asked for the key; a job that was taken is done even while we drain
-            return self.unavailable() if self.engine.over and not self.engine.draining else None
-        verdict = exchange.verdict
+        verdict, private = exchange.verdict, exchange.protocol.private
         if verdict is None:
-            verdict = exchange.verdict = self.policy.judge(exchange.path, exchange.headers)
+            verdict = self.policy.judge(exchange.path, exchange.headers, private=private)
+            exchange.verdict = verdict
         if verdict.refusal is not None:
             return verdict.refusal
+        if private:  # a job that was taken is done even while we drain
+            return self.unavailable() if self.engine.over and not self.engine.draining else None
+        if self.policy.rate is not None:
+            client = verdict.client or exchange.protocol.address()
+            if (refusal := self.policy.rate.take(client, exchange.began)) is not None:
+                return refusal
         return None if self.open or not self.engine.over else self.unavailable()
 
     def admit(self, exchange: Exchange) -> None:
@@ -296,11 +314,41 @@ class Gateway:
         elif scope["path"] == "/health":
             ready = self.engine.ready
             await _answer(send, 200 if ready else 503, {"status": "ok" if ready else self.engine.explanation})
-        elif (refusal := self.policy.judge(b"/status", scope["headers"]).refusal) is not None:
+        elif (refusal := self.policy.identify(scope["headers"])[0].refusal) is not None:
             await _answer(send, refusal.status, {"error": refusal.message})
+        elif scope["path"] == "/metrics":
+            await self._metrics(send)
         else:
             status = {**self.engine.status(), **self.facts, "in_flight": self.in_flight, "waiting": self.waiting}
             await _answer(send, 200, status)
+
+    async def _metrics(self, send: Send) -> None:
+        from supervisor.gateway.metrics import CONTENT_TYPE, Exposition  # noqa: PLC0415  # 20 ms, for those who ask
+
+        if self._exposition is None:
+            self._exposition = Exposition(self.counts, self.facts, self._look)
+        text = self._exposition.text() + await self._vllms_metrics()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", CONTENT_TYPE)]})
+        await send({"type": "http.response.body", "body": text})
+
+    def _look(self) -> dict[str, object]:
+        status = self.engine.status()
+        return {
+            "state": status["state"],
+            "restarts": status["restarts"],
+            "requests_in_flight": self.in_flight,
+            "requests_waiting": self.waiting,
+        }
+
+    async def _vllms_metrics(self) -> bytes:
+        if not self.engine.ready:
+            return b""
+        try:
+            async with asyncio.timeout(METRICS_PATIENCE):
+                status, body = await Probe.get(self.upstream, "/metrics")
+        except (UpstreamError, TimeoutError):
+            return b""
+        return body if status == 200 else b""
 
     async def _ping(self, send: Send) -> None:
         """RunPod's load balancer: 204 keeps the worker in its list while it loads, 200 sends it work."""

@@ -15,14 +15,15 @@ import struct
 import sys
 from typing import TYPE_CHECKING
 
-import httptools
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
+from supervisor.gateway.counts import CLIENT_GONE
 from supervisor.gateway.errors import Refusal
 from supervisor.gateway.heads import RequestHead, WholeHead
 from supervisor.gateway.policy import head_limits
 from supervisor.gateway.upstream import (
     HOP_BY_HOP,
+    Dechunker,
     Disconnected,
     Framing,
     NotConnected,
@@ -85,7 +86,7 @@ class Exchange:
     resent = False  # because an idle connection turned out closed
     replayed = False  # because the engine died
     connection: UpstreamConnection | None = None
-    dechunker: _Dechunker | None = None
+    dechunker: Dechunker | None = None
     ends_by_close = False
     whole_events = False
     partial = b""  # reads of an event stream that end within a chunk
@@ -232,8 +233,15 @@ class Exchange:
         elif self.kept_size > HIGH_WATER_LIMIT:
             self.protocol.flow.pause_reading()
 
+    def _count(self, status: int) -> None:
+        """At the first byte of an answer."""
+        protocol = self.protocol
+        protocol.gateway.counts.answered(status, protocol.loop.time() - self.began)
+
     def client_gone(self) -> None:
         """Nobody will read the answer: vLLM is told at once, by closing its connection."""
+        if not self.response_started and not self.response_complete:
+            self._count(CLIENT_GONE)
         self.disconnected = True
         self.protocol.gateway.leave(self)
         if self.connection is not None:
@@ -295,7 +303,9 @@ class Exchange:
             end = b"\r\nConnection: close\r\n\r\n"
         self.response_started = True
         self.kept = None
-        self.protocol.transport.write(b"".join((head.before, digits, head.after, self.request_id, end, body)))
+        protocol = self.protocol
+        protocol.gateway.counts.answered(head.status, protocol.loop.time() - self.began)
+        protocol.transport.write(b"".join((head.before, digits, head.after, self.request_id, end, body)))
         self._complete()
 
     def _settle(self) -> None:
@@ -330,7 +340,7 @@ class Exchange:
             if self.http11:
                 lines.append(b"Transfer-Encoding: chunked\r\n")
             else:
-                self.dechunker = _Dechunker()
+                self.dechunker = Dechunker()
                 self.ends_by_close = True
         elif head.framing is Framing.CLOSE and not self.is_head:
             self.ends_by_close = True
@@ -347,6 +357,7 @@ class Exchange:
         """From its first byte on an answer can't be taken back, and the request is not sent again."""
         self.response_started = True
         self.kept = None
+        self._count(self.status)
         self.protocol.transport.write(self.unsent_head)
         self.unsent_head = b""
 
@@ -416,6 +427,7 @@ class Exchange:
         """vLLM opened the WebSocket; `data` may hold its first frames."""
         self.status = head.status
         self.tunnel = self.response_started = True
+        self._count(head.status)
         self.kept = None
         self.protocol.tunnel = self
         lines = (b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n", head.fields)
@@ -443,7 +455,7 @@ class Exchange:
     # Our own answer
 
     def refuse(self, refusal: Refusal) -> None:
-        self.status = refusal.status
+        self._count(refusal.status)
         head, body = refusal.head_and_body(self.path, self.request_id)
         gateway = self.protocol.gateway
         if (self.expects_continue and not self.request_complete) or gateway.closing or self.body_left < 0:
@@ -510,24 +522,6 @@ class _Doubted:
         self.head = head
         self.body: list[bytes] = []
         self.ended = False
-
-
-class _Dechunker:
-    """Takes the chunk framing off, for HTTP/1.0 clients."""
-
-    def __init__(self) -> None:
-        self.parts: list[bytes] = []
-        self.parser = httptools.HttpResponseParser(self)
-        self.parser.feed_data(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
-
-    def on_body(self, body: bytes) -> None:
-        self.parts.append(body)
-
-    def feed(self, data: bytes) -> bytes:
-        self.parser.feed_data(data)
-        body = b"".join(self.parts)
-        self.parts.clear()
-        return body
 
 
 def _whole_events(data: bytes) -> bytes:

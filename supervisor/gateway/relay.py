@@ -67,7 +67,7 @@ class RelayProtocol(HttpToolsProtocol):
             return
         self.active_at = self.gateway.clock
         key = None
-        if self.between and (self.cycle is None or self.cycle.response_complete):
+        if self.between and not self.private and (self.cycle is None or self.cycle.response_complete):
             if self.latest is not None and (same := self.latest.read(data)) is not None:
                 end, digits = same
                 if len(data) == end + int(digits):
@@ -118,6 +118,10 @@ class RelayProtocol(HttpToolsProtocol):
         self.flow.resume_reading()
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
+
+    def address(self) -> bytes:
+        """The client's, for limits by client where there are no keys."""
+        return self.client[0].encode() if self.client else b""
 
     def check_time(self, now: float) -> None:
         """Called each second: closes what waits for its client for too long."""

@@ -16,7 +16,10 @@ from supervisor.gateway.relay import RelayProtocol
 class GatewayServer(uvicorn.Server):
     """`await run_on(sockets)` serves until `should_exit` is set."""
 
-    def __init__(self, gateway: Gateway, keep_alive: int, close_patience: int) -> None:
+    def __init__(
+        self, gateway: Gateway, close_patience: int, *, certificate: str | None = None, key: str | None = None
+    ) -> None:
+        """`certificate` and `key`: files, for HTTPS."""
         config = uvicorn.Config(
             cast(Any, gateway),
             http=RelayProtocol,
@@ -28,7 +31,8 @@ class GatewayServer(uvicorn.Server):
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            timeout_keep_alive=keep_alive,
+            ssl_certfile=certificate,
+            ssl_keyfile=key,
             timeout_graceful_shutdown=close_patience,
         )
         super().__init__(config)

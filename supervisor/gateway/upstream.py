@@ -383,11 +383,26 @@ class Upstream:
         self.idle.clear()
 
 
-class Probe:
-    """A sink that asks vLLM one small question: `status, body = await Probe.get(upstream, "/metrics")`.
+class Dechunker:
+    """Takes the chunk framing off a body."""
 
-    The body comes as it was framed, which is good enough to look for lines in it.
-    """
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+        self.parser = httptools.HttpResponseParser(self)
+        self.parser.feed_data(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+
+    def on_body(self, body: bytes) -> None:
+        self.parts.append(body)
+
+    def feed(self, data: bytes) -> bytes:
+        self.parser.feed_data(data)
+        body = b"".join(self.parts)
+        self.parts.clear()
+        return body
+
+
+class Probe:
+    """A sink that asks vLLM one small question: `status, body = await Probe.get(upstream, "/metrics")`."""
 
     is_head = False
     is_relayed = False
@@ -399,6 +414,7 @@ class Probe:
         self.connection: UpstreamConnection | None = None
         self.status = 0
         self.body: list[bytes] = []
+        self.dechunker: Dechunker | None = None
 
     @classmethod
     async def get(cls, upstream: Upstream, path: str) -> tuple[int, bytes]:
@@ -421,6 +437,7 @@ class Probe:
 
     def response_head(self, head: ResponseHead) -> None:
         self.status = head.status
+        self.dechunker = Dechunker() if head.framing is Framing.CHUNKED else None
 
     def response_switched(self, head: ResponseHead, data: bytes) -> None:
         raise AssertionError  # never asked for
@@ -431,7 +448,7 @@ class Probe:
         self.response_end()
 
     def response_data(self, data: bytes) -> None:
-        self.body.append(data)
+        self.body.append(self.dechunker.feed(data) if self.dechunker else data)
 
     def response_end(self) -> None:
         if not self.answer.done():

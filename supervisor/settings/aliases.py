@@ -25,7 +25,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "SUPERVISOR_API_KEYS": ("VLLM_API_KEY",),
 }
 
-_TLS = "end TLS in front of the supervisor"
+_TLS = "set SUPERVISOR_TLS_CERT and SUPERVISOR_TLS_KEY, or end TLS in front of the supervisor"
 # Options of `vllm serve` that the supervisor sets itself -> what to do instead.
 OWNED: dict[str, str] = {
     "host": "set SUPERVISOR_HOST; vLLM itself listens on a private unix socket",

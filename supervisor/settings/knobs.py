@@ -55,17 +55,39 @@ def words(value: str) -> tuple[str, ...]:
         raise BadValue(f"arguments as a shell splits them, such as '--seed 1' ({error})") from None
 
 
-def keys(value: str) -> tuple[str, ...]:
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Keys, and the file that they were read from, if any."""
+
+    values: tuple[str, ...] = ()
+    file: str | None = None
+
+    def read_again(self) -> Keys:
+        """What the file says now. Raises BadValue."""
+        return keys(f"@{self.file}") if self.file else self
+
+
+def keys(value: str) -> Keys:
     """Keys between commas, or `@file` with one on each line."""
-    if value.startswith("@"):
+    file = value[1:] if value.startswith("@") else None
+    if file is not None:
         try:
-            value = Path(value[1:]).read_text().replace("\n", ",")
-        except (OSError, UnicodeDecodeError) as error:
+            value = Path(file).read_text().replace("\n", ",")
+        except (OSError, UnicodeDecodeError, ValueError) as error:
             why = getattr(error, "strerror", None) or "not a text"
             raise BadValue(f"keys, such as key1,key2, or @file with a key on each line ({why})") from None
     found = tuple(key.strip() for key in value.split(",") if key.strip())
     if not found:
         raise BadValue("at least one key, such as key1,key2")
+    if not all(key.isascii() and key.isprintable() for key in found):
+        raise BadValue("keys of printable ASCII characters, such as key1,key2")
+    return Keys(found, file)
+
+
+def routes(value: str) -> tuple[str, ...]:
+    found = tuple(route.strip() for route in value.split(",") if route.strip())
+    if not all(route.startswith("/") for route in found):
+        raise BadValue("prefixes of paths, such as /server_info,/custom (/ opens all)")
     return found
 
 
@@ -125,6 +147,11 @@ KNOBS = (
     Knob("SUPERVISOR_CLIENT_TIMEOUT", "60", seconds, "seconds for a client's next bytes, or for it to take ours"),
     Knob("SUPERVISOR_MAX_BODY", "64MiB", size, "the largest request body"),
     Knob("SUPERVISOR_API_KEYS", None, keys, "keys that clients must give, between commas, or @file", secret=True),
+    Knob("SUPERVISOR_ADMIN_KEYS", None, keys, "keys that open vLLM's admin routes as well, the same way", secret=True),
+    Knob("SUPERVISOR_ALLOW_ROUTES", "", routes, "more paths to open, by their beginnings, between commas"),
+    Knob("SUPERVISOR_RATE_LIMIT", None, count, "requests per minute and key (or address, where there are no keys)"),
+    Knob("SUPERVISOR_TLS_CERT", None, text, "a certificate's file: HTTPS instead of HTTP"),
+    Knob("SUPERVISOR_TLS_KEY", None, text, "its private key's file"),
     Knob("SUPERVISOR_LOG_FORMAT", "text", choice("text", "json"), "our own log lines: text or json"),
     Knob("SUPERVISOR_LOG_LEVEL", "info", choice("debug", "info", "warning", "error"), "our own log's level"),
     Knob("SUPERVISOR_CACHE_DIR", None, text, "caches that should outlive the container"),
@@ -153,7 +180,12 @@ class Knobs:
     request_timeout: float
     client_timeout: float
     max_body: int
-    api_keys: tuple[str, ...] | None
+    api_keys: Keys | None
+    admin_keys: Keys | None
+    allow_routes: tuple[str, ...]
+    rate_limit: int | None
+    tls_cert: str | None
+    tls_key: str | None
     log_format: str
     log_level: str
     cache_dir: str | None

@@ -11,6 +11,7 @@ RUNPOD_START = 420.0  # seconds until a worker must be ready, where RUNPOD_INIT_
 BALANCER_REQUEST = 330.0  # seconds that the load balancer gives a request
 BALANCER_BODY = 30_000_000  # bytes
 
+LOOPBACK = ("localhost", "::1")
 TORCH_OFF = ("", "-1", "NoDevFiles")
 
 
@@ -77,6 +78,13 @@ def warnings(
                 f"RunPod's load balancer takes bodies of up to 30 MB, less than SUPERVISOR_MAX_BODY={size:.0f} bytes: "
                 "send larger files by URL"
             )
+    host = str(values.get("SUPERVISOR_HOST", ("127.0.0.1", ""))[0])
+    local = host in LOOPBACK or host.startswith("127.")
+    keys = values.get("SUPERVISOR_API_KEYS", (None, ""))[0]
+    if mode == "http" and not local and not keys and not environ.get("RUNPOD_ENDPOINT_ID"):
+        found.append(
+            f"everybody who reaches {host} may use the model: set SUPERVISOR_API_KEYS, or SUPERVISOR_HOST=127.0.0.1"
+        )
     prefix, source = values.get("ENABLE_PREFIX_CACHING", (True, ""))
     if prefix is False and source.startswith("environment"):
         found.append(

@@ -40,8 +40,14 @@ class Mask:
         # A list of keys, or a file's name: each key is a secret by itself.
         values |= {part.strip() for value in values if "," in value for part in value.split(",")}
         values.update(more)
-        values |= {json.dumps(value)[1:-1] for value in values}  # as it stands in a line of JSON
-        known = sorted((value for value in values if len(value) >= SHORTEST_SECRET), key=len, reverse=True)
+        self.values: set[str] = set()
+        self.known: re.Pattern[str] | None = None
+        self.add(values)
+
+    def add(self, values: Iterable[str]) -> None:
+        """More secrets, from now on."""
+        self.values |= {form for value in values for form in (value, json.dumps(value)[1:-1])}  # as in a line of JSON
+        known = sorted((value for value in self.values if len(value) >= SHORTEST_SECRET), key=len, reverse=True)
         self.known = re.compile("|".join(map(re.escape, known))) if known else None
 
     def __call__(self, text: str) -> str:

@@ -18,7 +18,7 @@ from supervisor.settings import catalogue as catalogues
 from supervisor.settings import config_file, demo, platform, typos
 from supervisor.settings.aliases import ALIASES, OWNED, OWNED_AND_READ, ZERO_MEANS_UNSET
 from supervisor.settings.catalogue import Catalogue, Option
-from supervisor.settings.knobs import KNOBS, Knob, Knobs
+from supervisor.settings.knobs import KNOBS, Keys, Knob, Knobs
 from supervisor.settings.raw import Given, RawArguments
 from supervisor.settings.removed import REMOVED
 from supervisor.settings.secrets import MASK, Mask
@@ -98,7 +98,12 @@ class Settings:
 
     @property
     def mask(self) -> Mask:
-        return Mask(self.environ, self.knobs.api_keys or ())
+        return Mask(self.environ, [key for keys in self.keys for key in keys.values])
+
+    @property
+    def keys(self) -> tuple[Keys, Keys]:
+        """For clients, and for administrators."""
+        return self.knobs.api_keys or Keys(), self.knobs.admin_keys or Keys()
 
 
 def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
@@ -127,6 +132,7 @@ class _Gathering:
         knob_settings = (asked, *(self._knob(knob, self.defaults.get(knob.variable)) for knob in others))
         knobs = Knobs(**{knob.field: setting.value for knob, setting in zip(KNOBS, knob_settings, strict=True)})
         self._known({knob.field for knob in KNOBS}, self.file.knobs, "supervisor.")
+        self._tls(knobs)
         cache = self._cache(knobs)
         vllm, catalogue = self._vllm(knobs, cache)
         raw: tuple[tuple[Option, Setting], ...] = ()
@@ -221,6 +227,21 @@ class _Gathering:
             self._bad(knob.variable, MASK if knob.secret else given, source, error)
             value = None
         return Setting(knob.variable, value, source, self._lines(found[1:], knob.secret), knob.secret)
+
+    def _tls(self, knobs: Knobs) -> None:
+        if knobs.tls_key and not knobs.tls_cert:
+            self.problems.append("SUPERVISOR_TLS_KEY is set without SUPERVISOR_TLS_CERT, such as /tls/tls.crt")
+        elif knobs.tls_cert:
+            import ssl  # noqa: PLC0415  # 10 ms that most starts need not pay
+
+            try:
+                ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(knobs.tls_cert, knobs.tls_key)
+            except OSError as error:
+                why = error.strerror or error
+                self.problems.append(
+                    f"SUPERVISOR_TLS_CERT={knobs.tls_cert}, SUPERVISOR_TLS_KEY={knobs.tls_key or ''}: expected a "
+                    f"certificate and its key in PEM, such as /tls/tls.crt and /tls/tls.key ({why})"
+                )
 
     def _cache(self, knobs: Knobs) -> Path:
         if knobs.cache_dir:
