@@ -127,7 +127,7 @@ def running(command: list[str], core: int, **environ: str) -> Iterator[tuple[sub
 def answers(port: int) -> bool:
     try:
         headers = {"Authorization": f"Bearer {KEY}"}
-        return httpx.post(f"http://127.0.0.1:{port}/v1/x", json=BODY, headers=headers).status_code == 200
+        return httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=BODY, headers=headers).status_code == 200
     except httpx.HTTPError:
         return False
 
@@ -189,7 +189,10 @@ def wrk(front: Front, kind: str, connections: int, seconds: int, folder: Path) -
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "--timeout", "20s", "-s", str(script)]
     cpu, start = front.cpu(), time.monotonic()
     done = subprocess.run(
-        pinned(0, [*command, f"http://127.0.0.1:{front.port}/v1/x"]), capture_output=True, text=True, check=True
+        pinned(0, [*command, f"http://127.0.0.1:{front.port}/v1/chat/completions"]),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     cpu, taken = front.cpu() - cpu, time.monotonic() - start
     return read(done.stdout, kind, cpu, taken)
@@ -234,7 +237,8 @@ def slow_readers(front: Front, count: int) -> float:
     """MB more while so many clients do not read their streams."""
     before = front.rss()
     body = json.dumps(BODY | {"stream": True}).encode()
-    head = f"POST /v1/x HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
+    fields = f"Host: h\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST /v1/chat/completions HTTP/1.1\r\n{fields}"
     held = []
     for _ in range(count):
         connection = socket.socket()

@@ -160,6 +160,16 @@ class Gateway:
             text = f"{self.active} requests are running and {len(self.queued)} are waiting: the server is busy."
             exchange.refuse(Refusal(429, text, code="too_many_requests", retry_after=RETRY_AFTER))
 
+    def pass_on(self, exchange: Exchange) -> bool:
+        """`check` and `admit` for a request that was let in before, where nothing else is asked; False: ask them."""
+        limit = self.admission.limit
+        if not self.open or self.policy.rate is not None or (limit is not None and self.active >= limit):
+            return False
+        self.active += 1
+        exchange.admitted = True
+        self.upstream.send(exchange)
+        return True
+
     def resume(self, exchange: Exchange) -> None:
         """Sends a request again whose engine is gone: to the next one, when that is ready."""
         if self.engine.over:

@@ -89,6 +89,7 @@ class Exchange:
     dechunker: Dechunker | None = None
     ends_by_close = False
     whole_events = False
+    streaming = False  # whole events to a client that takes chunks: nothing to do but to pass them on
     partial = b""  # reads of an event stream that end within a chunk
     torn = False  # the client has half a chunk
     latest = b""  # what the client got last of an event stream
@@ -127,7 +128,8 @@ class Exchange:
         # The body stands with the head: it is sent, and sent again, in one piece with it.
         exchange.request_head = b"".join((head.before, digits, head.after, request_id, b"\r\n\r\n", body))
         exchange.kept_size = size = len(body)
-        exchange.body_left -= size
+        if size > exchange.body_left:
+            exchange.body_left = -1
         exchange.request_complete = True
         return exchange
 
@@ -186,6 +188,8 @@ class Exchange:
         self.protocol.answering = self
         gateway = self.protocol.gateway
         gateway.exchanges.add(self)
+        if self.request_complete and self.verdict is not None and self.body_left >= 0 and gateway.pass_on(self):
+            return  # the common case: nothing is in its way
         refusal = (None if self.request_head else self.build_request_head()) or gateway.check(self)
         if refusal is None and self.body_left < 0:
             refusal = gateway.policy.too_large()
@@ -273,13 +277,14 @@ class Exchange:
             connection.abort()
             return
         self.connection = connection
-        self.generation = self.protocol.gateway.generation
+        protocol = self.protocol
+        self.generation = protocol.gateway.generation
         assert self.kept is not None  # dropped only after a connection was there, and then nothing is sent again
-        connection.write(b"".join((self.request_head, *self.kept)) if self.kept else self.request_head)
+        connection.transport.write(b"".join((self.request_head, *self.kept)) if self.kept else self.request_head)
         if self.request_complete:
-            connection.end_request()
+            connection.request_sent = True
         else:
-            self.protocol.flow.resume_reading()
+            protocol.flow.resume_reading()
 
     def response_head(self, head: ResponseHead) -> None:
         if head.status < 200:
@@ -358,10 +363,16 @@ class Exchange:
         self.response_started = True
         self.kept = None
         self._count(self.status)
+        self.streaming = self.whole_events and self.dechunker is None
         self.protocol.transport.write(self.unsent_head)
         self.unsent_head = b""
 
     def response_data(self, data: bytes) -> None:
+        if self.streaming and not self.partial and not self.connection.in_chunk and data.endswith(EVENT_ENDS):  # type: ignore[union-attr]  # there is one while it streams
+            self.torn = False
+            self.latest = data
+            self.protocol.transport.write(data)
+            return
         if self.doubted is not None:
             self.doubted.body.append(data)
             return

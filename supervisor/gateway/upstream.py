@@ -345,10 +345,9 @@ class Upstream:
 
     def send(self, sink: Sink, *, fresh: bool = False) -> None:
         """Calls `sink.connected` with a connection, or `sink.response_lost`; `fresh` passes the idle ones over."""
-        oldest = self.loop.time() - IDLE_LIMIT
         while self.idle and not fresh:
             connection = self.idle.pop()
-            if connection.idle_since < oldest or connection.transport.is_closing():
+            if connection.idle_since < self.loop.time() - IDLE_LIMIT or connection.transport.is_closing():
                 connection.transport.abort()
                 continue
             connection.reused = True
