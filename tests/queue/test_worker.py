@@ -165,7 +165,9 @@ def test_no_more_jobs_are_taken_than_may_run(endpoint: Supervisor, runpod: RunPo
         ({"openai_route": "no path"}, 400, "must be a path"),
         ({**HELLO, "model": "other"}, 404, "other"),
         ({"openai_route": CHAT, "openai_input": {**HELLO, "model": "other", "stream": True}}, 404, "other"),
-        ({"route": "/nowhere"}, 404, "Not Found"),
+        ({"route": "/v1/models/nowhere/at/all"}, 404, "Not Found"),
+        ({"route": "/nowhere"}, 403, "no route of the model's"),
+        ({"route": "/sleep", "body": {"level": 1}}, 403, "needs an admin key"),  # no job is an administrator
         ({"prompt": "x " * 2_500_000}, 400, "maximum context length"),
         ({**HELLO, "max_tokens": -1}, 400, "max_tokens"),
     ],
