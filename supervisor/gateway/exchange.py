@@ -50,6 +50,8 @@ PARTIAL_LIMIT = 64 * 1024
 EVENT_ENDS = (b"\n\n\r\n", b"\r\n\r\n")
 # The last event of a stream, by the dialect of its route.
 STREAM_ENDS = (b"data: [DONE]\n\n\r\n", b'"type":"message_stop"}\n\n\r\n')
+UNKNOWN_VERSION = Refusal(505, "HTTP/1.1 and HTTP/1.0 are spoken here.", "http_version")
+UNKNOWN_CODING = Refusal(501, "Transfer-Encoding other than 'chunked' is not supported.")
 NO_HEADERS: list[tuple[bytes, bytes]] = []
 # What vLLM's API server answers to everything in flight in the moment its EngineCore dies.
 DOUBTED = frozenset({500, 503})
@@ -75,6 +77,7 @@ class Exchange:
     # The state of a new one. Kept in the class: what a small request never touches costs it nothing.
     admitted = False
     http11 = True
+    known_version = True
     keep_alive = True
     chunked = False
     expects_continue = False
@@ -137,11 +140,9 @@ class Exchange:
 
     def build_request_head(self) -> Refusal | None:
         """Writes the head that vLLM will see. A refusal where HTTP leaves no honest way to pass the request on."""
-        refusal = head_limits(self.target, self.headers)
+        refusal = head_limits(self.target, self.headers) if self.known_version else UNKNOWN_VERSION
         if refusal is not None:
-            self.request_id = self.protocol.gateway.new_id()
-            self.keep_alive = False
-            return refusal
+            return self._unfit(refusal)
         lines = [self.method, b" ", self.target, b" HTTP/1.1\r\n"]
         has_host = False
         named: frozenset[bytes] = frozenset()
@@ -160,7 +161,7 @@ class Exchange:
                     self.request_id = value
             elif lower == b"transfer-encoding":
                 if value.lower() != b"chunked":
-                    return Refusal(501, "Transfer-Encoding other than 'chunked' is not supported.")
+                    return self._unfit(UNKNOWN_CODING)
                 self.chunked = True
                 lines.append(b"Transfer-Encoding: chunked\r\n")
             elif lower == b"expect":
@@ -182,6 +183,13 @@ class Exchange:
             lines = _without(lines, named - WATCHED)
         self.request_head = b"".join(lines)
         return None
+
+    def _unfit(self, refusal: Refusal) -> Refusal:
+        """Nobody knows where such a request ends: nothing more is read of this connection."""
+        self.request_id = self.request_id or self.protocol.gateway.new_id()
+        self.keep_alive = False
+        self.body_left = -1
+        return refusal
 
     def start(self) -> None:
         """Its turn has come: the answers before it on this connection are complete."""

@@ -22,6 +22,7 @@ from supervisor.gateway.policy import HEAD_LIMIT, HEAD_TOO_LARGE
 if TYPE_CHECKING:
     from supervisor.gateway.app import Gateway
 
+VERSIONS = ("1.1", "1.0")
 # Seconds in which a client that was refused may still send its body, and read why.
 LINGER = 2.0
 HEAD_TOO_SLOW = Refusal(408, "The request's head did not come in time.", code="request_timeout")
@@ -181,7 +182,9 @@ class RelayProtocol(HttpToolsProtocol):
             self._leave_to_uvicorn(target, headers)
             return
         exchange = Exchange(self, self.parser.get_method(), target, path, headers)
-        exchange.http11 = self.parser.get_http_version() == "1.1"
+        version = self.parser.get_http_version()
+        exchange.http11 = version == "1.1"
+        exchange.known_version = version in VERSIONS
         # After an upgrade the parser reads no further request, whatever vLLM makes of it.
         exchange.keep_alive = exchange.http11 and self.parser.should_keep_alive() and not self.parser.should_upgrade()
         self.incoming = exchange
@@ -232,7 +235,15 @@ class RelayProtocol(HttpToolsProtocol):
         self._refuse_without_a_request(Refusal(400, msg, code="bad_request"))
 
     def _refuse_without_a_request(self, refusal: Refusal) -> None:
-        """What came is no request, or not yet: there is no exchange to answer for."""
+        """What came is no request, or not yet, or the rest of one that was well until here."""
+        exchange = self.incoming
+        if exchange is not None and exchange is self.answering and not exchange.request_complete:
+            if exchange.response_started:
+                self.transport.abort()
+            else:
+                exchange.body_left = -1  # where its body ends nobody knows
+                exchange.refuse(refusal)
+            return
         if self.cycle is not None and not self.cycle.response_complete:
             self.transport.abort()  # an answer is under way: a second one in its midst would corrupt it
             return
