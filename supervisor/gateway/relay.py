@@ -28,6 +28,10 @@ LINGER = 2.0
 HEAD_TOO_SLOW = Refusal(408, "The request's head did not come in time.", code="request_timeout")
 
 
+class _Over(Exception):  # no error
+    """Ends the parser's reading."""
+
+
 class RelayProtocol(HttpToolsProtocol):
     """One client connection. Passed to uvicorn as `Config(http=...)`; `Config(app=...)` must be the `Gateway`."""
 
@@ -98,6 +102,9 @@ class RelayProtocol(HttpToolsProtocol):
         self.head_read += len(data)
         try:
             self.parser.feed_data(data)
+        except httptools.HttpParserCallbackError as error:
+            if not isinstance(error.__context__, _Over):
+                raise
         except httptools.HttpParserError:
             self.send_400_response("The request is not valid HTTP/1.1.")
         except httptools.HttpParserUpgrade as upgrade:
@@ -164,6 +171,8 @@ class RelayProtocol(HttpToolsProtocol):
     # httptools' callbacks, in the order in which it calls them
 
     def on_message_begin(self) -> None:
+        if self.lingering:
+            raise _Over  # what is behind a request that was refused for good is not read
         self.between = False
         self.url = b""
         self.headers = []
@@ -236,6 +245,8 @@ class RelayProtocol(HttpToolsProtocol):
 
     def _refuse_without_a_request(self, refusal: Refusal) -> None:
         """What came is no request, or not yet, or the rest of one that was well until here."""
+        if self.lingering:
+            return
         exchange = self.incoming
         if exchange is not None and exchange is self.answering and not exchange.request_complete:
             if exchange.response_started:
