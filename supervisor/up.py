@@ -208,7 +208,7 @@ async def _run(start: _Start) -> int:
     from supervisor.gateway.policy import Policy, Routes  # noqa: PLC0415
     from supervisor.gateway.server import GatewayServer  # noqa: PLC0415
     from supervisor.gateway.upstream import Probe, Upstream, UpstreamError  # noqa: PLC0415
-    from supervisor.settings import explain  # noqa: PLC0415
+    from supervisor.settings import demo, explain  # noqa: PLC0415
 
     settings, knobs, listeners, workspace = start.settings, start.settings.knobs, start.listeners, start.spawn.workspace
     log = logging.getLogger("supervisor")
@@ -217,17 +217,23 @@ async def _run(start: _Start) -> int:
     queue: Queue | None = None
     gpu_before = await asyncio.to_thread(gpu.used)
 
-    async def ask(path: str) -> tuple[int, bytes] | None:
+    async def ask(path: str, body: bytes = b"") -> tuple[int, bytes] | None:
         try:
             async with asyncio.timeout(PROBE_TIMEOUT):
-                return await Probe.get(upstream, path)
+                return await Probe.get(upstream, path, body)
         except (UpstreamError, TimeoutError):
             return None
+
+    warm: EngineProcess | None = None
 
     async def health() -> int | None:
         if not workspace.socket.exists():  # one stat, so that a loading vLLM costs no connection
             return None
+        nonlocal warm
         answer = await ask("/health")
+        if settings.is_demo and answer is not None and answer[0] == 200 and warm is not start.spawn.latest:
+            warm = start.spawn.latest
+            await ask("/v1/completions", demo.WARM_UP)
         return answer[0] if answer is not None else None
 
     async def metrics() -> bytes | None:

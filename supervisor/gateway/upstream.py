@@ -407,8 +407,9 @@ class Probe:
     is_relayed = False
     upgrading = False
 
-    def __init__(self, path: str, answer: asyncio.Future[tuple[int, bytes]]) -> None:
+    def __init__(self, path: str, body: bytes, answer: asyncio.Future[tuple[int, bytes]]) -> None:
         self.path = path
+        self.request_body = body
         self.answer = answer
         self.connection: UpstreamConnection | None = None
         self.status = 0
@@ -416,9 +417,9 @@ class Probe:
         self.dechunker: Dechunker | None = None
 
     @classmethod
-    async def get(cls, upstream: Upstream, path: str) -> tuple[int, bytes]:
-        """Raises UpstreamError."""
-        probe = cls(path, upstream.loop.create_future())
+    async def get(cls, upstream: Upstream, path: str, body: bytes = b"") -> tuple[int, bytes]:
+        """A POST where there is a body, which is JSON. Raises UpstreamError."""
+        probe = cls(path, body, upstream.loop.create_future())
         upstream.send(probe, fresh=True)
         try:
             return await probe.answer
@@ -431,7 +432,12 @@ class Probe:
             connection.abort()
             return
         self.connection = connection
-        connection.write(f"GET {self.path} HTTP/1.1\r\nHost: vllm\r\nConnection: close\r\n\r\n".encode())
+        body = self.request_body
+        method, more = (
+            ("POST", f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n") if body else ("GET", "")
+        )
+        head = f"{method} {self.path} HTTP/1.1\r\nHost: vllm\r\nConnection: close\r\n{more}\r\n"
+        connection.write(head.encode() + body)
         connection.end_request()
 
     def response_head(self, head: ResponseHead) -> None:
