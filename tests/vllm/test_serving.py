@@ -203,21 +203,28 @@ def test_anthropic_client(served: Supervisor) -> None:
         assert "".join(stream.text_stream) == text
 
 
-def running(direct: httpx.Client) -> float:
+def measured(direct: httpx.Client, name: str) -> float:
     metrics = direct.get("/metrics").text
-    return sum(float(value) for value in re.findall(r"^vllm:num_requests_running\{.*\} (\S+)$", metrics, re.M))
+    return sum(float(value) for value in re.findall(rf"^vllm:{name}\{{.*\}} (\S+)$", metrics, re.M))
 
 
 def test_a_client_that_hangs_up_stops_the_generation(served: Supervisor, direct: httpx.Client) -> None:
-    endless = greedy(stream=True, max_tokens=1900, ignore_eos=True)
-    with served.client.stream("POST", CHAT, json=endless) as answer:
+    """vLLM may not answer /metrics before its stream is over, so that its count of tokens has to tell."""
+    before = measured(direct, "generation_tokens_total")
+    with served.client.stream("POST", CHAT, json=greedy(stream=True, max_tokens=1900, ignore_eos=True)) as answer:
         lines = answer.iter_lines()
         while not next(lines).startswith("data: "):
             pass
-        wait_until(lambda: running(direct) == 1, "one running request")
     gone = time.monotonic()
-    wait_until(lambda: running(direct) == 0, "vLLM to stop generating", 1)
+    wait_until(lambda: measured(direct, "num_requests_running") == 0, "vLLM to stop generating")
     assert time.monotonic() - gone < 1
+    assert measured(direct, "generation_tokens_total") - before < 1000
+
+
+def test_metrics_are_ours_and_vllms(served: Supervisor) -> None:
+    metrics = served.client.get("/metrics").text
+    assert "vllm:num_requests_running" in metrics
+    assert "supervisor_requests_total" in metrics
 
 
 def test_the_supervisor_stays_small(served: Supervisor) -> None:
