@@ -45,7 +45,7 @@ def ready_again(supervisor: Supervisor, before: int) -> None:
 
 
 def stream(supervisor: Supervisor) -> list[dict[str, object]]:
-    """A long stream, read to its proper end; of four answers, or a fast machine is done before anything can be killed."""
+    """A long stream, read to its proper end; of four answers, or a fast machine is done before the kill."""
     body = greedy(stream=True, max_tokens=1900, ignore_eos=True, n=4)
     answer = http.post(f"http://127.0.0.1:{supervisor.port}{CHAT}", json=body, timeout=START)
     assert answer.content.endswith(b"data: [DONE]\n\n")
