@@ -52,6 +52,8 @@ EVENT_ENDS = (b"\n\n\r\n", b"\r\n\r\n")
 STREAM_ENDS = (b"data: [DONE]\n\n\r\n", b'"type":"message_stop"}\n\n\r\n')
 UNKNOWN_VERSION = Refusal(505, "HTTP/1.1 and HTTP/1.0 are spoken here.", "http_version")
 UNKNOWN_CODING = Refusal(501, "Transfer-Encoding other than 'chunked' is not supported.")
+TWO_HOSTS = Refusal(400, "The request has more than one Host.", "bad_request")  # RFC 9112, 3.2
+CHUNKS_BEFORE_1_1 = Refusal(400, "HTTP/1.0 has no Transfer-Encoding.", "bad_request")  # RFC 9112, 6.1
 NO_HEADERS: list[tuple[bytes, bytes]] = []
 # What vLLM's API server answers to everything in flight in the moment its EngineCore dies.
 DOUBTED = frozenset({500, 503})
@@ -151,6 +153,8 @@ class Exchange:
             if lower not in WATCHED:
                 lines += (name, b": ", value, b"\r\n")
             elif lower == b"host":
+                if has_host:
+                    return self._unfit(TWO_HOSTS)
                 has_host = True
                 lines += (name, b": ", value, b"\r\n")
             elif lower == b"content-length":
@@ -162,6 +166,8 @@ class Exchange:
             elif lower == b"transfer-encoding":
                 if value.lower() != b"chunked":
                     return self._unfit(UNKNOWN_CODING)
+                if not self.http11:
+                    return self._unfit(CHUNKS_BEFORE_1_1)
                 self.chunked = True
                 lines.append(b"Transfer-Encoding: chunked\r\n")
             elif lower == b"expect":
@@ -173,7 +179,7 @@ class Exchange:
                     self.upgrading = True
                     lines.append(b"Connection: Upgrade\r\nUpgrade: websocket\r\n")
             elif lower == b"connection" and value.lower() not in (b"close", b"keep-alive"):
-                named |= {token.strip() for token in value.lower().split(b",")}
+                named |= {token.strip() for token in value.lower().split(b",")} - {b""}
         if not self.request_id:
             self.request_id = self.protocol.gateway.new_id()
         if not has_host:
@@ -567,8 +573,9 @@ def _reset(transport: asyncio.Transport) -> None:
 
 def _without(lines: list[bytes], names: frozenset[bytes]) -> list[bytes]:
     """The head's lines without the headers that `Connection` names."""
-    kept = []
-    for line in b"".join(lines).split(b"\r\n"):
+    first, *others = b"".join(lines).split(b"\r\n")
+    kept = [first]
+    for line in others:
         if line.partition(b":")[0].lower() not in names:
             kept.append(line)
     return [b"\r\n".join(kept)]

@@ -86,8 +86,10 @@ class RelayProtocol(HttpToolsProtocol):
                     self.latest = Latest(key, known) if digits else None
                     self._repeat(known, digits, data[end:])
                     return
+        before = self.cycle
         self._parse(data)
-        if key is not None and self.between and isinstance(self.cycle, Exchange):
+        # Of a new request alone: empty lines, which are none, must not stand for the one before.
+        if key is not None and self.between and self.cycle is not before and isinstance(self.cycle, Exchange):
             head = self.cycle.memorable()
             if head is not None:
                 self.gateway.heads.learn(key, head)
@@ -187,7 +189,7 @@ class RelayProtocol(HttpToolsProtocol):
         path = target.partition(b"?")[0]
         if not target.startswith(b"/"):
             target, path = _origin_form(target)
-        if path in self.gateway.own_paths:
+        if path in self.gateway.own_paths and self.parser.get_http_version() in VERSIONS:
             self._leave_to_uvicorn(target, headers)
             return
         exchange = Exchange(self, self.parser.get_method(), target, path, headers)

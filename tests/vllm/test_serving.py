@@ -208,17 +208,21 @@ def measured(direct: httpx.Client, name: str) -> float:
     return sum(float(value) for value in re.findall(rf"^vllm:{name}\{{.*\}} (\S+)$", metrics, re.M))
 
 
-def test_a_client_that_hangs_up_stops_the_generation(served: Supervisor, direct: httpx.Client) -> None:
-    """vLLM may not answer /metrics before its stream is over, so that its count of tokens has to tell."""
+def tokens_after_hanging_up(client: httpx.Client, direct: httpx.Client) -> float:
+    """How many tokens vLLM still makes for a client that hangs up at the first event."""
     before = measured(direct, "generation_tokens_total")
-    with served.client.stream("POST", CHAT, json=greedy(stream=True, max_tokens=1900, ignore_eos=True)) as answer:
+    with client.stream("POST", CHAT, json=greedy(stream=True, max_tokens=1900, ignore_eos=True)) as answer:
         lines = answer.iter_lines()
         while not next(lines).startswith("data: "):
             pass
-    gone = time.monotonic()
-    wait_until(lambda: measured(direct, "num_requests_running") == 0, "vLLM to stop generating")
-    assert time.monotonic() - gone < 1
-    assert measured(direct, "generation_tokens_total") - before < 1000
+    wait_until(lambda: measured(direct, "num_requests_running") == 0, "vLLM to stop generating", 60)
+    return measured(direct, "generation_tokens_total") - before
+
+
+def test_a_client_that_hangs_up_is_noticed_as_by_vllm_itself(served: Supervisor, direct: httpx.Client) -> None:
+    """On a fast machine vLLM looks for its client only when this small model is through; elsewhere it stops at once."""
+    alone = max(tokens_after_hanging_up(direct, direct) for _ in range(2))
+    assert tokens_after_hanging_up(served.client, direct) <= max(1000, alone)
 
 
 def test_metrics_are_ours_and_vllms(served: Supervisor) -> None:

@@ -1,0 +1,96 @@
+"""nginx as it stands in front of others: one worker, nothing buffered, kept-alive connections to a unix socket.
+
+with nginx_before("/run/vllm.sock", folder) as port: ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Where nothing hides what nginx makes of a request by itself: limits far away, nothing repaired or left out for safety.
+CONFIGURATION = """
+daemon off;
+worker_processes 1;
+{user}
+pid {folder}/pid;
+error_log {folder}/error.log info;
+events {{ worker_connections 256; }}
+http {{
+    access_log off;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    client_max_body_size 0;
+    client_header_buffer_size 64k;
+    large_client_header_buffers 16 256k;
+    client_header_timeout 60;
+    keepalive_timeout 60;
+    keepalive_requests 100000;
+    underscores_in_headers on;
+    ignore_invalid_headers off;
+    default_type "";
+    upstream vllm {{
+        server unix:{upstream};
+        keepalive 8;
+    }}
+    server {{
+        listen 127.0.0.1:{port};
+        server_name _;
+        merge_slashes off;
+        location / {{
+            proxy_pass http://vllm;
+            proxy_http_version 1.1;
+            proxy_set_header Host $http_host;
+            proxy_set_header Connection "";
+            proxy_buffering off;
+            proxy_request_buffering off;
+            proxy_buffer_size 128k;
+            proxy_buffers 4 128k;
+        }}
+    }}
+}}
+"""
+
+
+def program() -> str:
+    """nginx's path. Without it, the tests that need it are skipped, loudly; where we could have installed it, fail."""
+    found = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
+    if found is None:
+        text = "nginx is not here, and the gateway is compared with nothing: apt-get install nginx-light"
+        if "CI" in os.environ and os.geteuid() == 0 and Path("/etc/debian_version").exists():
+            pytest.fail(text)
+        pytest.skip(text)
+    return found
+
+
+@contextlib.contextmanager
+def nginx_before(upstream: str, folder: Path) -> Iterator[int]:
+    """Runs nginx in front of the unix socket, with all its files in `folder`; gives the port."""
+    configuration = folder / "nginx.conf"
+    with socket.create_server(("127.0.0.1", 0)) as listening:  # nginx takes it over: no other can have its port
+        port = listening.getsockname()[1]
+        user = "user root;" if os.geteuid() == 0 else ""  # another could not open the unix socket
+        configuration.write_text(CONFIGURATION.format(folder=folder, upstream=upstream, port=port, user=user))
+        process = subprocess.Popen(
+            [program(), "-p", folder, "-c", configuration, "-e", folder / "error.log"],
+            env={"NGINX": f"{listening.fileno()};"},
+            pass_fds=[listening.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+    try:
+        yield port
+    finally:
+        process.terminate()
+        process.wait(10)
