@@ -64,9 +64,11 @@ def test_killed_with_work_in_flight(served: Supervisor, victim: str) -> None:
         body = greedy(max_tokens=1900, ignore_eos=True)
         url = f"http://127.0.0.1:{served.port}{CHAT}"
         whole = [pool.submit(http.post, url, json=body, timeout=START) for _ in range(8)]
-        # Not all 16: a fast machine may have answered some. And nothing is asked of vLLM now: it is slow to answer
-        # anything else while it streams, and the streams would be over.
-        wait_until(lambda: served.client.get("/status").json()["in_flight"] >= 8, "8 requests in flight", 60)
+        # Not all 16, and nothing asked of vLLM: while it works, two cores may leave nobody else the time to look.
+        wait_until(
+            lambda: served.client.get("/status").json()["in_flight"] or all(sent.done() for sent in (*streams, *whole)),
+            "requests in flight", 120,
+        )  # fmt: skip
         os.kill(part(served, victim), signal.SIGKILL)
         served.says(r"ready -> restarting")
         for result in streams:

@@ -6,7 +6,6 @@ import asyncio
 import json
 import re
 import subprocess
-import time
 
 import anthropic
 import httpx
