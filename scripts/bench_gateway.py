@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What the gateway costs beside nginx: CPU per JSON request and per streamed event, rates, latencies, memory.
 
-    .venv/bin/python scripts/bench_gateway.py [--seconds 5] [--only nginx,gateway] [--json FILE]
+    .venv/bin/python scripts/bench_gateway.py [--seconds 3] [--rounds 5] [--only nginx,gateway] [--json FILE]
 
 In one run, against the same upstream (scripts/fast_upstream.py): nothing between (direct), nginx with one worker and
 `proxy_buffering off`, the gateway as `supervisor up` runs it, with a key, request ids, metrics and admission on, and
@@ -22,6 +22,7 @@ import shlex
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 UPSTREAM = ROOT / "scripts" / "fast_upstream.py"
+Results = dict[str, dict[str, dict[str, float]]]
 KEY = "a-key-for-the-benchmark"
 EVENTS = 64
 CONNECTIONS = (1, 64, 256)
@@ -234,28 +236,70 @@ def idle_memory(front: Front, count: int) -> float:
 
 
 def slow_readers(front: Front, count: int) -> float:
-    """MB more while so many clients do not read their streams."""
-    before = front.rss()
-    body = json.dumps(BODY | {"stream": True}).encode()
+    """MB more, at most, while so many clients take long streams (20 MB each) far slower than they come."""
+    before = highest = front.rss()
+    body = json.dumps(BODY | {"stream": True, "user": "long"}).encode()
     fields = f"Host: h\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
     head = f"POST /v1/chat/completions HTTP/1.1\r\n{fields}"
-    held = []
-    for _ in range(count):
-        connection = socket.socket()
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.connect(("127.0.0.1", front.port))
-        connection.sendall(head.encode() + body)
-        held.append(connection)
-    time.sleep(3)  # streams of 64 events, 2 ms apart, are long over: what is not read is held somewhere
-    after = front.rss()
-    for connection in held:
-        connection.close()
-    return after - before
+    with contextlib.ExitStack() as held:
+        clients = []
+        for _ in range(count):
+            client = held.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", front.port))
+            client.sendall(head.encode() + body)
+            clients.append(client)
+        until = time.monotonic() + 6
+        while time.monotonic() < until:  # some 40 KB a second for each
+            for client in clients:
+                client.recv(8192)
+            highest = max(highest, front.rss())
+            time.sleep(0.2)
+    return highest - before
+
+
+def measure(fronts: list[Front], connections: tuple[int, ...], seconds: int, rounds: int, folder: Path) -> Results:
+    """Each reading is taken of one front after the other, several times over, so that the machine's moods cancel out:
+    what stands in the table is the median, and so are the ratios, each taken within one round."""
+    results: Results = {front.name: {} for front in fronts}
+    print(f"{'':16}{'':8}{'conns':>6}{'per s':>10}{'CPU us':>9}{'x nginx':>9}{'p50 ms':>9}{'p99 ms':>9}{'errors':>8}")
+    for kind in ("json", "stream"):
+        for count in connections:
+            readings: dict[str, list[dict[str, float]]] = {front.name: [] for front in fronts}
+            for _ in range(rounds):
+                for front in fronts:
+                    readings[front.name].append(wrk(front, kind, count, seconds, folder))
+            for front in fronts:
+                rows = readings[front.name]
+                row = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+                row["errors"] = sum(row["errors"] for row in rows)
+                if front.pids and "nginx" in readings:
+                    ratios = (a["cpu_us"] / b["cpu_us"] for a, b in zip(rows, readings["nginx"], strict=True))
+                    row["times_nginx"] = statistics.median(ratios)
+                results[front.name][f"{kind} {count}"] = row
+                print(
+                    f"{front.name:16}{kind:8}{count:6}{row['per_second']:10.0f}{row['cpu_us']:9.1f}"
+                    f"{row.get('times_nginx', float('nan')):9.2f}{row['p50_ms']:9.2f}{row['p99_ms']:9.2f}"
+                    f"{row['errors']:8.0f}",
+                    flush=True,
+                )
+    return results
+
+
+def measure_memory(front: Front) -> dict[str, float]:
+    found = {"rss_mb": front.rss(), "idle_1000_mb": idle_memory(front, 1000), "slow_256_mb": slow_readers(front, 256)}
+    print(
+        f"{front.name:16}memory {found['rss_mb']:.0f} MB; 1,000 idle connections {found['idle_1000_mb']:+.1f} MB; "
+        f"256 slow readers of long streams {found['slow_256_mb']:+.1f} MB",
+        flush=True,
+    )
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=5)
+    parser.add_argument("--seconds", type=int, default=3, help="for each reading")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", help="names between commas, of: direct, nginx, gateway, naive")
     parser.add_argument("--connections", type=lambda text: tuple(map(int, text.split(","))), default=CONNECTIONS)
     parser.add_argument("--json", type=Path)
@@ -263,12 +307,11 @@ def main() -> None:
     for program in ("nginx", "wrk", "taskset"):
         if not shutil.which(program):
             sys.exit(f"bench_gateway: {program} is missing (Debian: apt-get install nginx-light wrk util-linux)")
-    fronts: dict[str, Callable[[Path], Any]] = {"nginx": nginx, "gateway": gateway, "naive": naive}
+    starts: dict[str, Callable[[Path], Any]] = {"nginx": nginx, "gateway": gateway, "naive": naive}
     chosen = (arguments.only or "direct,nginx,gateway,naive").split(",")
-    results: dict[str, Any] = {
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-    }
-    with tempfile.TemporaryDirectory() as name:
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+    print(machine)
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as running_fronts:
         folder = Path(name)
         # The program that stands for vLLM: the supervisor's own Python, whatever PATH says.
         (folder / "vllm").write_text(
@@ -277,38 +320,17 @@ def main() -> None:
         (folder / "vllm").chmod(0o755)
         port = free_port()
         command = [str(folder / "vllm"), "serve", "m", "--uds", str(folder / "upstream.sock"), "--port", str(port)]
-        with running(command, 0) as (upstream, said):
-            wait_for(port, upstream, said)
-            direct = contextlib.nullcontext(Front("direct", port, []))
-            print(results["machine"])
-            print(f"{'':16}{'':8}{'conns':>6}{'per s':>10}{'CPU us':>9}{'p50 ms':>9}{'p99 ms':>9}{'errors':>8}")
-            for choice in chosen:
-                with direct if choice == "direct" else fronts[choice](folder) as front:
-                    rows = results[choice] = {}
-                    for kind in ("json", "stream"):
-                        for connections in arguments.connections:
-                            row = rows[f"{kind} {connections}"] = wrk(
-                                front, kind, connections, arguments.seconds, folder
-                            )
-                            print(
-                                f"{front.name:16}{kind:8}{connections:6}{row['per_second']:10.0f}{row['cpu_us']:9.1f}"
-                                f"{row['p50_ms']:9.2f}{row['p99_ms']:9.2f}{row['errors']:8.0f}",
-                                flush=True,
-                            )
-                    if front.pids:
-                        rows["rss_mb"] = front.rss()
-                        rows["idle_1000_mb"] = idle_memory(front, 1000)
-                        rows["slow_256_mb"] = slow_readers(front, 256)
-                        print(
-                            f"{front.name:16}memory {rows['rss_mb']:.0f} MB; 1,000 idle connections "
-                            f"{rows['idle_1000_mb']:+.1f} MB; 256 slow readers {rows['slow_256_mb']:+.1f} MB"
-                        )
-    if {"nginx", "gateway"} <= set(results):
-        for key, row in results["gateway"].items():
-            if isinstance(row, dict):
-                print(f"times nginx's CPU, {key}: {row['cpu_us'] / results['nginx'][key]['cpu_us']:.2f}")
+        upstream, said = running_fronts.enter_context(running(command, 0))
+        wait_for(port, upstream, said)
+        fronts = [
+            Front("direct", port, []) if choice == "direct" else running_fronts.enter_context(starts[choice](folder))
+            for choice in chosen
+        ]
+        results = measure(fronts, arguments.connections, arguments.seconds, arguments.rounds, folder)
+        memory = {front.name: measure_memory(front) for front in fronts if front.name in ("nginx", "gateway")}
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+        content = {"machine": machine, "fronts": results, "memory": memory}
+        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     scripts/fast_upstream.py serve MODEL --uds PATH [--port N]      as the supervisor starts it, and on a TCP port too
 
 Every request with a body is answered at once with 260 bytes of JSON; one whose body holds `"stream"` with 64 SSE events
-of 200 bytes, 2 ms apart (`--events`, `--interval`). Requests are told apart by their heads alone, nothing is parsed.
+of 200 bytes, 2 ms apart (`--events`, `--interval`), or, where it says `"long"`, with 100,000 as fast as they are taken.
+Requests are told apart by their heads alone, nothing is parsed.
 It does without HTTP's corners: it is for load generators and proxies that are known to behave.
 """
 
@@ -18,6 +19,7 @@ from pathlib import Path
 import uvloop
 
 VERSION = "0.32.0"
+LONG = 100_000
 JSON = b'{"id": "chatcmpl-1", "object": "chat.completion", "choices": [{"message": {"content": "%s"}}]}' % (b"x" * 166)
 WHOLE = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(JSON), JSON)
 EMPTY = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"
@@ -40,6 +42,7 @@ class Connection(asyncio.Protocol):
         self.buffer = b""
         self.paused = False
         self.left = 0
+        self.pause = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
@@ -68,7 +71,7 @@ class Connection(asyncio.Protocol):
             if not body:
                 self.transport.write(EMPTY)
             elif b'"stream"' in body:
-                self.left = self.events
+                self.left, self.pause = (LONG, 0.0) if b'"long"' in body else (self.events, self.interval)
                 self.transport.write(STREAM_HEAD)
                 self.next_event()
             else:
@@ -78,15 +81,15 @@ class Connection(asyncio.Protocol):
         if self.left < 0:
             return
         if self.paused:
-            self.loop.call_later(self.interval, self.next_event)
+            self.loop.call_later(0.01, self.next_event)
             return
         if self.left == 0:
             self.transport.write(END)
             return
         self.left -= 1
         self.transport.write(EVENT)
-        if self.interval:
-            self.loop.call_later(self.interval, self.next_event)
+        if self.pause:
+            self.loop.call_later(self.pause, self.next_event)
         else:
             self.loop.call_soon(self.next_event)
 

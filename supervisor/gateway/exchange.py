@@ -54,6 +54,8 @@ UNKNOWN_VERSION = Refusal(505, "HTTP/1.1 and HTTP/1.0 are spoken here.", "http_v
 UNKNOWN_CODING = Refusal(501, "Transfer-Encoding other than 'chunked' is not supported.")
 TWO_HOSTS = Refusal(400, "The request has more than one Host.", "bad_request")  # RFC 9112, 3.2
 CHUNKS_BEFORE_1_1 = Refusal(400, "HTTP/1.0 has no Transfer-Encoding.", "bad_request")  # RFC 9112, 6.1
+FRAMES_OR_BODY = Refusal(400, "A request for a WebSocket has no body.", "bad_request")
+NO_TUNNELS = Refusal(501, "CONNECT is not supported.", "bad_request")
 NO_HEADERS: list[tuple[bytes, bytes]] = []
 # What vLLM's API server answers to everything in flight in the moment its EngineCore dies.
 DOUBTED = frozenset({500, 503})
@@ -143,10 +145,13 @@ class Exchange:
     def build_request_head(self) -> Refusal | None:
         """Writes the head that vLLM will see. A refusal where HTTP leaves no honest way to pass the request on."""
         refusal = head_limits(self.target, self.headers) if self.known_version else UNKNOWN_VERSION
+        if self.method == b"CONNECT":
+            refusal = NO_TUNNELS
         if refusal is not None:
             return self._unfit(refusal)
         lines = [self.method, b" ", self.target, b" HTTP/1.1\r\n"]
         has_host = False
+        body_left = self.body_left
         named: frozenset[bytes] = frozenset()
         for name, value in self.headers:
             lower = name.lower()
@@ -175,11 +180,12 @@ class Exchange:
                     self.expects_continue = True
                     lines += (name, b": ", value, b"\r\n")
             elif lower == b"upgrade":
-                if value.lower() == b"websocket" and self.protocol.parser.should_upgrade() and self.method == b"GET":
-                    self.upgrading = True
+                if self.upgrading and value.lower() == b"websocket":
                     lines.append(b"Connection: Upgrade\r\nUpgrade: websocket\r\n")
             elif lower == b"connection" and value.lower() not in (b"close", b"keep-alive"):
                 named |= {token.strip() for token in value.lower().split(b",")} - {b""}
+        if self.upgrading and (self.chunked or self.body_left != body_left):
+            return self._unfit(FRAMES_OR_BODY)
         if not self.request_id:
             self.request_id = self.protocol.gateway.new_id()
         if not has_host:
@@ -536,6 +542,12 @@ class Exchange:
             else:
                 protocol.transport.close()
         protocol.on_response_complete()
+
+
+def asks_for_websocket(method: bytes, headers: list[tuple[bytes, bytes]]) -> bool:
+    return method == b"GET" and any(
+        name.lower() == b"upgrade" and value.lower() == b"websocket" for name, value in headers
+    )
 
 
 class _Doubted:

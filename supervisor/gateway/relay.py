@@ -15,7 +15,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from supervisor.gateway.errors import Refusal
-from supervisor.gateway.exchange import Exchange
+from supervisor.gateway.exchange import Exchange, asks_for_websocket
 from supervisor.gateway.heads import Latest, RequestHead, split
 from supervisor.gateway.policy import HEAD_LIMIT, HEAD_TOO_LARGE
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from supervisor.gateway.app import Gateway
 
 VERSIONS = ("1.1", "1.0")
+FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 # Seconds in which a client that was refused may still send its body, and read why.
 LINGER = 2.0
 HEAD_TOO_SLOW = Refusal(408, "The request's head did not come in time.", code="request_timeout")
@@ -46,6 +47,8 @@ class RelayProtocol(HttpToolsProtocol):
         self.active_at = self.gateway.clock  # when the client did something, or was answered, last
         self.stuck_at = 0.0  # since when the client does not take its answer; 0: it does
         self.tunnel: Exchange | None = None  # a WebSocket
+        self.framing = b""  # of a request that offers another protocol: the header lines that tell its body's length
+        self.reading_on = False  # its head is read for the second time
         self.lingering = False  # answered and half closed; whatever still comes is thrown away
         self.private = False  # from the queue worker, over a socket that nobody else can open
 
@@ -101,24 +104,38 @@ class RelayProtocol(HttpToolsProtocol):
 
     def _parse(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
-        self.head_read += len(data)
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserCallbackError as error:
-            if not isinstance(error.__context__, _Over):
-                raise
-        except httptools.HttpParserError:
-            self.send_400_response("The request is not valid HTTP/1.1.")
-        except httptools.HttpParserUpgrade as upgrade:
-            exchange = self.incoming
-            if exchange is not None and exchange.upgrading and not exchange.response_complete:
-                self.tunnel = exchange
-                if rest := data[upgrade.args[0] :]:
-                    exchange.tunnel_data(rest)
-            # any other protocol: it was relayed without, and its connection closes after the answer
-        else:
-            if self.head_read > HEAD_LIMIT and not self.between and self.incoming is None:
-                self._refuse_without_a_request(HEAD_TOO_LARGE)
+        while data and not self.lingering:
+            self.head_read += len(data)
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserCallbackError as error:
+                if not isinstance(error.__context__, _Over):
+                    raise
+                return
+            except httptools.HttpParserError:
+                self.send_400_response("The request is not valid HTTP/1.1.")
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                data = self._upgrade(data[upgrade.args[0] :])
+            else:
+                if self.head_read > HEAD_LIMIT and not self.between and self.incoming is None:
+                    self._refuse_without_a_request(HEAD_TOO_LARGE)
+                return
+
+    def _upgrade(self, rest: bytes) -> bytes:
+        """The parser stops behind a head that offers another protocol. Returns what is to be parsed next."""
+        exchange = self.incoming
+        if exchange is None or not exchange.upgrading:
+            # `curl --http2` and Java's client offer h2c with every POST. Nobody takes them up: HTTP/1.1 goes on, by a
+            # parser that is told of the body what the first one was told.
+            self.parser = httptools.HttpRequestParser(self)
+            self.reading_on = True
+            return b"POST / HTTP/1.1\r\n%b\r\n%b" % (self.framing, rest)
+        if not exchange.response_complete:
+            self.tunnel = exchange
+            if rest:
+                exchange.tunnel_data(rest)
+        return b""
 
     def on_response_complete(self) -> None:
         """uvicorn's, without a timer for each request: `check_time` looks at all connections at once."""
@@ -175,6 +192,8 @@ class RelayProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         if self.lingering:
             raise _Over  # what is behind a request that was refused for good is not read
+        if self.reading_on:
+            return
         self.between = False
         self.url = b""
         self.headers = []
@@ -183,10 +202,20 @@ class RelayProtocol(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         self.headers.append((name, value))
 
+    def on_url(self, url: bytes) -> None:
+        if not self.reading_on:
+            self.url += url
+
     def on_headers_complete(self) -> None:
+        if self.reading_on:
+            self.reading_on = False
+            self.headers = []
+            return
         target, headers = self.url, self.headers
         self.head_read = 0
         path = target.partition(b"?")[0]
+        if self.parser.should_upgrade():
+            self.framing = b"".join(b"%b: %b\r\n" % field for field in headers if field[0].lower() in FRAMING)
         if not target.startswith(b"/"):
             target, path = _origin_form(target)
         if path in self.gateway.own_paths and self.parser.get_http_version() in VERSIONS:
@@ -196,8 +225,10 @@ class RelayProtocol(HttpToolsProtocol):
         version = self.parser.get_http_version()
         exchange.http11 = version == "1.1"
         exchange.known_version = version in VERSIONS
-        # After an upgrade the parser reads no further request, whatever vLLM makes of it.
-        exchange.keep_alive = exchange.http11 and self.parser.should_keep_alive() and not self.parser.should_upgrade()
+        exchange.keep_alive = exchange.http11 and self.parser.should_keep_alive()
+        if self.parser.should_upgrade() and asks_for_websocket(exchange.method, headers):
+            exchange.upgrading = True
+            exchange.keep_alive = False  # what comes behind it are frames, whatever vLLM makes of it
         self.incoming = exchange
         self.headers = []  # what comes now are trailers
         before, self.cycle = self.cycle, cast(Any, exchange)
@@ -221,6 +252,8 @@ class RelayProtocol(HttpToolsProtocol):
             self.incoming.request_data(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade() and (self.incoming is None or not self.incoming.upgrading):
+            return  # its body is yet to be read
         self.between = True
         if self.incoming is None:
             super().on_message_complete()

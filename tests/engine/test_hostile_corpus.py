@@ -83,6 +83,10 @@ REFUSED = {
     "HTTP/3.0": b"GET /fake/echo/x HTTP/3.0\r\n" + HOST + b"\r\n",
     "TLS": bytes.fromhex("1603010200010001fc0303") + b"\x00" * 100,
     "CONNECT": b"CONNECT 127.0.0.1:22 HTTP/1.1\r\n" + HOST + b"\r\n",
+    "CONNECT with a body": b"CONNECT h:1 HTTP/1.1\r\n" + HOST + b"Content-Length: %d\r\n\r\n" % len(GET) + GET,
+    "a WebSocket with a body": (
+        ECHO.replace(b"POST", b"GET") + b"Connection: Upgrade\r\nUpgrade: websocket\r\nContent-Length: 5\r\n\r\n" + GET
+    ),
     "odd method": b"G\xffT /fake/echo/x HTTP/1.1\r\n" + HOST + b"\r\n",
     "endless target": b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\n" + HOST + b"\r\n",
 }  # fmt: skip

@@ -488,8 +488,17 @@ def test_transfer_coding_that_is_not_chunked(running: Supervisor) -> None:
 def test_upgrade_is_relayed_without_it(running: Supervisor) -> None:
     with running.connect() as raw:
         answer = raw.send(get("/fake/echo/u", "1.1", "Connection: Upgrade", "Upgrade: h2c")).answer()
-    assert not {name.lower() for name, _ in answer.json()["headers"]} & {"upgrade", "connection"}  # type: ignore[index]
-    assert answer.headers["connection"] == "close"
+        assert not {name.lower() for name, _ in answer.json()["headers"]} & {"upgrade", "connection"}  # type: ignore[index]
+        own = [raw.send(get("/health", "1.1", "Connection: Upgrade", "Upgrade: h2c")).answer() for _ in range(2)]
+    assert [answer.status for answer in own] == [200, 200]
+
+
+def test_many_offers_of_another_protocol_in_one_write(running: Supervisor) -> None:
+    """As `curl --http2` and Java's client make them, bodies and all."""
+    head = b"POST /fake/echo/u HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: 2\r\n\r\n"
+    with running.connect() as raw:
+        raw.send((head + b"ab") * 500)
+        assert {raw.answer().json()["body_len"] for _ in range(500)} == {2}
 
 
 # Limits
