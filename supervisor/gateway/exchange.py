@@ -19,6 +19,7 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
 from supervisor.gateway.counts import CLIENT_GONE
 from supervisor.gateway.errors import Refusal
+from supervisor.gateway.frames import GOING_AWAY, INTERNAL_ERROR, Frames, close_frame
 from supervisor.gateway.heads import RequestHead, WholeHead
 from supervisor.gateway.policy import head_limits
 from supervisor.gateway.upstream import (
@@ -106,7 +107,7 @@ class Exchange:
     response_complete = False
     disconnected = False
     upgrading = False  # asks for a WebSocket
-    tunnel = False  # has one: bytes pass both ways, whatever they are
+    frames: Frames | None = None  # has one: bytes pass both ways, whatever they are
     early: tuple[bytes, ...] = ()  # frames that came before the WebSocket was there
     status = 0  # of the answer, once there is one
     body_left = sys.maxsize  # bytes that the request's body may still have; jobs have RunPod's limit
@@ -410,6 +411,8 @@ class Exchange:
                 self.torn = False
                 return
             self.latest = data
+        elif self.frames is not None:
+            self.frames.feed(data)
         self._write(data)
 
     def _write(self, data: bytes) -> None:
@@ -424,6 +427,8 @@ class Exchange:
             self._start_answer()
         if self.partial:
             self._write(self.partial)
+        if self.frames is not None and not self.frames.closed:
+            self._close_frames(INTERNAL_ERROR, "The engine closed the connection.")
         self._complete()
 
     def response_lost(self, error: UpstreamError) -> None:
@@ -457,7 +462,9 @@ class Exchange:
     def response_switched(self, head: ResponseHead, data: bytes) -> None:
         """vLLM opened the WebSocket; `data` may hold its first frames."""
         self.status = head.status
-        self.tunnel = self.response_started = True
+        self.response_started = True
+        self.frames = Frames()
+        self.frames.feed(data)
         self._count(head.status)
         self.kept = None
         self.protocol.tunnel = self
@@ -470,14 +477,21 @@ class Exchange:
 
     def tunnel_data(self, data: bytes) -> None:
         """From the client: frames, or what it sent before it knew whether there would be any."""
-        if not self.tunnel:
+        if self.frames is None:
             self.early = (*self.early, data)
             self.protocol.flow.pause_reading()  # it is to wait
         elif self.connection is not None:
             self.connection.write(data)
 
+    def _close_frames(self, code: int, reason: str) -> None:
+        """Ends a WebSocket that vLLM did not end, where that can be said: within a frame it were part of a message."""
+        assert self.frames is not None
+        if self.frames.between:
+            self.protocol.transport.write(close_frame(code, reason))
+            self.body_left = -1  # what the client still sends, its own close among it, is read and thrown away
+
     def pause_request(self) -> None:
-        if not self.request_complete or self.tunnel:
+        if not self.request_complete or self.frames is not None:
             self.protocol.flow.pause_reading()
 
     def resume_request(self) -> None:
@@ -523,6 +537,9 @@ class Exchange:
             if self.dechunker is None:
                 events = (b"%x\r\n%b\r\n" % (len(events), events) if events else b"") + b"0\r\n\r\n"
             self.protocol.transport.write(events)
+            self._complete()
+        elif self.frames is not None:
+            self._close_frames(GOING_AWAY if refusal.code == "shutting_down" else INTERNAL_ERROR, refusal.message)
             self._complete()
         else:
             self.client_gone()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +83,43 @@ def test_a_client_that_does_not_read_is_waited_for(served: Supervisor) -> None:
         socket.send("flood 400")  # 26 MB
         received = sum(len(socket.recv(timeout=20)) for _ in range(400))
         assert received == 400 * 65536
+
+
+@pytest.mark.parametrize("before", ["x", "ä" * 70_000, b"\x00" * 300])
+def test_when_the_engine_dies_the_client_gets_a_close_frame(before: str | bytes) -> None:
+    with Supervisor("m", vllm=f"{sys.executable} {PROGRAM}", environ={"SUPERVISOR_API_KEYS": KEY}) as supervisor:
+        supervisor.ready()
+        pid = int(supervisor.client.get("/status", headers={"X-API-Key": KEY}).json()["pid"])
+        with opened(supervisor) as socket:
+            socket.send(before)
+            assert socket.recv(timeout=10) == before
+            os.kill(pid, signal.SIGKILL)
+            with pytest.raises(ConnectionClosed) as caught:
+                socket.recv(timeout=10)
+    assert caught.value.rcvd is not None, "no close frame came"
+    assert (caught.value.rcvd.code, caught.value.rcvd.reason) == (1011, "The engine closed the connection.")
+
+
+def test_when_the_engine_dies_within_a_frame_nothing_is_put_into_it() -> None:
+    """What would be a close frame elsewhere were the message's own bytes there."""
+    with Supervisor("m", vllm=f"{sys.executable} {PROGRAM}", environ={"SUPERVISOR_API_KEYS": KEY}) as supervisor:
+        supervisor.ready()
+        with opened(supervisor) as socket, pytest.raises(ConnectionClosed) as caught:
+            socket.send("half a frame")
+            socket.recv(timeout=10)
+    assert caught.value.rcvd is None
+
+
+def test_a_drain_that_takes_too_long_says_that_the_server_goes() -> None:
+    environ = {"SUPERVISOR_API_KEYS": KEY, "SUPERVISOR_DRAIN_TIMEOUT": "0.3"}
+    with Supervisor("m", vllm=f"{sys.executable} {PROGRAM}", environ=environ) as supervisor:
+        supervisor.ready()
+        with opened(supervisor) as socket:
+            supervisor.signal(signal.SIGTERM)
+            with pytest.raises(ConnectionClosed) as caught:
+                socket.recv(timeout=10)
+    assert caught.value.rcvd is not None
+    assert caught.value.rcvd.code == 1001
 
 
 def test_frames_that_come_with_the_request_are_passed_on(running: Supervisor) -> None:

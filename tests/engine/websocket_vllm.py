@@ -4,11 +4,14 @@
     SUPERVISOR_VLLM="PYTHON tests/engine/websocket_vllm.py" supervisor up m
 
 `/v1/realtime` sends back what it gets, texts and bytes, under the subprotocol that was asked for; the text `close CODE
-REASON` ends it with that code; `flood N` sends N messages of 64 KiB; a first header `x-refuse` is answered with 403.
+REASON` ends it with that code; `flood N` sends N messages of 64 KiB; `half a frame` dies in the middle of one; a first
+header `x-refuse` is answered with 403.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from typing import Any
 
@@ -32,6 +35,11 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
                 _, code, reason = text.split(" ", 2)
                 await send({"type": "websocket.close", "code": int(code), "reason": reason})
                 return
+            if text == "half a frame":
+                # Behind uvicorn's back: a frame of 100 bytes, of which 10 come.
+                connection = send.__self__.transport.get_extra_info("socket")
+                os.write(connection.fileno(), b"\x82\x64" + b"z" * 10)
+                os.kill(os.getpid(), signal.SIGKILL)
             if text.startswith("flood "):
                 for _ in range(int(text.split()[1])):
                     await send({"type": "websocket.send", "bytes": b"z" * 65536})

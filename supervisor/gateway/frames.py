@@ -1,0 +1,43 @@
+"""Where the frames of a WebSocket end (RFC 6455, 5.2), so that its own end can be told by one."""
+
+from __future__ import annotations
+
+GOING_AWAY, INTERNAL_ERROR = 1001, 1011
+_CLOSE = 8
+_MORE_LENGTH = {126: 2, 127: 8}
+_REASON_LIMIT = 123  # a control frame has 125 bytes at most, and two are the code
+
+
+class Frames:
+    """Watches what vLLM sends. `between`: no frame is under way; `closed`: one of them was its close."""
+
+    def __init__(self) -> None:
+        self.left = 0  # bytes of the frame that is under way
+        self.head = b""  # of a frame, as far as it has come
+        self.closed = False
+
+    @property
+    def between(self) -> bool:
+        return not self.left and not self.head
+
+    def feed(self, data: bytes) -> None:
+        while len(data) > self.left:
+            data = self.head + data[self.left :]
+            self.left = 0
+            self.head = data[:14]
+            if len(data) < 2:
+                return
+            length, masked = data[1] & 127, data[1] >> 7
+            more = _MORE_LENGTH.get(length, 0)
+            size = 2 + more + 4 * masked
+            if len(data) < size:
+                return
+            self.head = b""
+            self.closed = self.closed or data[0] & 15 == _CLOSE
+            self.left = size + (int.from_bytes(data[2 : 2 + more]) if more else length)
+        self.left -= len(data)
+
+
+def close_frame(code: int, reason: str) -> bytes:
+    payload = code.to_bytes(2) + reason.encode()[:_REASON_LIMIT]
+    return bytes((0x80 | _CLOSE, len(payload))) + payload
