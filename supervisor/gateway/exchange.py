@@ -112,6 +112,7 @@ class Exchange:
     status = 0  # of the answer, once there is one
     body_left = sys.maxsize  # bytes that the request's body may still have; jobs have RunPod's limit
     verdict: Verdict | None = None
+    refusal: Refusal | None = None  # of its head, read before its turn came
 
     def __init__(
         self, protocol: RelayProtocol, method: bytes, target: bytes, path: bytes, headers: list[tuple[bytes, bytes]]
@@ -211,7 +212,7 @@ class Exchange:
         gateway.exchanges.add(self)
         if self.request_complete and self.verdict is not None and self.body_left >= 0 and gateway.pass_on(self):
             return  # the common case: nothing is in its way
-        refusal = (None if self.request_head else self.build_request_head()) or gateway.check(self)
+        refusal = self.refusal or (None if self.request_head else self.build_request_head()) or gateway.check(self)
         if refusal is None and self.body_left < 0:
             refusal = gateway.policy.too_large()
         if refusal is not None:
@@ -222,8 +223,8 @@ class Exchange:
     def request_data(self, data: bytes) -> None:
         if self.chunked:
             self.body_left -= len(data)
-            if self.body_left < 0:
-                self._too_much()
+            if self.body_left < 0 and (self.response_complete or self.protocol.answering is self):
+                self._too_much()  # or else when its turn has come
         if self.response_complete:
             return  # answered early: the rest is read and thrown away, so that the connection stays usable
         if self.chunked:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 VERSIONS = ("1.1", "1.0")
 FRAMING = frozenset({b"content-length", b"transfer-encoding"})
+# Requests that may wait behind the one that is answered, before no more is read.
+PIPELINED = 8
 # Seconds in which a client that was refused may still send its body, and read why.
 LINGER = 2.0
 HEAD_TOO_SLOW = Refusal(408, "The request's head did not come in time.", code="request_timeout")
@@ -43,7 +45,8 @@ class RelayProtocol(HttpToolsProtocol):
         self.answering: Exchange | None = None  # whose answer is leaving
         self.latest: Latest[RequestHead] | None = None
         self.between = True  # whole requests: the parser expects a new one
-        self.head_read = 0  # bytes read since a request began, until its head is complete
+        self.in_head = False  # of a request that has begun
+        self.head_read = 0  # bytes read since the last head, request, or byte of a body was complete
         self.active_at = self.gateway.clock  # when the client did something, or was answered, last
         self.stuck_at = 0.0  # since when the client does not take its answer; 0: it does
         self.tunnel: Exchange | None = None  # a WebSocket
@@ -118,7 +121,7 @@ class RelayProtocol(HttpToolsProtocol):
             except httptools.HttpParserUpgrade as upgrade:
                 data = self._upgrade(data[upgrade.args[0] :])
             else:
-                if self.head_read > HEAD_LIMIT and not self.between and self.incoming is None:
+                if self.head_read > HEAD_LIMIT and not self.between:
                     self._refuse_without_a_request(HEAD_TOO_LARGE)
                 return
 
@@ -139,8 +142,8 @@ class RelayProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """uvicorn's, without a timer for each request: `check_time` looks at all connections at once."""
-        if self.transport.is_closing():
-            return
+        if self.transport.is_closing() or self.lingering:
+            return  # what is behind this request is not answered
         self.active_at = self.gateway.clock
         self.flow.resume_reading()
         if self.pipeline:
@@ -195,6 +198,7 @@ class RelayProtocol(HttpToolsProtocol):
         if self.reading_on:
             return
         self.between = False
+        self.in_head = True
         self.url = b""
         self.headers = []
         self.incoming = None
@@ -213,6 +217,7 @@ class RelayProtocol(HttpToolsProtocol):
             return
         target, headers = self.url, self.headers
         self.head_read = 0
+        self.in_head = False
         path = target.partition(b"?")[0]
         if self.parser.should_upgrade():
             self.framing = b"".join(b"%b: %b\r\n" % field for field in headers if field[0].lower() in FRAMING)
@@ -235,7 +240,10 @@ class RelayProtocol(HttpToolsProtocol):
         if before is None or before.response_complete:
             exchange.start()
         else:
-            self.flow.pause_reading()
+            # Its head is read now: how its body is framed must be known before the body comes.
+            exchange.refusal = exchange.build_request_head()
+            if len(self.pipeline) >= PIPELINED:  # reading on shows when the client goes
+                self.flow.pause_reading()
             self.pipeline.appendleft((cast(Any, exchange), self.app))
 
     def _leave_to_uvicorn(self, target: bytes, headers: list[tuple[bytes, bytes]]) -> None:
@@ -246,6 +254,7 @@ class RelayProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
+        self.head_read = 0
         if self.incoming is None:
             super().on_body(body)
         else:
@@ -255,6 +264,7 @@ class RelayProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade() and (self.incoming is None or not self.incoming.upgrading):
             return  # its body is yet to be read
         self.between = True
+        self.head_read = 0
         if self.incoming is None:
             super().on_message_complete()
         else:
@@ -292,6 +302,9 @@ class RelayProtocol(HttpToolsProtocol):
             return
         if self.cycle is not None and not self.cycle.response_complete:
             self.transport.abort()  # an answer is under way: a second one in its midst would corrupt it
+            return
+        if not self.between and not self.in_head:
+            self.linger()  # the rest of a request that was answered early: there is no second answer to it
             return
         head, body = refusal.head_and_body(b"", self.gateway.new_id())
         self.transport.write(head + b"Connection: close\r\n\r\n" + body)

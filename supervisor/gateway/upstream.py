@@ -26,6 +26,10 @@ HEAD_LIMIT = 64 * 1024
 HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"te", b"transfer-encoding", b"upgrade"})
 
 
+# What a reason may be made of.
+TEXT = bytes([9, *range(32, 127), *range(128, 256)])
+
+
 class Framing(Enum):
     """How the end of a response body is known."""
 
@@ -54,13 +58,16 @@ class Unanswered(Disconnected):
 class ResponseHead:
     """Status, reason, and the header lines that may travel on (hop-by-hop ones are gone)."""
 
-    __slots__ = ("fields", "framing", "has_request_id", "is_sse", "reason", "status")
+    __slots__ = ("fields", "framing", "has_request_id", "is_sse", "length", "reason", "status")
 
     def __init__(self, status: int, reason: bytes, headers: list[tuple[bytes, bytes]]) -> None:
         self.status = status
         self.reason = reason
+        if status < 100 or reason.translate(None, TEXT):
+            raise UpstreamError("vLLM's answer has no valid status line")
         self.has_request_id = False
         self.is_sse = False
+        self.length = 0
         framing = Framing.CLOSE
         named: frozenset[bytes] = frozenset()
         for name, value in headers:
@@ -77,6 +84,7 @@ class ResponseHead:
                 continue
             if lower == b"content-length":
                 framing = Framing.LENGTH
+                self.length = int(value)
             elif lower == b"content-type":
                 self.is_sse = value.startswith(b"text/event-stream")
             elif lower == b"x-request-id":
@@ -142,6 +150,8 @@ class UpstreamConnection(asyncio.Protocol):
         self.keep_alive = False
         self.request_sent = False
         self.message_complete = False
+        self.previous = b""  # what came of the body last
+        self.body_read = 0
         self.in_chunk = False  # between a chunk's size and its last byte
 
     # What the sink calls
@@ -225,10 +235,16 @@ class UpstreamConnection(asyncio.Protocol):
                 data = self._feed_head(data, sink)
                 if self.sink is not sink or self.tunnel:
                     return
+                if self.in_head:
+                    key = None  # that of an interim answer
             if data:
                 if self.message_complete:
                     raise UpstreamError("vLLM sent more than its answer")
                 self.parser.feed_data(data)
+                self.body_read += len(data)
+                if self.message_complete and not self._ends_well(data):
+                    raise UpstreamError("vLLM sent more than its answer")
+                self.previous = data if len(data) >= 4 else (self.previous + data)[-4:]
                 sink.response_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._fail(sink, f"vLLM's answer is not valid HTTP/1.1 ({error})")
@@ -239,6 +255,14 @@ class UpstreamConnection(asyncio.Protocol):
                 if key is not None and (head := self._memorable(sink)) is not None:
                     self.upstream.heads.learn(key, head)
                 self._finish(sink)
+
+    def _ends_well(self, data: bytes) -> bool:
+        """The parser passes over line ends behind an answer; nothing may lie there."""
+        head = self.head
+        if head is None or head.framing is not Framing.CHUNKED:
+            return head is None or self.body_read == head.length
+        end = (self.previous[-4:] + data)[-5:]
+        return end.endswith(b"\r\n\r\n") and end[:1] not in (b"\r", b"\n")
 
     def _memorable(self, sink: Sink) -> WholeHead | None:
         """The head of an answer that came as a whole, to be known when it comes again."""
@@ -282,6 +306,7 @@ class UpstreamConnection(asyncio.Protocol):
             sent = self.request_sent
             self._expect_head()
             self.request_sent = sent
+            self.answered = True
         else:
             self.in_head = False
             if sink.is_head:

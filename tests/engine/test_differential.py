@@ -824,6 +824,8 @@ def short(value: object) -> str:
 
 # The tests
 
+# Seen or not, as the chance is: nginx sends such a request again where its connection to the upstream was a kept one.
+MAY_DIFFER = {"answer closed in the head": [("upstream", "request", "request request")]}
 # What the gateway does wrong, by case, until it is mended.
 KNOWN_FAULTS: dict[str, str] = {}
 
@@ -866,7 +868,7 @@ def test_the_gateway_does_what_nginx_does(gateway: Supervisor, nginx: int, recor
             seen = converse(port, case.pieces, case.methods, half_close=case.half_close, probes=case.probes)
             observed.append(Observed(seen, records.take()))
         found = sorted(compare(*observed))
-        if found == sorted(expected):
+        if found in (sorted(expected), MAY_DIFFER.get(case.name)):
             return
     assert found == sorted(expected)
 

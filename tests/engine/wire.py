@@ -70,7 +70,7 @@ def answers_in(data: bytes, methods: Sequence[bytes], closed: bool) -> tuple[lis
         rest = data[end + 4 :]
         method = methods[finals] if finals < len(methods) else b"GET"
         if answer.status >= 200 and answer.status not in (204, 304) and method != b"HEAD":
-            whole = _read_body(answer, rest, closed)
+            whole = read_body(answer, rest, closed)
             if whole is None:
                 break
             rest = whole
@@ -80,7 +80,7 @@ def answers_in(data: bytes, methods: Sequence[bytes], closed: bool) -> tuple[lis
     return found, data
 
 
-def _read_body(answer: Answer, data: bytes, closed: bool) -> bytes | None:
+def read_body(answer: Answer, data: bytes, closed: bool) -> bytes | None:
     """Fills in the body and returns what lies behind it; None where it is not complete."""
     codings = [value for name, value in answer.headers if name.lower() == b"transfer-encoding"]
     lengths = [value for name, value in answer.headers if name.lower() == b"content-length"]
