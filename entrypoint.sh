@@ -2,6 +2,7 @@
 # What `docker run IMAGE ...` runs:
 #
 #   (nothing), up ..., explain, doctor ...    that verb of the supervisor; nothing means `up`
+#   serve                                     `up` on SageMaker, which gives this argument
 #   --port 9000, Qwen/Qwen3-0.6B, /models/m   `supervisor up` with these arguments
 #   vllm ..., bash, any other command         that command, without the supervisor
 #
@@ -14,6 +15,11 @@ case ${1:-up} in
     up | explain | doctor | status | job | fetch | -h | --help | --version)
         if [ "$#" -eq 0 ] || [ -z "$1" ]; then set -- up; fi
         exec "$supervisor" "$@"
+        ;;
+    serve)
+        shift
+        export SAGEMAKER_BIND_TO_PORT="${SAGEMAKER_BIND_TO_PORT:-8080}"
+        exec "$supervisor" up "$@"
         ;;
     -*)
         exec "$supervisor" up "$@"

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from supervisor.settings import catalogue as catalogues
-from supervisor.settings.aliases import ALIASES, FORMER, OWNED, ZERO_MEANS_UNSET
+from supervisor.settings.aliases import ALIASES, FORMER, OWNED, SAGEMAKER, ZERO_MEANS_UNSET
 from supervisor.settings.catalogue import BOUNDS, Catalogue, Option
 from supervisor.settings.knobs import KNOBS, Knob
+from supervisor.settings.platform import SAGEMAKER_PORT
 from supervisor.settings.platform import defaults as platform_defaults
 from supervisor.settings.removed import REMOVED, REMOVED_ENVIRONMENT
 from supervisor.settings.vllm import PINNED
@@ -159,6 +160,7 @@ KNOB_EXAMPLES: dict[str, object] = {
     "rate_limit": 600,
     "tls_cert": "/tls/tls.crt",
     "tls_key": "/tls/tls.key",
+    "volume": "/data",
     "cache_dir": "/path",
 }
 # The supervisor's settings that the Hub offers. The others are for those who read docs/settings.md.
@@ -267,7 +269,8 @@ def docs(options: Catalogue) -> str:
         "",
         "## Names that other workers use",
         "",
-        "They work as they are. Where both are set, ours wins.",
+        f"They work as they are. Where both are set, ours wins. `{SAGEMAKER}` in front of any name is read as well, and after",
+        "it, as in vLLM's and AWS's own images for SageMaker; there, an empty value switches a yes-or-no option on.",
         "",
         "| ours | also |",
         "| --- | --- |",
@@ -335,7 +338,12 @@ def _as_text(value: object) -> str:
 
 def _knob_default(knob: Knob) -> str:
     texts = [f"`{knob.default}`" if knob.default else ""]
-    for mode, environ, where in (("queue", {}, "queue"), ("http", {"RUNPOD_ENDPOINT_ID": "x"}, "load balancer")):
+    platforms: tuple[tuple[str, dict[str, str], str], ...] = (
+        ("queue", {}, "queue"),
+        ("http", {"RUNPOD_ENDPOINT_ID": "x"}, "load balancer"),
+        ("http", {SAGEMAKER_PORT: "8080"}, "SageMaker"),
+    )
+    for mode, environ, where in platforms:
         value = platform_defaults(mode, environ)[1].get(knob.variable)
         texts.append(f"{where}: `{value}`" if value else "")
     return "; ".join(filter(None, texts))

@@ -33,7 +33,9 @@ MAIN = "main"
 CHUNK = 64 * 1024
 # The hub keeps these in its large-file storage; their ETag is a SHA-256, that of others git's blob id.
 LARGE = {".safetensors", ".bin", ".gguf", ".pt", ".pth", ".onnx"}
-API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/(?P<verb>revision|tree|paths-info)/(?P<rest>.+))?")
+API = re.compile(
+    r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/(?P<verb>revision|tree|paths-info|auth-check)(?:/(?P<rest>.+))?)?"
+)
 FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 
@@ -164,7 +166,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         who = token if scheme == "Bearer" else None
         if found := API.fullmatch(path):
             where, _, below = (found["rest"] or MAIN).partition("/")
-            revision = self.hub.revision(found["repo"], where, who, reads=False)
+            revision = self.hub.revision(found["repo"], where, who, reads=found["verb"] == "auth-check")
             query = parse_qs(url.query)
             if found["verb"] == "tree":
                 answer: object = list(revision.tree(below, query.get("recursive", ["false"])[0].lower() == "true"))

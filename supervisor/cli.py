@@ -36,7 +36,13 @@ def parser() -> argparse.ArgumentParser:
     up = verbs.add_parser("up", help="serve a model", allow_abbrev=False)
     explain = verbs.add_parser("explain", help="show every setting, its source, and vLLM's command", allow_abbrev=False)
     explain.add_argument("--json", action="store_true", help="for machines")
-    for verb in (up, explain):
+    status = verbs.add_parser(
+        "status", help="ask a running supervisor how it is; exit code 0 where it is ready", allow_abbrev=False
+    )
+    status.add_argument("--url", metavar="URL", help="one on another machine, such as http://gpu1:8000")
+    status.add_argument("--json", action="store_true", help="all that it tells, for machines")
+    fetch = verbs.add_parser("fetch", help="download the model, or say where it is", allow_abbrev=False)
+    for verb in (up, explain, fetch):
         verb.add_argument("model", nargs="?", metavar="MODEL", help="a model's name on the hub, or a folder")
         verb.add_argument("--config", metavar="FILE", help="instead of ./config.yaml")
         verb.add_argument("--mode", metavar="MODE", help="auto, http or queue")
@@ -60,13 +66,16 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, Arguments]:
     parsed, unknown = parser().parse_known_args(argv[:at])
     if unknown:
         parser().error(_vllms_own(unknown))
-    return parsed, Arguments(parsed.model, parsed.config, parsed.mode, parsed.host, parsed.port, tuple(argv[at + 1 :]))
+    model, config, mode, host, port = (
+        getattr(parsed, name, None) for name in ("model", "config", "mode", "host", "port")
+    )
+    return parsed, Arguments(model, config, mode, host, port, tuple(argv[at + 1 :]))
 
 
 def main(argv: list[str] | None = None) -> None:
     parsed, given = arguments(sys.argv[1:] if argv is None else argv)
     try:
-        code = run(parsed, gather(given, os.environ))
+        code = ask(parsed) if parsed.verb == "status" else run(parsed, gather(given, os.environ))
     except SettingsError as error:
         from supervisor.settings import explain  # noqa: PLC0415
 
@@ -87,12 +96,22 @@ def _forget_closed_output() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def ask(parsed: argparse.Namespace) -> int:
+    from supervisor import status  # noqa: PLC0415
+
+    return status.show(parsed.url, os.environ, as_json=parsed.json)
+
+
 def run(parsed: argparse.Namespace, settings: Settings) -> int:
     if parsed.verb == "explain":
         from supervisor.settings import explain  # noqa: PLC0415
 
         explain.show(settings, as_json=parsed.json)
         return 0
+    if parsed.verb == "fetch":
+        from supervisor.fetch import fetch  # noqa: PLC0415
+
+        return fetch(settings)
     from supervisor.up import up  # noqa: PLC0415
 
     return up(settings)

@@ -16,13 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from supervisor.engine.process import EngineProcess
 from supervisor.engine.remains import Guard, Workspace, clean_leftovers, temporary_folder
-from supervisor.settings.command import build
+from supervisor.settings.command import served_name
 from supervisor.settings.sources import Settings, SettingsError
 from supervisor.settings.values import BadValue
+from supervisor.spawn import Spawn
 
 if TYPE_CHECKING:
+    from supervisor.engine.caches import Caches
+    from supervisor.engine.process import EngineProcess
     from supervisor.gateway.app import Gateway
     from supervisor.queue.child import Queue
     from supervisor.settings.secrets import Mask
@@ -62,7 +64,7 @@ def up(settings: Settings) -> int:
         raise SettingsError([f"no folder can be made in {base} ({error.strerror}): set TMPDIR"]) from error
     guard = Guard(workspace)
     try:
-        spawn = Spawn(settings, workspace, guard)
+        spawn = Spawn(settings, workspace, guard, _caches(settings))
         try:
             process = spawn()
         except OSError as error:
@@ -78,6 +80,20 @@ def up(settings: Settings) -> int:
         guard.dismiss()
 
 
+def _caches(settings: Settings) -> Caches | None:
+    """Compiled code is kept where there is a volume, or a folder for it; elsewhere vLLM's own folders do."""
+    kept = (settings.volume is not None and settings.volume.writable) or settings.knobs.cache_dir
+    if not kept or settings.is_demo:
+        return None
+    from supervisor.engine.caches import Caches  # noqa: PLC0415
+
+    model, version = str(settings.model.value).strip("/"), settings.vllm.version
+    try:
+        return Caches(temporary_folder(settings.environ), settings.cache / "compiled", version=version, model=model)
+    except OSError:  # a full disk, or somebody else's folder: vLLM's own do
+        return None
+
+
 def _fit(settings: Settings, folder: Path) -> bool:
     from supervisor.queue import fitness  # noqa: PLC0415  # in queue mode only
 
@@ -88,33 +104,6 @@ def _fit(settings: Settings, folder: Path) -> bool:
     print(f"supervisor: this machine is not fit ({name}): {reason}", file=sys.stderr)
     fitness.report(settings.environ, name, reason)
     return False
-
-
-class Spawn:
-    """Starts vLLM: `spawn()`, for the first time before the event loop, and again after each crash."""
-
-    def __init__(self, settings: Settings, workspace: Workspace, guard: Guard) -> None:
-        self.workspace = workspace
-        self.guard = guard
-        self.mask = settings.mask
-        self.colour = not settings.environ.get("NO_COLOR")
-        self.command = build(settings, str(workspace.socket), str(workspace.temporary))
-        self.latest: EngineProcess | None = None
-        self._noted: set[str] | None = None
-
-    def __call__(self) -> EngineProcess:
-        """Raises OSError."""
-        self.latest = EngineProcess(self.command, self.mask, self.colour)
-        self._noted = None
-        self.note(self.latest)
-        return self.latest
-
-    def note(self, process: EngineProcess) -> None:
-        """Tells the guard, and a later start, what would have to be removed."""
-        if self._noted != process.segments:
-            self._noted = set(process.segments)
-            self.guard.watch(process.pid, process.segments)
-            self.workspace.remember(process.pid, process.segments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +152,7 @@ def _listen(host: str, port: int | None) -> socket.socket:
 
 
 def _listen_privately(path: Path) -> socket.socket:
-    """For the queue worker. The folder is ours alone (0700)."""
+    """For the queue worker and `supervisor status`. The folder is ours alone (0700)."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(str(path))
     listener.listen(BACKLOG)
@@ -224,6 +213,17 @@ async def _run(start: _Start) -> int:
         except (UpstreamError, TimeoutError):
             return None
 
+    caches = start.spawn.caches
+
+    async def kept() -> None:
+        assert caches is not None
+        if told := await asyncio.to_thread(caches.keep):
+            log.info("%s", told)
+
+    async def restored() -> None:
+        assert caches is not None
+        log.info("%s", await asyncio.to_thread(caches.restore))
+
     warm: EngineProcess | None = None
 
     async def health() -> int | None:
@@ -263,6 +263,8 @@ async def _run(start: _Start) -> int:
         gateway.engine_changed()
         if queue is not None and engine.state.value in TOLD:
             queue.worker.tell(engine.state.value)
+        if engine.ready and caches is not None:
+            group.create_task(kept())
         if engine.ready and not engine.restarts:
             log.info("%s", invitation(settings, listeners, queue.simulator.url if queue and queue.simulator else ""))
 
@@ -291,6 +293,7 @@ async def _run(start: _Start) -> int:
         "model": settings.model.value,
         "mode": settings.mode,
         "vllm_version": settings.vllm.version,
+        "weights": start.spawn.weights.source,
         "command": start.spawn.mask.command(start.spawn.command.argv),
         **explain.facts(settings),
     }
@@ -315,23 +318,24 @@ async def _run(start: _Start) -> int:
         loop.add_signal_handler(number, engine.stop, number)
     for heard in start.pending:
         engine.stop(heard)
-    for warning in settings.warnings:
+    for warning in (*settings.warnings, *start.spawn.weights.passed_over):
         log.warning("%s", warning)
     where = f" on http://{address(listeners.front)}" if listeners.front else ""
     log.info("starting %s%s", settings.model.value, where or ", for RunPod's queue")
+    log.info("weights: %s", start.spawn.weights.source)
     if any(keys.file for keys in settings.keys) and not sys.stdin.isatty():
         loop.add_signal_handler(signal.SIGHUP, _read_keys_again, settings, gateway, start.spawn.mask)
     server = GatewayServer(gateway, CLOSE_PATIENCE, certificate=knobs.tls_cert, key=knobs.tls_key)
-    sockets = list(listeners.gateway)
+    sockets = [*listeners.gateway, _listen_privately(workspace.gateway)]
     async with asyncio.TaskGroup() as group:
         if settings.mode == "queue":
             from supervisor.queue.child import Queue  # noqa: PLC0415
 
-            path = workspace.path / "gateway.sock"
-            sockets.append(_listen_privately(path))
-            queue = Queue.start(settings, listeners.simulator, str(path), served_name(settings))
+            queue = Queue.start(settings, listeners.simulator, str(workspace.gateway), served_name(settings))
             group.create_task(queue.worker.run())
         group.create_task(server.run_on(sockets))
+        if caches is not None:
+            group.create_task(restored())
         code = await engine.run()
         if queue is not None:
             await queue.worker.finish(LAST_REPORTS, LAST_REPORTS)
@@ -359,12 +363,6 @@ def _read_keys_again(settings: Settings, gateway: Gateway, mask: Mask) -> None:
 def address(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def served_name(settings: Settings) -> str:
-    """The name that clients use for the model."""
-    names = settings.option("served_model_name")
-    return str(names[0] if names else settings.model.value)
 
 
 def invitation(settings: Settings, listeners: Listeners, simulator: str) -> str:

@@ -54,6 +54,16 @@ def clean_environment(**more: str) -> dict[str, str]:
     return found | more
 
 
+def self_signed(folder: Path) -> dict[str, str]:
+    """A certificate for 127.0.0.1, cert.pem and key.pem in `folder`, and the settings that name them."""
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem", "-out", "cert.pem",
+         "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"],
+        cwd=folder, check=True, capture_output=True,
+    )  # fmt: skip
+    return {"SUPERVISOR_TLS_CERT": str(folder / "cert.pem"), "SUPERVISOR_TLS_KEY": str(folder / "key.pem")}
+
+
 def session_of(pid: int) -> list[int]:
     """The living processes of a session, by its id."""
     found = []

@@ -56,6 +56,14 @@ def _rule(pattern: str, cause: str, remedy: str, *, permanent: bool = True) -> R
 
 # In this order: the specific before the general, the root before what follows from it.
 RULES = (
+    # The download's own words (weights/download.py).
+    _rule(r"(?:^|\n)weights: cannot be had: (?P<what>[^|\n]+) \| (?P<then>[^\n]+)", "{what}", "{then}"),
+    _rule(
+        r"(?:^|\n)weights: cannot be had now: (?P<what>[^|\n]+) \| (?P<then>[^\n]+)",
+        "{what}",
+        "{then}",
+        permanent=False,
+    ),
     _rule(
         r"unrecognized arguments: (?P<what>[^\n]+)",
         "vLLM does not know the option {what}.",

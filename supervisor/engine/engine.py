@@ -94,7 +94,7 @@ class Engine:
     def _take(self, process: EngineProcess) -> None:
         """Another run begins."""
         self.process = process
-        self.phases = Waterfall(process.spawned_at)
+        self.phases = Waterfall(process.spawned_at, fetches=process.command.fetches)
         self.served = False  # this run was ready once
         self.broken: str | None = None  # why we ended this run, where we did
         self.exited = asyncio.Event()
@@ -118,9 +118,9 @@ class Engine:
     def explanation(self) -> str:
         elapsed = time.monotonic() - self.phases.start
         if self.state is State.STARTING:
-            return f"The engine is starting: {self.phases.current}, {elapsed:.0f} s so far."
+            return f"The engine is starting: {self.phases.detail}, {elapsed:.0f} s so far."
         if self.state is State.RESTARTING:
-            phase = f"{self.phases.current}, {elapsed:.0f} s so far"
+            phase = f"{self.phases.detail}, {elapsed:.0f} s so far"
             return f"The engine is restarting: {phase}. It had stopped: {self.reason}"
         if self.state is State.FAILED:
             return f"The engine failed: {self.reason}"
@@ -132,6 +132,7 @@ class Engine:
             "since": self.since,
             "reason": self.reason,
             "phases": self.phases.as_rows(),
+            "progress": self.phases.progress,
             "restarts": self.restarts,
             "transitions": dict(self.transitions),
             "last_failure": self.last_failure,
@@ -253,7 +254,7 @@ class Engine:
                         delay = min(delay * POLL_GROWTH, SLOWEST_POLL)
         except TimeoutError:
             limit = f"{self.limits.startup:g} s (SUPERVISOR_STARTUP_TIMEOUT)"
-            self._send(Event.BROKEN, f"vLLM was not ready after {limit}, it was at: {self.phases.current}")
+            self._send(Event.BROKEN, f"vLLM was not ready after {limit}, it was at: {self.phases.detail}")
             return
         await self.watch.look()  # some 20 ms: from the first request on, the death of any part is known at once
         self._send(Event.READY, f"vLLM answers after {self.phases.finish():.1f} s")

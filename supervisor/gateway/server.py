@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 from collections.abc import Generator
@@ -40,6 +41,16 @@ class GatewayServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:
         yield  # the supervisor handles them
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """No TLS on the private socket, whatever the ports have: who asks there is the same user, on this machine."""
+        private = [listener for listener in sockets or [] if listener.family == socket.AF_UNIX]
+        await super().startup([listener for listener in sockets or [] if listener not in private])
+        for listener in private:
+            self.servers.append(await asyncio.get_running_loop().create_unix_server(self._protocol, sock=listener))
+
+    def _protocol(self) -> RelayProtocol:
+        return RelayProtocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
     async def run_on(self, sockets: list[socket.socket]) -> None:
         await self.serve(sockets)

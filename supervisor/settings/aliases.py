@@ -25,6 +25,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "SUPERVISOR_API_KEYS": ("VLLM_API_KEY",),
 }
 
+# Put before any of these names, and before vLLM's, by vLLM's and AWS's own images for SageMaker: SM_VLLM_MAX_MODEL_LEN.
+SAGEMAKER = "SM_VLLM_"
+
 _TLS = "set SUPERVISOR_TLS_CERT and SUPERVISOR_TLS_KEY, or end TLS in front of the supervisor"
 # Options of `vllm serve` that the supervisor sets itself -> what to do instead.
 OWNED: dict[str, str] = {
@@ -44,7 +47,7 @@ OWNED: dict[str, str] = {
     "hf_token": "set HF_TOKEN in the environment: it reaches vLLM as it is",
 }
 # Owned by name, and yet nothing to warn of: the gateway's own port, and a token that reaches vLLM as it is.
-OWNED_AND_READ = frozenset({"PORT", "HF_TOKEN"})
+OWNED_AND_READ = frozenset({"PORT", "HF_TOKEN", f"{SAGEMAKER}PORT"})
 
 # A zero that means "not set", by variable -> the reason that is told.
 ZERO_MEANS_UNSET: dict[str, str] = {

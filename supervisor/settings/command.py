@@ -17,18 +17,29 @@ WITHHELD |= {"VLLM_API_KEY", "VLLM_CONFIG_FILE", "VLLM_EXTRA_ARGS", "VLLM_STARTU
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What is executed. Neither field may be shown as it is: see `secrets.Mask`."""
+    """What is executed. None of it may be shown as it is: see `secrets.Mask`."""
 
     argv: tuple[str, ...]
     environ: Mapping[str, str]
+    fetches: bool = False  # the weights are fetched first, by the same process
 
 
-def build(settings: Settings, socket: str, folder: str) -> Command:
-    """The command that serves on the unix socket `socket`; vLLM's temporary files go to `folder`."""
-    argv = [*settings.vllm.command, "serve", str(settings.model.value), "--uds", socket]
-    for option, setting in settings.options:
-        argv += option.argv(setting.value)
-    argv += settings.vllm_args
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What is known of a start beside the settings: `model` stands for MODEL, `environ` below what the user set."""
+
+    model: str
+    environ: Mapping[str, str]
+
+
+def served_name(settings: Settings) -> str:
+    """The name that clients use for the model."""
+    names = settings.option("served_model_name")
+    return str(names[0] if names else settings.model.value)
+
+
+def child_environment(settings: Settings) -> dict[str, str]:
+    """What the user set, less what is not the child's to see."""
     environ = {
         name: value
         for name, value in settings.environ.items()
@@ -36,9 +47,23 @@ def build(settings: Settings, socket: str, folder: str) -> Command:
     }
     if "://" in environ.get("VLLM_PORT", ""):  # Kubernetes', for a service named vllm: vLLM fails on it
         del environ["VLLM_PORT"]
+    return environ
+
+
+def build(settings: Settings, socket: str, folder: str, serving: Serving | None = None) -> Command:
+    """The command that serves on the unix socket `socket`; vLLM's temporary files go to `folder`."""
+    name = str(settings.model.value)
+    argv = [*settings.vllm.command, "serve", serving.model if serving else name, "--uds", socket]
+    for option, setting in settings.options:
+        argv += option.argv(setting.value)
+    if serving and serving.model != name and not settings.option("served_model_name"):
+        argv += ["--served-model-name", name]  # clients do not ask for a folder
+    argv += settings.vllm_args
+    environ = child_environment(settings)
     # vLLM leaves sockets and files of its own behind when it is killed: a folder that goes with it catches them.
     environ |= {"TMPDIR": folder, "VLLM_RPC_BASE_PATH": folder}
     environ["PYTHONUNBUFFERED"] = "1"  # or the last lines before a crash are lost
+    environ = dict(serving.environ if serving else {}) | environ
     if settings.is_demo:
         environ = demo.ENVIRONMENT | environ
     return Command(tuple(argv), environ)

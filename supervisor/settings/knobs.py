@@ -154,7 +154,13 @@ KNOBS = (
     Knob("SUPERVISOR_TLS_KEY", None, text, "its private key's file"),
     Knob("SUPERVISOR_LOG_FORMAT", "text", choice("text", "json"), "our own log lines: text or json"),
     Knob("SUPERVISOR_LOG_LEVEL", "info", choice("debug", "info", "warning", "error"), "our own log's level"),
-    Knob("SUPERVISOR_CACHE_DIR", None, text, "caches that should outlive the container"),
+    Knob(
+        "SUPERVISOR_VOLUME",
+        None,
+        text,
+        "a disk that outlives the container, for downloads and caches (found on RunPod)",
+    ),
+    Knob("SUPERVISOR_CACHE_DIR", None, text, "a folder for caches alone (on the volume, where there is one)"),
 )
 
 
@@ -188,4 +194,5 @@ class Knobs:
     tls_key: str | None
     log_format: str
     log_level: str
+    volume: str | None
     cache_dir: str | None

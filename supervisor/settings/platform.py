@@ -11,6 +11,10 @@ RUNPOD_START = 420.0  # seconds until a worker must be ready, where RUNPOD_INIT_
 BALANCER_REQUEST = 330.0  # seconds that the load balancer gives a request
 BALANCER_BODY = 30_000_000  # bytes
 
+# The port that SageMaker asks for. It sets it where containers share an endpoint; entrypoint.sh does so elsewhere.
+SAGEMAKER_PORT = "SAGEMAKER_BIND_TO_PORT"
+SAGEMAKER_MODEL = Path("/opt/ml/model")  # what it has fetched from S3
+
 LOOPBACK = ("localhost", "::1")
 TORCH_OFF = ("", "-1", "NoDevFiles")
 
@@ -43,7 +47,18 @@ def defaults(mode: str, environ: Mapping[str, str]) -> tuple[str, Mapping[str, s
         return "default of queue mode", {"SUPERVISOR_ON_FAILURE": "serve", "SUPERVISOR_MAX_CONCURRENCY": "30"}
     if environ.get("RUNPOD_ENDPOINT_ID"):
         return "default on RunPod's load balancer", {"SUPERVISOR_MAX_BODY": "30MB"}
+    if environ.get(SAGEMAKER_PORT):
+        # Of the 30 s between its SIGTERM and its SIGKILL, vLLM's own end needs some.
+        return "default on SageMaker", {"PORT": environ[SAGEMAKER_PORT], "SUPERVISOR_DRAIN_TIMEOUT": "15"}
     return "", {}
+
+
+def model(environ: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The folder that the platform has put a model into, with its source, where there is one."""
+    fetched = any((SAGEMAKER_MODEL / name).exists() for name in ("config.json", "params.json"))
+    if environ.get(SAGEMAKER_PORT) and fetched:
+        return [("default on SageMaker", str(SAGEMAKER_MODEL))]
+    return []
 
 
 def warnings(
@@ -81,7 +96,8 @@ def warnings(
     host = str(values.get("SUPERVISOR_HOST", ("127.0.0.1", ""))[0])
     local = host in LOOPBACK or host.startswith("127.")
     keys = values.get("SUPERVISOR_API_KEYS", (None, ""))[0]
-    if mode == "http" and not local and not keys and not environ.get("RUNPOD_ENDPOINT_ID"):
+    guarded = environ.get("RUNPOD_ENDPOINT_ID") or environ.get(SAGEMAKER_PORT)  # by keys of the platform's own
+    if mode == "http" and not local and not keys and not guarded:
         found.append(
             f"everybody who reaches {host} may use the model: set SUPERVISOR_API_KEYS, or SUPERVISOR_HOST=127.0.0.1"
         )

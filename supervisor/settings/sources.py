@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from supervisor.settings import catalogue as catalogues
 from supervisor.settings import config_file, demo, platform, typos
-from supervisor.settings.aliases import ALIASES, OWNED, OWNED_AND_READ, ZERO_MEANS_UNSET
+from supervisor.settings import volume as volumes
+from supervisor.settings.aliases import ALIASES, OWNED, OWNED_AND_READ, SAGEMAKER, ZERO_MEANS_UNSET
 from supervisor.settings.catalogue import Catalogue, Option
 from supervisor.settings.knobs import KNOBS, Keys, Knob, Knobs
 from supervisor.settings.raw import Given, RawArguments
@@ -83,6 +84,7 @@ class Settings:
     vllm_args: tuple[str, ...]
     vllm: Vllm
     is_demo: bool
+    volume: volumes.Volume | None
     cache: Path
     warnings: tuple[str, ...]
     environ: Mapping[str, str] = field(repr=False)
@@ -120,7 +122,8 @@ class _Gathering:
         self.file = config_file.read(arguments.config)
         self.problems: list[str] = [*self.file.problems]
         self.warnings: list[str] = []
-        self.read = {"HF_TOKEN"}  # variables that were looked at
+        self.read = {"HF_TOKEN", "SUPERVISOR_IMAGE"}  # variables that were looked at
+        self.prefixes = ("", SAGEMAKER) if any(name.startswith(SAGEMAKER) for name in environ) else ("",)
         hidden = {str(self.file.knobs[knob.field]) for knob in KNOBS if knob.secret and knob.field in self.file.knobs}
         self.mask = Mask(environ, hidden | {part.strip() for text in hidden for part in text.split(",")})
 
@@ -133,7 +136,8 @@ class _Gathering:
         knobs = Knobs(**{knob.field: setting.value for knob, setting in zip(KNOBS, knob_settings, strict=True)})
         self._known({knob.field for knob in KNOBS}, self.file.knobs, "supervisor.")
         self._tls(knobs)
-        cache = self._cache(knobs)
+        volume = self._volume(knobs)
+        cache = self._cache(knobs, volume)
         vllm, catalogue = self._vllm(knobs, cache)
         raw: tuple[tuple[Option, Setting], ...] = ()
         options: tuple[tuple[Option, Setting], ...] = ()
@@ -156,6 +160,7 @@ class _Gathering:
             vllm_args=(*(knobs.extra_args or ()), *self.arguments.vllm_args),
             vllm=vllm,
             is_demo=is_demo,
+            volume=volume,
             cache=cache,
             warnings=tuple(warnings),
             environ=dict(self.environ),
@@ -163,10 +168,10 @@ class _Gathering:
 
     # The sources
 
-    def _candidates(self, names: Iterable[str], key: str, *, knob: bool = False) -> list[tuple[str, Any]]:
+    def _candidates(self, names: Collection[str], key: str, *, knob: bool = False) -> list[tuple[str, Any]]:
         """Every source that names it, the one that wins first."""
         found: list[tuple[str, Any]] = []
-        for variable in names:
+        for variable in [prefix + name for prefix in self.prefixes for name in names]:
             self.read.add(variable)
             if self.environ.get(variable, "").strip():
                 found.append((f"environment {variable}", self.environ[variable]))
@@ -243,12 +248,21 @@ class _Gathering:
                     f"certificate and its key in PEM, such as /tls/tls.crt and /tls/tls.key ({why})"
                 )
 
-    def _cache(self, knobs: Knobs) -> Path:
+    def _volume(self, knobs: Knobs) -> volumes.Volume | None:
+        volume = volumes.find(knobs.volume, self.environ)
+        if knobs.volume and volume is None:
+            self.problems.append(f"SUPERVISOR_VOLUME={knobs.volume}: expected a folder that is there, such as /data")
+        if volume is not None and not volume.writable:
+            self.warnings.append(
+                f"{volume.path} is read-only: what is there is used; downloads and caches go to the container's disk"
+            )
+        return volume
+
+    def _cache(self, knobs: Knobs, volume: volumes.Volume | None) -> Path:
         if knobs.cache_dir:
             return Path(knobs.cache_dir)
-        volume = Path("/runpod-volume")
-        if volume.is_dir():
-            return volume / "supervisor"
+        if volume is not None and volume.writable:
+            return volume.path / "supervisor"
         home = self.environ.get("XDG_CACHE_HOME") or os.path.join(self.environ.get("HOME", "/tmp"), ".cache")  # noqa: PTH118, S108
         return Path(home) / "vllm-supervisor"
 
@@ -265,6 +279,7 @@ class _Gathering:
         if self.arguments.model:
             found.insert(0, ("command line", self.arguments.model))
         found += self._vllm_config(catalogue)
+        found += platform.model(self.environ)
         if not found:
             where = demo.platform(self.environ)
             if where is not None:
@@ -360,6 +375,9 @@ class _Gathering:
                 kept.append((f"{source}={given}", auto))
             elif not option.is_unset(given):
                 kept.append((source, given))
+        flag = SAGEMAKER + option.variable
+        if self.environ.get(flag) == "" and option.kind in ("pair", "switch"):  # as those images read it
+            kept.append((f"environment {flag}", True))
         if option.opposite:  # DISABLE_PREFIX_CACHING=true
             for source, given in self._candidates((option.opposite.upper(),), option.opposite):
                 try:

@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping
 
-from supervisor.settings.aliases import FORMER
+from supervisor.settings.aliases import FORMER, SAGEMAKER
 from supervisor.settings.catalogue import Catalogue
 from supervisor.settings.removed import REMOVED, REMOVED_ENVIRONMENT
 
@@ -115,6 +115,6 @@ def unread(environ: Mapping[str, str], read: Collection[str], catalogue: Catalog
             lines.append(f"{name} has no effect in vLLM {catalogue.version}: {REMOVED_ENVIRONMENT[name]}")
         elif meant := known.meant(name) or (own.meant(name) if name.startswith("VLLM_") else None):
             lines.append(f"{name} has no effect: nothing reads it; did you mean {meant}?")
-        elif name.startswith("SUPERVISOR_"):
+        elif name.startswith(("SUPERVISOR_", SAGEMAKER)):
             lines.append(f"{name} has no effect: there is no such setting (`supervisor explain` shows those there are)")
     return lines

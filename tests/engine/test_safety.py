@@ -6,7 +6,6 @@ import json
 import signal
 import socket
 import ssl
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import httpx
 import pytest
 
 from tests.engine.test_relay import CHAT, chat, get, post
-from tests.harness import RawClient, Supervisor, wait_until
+from tests.harness import RawClient, Supervisor, self_signed, wait_until
 
 SLOW = "0.4"  # seconds: SUPERVISOR_CLIENT_TIMEOUT of the tests of slow clients
 
@@ -201,13 +200,7 @@ def test_slow_loris_takes_no_place_from_others(impatient: Supervisor) -> None:
 
 
 def test_tls(tmp_path: Path) -> None:
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem", "-out", "cert.pem",
-         "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"],
-        cwd=tmp_path, check=True, capture_output=True,
-    )  # fmt: skip
-    environ = {"SUPERVISOR_TLS_CERT": str(tmp_path / "cert.pem"), "SUPERVISOR_TLS_KEY": str(tmp_path / "key.pem")}
-    with Supervisor("some/model", environ=environ) as served:
+    with Supervisor("some/model", environ=self_signed(tmp_path)) as served:
         port = int(served.says(r"ready: https://127\.0\.0\.1:(\d+)")[1])
         context = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
         with httpx.Client(verify=context, base_url=f"https://127.0.0.1:{port}") as client:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from supervisor.settings import platform
-from supervisor.settings.sources import Arguments, Settings, gather
+from supervisor.settings.sources import Arguments, Settings, SettingsError, gather
 
 QUEUE = {"RUNPOD_ENDPOINT_ID": "e", "RUNPOD_POD_ID": "p", "RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1/"}
 BALANCER = {"RUNPOD_ENDPOINT_ID": "e", "RUNPOD_POD_ID": "p", "PORT_HEALTH": "8001"}
@@ -81,3 +81,58 @@ def test_all_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch, visible: str | 
     assert settings.option("tensor_parallel_size") == expected
     (setting,) = [setting for _, setting in settings.options]
     assert setting.source == "environment TENSOR_PARALLEL_SIZE=auto"
+
+
+# SageMaker
+
+SAGEMAKER = {"SAGEMAKER_BIND_TO_PORT": "8080", "SUPERVISOR_HOST": "0.0.0.0"}
+
+
+def test_sagemaker_names_the_port_and_leaves_30_s_to_end(folder: Path) -> None:
+    settings = read(folder, **SAGEMAKER)
+    assert (settings.knobs.port, settings.knobs.drain_timeout) == (8080, 15.0)
+    assert settings.warnings == ()  # its callers are known to it: no key is missed
+    assert read(folder, **SAGEMAKER, PORT="9000").knobs.port == 9000
+
+
+@pytest.mark.parametrize("name", ["config.json", "params.json"])
+def test_the_model_that_sagemaker_has_fetched(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    fetched = folder / "model"
+    monkeypatch.setattr(platform, "SAGEMAKER_MODEL", fetched)
+    environ = {"SUPERVISOR_VLLM": str(folder.parent / "vllm/bin/vllm"), "SUPERVISOR_IMAGE": "1"} | SAGEMAKER
+    with pytest.raises(SettingsError, match="no model is named"):
+        gather(Arguments(), environ)
+    fetched.mkdir()
+    (fetched / name).write_text("{}")
+    model = gather(Arguments(), environ).model
+    assert (model.value, model.source) == (str(fetched), "default on SageMaker")
+    assert gather(Arguments(), environ | {"SM_VLLM_MODEL": "other"}).model.value == "other"
+    with pytest.raises(SettingsError, match="no model is named"):  # anywhere else the folder says nothing
+        gather(Arguments(), {name: value for name, value in environ.items() if name not in SAGEMAKER})
+
+
+@pytest.mark.parametrize(
+    ("environ", "argv", "warning"),
+    [
+        ({"SM_VLLM_MAX_MODEL_LEN": "32k"}, ["--max-model-len", "32k"], None),
+        ({"SM_VLLM_MAX_MODEL_LEN": "1", "MAX_MODEL_LEN": "2"}, ["--max-model-len", "2"], None),
+        ({"SM_VLLM_ENFORCE_EAGER": ""}, ["--enforce-eager"], None),
+        ({"SM_VLLM_ENFORCE_EAGER": "true"}, ["--enforce-eager"], None),
+        ({"SM_VLLM_ENABLE_PREFIX_CACHING": "false"}, ["--no-enable-prefix-caching"], "makes chats"),
+        ({"SM_VLLM_MAX_MODEL_LEN": ""}, [], None),
+        ({"SM_VLLM_OPENAI_SERVED_MODEL_NAME_OVERRIDE": "a"}, ["--served-model-name", "a"], None),
+        ({"SM_VLLM_PORT": "9000"}, [], None),
+        ({"SM_VLLM_HOST": "0.0.0.0"}, [], "set SUPERVISOR_HOST"),
+        ({"SM_VLLM_HF_TOKEN": "x"}, [], "set HF_TOKEN"),
+        ({"SM_VLLM_MAX_MODEL_LENGTH": "1"}, [], "did you mean SM_VLLM_MAX_MODEL_LEN?"),
+        ({"SM_VLLM_WHATEVER": "1"}, [], "there is no such setting"),
+        ({"SM_MODEL_DIR": "/opt/ml/model", "SM_NUM_GPUS": "1"}, [], None),
+    ],
+)
+def test_the_names_of_vllms_own_image_for_sagemaker(
+    folder: Path, environ: dict[str, str], argv: list[str], warning: str | None
+) -> None:
+    settings = read(folder, **environ)
+    assert [token for option, setting in settings.options for token in option.argv(setting.value)] == argv
+    assert settings.knobs.port == int(environ.get("SM_VLLM_PORT", 8000))
+    assert [warning in line for line in settings.warnings] == ([True] if warning else [])

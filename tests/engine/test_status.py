@@ -1,0 +1,95 @@
+"""`supervisor status`: asked on this machine without knowing port, key or certificate, and elsewhere by URL."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.harness import SUPERVISOR, Supervisor, clean_environment, self_signed, wait_until
+from tests.queue.conftest import RunPod, in_queue_mode
+
+HELLO = {"messages": [{"role": "user", "content": "hi"}]}
+
+
+def ask(folder: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Of the supervisors whose TMPDIR is `folder`."""
+    return subprocess.run(
+        [str(SUPERVISOR), "status", *arguments],
+        env=clean_environment(TMPDIR=str(folder), **environ),
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+
+
+def test_of_one_that_serves_with_keys_and_on_a_port_that_nobody_told(tmp_path: Path) -> None:
+    with Supervisor("some/model", environ={"TMPDIR": str(tmp_path), "SUPERVISOR_API_KEYS": "secret-key"}) as served:
+        served.ready()
+        done = ask(tmp_path)
+        assert done.returncode == 0, done
+        assert done.stdout.startswith("ready since ")
+        assert ": some/model (vLLM answers after " in done.stdout
+        whole = ask(tmp_path, "--json")
+        served.engine_pid = json.loads(whole.stdout)["pid"]
+        assert "secret-key" not in whole.stdout
+
+        url = f"http://127.0.0.1:{served.port}"
+        refused = ask(tmp_path, "--url", url)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert "set SUPERVISOR_API_KEYS" in refused.stderr
+        assert ask(tmp_path, "--url", url, SUPERVISOR_API_KEYS="secret-key").returncode == 0
+        # The private socket opens our own pages and the model's routes, and no more than those.
+        assert served.client.get("/status").status_code == 401
+
+
+def test_of_one_that_loads_and_then_restarts(tmp_path: Path) -> None:
+    plan = [{"load_seconds": 60}, {"load_seconds": 60}]
+    with Supervisor("m", plan=plan, environ={"TMPDIR": str(tmp_path)}) as served:
+        served.engine()
+        done = ask(tmp_path)
+        assert done.returncode == 1
+        assert done.stdout.startswith("starting since ")
+        os.kill(served.engine(), signal.SIGKILL)
+        wait_until(lambda: "restarting since " in ask(tmp_path).stdout, "the restart")
+        restarting = ask(tmp_path)
+        assert restarting.returncode == 1
+        served.engine_pid = None
+
+
+def test_of_none(tmp_path: Path) -> None:
+    done = ask(tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("supervisor: none runs here")
+
+
+def test_what_a_killed_one_left_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "supervisor-left").mkdir()
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(tmp_path / "supervisor-left" / "gateway.sock"))
+    assert ask(tmp_path).stderr.startswith("supervisor: none runs here")
+
+
+@pytest.mark.parametrize("url", ["ftp://x", "http://", "127.0.0.1:1", "http://127.0.0.1:notaport"])
+def test_a_url_that_does_not_answer(tmp_path: Path, url: str) -> None:
+    done = ask(tmp_path, "--url", url)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("supervisor: ")
+    assert url in line
+
+
+def test_in_queue_mode_with_a_certificate_jobs_are_done_and_it_is_asked_as_ever(tmp_path: Path) -> None:
+    environ = {"TMPDIR": str(tmp_path), **self_signed(tmp_path)}
+    with RunPod("--hold", "5") as runpod, in_queue_mode(runpod, environ=environ) as served:
+        served.says("ready: https")
+        assert runpod.done(HELLO)
+        whole = ask(tmp_path, "--json")
+        assert whole.returncode == 0
+        served.engine_pid = json.loads(whole.stdout)["pid"]
