@@ -64,7 +64,8 @@ def made(folder: Path, like: Path, gigabytes: float) -> Path:
                 ("self_attn.q_proj", [hidden, hidden]), ("self_attn.k_proj", [kv, hidden]),
                 ("self_attn.v_proj", [kv, hidden]), ("self_attn.o_proj", [hidden, hidden]),
                 ("mlp.gate_proj", [inner, hidden]), ("mlp.up_proj", [inner, hidden]),
-                ("mlp.down_proj", [hidden, inner]), ("input_layernorm", [hidden]), ("post_attention_layernorm", [hidden]),
+                ("mlp.down_proj", [hidden, inner]), ("input_layernorm", [hidden]),
+                ("post_attention_layernorm", [hidden]),
             ):  # fmt: skip
                 shapes[-1][f"{name}.{part}.weight"] = shape
     noise = struct.pack("<8H", *range(0x3C00, 0x3C08)) * 65536  # small numbers: what they are does not matter
