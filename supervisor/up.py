@@ -226,7 +226,11 @@ async def _run(start: _Start) -> int:
 
     warm: EngineProcess | None = None
 
+    cluster = settings.cluster
+
     async def health() -> int | None:
+        if cluster is not None and cluster.headless:  # no port, and no word of readiness but its log's
+            return 200 if engine.ranks is not None and engine.ranks.loaded else None
         if not workspace.socket.exists():  # one stat, so that a loading vLLM costs no connection
             return None
         nonlocal warm
@@ -282,17 +286,20 @@ async def _run(start: _Start) -> int:
         ),
         Limits(
             startup=knobs.startup_timeout,
-            terminate=min(knobs.drain_timeout, TERMINATE_PATIENCE),
+            # A headless rank answers nobody, and takes 13 s for an end of its own.
+            terminate=0.0 if cluster and cluster.headless else min(knobs.drain_timeout, TERMINATE_PATIENCE),
             stall=knobs.stall_timeout,
             restarts=knobs.max_restarts,
             window=knobs.restart_window,
             stay_when_failed=knobs.on_failure == "serve",
+            ranks=cluster.ports if cluster else None,
         ),
     )
     facts = {
         "model": settings.model.value,
         "mode": settings.mode,
         "vllm_version": settings.vllm.version,
+        "cluster": cluster.name if cluster else None,
         "weights": start.spawn.weights.source,
         "command": start.spawn.mask.command(start.spawn.command.argv),
         **explain.facts(settings),
@@ -313,6 +320,7 @@ async def _run(start: _Start) -> int:
         keep_alive=KEEP_ALIVE,
         admission=admission,
         facts=facts,
+        elsewhere=elsewhere(settings),
     )
     for number in SIGNALS:
         loop.add_signal_handler(number, engine.stop, number)
@@ -365,6 +373,14 @@ def address(listener: socket.socket) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def elsewhere(settings: Settings) -> str | None:
+    """Where requests belong, if not here."""
+    cluster = settings.cluster
+    if cluster is None or not cluster.headless:
+        return None
+    return f"This is {cluster.name}: rank 0, at {cluster.leader}, serves the model."
+
+
 def invitation(settings: Settings, listeners: Listeners, simulator: str) -> str:
     """What to do now that it serves: the URL, and a line to paste."""
     chat = {"messages": [{"role": "user", "content": "What are you?"}]}
@@ -373,6 +389,8 @@ def invitation(settings: Settings, listeners: Listeners, simulator: str) -> str:
             f"{simulator}/runsync -H 'Content-Type: application/json' -d {shlex.quote(json.dumps({'input': chat}))}"
         )
         return f"ready: a simulated RunPod endpoint, {simulator}\n  curl {request}"
+    if settings.cluster is not None and settings.cluster.headless:
+        return f"ready: {settings.cluster.name}; rank 0, at {settings.cluster.leader}, serves"
     if not listeners.gateway:
         return f"ready: up to {settings.knobs.max_concurrency} of RunPod's jobs at once"
     host, port = listeners.gateway[0].getsockname()[:2]

@@ -27,6 +27,13 @@ FOLLOW_UP = re.compile(
 TOLD_TO_STOP = re.compile(r"\[shutdown\] API server: shutdown triggered")
 
 
+# Nodes of a cluster come minutes apart: waiting for them is no mistake.
+OTHER_RANKS = (
+    "Start the other machines with the same MASTER_ADDR and MASTER_PORT (NODE_RANK 0, 1, ...), and open all ports between "
+    "them; it is tried again."
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
     """What happened, and what to change. `permanent`: the same settings will end the same way."""
@@ -78,6 +85,53 @@ RULES = (
         r"error: argument (?:-\w+/)?--(?P<option>[\w-]+)[^\s:]*: (?P<why>[^\n]+)",
         "vLLM does not take the value of --{option}: {why}.",
         "Correct {OPTION}; `supervisor explain` shows where it came from.",
+    ),
+    # Several machines (docs/scale.md).
+    _rule(
+        r"DistStoreError: Timed out after (?P<what>\d+) seconds waiting for clients\. (?P<count>\d+/\d+) clients joined",
+        "Only {count} ranks came within {what} s.",
+        OTHER_RANKS,
+        permanent=False,
+    ),
+    _rule(
+        r"DistNetworkError: [^\n]*?(?:trying to connect to|any network address of) \((?P<what>[^,)\n]+), (?P<port>\d+)",
+        "Rank 0 does not answer at {what}, port {port}.",
+        "Check that it runs, and MASTER_ADDR and MASTER_PORT; it is tried again.",
+        permanent=False,
+    ),
+    _rule(
+        r"Did not receive response from front-end process",
+        "Rank 0 does not answer.",
+        "Check that it runs, and DATA_PARALLEL_ADDRESS and DATA_PARALLEL_RPC_PORT; it is tried again.",
+        permanent=False,
+    ),
+    _rule(
+        r"Gloo connectFullMesh failed[^\n]*remote=\[(?P<what>127\.[^\]\n]+)\]",
+        "The ranks can't reach each other: one of them gives its loopback address, {what}.",
+        "Set VLLM_HOST_IP, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME on each machine to its address and network.",
+    ),
+    _rule(
+        r"pair\.cc:\d+\] (?:Connection closed by peer|Read error|Write error) \[(?P<what>[^\]\n]+)\]",
+        "The rank at {what} ended.",
+        "Its own log says why; all of them start again.",
+        permanent=False,
+    ),
+    _rule(
+        r"TimeoutError: RPC call to (?P<what>\w+) timed out",
+        "A rank did not answer in time ({what}).",
+        "Its own log, or the network between the machines, says why; all of them start again.",
+        permanent=False,
+    ),
+    _rule(
+        r"Not enough allowed NUMA nodes to bind threads",
+        "This machine has fewer NUMA nodes than workers.",
+        "On a CPU set VLLM_CPU_OMP_THREADS_BIND=nobind.",
+    ),
+    _rule(
+        r"Engine core process (?P<what>\S+) died unexpectedly",
+        "{what} died.",
+        "If it comes back, the log above, or `dmesg` on the host, says why.",
+        permanent=False,
     ),
     _rule(
         r"max(?:imum)? seq(?:uence)? len(?:gth)? \((?P<asked>\d+)\).{0,400}estimated maximum model length is (?P<fits>\d+)",
@@ -444,6 +498,8 @@ def diagnose(exit_code: int, lines: Iterable[str], ended_by_us: str | None = Non
             groups |= {name.upper(): value.upper().replace("-", "_") for name, value in groups.items()}
             return Diagnosis(rule.cause.format_map(groups), rule.remedy.format_map(groups), rule.permanent)
     if ended_by_us is not None:
+        if "waiting for the other" in ended_by_us:
+            return Diagnosis(f"{ended_by_us}.", OTHER_RANKS, permanent=False)
         return Diagnosis(f"{ended_by_us}.", "", permanent="SUPERVISOR_STARTUP_TIMEOUT" in ended_by_us)
     return by_the_end(exit_code, lines)
 

@@ -20,6 +20,7 @@ from supervisor.engine.heartbeat import Heartbeat, Scrape
 from supervisor.engine.lifecycle import OVER, Action, Event, State, step
 from supervisor.engine.phases import Waterfall
 from supervisor.engine.process import EngineProcess, how_it_ended
+from supervisor.engine.ranks import Ranks
 from supervisor.engine.restarts import Restarts
 from supervisor.engine.watch import Watch
 
@@ -32,6 +33,8 @@ LAST_LINES_PATIENCE = 0.05
 LAST_WORDS_PATIENCE = 4.0
 HEARTBEATS_PER_STALL, LONGEST_HEARTBEAT = 8, 10.0
 SHOWN_LINES = 20
+# Seconds between two looks whether the other machines are there.
+RANKS_INTERVAL = 1.0
 
 EXIT_OK, EXIT_CANNOT_START, EXIT_LIMIT = 0, 3, 4
 
@@ -66,6 +69,7 @@ class Limits:
     restarts: int
     window: float
     stay_when_failed: bool
+    ranks: frozenset[int] | None = None  # of several machines: the ports by which they keep together
 
 
 class Engine:
@@ -98,6 +102,7 @@ class Engine:
         self.served = False  # this run was ready once
         self.broken: str | None = None  # why we ended this run, where we did
         self.exited = asyncio.Event()
+        self.ranks = Ranks(self.limits.ranks) if self.limits.ranks is not None else None
         self.watch = Watch(process, lambda: self.served, self._part_died, lambda: self.collaborators.noted(process))
 
     # What others read
@@ -217,6 +222,8 @@ class Engine:
         self.process.listen(lambda line: self._loop.call_soon_threadsafe(self._heard, line))
         for job in (self._await_readiness(), self.watch.run(), self._heartbeat()):
             self._tasks.add(group.create_task(job))
+        if self.ranks is not None:
+            self._tasks.add(group.create_task(self._watch_ranks(self.ranks)))
         group.create_task(self._await_exit())
 
     def _end_tasks(self) -> None:
@@ -258,6 +265,20 @@ class Engine:
             return
         await self.watch.look()  # some 20 ms: from the first request on, the death of any part is known at once
         self._send(Event.READY, f"vLLM answers after {self.phases.finish():.1f} s")
+
+    async def _watch_ranks(self, ranks: Ranks) -> None:
+        """vLLM itself does not notice when another machine is gone."""
+        session = self.process.pid
+        while True:
+            await asyncio.sleep(RANKS_INTERVAL)
+            if not self.served:
+                continue
+            if not ranks.noted and not await asyncio.to_thread(ranks.note, session):
+                self.log.warning("no connection to the other ranks is to be seen: the end of one will not be noticed")
+                return
+            if (address := await asyncio.to_thread(ranks.gone, session)) is not None:
+                self._send(Event.BROKEN, f"the rank at {address} is gone: all of them have to start again")
+                return
 
     def _part_died(self, what: str) -> None:
         if self.served:
@@ -342,7 +363,8 @@ class Engine:
         if self.exited.is_set():  # between two runs: there is nothing to end
             self._send(Event.EXITED, "no engine was running")
             return
-        if not self.served:  # while it loads vLLM is deaf to SIGTERM, or leaves in its own time; it has nothing to lose
+        # While it loads vLLM is deaf to SIGTERM, or leaves in its own time; it has nothing to lose.
+        if not self.served or not self.limits.terminate:
             await asyncio.to_thread(self.process.kill)
             return
         self.process.terminate()
@@ -354,6 +376,8 @@ class Engine:
             await asyncio.to_thread(self.process.kill)
 
     def _heard(self, line: str) -> None:
+        if self.ranks is not None:
+            self.ranks.hear(line)
         phase = self.phases.hear(line)
         if phase is not None:
             self.watch.look_soon()  # more processes and more shared memory than before

@@ -15,6 +15,11 @@ PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("importing vLLM", re.compile(r"^weights: vLLM is started")),
     ("reading the model's config", re.compile(r"non-default args")),
     ("starting the engine core", re.compile(r"Initializing a V1 LLM engine|Waiting for \d+ local, \d+ remote core")),
+    # Of several machines; on one, ranks meet by a file.
+    (
+        "waiting for the other ranks",
+        re.compile(r"distributed_init_method=tcp://|Launching \d+ data parallel engine|Launching vLLM .* headless"),
+    ),
     ("downloading weights", re.compile(r"Downloading weights|Fetching \d+ files|Downloading shards")),
     (
         "loading weights",
@@ -30,6 +35,7 @@ PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
         "starting the API server",
         re.compile(r"init engine|Started server process|Supported tasks|Starting vLLM (API )?server"),
     ),
+    ("waiting for the other engines", re.compile(r"Waiting for READY message from DP Coordinator")),
 )
 IMPORTING = [name for name, _ in PHASES].index("importing vLLM")
 # How far a download is.

@@ -136,13 +136,18 @@ class EngineProcess:
         members = remains.session(self.pid)
         self.segments |= remains.segments(members)
         _reap_orphans(self.pid)
-        parts = {}
+        found = {}
         for pid in members:
             with contextlib.suppress(psutil.Error):
-                name = psutil.Process(pid).name()
-                if pid != self.pid and name.startswith(PART_PREFIX):
-                    parts[pid] = name
-        return parts
+                process = psutil.Process(pid)
+                found[pid] = process.name(), process.ppid()
+        return {
+            pid: name
+            for pid, (name, parent) in found.items()
+            # A worker that starts a compiler is there twice for a moment, under one name: the compiler's end was taken
+            # for the worker's, and a healthy engine was killed.
+            if pid != self.pid and name.startswith(PART_PREFIX) and found.get(parent, ("", 0))[0] != name
+        }
 
     def clean_up(self) -> list[int]:
         """Kills what is left of the session, reaps it, removes its shared memory; returns what would not die."""

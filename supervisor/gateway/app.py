@@ -86,10 +86,12 @@ class Gateway:
         hold_timeout: float,
         admission: Admission,
         facts: Mapping[str, object],
+        elsewhere: str | None = None,
         client_timeout: float = CLIENT_TIMEOUT,
         keep_alive: float = KEEP_ALIVE,
     ) -> None:
-        """`facts` never change and are shown at `/status`: model, mode, version, command (masked).
+        """`facts` never change and are shown at `/status`: model, mode, version, command (masked). `elsewhere`: why
+        no request is taken here.
 
         `client_timeout`: seconds for a client's next bytes, or for it to take ours; `keep_alive`: between requests.
         """
@@ -101,6 +103,7 @@ class Gateway:
         self.hold_timeout = hold_timeout
         self.admission = admission
         self.facts = facts
+        self.elsewhere = elsewhere
         self.log = logging.getLogger("supervisor.gateway")
         self.exchanges: set[Exchange] = set()
         self.held: dict[Exchange, asyncio.TimerHandle] = {}
@@ -140,6 +143,8 @@ class Gateway:
             exchange.verdict = verdict
         if verdict.refusal is not None:
             return verdict.refusal
+        if self.elsewhere is not None:
+            return Refusal(503, self.elsewhere, code="not_rank_0")
         if private:  # a job that was taken is done even while we drain
             return self.unavailable() if self.engine.over and not self.engine.draining else None
         if self.policy.rate is not None:
@@ -262,7 +267,7 @@ class Gateway:
         """Called after each transition of the engine."""
         if self.open and not self.engine.ready:
             self.generation += 1
-        self.open = self.engine.ready
+        self.open = self.engine.ready and self.elsewhere is None
         if self.open:
             for exchange in list(self.held):
                 self.held.pop(exchange).cancel()

@@ -41,7 +41,7 @@ OWNED: dict[str, str] = {
     "ssl_cert_reqs": _TLS,
     "ssl_ciphers": _TLS,
     "enable_ssl_refresh": _TLS,
-    "headless": "the supervisor serves HTTP, so vLLM must too",
+    "headless": "the ranks above 0 of several machines are headless by themselves: set NNODES, NODE_RANK, MASTER_ADDR",
     "grpc": "the supervisor relays HTTP, so vLLM must serve it",
     # A token on argv is seen by everybody who can run `ps`: vLLM reads the variable itself.
     "hf_token": "set HF_TOKEN in the environment: it reaches vLLM as it is",

@@ -53,7 +53,8 @@ def child_environment(settings: Settings) -> dict[str, str]:
 def build(settings: Settings, socket: str, folder: str, serving: Serving | None = None) -> Command:
     """The command that serves on the unix socket `socket`; vLLM's temporary files go to `folder`."""
     name = str(settings.model.value)
-    argv = [*settings.vllm.command, "serve", serving.model if serving else name, "--uds", socket]
+    argv = [*settings.vllm.command, "serve", serving.model if serving else name]
+    argv += ["--headless"] if settings.cluster is not None and settings.cluster.headless else ["--uds", socket]
     for option, setting in settings.options:
         argv += option.argv(setting.value)
     if serving and serving.model != name and not settings.option("served_model_name"):
@@ -63,7 +64,9 @@ def build(settings: Settings, socket: str, folder: str, serving: Serving | None 
     # vLLM leaves sockets and files of its own behind when it is killed: a folder that goes with it catches them.
     environ |= {"TMPDIR": folder, "VLLM_RPC_BASE_PATH": folder}
     environ["PYTHONUNBUFFERED"] = "1"  # or the last lines before a crash are lost
-    environ = dict(serving.environ if serving else {}) | environ
+    environ = (
+        dict(serving.environ if serving else {}) | dict(settings.cluster.environ if settings.cluster else {}) | environ
+    )
     if settings.is_demo:
         environ = demo.ENVIRONMENT | environ
     return Command(tuple(argv), environ)

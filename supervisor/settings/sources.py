@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from supervisor.settings import catalogue as catalogues
+from supervisor.settings import cluster as clusters
 from supervisor.settings import config_file, demo, platform, typos
 from supervisor.settings import volume as volumes
 from supervisor.settings.aliases import ALIASES, OWNED, OWNED_AND_READ, SAGEMAKER, ZERO_MEANS_UNSET
@@ -84,6 +85,7 @@ class Settings:
     vllm_args: tuple[str, ...]
     vllm: Vllm
     is_demo: bool
+    cluster: clusters.Cluster | None  # of machines that serve the model together
     volume: volumes.Volume | None
     cache: Path
     warnings: tuple[str, ...]
@@ -123,6 +125,7 @@ class _Gathering:
         self.problems: list[str] = [*self.file.problems]
         self.warnings: list[str] = []
         self.read = {"HF_TOKEN", "SUPERVISOR_IMAGE"}  # variables that were looked at
+        self.derived: dict[str, tuple[str, str]] = {}  # from a cluster's variables
         self.prefixes = ("", SAGEMAKER) if any(name.startswith(SAGEMAKER) for name in environ) else ("",)
         hidden = {str(self.file.knobs[knob.field]) for knob in KNOBS if knob.secret and knob.field in self.file.knobs}
         self.mask = Mask(environ, hidden | {part.strip() for text in hidden for part in text.split(",")})
@@ -144,8 +147,15 @@ class _Gathering:
         model, is_demo = self._model(catalogue)
         if catalogue:
             raw = self._raw(knob_settings, catalogue)
+            self.derived = clusters.derived(self.environ, self._spread(raw))
             options, raw = self._options(catalogue, demo.DEFAULTS if is_demo else {}, raw)
             self._unread(catalogue)
+        told = {setting.name: setting.value for _, setting in (*options, *raw)}
+        cluster = clusters.cluster(told, self.environ, self.problems)
+        if cluster is not None and cluster.headless:
+            mode = "http"  # rank 0 takes the jobs
+        if int(told.get("NNODES") or 1) < 2:
+            options = self._of_one_machine(options, told_so=cluster is not None)
         self._platform(mode, (*options, *raw), knob_settings)
         problems, warnings = list(map(self.mask, self.problems)), list(map(self.mask, self.warnings))
         if problems or vllm is None or model is None:
@@ -160,6 +170,7 @@ class _Gathering:
             vllm_args=(*(knobs.extra_args or ()), *self.arguments.vllm_args),
             vllm=vllm,
             is_demo=is_demo,
+            cluster=cluster,
             volume=volume,
             cache=cache,
             warnings=tuple(warnings),
@@ -359,6 +370,28 @@ class _Gathering:
         )
         return tuple(options), told
 
+    def _spread(self, raw: tuple[tuple[Option, Setting], ...]) -> dict[str, str]:
+        """How the user wants the model to be spread over GPUs."""
+        found = {setting.name: str(setting.value) for _, setting in raw if setting.name in clusters.SPREAD}
+        for variable in clusters.SPREAD:
+            for _, given in self._candidates((variable,), variable.lower())[:1]:
+                found.setdefault(variable, str(given))
+        return found
+
+    def _of_one_machine(
+        self, options: tuple[tuple[Option, Setting], ...], *, told_so: bool
+    ) -> tuple[tuple[Option, Setting], ...]:
+        """Without what a launcher's variables say of several: vLLM would look for the others."""
+        if not told_so and self.environ.get("NODE_RANK", "0").strip() not in ("", "0"):
+            self.warnings.append(
+                "NODE_RANK has no effect: one machine has no other rank; for several set NNODES (or NUM_NODES)"
+            )
+        return tuple(
+            (option, setting)
+            for option, setting in options
+            if not (setting.name in clusters.OF_SEVERAL and setting.source.startswith("environment"))
+        )
+
     def _given(self, option: Option) -> list[tuple[str, Any]]:
         """The sources of an option, under all its names, those left out that say 'not set' in words."""
         keys = [option.key, *map(catalogues.key_of, option.also)]
@@ -378,6 +411,8 @@ class _Gathering:
         flag = SAGEMAKER + option.variable
         if self.environ.get(flag) == "" and option.kind in ("pair", "switch"):  # as those images read it
             kept.append((f"environment {flag}", True))
+        if option.variable in self.derived:
+            kept.append(self.derived[option.variable])
         if option.opposite:  # DISABLE_PREFIX_CACHING=true
             for source, given in self._candidates((option.opposite.upper(),), option.opposite):
                 try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Mapping
@@ -28,8 +29,9 @@ def find(asked: str | None, environ: Mapping[str, str]) -> Volume | None:
     """The volume that was asked for, else RunPod's, where there is one."""
     candidates = [Path(asked)] if asked else [SERVERLESS, *([POD] if environ.get("RUNPOD_POD_ID") else [])]
     for path in candidates:
-        if path.is_dir():
-            return Volume(path, _writable(path))
+        with contextlib.suppress(PermissionError):  # within somebody else's folder
+            if path.is_dir():
+                return Volume(path, _writable(path))
     return None
 
 
@@ -45,7 +47,8 @@ def _writable(path: Path) -> bool:
 def hub_environment(volume: Volume | None, environ: Mapping[str, str], folder: str) -> dict[str, str]:
     """The hub client's variables, where the user set none. `folder`: of this start alone."""
     found = {"HF_XET_HIGH_PERFORMANCE": "1"}
-    if volume is not None and volume.writable and not environ.get("HF_HOME") and not environ.get("HF_HUB_CACHE"):
+    placed = any(environ.get(name) for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"))
+    if volume is not None and volume.writable and not placed:
         # Chunks of what is downloaded, kept beside the files themselves, would be written to the network twice.
         found |= {"HF_HOME": str(volume.hub), "HF_XET_CACHE": os.path.join(folder, "xet")}  # noqa: PTH118
     return {name: value for name, value in found.items() if not environ.get(name)}
