@@ -94,7 +94,8 @@ def fresh(folder: Path) -> dict[str, str]:
     for name in ("home", "tmp"):
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).mkdir()
-    keep = {name: value for name, value in os.environ.items() if not name.startswith(("SUPERVISOR_", "XDG_", "PYTHON"))}
+    keep = {name: value for name, value in os.environ.items() if not name.startswith(("SUPERVISOR_", "XDG_"))}
+    keep.pop("PYTHONDONTWRITEBYTECODE", None)
     return keep | {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp")}
 
 
@@ -144,9 +145,10 @@ def answers(url: str, uds: str | None = None) -> bool:
 
 def alone(options: argparse.Namespace, model: str, folder: Path, raw: list[str]) -> Rows:
     environ = fresh(folder)
-    socket, log = str(folder / "alone.sock"), folder / "alone.log"
+    socket, log = str(folder / "tmp" / "alone.sock"), folder / "alone.log"
     began = time.monotonic()
     waterfall = Waterfall(began)
+    log.unlink(missing_ok=True)
     command = [*shlex.split(options.vllm), "serve", model, "--uds", socket, *raw]
     with running(command, environ) as process:
         hear(process, waterfall, log, lambda: answers("http://vllm/health", socket))
@@ -160,8 +162,9 @@ def supervised(options: argparse.Namespace, model: str, folder: Path, raw: list[
         "SUPERVISOR_VLLM": options.vllm, "SUPERVISOR_VOLUME": str(folder / "volume"), "PORT": str(port),
     }  # fmt: skip
     log = folder / "supervised.log"
+    log.unlink(missing_ok=True)
     began = time.monotonic()
-    command = [sys.executable, "-m", "supervisor", "up", model, "--", *raw]
+    command = [sys.executable, "-P", "-m", "supervisor", "up", model, "--", *raw]
     with running(command, environ) as process:
         hear(process, Waterfall(began), log, lambda: answers(f"http://127.0.0.1:{port}/health"))
         total = time.monotonic() - began

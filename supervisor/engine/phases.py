@@ -15,10 +15,13 @@ PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("importing vLLM", re.compile(r"^weights: vLLM is started")),
     ("reading the model's config", re.compile(r"non-default args")),
     ("starting the engine core", re.compile(r"Initializing a V1 LLM engine|Waiting for \d+ local, \d+ remote core")),
-    # Of several machines; on one, ranks meet by a file.
+    # Of several machines; on one, ranks meet by a file, or at its loopback address.
     (
         "waiting for the other ranks",
-        re.compile(r"distributed_init_method=tcp://|Launching \d+ data parallel engine|Launching vLLM .* headless"),
+        re.compile(
+            r"world_size=(?!1 )\d+ .*world_size=(?!1 )\d+ .*distributed_init_method=tcp://(?!127\.)(?!127\.0\.0\.1:)|"
+            r"Launching \d+ data parallel engine|Launching vLLM .* headless"
+        ),
     ),
     ("downloading weights", re.compile(r"Downloading weights|Fetching \d+ files|Downloading shards")),
     (
