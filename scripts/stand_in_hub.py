@@ -8,7 +8,9 @@ Its first line says where it listens; give that to a client as HF_ENDPOINT. What
   X-Repo-Commit and byte ranges, so that an interrupted download goes on where it stopped;
 - the hub's own refusals, with its status and X-Error-Code: a repository that does not exist, is private or gated, a
   revision or file that it has not, a token that nobody has. Without a token, private and missing look the same;
-- on request a hub in trouble: errors (--fail), a slow line (--rate), connections that break off (--cut).
+- on request a hub in trouble: errors (--fail), a slow line (--rate), connections that break off (--cut) or fall silent
+  (--stall), a file that comes damaged (--flip). POST /stand-in with {"cut": 0, ...} changes any of these while it runs;
+  the answer, as GET's, has the bytes of each file that were sent and the number of requests.
 
 Model repositories only; no uploads, no Xet.
 """
@@ -22,6 +24,7 @@ import http.server
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -69,6 +72,11 @@ class Entry:
             entry["lfs"] = {"oid": self.id, "size": self.size, "pointerSize": 134}
         return entry
 
+    def sibling(self) -> dict[str, object]:
+        """As the model's own route tells of it, which has other names for the same."""
+        lfs = {"lfs": {"sha256": self.id, "size": self.size, "pointerSize": 134}} if self.path.suffix in LARGE else {}
+        return {"rfilename": self.name, "size": self.size, "blobId": "0" * 40 if lfs else self.id, **lfs}
+
 
 @dataclass(frozen=True, slots=True)
 class Revision:
@@ -114,6 +122,15 @@ class Hub:
     fail_times: int = -1
     rate: int = 0
     cut: int = 0
+    stall: int = 0
+    flip: str = ""
+    retry_after: float = 0
+    requests: int = 0
+    sent: Counter[str] = field(default_factory=Counter)
+
+    def change(self, wanted: dict[str, object]) -> None:
+        for name in ("fail", "fail_times", "rate", "cut", "stall", "flip", "retry_after"):
+            setattr(self, name, wanted.get(name, getattr(self, name)))
 
     def in_trouble(self) -> bool:
         """Whether this request is to fail; each one counts."""
@@ -153,11 +170,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             headers = {"X-Error-Message": refusal.message}
             headers |= {"X-Error-Code": refusal.code} if refusal.code else {}
             headers |= {"X-Repo-Commit": refusal.commit} if refusal.commit else {}
+            headers |= {"Retry-After": str(self.hub.retry_after)} if refusal.status == 429 else {}
             self._send(refusal.status, json.dumps({"error": refusal.message}).encode(), headers)
 
     do_HEAD = do_POST = do_GET
 
     def _answer(self, body: bytes) -> None:
+        if self.path == "/stand-in":
+            self.hub.change(json.loads(body or b"{}"))
+            self._send(200, json.dumps({"sent": self.hub.sent, "requests": self.hub.requests}).encode(), {})
+            return
+        self.hub.requests += 1
         if self.hub.in_trouble():
             raise RefusalError(self.hub.fail, "", HTTPStatus(self.hub.fail).phrase)
         url = urlsplit(self.path)
@@ -185,7 +208,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise RefusalError(404, "", "Sorry, we can't find the page you are looking for.")
 
     def _model(self, repo: str, revision: Revision) -> dict[str, object]:
-        siblings = [{"rfilename": entry.name, "size": entry.size} for entry in revision.entries.values()]
+        siblings = [entry.sibling() for entry in revision.entries.values()]
         return {"id": repo, "modelId": repo, "author": repo.partition("/")[0], "sha": revision.commit, "tags": [],
                 "private": repo in self.hub.private, "gated": "manual" if repo in self.hub.gated else False,
                 "siblings": siblings}  # fmt: skip
@@ -199,22 +222,32 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self._send(416, b"", {"Content-Range": f"bytes */{entry.size}"})
                 return
             headers["Content-Range"] = f"bytes {first}-{last}/{entry.size}"
-        self._send(status, entry.path.read_bytes()[first : last + 1], headers)
+        content = bytearray(entry.path.read_bytes())
+        if entry.name == self.hub.flip:
+            content[-1] ^= 1
+        self._send(status, bytes(content[first : last + 1]), headers, entry.name)
 
-    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+    def _send(self, status: int, body: bytes, headers: dict[str, str], file: str = "") -> None:
         self.send_response(status)
         for name, value in ({"Content-Type": "application/json", "Content-Length": str(len(body))} | headers).items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
             return
-        if self.hub.cut and len(body) > self.hub.cut:
-            body, self.close_connection = body[: self.hub.cut], True
-        step = max(1, self.hub.rate // 10) if self.hub.rate else CHUNK
+        cut, stall = self.hub.cut or len(body), self.hub.stall or len(body)
+        if len(body) > min(cut, stall):
+            body, self.close_connection = body[: min(cut, stall)], True
         with contextlib.suppress(ConnectionError):  # a client may leave when it likes
-            for at in range(0, len(body), step):
-                self.wfile.write(body[at : at + step])
-                time.sleep(step / self.hub.rate if self.hub.rate else 0)
+            at = 0
+            while at < len(body):
+                rate = self.hub.rate  # may have changed
+                piece = body[at : at + (max(1, rate // 10) if rate else CHUNK)]
+                self.wfile.write(piece)
+                at += len(piece)
+                self.hub.sent[file] += len(piece) if file else 0
+                time.sleep(len(piece) / rate if rate else 0)
+            while self.close_connection and self.hub.stall and stall < cut:
+                time.sleep(0.1)
 
 
 def main() -> None:
@@ -229,10 +262,14 @@ def main() -> None:
     parser.add_argument("--fail-times", type=int, default=-1, metavar="N", help="but only the first N")
     parser.add_argument("--rate", type=int, default=0, metavar="BYTES", help="at most so many a second, per connection")
     parser.add_argument("--cut", type=int, default=0, metavar="BYTES", help="break off each longer answer after these")
+    parser.add_argument("--stall", type=int, default=0, metavar="BYTES", help="fall silent in each longer answer")
+    parser.add_argument("--flip", default="", metavar="FILE", help="send this file with one byte wrong")
+    parser.add_argument("--retry-after", type=float, default=0, metavar="SECONDS", help="what a 429 asks for")
     given = parser.parse_args()
 
-    hub = Hub(token=given.token, outsider=given.outsider, fail=given.fail, fail_times=given.fail_times, rate=given.rate,
-              cut=given.cut, gated=frozenset(given.gated), private=frozenset(given.private))  # fmt: skip
+    gated, private = frozenset(given.gated), frozenset(given.private)
+    hub = Hub(token=given.token, outsider=given.outsider, gated=gated, private=private)
+    hub.change(vars(given))
     for text in given.repo:
         name, _, folder = text.partition("=")
         repo, _, revision = name.partition("@")

@@ -9,7 +9,9 @@ from supervisor.engine.remains import temporary_folder
 from supervisor.settings import volume
 from supervisor.settings.command import child_environment
 from supervisor.settings.sources import Settings, SettingsError
-from supervisor.spawn import fetch_command, weights_of
+from supervisor.spawn import fetch_command, python, weights_of
+
+EXIT_CANNOT = 3
 
 
 def fetch(settings: Settings) -> int:
@@ -22,8 +24,8 @@ def fetch(settings: Settings) -> int:
         print(f"supervisor: {line}", file=sys.stderr)
     if not weights.download:
         print(f"supervisor: {settings.model.value}: {weights.source}")
-        return 0
-    if settings.vllm.python is None:
+        return 0 if weights.folder is not None else EXIT_CANNOT  # vLLM will have to fetch it by itself
+    if not python(settings):
         raise SettingsError(["the download runs in vLLM's Python, which is not to be found: set SUPERVISOR_VLLM"])
     command = fetch_command(settings, weights)
     folder = str(temporary_folder(settings.environ) / f"vllm-supervisor-{os.getuid()}")

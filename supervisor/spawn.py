@@ -6,6 +6,7 @@ A start whose weights have to come from the hub is one process as any other: it 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,8 @@ DOWNLOAD = Path(find.__file__).with_name("download.py")
 OTHER_REPOSITORIES = (
     "tokenizer", "hf_config_path", "speculative_config", "spec_model", "lora_modules", "generation_config",
 )  # fmt: skip
+# Seconds without a byte until a download is begun again, where SUPERVISOR_STALL_TIMEOUT does not say less.
+STALL = 60.0
 # Less is read faster than threads are started.
 PREFETCH_FROM = 256_000_000
 
@@ -37,12 +40,18 @@ def weights_of(settings: Settings) -> find.Weights:
     return find.find(str(settings.model.value), revision, str(load_format), among, environ)
 
 
+def python(settings: Settings) -> tuple[str, ...]:
+    """vLLM's Python; empty where `vllm` is started by something else, a shell's script or `nice`."""
+    words = settings.vllm.python or ()
+    return words if any(Path(word).name.startswith("python") for word in words) else ()
+
+
 def fetch_command(settings: Settings, weights: find.Weights, *more: str) -> tuple[str, ...]:
     """The program that downloads the model, in vLLM's environment. `more`: what it becomes then."""
-    assert settings.vllm.python is not None
-    words = [*settings.vllm.python, str(DOWNLOAD), "--repo", str(settings.model.value)]
+    words = [*python(settings), str(DOWNLOAD), "--repo", str(settings.model.value)]
     given = {"--revision": settings.option("revision"), "--cache": settings.option("download_dir"),
-             "--load-format": settings.option("load_format"), "--have": weights.folder}  # fmt: skip
+             "--load-format": settings.option("load_format"), "--have": weights.folder,
+             "--stall": min(STALL, settings.knobs.stall_timeout or STALL)}  # fmt: skip
     words += [word for name, value in given.items() if value for word in (name, str(value))]
     return (*words, *more)
 
@@ -78,14 +87,15 @@ class Spawn:
         if self.caches is not None:
             environ |= self.caches.environment(settings.environ)
         name = str(settings.model.value)
-        fetches = weights.download and settings.vllm.python is not None
+        fetches = weights.download and bool(python(settings))
         alone = not any(settings.option(key) for key in OTHER_REPOSITORIES)
+        alone = alone and not settings.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING")
         model = name
         if fetches:
             model = "{weights}"
         elif weights.folder is not None and weights.folder != Path(name):
             model = str(weights.folder)
-            if alone and find.self_contained(weights.folder):
+            if alone and snapshot.self_contained(weights.folder):
                 environ["HF_HUB_OFFLINE"] = "1"
         self.command = build(settings, str(self.workspace.socket), temporary, Serving(model, environ))
         if not fetches:
@@ -98,19 +108,17 @@ class Spawn:
     def _read_ahead(self, weights: find.Weights) -> None:
         if self.prefetch is not None:
             self.prefetch.stop()
-        if weights.folder is None or weights.download or not weights.folder.is_dir():
+        if weights.folder is None or weights.download:
             return
-        names = {path.name for path in weights.folder.iterdir()}
         load_format = str(self.settings.option("load_format") or "auto")
-        files = [
-            weights.folder / name
-            for name in snapshot.weights(names, load_format, lambda _: None) or ()
-            if name in names
-        ]
-        if sum(path.stat().st_size for path in files) >= PREFETCH_FROM:
-            from supervisor.weights.prefetch import Prefetch  # noqa: PLC0415  # for models that are worth it
+        with contextlib.suppress(OSError):  # what is missing, or no folder, is vLLM's to tell
+            names = {path.name for path in weights.folder.iterdir()}
+            wanted = snapshot.weights(names, load_format, lambda _: None) or ()
+            files = [weights.folder / name for name in wanted if name in names]
+            if sum(path.stat().st_size for path in files) >= PREFETCH_FROM:
+                from supervisor.weights.prefetch import Prefetch  # noqa: PLC0415  # for models that are worth it
 
-            self.prefetch = Prefetch(files)
+                self.prefetch = Prefetch(files)
 
     def note(self, process: EngineProcess) -> None:
         """Tells the guard, and a later start, what would have to be removed."""

@@ -17,6 +17,7 @@ import re
 import shutil
 import stat
 import tarfile
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -27,11 +28,14 @@ NVIDIA = Path("/proc/driver/nvidia/gpus")
 FOLDERS = {
     "VLLM_CACHE_ROOT": "vllm",
     "TRITON_CACHE_DIR": "triton",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",  # of what is compiled beside the model; for that vLLM has its own
     "FLASHINFER_WORKSPACE_BASE": "flashinfer",
     "CUDA_CACHE_PATH": "cuda",
 }
 # A larger one takes longer to carry than to compile; it is rather a cache of something else.
 LARGEST = 4 * 1024**3
+# Locks, what is still being written, and what is another machine's: which GPUs reach which.
+LEFT_OUT = re.compile(r"\.(lock|tmp)$|(^|/)tmp\.pid_|gpu_p2p_access_cache|startup_plan")
 # Half-written ones, by workers that died, are removed after so many seconds.
 STALE = 3600.0
 
@@ -58,7 +62,10 @@ class Caches:
 
     def __init__(self, base: Path, store: Path, *, version: str, model: str) -> None:
         """`base`: a folder for temporary files; `store`: on the volume. Raises OSError where `base` is not safe."""
-        name = re.sub(r"[^\w.+-]+", "-", f"{version}-{machine()}-{model}").strip("-")[:180]
+        text = f"{version}-{machine()}-{model}"
+        name = re.sub(r"[^A-Za-z0-9_.+-]+", "-", text).strip("-")[:180]
+        if len(text) > len(name):  # what was cut off, or is in no Latin letters, tells models apart, too
+            name += f"-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         ours = base / f"vllm-supervisor-{os.getuid()}"
         ours.mkdir(mode=0o700, exist_ok=True)
         facts = ours.lstat()
@@ -76,22 +83,26 @@ class Caches:
         """Unpacks what another start left; what happened, in words."""
         with self.lock:
             if self.folder.is_dir():
-                self.restored = self._content()
+                # Where the earlier start could not put it onto the volume, or did not come so far, this one is to.
+                self.restored = self._content() if self.archive.exists() else set()
                 return f"compiled code of an earlier start is here: {self.folder}"
             began = time.monotonic()
             half = self.folder.with_name(f"{self.folder.name}.{os.getpid()}.half")
             shutil.rmtree(half, ignore_errors=True)
             try:
-                with tarfile.open(self.archive) as archive:
-                    archive.extractall(half, filter="data")
                 size = self.archive.stat().st_size
+                with tarfile.open(self.archive, "r:") as archive:
+                    archive.extractall(half, filter="data")
             except FileNotFoundError:
                 return "no compiled code is kept for this vLLM, GPU and model yet"
-            except (OSError, tarfile.TarError) as error:
+            except OSError as error:  # the disk here may be full; the archive is none the worse
+                shutil.rmtree(half, ignore_errors=True)
+                return f"compiled code that was kept can't be unpacked ({error.strerror or error}): it is made anew"
+            except (tarfile.TarError, ValueError) as error:
                 shutil.rmtree(half, ignore_errors=True)
                 with contextlib.suppress(OSError):
                     self.archive.unlink()
-                return f"compiled code that was kept can't be read ({error}): it is made anew"
+                return f"compiled code that was kept is damaged ({error}): it is deleted, and made anew"
             try:
                 half.rename(self.folder)
             except OSError:  # vLLM was quicker, and has begun its own
@@ -106,25 +117,32 @@ class Caches:
             content = self._content()
             if not content - self.restored:
                 return None
-            size = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
-            if size > LARGEST:
-                return f"compiled code is not kept: {size / 1e9:.1f} GB are too many"
-            half = self.archive.with_name(f".{os.uname().nodename}-{os.getpid()}.half")
+            store, half = self.archive.parent, ""
             try:
-                self.archive.parent.mkdir(parents=True, exist_ok=True)
+                size = sum((self.folder / name).stat().st_size for name in content)
+                if size > LARGEST:
+                    return f"compiled code is not kept: {size / 1e9:.1f} GB are too many"
+                store.mkdir(parents=True, exist_ok=True)
                 self._sweep()
-                with tarfile.open(half, "w") as archive:
+                number, half = tempfile.mkstemp(".half", ".", store)
+                os.fchmod(number, 0o644)
+                with open(number, "wb") as file, tarfile.open(fileobj=file, mode="w:") as archive:  # noqa: PTH123
                     archive.add(self.folder, ".", filter=_kept)
-                half.replace(self.archive)
-            except OSError as error:
+                Path(half).replace(self.archive)
+            except (OSError, tarfile.TarError) as error:  # among them a file that went or shrank while it was read
                 with contextlib.suppress(OSError):
-                    half.unlink()
-                return f"compiled code can't be kept at {self.archive.parent} ({error.strerror or error})"
+                    Path(half).unlink()
+                return f"compiled code can't be kept at {store} ({getattr(error, 'strerror', None) or error})"
             self.restored = content
             return f"compiled code kept for the next start: {size / 1e6:.0f} MB, {self.archive}"
 
     def _content(self) -> set[str]:
-        return {str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file()}
+        """The files that are worth keeping. They may come and go meanwhile."""
+        found = set()
+        for folder, _, files in os.walk(self.folder):
+            paths = (os.path.join(folder, name) for name in files)  # noqa: PTH118
+            found |= {os.path.relpath(path, self.folder) for path in paths if not os.path.islink(path)}  # noqa: PTH114
+        return {name for name in found if not LEFT_OUT.search(name)}
 
     def _sweep(self) -> None:
         for path in self.archive.parent.glob(".*.half"):
@@ -134,10 +152,8 @@ class Caches:
 
 
 def _kept(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    """No locks, nothing that is another machine's (which GPUs reach which), and nobody's name."""
-    if re.search(r"\.(lock|tmp)$|gpu_p2p_access_cache|startup_plan", member.name) or not (
-        member.isfile() or member.isdir()
-    ):
+    """Files and folders, and nobody's name."""
+    if LEFT_OUT.search(member.name) or not (member.isfile() or member.isdir()):
         return None
     member.uid = member.gid = 0
     member.uname = member.gname = ""

@@ -6,7 +6,7 @@ Nothing is asked of the network here. A snapshot that lacks something is passed 
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -47,8 +47,9 @@ class Weights:
 
 def hub_cache(environ: Mapping[str, str]) -> Path:
     """Where the hub's client keeps what it downloads, by its own rules."""
-    if environ.get("HF_HUB_CACHE"):
-        return Path(environ["HF_HUB_CACHE"]).expanduser()
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        if environ.get(name):
+            return Path(environ[name]).expanduser()
     home = environ.get("HF_HOME")
     if not home:
         cache = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME", "/tmp"), ".cache")  # noqa: PTH118, S108
@@ -70,12 +71,12 @@ def find(
     model: str, revision: str | None, load_format: str, among: Iterable[Place], environ: Mapping[str, str]
 ) -> Weights:
     """Reads a few small files of each place."""
-    if Path(model).exists():
+    if _exists(Path(model)):
         return Weights(f"the folder {model}", Path(model))
     if not REPOSITORY.fullmatch(model) or environ.get("VLLM_USE_MODELSCOPE", "").lower() in TRUE:
         return Weights("left to vLLM")  # s3://..., org/name:Q4_K_M, another hub
     passed_over = []
-    offline = environ.get("HF_HUB_OFFLINE", "").lower() in TRUE
+    offline = (environ.get("HF_HUB_OFFLINE") or environ.get("TRANSFORMERS_OFFLINE", "")).lower() in TRUE
     for place in among:
         snapshot = find_snapshot(place.cache, model, revision)
         if snapshot is None:
@@ -86,7 +87,16 @@ def find(
             continue
         asked = not (place.settled or offline or COMMIT.fullmatch(revision or ""))
         return Weights(f"{place.name}, {snapshot}", snapshot, asked, tuple(passed_over))
-    return Weights("the hub", None, not offline, tuple(passed_over))
+    if offline and passed_over:  # vLLM may get along with what is there
+        return Weights("left to vLLM, for the hub may not be asked", None, False, tuple(passed_over))
+    return Weights("the hub", None, True, tuple(passed_over))  # offline: to be told so at once
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # too long a name, or in somebody else's folder
+        return False
 
 
 def find_snapshot(cache: Path, model: str, revision: str | None) -> Path | None:
@@ -94,12 +104,15 @@ def find_snapshot(cache: Path, model: str, revision: str | None) -> Path | None:
 
     RunPod writes some folders' names in small letters; the exact one is preferred.
     """
+    with contextlib.suppress(OSError):  # somebody else's folder, too long a name
+        return _find_snapshot(cache, model, revision)
+    return None
+
+
+def _find_snapshot(cache: Path, model: str, revision: str | None) -> Path | None:
     repository = cache / f"models--{model.replace('/', '--')}"
     if not repository.is_dir():
-        try:
-            entries = {entry.name.lower(): entry.path for entry in os.scandir(cache)}
-        except OSError:
-            return None
+        entries = {entry.name.lower(): entry.path for entry in os.scandir(cache)}
         found = entries.get(repository.name.lower())
         if found is None:
             return None
@@ -113,17 +126,5 @@ def find_snapshot(cache: Path, model: str, revision: str | None) -> Path | None:
         return snapshots / commit if (snapshots / commit).is_dir() else None
     if revision:
         return None
-    try:
-        there = [path for path in snapshots.iterdir() if path.is_dir()]
-    except OSError:
-        return None
+    there = [path for path in snapshots.iterdir() if path.is_dir()]
     return max(there, key=lambda path: path.stat().st_mtime, default=None)
-
-
-def self_contained(folder: Path) -> bool:
-    """Whether its config names no code of another repository, which only the hub could give."""
-    try:
-        content = json.loads((folder / "config.json").read_bytes())
-        return "--" not in json.dumps(content.get("auto_map", ""))
-    except (OSError, ValueError, AttributeError):
-        return True

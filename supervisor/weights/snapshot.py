@@ -31,6 +31,8 @@ PATTERNS: dict[str, tuple[str, ...]] = {
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx*", "*.h5", "*.msgpack", "*.ot", "*.tflite")
 # Weights by name, and nobody's for inference.
 NOT_WEIGHTS = ("training_args.bin", "optimizer*", "scheduler*", "rng_state*", "*/*")
+# A layer that comes after the model, as sentence-transformers keeps it: `2_Dense/model.safetensors`.
+LAYER = re.compile(r"\d+_\w+/(model\.safetensors|pytorch_model\.bin)")
 LFS_POINTER = b"version https://git-lfs"
 PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 # A safetensors file's header; a larger one is none.
@@ -38,7 +40,7 @@ HEADER_LIMIT = 100_000_000
 
 
 def is_weights(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in WEIGHTS)
+    return any(fnmatch(name, pattern) for pattern in WEIGHTS) and not LAYER.fullmatch(name)
 
 
 def weights(names: Iterable[str], load_format: str, index: Callable[[str], object]) -> list[str] | None:
@@ -76,7 +78,10 @@ def _row(name: str) -> set[str]:
 
 def lacking(folder: Path, load_format: str = "auto") -> str | None:
     """What keeps a folder from being served, in a few words; None where nothing does."""
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except OSError as error:
+        return f"it can't be read ({error.strerror})"
     if not names & {"config.json", "params.json"} and not any(name.endswith(".gguf") for name in names):
         return "config.json is missing"
 
@@ -109,7 +114,7 @@ def damage(path: Path) -> str | None:
         return "is missing"
     except OSError as error:
         return f"can't be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return "is damaged"
     return f"is not complete: {size} of {whole} bytes" if size < whole else None
 
@@ -121,3 +126,12 @@ def _length(first: bytes, file: BinaryIO) -> int:
         raise ValueError
     header = json.loads(file.read(length))
     return 8 + length + max((row["data_offsets"][1] for key, row in header.items() if key != "__metadata__"), default=0)
+
+
+def self_contained(folder: Path) -> bool:
+    """Whether its files name no code of another repository, which only the hub could give."""
+    for path in folder.glob("*config.json"):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            if "--" in json.dumps(json.loads(path.read_bytes()).get("auto_map", "")):
+                return False
+    return True
