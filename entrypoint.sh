@@ -11,6 +11,12 @@ set -eu
 
 supervisor=${0%/*}/bin/supervisor
 
+# A user without a name (`--user 1234`), or a root that is read only: vLLM wants a home to write to, and torch a name.
+if [ ! -w "${HOME:-/}" ] && mkdir -p "${TMPDIR:-/tmp}/home" 2>/dev/null; then
+    export HOME="${TMPDIR:-/tmp}/home"
+fi
+export USER="${USER:-$(id -un 2>/dev/null || id -u)}"
+
 case ${1:-up} in
     up | explain | doctor | status | job | fetch | -h | --help | --version)
         if [ "$#" -eq 0 ] || [ -z "$1" ]; then set -- up; fi

@@ -62,6 +62,8 @@ class Options:
     shutdown_timeout: int
     request_id_headers: bool
     access_log: bool
+    headless: bool
+    ranks: JSON  # nnodes, rank, master_addr, master_port
 
 
 def usage_error(message: str) -> NoReturn:
@@ -113,6 +115,13 @@ def read_options(args: list[str], reject: Iterable[str]) -> Options:
         shutdown_timeout=number("--shutdown-timeout", 0),
         request_id_headers="--enable-request-id-headers" in flags,
         access_log="--disable-uvicorn-access-log" not in flags,
+        headless="--headless" in flags,
+        ranks={
+            "nnodes": number("--nnodes", 1),
+            "rank": number("--node-rank", 0),
+            "master_addr": one("--master-addr", "127.0.0.1"),
+            "master_port": number("--master-port", 29501),
+        },
     )
 
 
@@ -131,6 +140,7 @@ class Plan:
     keepalive: float = 5.0
     ignore_sigterm: bool = False
     leave_orphan: bool = False
+    worker_helper: bool = False
     exit_delay_after_engine_death: float = 2.0
     shm: int = 0
     log_flood: float = 0.0
@@ -582,6 +592,8 @@ class Engine:
             "die_after": plan.die_after_tokens if plan.how == "engine" else -1,
             "freeze_after": plan.freeze_after_tokens,
             "shm": plan.shm,
+            "worker_has": ["helper"] if plan.worker_helper else [],
+            **server.options.ranks,
         }
         self.channel.send(json.dumps(config).encode())
         self.worker_pid = 0
@@ -1078,6 +1090,22 @@ ROUTES: dict[str, dict[str, Handler]] = {
 }
 
 
+def follow(options: Options, plan: Plan) -> NoReturn:
+    """A rank above 0: a process that waits for its worker, and leaves with 0 whichever way that ended, once joined."""
+    head = f"{options.ranks['master_addr']}:{options.ranks['master_port']}"
+    what = f"headless multiproc executor, with head node address {head} for torch.distributed process group."
+    log(f"Launching vLLM (v{VERSION}) {what}", "serve.py:1", "MainProcess")
+    name = f"VLLM::Worker_TP{options.ranks['rank']}"
+    worker = spawn(name, "--as-rank", json.dumps({**options.ranks, "load_seconds": plan.load_seconds}))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os.kill(worker, signal.SIGKILL))
+    code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
+    text = f"Worker proc VllmWorker-1 died unexpectedly (exit code: {code}), shutting down executor."
+    log(text, "multiproc_executor.py:1", "MainProcess", "ERROR")
+    time.sleep(plan.exit_delay_after_engine_death)
+    os._exit(max(code, 0))
+
+
 async def serve(options: Options, plan: Plan, start: int, argv: list[str]) -> None:
     await Server(options, plan, start, argv).run()
 
@@ -1090,5 +1118,7 @@ def main(argv: list[str]) -> None:
     except (ValueError, OSError) as problem:
         usage_error(f"FAKE_VLLM_PLAN, FAKE_VLLM_COUNT or FAKE_VLLM_KEEPALIVE: {problem}")
     options = read_options(argv[2:], plan.reject_flags)
+    if options.headless:
+        follow(options, plan)
     log(f"vLLM API server version {VERSION} (fake), model {options.model}", "api_server.py:1")
     asyncio.run(serve(options, plan, start, argv))

@@ -192,7 +192,7 @@ async def _run(start: _Start) -> int:
     import logging  # noqa: PLC0415
 
     from supervisor.engine import gpu  # noqa: PLC0415
-    from supervisor.engine.engine import Collaborators, Engine, Limits  # noqa: PLC0415
+    from supervisor.engine.engine import RANKS_INTERVAL, Collaborators, Engine, Limits  # noqa: PLC0415
     from supervisor.gateway.app import Admission, Gateway  # noqa: PLC0415
     from supervisor.gateway.policy import Policy, Routes  # noqa: PLC0415
     from supervisor.gateway.server import GatewayServer  # noqa: PLC0415
@@ -249,7 +249,19 @@ async def _run(start: _Start) -> int:
         workspace.clear()
         await gpu.freed(gpu_before)
 
+    async def rank_0_gone() -> bool:
+        """A whole that is stopped gets its signals at once: rank 0's last answers need this rank."""
+        deadline = loop.time() + knobs.drain_timeout
+        ranks = engine.ranks
+        while ranks is not None and ranks.noted and loop.time() < deadline:
+            if await asyncio.to_thread(ranks.gone) is not None:
+                break
+            await asyncio.sleep(RANKS_INTERVAL / 4)
+        return True
+
     async def drain() -> bool:
+        if cluster is not None and cluster.headless:
+            return await rank_0_gone()
         try:
             async with asyncio.timeout(knobs.drain_timeout):
                 if queue is not None:
@@ -263,13 +275,17 @@ async def _run(start: _Start) -> int:
             return False
         return True
 
+    invited = False
+
     def changed() -> None:
+        nonlocal invited
         gateway.engine_changed()
         if queue is not None and engine.state.value in TOLD:
             queue.worker.tell(engine.state.value)
         if engine.ready and caches is not None:
             group.create_task(kept())
-        if engine.ready and not engine.restarts:
+        if engine.ready and not invited:
+            invited = True
             log.info("%s", invitation(settings, listeners, queue.simulator.url if queue and queue.simulator else ""))
 
     engine = Engine(
@@ -292,7 +308,7 @@ async def _run(start: _Start) -> int:
             restarts=knobs.max_restarts,
             window=knobs.restart_window,
             stay_when_failed=knobs.on_failure == "serve",
-            ranks=cluster.ports if cluster else None,
+            cluster=cluster,
         ),
     )
     facts = {

@@ -12,7 +12,12 @@ from collections.abc import Iterable
 import pytest
 
 # Seconds, about, of a test in these files; where tests share something, what all of them take.
-SLOW = {"tests/queue/test_worker.py": 4.0, "tests/engine/test_faults.py": 1.5, "tests/engine/test_engine.py": 1.5}
+SLOW = {
+    "tests/queue/test_worker.py": 4.0,
+    "tests/engine/test_faults.py": 1.5,
+    "tests/engine/test_engine.py": 1.5,
+    "tests/engine/test_ranks.py": 3.0,
+}
 TOGETHER = {"endpoint": 35.0, "plain": 12.0, "running": 10.0}  # by fixture
 
 

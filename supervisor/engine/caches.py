@@ -91,6 +91,8 @@ class Caches:
             shutil.rmtree(half, ignore_errors=True)
             try:
                 size = self.archive.stat().st_size
+                if not hasattr(tarfile, "data_filter"):  # without it, an archive may write anywhere
+                    raise OSError("that takes Python 3.11.4 or later")
                 with tarfile.open(self.archive, "r:") as archive:
                     archive.extractall(half, filter="data")
             except FileNotFoundError:

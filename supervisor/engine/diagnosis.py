@@ -21,7 +21,7 @@ HARMLESS = re.compile(r"^(\([^)]*pid=\d+\) )*(DEBUG|INFO|WARNING)\b|^\[?[IW]\d{4
 # What a part of vLLM says when another one has ended: never the root.
 FOLLOW_UP = re.compile(
     r"Engine core initialization failed|WorkerProc initialization failed|EngineCore encountered an issue|EngineDeadError|"
-    r"Engine core proc \S+ died|cancelled$"
+    r"Engine core proc \S+ died|cancelled$|RuntimeError: Executor failed"
 )
 # What the API server says on SIGTERM; the errors after it are those of things being taken away.
 TOLD_TO_STOP = re.compile(r"\[shutdown\] API server: shutdown triggered")
@@ -64,11 +64,11 @@ def _rule(pattern: str, cause: str, remedy: str, *, permanent: bool = True) -> R
 # In this order: the specific before the general, the root before what follows from it.
 RULES = (
     # The download's own words (weights/download.py).
-    _rule(r"(?:^|\n)weights: cannot be had: (?P<what>[^|\n]+) \| (?P<then>[^\n]+)", "{what}", "{then}"),
+    _rule(r"(?:^|\n)weights: cannot be had: (?P<what>[^|\n]+) \| (?P<then>[^\n]+)", "{what}.", "{then}."),
     _rule(
         r"(?:^|\n)weights: cannot be had now: (?P<what>[^|\n]+) \| (?P<then>[^\n]+)",
-        "{what}",
-        "{then}",
+        "{what}.",
+        "{then}.",
         permanent=False,
     ),
     _rule(
@@ -111,27 +111,15 @@ RULES = (
         "Set VLLM_HOST_IP, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME on each machine to its address and network.",
     ),
     _rule(
-        r"pair\.cc:\d+\] (?:Connection closed by peer|Read error|Write error) \[(?P<what>[^\]\n]+)\]",
-        "The rank at {what} ended.",
-        "Its own log says why; all of them start again.",
-        permanent=False,
-    ),
-    _rule(
-        r"TimeoutError: RPC call to (?P<what>\w+) timed out",
-        "A rank did not answer in time ({what}).",
-        "Its own log, or the network between the machines, says why; all of them start again.",
+        r"Gloo connectFullMesh failed[^\n]*remote=\[(?P<what>[^\]\n]+)\]",
+        "The rank at {what} does not answer.",
+        "Open all ports between the machines; it is tried again.",
         permanent=False,
     ),
     _rule(
         r"Not enough allowed NUMA nodes to bind threads",
         "This machine has fewer NUMA nodes than workers.",
         "On a CPU set VLLM_CPU_OMP_THREADS_BIND=nobind.",
-    ),
-    _rule(
-        r"Engine core process (?P<what>\S+) died unexpectedly",
-        "{what} died.",
-        "If it comes back, the log above, or `dmesg` on the host, says why.",
-        permanent=False,
     ),
     _rule(
         r"max(?:imum)? seq(?:uence)? len(?:gth)? \((?P<asked>\d+)\).{0,400}estimated maximum model length is (?P<fits>\d+)",
@@ -464,6 +452,31 @@ RULES = (
         r"validation errors? for \w+\n  (?:Value error|Assertion failed), (?P<why>.{1,600}?)(?: \[type=|\n\n)",
         "vLLM does not take these settings: {why}.",
         "`supervisor explain` shows where each came from.",
+    ),
+    # What the others' parts say when a worker, here or on another machine, has ended: its own words come first.
+    _rule(
+        r"\bDist(?:Store|Network)Error: (?P<what>[^\n]+)",
+        "The ranks did not come together: {what}.",
+        OTHER_RANKS,
+        permanent=False,
+    ),
+    _rule(
+        r"pair\.cc:\d+\] (?:Connection closed by peer|Read error|Write error) \[(?P<what>[^\]\n]+)\]",
+        "The rank at {what} ended.",
+        "Its own log says why; all of them start again.",
+        permanent=False,
+    ),
+    _rule(
+        r"TimeoutError: RPC call to (?P<what>\w+) timed out",
+        "A rank did not answer in time ({what}).",
+        "Its own log, or the network between the machines, says why; all of them start again.",
+        permanent=False,
+    ),
+    _rule(
+        r"Engine core process (?P<what>\S+) died unexpectedly",
+        "{what} died.",
+        "If it comes back, the log above, or `dmesg` on the host, says why.",
+        permanent=False,
     ),
 )
 

@@ -23,6 +23,7 @@ from supervisor.engine.process import EngineProcess, how_it_ended
 from supervisor.engine.ranks import Ranks
 from supervisor.engine.restarts import Restarts
 from supervisor.engine.watch import Watch
+from supervisor.settings.cluster import Cluster
 
 # A refused connection costs 0.1 ms, so asking every 50 ms is free and no time is lost when vLLM begins to answer.
 # An engine that answers, but not 200, logs each question: those are asked less and less often.
@@ -33,8 +34,8 @@ LAST_LINES_PATIENCE = 0.05
 LAST_WORDS_PATIENCE = 4.0
 HEARTBEATS_PER_STALL, LONGEST_HEARTBEAT = 8, 10.0
 SHOWN_LINES = 20
-# Seconds between two looks whether the other machines are there.
-RANKS_INTERVAL = 1.0
+# Seconds between two looks whether the other machines are there. A data-parallel rank connects soon after it is ready.
+RANKS_INTERVAL, LOOKS_FOR_RANKS = 1.0, 60
 
 EXIT_OK, EXIT_CANNOT_START, EXIT_LIMIT = 0, 3, 4
 
@@ -69,7 +70,7 @@ class Limits:
     restarts: int
     window: float
     stay_when_failed: bool
-    ranks: frozenset[int] | None = None  # of several machines: the ports by which they keep together
+    cluster: Cluster | None = None  # of machines that serve the model together
 
 
 class Engine:
@@ -102,7 +103,7 @@ class Engine:
         self.served = False  # this run was ready once
         self.broken: str | None = None  # why we ended this run, where we did
         self.exited = asyncio.Event()
-        self.ranks = Ranks(self.limits.ranks) if self.limits.ranks is not None else None
+        self.ranks = Ranks(self.limits.cluster) if self.limits.cluster is not None else None
         self.watch = Watch(process, lambda: self.served, self._part_died, lambda: self.collaborators.noted(process))
 
     # What others read
@@ -195,7 +196,7 @@ class Engine:
             self.log.log(level, "%s -> %s: %s", before.value, self.state.value, reason)
             self.collaborators.changed()
         if event is Event.BROKEN and Action.KILL in actions:
-            self.broken = reason
+            self.broken = self.broken or reason  # what we kill for that is broken too, and tells nothing
         return actions
 
     async def _carry_out(self, action: Action, group: asyncio.TaskGroup) -> None:
@@ -254,8 +255,10 @@ class Engine:
     async def _await_readiness(self) -> None:
         delay = FIRST_POLL
         try:
-            async with asyncio.timeout(self.limits.startup):
+            async with asyncio.timeout(None) as patience:
                 while (status := await self.collaborators.health()) != 200:
+                    if patience.when() is None and not self.phases.fetching:  # a download watches itself
+                        patience.reschedule(self._loop.time() + self.limits.startup)
                     await asyncio.sleep(delay)
                     if status is not None:
                         delay = min(delay * POLL_GROWTH, SLOWEST_POLL)
@@ -264,21 +267,26 @@ class Engine:
             self._send(Event.BROKEN, f"vLLM was not ready after {limit}, it was at: {self.phases.detail}")
             return
         await self.watch.look()  # some 20 ms: from the first request on, the death of any part is known at once
+        if self.ranks is not None:
+            await asyncio.to_thread(self.ranks.note, self.process.pid)
         self._send(Event.READY, f"vLLM answers after {self.phases.finish():.1f} s")
 
     async def _watch_ranks(self, ranks: Ranks) -> None:
         """vLLM itself does not notice when another machine is gone."""
-        session = self.process.pid
-        while True:
+        looks = 0
+        while looks < LOOKS_FOR_RANKS:
             await asyncio.sleep(RANKS_INTERVAL)
             if not self.served:
                 continue
-            if not ranks.noted and not await asyncio.to_thread(ranks.note, session):
-                self.log.warning("no connection to the other ranks is to be seen: the end of one will not be noticed")
+            if not ranks.noted:
+                looks += 1
+                await asyncio.to_thread(ranks.note, self.process.pid)
+            elif (address := await asyncio.to_thread(ranks.gone)) is not None:
+                # Else it was us who closed it, for another reason; and a headless rank that drains waits for this.
+                if self.ready or (self.draining and not ranks.cluster.headless):
+                    self._send(Event.BROKEN, f"the rank at {address} is gone: all of them have to start again")
                 return
-            if (address := await asyncio.to_thread(ranks.gone, session)) is not None:
-                self._send(Event.BROKEN, f"the rank at {address} is gone: all of them have to start again")
-                return
+        self.log.warning("no connection to another rank is to be seen: the end of one will not be noticed")
 
     def _part_died(self, what: str) -> None:
         if self.served:

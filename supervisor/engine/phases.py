@@ -19,11 +19,11 @@ PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
     (
         "waiting for the other ranks",
         re.compile(
-            r"world_size=(?!1 )\d+ .*world_size=(?!1 )\d+ .*distributed_init_method=tcp://(?!127\.)(?!127\.0\.0\.1:)|"
+            r"world_size=(?!1 )\d+ .*distributed_init_method=tcp://(?!127\.0\.0\.1:)|"
             r"Launching \d+ data parallel engine|Launching vLLM .* headless"
         ),
     ),
-    ("downloading weights", re.compile(r"Downloading weights|Fetching \d+ files|Downloading shards")),
+    ("downloading weights", re.compile(r"^(?!weights: ).*Downloading weights|Fetching \d+ files|Downloading shards")),
     (
         "loading weights",
         re.compile(r"Starting to load (the )?model|Loading model weights|Loading safetensors checkpoint"),
@@ -60,6 +60,11 @@ class Waterfall:
         return PHASES[self.begun[-1][0]][0]
 
     @property
+    def fetching(self) -> bool:
+        """Whether the weights still come."""
+        return self.begun[-1][0] < IMPORTING
+
+    @property
     def detail(self) -> str:
         """The phase, and how far it is, where that is known."""
         return f"{self.current} ({self.progress})" if self.progress else self.current
@@ -68,7 +73,7 @@ class Waterfall:
         """The phase that this line begins, if any."""
         if self.finished is not None:
             return None
-        if self.begun[-1][0] < IMPORTING and (told := PROGRESS.search(line)):
+        if self.fetching and (told := PROGRESS.search(line)):
             self.progress = told[1]
         at = self.begun[-1][0]
         following = [n for n in range(at + 1, len(PHASES)) if PHASES[n][1].search(line)]

@@ -2,64 +2,94 @@
 
 A vLLM that is spread over machines does not notice when one of them is gone: /health stays 200 on rank 0 until the
 next request fails, and a headless rank stays for good, holding its GPUs, whichever way rank 0 went. What does tell it,
-within a second, are the TCP connections by which the ranks keep together (seen with tensor and with data parallelism):
-those of this engine to rank 0's port are noted once it serves, and when one of them is gone, the whole starts anew.
+within a second, are the TCP connections between the ranks: those of this engine are noted once it serves, and when one
+of them is gone, the whole starts anew. Where the model is spread (tensor, pipeline parallelism) they are those to the
+port of rank 0 that all know. With data parallelism vLLM chooses its ports as it goes, all on rank 0.
 
 A headless rank has no port and says no word of readiness. It is ready when it has joined and loaded, by its log.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import re
-from collections.abc import Collection
+import socket
 from pathlib import Path
 
 from supervisor.engine import remains
+from supervisor.settings.cluster import Cluster
 
-JOINED = re.compile(r"rank \d+ in world size (?!1 )\d+ is assigned|Launching \d+ data parallel engine")
-LOADED = re.compile(r"Available KV cache memory|Explicitly set \(.*\) GiB for KV cache|init engine \(")
-ESTABLISHED = "01"
-Connection = tuple[str, str]  # as /proc writes them: ours, theirs
+LAUNCHED = re.compile(r"Launching (?:vLLM .* headless|(?P<engines>\d+) data parallel engine)")
+JOINED = re.compile(r"rank \d+ in world size \d+ is assigned")
+# What a worker says of the memory that its weights leave: profiled, on a CPU, and where the user set it.
+LOADED = re.compile(r"Available KV cache memory|\) GiB for KV cache on node|GiB memory for KV Cache as specified")
+INITIALIZED = re.compile(r"init engine \(")
+ESTABLISHED, LISTENING = "01", "0A"
+Ends = tuple[str, str]  # of a connection, as /proc writes them: ours, theirs
 
 
 class Ranks:
-    """Of one run of the engine: `hear` its log, `loaded`, then `note` once and `gone` each second."""
+    """Of one run of the engine: `hear` its log, `loaded`, then `note` until there is something, and `gone`."""
 
-    def __init__(self, ports: Collection[int]) -> None:
-        self.ports = ports
-        self.joined = False
-        self.loaded = False
-        self.noted: set[Connection] = set()
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.awaited: list[re.Pattern[str]] | None = None  # what a headless rank has still to say
+        self.noted: set[Ends] = set()
 
     def hear(self, line: str) -> None:
-        self.joined = self.joined or JOINED.search(line) is not None
-        self.loaded = self.loaded or (self.joined and LOADED.search(line) is not None)
+        if self.awaited is None:
+            if launched := LAUNCHED.search(line):
+                engines = launched["engines"]
+                # With its engine process another one is awaited: until then it has only shaken hands with rank 0.
+                self.awaited = [INITIALIZED] * int(engines) if engines else [JOINED, LOADED]
+        elif self.awaited and self.awaited[0].search(line):
+            del self.awaited[0]
+
+    @property
+    def loaded(self) -> bool:
+        return self.awaited == []
 
     def note(self, session: int) -> int:
         """Looks which connections hold the ranks together; how many there are."""
-        members = remains.session(session)
-        sockets = {inode for pid in members for inode in _sockets(pid)}
-        self.noted = {connection for connection, inode in _established(session, self.ports).items() if inode in sockets}
+        sockets = {inode for pid in remains.session(session) for inode in _sockets(pid)}
+        rows = [(ends, state) for ends, state, inode in _connections() if inode in sockets]
+        ours = {ends for ends, state in rows if state == ESTABLISHED}
+        listening = {_port(ends[0]) for ends, state in rows if state == LISTENING}
+        within = {tuple(map(_address, ends)) for ends in ours}  # between two of our own processes both ends are ours
+        self.noted = {
+            (mine, other)
+            for mine, other in ours
+            if (_address(other), _address(mine)) not in within and self._holds(mine, other, listening)
+        }
         return len(self.noted)
 
-    def gone(self, session: int) -> str | None:
+    def gone(self) -> str | None:
         """The address of a rank to which a connection is gone."""
-        lost = self.noted - set(_established(session, self.ports))
-        return _address(min(lost)[1]) if lost else None
+        lost = self.noted - {ends for ends, state, _ in _connections() if state == ESTABLISHED}
+        return _address(min(lost)[1])[0] if lost else None
+
+    def _holds(self, mine: str, other: str, listening: set[int]) -> bool:
+        port = self.cluster.port
+        if not self.cluster.replicas:
+            return port in (_port(mine), _port(other))
+        if port in (_port(mine), _port(other)):
+            return False  # of the handshake, which ends when all have come
+        if self.cluster.headless:
+            return _address(other)[0] in _addresses(self.cluster.leader)
+        return _port(mine) in listening
 
 
-def _established(pid: int, ports: Collection[int]) -> dict[Connection, str]:
-    """Those of the process's network that have one of the ports on either side, with their inodes."""
-    found = {}
+def _connections() -> list[tuple[Ends, str, str]]:
+    """Of this network, which is the engine's too: ends, state, inode."""
+    found = []
     for name in ("tcp", "tcp6"):
         try:
-            rows = Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]
+            rows = Path(f"/proc/self/net/{name}").read_text().splitlines()[1:]
         except OSError:
             continue
         for row in rows:
-            _, local, remote, state, *_, inode = row.split(maxsplit=10)[:10]
-            if state == ESTABLISHED and not {_port(local), _port(remote)}.isdisjoint(ports):
-                found[local, remote] = inode
+            _, mine, other, state, *_, inode = row.split(maxsplit=10)[:10]
+            found.append(((mine, other), state, inode))
     return found
 
 
@@ -75,16 +105,25 @@ def _sockets(pid: int) -> set[str]:
     return found
 
 
-def _port(address: str) -> int:
-    return int(address.rpartition(":")[2], 16)
+def _port(text: str) -> int:
+    return int(text.rpartition(":")[2], 16)
 
 
-def _address(text: str) -> str:
-    """`0100007F:1F90` -> `127.0.0.1`."""
+def _address(text: str) -> tuple[str, int]:
+    """`0100007F:1F90` -> 127.0.0.1, 8080. A socket for both IPs writes IPv4 as IPv6."""
     data = bytes.fromhex(text.partition(":")[0])
-    if len(data) == 4:
-        return ".".join(map(str, reversed(data)))
-    words = b"".join(data[at : at + 4][::-1] for at in range(0, 16, 4))
-    if words[:12] == bytes(10) + b"\xff\xff":
-        return ".".join(map(str, words[12:]))
-    return ":".join(words[at : at + 2].hex() for at in range(0, 16, 2))
+    words = b"".join(data[at : at + 4][::-1] for at in range(0, len(data), 4))
+    return _plain(ipaddress.ip_address(words)), _port(text)
+
+
+def _plain(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return str(mapped or address)
+
+
+def _addresses(host: str) -> set[str]:
+    try:
+        found = {str(row[4][0]).partition("%")[0] for row in socket.getaddrinfo(host, None)}
+    except OSError:
+        return set()
+    return {_plain(ipaddress.ip_address(text)) for text in found}

@@ -10,7 +10,11 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-DATA_PARALLEL_PORT = "13345"  # of data parallel's handshake; torch's port is another
+from supervisor.settings.platform import AUTO
+
+DATA_PARALLEL_PORT = "13345"  # of data parallel's handshake: PRIMARY_PORT is for torch
+VLLMS_PORT, VLLMS_DATA_PARALLEL_PORT = 29501, 29550  # where none is set
+RAY = "ray"
 # Options of several machines that mean nothing on one: torch's launchers set these names for their own ends.
 OF_SEVERAL = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
 # Settings of the user's own by which the model is spread: where there is one, nothing is chosen for him.
@@ -19,12 +23,14 @@ SPREAD = ("TENSOR_PARALLEL_SIZE", "PIPELINE_PARALLEL_SIZE", "DATA_PARALLEL_SIZE"
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """`ports`: those of rank 0 by which the ranks keep together. `environ`: below what the user set."""
+    """`replicas`: each machine has whole models (data parallelism), else a part of one. `port`: rank 0's, where the
+    parts keep together, or where replicas shake hands. `environ`: below what the user set."""
 
     nodes: int
     rank: int
     leader: str
-    ports: frozenset[int]
+    port: int
+    replicas: bool
     environ: Mapping[str, str]
 
     @property
@@ -38,39 +44,39 @@ class Cluster:
 
 def nodes(environ: Mapping[str, str]) -> int:
     text = environ.get("NUM_NODES", "").strip()
-    return int(text) if text.isdigit() else 1
+    return max(1, int(text)) if text.isdigit() else 1
 
 
 def derived(environ: Mapping[str, str], asked: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     """Variable -> (source, value), for what a cluster's variables say. `asked`: what the user set of SPREAD."""
     count = nodes(environ)
-    if count < 2:
+    if count < 2 or RAY in (environ.get("DISTRIBUTED_EXECUTOR_BACKEND"), environ.get("DATA_PARALLEL_BACKEND")):
         return {}
-    leader = environ.get("PRIMARY_ADDR") or environ.get("MASTER_ADDR") or ""
-    port = environ.get("PRIMARY_PORT") or environ.get("MASTER_PORT") or ""
     found: dict[str, tuple[str, str]] = {}
 
-    def add(variable: str, source: str, value: str) -> None:
-        if value:
-            found[variable] = (f"environment {source}={value}" if source != "" else "cluster", value)
+    def add(variable: str, *sources: str, value: str = "") -> None:
+        """From the first of the sources that is set; `value`, where it is not that one's as it stands."""
+        source = next((name for name in sources if environ.get(name)), None)
+        if source is not None:
+            found[variable] = (f"environment {source}={environ[source]}", value or environ[source])
 
     replicas = asked.get("DATA_PARALLEL_SIZE", "1")
     if replicas.isdigit() and int(replicas) > 1:  # whole models on each machine, behind rank 0
         local = max(1, int(replicas) // count)
-        add("DATA_PARALLEL_SIZE_LOCAL", "", str(local))
-        add("DATA_PARALLEL_ADDRESS", "PRIMARY_ADDR", leader)
-        add("DATA_PARALLEL_RPC_PORT", "", DATA_PARALLEL_PORT)
-        rank = environ.get("NODE_RANK", "0")
+        add("DATA_PARALLEL_SIZE_LOCAL", "NUM_NODES", value=str(local))
+        add("DATA_PARALLEL_ADDRESS", "PRIMARY_ADDR", "MASTER_ADDR")
+        add("DATA_PARALLEL_RPC_PORT", "NUM_NODES", value=DATA_PARALLEL_PORT)
+        rank = environ.get("NODE_RANK", "")
         if rank.isdigit() and int(rank):
-            add("DATA_PARALLEL_START_RANK", "NODE_RANK", str(int(rank) * local))
+            add("DATA_PARALLEL_START_RANK", "NODE_RANK", value=str(int(rank) * local))
         return found
-    add("NNODES", "NUM_NODES", str(count))
-    add("NODE_RANK", "NODE_RANK", environ.get("NODE_RANK", ""))
-    add("MASTER_ADDR", "PRIMARY_ADDR", leader)
-    add("MASTER_PORT", "PRIMARY_PORT", port)
-    if not asked:  # within a machine the GPUs are near each other, between machines one hop for each layer's end is few
-        add("PIPELINE_PARALLEL_SIZE", "NUM_NODES", str(count))
-        add("TENSOR_PARALLEL_SIZE", "NUM_TRAINERS", environ.get("NUM_TRAINERS", ""))
+    add("NNODES", "NUM_NODES")
+    add("MASTER_ADDR", "PRIMARY_ADDR")  # MASTER_ADDR, MASTER_PORT and NODE_RANK are vLLM's own names
+    add("MASTER_PORT", "PRIMARY_PORT")
+    # Within a machine the GPUs are near each other; between machines one hop is few. `auto`: all GPUs of a machine.
+    if not asked or (list(asked) == ["TENSOR_PARALLEL_SIZE"] and asked["TENSOR_PARALLEL_SIZE"].strip().lower() in AUTO):
+        add("PIPELINE_PARALLEL_SIZE", "NUM_NODES")
+        add("TENSOR_PARALLEL_SIZE", "NUM_TRAINERS")
     return found
 
 
@@ -84,8 +90,11 @@ def cluster(value: Mapping[str, object], environ: Mapping[str, str], problems: l
     count, replicas = number("NNODES", 1), number("DATA_PARALLEL_SIZE", 1)
     local = number("DATA_PARALLEL_SIZE_LOCAL", replicas)
     own_front = value.get("DATA_PARALLEL_HYBRID_LB") or value.get("DATA_PARALLEL_EXTERNAL_LB")
-    if count > 1:
-        rank, leader, port = number("NODE_RANK", 0), value.get("MASTER_ADDR"), number("MASTER_PORT", 29501)
+    if RAY in (value.get("DISTRIBUTED_EXECUTOR_BACKEND"), value.get("DATA_PARALLEL_BACKEND")):
+        return None  # one vLLM, whose workers Ray starts wherever it runs
+    spread = count > 1
+    if spread:
+        rank, leader, port = number("NODE_RANK", 0), value.get("MASTER_ADDR"), number("MASTER_PORT", VLLMS_PORT)
         size = number("TENSOR_PARALLEL_SIZE", 1) * number("PIPELINE_PARALLEL_SIZE", 1) * replicas
         if size % count:
             problems.append(
@@ -93,22 +102,28 @@ def cluster(value: Mapping[str, object], environ: Mapping[str, str], problems: l
                 f"can't be shared out among {count} machines: set them so that {count} divides their product"
             )
     elif replicas > max(1, local) and not own_front:
-        count, leader, port = -(-replicas // max(1, local)), value.get("DATA_PARALLEL_ADDRESS"), 0
-        port = number("DATA_PARALLEL_RPC_PORT", 0)
+        count, leader = -(-replicas // max(1, local)), value.get("DATA_PARALLEL_ADDRESS")
+        port = number("DATA_PARALLEL_RPC_PORT", VLLMS_DATA_PARALLEL_PORT)
         rank = number("DATA_PARALLEL_START_RANK", 0) // max(1, local)
+        if replicas % nodes(environ):
+            problems.append(
+                f"DATA_PARALLEL_SIZE={replicas}: so many whole models can't be shared out among {nodes(environ)} "
+                "machines: set a multiple of their number"
+            )
     else:
         return None
     if rank >= count:
         problems.append(f"NODE_RANK={rank}: of {count} machines the last one has rank {count - 1}")
     if not leader:
-        problems.append("MASTER_ADDR is not set: on each machine, set it to the address of the one with rank 0")
+        variable = "MASTER_ADDR" if spread else "DATA_PARALLEL_ADDRESS"
+        problems.append(f"{variable} is not set: on each machine, set it to the address of the one with rank 0")
         return None
-    return Cluster(count, rank, str(leader), frozenset({port} - {0}), _own(str(leader), environ))
+    return Cluster(count, rank, str(leader), port, not spread, _own(str(leader), environ))
 
 
 def _own(leader: str, environ: Mapping[str, str]) -> dict[str, str]:
     """This machine's address among the others, and the network that has it: gloo and NCCL guess, and guess loopback."""
-    own = environ.get("NODE_ADDR") or _towards(leader)
+    own = environ.get("NODE_ADDR", "").partition("/")[0].strip() or _towards(leader)
     if not own:
         return {}
     import psutil  # noqa: PLC0415  # 20 ms, for clusters only

@@ -16,6 +16,7 @@ SAGEMAKER_PORT = "SAGEMAKER_BIND_TO_PORT"
 SAGEMAKER_MODEL = Path("/opt/ml/model")  # what it has fetched from S3
 
 LOOPBACK = ("localhost", "::1")
+AUTO = ("auto", "all")  # TENSOR_PARALLEL_SIZE: every GPU that there is
 TORCH_OFF = ("", "-1", "NoDevFiles")
 
 
@@ -30,7 +31,7 @@ def gpus(environ: Mapping[str, str]) -> int | None:
 
 def computed(variable: str, given: object, environ: Mapping[str, str]) -> str | None:
     """The value that `auto` stands for, where vLLM has no such word."""
-    if variable == "TENSOR_PARALLEL_SIZE" and str(given).strip().lower() in ("auto", "all"):
+    if variable == "TENSOR_PARALLEL_SIZE" and str(given).strip().lower() in AUTO:
         return str(gpus(environ) or 1)
     return None
 

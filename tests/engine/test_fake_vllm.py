@@ -384,6 +384,73 @@ def test_killed_api_server_leaves_the_others_behind(fake: Callable[..., Fake]) -
     until(lambda: sorted(session(one.pid).values()) == ["VLLM::EngineCor", "VLLM::Worker"])
 
 
+# Several machines
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def ranks(port: str, rank: int) -> list[str]:
+    place = ["--nnodes", "2", "--node-rank", str(rank), "--master-addr", "127.0.0.1", "--master-port", port]
+    return [*place, "--headless"] if rank else place
+
+
+def says(one: Fake, text: str) -> bool:
+    return text in one.log.read_text()
+
+
+def test_ranks_wait_for_each_other_and_then_for_nobody(fake: Callable[..., Fake], tmp_path: Path) -> None:
+    """Rank 1 is gone, and nothing of rank 0 takes notice: so does the real one."""
+    port, folder = free_port(), tmp_path / "other"
+    folder.mkdir()
+    first = fake(*ranks(port, 0), wait=False)
+    until(lambda: says(first, f"world_size=2 rank=0 local_rank=0 distributed_init_method=tcp://127.0.0.1:{port}"))
+    assert not first.accepts()
+    other = Fake(folder, *ranks(port, 1))
+    try:
+        until(first.accepts, "ready")
+        until(lambda: says(other, "GiB for KV cache on node"), "loaded")
+        assert says(first, "rank 0 in world size 2 is assigned as")
+        assert says(other, f"headless multiproc executor, with head node address 127.0.0.1:{port}")
+        assert says(other, "rank 1 in world size 2 is assigned as")
+        assert not other.accepts()  # it serves nobody
+        worker = next(pid for pid, name in session(other.pid).items() if name.startswith("VLLM::Worker_TP"))
+        os.kill(worker, signal.SIGKILL)
+        assert other.wait() == 0
+        assert says(other, "died unexpectedly (exit code: -9)")
+        assert first.http.get("/health").status_code == 200
+        assert first.chat(max_tokens=2).status_code == 200
+    finally:
+        other.clean_up()
+
+
+def test_a_rank_waits_for_rank_0_and_loses_it_while_it_gathers(fake: Callable[..., Fake]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as first:
+        port = str(first.getsockname()[1])
+    alone = fake(*ranks(port, 1), wait=False)
+    until(lambda: says(alone, "world_size=2 rank=1"))
+    with socket.create_server(("127.0.0.1", int(port))) as first:
+        first.accept()[0].close()
+        assert alone.wait() == 1
+    assert says(alone, "Connection closed by peer [127.0.0.1]")
+
+
+def test_a_worker_with_a_helper_of_the_same_name(fake: Callable[..., Fake]) -> None:
+    one = fake(plan={"worker_helper": True})
+    workers = until(
+        lambda: [pid for pid, name in session(one.pid).items() if name == "VLLM::Worker"][1:] and session(one.pid)
+    )
+    worker = one.state()["worker_pid"]
+    helper = next(pid for pid, name in workers.items() if name == "VLLM::Worker" and pid != worker)
+    assert stat_of(helper)[1] == worker  # type: ignore[index]
+    os.kill(helper, signal.SIGKILL)
+    until(lambda: stat_of(helper) is None, "reaped")
+    assert one.chat(max_tokens=2).status_code == 200
+
+
 def test_sigterm_ends_streams_and_leaves_only_the_socket_file(fake: Callable[..., Fake]) -> None:
     one = fake()
     with one.stream(10_000, token_interval=0.005) as response:

@@ -376,3 +376,16 @@ def test_a_folder_that_the_user_chose_stays(tmp_path: Path, store: Path) -> None
     assert set(environ) == set(caches.FOLDERS) - {"TRITON_CACHE_DIR"}
     assert all(Path(path).parent == cache.folder for path in environ.values())
     assert len(set(environ.values())) == len(environ)
+
+
+def test_a_python_that_can_not_unpack_safely_unpacks_nothing(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Debian 12's own is one: 3.11.2."""
+    first = start(tmp_path, store)
+    compile_into(first, vllm__graph="graph")
+    assert first.keep()
+    monkeypatch.delattr(tarfile, "data_filter")
+    second = start(tmp_path, store, "two")
+    assert "takes Python 3.11.4 or later" in second.restore()
+    assert not second.folder.exists()

@@ -117,6 +117,21 @@ PRODUCED = (
     Row("engine-segfault-while-loading", "crashed (segmentation fault)", "ENFORCE_EAGER", permanent=False),
     Row("segfault", "crashed (segmentation fault)", "ENFORCE_EAGER", permanent=False),
     Row("bus-error", "SIGBUS", "--shm-size", permanent=False),
+    Row("worker-killed-when-ready", "engine process was gone without a word", "memory", permanent=False),
+
+    # Several machines
+    Row("ranks-others-absent", "Only 1/2 ranks came within 1801 s", "MASTER_ADDR and MASTER_PORT", permanent=False),
+    Row("ranks-first-silent", "does not answer at 10.78.0.1, port 29599", "MASTER_ADDR", permanent=False),
+    Row("ranks-first-absent", "does not answer at 10.78.0.99, port 29501", "MASTER_ADDR", permanent=False),
+    Row("ranks-front-end-silent", "Rank 0 does not answer", "DATA_PARALLEL_RPC_PORT", permanent=False),  # exit code 0
+    Row("ranks-loopback", "loopback address, 127.0.0.1", "GLOO_SOCKET_IFNAME"),
+    Row("ranks-other-died-while-loading", "rank at 10.77.0.2 ended", "Its own log", permanent=False),
+    Row("ranks-first-died-while-loading", "rank at 10.77.0.1 ended", "Its own log", permanent=False),
+    Row("ranks-other-died", "rank at 10.77.0.2 ended", "Its own log", permanent=False),
+    Row("ranks-other-unreachable", "did not answer in time (execute_model)", "network", permanent=False),
+    Row("ranks-killed", "engine process was killed by SIGKILL", "memory", permanent=False),  # all that it says
+    Row("data-parallel-engine-died", "EngineCore_DP1 died", "dmesg", permanent=False),
+    Row("numa-nodes-fewer-than-workers", "fewer NUMA nodes than workers", "VLLM_CPU_OMP_THREADS_BIND=nobind"),
 )
 
 # A CPU can't produce these: lines from public issues of vLLM, or of the libraries below it.
@@ -191,6 +206,15 @@ QUOTED = (
     # what vLLM says of whatever signal it was
     Row("RuntimeError: Engine core initialization failed. Failed core proc(s): {'EngineCore': -4}",
         "crashed (signal 4)", "newer image", permanent=False),
+    # ranks-loopback's own line, with an address that is not loopback
+    Row("RuntimeError: Gloo connectFullMesh failed with [gloo/transport/tcp/pair.cc:152] timed out connecting: "
+        "SO_ERROR: Connection refused, remote=[10.77.0.1]:28081$1", "rank at 10.77.0.1 does not answer", "all ports",
+        permanent=False),
+    # torch's own, where the store or one of the ranks is gone while they gather
+    Row("torch.distributed.DistNetworkError: failed to recv, got 0 bytes", "did not come together: failed to recv",
+        "MASTER_ADDR", permanent=False),
+    Row("torch.distributed.DistStoreError: wait timeout after 600000ms, keys: /default_pg/0//worker_count",
+        "did not come together: wait timeout", "all ports", permanent=False),
     # vllm#28028
     Row("torch.AcceleratorError: CUDA error: an illegal memory access was encountered", "illegal memory access",
         "another machine", permanent=False),
@@ -261,6 +285,7 @@ def test_remedies_name_variables_that_exist() -> None:
     known = {knob.variable for knob in KNOBS} | {option.variable for option in options.by_key.values()}
     known |= {"MODEL", "HF_TOKEN", "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE", "TMPDIR"}  # MODEL: the positional one
     known |= {"VLLM_CPU_KVCACHE_SPACE", "VLLM_ALLOW_LONG_MAX_MODEL_LEN", "CUDA_VISIBLE_DEVICES", "NCCL_DEBUG"}
+    known |= {"VLLM_CPU_OMP_THREADS_BIND", "VLLM_HOST_IP", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"}
     named = {name for rule in RULES for name in re.findall(r"(?<![{\w])[A-Z]+(?:_[A-Z]+)+(?![}\w])", rule.remedy)}
     assert named - known == set()
     assert {"MAX_MODEL_LEN", "HF_TOKEN"} < named
@@ -277,6 +302,30 @@ def test_without_a_line_that_tells_the_signal_does() -> None:
 def test_what_we_did_to_it_comes_before_the_signal() -> None:
     assert diagnose(-9, [], ended_by_us="It made no progress for 120 s").cause == "It made no progress for 120 s."
     assert diagnose(-9, [], ended_by_us="Not ready within SUPERVISOR_STARTUP_TIMEOUT=1 s").permanent
+
+
+def test_ranks_that_do_not_come_are_waited_for_again() -> None:
+    """They come minutes apart, each with a disk and a network of its own: nothing has to be changed for that."""
+    why = "vLLM was not ready after 1200 s (SUPERVISOR_STARTUP_TIMEOUT), it was at: "
+    for phase in ("waiting for the other ranks", "waiting for the other engines"):
+        diagnosis = diagnose(-9, [], ended_by_us=why + phase)
+        assert diagnosis.cause == f"{why}{phase}."
+        assert "MASTER_ADDR" in diagnosis.remedy
+        assert "all ports" in diagnosis.remedy
+        assert not diagnosis.permanent
+    assert diagnose(-9, [], ended_by_us=f"{why}loading weights").permanent
+
+
+def test_the_root_comes_before_what_the_other_workers_say() -> None:
+    """One worker has no memory left, the one beside it loses a connection, here or on another machine."""
+    lines = [
+        "(Worker_TP1 pid=8) ERROR 11-26 00:06:31 [x.py:1] torch.OutOfMemoryError: CUDA out of memory.",
+        "(Worker_TP0 pid=7) ERROR 11-26 00:06:31 [x.py:1] RuntimeError: [gloo/transport/tcp/pair.cc:553] Connection "
+        "closed by peer [127.0.0.1]:39592. This is typically caused by a remote worker crashing.",
+        "(EngineCore pid=6) ERROR 11-26 00:06:31 [x.py:1] TimeoutError: RPC call to execute_model timed out.",
+    ]
+    assert diagnose(1, lines).cause == "The GPU's memory was not enough."
+    assert "rank at 127.0.0.1 ended" in diagnose(1, lines[1:]).cause
 
 
 def test_an_error_that_was_dealt_with_is_none() -> None:

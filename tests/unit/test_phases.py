@@ -42,6 +42,58 @@ def test_phases_of_a_real_start_only_go_forward() -> None:
     assert all(isinstance(row["seconds"], float) and row["seconds"] >= 0 for row in rows)
 
 
+# The same of several machines.
+HEADLESS = """\
+(MainProcess pid=2) INFO 11-26 00:10:23 [serve.py:224] Launching vLLM (v0.32.0) headless multiproc executor, with
+(Worker pid=3) INFO 11-26 00:10:45 [parallel_state.py:1906] world_size=2 rank=1 distributed_init_method=tcp://10.77.0.1:2
+(Worker_TP1 pid=3) INFO 11-26 00:11:02 [cpu_model_runner.py:68] Starting to load model /demo/model...
+"""
+SPREAD = """\
+(APIServer pid=1) INFO 11-26 00:10:21 [api_utils.py:286] non-default args: {'model_tag': 'demo'}
+(EngineCore pid=2) INFO 11-26 00:10:40 [core.py:133] Initializing a V1 LLM engine (v0.32.0) with config
+(Worker pid=3) INFO 11-26 00:11:01 [parallel_state.py:1906] world_size=2 rank=0 distributed_init_method=tcp://10.77.0.1:2
+(Worker_TP0 pid=3) INFO 11-26 00:11:02 [cpu_model_runner.py:68] Starting to load model /demo/model...
+(EngineCore pid=2) INFO 11-26 00:11:14 [core.py:402] init engine (profile, kv cache, warmup) took 7.39 s
+"""
+REPLICATED = """\
+(APIServer pid=1) INFO 11-26 00:06:50 [api_utils.py:286] non-default args: {'model_tag': 'demo'}
+(EngineCore_DP0 pid=2) INFO 11-26 00:07:23 [core.py:133] Initializing a V1 LLM engine (v0.32.0) with config
+(Worker pid=3) INFO 11-26 00:07:39 [parallel_state.py:1906] world_size=1 rank=0 distributed_init_method=file:///tmp/x
+(Worker pid=3) INFO 11-26 00:07:39 [cpu_model_runner.py:68] Starting to load model /demo/model...
+(EngineCore_DP0 pid=2) INFO 11-26 00:07:43 [core.py:402] init engine (profile, kv cache, warmup) took 1.60 s
+(EngineCore_DP0 pid=2) INFO 11-26 00:07:53 [core.py:1247] Waiting for READY message from DP Coordinator...
+(APIServer pid=1) INFO 11-26 00:09:43 [entry.py:136] Supported tasks: ['generate']
+"""
+FRONT = ["reading the model's config", "starting the engine core"]
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        (HEADLESS, ["waiting for the other ranks", "loading weights"]),
+        (SPREAD, [*FRONT, "waiting for the other ranks", "loading weights", "starting the API server"]),
+        (REPLICATED, [*FRONT, "loading weights", "starting the API server", "waiting for the other engines"]),
+    ],
+    ids=["headless", "rank 0", "rank 0 of replicas"],
+)
+def test_phases_of_several_machines(log: str, expected: list[str]) -> None:
+    waterfall = Waterfall(time.monotonic())
+    assert [phase for line in log.splitlines() if (phase := waterfall.hear(line))] == expected
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "(Worker pid=3) world_size=2 rank=1 local_rank=1 distributed_init_method=file:///tmp/vllm_dist_83 backend=gloo",
+        "(Worker pid=3) world_size=2 rank=1 local_rank=1 distributed_init_method=tcp://127.0.0.1:41251 backend=nccl",
+        "(Worker pid=3) world_size=1 rank=0 local_rank=0 distributed_init_method=tcp://172.17.0.2:41251 backend=nccl",
+    ],
+)
+def test_workers_of_one_machine_wait_for_no_rank(line: str) -> None:
+    """Older versions, and some GPUs, meet over TCP there too."""
+    assert Waterfall(time.monotonic()).hear(line) is None
+
+
 def test_phase_names_are_unique() -> None:
     assert len({name for name, _ in PHASES}) == len(PHASES)
 

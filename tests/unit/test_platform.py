@@ -50,7 +50,11 @@ def read(folder: Path, **environ: str) -> Settings:
             ["TENSOR_PARALLEL_SIZE=2 x PIPELINE_PARALLEL_SIZE=2: only 2"],
         ),
         ({"CUDA_VISIBLE_DEVICES": "0"}, {"TENSOR_PARALLEL_SIZE": "2", "DISTRIBUTED_EXECUTOR_BACKEND": "ray"}, []),
-        ({"CUDA_VISIBLE_DEVICES": "0"}, {"TENSOR_PARALLEL_SIZE": "2", "NNODES": "2"}, []),
+        (
+            {"CUDA_VISIBLE_DEVICES": "0"},
+            {"TENSOR_PARALLEL_SIZE": "2", "NNODES": "2", "MASTER_ADDR": "127.0.0.1"},
+            [],
+        ),
         ({"CUDA_VISIBLE_DEVICES": "0,1"}, {"TENSOR_PARALLEL_SIZE": "auto"}, []),
     ],
 )

@@ -1,5 +1,5 @@
 """The real vLLM under a real supervisor, started once for all tests here. Tests that break it run after the
-others, and the one that stops it runs last."""
+others, then the one that stops it, and after that the one that needs the machine for two of it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tests.queue.conftest import RunPod
 
 VLLM = ROOT / ".vllm" / "bin" / "vllm"
 START = 400.0  # seconds; 30 to 40 on an idle machine with two cores
+LAST = "test_two_ranks.py"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -22,7 +23,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if here in item.path.parents:
             item.add_marker(pytest.mark.timeout(START + 200))
     order = ("breaks_vllm", "stops_vllm")
-    items.sort(key=lambda item: [item.get_closest_marker(name) is not None for name in reversed(order)])
+    items.sort(
+        key=lambda item: [
+            item.path.name == LAST,
+            *(item.get_closest_marker(name) is not None for name in reversed(order)),
+        ]
+    )
 
 
 @pytest.fixture(scope="session")
