@@ -23,6 +23,8 @@ from supervisor.settings.values import BadValue
 from supervisor.spawn import Spawn
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from supervisor.engine.caches import Caches
     from supervisor.engine.process import EngineProcess
     from supervisor.gateway.app import Gateway
@@ -215,14 +217,12 @@ async def _run(start: _Start) -> int:
 
     caches = start.spawn.caches
 
-    async def kept() -> None:
-        assert caches is not None
-        if told := await asyncio.to_thread(caches.keep):
-            log.info("%s", told)
-
-    async def restored() -> None:
-        assert caches is not None
-        log.info("%s", await asyncio.to_thread(caches.restore))
+    async def tended(what: Callable[[], str | None]) -> None:
+        try:
+            if told := await asyncio.to_thread(what):
+                log.info("%s", told)
+        except Exception:  # a comfort: whatever is wrong with it, it must not end what serves
+            log.exception("compiled code could not be looked after")
 
     warm: EngineProcess | None = None
 
@@ -283,7 +283,7 @@ async def _run(start: _Start) -> int:
         if queue is not None and engine.state.value in TOLD:
             queue.worker.tell(engine.state.value)
         if engine.ready and caches is not None:
-            group.create_task(kept())
+            group.create_task(tended(caches.keep))
         if engine.ready and not invited:
             invited = True
             log.info("%s", invitation(settings, listeners, queue.simulator.url if queue and queue.simulator else ""))
@@ -359,7 +359,7 @@ async def _run(start: _Start) -> int:
             group.create_task(queue.worker.run())
         group.create_task(server.run_on(sockets))
         if caches is not None:
-            group.create_task(restored())
+            group.create_task(tended(caches.restore))
         code = await engine.run()
         if queue is not None:
             await queue.worker.finish(LAST_REPORTS, LAST_REPORTS)

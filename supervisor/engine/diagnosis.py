@@ -407,6 +407,11 @@ RULES = (
         "Set TMPDIR to a folder that exists, is writable and has a short path.",
     ),
     _rule(
+        r"No working C\+\+ compiler found|InvalidCxxCompiler",
+        "vLLM is to compile the model, and there is no C++ compiler.",
+        "Set ENFORCE_EAGER=true, or use an image that has one (g++).",
+    ),
+    _rule(
         r"Too many open files",
         "vLLM may not open as many files and sockets as it needs.",
         "Start the container with --ulimit nofile=65536.",

@@ -102,12 +102,12 @@ def compose() -> Place:
     environ = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
     environ |= {name: value for name, value in service["environment"].items() if "$" not in value}
     check = service["healthcheck"]
-    ((_, port, path),) = re.findall(r"http://(127\.0\.0\.1):(\d+)(/\w+)", " ".join(check["test"]))
+    assert check["test"] == ["CMD", "/opt/supervisor/bin/supervisor", "status"]  # ready is healthy, as at /health
+    (port,) = {part for pair in service["ports"] for part in pair.split(":")}
     startup = float(check["start_period"].removesuffix("m")) * 60
     seconds = float(check["interval"].removesuffix("s")) * check["retries"]
     grace = float(service["stop_grace_period"].removesuffix("s"))
-    assert service["ports"] == [f"{port}:{port}"]
-    return Place(service["image"], environ, int(port), {"health": Probe(path, int(port), seconds)}, grace, startup)
+    return Place(service["image"], environ, int(port), {"health": Probe("/health", int(port), seconds)}, grace, startup)
 
 
 def cloud_run() -> Place:
