@@ -15,6 +15,8 @@ import pytest
 
 from tests.harness import Supervisor, events, session_of, wait_until
 
+pytestmark = pytest.mark.slow  # each test starts two supervisors
+
 CHAT = "/v1/chat/completions"
 # Not 127.0.0.1, where the workers of one machine meet. Nor can a rank that looks for the other reach itself by chance.
 LEADER = "127.0.0.2"

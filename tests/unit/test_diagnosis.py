@@ -132,6 +132,7 @@ PRODUCED = (
     Row("ranks-killed", "engine process was killed by SIGKILL", "memory", permanent=False),  # all that it says
     Row("data-parallel-engine-died", "EngineCore_DP1 died", "dmesg", permanent=False),
     Row("numa-nodes-fewer-than-workers", "fewer NUMA nodes than workers", "VLLM_CPU_OMP_THREADS_BIND=nobind"),
+    Row("no-compiler", "there is no C++ compiler", "ENFORCE_EAGER=true"),
 )
 
 # A CPU can't produce these: lines from public issues of vLLM, or of the libraries below it.
