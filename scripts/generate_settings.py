@@ -160,6 +160,7 @@ KNOB_EXAMPLES: dict[str, object] = {
     "rate_limit": 600,
     "tls_cert": "/tls/tls.crt",
     "tls_key": "/tls/tls.key",
+    "warm_up": "true",
     "volume": "/data",
     "cache_dir": "/path",
 }
@@ -459,7 +460,13 @@ def schema(options: Catalogue) -> str:
 
 
 def _knob_schema(knob: Knob) -> dict[str, Any]:
-    kinds = {"seconds": ["number"], "count": ["integer"], "port": ["integer"], "size": ["integer", "string"]}
+    kinds = {
+        "read_bool": ["boolean", "string"],
+        "seconds": ["number"],
+        "count": ["integer"],
+        "port": ["integer"],
+        "size": ["integer", "string"],
+    }
     kind = kinds.get(knob.read.__name__, ["string"])
     found: dict[str, Any] = {"type": [*kind, "null"], "description": knob.meaning}
     if knob.default:

@@ -208,9 +208,9 @@ async def _run(start: _Start) -> int:
     queue: Queue | None = None
     gpu_before = await asyncio.to_thread(gpu.used)
 
-    async def ask(path: str, body: bytes = b"") -> tuple[int, bytes] | None:
+    async def ask(path: str, body: bytes = b"", *, patience: float = PROBE_TIMEOUT) -> tuple[int, bytes] | None:
         try:
-            async with asyncio.timeout(PROBE_TIMEOUT):
+            async with asyncio.timeout(patience):
                 return await Probe.get(upstream, path, body)
         except (UpstreamError, TimeoutError):
             return None
@@ -224,6 +224,7 @@ async def _run(start: _Start) -> int:
         except Exception:  # a comfort: whatever is wrong with it, it must not end what serves
             log.exception("compiled code could not be looked after")
 
+    warms_up = settings.is_demo or knobs.warm_up
     warm: EngineProcess | None = None
 
     cluster = settings.cluster
@@ -235,9 +236,11 @@ async def _run(start: _Start) -> int:
             return None
         nonlocal warm
         answer = await ask("/health")
-        if settings.is_demo and answer is not None and answer[0] == 200 and warm is not start.spawn.latest:
+        if warms_up and answer is not None and answer[0] == 200 and warm is not start.spawn.latest:
             warm = start.spawn.latest
-            await ask("/v1/completions", demo.WARM_UP)
+            engine.phases.warm_up()
+            await ask("/v1/completions", demo.WARM_UP, patience=knobs.startup_timeout)
+            answer = await ask("/health")  # it may not have lived through it
         return answer[0] if answer is not None else None
 
     async def metrics() -> bytes | None:

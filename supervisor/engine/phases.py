@@ -39,6 +39,7 @@ PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
         re.compile(r"init engine|Started server process|Supported tasks|Starting vLLM (API )?server"),
     ),
     ("waiting for the other engines", re.compile(r"Waiting for READY message from DP Coordinator")),
+    ("warming up", re.compile("$^")),  # ours: a first request, where one is asked for
 )
 IMPORTING = [name for name, _ in PHASES].index("importing vLLM")
 # How far a download is.
@@ -82,6 +83,9 @@ class Waterfall:
         self.begun.append((following[-1], time.monotonic()))
         self.progress = self.progress if following[-1] < IMPORTING else ""
         return self.current
+
+    def warm_up(self) -> None:
+        self.begun.append((len(PHASES) - 1, time.monotonic()))
 
     def finish(self) -> float:
         """The engine is ready; returns the seconds since the spawn."""

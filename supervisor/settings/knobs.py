@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from supervisor.settings.values import BadValue
+from supervisor.settings.values import BadValue, read_bool
 
 
 def seconds(text: str) -> float:
@@ -127,6 +127,9 @@ KNOBS = (
     Knob("SUPERVISOR_EXTRA_ARGS", "", words, "appended to vLLM's command line as it is"),
     Knob("SUPERVISOR_STARTUP_TIMEOUT", "1200", seconds, "seconds until vLLM must be ready"),
     Knob(
+        "SUPERVISOR_WARM_UP", "false", read_bool, "whether the model has to answer a first request before it is ready"
+    ),
+    Knob(
         "SUPERVISOR_STALL_TIMEOUT", "120", seconds, "seconds without progress, with work in flight, until vLLM is hung"
     ),
     Knob("SUPERVISOR_MAX_RESTARTS", "5", count, "how often vLLM is started again ..."),
@@ -175,6 +178,7 @@ class Knobs:
     vllm: str | None
     extra_args: tuple[str, ...]
     startup_timeout: float
+    warm_up: bool
     stall_timeout: float
     max_restarts: int
     restart_window: float

@@ -47,7 +47,11 @@ def defaults(mode: str, environ: Mapping[str, str]) -> tuple[str, Mapping[str, s
         # A failed worker is better off telling the cause in each job than in a loop of starts that are paid for.
         return "default of queue mode", {"SUPERVISOR_ON_FAILURE": "serve", "SUPERVISOR_MAX_CONCURRENCY": "30"}
     if environ.get("RUNPOD_ENDPOINT_ID"):
-        return "default on RunPod's load balancer", {"SUPERVISOR_MAX_BODY": "30MB"}
+        return "default on RunPod's load balancer", {
+            "SUPERVISOR_MAX_BODY": "30MB",
+            # It counts a worker as there from its first 200 on, and sends it what waited.
+            "SUPERVISOR_WARM_UP": "true",
+        }
     if environ.get(SAGEMAKER_PORT):
         # Of the 30 s between its SIGTERM and its SIGKILL, vLLM's own end needs some.
         return "default on SageMaker", {"PORT": environ[SAGEMAKER_PORT], "SUPERVISOR_DRAIN_TIMEOUT": "15"}

@@ -7,6 +7,7 @@ the reason. A row there holds for the cases that it names, and for each of them 
 
 from __future__ import annotations
 
+import gzip
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -218,6 +219,16 @@ def bodies() -> Iterator[Case]:
     yield Case("length in lower case", [request(b"POST", b"/x", b"content-length: 4") + b"body"], [b"POST"])
     yield Case("length with blanks", [request(b"POST", b"/x", b"Content-Length:  4 ") + b"body"], [b"POST"])
     yield Case("length without a blank", [request(b"POST", b"/x", b"Content-Length:4") + b"body"], [b"POST"])
+    form = b"".join(
+        b"--x\r\nContent-Disposition: form-data; name=%b\r\n\r\n%b\r\n" % part
+        for part in ((b'"model"', b"m"), (b'"file"; filename="a.wav"', content(20_000)))
+    )
+    sent = request(b"POST", b"/x", b"Content-Type: multipart/form-data; boundary=x", body=form + b"--x--\r\n")
+    yield Case("multipart", [sent], [b"POST"])
+    squeezed = gzip.compress(b"squeezed " * 1000)
+    answer = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n%b" % (len(squeezed), squeezed)
+    sent = request(b"POST", b"/x", b"Content-Encoding: gzip", b"Accept-Encoding: gzip", play(answer), body=squeezed)
+    yield Case("compressed both ways", [sent], [b"POST"])
     yield Case("body that looks like a request", [request(b"POST", body=request(b"GET", b"/evil"))], [b"POST"])
 
 

@@ -41,6 +41,24 @@ def state(supervisor: Supervisor) -> str:
 # Start
 
 
+def test_with_a_warm_up_it_is_ready_when_the_model_has_answered() -> None:
+    with Supervisor("m", environ={"SUPERVISOR_WARM_UP": "true"}) as supervisor:
+        supervisor.ready()
+        assert supervisor.client.get("/status").json()["phases"][-1]["name"] == "warming up"
+        before = supervisor.output.partition("starting -> ready")[0]
+        assert '"POST /v1/completions HTTP/1.1" 200' in before
+
+
+def test_an_engine_that_the_warm_up_kills_was_never_ready(tmp_path: Path) -> None:
+    """Nobody's request is the one that it dies of."""
+    plan = [{"die_after_requests": 0}, {}]
+    environ = {"SUPERVISOR_WARM_UP": "true", "FAKE_VLLM_COUNT": str(tmp_path / "n")}
+    with Supervisor("m", environ=environ, plan=plan) as supervisor:
+        supervisor.ready()
+        assert supervisor.client.get("/status").json()["restarts"] == 1
+        assert "supervisor: starting -> ready" not in supervisor.output
+
+
 def test_while_it_loads_ping_is_204_and_health_names_the_phase() -> None:
     with Supervisor("m", plan=[{"load_seconds": 30}]) as supervisor:
         supervisor.says("loading weights")

@@ -125,7 +125,7 @@ def test_each_setting_of_ours_says_what_it_expects(knob: object) -> None:
         try:
             knob.read(given)  # type: ignore[attr-defined]
         except BadValue as error:
-            assert "such as" in str(error) or "one of" in str(error)
+            assert any(words in str(error) for words in ("such as", "one of", "true or false"))
 
 
 def test_none_in_words_is_unset_where_that_is_the_default() -> None:
