@@ -53,6 +53,14 @@ SAMPLES: dict[str, object] = {
     "middleware": ["a.b", "c.d"],
     "grpc_port": 5001,
 }
+# Options that mean something in company alone: what is set beside them. A rank above 0 has another command, and is
+# tests/unit/test_cluster.py's.
+COMPANY = {
+    "nnodes": {"TENSOR_PARALLEL_SIZE": "7", "MASTER_ADDR": "h"},
+    "master_addr": {"NNODES": "2", "TENSOR_PARALLEL_SIZE": "2"},
+    "master_port": {"NNODES": "2", "TENSOR_PARALLEL_SIZE": "2", "MASTER_ADDR": "h"},
+}
+ELSEWHERE = {"node_rank"}
 
 
 @dataclass(frozen=True)
@@ -120,13 +128,14 @@ def out(arguments: Arguments, **environ: str) -> list[str]:
 
 
 def ways(option: Option, value: object, folder: Path) -> list[Row]:
-    plain = Arguments(model="m")
-    rows = [Row(option, "environment", out(plain, **{option.variable: written(option, value)}))]
+    plain, company = Arguments(model="m"), COMPANY.get(option.key, {})
+    rows = [Row(option, "environment", out(plain, **company, **{option.variable: written(option, value)}))]
     for name in {option.key, option.name[2:]}:
         file = folder / f"{name}.config"
         file.write_text(yaml.safe_dump({name: value}))
-        rows.append(Row(option, f"config.yaml {name}", out(Arguments(model="m", config=str(file)))))
-    rows.append(Row(option, "command line", out(Arguments(model="m", vllm_args=tuple(reference(option, value))))))
+        rows.append(Row(option, f"config.yaml {name}", out(Arguments(model="m", config=str(file)), **company)))
+    raw = Arguments(model="m", vllm_args=tuple(reference(option, value)))
+    rows.append(Row(option, "command line", out(raw, **company)))
     if option.kind == "list" and isinstance(value, list):
         as_json = {option.variable: json.dumps(value)}
         rows.append(Row(option, "environment, JSON", out(plain, **as_json)))
@@ -152,10 +161,14 @@ def test_every_option_by_every_way_is_what_vllm_would_parse(tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     rows: list[Row] = []
     for option in OPTIONS.values():
-        if option.key in OWNED or option.key == "model":
+        if option.key in OWNED | dict.fromkeys(ELSEWHERE, "") or option.key == "model":
             continue
         value = sample(option, tmp_path)
-        rows += [Row(option, "without", ["m"]), Row(option, "reference", ["m", *reference(option, value)])]
+        beside = [
+            word for key, text in COMPANY.get(option.key, {}).items() for word in (OPTIONS[key.lower()].name, text)
+        ]
+        whole = ["m", *beside, *reference(option, value)]
+        rows += [Row(option, "without", ["m", *beside]), Row(option, "reference", whole)]
         rows += ways(option, value, tmp_path)
     found = parsed([row.argv for row in rows])
     wrong, values = [], {}
@@ -167,7 +180,7 @@ def test_every_option_by_every_way_is_what_vllm_would_parse(tmp_path: Path, monk
         if row.way == "reference" and result == values[row.option.key, "without"]:
             wrong.append(f"{row.option.name}: {row.argv[1:]} changes nothing: choose another sample")
     assert not wrong, "\n".join(wrong)
-    assert len({row.option.key for row in rows}) + len(OWNED) + 1 == 316
+    assert len({row.option.key for row in rows}) + len(OWNED) + len(ELSEWHERE) + 1 == 316
 
 
 def test_owned_options_are_reported_by_every_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
