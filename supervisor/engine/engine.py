@@ -87,6 +87,7 @@ class Engine:
         self.failed = False
         self.transitions: Counter[str] = Counter()
         self.restarts = 0
+        self.restarts_by_cause: Counter[str] = Counter()
         self.last_failure: dict[str, object] | None = None
         self.exit_signal: int | None = None  # of the signal that stopped us, where its drain failed
         self._policy = Restarts(limits.restarts, limits.window)
@@ -102,6 +103,7 @@ class Engine:
         self.phases = Waterfall(process.spawned_at, fetches=process.command.fetches)
         self.served = False  # this run was ready once
         self.broken: str | None = None  # why we ended this run, where we did
+        self.ended_by = "exit"
         self.exited = asyncio.Event()
         self.ranks = Ranks(self.limits.cluster) if self.limits.cluster is not None else None
         self.watch = Watch(process, lambda: self.served, self._part_died, lambda: self.collaborators.noted(process))
@@ -140,6 +142,7 @@ class Engine:
             "phases": self.phases.as_rows(),
             "progress": self.phases.progress,
             "restarts": self.restarts,
+            "restarts_by_cause": dict(self.restarts_by_cause),
             "transitions": dict(self.transitions),
             "last_failure": self.last_failure,
             "pid": self.process.pid,
@@ -176,6 +179,11 @@ class Engine:
         if self.state is State.FAILED:
             return not self.limits.stay_when_failed
         return self.state is State.STOPPED
+
+    def _broke(self, kind: str, reason: str) -> None:
+        """We end this run. `kind` is one of a few words, for metrics."""
+        self.ended_by = kind
+        self._send(Event.BROKEN, reason)
 
     def _send(self, event: Event, reason: str) -> None:
         self._events.put_nowait((event, reason))
@@ -240,6 +248,7 @@ class Engine:
             self._send(Event.EXITED, self.broken)
             return
         self.restarts += 1
+        self.restarts_by_cause[self.ended_by] += 1
         self._take(process)
         self._begin(group)
 
@@ -264,7 +273,7 @@ class Engine:
                         delay = min(delay * POLL_GROWTH, SLOWEST_POLL)
         except TimeoutError:
             limit = f"{self.limits.startup:g} s (SUPERVISOR_STARTUP_TIMEOUT)"
-            self._send(Event.BROKEN, f"vLLM was not ready after {limit}, it was at: {self.phases.detail}")
+            self._broke("slow start", f"vLLM was not ready after {limit}, it was at: {self.phases.detail}")
             return
         await self.watch.look()  # some 20 ms: from the first request on, the death of any part is known at once
         if self.ranks is not None:
@@ -284,13 +293,13 @@ class Engine:
             elif (address := await asyncio.to_thread(ranks.gone)) is not None:
                 # Else it was us who closed it, for another reason; and a headless rank that drains waits for this.
                 if self.ready or (self.draining and not ranks.cluster.headless):
-                    self._send(Event.BROKEN, f"the rank at {address} is gone: all of them have to start again")
+                    self._broke("rank gone", f"the rank at {address} is gone: all of them have to start again")
                 return
         self.log.warning("no connection to another rank is to be seen: the end of one will not be noticed")
 
     def _part_died(self, what: str) -> None:
         if self.served:
-            self._send(Event.BROKEN, what)
+            self._broke("part died", what)
         elif not self.over:
             self._tasks.add(self._loop.create_task(self._last_words(what)))
 
@@ -299,7 +308,7 @@ class Engine:
             async with asyncio.timeout(LAST_WORDS_PATIENCE):
                 await self.exited.wait()
         except TimeoutError:
-            self._send(Event.BROKEN, what)
+            self._broke("part died", what)
 
     async def _heartbeat(self) -> None:
         interval = min(self.limits.stall / HEARTBEATS_PER_STALL, LONGEST_HEARTBEAT)
@@ -315,7 +324,7 @@ class Engine:
                 working = max(awaited, int(scrape.working) if scrape is not None else 0)
                 await asyncio.to_thread(self._dump_stacks)
                 limit = f"{self.limits.stall:g} s (SUPERVISOR_STALL_TIMEOUT)"
-                self._send(Event.BROKEN, f"vLLM hangs: no progress in {limit} with {working} requests in flight")
+                self._broke("hang", f"vLLM hangs: no progress in {limit} with {working} requests in flight")
                 return
 
     def _dump_stacks(self) -> None:

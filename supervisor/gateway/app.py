@@ -194,6 +194,7 @@ class Gateway:
 
     def hold(self, exchange: Exchange) -> None:
         """Keeps the request until the engine is ready, or answers 503."""
+        self.counts.held += 1
         timer = self.upstream.loop.call_later(self.hold_timeout, self._held_too_long, exchange)
         self.held[exchange] = timer
 
@@ -347,10 +348,8 @@ class Gateway:
         await send({"type": "http.response.body", "body": text})
 
     def _look(self) -> dict[str, object]:
-        status = self.engine.status()
         return {
-            "state": status["state"],
-            "restarts": status["restarts"],
+            **self.engine.status(),
             "requests_in_flight": self.in_flight,
             "requests_waiting": self.waiting,
         }

@@ -1,24 +1,103 @@
-"""What the gateway counts, for each request, and so in plain numbers; metrics.py makes text of them."""
+"""What the gateway counts, for each request and each event, and so in plain numbers; metrics.py makes text of them."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 
-# Seconds: from a cached first token to a request that waits for a cold start.
-BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+# Seconds: from a cached first token to a request that waits for a cold start, or an answer of an hour.
+BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 600.0, 3600.0)
+# Seconds between two reads of a stream: a token of a fast engine, and what a person calls stuck.
+GAP_BOUNDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
 # What nginx calls an answer that nobody waited for.
 CLIENT_GONE = 499
+# The route of what is no route, or was refused before anybody looked. Routes are the prefixes of policy.py's lists, and
+# so are few.
+OTHER = "other"
+
+
+class Histogram:
+    """Observations by upper bound, and their sum."""
+
+    __slots__ = ("buckets", "seconds")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.buckets = [0] * (len(bounds) + 1)
+        self.seconds = 0.0
+
+    def add(self, other: Histogram) -> None:
+        self.buckets = [mine + theirs for mine, theirs in zip(self.buckets, other.buckets, strict=True)]
+        self.seconds += other.seconds
+
+
+class Series:
+    """Answers of one route with one status: until their first byte, and until their last."""
+
+    __slots__ = ("first", "whole")
+
+    def __init__(self) -> None:
+        self.first = Histogram(BOUNDS)
+        self.whole = Histogram(BOUNDS)
 
 
 class Counts:
-    """Answers by status, and the time until their first byte."""
+    """One method for each thing that happens; a whole answer at once is the commonest."""
 
     def __init__(self) -> None:
-        self.statuses: dict[int, int] = {}
-        self.buckets = [0] * (len(BOUNDS) + 1)
-        self.seconds = 0.0
+        self.answers: dict[tuple[str, int], Series] = {}
+        self.gaps = Histogram(GAP_BOUNDS)
+        self.received = 0  # bytes of requests' bodies
+        self.sent = 0  # bytes of answers' bodies
+        self.aborted = 0  # by clients, in the midst of their answers
+        self.held = 0
+        self.replayed = 0
 
-    def answered(self, status: int, seconds: float) -> None:
-        self.statuses[status] = self.statuses.get(status, 0) + 1
-        self.buckets[bisect_left(BOUNDS, seconds)] += 1
-        self.seconds += seconds
+    def began(self, route: str, status: int, seconds: float) -> None:
+        """The first byte of an answer."""
+        first = self._series(route, status).first
+        first.buckets[bisect_left(BOUNDS, seconds)] += 1
+        first.seconds += seconds
+
+    def ended(self, route: str, status: int, seconds: float) -> None:
+        """The last byte of an answer that had begun."""
+        whole = self._series(route, status).whole
+        whole.buckets[bisect_left(BOUNDS, seconds)] += 1
+        whole.seconds += seconds
+
+    def at_once(self, route: str, status: int, seconds: float) -> None:
+        """An answer whose first byte came with its last."""
+        series = self.answers.get((route, status)) or self._series(route, status)
+        at = bisect_left(BOUNDS, seconds)
+        first, whole = series.first, series.whole
+        first.buckets[at] += 1
+        first.seconds += seconds
+        whole.buckets[at] += 1
+        whole.seconds += seconds
+
+    def gap(self, seconds: float) -> None:
+        """Between two reads of a stream; several events may have come with one."""
+        gaps = self.gaps
+        gaps.buckets[bisect_left(GAP_BOUNDS, seconds)] += 1
+        gaps.seconds += seconds
+
+    def _series(self, route: str, status: int) -> Series:
+        series = self.answers.get((route, status))
+        if series is None:
+            series = self.answers[route, status] = Series()
+        return series
+
+    # In all, for the status page
+
+    @property
+    def statuses(self) -> dict[int, int]:
+        found: dict[int, int] = {}
+        for (_, status), series in self.answers.items():
+            found[status] = found.get(status, 0) + sum(series.first.buckets)
+        return found
+
+    @property
+    def buckets(self) -> list[int]:
+        """Until the first byte, by BOUNDS."""
+        total = Histogram(BOUNDS)
+        for series in self.answers.values():
+            total.add(series.first)
+        return total.buckets

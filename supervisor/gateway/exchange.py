@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
-from supervisor.gateway.counts import CLIENT_GONE
+from supervisor.gateway.counts import CLIENT_GONE, OTHER
 from supervisor.gateway.errors import Refusal
 from supervisor.gateway.frames import GOING_AWAY, INTERNAL_ERROR, Frames, close_frame
 from supervisor.gateway.heads import RequestHead, WholeHead
@@ -110,6 +110,7 @@ class Exchange:
     frames: Frames | None = None  # has one: bytes pass both ways, whatever they are
     early: tuple[bytes, ...] = ()  # frames that came before the WebSocket was there
     status = 0  # of the answer, once there is one
+    read_at = 0.0  # when its last bytes came from vLLM
     body_left = sys.maxsize  # bytes that the request's body may still have; jobs have RunPod's limit
     verdict: Verdict | None = None
     refusal: Refusal | None = None  # of its head, read before its turn came
@@ -137,6 +138,7 @@ class Exchange:
         # The body stands with the head: it is sent, and sent again, in one piece with it.
         exchange.request_head = b"".join((head.before, digits, head.after, request_id, b"\r\n\r\n", body))
         exchange.kept_size = size = len(body)
+        protocol.gateway.counts.received += size
         if size > exchange.body_left:
             exchange.body_left = -1
         exchange.request_complete = True
@@ -221,6 +223,7 @@ class Exchange:
             gateway.admit(self)
 
     def request_data(self, data: bytes) -> None:
+        self.protocol.gateway.counts.received += len(data)
         if self.chunked:
             self.body_left -= len(data)
             if self.body_left < 0 and (self.response_complete or self.protocol.answering is self):
@@ -259,15 +262,25 @@ class Exchange:
         elif self.kept_size > HIGH_WATER_LIMIT:
             self.protocol.flow.pause_reading()
 
-    def _count(self, status: int) -> None:
-        """At the first byte of an answer."""
-        protocol = self.protocol
-        protocol.gateway.counts.answered(status, protocol.loop.time() - self.began)
+    @property
+    def route(self) -> str:
+        return self.verdict.route if self.verdict is not None else OTHER
+
+    def _count(self, status: int, *, at_once: bool = False) -> None:
+        """At the first byte of an answer, or at its only one."""
+        counts, seconds = self.protocol.gateway.counts, self.protocol.loop.time() - self.began
+        if at_once:
+            counts.at_once(self.route, status, seconds)
+        else:
+            self.read_at = self.began + seconds
+            counts.began(self.route, status, seconds)
 
     def client_gone(self) -> None:
         """Nobody will read the answer: vLLM is told at once, by closing its connection."""
         if not self.response_started and not self.response_complete:
-            self._count(CLIENT_GONE)
+            self._count(CLIENT_GONE, at_once=True)
+        elif not self.response_complete:
+            self.protocol.gateway.counts.aborted += 1
         self.disconnected = True
         self.protocol.gateway.leave(self)
         if self.connection is not None:
@@ -328,10 +341,11 @@ class Exchange:
         if self.protocol.gateway.closing or not self.keep_alive:
             self.keep_alive = False
             end = b"\r\nConnection: close\r\n\r\n"
-        self.response_started = True
         self.kept = None
         protocol = self.protocol
-        protocol.gateway.counts.answered(head.status, protocol.loop.time() - self.began)
+        counts = protocol.gateway.counts
+        counts.sent += len(body)
+        counts.at_once(self.verdict.route, head.status, protocol.loop.time() - self.began)  # type: ignore[union-attr]  # it was sent
         protocol.transport.write(b"".join((head.before, digits, head.after, self.request_id, end, body)))
         self._complete()
 
@@ -357,6 +371,7 @@ class Exchange:
             self.refuse(gateway.lost_twice() if self.replayed else gateway.broken_off())
         else:
             self.replayed = True
+            gateway.counts.replayed += 1
             gateway.resume(self)
 
     def _begin(self, head: ResponseHead) -> None:
@@ -393,7 +408,12 @@ class Exchange:
         if self.streaming and not self.partial and not self.connection.in_chunk and data.endswith(EVENT_ENDS):  # type: ignore[union-attr]  # there is one while it streams
             self.torn = False
             self.latest = data
-            self.protocol.transport.write(data)
+            protocol = self.protocol
+            counts, now = protocol.gateway.counts, protocol.loop.time()
+            counts.sent += len(data)
+            counts.gap(now - self.read_at)
+            self.read_at = now
+            protocol.transport.write(data)
             return
         if self.doubted is not None:
             self.doubted.body.append(data)
@@ -417,6 +437,7 @@ class Exchange:
         self._write(data)
 
     def _write(self, data: bytes) -> None:
+        self.protocol.gateway.counts.sent += len(data)
         self.protocol.transport.write(data if self.dechunker is None else self.dechunker.feed(data))
 
     def response_end(self) -> None:
@@ -455,6 +476,7 @@ class Exchange:
             gateway.hold_lost(self, error)  # nothing was sent: this is no second try
         elif isinstance(error, Disconnected) and not self.replayed and self.kept is not None:
             self.replayed = True
+            gateway.counts.replayed += 1
             gateway.hold_lost(self, error)
         else:
             gateway.log.warning("%s (request %s)", error, self.request_id.decode("latin-1"))
@@ -501,7 +523,7 @@ class Exchange:
     # Our own answer
 
     def refuse(self, refusal: Refusal) -> None:
-        self._count(refusal.status)
+        self._count(refusal.status, at_once=True)
         head, body = refusal.head_and_body(self.path, self.request_id)
         gateway = self.protocol.gateway
         if (self.expects_continue and not self.request_complete) or gateway.closing or self.body_left < 0:
@@ -552,6 +574,8 @@ class Exchange:
     def _complete(self) -> None:
         self.response_complete = True
         protocol = self.protocol
+        if self.response_started:
+            protocol.gateway.counts.ended(self.route, self.status, protocol.loop.time() - self.began)
         protocol.gateway.leave(self)
         protocol.answering = None
         if not self.keep_alive:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from hmac import compare_digest
 from urllib.parse import unquote
 
+from supervisor.gateway.counts import OTHER
 from supervisor.gateway.errors import Refusal
 
 UNAUTHORIZED = Refusal(
@@ -60,10 +61,12 @@ CLIENTS_LIMIT = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a request's head tells. `client`: the key that was given, for limits by client."""
+    """What a request's head tells. `client`: the key that was given, for limits by client; `route`: the prefix of the
+    lists above that its path has, for metrics."""
 
     refusal: Refusal | None
     client: bytes = b""
+    route: str = OTHER
 
 
 class Routes:
@@ -75,7 +78,8 @@ class Routes:
         self.table = {prefix.rstrip("/"): refusal for prefix, refusal in table.items()}
         self.root = root.rstrip("/")
 
-    def refusal(self, path: bytes) -> Refusal | None:
+    def find(self, path: bytes) -> tuple[str, Refusal | None]:
+        """The prefix that decides, and what it decides."""
         # vLLM looks at the path without escapes.
         text = unquote(path.decode("latin-1"))
         if self.root and (text == self.root or text.startswith(self.root + "/")):
@@ -83,9 +87,12 @@ class Routes:
         at = len(text)
         while at > 0:
             if (prefix := text[:at]) in self.table:
-                return self.table[prefix]
+                return prefix, self.table[prefix]
             at = text.rfind("/", 0, at)
-        return self.table.get("", UNKNOWN_ROUTE)
+        return OTHER, self.table.get("", UNKNOWN_ROUTE)
+
+    def refusal(self, path: bytes) -> Refusal | None:
+        return self.find(path)[1]
 
 
 class Rate:
@@ -152,12 +159,13 @@ class Policy:
 
     def judge(self, path: bytes, headers: list[tuple[bytes, bytes]], *, private: bool = False) -> Verdict:
         """`private`: RunPod has asked for its own key; no job is an administrator, though."""
+        route, refusal = self.routes.find(path)
         if private:
-            return Verdict(self.routes.refusal(path))
+            return Verdict(refusal, route=route)
         verdict, admin = self.identify(headers)
-        if verdict.refusal is None and not admin:
-            return Verdict(self.routes.refusal(path), verdict.client)
-        return verdict
+        if verdict.refusal is not None or admin:
+            refusal = verdict.refusal
+        return Verdict(refusal, verdict.client, route)
 
     def identify(self, headers: list[tuple[bytes, bytes]]) -> tuple[Verdict, bool]:
         """Whether the key is a valid one, and whether it is an administrator's."""

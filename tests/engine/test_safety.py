@@ -223,38 +223,6 @@ def test_a_certificate_that_is_none_is_told_before_anything_starts(tmp_path: Pat
         assert "Traceback" not in served.output
 
 
-# Metrics
-
-
-def test_metrics_are_ours_and_vllms(running: Supervisor) -> None:
-    def value(line: str) -> float:
-        found = [row for row in running.client.get("/metrics").text.splitlines() if row.startswith(line + " ")]
-        return float(found[0].split()[-1]) if found else 0.0
-
-    good, missing = 'supervisor_requests_total{status="200"}', 'supervisor_requests_total{status="404"}'
-    before = value(good), value(missing), value("supervisor_first_byte_seconds_count")
-    for _ in range(3):
-        running.client.post(CHAT, json=chat(max_tokens=1))
-    running.client.post(CHAT, json=chat(max_tokens=3, stream=True))
-    running.client.get("/v1/nowhere")
-    assert value(good) == before[0] + 4
-    assert value(missing) == before[1] + 1
-    assert value("supervisor_first_byte_seconds_count") == before[2] + 5
-    answer = running.client.get("/metrics")
-    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
-    assert 'supervisor_engine_state{state="ready"} 1.0' in answer.text
-    assert "vllm:num_requests_running" in answer.text
-    assert answer.text.count("# TYPE supervisor_requests_total counter") == 1
-
-
-def test_metrics_without_an_engine_are_ours_alone() -> None:
-    with Supervisor("m", plan=[{"load_seconds": 30}]) as served:
-        served.says("importing vLLM")
-        text = served.client.get("/metrics").text
-        assert 'supervisor_engine_state{state="starting"} 1.0' in text
-        assert "vllm:" not in text
-
-
 def test_a_listener_for_everybody_without_keys_warns() -> None:
     with Supervisor("m", environ={"SUPERVISOR_HOST": "0.0.0.0"}) as served:
         served.says("everybody who reaches 0.0.0.0 may use the model: set SUPERVISOR_API_KEYS")
