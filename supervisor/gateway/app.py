@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from supervisor.gateway import page
 from supervisor.gateway.counts import Counts
 from supervisor.gateway.errors import Refusal
 from supervisor.gateway.heads import Memo, RequestHead
@@ -32,7 +33,7 @@ FATE_KNOWN_AFTER = 0.25
 TICK = 1.0
 CLIENT_TIMEOUT = 60.0
 KEEP_ALIVE = 75.0
-OWN_PATHS = frozenset({b"/ping", b"/health", b"/status", b"/metrics", b"/"})
+OWN_PATHS = frozenset({b"/ping", b"/health", b"/status", b"/status/events", b"/metrics", b"/"})
 # Seconds for vLLM to tell its metrics, before only ours are told.
 METRICS_PATIENCE = 5.0
 # What a client is told to wait, in seconds, before it asks again.
@@ -61,6 +62,9 @@ class EngineView(Protocol):
         """Why it is not ready, in a sentence for a client: the phase while it loads, the cause when it failed."""
 
     def status(self) -> Mapping[str, object]: ...
+
+    def log_after(self, number: int) -> tuple[int, list[str]]:
+        """How many lines vLLM has logged, and those of them behind the first `number` that are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +116,10 @@ class Gateway:
         self.open = False  # requests go to vLLM as they come
         self.generation = 0  # of the engine: one more each time it stops being ready
         self.closing = False  # every answer closes its connection
+        self.asking: set[asyncio.Task[None]] = set()  # whether the engine lives
         self._emptied: asyncio.Event | None = None  # there while somebody waits in `drained`
         self.counts = Counts()
+        self.feeds = page.Feeds(self)
         self.heads: Memo[RequestHead] = Memo()
         self._exposition: Exposition | None = None
         self.connections: set[RelayProtocol] = set()
@@ -206,10 +212,17 @@ class Gateway:
         self.log.warning("%s (request %s, held)", error, exchange.request_id.decode("latin-1"))
         self.hold(exchange)
         if self.open:  # its death may not be known yet
-            self.upstream.loop.call_later(FATE_KNOWN_AFTER, self._still_alive, exchange, error)
+            self._track(self.upstream.loop.create_task(self._still_alive(exchange, error)))
 
-    def _still_alive(self, exchange: Exchange, error: UpstreamError) -> None:
-        """The engine did not die, so it is the request that it gave no answer to; or its socket was overrun."""
+    async def _still_alive(self, exchange: Exchange, error: UpstreamError) -> None:
+        """The engine did not die, so it is the request that it gave no answer to; or its socket was overrun.
+
+        On a busy machine its death is known later than after any fixed time, so it is asked. Without an answer the
+        request stays held: what has become of the engine will be told.
+        """
+        await asyncio.sleep(FATE_KNOWN_AFTER)
+        if exchange not in self.held or not self.open or not await self._answers_health():
+            return
         timer = self.held.get(exchange)
         if not self.open or timer is None:
             return
@@ -219,6 +232,29 @@ class Gateway:
             self.upstream.send(exchange, fresh=True)
         else:
             exchange.refuse(self.unanswered(error))
+
+    def ask_for(self, exchange: Exchange) -> None:
+        """Whether the engine lives that has just answered 500 or 503: of one that dies it is known in a moment."""
+
+        async def ask() -> None:
+            if await self._answers_health():
+                exchange.believe()
+            else:
+                self.upstream.loop.call_later(self.fate_known_after, exchange.settle)
+
+        self._track(self.upstream.loop.create_task(ask()))
+
+    def _track(self, task: asyncio.Task[None]) -> None:
+        self.asking.add(task)
+        task.add_done_callback(self.asking.discard)
+
+    async def _answers_health(self) -> bool:
+        try:
+            async with asyncio.timeout(METRICS_PATIENCE):
+                status, _ = await Probe.get(self.upstream, "/health")
+        except (UpstreamError, TimeoutError):
+            return False
+        return status == 200
 
     def leave(self, exchange: Exchange) -> None:
         """The request is answered, or its client is gone."""
@@ -278,6 +314,7 @@ class Gateway:
             for exchange in [*self.held, *self.queued]:
                 if not (self.engine.draining and exchange.protocol.private):
                     exchange.refuse(self.unavailable())
+        self.feeds.changed()
 
     async def drained(self) -> None:
         """Returns when no request is in flight."""
@@ -330,10 +367,18 @@ class Gateway:
         elif scope["path"] == "/health":
             ready = self.engine.ready
             await _answer(send, 200 if ready else 503, {"status": "ok" if ready else self.engine.explanation})
+        elif scope["path"] == "/" and page.wanted(scope["headers"]):
+            await page.show(send)
         elif not _private(scope) and (refusal := self.policy.identify(scope["headers"])[0].refusal) is not None:
             await _answer(send, refusal.status, {"error": refusal.message})
         elif scope["path"] == "/metrics":
             await self._metrics(send)
+        elif scope["path"] == "/status/events":
+            if self.feeds.full:
+                text = f"{page.LIMIT} others follow this server's status: no more at once."
+                await _answer(send, 429, {"error": text}, [(b"retry-after", b"%d" % RETRY_AFTER)])
+            else:
+                await self.feeds.serve(scope, receive, send)
         else:
             status = {**self.engine.status(), **self.facts, "in_flight": self.in_flight, "waiting": self.waiting}
             await _answer(send, 200, status)

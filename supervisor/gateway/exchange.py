@@ -329,7 +329,7 @@ class Exchange:
         gateway = self.protocol.gateway
         if head.status in DOUBTED:
             self.doubted = _Doubted(head)
-            gateway.upstream.loop.call_later(gateway.fate_known_after, self._settle)
+            gateway.upstream.loop.call_later(gateway.fate_known_after, self.settle)
         else:
             self._begin(head)
 
@@ -349,13 +349,18 @@ class Exchange:
         protocol.transport.write(b"".join((head.before, digits, head.after, self.request_id, end, body)))
         self._complete()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """An answer of 500 is only believed of an engine that survived it; otherwise the request is sent again."""
-        doubted, self.doubted = self.doubted, None
-        gateway = self.protocol.gateway
+        gateway, doubted = self.protocol.gateway, self.doubted
         if doubted is None or self.disconnected or self.response_complete:
             return
-        if gateway.generation == self.generation:
+        survived = gateway.generation == self.generation
+        if survived and not doubted.alive and doubted.questions:
+            doubted.questions -= 1
+            gateway.ask_for(self)
+            return
+        self.doubted = None
+        if survived:
             self._begin(doubted.head)
             if self.unsent_head:
                 self._start_answer()
@@ -403,6 +408,12 @@ class Exchange:
         self.streaming = self.whole_events and self.dechunker is None
         self.protocol.transport.write(self.unsent_head)
         self.unsent_head = b""
+
+    def believe(self) -> None:
+        """The engine that gave the answer lives."""
+        if self.doubted is not None:
+            self.doubted.alive = True
+        self.settle()
 
     def response_data(self, data: bytes) -> None:
         if self.streaming and not self.partial and not self.connection.in_chunk and data.endswith(EVENT_ENDS):  # type: ignore[union-attr]  # there is one while it streams
@@ -595,12 +606,14 @@ def asks_for_websocket(method: bytes, headers: list[tuple[bytes, bytes]]) -> boo
 class _Doubted:
     """An answer that waits for the engine's fate. Error answers are small: nothing bounds them here."""
 
-    __slots__ = ("body", "ended", "head")
+    __slots__ = ("alive", "body", "ended", "head", "questions")
 
     def __init__(self, head: ResponseHead) -> None:
         self.head = head
         self.body: list[bytes] = []
         self.ended = False
+        self.alive = False  # the engine has said so since
+        self.questions = 20  # that it may be asked; one that is not well and does not die is believed
 
 
 def _whole_events(data: bytes) -> bytes:
