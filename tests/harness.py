@@ -24,6 +24,7 @@ from pathlib import Path
 
 import httpx
 import psutil
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKE = ROOT / "scripts" / "fake_vllm"
@@ -62,6 +63,19 @@ def self_signed(folder: Path) -> dict[str, str]:
         cwd=folder, check=True, capture_output=True,
     )  # fmt: skip
     return {"SUPERVISOR_TLS_CERT": str(folder / "cert.pem"), "SUPERVISOR_TLS_KEY": str(folder / "key.pem")}
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, *how: str) -> Iterator[Path]:
+    """`mount HOW... FOLDER`, such as a small tmpfs; where that is not ours to do, the test is skipped with the reason."""
+    if os.getuid() != 0:
+        pytest.skip("mounts need root")
+    folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["mount", *how, str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def session_of(pid: int) -> list[int]:

@@ -7,8 +7,9 @@ import json
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import psutil
 import pytest
@@ -215,37 +216,43 @@ def test_sigterm_on_another_rank_alone_ends_it_and_rank_0_waits() -> None:
         waits(first, "restarting")
 
 
+def streamed(first: Supervisor, interval: float, tokens: int, meanwhile: Callable[[], object]) -> dict[str, Any]:
+    """The last event of a stream of rank 0's, with `meanwhile` after its first bytes."""
+    slow = {"X-Fake": json.dumps({"token_interval": interval})}
+    received = b""
+    with first.client.stream("POST", CHAT, json=chat(stream=True, max_tokens=tokens), headers=slow) as answer:
+        for data in answer.iter_raw():
+            if not received:
+                meanwhile()
+            received += data
+    return dict(list(events(received))[-1])
+
+
 def test_sigterm_on_all_at_once_lets_rank_0_finish() -> None:
     """As every orchestrator sends it: rank 0's last answers need the others."""
     with whole() as ranks:
         first, other = ranks.both()
-        slow = {"X-Fake": json.dumps({"token_interval": 0.02})}
-        received = b""
-        with first.client.stream("POST", CHAT, json=chat(stream=True, max_tokens=100), headers=slow) as answer:
-            for data in answer.iter_raw():
-                if not received:
-                    other.signal(signal.SIGTERM)
-                    first.signal(signal.SIGTERM)
-                    first.says("ready -> draining")
-                    other.says("ready -> draining")
-                received += data
-        assert list(events(received))[-1]["choices"][0]["finish_reason"] == "length"  # type: ignore[index]
+
+        def stop() -> None:
+            other.signal(signal.SIGTERM)
+            first.signal(signal.SIGTERM)
+            first.says("ready -> draining")
+            other.says("ready -> draining")
+
+        assert streamed(first, 0.02, 100, stop)["choices"][0]["finish_reason"] == "length"
         assert (first.exit_code(), other.exit_code()) == (0, 0)
 
 
 def test_sigterm_on_rank_0_drains_and_the_others_wait() -> None:
     with whole() as ranks:
         first, other = ranks.both()
-        slow = {"X-Fake": json.dumps({"token_interval": 0.02})}
-        received = b""
-        with first.client.stream("POST", CHAT, json=chat(stream=True, max_tokens=100), headers=slow) as answer:
-            for data in answer.iter_raw():
-                if not received:
-                    first.signal(signal.SIGTERM)
-                    first.says("ready -> draining")
-                    assert state(other) == "ready"
-                received += data
-        assert list(events(received))[-1]["choices"][0]["finish_reason"] == "length"  # type: ignore[index]
+
+        def stop() -> None:
+            first.signal(signal.SIGTERM)
+            first.says("ready -> draining")
+            assert state(other) == "ready"
+
+        assert streamed(first, 0.02, 100, stop)["choices"][0]["finish_reason"] == "length"
         assert first.exit_code() == 0
         assert session_of(first.engine_pid or 0) == []
         other.says(rf"ready -> restarting: the rank at {LEADER} is gone")
@@ -256,16 +263,13 @@ def test_a_rank_that_is_gone_while_rank_0_drains_ends_it() -> None:
     """What it still worked on can't be finished any more."""
     with whole() as ranks:
         first, other = ranks.both()
-        slow = {"X-Fake": json.dumps({"token_interval": 0.05})}
-        received = b""
-        with first.client.stream("POST", CHAT, json=chat(stream=True, max_tokens=1000), headers=slow) as answer:
-            for data in answer.iter_raw():
-                if not received:
-                    first.signal(signal.SIGTERM)
-                    first.says("ready -> draining")
-                    other.signal(signal.SIGKILL)
-                received += data
-        assert "error" in list(events(received))[-1]
+
+        def stop() -> None:
+            first.signal(signal.SIGTERM)
+            first.says("ready -> draining")
+            other.signal(signal.SIGKILL)
+
+        assert "error" in streamed(first, 0.05, 1000, stop)
         assert first.exit_code() == 128 + signal.SIGTERM
 
 

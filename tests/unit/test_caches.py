@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import multiprocessing
 import os
-import subprocess
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from supervisor.engine import caches
 from supervisor.engine.caches import Caches, machine
+from tests.harness import mounted
 
 
 @pytest.fixture
@@ -42,18 +40,6 @@ def compile_into(cache: Caches, **files: str | bytes) -> None:
 def content(cache: Caches) -> dict[str, bytes]:
     found = (path for path in cache.folder.rglob("*") if path.is_file())
     return {path.relative_to(cache.folder).as_posix(): path.read_bytes() for path in found}
-
-
-@contextlib.contextmanager
-def mounted(folder: Path, *how: str) -> Iterator[Path]:
-    if os.getuid() != 0:
-        pytest.skip("mounts need root")
-    folder.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["mount", *how, str(folder)], check=True)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def test_what_one_start_compiles_the_next_one_has(tmp_path: Path, store: Path) -> None:

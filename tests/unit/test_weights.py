@@ -9,7 +9,6 @@ import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from supervisor.weights import find as finding
 from supervisor.weights import prefetch, snapshot
 from supervisor.weights.find import Place, find, find_snapshot, hub_cache, places
 from supervisor.weights.prefetch import Prefetch
-from tests.harness import wait_until
+from tests.harness import mounted, wait_until
 
 MODEL = "Org/Model"
 COMMIT, NEWER = "a" * 40, "b" * 40
@@ -38,18 +37,6 @@ def index_of(*names: str) -> bytes:
 
 def parts(stem: str, count: int, suffix: str = "safetensors") -> list[str]:
     return [f"{stem}-{number:05}-of-{count:05}.{suffix}" for number in range(1, count + 1)]
-
-
-@contextlib.contextmanager
-def mounted(folder: Path, *how: str) -> Iterator[Path]:
-    if os.getuid() != 0:
-        pytest.skip("mounts need root")
-    folder.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["mount", *how, str(folder)], check=True)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 # Which files

@@ -20,7 +20,18 @@ from typing import Any
 
 import pytest
 
-from tests.harness import DEMO, FAKE, ROOT, SUPERVISOR, Supervisor, clean_environment, http, session_of, wait_until
+from tests.harness import (
+    DEMO,
+    FAKE,
+    ROOT,
+    SUPERVISOR,
+    Supervisor,
+    clean_environment,
+    http,
+    mounted,
+    session_of,
+    wait_until,
+)
 from tests.vllm.conftest import VLLM
 
 pytestmark = pytest.mark.vllm
@@ -148,18 +159,6 @@ class User:
 @pytest.fixture
 def user(vllm: Path, tmp_path: Path) -> User:
     return User(vllm, tmp_path)
-
-
-@contextlib.contextmanager
-def mounted(folder: Path, *how: str) -> Iterator[Path]:
-    if os.getuid() != 0:
-        pytest.skip("mounts need root")
-    folder.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["mount", *how, str(folder)], check=True)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def engine(supervisor: Supervisor) -> tuple[list[str], dict[str, str]]:
