@@ -8,6 +8,7 @@ Its first line says where it listens; give that to a client as HF_ENDPOINT. What
   X-Repo-Commit and byte ranges, so that an interrupted download goes on where it stopped;
 - the hub's own refusals, with its status and X-Error-Code: a repository that does not exist, is private or gated, a
   revision or file that it has not, a token that nobody has. Without a token, private and missing look the same;
+- whose token it is (/api/whoami-v2), and a clock that goes wrong by --clock seconds, in each answer's Date;
 - on request a hub in trouble: errors (--fail), a slow line (--rate), connections that break off (--cut) or fall silent
   (--stall), a file that comes damaged (--flip). POST /stand-in with {"cut": 0, ...} changes any of these while it runs;
   the answer, as GET's, has the bytes of each file that were sent and the number of requests.
@@ -125,11 +126,12 @@ class Hub:
     stall: int = 0
     flip: str = ""
     retry_after: float = 0
+    clock: float = 0
     requests: int = 0
     sent: Counter[str] = field(default_factory=Counter)
 
     def change(self, wanted: dict[str, object]) -> None:
-        for name in ("fail", "fail_times", "rate", "cut", "stall", "flip", "retry_after"):
+        for name in ("fail", "fail_times", "rate", "cut", "stall", "flip", "retry_after", "clock"):
             setattr(self, name, wanted.get(name, getattr(self, name)))
 
     def in_trouble(self) -> bool:
@@ -139,10 +141,19 @@ class Hub:
         self.fail_times -= 1
         return True
 
-    def revision(self, repo: str, revision: str, token: str | None, reads: bool) -> Revision:
-        """`reads`: the content of a gated repository is asked for; what there is may be seen by all."""
+    def known(self, token: str | None) -> None:
         if token is not None and token not in (self.token, self.outsider):
             raise RefusalError(401, "", "Invalid credentials in Authorization header")
+
+    def who(self, token: str | None) -> dict[str, object]:
+        self.known(token)
+        if token is None:
+            raise RefusalError(401, "", "Invalid username or password.")
+        return {"type": "user", "name": "member" if token == self.token else "outsider"}
+
+    def revision(self, repo: str, revision: str, token: str | None, reads: bool) -> Revision:
+        """`reads`: the content of a gated repository is asked for; what there is may be seen by all."""
+        self.known(token)
         if repo not in self.repos or (repo in self.private and token != self.token):
             # Who has not logged in is not told which names are taken.
             if token is None:
@@ -175,6 +186,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     do_HEAD = do_POST = do_GET
 
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        return super().date_time_string((timestamp or time.time()) + self.hub.clock)
+
     def _answer(self, body: bytes) -> None:
         if self.path == "/stand-in":
             self.hub.change(json.loads(body or b"{}"))
@@ -187,7 +201,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path = unquote(url.path)
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
         who = token if scheme == "Bearer" else None
-        if found := API.fullmatch(path):
+        if path == "/api/whoami-v2":
+            self._send(200, json.dumps(self.hub.who(who)).encode(), {})
+        elif found := API.fullmatch(path):
             where, _, below = (found["rest"] or MAIN).partition("/")
             revision = self.hub.revision(found["repo"], where, who, reads=found["verb"] == "auth-check")
             query = parse_qs(url.query)
@@ -265,6 +281,7 @@ def main() -> None:
     parser.add_argument("--stall", type=int, default=0, metavar="BYTES", help="fall silent in each longer answer")
     parser.add_argument("--flip", default="", metavar="FILE", help="send this file with one byte wrong")
     parser.add_argument("--retry-after", type=float, default=0, metavar="SECONDS", help="what a 429 asks for")
+    parser.add_argument("--clock", type=float, default=0, metavar="SECONDS", help="how far its clock is ahead")
     given = parser.parse_args()
 
     gated, private = frozenset(given.gated), frozenset(given.private)

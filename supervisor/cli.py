@@ -11,6 +11,8 @@ from typing import NoReturn
 from supervisor.settings.sources import Arguments, Settings, SettingsError, gather
 
 EXIT_SETTINGS = 2
+# Verbs that need no valid settings: they ask a supervisor that runs, or tell what is wrong with them.
+ASKING = ("status", "doctor", "job")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -42,7 +44,13 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("--url", metavar="URL", help="one on another machine, such as http://gpu1:8000")
     status.add_argument("--json", action="store_true", help="all that it tells, for machines")
     fetch = verbs.add_parser("fetch", help="download the model, or say where it is", allow_abbrev=False)
-    for verb in (up, explain, fetch):
+    doctor = verbs.add_parser("doctor", help="check the machine; exit code 0 where nothing failed", allow_abbrev=False)
+    doctor.add_argument("--json", action="store_true", help="for machines")
+    job = verbs.add_parser("job", help="send one job to a supervisor in queue mode", allow_abbrev=False)
+    job.add_argument("job", metavar="FILE|JSON|-", help="a job, or only its input (docs/jobs.md)")
+    job.add_argument("--stream", action="store_true", help="print the text as it comes")
+    job.add_argument("--url", metavar="URL", help="one on another machine, such as http://gpu1:8000")
+    for verb in (up, explain, fetch, doctor):
         verb.add_argument("model", nargs="?", metavar="MODEL", help="a model's name on the hub, or a folder")
         verb.add_argument("--config", metavar="FILE", help="instead of ./config.yaml")
         verb.add_argument("--mode", metavar="MODE", help="auto, http or queue")
@@ -75,7 +83,7 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, Arguments]:
 def main(argv: list[str] | None = None) -> None:
     parsed, given = arguments(sys.argv[1:] if argv is None else argv)
     try:
-        code = ask(parsed) if parsed.verb == "status" else run(parsed, gather(given, os.environ))
+        code = ask(parsed, given) if parsed.verb in ASKING else run(parsed, gather(given, os.environ))
     except SettingsError as error:
         from supervisor.settings import explain  # noqa: PLC0415
 
@@ -96,7 +104,15 @@ def _forget_closed_output() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def ask(parsed: argparse.Namespace) -> int:
+def ask(parsed: argparse.Namespace, given: Arguments) -> int:
+    if parsed.verb == "doctor":
+        from supervisor.doctor import examine  # noqa: PLC0415
+
+        return examine.show(given, os.environ, as_json=parsed.json)
+    if parsed.verb == "job":
+        from supervisor import job  # noqa: PLC0415
+
+        return job.run(parsed.job, parsed.url, os.environ, stream=parsed.stream)
     from supervisor import status  # noqa: PLC0415
 
     return status.show(parsed.url, os.environ, as_json=parsed.json)

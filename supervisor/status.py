@@ -42,16 +42,20 @@ class _Private(http.client.HTTPConnection):
 
 
 def show(url: str | None, environ: Mapping[str, str], *, as_json: bool) -> int:
-    """Prints one line for each that is found, or all that it tells as JSON. 0 where all are ready, else 1."""
+    """Prints a table on a terminal, elsewhere a line for each that is found, or all as JSON. 0 where all are ready."""
     try:
-        found = [_at(url, environ)] if url else list(_here(environ))
+        found = [_at(url, environ)] if url else list(here(environ))
     except StatusError as error:
         print(f"supervisor: {error}", file=sys.stderr)
         return NOT_READY
     if not found:
         print("supervisor: none runs here: start one with `supervisor up`, or name one with --url", file=sys.stderr)
-    for status in found:
-        print(json.dumps(status) if as_json else text(status))
+    if not as_json and sys.stdout.isatty():
+        for status in found:
+            _table(status)
+    else:
+        for status in found:
+            print(json.dumps(status) if as_json else text(status))
     return 0 if found and all(status["state"] == "ready" for status in found) else NOT_READY
 
 
@@ -64,7 +68,38 @@ def text(status: Mapping[str, Any]) -> str:
     return line
 
 
-def _here(environ: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+def _table(status: Mapping[str, Any]) -> None:
+    from rich.console import Console  # noqa: PLC0415  # 60 ms that the health check need not pay
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    failure = status.get("last_failure") or {}
+    colour = {"ready": "green", "failed": "red", "starting": "yellow", "restarting": "yellow"}.get(status["state"], "")
+    phases = [f"{row['name']} {row['seconds']:.1f} s" for row in status.get("phases") or ()]
+    rows = {
+        "state": Text(status["state"], colour),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status["since"])),
+        "reason": status["reason"],
+        "model": status["model"],
+        "mode": status.get("mode"),
+        "vLLM": status.get("vllm_version"),
+        "requests": f"{status['in_flight']} in flight, {status['waiting']} waiting",
+        "restarts": str(status["restarts"]),
+        "start": ", ".join(phases),
+        "progress": status.get("progress"),
+        "last failure": " ".join(filter(None, (failure.get("cause"), failure.get("remedy")))),
+        "warnings": "\n".join(status.get("warnings") or ()),
+    }
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        if value:
+            table.add_row(name, value if isinstance(value, Text) else Text(str(value)))
+    Console(highlight=False).print(table)
+
+
+def here(environ: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     """Those of this user on this machine. What a killed one left behind answers nobody, and is passed over."""
     for path in sorted(temporary_folder(environ).glob(f"{PREFIX}*/{GATEWAY}")):
         try:
@@ -72,7 +107,7 @@ def _here(environ: Mapping[str, str]) -> Iterator[dict[str, Any]]:
         except (ConnectionRefusedError, FileNotFoundError, PermissionError):
             continue
         except (OSError, http.client.HTTPException) as error:
-            raise StatusError(f"the supervisor at {path} does not answer ({_why(error)})") from None
+            raise StatusError(f"the supervisor at {path} does not answer ({why(error)})") from None
 
 
 def _at(url: str, environ: Mapping[str, str]) -> dict[str, Any]:
@@ -86,7 +121,7 @@ def _at(url: str, environ: Mapping[str, str]) -> dict[str, Any]:
     except BadValue as error:
         raise StatusError(f"SUPERVISOR_API_KEYS: expected {error}") from None
     except (OSError, http.client.HTTPException) as error:
-        raise StatusError(f"{url} does not answer ({_why(error)})") from None
+        raise StatusError(f"{url} does not answer ({why(error)})") from None
 
 
 def _connection(url: str) -> http.client.HTTPConnection:
@@ -98,7 +133,7 @@ def _connection(url: str) -> http.client.HTTPConnection:
     return kind(parts.netloc, timeout=PATIENCE)
 
 
-def _why(error: Exception) -> str:
+def why(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error) or type(error).__name__
 
 

@@ -195,6 +195,7 @@ async def _run(start: _Start) -> int:
 
     from supervisor.engine import gpu  # noqa: PLC0415
     from supervisor.engine.engine import RANKS_INTERVAL, Collaborators, Engine, Limits  # noqa: PLC0415
+    from supervisor.engine.postmortem import PostMortem  # noqa: PLC0415
     from supervisor.gateway.app import Admission, Gateway  # noqa: PLC0415
     from supervisor.gateway.policy import Policy, Routes  # noqa: PLC0415
     from supervisor.gateway.server import GatewayServer  # noqa: PLC0415
@@ -291,6 +292,16 @@ async def _run(start: _Start) -> int:
             invited = True
             log.info("%s", invitation(settings, listeners, queue.simulator.url if queue and queue.simulator else ""))
 
+    facts = {
+        "model": settings.model.value,
+        "mode": settings.mode,
+        "vllm_version": settings.vllm.version,
+        "simulator": f"http://{address(listeners.simulator)}/v2/local" if listeners.simulator else None,
+        "cluster": cluster.name if cluster else None,
+        "weights": start.spawn.weights.source,
+        "command": start.spawn.mask.command(start.spawn.command.argv),
+        **explain.facts(settings),
+    }
     engine = Engine(
         start.process,
         Collaborators(
@@ -302,6 +313,7 @@ async def _run(start: _Start) -> int:
             traffic=lambda: gateway.traffic(),  # noqa: PLW0108  # there is no gateway yet
             drain=drain,
             changed=changed,
+            failed=PostMortem(settings.cache, mask=start.spawn.mask, vllm=settings.vllm.version, facts=facts).write,
         ),
         Limits(
             startup=knobs.startup_timeout,
@@ -314,15 +326,6 @@ async def _run(start: _Start) -> int:
             cluster=cluster,
         ),
     )
-    facts = {
-        "model": settings.model.value,
-        "mode": settings.mode,
-        "vllm_version": settings.vllm.version,
-        "cluster": cluster.name if cluster else None,
-        "weights": start.spawn.weights.source,
-        "command": start.spawn.mask.command(start.spawn.command.argv),
-        **explain.facts(settings),
-    }
     admission = Admission(knobs.max_concurrency or None, knobs.max_waiting)
     gateway = Gateway(
         upstream,
@@ -364,6 +367,7 @@ async def _run(start: _Start) -> int:
         if caches is not None:
             group.create_task(tended(caches.restore))
         code = await engine.run()
+        gateway.feeds.end()
         if queue is not None:
             await queue.worker.finish(LAST_REPORTS, LAST_REPORTS)
             queue.stop()

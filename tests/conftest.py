@@ -16,9 +16,10 @@ SLOW = {
     "tests/queue/test_worker.py": 4.0,
     "tests/engine/test_faults.py": 1.5,
     "tests/engine/test_engine.py": 1.5,
+    "tests/engine/test_page.py": 2.0,
     "tests/engine/test_ranks.py": 3.0,
 }
-TOGETHER = {"endpoint": 35.0, "plain": 12.0, "running": 10.0}  # by fixture
+TOGETHER = {"endpoint": 35.0, "plain": 12.0, "running": 10.0, "queue": 8.0}  # by fixture
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -67,7 +67,7 @@ def self_signed(folder: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def mounted(folder: Path, *how: str) -> Iterator[Path]:
-    """`mount HOW... FOLDER`, such as a small tmpfs; where that is not ours to do, the test is skipped with the reason."""
+    """`mount HOW... FOLDER`, such as a small tmpfs. Where that is not ours to do, the test is skipped, and says so."""
     if os.getuid() != 0:
         pytest.skip("mounts need root")
     folder.mkdir(parents=True, exist_ok=True)

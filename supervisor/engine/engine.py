@@ -12,8 +12,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from supervisor.engine.heartbeat import Heartbeat, Scrape
@@ -34,6 +34,8 @@ LAST_LINES_PATIENCE = 0.05
 LAST_WORDS_PATIENCE = 4.0
 HEARTBEATS_PER_STALL, LONGEST_HEARTBEAT = 8, 10.0
 SHOWN_LINES = 20
+FOLLOWED_LINES = 200  # of vLLM's log, over restarts, for those who follow it
+KEPT_TRANSITIONS = 100  # for the post-mortem
 # Seconds between two looks whether the other machines are there. A data-parallel rank connects soon after it is ready.
 RANKS_INTERVAL, LOOKS_FOR_RANKS = 1.0, 60
 
@@ -47,7 +49,8 @@ class Collaborators:
     `spawn` starts the engine (OSError where it can't); `cleaned` is called when nothing of a run is left, before the
     next; `noted` when more is known of what would have to be removed; `health` gives the status of /health, None
     without an answer; `metrics` the text of /metrics; `traffic` the gateway's (reads so far, requests that wait for
-    vLLM's next byte); `drain` is True when all in-flight work is done; `changed` is called after each transition.
+    vLLM's next byte); `drain` is True when all in-flight work is done; `changed` is called after each transition;
+    `failed` begins to write the post-mortem of a failure, and what it returns may be waited for.
     """
 
     spawn: Callable[[], EngineProcess]
@@ -58,6 +61,7 @@ class Collaborators:
     traffic: Callable[[], tuple[int, int]]
     drain: Callable[[], Awaitable[bool]]
     changed: Callable[[], None]
+    failed: Callable[[Mapping[str, object]], Awaitable[object]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +90,12 @@ class Engine:
         self.was_ready = False
         self.failed = False
         self.transitions: Counter[str] = Counter()
+        self.timeline: deque[dict[str, object]] = deque([{"at": self.since, "state": "starting"}], KEPT_TRANSITIONS)
         self.restarts = 0
         self.restarts_by_cause: Counter[str] = Counter()
         self.last_failure: dict[str, object] | None = None
+        self.lines: deque[str] = deque(maxlen=FOLLOWED_LINES)
+        self.heard = 0  # lines, ever
         self.exit_signal: int | None = None  # of the signal that stopped us, where its drain failed
         self._policy = Restarts(limits.restarts, limits.window)
         self._signal = signal.SIGTERM
@@ -148,6 +155,10 @@ class Engine:
             "pid": self.process.pid,
         }
 
+    def log_after(self, number: int) -> tuple[int, list[str]]:
+        fresh = min(self.heard - number, len(self.lines))
+        return self.heard, list(self.lines)[-fresh:] if fresh else []
+
     # What others ask
 
     def stop(self, number: int) -> None:
@@ -195,6 +206,7 @@ class Engine:
             self.since = time.time()
             self.reason = reason
             self.transitions[f"{before.value} -> {self.state.value}"] += 1
+            self.timeline.append({"at": self.since, "state": self.state.value, "reason": reason})
             self.failed = self.failed or self.state is State.FAILED
             if self.ready:
                 self.was_ready = self.served = True
@@ -364,7 +376,12 @@ class Engine:
         )
         self.reason = diagnosis.text
         self.log.error("%s%s", "" if self.broken else f"vLLM ended ({ended}): ", diagnosis.text)
+        if verdict.delay is None or self.served:
+            known = {**self.last_failure, "argv": self.process.command.argv, "log": lines, "verdict": verdict.reason}
+            known |= {"given_up": verdict.delay is None, "timeline": list(self.timeline)}
+            written = self.collaborators.failed({**self.status(), **known})
         if verdict.delay is None:
+            await written  # the next thing is our own end
             self._send(Event.GIVE_UP, f"{diagnosis.text} ({verdict.reason})")
             return
         self.log.info("%s%s", verdict.reason, f", in {verdict.delay:.1f} s" if verdict.delay else "")
@@ -393,6 +410,8 @@ class Engine:
             await asyncio.to_thread(self.process.kill)
 
     def _heard(self, line: str) -> None:
+        self.heard += 1
+        self.lines.append(line)
         if self.ranks is not None:
             self.ranks.hear(line)
         phase = self.phases.hear(line)

@@ -45,6 +45,31 @@ def used() -> list[int] | None:
             nvml.nvmlShutdown()
 
 
+def survey() -> dict[str, Any] | None:
+    """`driver`, and of each GPU in `gpus` its name and its memory in bytes; None where there is no driver to ask."""
+    if not any(map(os.path.exists, DRIVERS)):
+        return None
+    try:
+        import pynvml  # noqa: PLC0415
+
+        nvml: Any = pynvml
+        nvml.nvmlInit()
+    except Exception:  # noqa: BLE001  # as above
+        return None
+    try:
+        gpus: list[dict[str, object]] = []
+        for index in range(nvml.nvmlDeviceGetCount()):
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+            gpus.append({"name": nvml.nvmlDeviceGetName(handle), "used": int(memory.used), "total": int(memory.total)})
+        return {"driver": nvml.nvmlSystemGetDriverVersion(), "gpus": gpus}
+    except nvml.NVMLError as error:  # one that fell off the bus
+        return {"driver": "", "gpus": [], "error": str(error)}
+    finally:
+        with contextlib.suppress(nvml.NVMLError):
+            nvml.nvmlShutdown()
+
+
 async def freed(before: Sequence[int] | None, patience: float = PATIENCE) -> None:
     """Waits until no GPU holds more than it did before the engine was started; says so where it takes too long."""
     if before is None:

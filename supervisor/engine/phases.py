@@ -9,7 +9,7 @@ import time
 # Wordings of vLLM 0.24 to 0.32; the fake engine logs the same.
 PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
     # Ours (weights/download.py), where the weights come from the hub.
-    ("asking the hub", re.compile("$^")),
+    ("asking the hub", re.compile("(?!)")),
     ("fetching weights", re.compile(r"^weights: Downloading")),
     # vLLM's. From the spawn on, or from the end of the download: 8 s and more of silence.
     ("importing vLLM", re.compile(r"^weights: vLLM is started")),
@@ -39,7 +39,7 @@ PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
         re.compile(r"init engine|Started server process|Supported tasks|Starting vLLM (API )?server"),
     ),
     ("waiting for the other engines", re.compile(r"Waiting for READY message from DP Coordinator")),
-    ("warming up", re.compile("$^")),  # ours: a first request, where one is asked for
+    ("warming up", re.compile("(?!)")),  # ours: a first request, where one is asked for
 )
 IMPORTING = [name for name, _ in PHASES].index("importing vLLM")
 # How far a download is.

@@ -52,7 +52,7 @@ class Counts:
         self.replayed = 0
 
     def began(self, route: str, status: int, seconds: float) -> None:
-        """The first byte of an answer."""
+        """The first byte of an answer; of an event stream, its first event."""
         first = self._series(route, status).first
         first.buckets[bisect_left(BOUNDS, seconds)] += 1
         first.seconds += seconds

@@ -110,7 +110,7 @@ class Exchange:
     frames: Frames | None = None  # has one: bytes pass both ways, whatever they are
     early: tuple[bytes, ...] = ()  # frames that came before the WebSocket was there
     status = 0  # of the answer, once there is one
-    read_at = 0.0  # when its last bytes came from vLLM
+    read_at = 0.0  # when vLLM's last bytes of it came; 0: its first byte is not counted yet
     body_left = sys.maxsize  # bytes that the request's body may still have; jobs have RunPod's limit
     verdict: Verdict | None = None
     refusal: Refusal | None = None  # of its head, read before its turn came
@@ -277,10 +277,11 @@ class Exchange:
 
     def client_gone(self) -> None:
         """Nobody will read the answer: vLLM is told at once, by closing its connection."""
-        if not self.response_started and not self.response_complete:
-            self._count(CLIENT_GONE, at_once=True)
-        elif not self.response_complete:
-            self.protocol.gateway.counts.aborted += 1
+        if not self.response_complete:
+            if self.read_at:
+                self.protocol.gateway.counts.aborted += 1
+            else:
+                self._count(CLIENT_GONE, at_once=True)
         self.disconnected = True
         self.protocol.gateway.leave(self)
         if self.connection is not None:
@@ -404,7 +405,8 @@ class Exchange:
         """From its first byte on an answer can't be taken back, and the request is not sent again."""
         self.response_started = True
         self.kept = None
-        self._count(self.status)
+        if not self.whole_events:  # vLLM sends a stream's head at once: its first token is what is waited for
+            self._count(self.status)
         self.streaming = self.whole_events and self.dechunker is None
         self.protocol.transport.write(self.unsent_head)
         self.unsent_head = b""
@@ -422,8 +424,11 @@ class Exchange:
             protocol = self.protocol
             counts, now = protocol.gateway.counts, protocol.loop.time()
             counts.sent += len(data)
-            counts.gap(now - self.read_at)
-            self.read_at = now
+            if self.read_at:
+                counts.gap(now - self.read_at)
+                self.read_at = now
+            else:
+                self._count(self.status)
             protocol.transport.write(data)
             return
         if self.doubted is not None:
@@ -443,6 +448,8 @@ class Exchange:
                 self.torn = False
                 return
             self.latest = data
+            if not self.read_at:
+                self._count(self.status)
         elif self.frames is not None:
             self.frames.feed(data)
         self._write(data)
@@ -586,6 +593,8 @@ class Exchange:
         self.response_complete = True
         protocol = self.protocol
         if self.response_started:
+            if not self.read_at:
+                self._count(self.status)
             protocol.gateway.counts.ended(self.route, self.status, protocol.loop.time() - self.began)
         protocol.gateway.leave(self)
         protocol.answering = None

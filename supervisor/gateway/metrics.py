@@ -16,6 +16,8 @@ from supervisor.gateway.counts import BOUNDS, GAP_BOUNDS, Counts, Histogram
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 STATES = ("starting", "ready", "restarting", "draining", "stopping", "stopped", "failed")
+# Each is there from the beginning, or the first restart would be no increase.
+CAUSES = ("exit", "part died", "hang", "rank gone", "slow start")
 ANSWER = ["route", "status"]
 
 
@@ -66,7 +68,7 @@ class Exposition:
             "supervisor_engine_restarts", "Starts of the engine after the first, by what ended the one before",
             labels=["cause"],
         )  # fmt: skip
-        for cause, count in now["restarts_by_cause"].items():
+        for cause, count in (dict.fromkeys(CAUSES, 0) | now["restarts_by_cause"]).items():
             restarts.add_metric([cause], count)
         yield restarts
         phases = GaugeMetricFamily(
@@ -86,7 +88,7 @@ class Exposition:
             "supervisor_requests", "Answers; status 499: the client did not wait for it", labels=ANSWER
         )
         first = HistogramMetricFamily(
-            "supervisor_first_byte_seconds", "Until the first byte of an answer", labels=ANSWER
+            "supervisor_first_byte_seconds", "Until an answer's first byte, or a stream's first event", labels=ANSWER
         )
         whole = HistogramMetricFamily("supervisor_request_seconds", "Until the last byte of an answer", labels=ANSWER)
         for (route, status), series in sorted(self.counts.answers.items()):

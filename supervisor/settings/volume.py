@@ -31,11 +31,11 @@ def find(asked: str | None, environ: Mapping[str, str]) -> Volume | None:
     for path in candidates:
         with contextlib.suppress(PermissionError):  # within somebody else's folder
             if path.is_dir():
-                return Volume(path, _writable(path))
+                return Volume(path, can_write(path))
     return None
 
 
-def _writable(path: Path) -> bool:
+def can_write(path: Path) -> bool:
     """By trying: for root, a read-only mount looks writable to all but a write."""
     try:
         with tempfile.TemporaryFile(dir=path):

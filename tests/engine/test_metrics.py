@@ -38,7 +38,8 @@ def test_answers_are_counted_by_route_and_status() -> None:
         body = json.dumps(chat(max_tokens=1)).encode()
         for _ in range(3):
             supervisor.client.post(CHAT, content=body)
-        streamed = supervisor.client.post(CHAT, json=chat(max_tokens=5, stream=True))
+        one_by_one = {"X-Fake": json.dumps({"token_interval": 0.01})}
+        streamed = supervisor.client.post(CHAT, json=chat(max_tokens=5, stream=True), headers=one_by_one)
         supervisor.client.get("/v1/nowhere")
         supervisor.client.get("/nobody/knows")
         scrape = Scrape(supervisor)
@@ -67,6 +68,18 @@ def test_the_whole_of_an_answer_takes_longer_than_its_first_byte() -> None:
         scrape = Scrape(supervisor)
         assert scrape("supervisor_request_seconds_sum") > scrape("supervisor_first_byte_seconds_sum") + 0.2
         assert scrape("supervisor_event_gap_seconds_sum") > 0.2
+
+
+def test_a_streams_first_byte_is_its_first_event() -> None:
+    """vLLM sends the head of a stream at once; nobody waits for that."""
+    with Supervisor("m") as supervisor:
+        supervisor.ready()
+        late = {"X-Fake": json.dumps({"prefill_seconds": 0.3})}
+        supervisor.client.post(CHAT, json=chat(max_tokens=3, stream=True), headers=late)
+        scrape = Scrape(supervisor)
+        assert scrape("supervisor_first_byte_seconds_count", route=CHAT) == 1
+        assert scrape("supervisor_first_byte_seconds_sum", route=CHAT) > 0.25
+        assert scrape("supervisor_event_gap_seconds_sum") < 0.25
 
 
 def test_clients_that_go_are_told_apart() -> None:

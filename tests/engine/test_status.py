@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -47,6 +48,23 @@ def test_of_one_that_serves_with_keys_and_on_a_port_that_nobody_told(tmp_path: P
         assert ask(tmp_path, "--url", url, SUPERVISOR_API_KEYS="secret-key").returncode == 0
         # The private socket opens our own pages and the model's routes, and no more than those.
         assert served.client.get("/status").status_code == 401
+
+
+def test_on_a_terminal_it_is_a_table(tmp_path: Path) -> None:
+    with Supervisor("some/model", environ={"TMPDIR": str(tmp_path)}) as served:
+        served.ready().engine()
+        done = subprocess.run(
+            ["script", "-qec", f"stty cols 60; {SUPERVISOR} status", "/dev/null"],
+            env=clean_environment(TMPDIR=str(tmp_path), TERM="xterm"),
+            capture_output=True, text=True, timeout=20, check=True, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).rstrip() for line in done.stdout.replace("\r", "").splitlines()]
+    rows = {line.split()[0]: line.split(None, 1)[1] for line in lines if line and not line.startswith(" ")}
+    assert rows["state"] == "ready"
+    assert rows["model"] == "some/model"
+    assert rows["requests"] == "0 in flight, 0 waiting"
+    assert "\x1b[" in done.stdout
+    assert max(map(len, lines)) <= 60
 
 
 def test_of_one_that_loads_and_then_restarts(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""`supervisor doctor`: what this machine lacks."""

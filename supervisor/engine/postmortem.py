@@ -1,0 +1,195 @@
+"""The post-mortem of a failed engine: one JSON file in the cache folder, and a block in the log to paste into an issue.
+
+Written in a thread of its own, so that the next engine is not held up; whatever goes wrong with it, a full disk or a
+driver that hangs, costs one line of the log and nothing else. Everything in it went through the mask.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from supervisor.engine import gpu
+from supervisor.engine.machine import Machine, amount, disk, versions, within
+from supervisor.settings.secrets import Mask
+
+FOLDER = "postmortem"
+KEPT = 5
+# A driver that hangs answers nobody, and the thread that asked it stays; we do not.
+GPU_PATIENCE = 5.0
+# Of the whole, where the supervisor's own end waits for it.
+PATIENCE = 12.0
+SHOWN_COMMAND, SHOWN_LINE = 400, 200
+# Of what `/status` tells: what the bundle has at length, and what is the next run's.
+SAID_ELSEWHERE = ("last_failure", "log_tail", "progress", "pid")
+
+
+class PostMortem:
+    """`write(failure)` begins at once. `facts`: what `/status` tells and never changes, with the settings."""
+
+    def __init__(
+        self,
+        cache: Path,
+        *,
+        mask: Mask,
+        vllm: str,
+        facts: Mapping[str, Any],
+        machine: Machine | None = None,
+    ) -> None:
+        self.folder = cache / FOLDER
+        self.mask = mask
+        self.vllm = vllm
+        self.facts = facts
+        self.machine = machine or Machine()
+        self.log = logging.getLogger("supervisor.postmortem")
+        self.running: set[asyncio.Task[None]] = set()
+
+    def write(self, failure: Mapping[str, Any]) -> asyncio.Task[None]:
+        """The task that does it; nobody needs to wait for it. It raises nothing, and ends in bounded time."""
+        task = asyncio.get_running_loop().create_task(self._write(failure))
+        self.running.add(task)
+        task.add_done_callback(self.running.discard)
+        return task
+
+    async def _write(self, failure: Mapping[str, Any]) -> None:
+        try:
+            async with asyncio.timeout(PATIENCE):
+                block = await asyncio.to_thread(self.report, failure)
+            self.log.error("%s", block)
+        except TimeoutError:
+            self.log.warning("the post-mortem was not done in %g s", PATIENCE)
+        except Exception:  # it tells of a failure, and must not become one
+            self.log.exception("the post-mortem could not be written")
+
+    def report(self, failure: Mapping[str, Any]) -> str:
+        """Gathers, writes, and returns the block for the log."""
+        bundle = self.gather(failure)
+        try:
+            where = str(self.keep(bundle))
+        except OSError as error:
+            where = f"could not be written to {self.folder} ({error.strerror or error})"
+        return "\n".join(block(bundle, where))
+
+    def gather(self, failure: Mapping[str, Any]) -> dict[str, Any]:
+        facts = dict(self.facts)
+        failure = {name: value for name, value in failure.items() if name not in SAID_ELSEWHERE}
+        bundle = {
+            "written": time.time(),
+            # Not word for word: that a value is a secret may be told by the option before it.
+            "command": self.mask(self.mask.command(failure.pop("argv"))),
+            **failure,
+            "settings": facts.pop("settings", []),
+            "facts": facts,
+            "versions": versions(self.vllm),
+            "memory": self.machine.memory(),
+            "cgroup": self.machine.cgroup(),
+            "disks": [disk(folder) for folder in (self.folder, Path("/tmp"), self.machine.shm)],  # noqa: S108
+            "gpu": within(GPU_PATIENCE, gpu.survey),
+            "nvidia_smi": _nvidia_smi(),
+        }
+        masked: dict[str, Any] = _masked(bundle, self.mask)
+        return masked
+
+    def keep(self, bundle: Mapping[str, Any]) -> Path:
+        """Raises OSError. What is written in part is removed, and of the whole ones only the last few stay."""
+        at = float(bundle["written"])
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(at)) + f"-{int(at % 1 * 1000):03}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{stamp}-{os.getpid()}.json"
+        part = path.with_suffix(".part")
+        try:
+            with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                json.dump(bundle, file, indent=1)
+            part.rename(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise
+        for old in sorted(self.folder.glob("*.json"))[:-KEPT]:
+            with contextlib.suppress(OSError):  # another supervisor on the same volume was quicker
+                old.unlink()
+        return path
+
+
+def block(bundle: Mapping[str, Any], where: str) -> list[str]:
+    """What of it an issue needs at first sight."""
+    from supervisor.engine.diagnosis import last_error  # noqa: PLC0415  # 80 patterns to compile, for failures only
+
+    signal, code = bundle.get("signal"), bundle.get("exit_code")
+    ended = f"signal {signal}" if signal is not None else f"exit code {code}" if code is not None else "ended by us"
+    memory, cgroup = bundle["memory"], bundle["cgroup"]
+    told = [f"{amount(memory['available'])} of {amount(memory['total'])} free"] if "available" in memory else []
+    told += [f"limit {amount(cgroup['limit'])}"] if "limit" in cgroup else []
+    told += [f"{cgroup['oom_kills']} killed for want of it"] if cgroup.get("oom_kills") else []
+    known = bundle["versions"]
+    lines = {
+        "when": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(float(bundle.get("at") or bundle["written"]))),
+        "what": f"{bundle.get('cause')} ({ended})",
+        "remedy": bundle.get("remedy"),
+        "then": (f"given up: {bundle.get('verdict')}" if bundle.get("given_up") else "started again")
+        + f"; restarts before: {bundle.get('restarts')}",
+        "states": _steps(bundle.get("timeline") or ()),
+        "start": ", ".join(f"{row['name']} {row['seconds']:.1f} s" for row in bundle.get("phases") or ()),
+        "versions": f"supervisor {known['supervisor']}, vLLM {known['vllm']}, Python {known['python']}, "
+        f"{known['kernel']}",
+        "memory": ", ".join(told),
+        "disks": ", ".join(f"{each['folder']} {amount(each['free'])} free" for each in bundle["disks"]
+                           if "free" in each),
+        "gpu": _gpu(bundle["gpu"]),
+        "settings": _cut(" ".join(f"{row['name']}={shlex.quote(row['value'])}" for row in bundle["settings"]
+                                  if not row["source"].startswith("default")), SHOWN_COMMAND),
+        "command": _cut(bundle["command"], SHOWN_COMMAND),
+        "last error": _cut(last_error(bundle.get("log") or ()) or "", SHOWN_LINE),
+        "bundle": where,
+    }  # fmt: skip
+    rows = [f"  {name + ':':<12}{str(text).splitlines()[0]}" for name, text in lines.items() if text]
+    return ["post-mortem, to be pasted into an issue:", *rows]
+
+
+def _nvidia_smi() -> str | None:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        done = subprocess.run([program], capture_output=True, text=True, timeout=GPU_PATIENCE, check=False)
+        return done.stdout or done.stderr
+    return "it did not answer"
+
+
+def _masked(value: Any, mask: Mask) -> Any:
+    if isinstance(value, str):
+        return mask(value)
+    if isinstance(value, Mapping):
+        return {str(key): _masked(each, mask) for key, each in value.items()}
+    if isinstance(value, Sequence):
+        return [_masked(each, mask) for each in value]
+    return value
+
+
+def _steps(timeline: Iterable[Mapping[str, Any]]) -> str:
+    """`starting, ready +1.2 s, restarting +33.0 s`: each with the seconds since the one before; the last ones."""
+    rows = list(timeline)[-8:]
+    said = [f"{row['state']} +{row['at'] - before['at']:.1f} s" for before, row in itertools.pairwise(rows)]
+    return ", ".join([str(rows[0]["state"]), *said]) if rows else ""
+
+
+def _gpu(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "none to be seen"
+    gpus = [f"{each['name']} {amount(each['used'])} of {amount(each['total'])} in use" for each in found["gpus"]]
+    return "; ".join([*gpus, f"driver {found['driver']}" if found["driver"] else str(found.get("error", ""))])
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[:length] + " ..."

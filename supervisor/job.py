@@ -1,0 +1,213 @@
+"""`supervisor job`: one job for a supervisor in queue mode, by the simulated RunPod, as a client of RunPod sends it.
+
+By /run and /stream, not by /runsync: so the job's id is known from the first moment on, and Ctrl-C can cancel it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from supervisor import status
+
+# Of one question; /stream waits up to a second for news.
+PATIENCE = 30.0
+FAILED = 1
+WAITING = ("IN_QUEUE", "IN_PROGRESS")
+START = "start one with `supervisor up MODEL --mode queue`"
+# Where an input says whether the answer is to stream: the first of these that it has, else the input itself.
+BODIES = ("openai_input", "body")
+
+
+class JobError(Exception):
+    """It can't be sent, or failed; the text says why."""
+
+
+def run(given: str, url: str | None, environ: Mapping[str, str], *, stream: bool) -> int:
+    """Prints the result. 0 where the job is completed, else 1; Ctrl-C cancels it."""
+    try:
+        job = read(given)
+        if stream:
+            job["input"] = streaming(job["input"])
+        return _run(Endpoint(url or find(environ)), job, stream=stream)
+    except (JobError, status.StatusError) as error:
+        print(f"supervisor: {error}", file=sys.stderr)
+        return FAILED
+
+
+def read(given: str) -> dict[str, Any]:
+    """A job, from JSON itself, a file, or standard input. What has no `input` is taken for one."""
+    text = given
+    if given == "-":
+        text = sys.stdin.read()
+    elif not given.lstrip().startswith(("{", "[")):
+        try:
+            text = Path(given).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise JobError(f"{given} can't be read ({why}): expected a file, JSON, or - for standard input") from None
+    try:
+        job = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise JobError(f"the job is not JSON: {error}") from None
+    if not isinstance(job, dict):
+        raise JobError('the job must be an object, such as {"input": {"prompt": "Once upon"}} (docs/jobs.md)')
+    return job if "input" in job else {"input": job}
+
+
+def streaming(content: Any) -> Any:
+    """The same input, asking for a stream where it does not say."""
+    if not isinstance(content, dict):
+        return content
+    for name in BODIES:
+        if isinstance(content.get(name), dict):
+            return {**content, name: {"stream": True, **content[name]}}
+    return {"stream": True, **content} if "messages" in content or "prompt" in content else content
+
+
+def find(environ: Mapping[str, str]) -> str:
+    """The address of the simulated RunPod of the supervisor that runs here."""
+    found = list(status.here(environ))
+    urls = [str(each["simulator"]) for each in found if each.get("simulator")]
+    if urls:
+        return urls[0]
+    if any(each.get("mode") == "queue" for each in found):
+        raise JobError("the supervisor here takes its jobs from RunPod: send it there, or name an endpoint with --url")
+    if found:
+        raise JobError(f"the supervisor here serves HTTP, and takes no jobs: {START}")
+    raise JobError(f"no supervisor runs here: {START}, or name one with --url")
+
+
+class Endpoint:
+    """`http://127.0.0.1:8000`, or with the path of an endpoint, `/v2/local`."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        try:
+            wrong = parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0
+        except ValueError:
+            wrong = True
+        if wrong:
+            raise JobError(f"--url {url}: expected an address such as http://127.0.0.1:8000")
+        self.url = url
+        self.path = parts.path.rstrip("/") or "/v2/local"
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self.connection = kind(parts.netloc, timeout=PATIENCE)
+
+    def ask(self, method: str, path: str, content: object = None) -> dict[str, Any]:
+        """The answer's object. Raises JobError where there is none."""
+        body = None if content is None else json.dumps(content).encode()
+        try:
+            self.connection.request(method, self.path + path, body, {"Content-Type": "application/json"})
+            answer = self.connection.getresponse()
+            text = answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            self.connection.close()
+            raise JobError(f"{self.url} does not answer ({status.why(error)})") from None
+        found: Any = None
+        with contextlib.suppress(ValueError):
+            found = json.loads(text)
+        if answer.status == 200 and isinstance(found, dict):
+            return found
+        why = found.get("error") if isinstance(found, dict) else None
+        if answer.status in (401, 403, 404) and not isinstance(why, str):
+            raise JobError(f"{self.url} is no queue's endpoint (status {answer.status}): {START}")
+        raise JobError(f"{self.url} refuses it (status {answer.status}): {readable(why)}")
+
+
+def _run(endpoint: Endpoint, job: Mapping[str, Any], *, stream: bool) -> int:
+    sent = endpoint.ask("POST", "/run", job)
+    where = str(sent.get("id"))
+    try:
+        return _follow(endpoint, where, stream=stream)
+    except KeyboardInterrupt:
+        endpoint.connection.close()  # an answer may be under way on it
+        endpoint.ask("POST", f"/cancel/{where}")
+        print("supervisor: the job was cancelled", file=sys.stderr)
+        raise
+
+
+def _follow(endpoint: Endpoint, where: str, *, stream: bool) -> int:
+    """Reads its chunks until it is over; /stream answers when there is news."""
+    text = Text()
+    while True:
+        news = endpoint.ask("GET", f"/stream/{where}")
+        if stream:
+            for chunk in news.get("stream") or ():
+                text.take(chunk.get("output"))
+        if news.get("status") not in WAITING and not news.get("stream"):
+            break
+    result = endpoint.ask("GET", f"/status/{where}")
+    if stream and text.written:
+        print(flush=True)
+    if result.get("status") != "COMPLETED" or text.error:
+        said = text.error or result.get("error") or f"it is {result.get('status')}"
+        print(f"supervisor: the job failed: {readable(said)}", file=sys.stderr)
+        return FAILED
+    if not text.written:
+        output = result.get("output")
+        print(json.dumps(output, ensure_ascii=False, indent=2 if sys.stdout.isatty() else None))
+    return 0
+
+
+class Text:
+    """Writes what the chunks of an event stream say, as they come."""
+
+    def __init__(self) -> None:
+        self.written = False
+        self.error: object = None
+        self.rest = ""
+
+    def take(self, chunk: object) -> None:
+        if not isinstance(chunk, str):
+            return  # a whole answer: it is in the result
+        *events, self.rest = (self.rest + chunk).split("\n\n")
+        for event in events:
+            for line in event.splitlines():
+                if line.startswith("data:") and line != "data: [DONE]":
+                    with contextlib.suppress(ValueError):
+                        self._event(json.loads(line.removeprefix("data:")))
+
+    def _event(self, event: Any) -> None:
+        if isinstance(event, dict) and event.get("error"):
+            self.error = event["error"]
+        for said in _said(event):
+            self.written = True
+            print(said, end="", flush=True)
+
+
+def _said(event: Any) -> Iterator[str]:
+    """The text in an event of OpenAI's chats, completions and responses, and of Anthropic's messages."""
+    if not isinstance(event, dict):
+        return
+    deltas = [event.get("delta")]
+    for choice in event.get("choices") or ():
+        deltas += [choice.get("text"), choice.get("delta")]
+    for delta in deltas:
+        if isinstance(delta, dict):
+            delta = delta.get("content") or delta.get("text")  # noqa: PLW2901
+        if isinstance(delta, str) and delta:
+            yield delta
+
+
+def readable(error: object) -> str:
+    """The message of an error, which may be an object, or its JSON as text (docs/jobs.md)."""
+    if isinstance(error, str):
+        try:
+            found = json.loads(error)
+        except ValueError:
+            return error
+        return readable(found) if isinstance(found, dict) else error
+    if not isinstance(error, dict):
+        return str(error or "it does not say why")
+    message = error.get("message") or error.get("error_message")
+    if not message:
+        return json.dumps(error)
+    status_code = error.get("status") or error.get("code")
+    return f"{message} (status {status_code})" if status_code else str(message)

@@ -1,0 +1,511 @@
+"""`supervisor doctor`: each thing that it finds, in a machine that has it; what can be real is real."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from supervisor.doctor import machine, model
+from supervisor.doctor.checks import CHECKS
+from supervisor.doctor.examine import admit, examine
+from supervisor.doctor.patient import FAIL, OK, WARN, Patient, Row
+from supervisor.engine.machine import Machine
+from supervisor.settings.sources import Arguments
+from supervisor.weights import estimate
+from tests.engine.test_cli import run
+from tests.harness import DEMO, FAKE, ROOT, SUPERVISOR, Supervisor, clean_environment, http
+
+GB = 1_000_000_000
+
+
+class Hub:
+    """The stand-in: `org/tiny` is the demo model, `org/gated` may be seen by all, `org/private` by its member."""
+
+    def __init__(self, *more: str) -> None:
+        repos = [word for name in ("tiny", "gated", "private") for word in ("--repo", f"org/{name}={DEMO}")]
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "scripts/stand_in_hub.py"), *repos, "--gated", "org/gated",
+             "--private", "org/private", *more],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        self.url = self.process.stdout.readline().strip()
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    found = Hub()
+    yield found
+    found.stop()
+
+
+def rows(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, str]]:
+    """By check; the worst of each."""
+    order = (OK, WARN, FAIL)
+    found: dict[str, dict[str, str]] = {}
+    for row in json.loads(done.stdout)["checks"]:
+        if row["check"] not in found or order.index(row["verdict"]) > order.index(found[row["check"]]["verdict"]):
+            found[row["check"]] = row
+    return found
+
+
+@pytest.fixture
+def doctor(tmp_path: Path, hub: Hub) -> Callable[..., dict[str, dict[str, str]]]:
+    def ask(*arguments: str, **environ: str) -> dict[str, dict[str, str]]:
+        given = {"HOME": str(tmp_path), "HF_ENDPOINT": hub.url} | environ
+        vllm = given.pop("SUPERVISOR_VLLM", str(FAKE))
+        done = run("doctor", *(arguments or ("org/tiny",)), "--json", cwd=tmp_path, vllm=vllm, **given)
+        assert done.stderr == ""
+        found = rows(done)
+        assert done.returncode == any(row["verdict"] == FAIL for row in found.values())
+        return found
+
+    return ask
+
+
+def patient(folder: Path, *arguments: str, gpus: object = None, **environ: str) -> Patient:
+    """Of a machine whose files are in `folder`."""
+    given = Arguments(model=arguments[0] if arguments else None if "MODEL" in environ else str(DEMO))
+    told = {"HOME": str(folder), "PATH": os.environ["PATH"], "SUPERVISOR_VLLM": str(FAKE), "PORT": "0", **environ}
+    found = admit(given, told, Machine(folder), patience=60)
+    return dataclasses.replace(found, ask_gpus=lambda: gpus)
+
+
+def made(folder: Path, files: Mapping[str, str]) -> Path:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def gpu(total: float = 80, used: int = 0) -> dict[str, Any]:
+    return {"driver": "580.65.06", "gpus": [{"name": "NVIDIA X", "used": used * GB, "total": int(total * GB)}]}
+
+
+def a_vllm(folder: Path, cuda: str, *more: str) -> str:
+    """A `vllm` with a torch of that build beside it."""
+    site = "lib/python3.12/site-packages"
+    made(folder, {f"{site}/torch/version.py": f"__version__ = '2.13'\ncuda: Optional[str] = {cuda}\n",
+                  f"{site}/vllm-0.32.0.dist-info/METADATA": "", "bin/vllm": "#!/bin/sh\n"}
+         | {f"{site}/{name}": "" for name in more})  # fmt: skip
+    (folder / "bin/vllm").chmod(0o755)
+    return str(folder / "bin/vllm")
+
+
+# As a whole
+
+
+def test_a_machine_that_is_well(doctor: Callable[..., dict[str, dict[str, str]]], tmp_path: Path) -> None:
+    found = doctor(SUPERVISOR_VLLM=a_vllm(tmp_path, "None"), HF_TOKEN="hf_member")
+    assert {row["check"]: row for row in found.values() if row["verdict"] != OK} == {}
+    assert "the token is member's" in found["hub"]["found"]
+    assert found["model"]["found"] == "org/tiny may be downloaded"
+    assert "takes" in found["disk"]["found"]
+    assert set(found) >= {"settings", "vllm", "packages", "gpu", "shm", "memory", "files", "port", "cache", "clock"}
+
+
+def test_text_for_pipes_and_a_table_for_terminals(tmp_path: Path, hub: Hub) -> None:
+    environ = {"HOME": str(tmp_path), "HF_ENDPOINT": hub.url, "MAX_NUM_SEQS": "many"}
+    done = run("doctor", "org/tiny", cwd=tmp_path, **environ)
+    assert done.returncode == 1
+    assert "fail settings     MAX_NUM_SEQS=many (environment MAX_NUM_SEQS): expected a whole number" in done.stdout
+    assert all(re.match(r"(ok|warn|fail) +\w+ ", line) for line in done.stdout.splitlines())
+    shown = subprocess.run(
+        ["script", "-qec", f"stty cols 80; {SUPERVISOR} doctor org/tiny", "/dev/null"],
+        env=clean_environment(SUPERVISOR_VLLM=str(FAKE), TERM="xterm", **environ),
+        cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in shown.stdout.replace("\r", "").splitlines()]
+    assert "WHAT TO DO" in lines[0]
+    assert "\x1b[" in shown.stdout
+    assert max(map(len, lines)) <= 80
+    assert shown.returncode == 1
+
+
+def test_no_secret_is_shown(tmp_path: Path, hub: Hub) -> None:
+    environ = {"HF_TOKEN": "planted-token-1", "SUPERVISOR_API_KEYS": "planted-key-2", "DTYPE": "planted-key-2"}
+    for more in ((), ("--json",)):
+        done = run("doctor", "org/tiny", *more, cwd=tmp_path, HOME=str(tmp_path), HF_ENDPOINT=hub.url, **environ)
+        assert "planted" not in done.stdout + done.stderr
+        assert "refuses the token" in done.stdout
+
+
+def test_one_check_that_fails_and_one_that_hangs_do_not_end_the_others(tmp_path: Path) -> None:
+    def broken(_: Patient) -> Row:
+        raise ZeroDivisionError("ours")
+
+    forever = threading.Event()
+    checks = {"a": broken, "b": lambda _: forever.wait() and None, "c": lambda _: Row(OK, "fine"), "d": lambda _: None}
+    found = examine(patient(tmp_path), checks, 0.2)
+    forever.set()
+    assert [(row.check, row.verdict) for row in found] == [("a", WARN), ("b", WARN), ("c", OK)]
+    assert "ZeroDivisionError: ours" in found[0].text
+    assert "no answer within" in found[1].text
+
+
+# What can be real
+
+
+def test_a_port_that_is_taken(doctor: Callable[..., dict[str, dict[str, str]]], tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        row = doctor(PORT=str(taken.getsockname()[1]), TMPDIR=str(tmp_path))["port"]
+    assert row["verdict"] == FAIL
+    assert "in use" in row["found"]
+
+
+def test_a_port_that_is_taken_by_a_supervisor(doctor: Callable[..., dict[str, dict[str, str]]], tmp_path: Path) -> None:
+    with Supervisor("m", environ={"TMPDIR": str(tmp_path)}) as served:
+        served.ready().engine()
+        row = doctor(PORT=str(served.port), TMPDIR=str(tmp_path))["port"]
+    assert row["verdict"] == WARN
+    assert "a supervisor runs here: ready since" in row["found"]
+
+
+def mounted(tmp_path: Path, hub: Hub, mounts: str, **environ: str) -> dict[str, dict[str, str]]:
+    """In a mount namespace of its own."""
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("mounts need root")
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-ec", f"{mounts}; exec {SUPERVISOR} doctor org/tiny --json"],
+        env=clean_environment(SUPERVISOR_VLLM=str(FAKE), PORT="0", HOME=str(tmp_path), HF_ENDPOINT=hub.url, **environ),
+        cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert done.stderr == ""
+    return rows(done)
+
+
+@pytest.mark.parametrize(("megabytes", "gpus", "verdict"), [(64, "0,1", FAIL), (64, "0", WARN), (2000, "0,1", OK)])
+def test_a_small_shm(tmp_path: Path, hub: Hub, megabytes: int, gpus: str, verdict: str) -> None:
+    found = mounted(tmp_path, hub, f"mount -t tmpfs -o size={megabytes}m x /dev/shm", CUDA_VISIBLE_DEVICES=gpus)
+    assert found["shm"]["verdict"] == verdict
+    assert verdict == OK or "--shm-size=8g" in found["shm"]["remedy"]
+
+
+def test_folders_that_can_not_be_written_and_a_disk_that_is_too_small(tmp_path: Path, hub: Hub) -> None:
+    for name in ("ro", "hub"):
+        (tmp_path / name).mkdir()
+    there = shlex.quote(str(tmp_path))
+    mounts = f"mount -t tmpfs -o size=1m,ro x {there}/ro; mount -t tmpfs -o size=1m x {there}/hub"
+    environ = {"SUPERVISOR_VOLUME": f"{tmp_path}/ro", "SUPERVISOR_CACHE_DIR": f"{tmp_path}/ro/deep/cache"}
+    found = mounted(tmp_path, hub, mounts, HF_HUB_CACHE=f"{tmp_path}/hub/not/yet", **environ)
+    assert found["volume"]["verdict"] == WARN
+    assert found["cache"]["verdict"] == WARN
+    assert found["downloads"]["verdict"] == OK
+    assert found["disk"]["verdict"] == FAIL
+    assert re.search(r"org/tiny takes \d+ MB, and 1 MB are free", found["disk"]["found"])
+    found = mounted(tmp_path, hub, mounts, HF_HOME=f"{tmp_path}/ro", TMPDIR=f"{tmp_path}/ro")
+    assert found["downloads"]["verdict"] == found["temporary"]["verdict"] == FAIL
+
+
+def test_few_files(tmp_path: Path, hub: Hub) -> None:
+    found = mounted(tmp_path, hub, "ulimit -Sn 1024")
+    assert found["files"]["verdict"] == WARN
+    assert "--ulimit nofile" in found["files"]["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "check", "verdict", "said"),
+    [
+        ("org/tiny", "", "hub", OK, "answers, without a token"),
+        ("org/tiny", "hf_wrong", "hub", FAIL, "refuses the token"),
+        ("org/none", "", "model", FAIL, "status 401"),
+        ("org/none", "hf_member", "model", FAIL, "status 404"),
+        ("org/private", "hf_outsider", "model", FAIL, "status 404"),
+        ("org/private", "hf_member", "model", OK, "may be downloaded"),
+        ("org/gated", "", "model", FAIL, "Please log in"),
+        ("org/gated", "hf_outsider", "model", FAIL, "not in its list"),
+        ("org/gated", "hf_member", "model", OK, "may be downloaded"),
+    ],
+)
+def test_the_hub(
+    doctor: Callable[..., dict[str, dict[str, str]]], name: str, token: str, check: str, verdict: str, said: str
+) -> None:
+    row = doctor(name, HF_TOKEN=token)[check]
+    assert (row["verdict"], said in row["found"]) == (verdict, True), row
+
+
+@pytest.mark.parametrize(("model", "verdict"), [("org/tiny", FAIL), (str(DEMO), WARN)])
+def test_a_hub_that_does_not_answer(doctor: Callable[..., dict[str, dict[str, str]]], model: str, verdict: str) -> None:
+    """A failure only where something has to come from there."""
+    row = doctor(model, HF_ENDPOINT="http://127.0.0.1:9")["hub"]
+    assert row["verdict"] == verdict
+    assert "HF_ENDPOINT" in row["remedy"]
+
+
+def test_a_hub_that_takes_the_question_and_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("supervisor.weights.hub.PATIENCE", 0.1)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        found = patient(tmp_path, "org/tiny", HF_ENDPOINT=f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert {row.check for row in examine(found, CHECKS, 5) if "no answer within" in row.text} == set()
+    row = model.hub(found)
+    assert row.verdict == FAIL
+    assert "timed out" in row.text
+
+
+def test_nothing_is_asked_offline(doctor: Callable[..., dict[str, dict[str, str]]], hub: Hub) -> None:
+    before = http.get(f"{hub.url}/stand-in").json()["requests"]
+    assert doctor(str(DEMO), HF_HUB_OFFLINE="1")["hub"]["verdict"] == OK
+    assert http.get(f"{hub.url}/stand-in").json()["requests"] == before
+
+
+@pytest.mark.parametrize(
+    ("model", "environ", "verdict", "said"),
+    [
+        ("org/tiny", {"HF_HUB_OFFLINE": "1"}, FAIL, "is not here, and HF_HUB_OFFLINE is set"),
+        ("org/tiny", {}, OK, "are free in"),
+        ("org/model:Q4_K_M", {}, OK, "left to vLLM"),
+        (str(DEMO), {}, OK, "the folder"),
+        (str(DEMO / "model.safetensors"), {}, OK, "the folder"),
+    ],
+)
+def test_where_the_weights_come_from(
+    tmp_path: Path, hub: Hub, model: str, environ: dict[str, str], verdict: str, said: str
+) -> None:
+    found = {
+        row.check: row for row in examine(patient(tmp_path, MODEL=model, HF_ENDPOINT=hub.url, **environ), CHECKS, 5)
+    }
+    assert [row for row in found.values() if "check itself failed" in row.text] == []
+    assert (found["disk"].verdict, said in found["disk"].text) == (verdict, True), found["disk"]
+
+
+def test_a_token_that_no_header_takes_is_not_shown(doctor: Callable[..., dict[str, dict[str, str]]]) -> None:
+    row = doctor(HF_TOKEN="planted\x7f\u2603-token")["hub"]
+    assert row["verdict"] == FAIL
+    assert "planted" not in json.dumps(row)
+
+
+@pytest.mark.parametrize(("ahead", "verdict"), [(0, OK), (-100, WARN), (100, WARN), (-4000, FAIL), (4000, FAIL)])
+def test_a_clock_that_is_wrong(
+    doctor: Callable[..., dict[str, dict[str, str]]], hub: Hub, ahead: int, verdict: str
+) -> None:
+    http.post(f"{hub.url}/stand-in", json={"clock": ahead})
+    try:
+        assert doctor()["clock"]["verdict"] == verdict
+    finally:
+        http.post(f"{hub.url}/stand-in", json={"clock": 0})
+
+
+# What is made up: no machine here has it
+
+
+@pytest.mark.parametrize(
+    ("files", "environ", "gpus", "cuda", "verdict", "said"),
+    [
+        ({".dockerenv": ""}, {}, None, "'12.8'", FAIL, "in this container"),
+        ({}, {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "MODEL": "m"}, None, "'12.8'", FAIL, "in this container"),
+        ({".dockerenv": ""}, {}, None, "None", OK, "built for the CPU"),
+        ({}, {}, None, "'12.8'", OK, "none here"),
+        ({}, {}, gpu(), "'12.8'", OK, "1 to be seen: NVIDIA X with 80.0 GB"),
+        ({}, {"CUDA_VISIBLE_DEVICES": ""}, gpu(), "'12.8'", FAIL, "hides every GPU"),
+        ({}, {}, gpu() | {"gpus": [], "error": "GPU is lost"}, "'12.8'", FAIL, "GPU is lost"),
+    ],
+)
+def test_gpus(
+    tmp_path: Path, files: dict[str, str], environ: dict[str, str], gpus: object, cuda: str, verdict: str, said: str
+) -> None:
+    made(tmp_path, files)
+    row = machine.gpus(patient(tmp_path, SUPERVISOR_VLLM=a_vllm(tmp_path, cuda), gpus=gpus, **environ))
+    assert (row.verdict, said in row.text) == (verdict, True), row
+    assert "container" not in said or "--gpus all" in row.remedy
+
+
+@pytest.mark.parametrize(("used", "share", "verdict"), [(70, "", WARN), (70, "0.1", OK), (1, "", OK)])
+def test_a_gpu_that_others_use(tmp_path: Path, used: int, share: str, verdict: str) -> None:
+    row = machine.gpu_memory(patient(tmp_path, gpus=gpu(used=used), GPU_MEMORY_UTILIZATION=share))
+    assert row is not None
+    assert row.verdict == verdict
+    assert f"{used}.0 GB of 80.0 GB are in use" in row.text
+    assert machine.gpu_memory(patient(tmp_path)) is None
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "verdict"),
+    [
+        ("580.65.06", "13.0", OK), ("580.65.05", "13.0", WARN), ("575.51.03", "13.0", FAIL), ("590.44.01", "13.9", OK),
+        ("570.26", "12.8", OK), ("560.35.05", "12.8", WARN), ("525.60.13", "12.0", OK), ("525.60.12", "12.9", FAIL),
+        ("535.129.03", "12.1", OK), ("470.82.01", "12.1", FAIL), ("470.82.01", "11.8", OK), ("600.1", "99.0", OK),
+    ],
+)  # fmt: skip
+def test_drivers(driver: str, cuda: str, verdict: str) -> None:
+    assert machine.driver_for(driver, cuda).verdict == verdict
+
+
+NVRM = "NVRM version: NVIDIA UNIX {}Kernel Module{} {}  Release Build  (dvs-builder@U22)\nGCC version: 12.3.0\n"
+
+
+@pytest.mark.parametrize(("open_module", "for_what"), [("Open ", " for x86_64"), ("x86_64 ", "")])
+def test_the_driver_is_read_without_its_library(tmp_path: Path, open_module: str, for_what: str) -> None:
+    made(tmp_path, {"proc/driver/nvidia/version": NVRM.format(open_module, for_what, "535.104.05")})
+    row = machine.driver(patient(tmp_path, SUPERVISOR_VLLM=a_vllm(tmp_path, "'13.0'")))
+    assert row is not None
+    assert row.verdict == FAIL
+    assert "535.104.05 is too old" in row.text
+    told = machine.driver(patient(tmp_path / "none", SUPERVISOR_VLLM=a_vllm(tmp_path, "'13.0'"), gpus=gpu()))
+    assert told is not None
+    assert told.verdict == OK
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({"sys/fs/cgroup/cgroup.controllers": "", "sys/fs/cgroup/memory.max": "1000000"}, 1_000_000),
+        (
+            {
+                "sys/fs/cgroup/cgroup.controllers": "", "sys/fs/cgroup/a/memory.max": "1100000",
+                "sys/fs/cgroup/a/b/memory.max": "max", "proc/self/cgroup": "0::/a/b\n",
+            },
+            1_100_000,
+        ),
+        (
+            {"sys/fs/cgroup/memory/memory.limit_in_bytes": "1200000", "proc/self/cgroup": "4:memory:/docker/x\n"},
+            1_200_000,
+        ),
+        ({"sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712"}, None),
+    ],
+)  # fmt: skip
+def test_the_containers_memory(tmp_path: Path, files: dict[str, str], limit: int | None) -> None:
+    made(tmp_path, {"proc/meminfo": "MemTotal: 1000000 kB\nMemAvailable: 500000 kB\n", **files})
+    found = patient(tmp_path, SUPERVISOR_VLLM=a_vllm(tmp_path, "None"))
+    assert found.machine.cgroup().get("limit") == limit
+    row = machine.memory(found)
+    assert row is not None
+    assert row.verdict == (FAIL if limit else OK)  # the demo model's weights have more
+    assert limit is None or "the container's limit" in row.text
+
+
+def test_our_package_in_vllms_environment(tmp_path: Path) -> None:
+    program = a_vllm(tmp_path, "None", "vllm_supervisor-0.1.0.dist-info/METADATA")
+    assert machine.clash(patient(tmp_path, SUPERVISOR_VLLM=program)).verdict == FAIL
+    assert machine.clash(patient(tmp_path, SUPERVISOR_VLLM=a_vllm(tmp_path / "b", "None"))).verdict == OK
+    made(tmp_path, {"site/supervisor-4.3.0.dist-info/METADATA": ""})
+    assert machine.clash_among([str(tmp_path), str(tmp_path / "site")]).verdict == FAIL
+
+
+def test_a_vllm_of_another_version(tmp_path: Path) -> None:
+    program = a_vllm(tmp_path, "None")
+    folder = tmp_path / "lib/python3.12/site-packages/vllm-0.32.0.dist-info"
+    folder.rename(folder.with_name("vllm-0.31.9.dist-info"))
+    found = patient(tmp_path, SUPERVISOR_VLLM=program)
+    row = machine.engine(dataclasses.replace(found, settings=None))
+    assert row is not None
+    assert row.verdict == WARN
+    missing = patient(tmp_path, SUPERVISOR_VLLM="/no/such/vllm")
+    assert machine.engine(missing) is None  # for the settings tell
+    assert "no such command" in missing.problems[0]
+
+
+def test_too_few_gpus(tmp_path: Path) -> None:
+    found = patient(tmp_path, TENSOR_PARALLEL_SIZE="4", CUDA_VISIBLE_DEVICES="0,1")
+    (warning,) = [row for row in CHECKS["settings"](found) if row.verdict == WARN]  # type: ignore[union-attr]
+    assert "only 2 GPUs are here" in warning.text
+
+
+# Estimates
+
+LLAMA = {
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096,
+    "torch_dtype": "bfloat16", "max_position_embeddings": 131072,
+}  # fmt: skip
+KINDS = ["sliding_attention"] * 5 + ["full_attention"]
+
+
+@pytest.mark.parametrize(
+    ("config", "kv_dtype", "tokens", "size"),
+    [
+        (LLAMA, "auto", 1, 2 * 32 * 8 * 128 * 2),  # 128 KiB a token, as is known of Llama 3 8B
+        (LLAMA, "fp8", 1, 2 * 32 * 8 * 128),
+        ({**LLAMA, "torch_dtype": "float32"}, "auto", 1, 2 * 32 * 8 * 128 * 2),
+        ({**LLAMA, "head_dim": 64}, "auto", 10, 10 * 2 * 32 * 8 * 64 * 2),
+        ({"text_config": LLAMA, "model_type": "vision"}, "auto", 1, 2 * 32 * 8 * 128 * 2),
+        ({**LLAMA, "num_key_value_heads": None}, "auto", 1, 2 * 32 * 32 * 128 * 2),
+        ({**LLAMA, "sliding_window": 100}, "auto", 1000, 100 * 2 * 32 * 8 * 128 * 2),
+        ({**LLAMA, "sliding_window": 100, "use_sliding_window": False}, "auto", 1000, 1000 * 2 * 32 * 8 * 128 * 2),
+        (
+            {**LLAMA, "num_hidden_layers": 6, "sliding_window": 100, "layer_types": KINDS},
+            "auto", 1000, (1000 + 5 * 100) * 2 * 8 * 128 * 2,
+        ),
+        ({**LLAMA, "kv_lora_rank": 512, "qk_rope_head_dim": 64}, "auto", 1, 32 * 576 * 2),
+        (
+            {**LLAMA, "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
+            "auto", 10, 10 * 2 * 8 * 128 * 2,
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_context_takes(config: dict[str, Any], kv_dtype: str, tokens: int, size: int) -> None:
+    found = estimate.layout(config, kv_dtype)
+    assert found is not None
+    assert found.bytes(tokens) == size
+    assert abs(found.tokens(found.bytes(5000)) - 5000) <= 1 or not found.whole
+    assert found.tokens(-1) == 0
+
+
+@pytest.mark.parametrize("config", [{}, {"num_hidden_layers": 4}, {**LLAMA, "num_attention_heads": 0, "head_dim": 0}])
+def test_a_config_that_does_not_say(config: dict[str, Any]) -> None:
+    assert estimate.layout({**config, "num_key_value_heads": None}) is None
+
+
+@pytest.mark.parametrize(
+    ("total", "environ", "verdict", "said"),
+    [
+        (80, {}, OK, "tokens fit (an estimate)"),
+        (80, {"MAX_MODEL_LEN": "1000000000"}, WARN, "a context of 1000000000 tokens will not fit"),
+        (80, {"MAX_MODEL_LEN": "1000000000", "GPU_MEMORY_UTILIZATION": "0.01"}, WARN, "weights of"),
+        (1, {}, WARN, "will hardly fit"),
+    ],
+)
+def test_a_context_that_does_not_fit(
+    tmp_path: Path, total: float, environ: dict[str, str], verdict: str, said: str
+) -> None:
+    row = model.context(patient(tmp_path, gpus=gpu(total), **environ))
+    assert row is not None
+    assert (row.verdict, said in row.text) == (verdict, True), row
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"), [("4096", 4096), ("32k", 32_000), ("32K", 32_768), ("1.5k", 1500), ("auto", 0), ("", 0)]
+)
+def test_lengths_as_vllm_reads_them(text: str, tokens: int) -> None:
+    assert model.count(text) == tokens
+
+
+def test_several_gpus_share_it() -> None:
+    found = estimate.layout(LLAMA)
+    assert found is not None
+    one = estimate.share(found, 16 * GB, 80 * GB, 0.9)
+    two = estimate.share(found, 16 * GB, 80 * GB, 0.9, tensor=2)
+    assert one.fits
+    assert 2 * one.tokens < two.tokens
+    assert not estimate.share(found, 140 * GB, 80 * GB, 0.9).fits
+    assert estimate.share(found, 140 * GB, 80 * GB, 0.9, tensor=4).fits
+
+
+def test_the_context_of_a_model_on_the_hub(tmp_path: Path, hub: Hub) -> None:
+    found = patient(tmp_path, "org/tiny", gpus=gpu(), HF_ENDPOINT=hub.url)
+    row = model.context(found)
+    assert row is not None
+    assert row.verdict == OK
+    with contextlib.suppress(OSError):
+        assert found.size == (DEMO / "model.safetensors").stat().st_size
