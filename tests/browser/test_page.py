@@ -1,0 +1,469 @@
+"""The page in a real Chromium, over the fake engine.
+
+    SCREENSHOTS=1 pytest tests/browser -k pictures      makes those of docs/page.md afresh, of the real vLLM
+
+Every test fails for a request that leaves the origin, an error on the console, and anything that the policy blocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import http.server
+import itertools
+import json
+import os
+import re
+import signal
+import socketserver
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright import sync_api as playwright
+
+from tests.harness import ROOT, Supervisor, wait_until
+
+expect = playwright.expect
+expect.set_options(timeout=15_000)
+
+pytestmark = pytest.mark.browser
+
+CHROMIUM = "/usr/bin/chromium"
+ARGUMENTS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update",
+]  # fmt: skip
+IMAGES = ROOT / "docs" / "images"
+PHONE = {"width": 360, "height": 740}
+# A key that is asked for is a 401, which Chromium writes to the console whatever the page makes of it.
+HARMLESS = re.compile(r"the server responded with a status of 401")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """With a profile of its own, which goes with it."""
+    if not Path(CHROMIUM).exists():
+        text = "Chromium is not here, and the page is seen by nobody: apt-get install chromium"
+        if "CI" in os.environ and os.geteuid() == 0 and Path("/etc/debian_version").exists():
+            pytest.fail(text)
+        pytest.skip(text)
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield chromium
+        chromium.close()
+
+
+class Tabs:
+    """`open(address)` gives a page; what it must not do is kept in `faults`."""
+
+    def __init__(self, browser: Any) -> None:
+        self.browser = browser
+        self.contexts: list[Any] = []
+        self.faults: list[str] = []
+
+    def open(self, address: str, **options: Any) -> Any:
+        context = self.browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
+        self.contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(15_000)
+        origin = re.match(r"http://[^/]+/", address)[0]  # type: ignore[index]
+        page.on("pageerror", lambda error: self.faults.append(f"error: {error}"))
+        page.on("console", self._console)
+        page.on(
+            "request",
+            lambda request: (
+                request.url.startswith((origin, "data:")) or self.faults.append(f"it asked for {request.url}")
+            ),
+        )
+        page.goto(address)
+        return page
+
+    def close(self) -> None:
+        """While the server is still there: its end would be an error on the console."""
+        while self.contexts:
+            self.contexts.pop().close()
+
+    def _console(self, message: Any) -> None:
+        if message.type in ("error", "warning") and not HARMLESS.search(message.text):
+            self.faults.append(f"console: {message.text}")
+
+
+@pytest.fixture
+def tabs(browser: Any) -> Iterator[Tabs]:
+    tabs = Tabs(browser)
+    yield tabs
+    tabs.close()
+    assert tabs.faults == []
+
+
+def address(served: Supervisor) -> str:
+    return f"http://127.0.0.1:{served.port}/"
+
+
+@pytest.fixture(scope="module")
+def slow() -> Iterator[Supervisor]:
+    """Its model takes its time for each token."""
+    with Supervisor("some/model", plan=[{"token_interval": 0.05}]) as served:
+        yield served.ready()
+
+
+def state(page: Any) -> Any:
+    return page.locator("#state")
+
+
+def ask(page: Any, text: str) -> None:
+    page.get_by_label("Your message").fill(text)
+    page.get_by_role("button", name="Send").click()
+
+
+# What it shows
+
+
+def test_it_shows_the_start_and_that_it_is_ready_without_being_loaded_again(tabs: Tabs) -> None:
+    with Supervisor("some/model", plan=[{"load_seconds": 4}]) as served:
+        page = tabs.open(address(served))
+        page.evaluate("window.same = true")
+        expect(state(page)).to_have_text("starting")
+        expect(page.locator("#reason")).to_contain_text("loading weights")
+        expect(page.locator("#phases li.now")).to_contain_text("loading weights")
+        expect(page.locator("#total")).to_contain_text("so far")
+        expect(state(page)).to_have_text("ready")
+        expect(page.locator("#phases li.now")).to_have_count(0)
+        expect(page.locator("#total")).to_contain_text("in all")
+        expect(page).to_have_title("ready · some/model")
+        expect(page.locator("#log")).to_contain_text("Application startup complete")
+        expect(page.locator("#settings")).to_contain_text("some/model")
+        expect(page.locator("#command")).to_contain_text("--uds")
+        assert page.evaluate("window.same") is True
+        tabs.close()
+
+
+def test_it_shows_a_crash_and_the_recovery_as_they_happen(tabs: Tabs, tmp_path: Path) -> None:
+    environ = {"FAKE_VLLM_COUNT": str(tmp_path / "n")}
+    with Supervisor("some/model", plan=[{}, {"load_seconds": 4}], environ=environ) as served:
+        served.ready()
+        page = tabs.open(address(served))
+        expect(state(page)).to_have_text("ready")
+        expect(page.locator("#failure")).to_contain_text("No failure")
+        os.kill(served.engine(), signal.SIGKILL)
+        expect(state(page)).to_have_text("restarting")
+        expect(page.locator("#failure")).to_contain_text("signal 9")
+        expect(page.locator("#reason")).to_contain_text("Now: loading weights")
+        page.get_by_text("vLLM’s last lines before it").click()
+        expect(page.locator("#failure pre")).to_contain_text("Application startup complete")
+        expect(state(page)).to_have_text("ready")
+        expect(page.locator("#happened li b")).to_have_text(["ready", "restarting", "ready"])
+        expect(page.locator("#numbers")).to_contain_text("restarts1")
+        tabs.close()
+        served.engine_pid = served.client.get("/status").json()["pid"]
+
+
+def test_it_says_when_the_server_is_gone(tabs: Tabs) -> None:
+    with Supervisor("some/model") as served:
+        served.ready().engine()
+        page = tabs.open(address(served))
+        expect(state(page)).to_have_text("ready")
+        served.signal(signal.SIGTERM)
+        expect(page.locator("#away")).to_contain_text("Trying again")
+        expect(state(page)).to_have_text("stopped")
+        assert served.exit_code() == 0
+    # That nobody answers it tells the console itself.
+    tabs.faults[:] = [fault for fault in tabs.faults if "ERR_CONNECTION_REFUSED" not in fault]
+
+
+def test_it_plots_what_comes(tabs: Tabs, slow: Supervisor) -> None:
+    page = tabs.open(address(slow))
+    expect(state(page)).to_have_text("ready")
+    with slow.client.stream("POST", "/v1/chat/completions", json=chat(max_tokens=60, stream=True)) as answer:
+        expect(page.locator("#plots figure").nth(3).locator("output")).to_contain_text("1 in flight")
+        answer.read()
+    expect(page.locator("#plots figure").nth(3).locator("output")).to_contain_text("0 in flight")
+    expect(page.locator("#plots figure").nth(2).locator("output")).to_contain_text(re.compile(r"\d ms p50"))
+    for number in range(4):
+        assert page.locator("#plots figure").nth(number).locator("path").first.get_attribute("d").startswith("M")
+    expect(page.get_by_role("img", name=re.compile("^Pieces of answers per second"))).to_be_visible()
+
+
+# Trying the model
+
+
+def chat(**more: object) -> dict[str, object]:
+    return {"model": "some/model", "messages": [{"role": "user", "content": "hi"}], **more}
+
+
+def test_it_streams_a_chat(tabs: Tabs, slow: Supervisor) -> None:
+    page = tabs.open(address(slow))
+    page.get_by_label("Tokens, at most").fill("40")
+    ask(page, "Tell me something")
+    answer = page.locator("#talk .answer").first
+    expect(answer).to_contain_text(re.compile(r"first after .* · [2-9] pieces"))  # as they come
+    whole = slow.client.post(
+        "/v1/chat/completions",
+        json={"messages": [{"role": "user", "content": "Tell me something"}], "max_tokens": 40},
+    ).json()["choices"][0]["message"]["content"]
+    expect(answer.locator("span").nth(1)).to_have_text(whole)
+    expect(answer).to_contain_text("40 pieces")
+    ask(page, "And then?")
+    expect(page.locator("#talk .answer").nth(1)).to_contain_text("40 pieces")
+    assert len(page.evaluate("messages")) == 4
+
+
+def test_a_chat_can_be_stopped(tabs: Tabs, slow: Supervisor) -> None:
+    page = tabs.open(address(slow))
+    page.get_by_label("Tokens, at most").fill("2000")
+    ask(page, "Tell me everything")
+    expect(page.locator("#talk .answer")).to_contain_text("pieces")
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator("#talk .answer")).to_contain_text("stopped")
+    expect(page.get_by_role("button", name="Send")).to_be_enabled()
+    expect(page.locator("#numbers")).to_contain_text("in flight")
+    wait_until(lambda: page.evaluate("last.in_flight") == 0, "vLLM to know of it")
+    page.get_by_role("button", name="Clear").click()
+    expect(page.locator("#talk")).to_be_hidden()
+
+
+def test_a_model_without_a_chat_template_continues_the_text(tabs: Tabs, slow: Supervisor) -> None:
+    page = tabs.open(address(slow))
+    message = (
+        "As of transformers v4.44, default chat template is no longer allowed, so you must provide a chat template "
+        "if the tokenizer does not define one."
+    )
+    body = json.dumps({"error": {"message": message, "type": "BadRequestError", "code": 400}})
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=400, body=body))
+    page.get_by_label("Tokens, at most").fill("5")
+    ask(page, "Once upon a time")
+    expect(page.locator("#talk .answer")).to_contain_text("5 pieces")
+    expect(page.locator("#talk")).to_contain_text("no chat template")
+    tabs.faults[:] = [fault for fault in tabs.faults if "status of 400" not in fault]
+
+
+def test_an_answer_that_is_an_error_is_told(tabs: Tabs, slow: Supervisor) -> None:
+    page = tabs.open(address(slow))
+    page.get_by_label("Tokens, at most").fill("999999")
+    ask(page, "Too much")
+    expect(page.locator("#talk .error")).to_contain_text("400: ")
+    tabs.faults[:] = [fault for fault in tabs.faults if "status of 400" not in fault]
+
+
+# Who may see it, and where from
+
+
+def test_it_asks_for_the_key(tabs: Tabs) -> None:
+    with Supervisor("some/model", environ={"SUPERVISOR_API_KEYS": "the-right-key"}) as served:
+        served.ready()
+        page = tabs.open(address(served))
+        field = page.get_by_label("One of its API keys")
+        expect(field).to_be_focused()
+        assert "some/model" not in page.content()
+        field.fill("the-wrong-key")
+        page.keyboard.press("Enter")
+        expect(page.get_by_text("This key is not valid.")).to_be_visible()
+        field.fill("the-right-key")
+        page.keyboard.press("Enter")
+        expect(state(page)).to_have_text("ready")
+        ask(page, "hi")
+        expect(page.locator("#talk .answer")).to_contain_text("pieces")
+        page.reload()  # the tab keeps it
+        expect(state(page)).to_have_text("ready")
+        assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
+        page.get_by_role("button", name="Forget the key").click()
+        expect(page.get_by_label("One of its API keys")).to_be_visible()
+        tabs.close()
+        headers = {"X-API-Key": "the-right-key"}
+        served.engine_pid = served.client.get("/status", headers=headers).json()["pid"]
+
+
+class Prefixed(http.server.BaseHTTPRequestHandler):
+    """A reverse proxy that serves what is at `/` below `/some/prefix/`, and nothing elsewhere."""
+
+    port = 0
+
+    def _pass(self) -> None:
+        path = "/" if self.path == "/some/prefix" else self.path.removeprefix("/some/prefix")
+        if path == self.path:
+            self.send_error(404)
+            return
+        body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        upstream = http.client.HTTPConnection("127.0.0.1", self.port)
+        upstream.request(self.command, path, body, dict(self.headers))
+        answer = upstream.getresponse()
+        self.send_response(answer.status)
+        for name, value in answer.getheaders():
+            if name.lower() not in ("transfer-encoding", "connection"):
+                self.send_header(name, value)
+        self.end_headers()
+        with contextlib.suppress(OSError):  # the browser left
+            while data := answer.read1(65536):
+                self.wfile.write(data)
+        upstream.close()
+
+    do_GET = do_POST = _pass
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Proxy(socketserver.ThreadingMixIn, http.server.HTTPServer):
+    daemon_threads = True
+
+
+@pytest.mark.parametrize("path", ["some/prefix/", "some/prefix"])
+def test_it_works_behind_a_prefix(tabs: Tabs, slow: Supervisor, path: str) -> None:
+    handler = type("Handler", (Prefixed,), {"port": slow.port})
+    with Proxy(("127.0.0.1", 0), handler) as proxy:
+        thread = threading.Thread(target=proxy.serve_forever, daemon=True)
+        thread.start()
+        page = tabs.open(f"http://127.0.0.1:{proxy.server_address[1]}/{path}")
+        expect(state(page)).to_have_text("ready")
+        page.get_by_label("Tokens, at most").fill("5")
+        ask(page, "hi")
+        expect(page.locator("#talk .answer")).to_contain_text("5 pieces")
+        tabs.close()
+        proxy.shutdown()
+        thread.join()
+
+
+# How it looks, and for whom
+
+CONTRAST = """() => {
+  const numbers = color => color.match(/[\\d.]+/g).map(Number);
+  const light = color => numbers(color).slice(0, 3).map(c => c / 255)
+    .map(c => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
+    .reduce((sum, c, at) => sum + c * [.2126, .7152, .0722][at], 0);
+  const behind = node => {
+    for (; node; node = node.parentElement) {
+      const color = getComputedStyle(node).backgroundColor;
+      if ((numbers(color)[3] ?? 1) === 1) return color;
+    }
+    return 'rgb(255, 255, 255)';
+  };
+  const found = [];
+  for (const node of document.querySelectorAll('body *')) {
+    const told = [...node.childNodes].some(child => child.nodeType === 3 && child.data.trim());
+    if (!told || !node.checkVisibility() || node.matches(':disabled, script, style, noscript')) continue;
+    const [a, b] = [light(getComputedStyle(node).color), light(behind(node))].sort((x, y) => y - x);
+    if ((a + .05) / (b + .05) < 4.5) found.push(`${node.outerHTML.slice(0, 80)}: ${(a + .05) / (b + .05)}`);
+  }
+  return found;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_is_light_and_dark_and_can_be_read(tabs: Tabs, slow: Supervisor, scheme: str) -> None:
+    page = tabs.open(address(slow), color_scheme=scheme)
+    expect(state(page)).to_have_text("ready")
+    red, *_ = map(int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor")))
+    assert (red > 200) is (scheme == "light")
+    page.get_by_label("Tokens, at most").fill("60")
+    ask(page, "What are you?")
+    expect(page.locator("#talk .answer")).to_contain_text("60 pieces")
+    assert page.evaluate(CONTRAST) == []
+
+
+def test_it_fits_a_phone(tabs: Tabs, slow: Supervisor) -> None:
+    page = tabs.open(address(slow), viewport=PHONE, device_scale_factor=2, is_mobile=True, has_touch=True)
+    expect(state(page)).to_have_text("ready")
+    page.get_by_label("Tokens, at most").fill("30")
+    ask(page, "What are you?")
+    expect(page.locator("#talk .answer")).to_contain_text("30 pieces")
+    page.locator("#settings summary").click()
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+
+
+def test_it_can_be_used_by_keyboard_alone(tabs: Tabs, slow: Supervisor) -> None:
+    page = tabs.open(address(slow))
+    expect(state(page)).to_have_text("ready")
+    page.keyboard.press("Tab")
+    expect(page.locator(".skip")).to_be_focused()
+    page.keyboard.press("Enter")  # to the message
+    page.keyboard.press("Tab")
+    page.keyboard.press("Shift+Tab")
+    expect(page.get_by_label("Your message")).to_be_focused()
+    page.keyboard.press("Control+a")
+    page.keyboard.type("Who are you?")
+    page.keyboard.press("Enter")
+    expect(page.locator("#talk .answer")).to_contain_text("pieces")
+    seen = set()
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        seen.add(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
+    assert {"longest", "clear", "happened", "log", "SUMMARY", "command", "talk"} <= seen
+    assert page.locator("[aria-live=polite] #state").count() == 1
+    unnamed = page.evaluate(
+        "[...document.querySelectorAll('input, textarea, button')]"
+        ".filter(one => !one.labels?.length && !one.textContent).map(one => one.outerHTML)"
+    )
+    assert unnamed == []
+
+
+# Pictures
+
+
+def picture(page: Any, name: str) -> None:
+    """Without this machine's paths, of which the settings and the log have some."""
+    page.evaluate(
+        """root => {
+          const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+          while (walk.nextNode()) walk.currentNode.data = walk.currentNode.data.replaceAll(root, '/app');
+        }""",
+        str(ROOT),
+    )
+    IMAGES.mkdir(exist_ok=True)
+    path = IMAGES / f"{name}.png"
+    page.screenshot(path=path)
+    assert path.stat().st_size < 200_000
+
+
+@contextlib.contextmanager
+def busy(served: Supervisor) -> Iterator[None]:
+    """Some clients that come and go."""
+    over = threading.Event()
+
+    def ask_on(worker: int) -> None:
+        for number in itertools.count(worker * 5):
+            if over.wait(0.4 * (number % 5)):
+                return
+            body = {"messages": [{"role": "user", "content": "What are you?"}], "max_tokens": 5 + number * 7 % 60}
+            served.client.post("/v1/chat/completions", json=body | {"stream": True, "temperature": 1.2})
+
+    threads = [threading.Thread(target=ask_on, args=(worker,)) for worker in range(5)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+@pytest.mark.skipif("SCREENSHOTS" not in os.environ, reason="makes pictures, where SCREENSHOTS=1 asks for them")
+@pytest.mark.timeout(600)
+def test_pictures(tabs: Tabs) -> None:
+    size = {"width": 1180, "height": 1080}
+    with Supervisor(vllm=None, program=(ROOT / "scripts" / "up",)) as served:
+        served.ready(300)
+        pages = {scheme: tabs.open(address(served), color_scheme=scheme, viewport=size) for scheme in ("light", "dark")}
+        phone = {"viewport": PHONE, "device_scale_factor": 1.5, "is_mobile": True, "has_touch": True}
+        pages["phone"] = tabs.open(address(served), color_scheme="light", **phone)
+        with busy(served):
+            wait_until(lambda: pages["light"].evaluate("samples.length") > 60, "plots that show something", 100)
+            for page in pages.values():
+                page.get_by_label("Tokens, at most").fill("60")
+                ask(page, "What are you?")
+                expect(page.get_by_role("button", name="Send")).to_be_enabled()
+            for name, page in pages.items():
+                page.evaluate("document.activeElement.blur()")
+                page.evaluate("scrollTo(0, 0)")
+                picture(page, name)
+        os.kill(served.engine(), signal.SIGKILL)
+        page = pages["light"]
+        expect(page.locator("#reason")).to_contain_text("Now: starting the engine core", timeout=120_000)
+        page.get_by_text("vLLM’s last lines before it").click()
+        page.evaluate("document.activeElement.blur()")
+        picture(page, "crash")
+        tabs.close()
+        served.engine_pid = served.client.get("/status").json()["pid"]
