@@ -98,10 +98,13 @@ class Workspace:
     @classmethod
     def create(cls, base: Path) -> Workspace:
         """Raises OSError where `base` can't be written."""
-        workspace = cls(Path(tempfile.mkdtemp(prefix=PREFIX, dir=base)))
-        workspace.temporary.mkdir()
-        workspace.lock = os.open(workspace.note, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(workspace.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Locked under another name: without a lock it were a leftover for another that starts at the same moment.
+        made = cls(Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=base)))
+        made.temporary.mkdir()
+        lock = os.open(made.note, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        workspace = cls(made.path.rename(base / made.path.name.removeprefix(".")))
+        workspace.lock = lock
         return workspace
 
     lock: int

@@ -277,11 +277,17 @@ class Exchange:
 
     def client_gone(self) -> None:
         """Nobody will read the answer: vLLM is told at once, by closing its connection."""
+        if self.disconnected:
+            return  # it was us who cut it
         if not self.response_complete:
             if self.read_at:
                 self.protocol.gateway.counts.aborted += 1
             else:
                 self._count(CLIENT_GONE, at_once=True)
+        self._drop()
+
+    def _drop(self) -> None:
+        """No more of its answer reaches the client."""
         self.disconnected = True
         self.protocol.gateway.leave(self)
         if self.connection is not None:
@@ -583,7 +589,7 @@ class Exchange:
             self._close_frames(GOING_AWAY if refusal.code == "shutting_down" else INTERNAL_ERROR, refusal.message)
             self._complete()
         else:
-            self.client_gone()
+            self._drop()
             if self.ends_by_close:
                 _reset(self.protocol.transport)
             else:

@@ -8,6 +8,7 @@ import os
 import signal
 
 import httpx
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.harness import Supervisor, wait_until
@@ -94,6 +95,16 @@ def test_clients_that_go_are_told_apart() -> None:
             supervisor.client.post(CHAT, json=chat(max_tokens=100), headers=slow, timeout=0.3)
         gone = {"route": CHAT, "status": "499"}
         wait_until(lambda: Scrape(supervisor)("supervisor_requests_total", **gone) == 1, "the one nobody waited for")
+
+
+def test_an_answer_that_we_cut_is_no_clients_doing() -> None:
+    with Supervisor("m", environ={"SUPERVISOR_REQUEST_TIMEOUT": "0.5"}) as supervisor:
+        supervisor.ready()
+        with pytest.raises(httpx.TransportError):
+            supervisor.client.get("/fake/bytes?n=100000&chunk=100&framing=chunked&interval=0.05")
+        scrape = Scrape(supervisor)
+        assert scrape("supervisor_requests_total", route="/fake", status="200") == 1
+        assert scrape("supervisor_requests_aborted_total") == 0
 
 
 def test_what_a_crash_does_is_counted() -> None:
