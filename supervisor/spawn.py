@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from supervisor.engine.process import EngineProcess
 from supervisor.engine.remains import Guard, Workspace
+from supervisor.lines import Form, write_all
 from supervisor.settings import volume
 from supervisor.settings.command import Command, Serving, build
 from supervisor.settings.sources import Settings
+from supervisor.terminal import Foot
 from supervisor.weights import find, snapshot
 
 if TYPE_CHECKING:
@@ -65,7 +68,18 @@ class Spawn:
         self.guard = guard
         self.caches = caches
         self.mask = settings.mask
-        self.colour = not settings.environ.get("NO_COLOR")
+        knobs = settings.knobs
+        self.form = Form(
+            settings.mask,
+            as_json=knobs.log_format == "json",
+            queue=settings.mode == "queue",
+            colour=not settings.environ.get("NO_COLOR"),
+            terminal=os.isatty(2),
+        )
+        # On a terminal the start is shown below the log; "dumb" ones can't go back a line.
+        terminal = all(map(os.isatty, (1, 2))) and settings.environ.get("TERM") != "dumb"
+        self.foot = Foot() if terminal and not self.form.as_json else None
+        self.write = self.foot.write if self.foot is not None else write_all
         self.command = build(settings, str(workspace.socket), str(workspace.temporary))  # as a person may see it
         self.latest: EngineProcess | None = None
         self.weights = find.Weights("not looked for yet")
@@ -75,7 +89,7 @@ class Spawn:
     def __call__(self) -> EngineProcess:
         """Raises OSError."""
         self.weights = weights_of(self.settings)
-        self.latest = EngineProcess(self._command(self.weights), self.mask, self.colour)
+        self.latest = EngineProcess(self._command(self.weights), self.form, self.write)
         self._read_ahead(self.weights)
         self._noted = None
         self.note(self.latest)

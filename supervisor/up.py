@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from supervisor.engine.caches import Caches
     from supervisor.engine.process import EngineProcess
     from supervisor.gateway.app import Gateway
+    from supervisor.logs import Log
     from supervisor.queue.child import Queue
     from supervisor.settings.secrets import Mask
 
@@ -181,26 +182,32 @@ def _serve(start: _Start) -> int:
     from supervisor import logs  # noqa: PLC0415
 
     knobs = start.settings.knobs
-    listener = logs.start(knobs.log_format, knobs.log_level, start.spawn.mask, start.spawn.colour)
+    log = logs.start(start.spawn.form, knobs.log_level, start.spawn.write)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_run(start))
+            return runner.run(_run(start, log))
     finally:
-        listener.stop()
+        if start.spawn.foot is not None:
+            start.spawn.foot.hide()
+        log.close()
 
 
-async def _run(start: _Start) -> int:
+async def _run(start: _Start, lines: Log) -> int:
     import asyncio  # noqa: PLC0415
     import logging  # noqa: PLC0415
+    from functools import partial  # noqa: PLC0415
 
     from supervisor.engine import gpu  # noqa: PLC0415
     from supervisor.engine.engine import RANKS_INTERVAL, Collaborators, Engine, Limits  # noqa: PLC0415
     from supervisor.engine.postmortem import PostMortem  # noqa: PLC0415
+    from supervisor.gateway.access import AccessLog  # noqa: PLC0415
     from supervisor.gateway.app import Admission, Gateway  # noqa: PLC0415
+    from supervisor.gateway.counts import Jobs  # noqa: PLC0415
     from supervisor.gateway.policy import Policy, Routes  # noqa: PLC0415
     from supervisor.gateway.server import GatewayServer  # noqa: PLC0415
     from supervisor.gateway.upstream import Probe, Upstream, UpstreamError  # noqa: PLC0415
     from supervisor.settings import demo, explain  # noqa: PLC0415
+    from supervisor.terminal import waterfall  # noqa: PLC0415
 
     settings, knobs, listeners, workspace = start.settings, start.settings.knobs, start.listeners, start.spawn.workspace
     log = logging.getLogger("supervisor")
@@ -279,6 +286,22 @@ async def _run(start: _Start) -> int:
             return False
         return True
 
+    foot = start.spawn.foot
+
+    def picture(*, running: bool = True) -> list[str]:
+        phases = engine.phases
+        if running and phases.finished is not None:
+            return []  # between two runs
+        return waterfall(phases.as_rows(), phases.progress, running=running, colour=start.spawn.form.colour)
+
+    def tell_start() -> None:
+        if foot is not None:
+            lines.later(partial(picture, running=False))
+        else:
+            rows = engine.phases.as_rows()
+            told = ", ".join(f"{row['name']} {row['seconds']:.1f} s" for row in rows)
+            log.info("vLLM's start: %s", told, extra={"fields": {"phases": rows}})
+
     invited = False
 
     def changed() -> None:
@@ -288,6 +311,10 @@ async def _run(start: _Start) -> int:
             queue.worker.tell(engine.state.value)
         if engine.ready and caches is not None:
             group.create_task(tended(caches.keep))
+        if foot is not None:
+            foot.hide() if engine.ready or engine.over else foot.show(picture)
+        if engine.ready:
+            tell_start()
         if engine.ready and not invited:
             invited = True
             log.info("%s", invitation(settings, listeners, queue.simulator.url if queue and queue.simulator else ""))
@@ -326,6 +353,8 @@ async def _run(start: _Start) -> int:
             cluster=cluster,
         ),
     )
+    if foot is not None:
+        foot.show(picture)
     admission = Admission(knobs.max_concurrency or None, knobs.max_waiting)
     gateway = Gateway(
         upstream,
@@ -344,6 +373,9 @@ async def _run(start: _Start) -> int:
         facts=facts,
         elsewhere=elsewhere(settings),
     )
+    access = AccessLog(loop, start.spawn.form, lines.later)
+    if knobs.access_log:
+        gateway.listeners += (access.ended,)
     for number in SIGNALS:
         loop.add_signal_handler(number, engine.stop, number)
     for heard in start.pending:
@@ -361,7 +393,8 @@ async def _run(start: _Start) -> int:
         if settings.mode == "queue":
             from supervisor.queue.child import Queue  # noqa: PLC0415
 
-            queue = Queue.start(settings, listeners.simulator, str(workspace.gateway), served_name(settings))
+            jobs = gateway.counts.jobs = Jobs()
+            queue = Queue.start(settings, listeners.simulator, str(workspace.gateway), served_name(settings), jobs)
             group.create_task(queue.worker.run())
         group.create_task(server.run_on(sockets))
         if caches is not None:
@@ -372,6 +405,7 @@ async def _run(start: _Start) -> int:
             await queue.worker.finish(LAST_REPORTS, LAST_REPORTS)
             queue.stop()
         server.should_exit = True
+    access.flush()
     upstream.close()
     return code
 

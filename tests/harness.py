@@ -177,7 +177,7 @@ class Supervisor:
 
     @property
     def port(self) -> int:
-        return int(self.says(r"supervisor: starting .* on http://\S+?:(\d+)\n")[1])
+        return int(self.says(r'starting .* on http://[^\s"]+:(\d+)["\n]')[1])
 
     @property
     def client(self) -> httpx.Client:
@@ -186,7 +186,7 @@ class Supervisor:
         return self._client
 
     def ready(self, seconds: float = 15.0) -> Supervisor:
-        self.says(r"supervisor: ready: http", seconds)
+        self.says(r"[:\"] ?ready: http", seconds)
         return self
 
     def engine(self) -> int:

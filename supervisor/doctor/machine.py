@@ -5,8 +5,10 @@ and none imports torch or vLLM: what their files say is enough.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import resource
+import struct
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,20 +19,22 @@ from supervisor.engine.machine import amount, disk, nearest
 from supervisor.settings import catalogue, vllm, volume
 from supervisor.settings.sources import SettingsError
 
-# The oldest driver (Linux) that CUDA's releases run with, from NVIDIA's release notes: by minor version compatibility
-# for the whole of a major version, and the one that each came with. Between the two, code that is compiled on the
-# GPU's machine (PTX, which Triton and FlashInfer make) is refused.
+# From NVIDIA's CUDA Toolkit Release Notes, the columns for Linux. "CUDA Toolkit and Minimum Required Driver Version for
+# CUDA Minor Version Compatibility": the oldest driver that the whole of a major version runs with. (The editions for
+# 13.x have no more than the branches, 450, 525 and 580; the numbers for 11 and 12 are those of the editions for 12.x.)
 OLDEST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580"}
+# "CUDA Toolkit and Corresponding Driver Versions": the one that each release (GA) came with. Between the two, binaries
+# run, and PTX is refused, which the driver compiles: some of vLLM's kernels are shipped as nothing else for some GPUs.
+# A release without a row is compared with the last one before it: the table has no 12.7, and from 13.4 on a toolkit
+# comes without a driver. What is older than 11.8 is left out.
 DRIVERS = {
-    "12.0": "525.60.13", "12.1": "530.30.02", "12.2": "535.54.03", "12.3": "545.23.06", "12.4": "550.54.14",
-    "12.5": "555.42.02", "12.6": "560.28.03", "12.8": "570.26", "12.9": "575.51.03", "13.0": "580.65.06",
-    "13.1": "590.44.01",
+    "11.8": "520.61.05", "12.0": "525.60.13", "12.1": "530.30.02", "12.2": "535.54.03", "12.3": "545.23.06",
+    "12.4": "550.54.14", "12.5": "555.42.02", "12.6": "560.28.03", "12.8": "570.26", "12.9": "575.51.03",
+    "13.0": "580.65.06", "13.1": "590.44.01", "13.2": "595.45.04", "13.3": "610.43.02",
 }  # fmt: skip
-DRIVERS = {
-    "12.0": "525.60.13", "12.1": "530.30.02", "12.2": "535.54.03", "12.3": "545.23.06", "12.4": "550.54.14",
-    "12.5": "555.42.02", "12.6": "560.28.03", "12.8": "570.26", "12.9": "575.51.03", "13.0": "580.65.06",
-    "13.1": "590.44.01",
-}  # fmt: skip
+LIBCUDA = "libcuda.so.1"
+# By the names of the GPUs: what CUDA's forward compatibility is not made for, and that of which it takes a few only.
+NO_COMPATIBILITY, RARE_COMPATIBILITY = re.compile(r"GeForce|TITAN"), re.compile(r"RTX|Quadro")
 SMALL_SHM = 1 << 30
 # What Docker gives where nobody asks for more.
 DEFAULT_SHM = 64 << 20
@@ -103,28 +107,100 @@ def driver(patient: Patient) -> Row | None:
         return Row(OK, f"NVIDIA driver {found}; for which CUDA vLLM's torch is built can't be told")
     if not cuda:
         return Row(WARN, f"NVIDIA driver {found}, and vLLM's torch is built for the CPU", "Install vLLM's CUDA build.")
-    return driver_for(found, cuda)
+    library = libcuda(patient, cuda)
+    if library is None or library[1] == found:
+        return driver_for(found, cuda)
+    names = " ".join(str(each["name"]) for each in (patient.gpus or {}).get("gpus") or ())
+    return driver_under(found, *library, cuda, names)
 
 
-def driver_for(found: str, cuda: str) -> Row:
+def driver_for(found: str, cuda: str, what: str = "NVIDIA driver") -> Row:
     """Pure: a driver's version against CUDA's."""
-    oldest = OLDEST_DRIVER.get(numbers(cuda)[0])
-    known = DRIVERS.get(".".join(cuda.split(".")[:2]), oldest)
-    if oldest is not None and numbers(found) < numbers(oldest):
+    major, minor = (*numbers(cuda), 0)[:2]
+    oldest = OLDEST_DRIVER.get(major)
+    if oldest is None:
+        return Row(OK, f"{what} {found}; which one CUDA {cuda} needs is not known here")
+    remedy = (
+        "Update the host's driver, or use an image for an older CUDA; on data center GPUs "
+        f"VLLM_ENABLE_CUDA_COMPATIBILITY=1 may do, where there is a /usr/local/cuda-{major}.{minor}/compat."
+    )
+    if numbers(found) < numbers(oldest):
         return Row(
             FAIL,
-            f"NVIDIA driver {found} is too old: vLLM's torch is built for CUDA {cuda}, which needs {oldest} or later",
-            "Update the host's driver, or use an image for an older CUDA; on data center GPUs "
-            "VLLM_ENABLE_CUDA_COMPATIBILITY=1 may do.",
+            f"{what} {found} is too old: vLLM's torch is built for CUDA {cuda}, which needs {oldest} or later",
+            remedy,
         )
-    if known is not None and numbers(found) < numbers(known):
+    releases = [each for each in DRIVERS if numbers(each)[0] == major and numbers(each) <= (major, minor)]
+    release = max(releases, key=numbers, default=None)
+    if release is not None and numbers(found) < numbers(DRIVERS[release]):
         return Row(
             WARN,
-            f"NVIDIA driver {found} is older than {known}, which came with CUDA {cuda}: code that is compiled at the "
-            "start may be refused",
-            "Update the host's driver; ENFORCE_EAGER=true may help until then.",
+            f"{what} {found} is older than {DRIVERS[release]}, which came with CUDA {release}, and vLLM's torch is "
+            f"built for CUDA {cuda}: kernels that are shipped as PTX are refused (unsupported toolchain)",
+            remedy,
         )
-    return Row(OK, f"NVIDIA driver {found} is new enough for CUDA {cuda}")
+    return Row(OK, f"{what} {found} is new enough for CUDA {cuda}")
+
+
+def driver_under(found: str, folder: Path, version: str, cuda: str, names: str) -> Row:
+    """Pure: a driver under a library that is not its own. That is what CUDA's forward compatibility (cuda-compat) is,
+    and what a driver is until the machine is started anew after an update.
+    """
+    pair = f"libcuda {version} ({folder}, over NVIDIA driver {found})"
+    remedy = (
+        f"Update the host's driver (or start the host anew, if that was done), or keep {folder} from being found: by "
+        "VLLM_ENABLE_CUDA_COMPATIBILITY, LD_LIBRARY_PATH or /etc/ld.so.conf.d."
+    )
+    if NO_COMPATIBILITY.search(names):
+        return Row(FAIL, f"{pair} is loaded, and on GeForce GPUs CUDA refuses such a pair (error 804, or 803)", remedy)
+    if numbers(version) < numbers(found):
+        return Row(
+            WARN, f"{pair} is loaded: it is the older of the two, and CUDA may refuse the pair (error 803)", remedy
+        )
+    row = driver_for(version, cuda, "libcuda")
+    said = row.text.replace(f"libcuda {version}", pair, 1)
+    if row.verdict == OK and RARE_COMPATIBILITY.search(names):
+        return Row(WARN, f"{said}, but of RTX and Quadro GPUs few may run by it (errors 803, 804)", remedy)
+    return Row(row.verdict, said, row.remedy)
+
+
+def libcuda(patient: Patient, cuda: str) -> tuple[Path, str] | None:
+    """The folder and the version of the driver's library that vLLM will load; None where its name does not tell. Looked
+    for as vLLM (env_override.py) and the dynamic loader do.
+    """
+    environ, root = patient.environ, patient.machine.root
+    folders: list[str] = []
+    if environ.get("VLLM_ENABLE_CUDA_COMPATIBILITY", "").strip().lower() in ("1", "true"):
+        conda = environ.get("CONDA_PREFIX", "")
+        asked = [
+            environ.get("VLLM_CUDA_COMPATIBILITY_PATH", ""), conda and f"{conda}/cuda-compat",
+            f"/usr/local/cuda-{cuda}/compat",
+        ]  # fmt: skip
+        folders += [each for each in asked if each and (root / each.lstrip("/")).is_dir()][:1]
+    folders += [each for each in environ.get("LD_LIBRARY_PATH", "").split(":") if each]
+    if (known := cached(root, LIBCUDA)) is not None:
+        folders.append(str(known.parent))
+    for folder in folders:
+        library = root / folder.lstrip("/") / LIBCUDA
+        if library.exists():
+            version = library.resolve().name.removeprefix("libcuda.so.")
+            # WSL's and Jetson's is `libcuda.so.1.1`.
+            return (Path(folder), version) if numbers(version) > (2,) else None
+    return None
+
+
+def cached(root: Path, name: str) -> Path | None:
+    """Where the dynamic loader finds a library of 64 bits by its cache, which is in the order of its search. (`ldconfig
+    -p` says the same, where it is installed.)
+    """
+    with contextlib.suppress(OSError, ValueError, struct.error):
+        data = (root / "etc/ld.so.cache").read_bytes()
+        data = data[data.index(b"glibc-ld.so.cache1.1") :]  # behind one in an older format, maybe
+        for index in range(struct.unpack_from("=I", data, 20)[0]):
+            flags, key, value = struct.unpack_from("=iII", data, 48 + 24 * index)
+            if flags & 0xFF00 and data[key : key + len(name) + 1] == name.encode() + b"\0":
+                return Path(os.fsdecode(data[value : data.index(b"\0", value)]))
+    return None
 
 
 def shared_memory(patient: Patient) -> Row:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import re
+import shlex
+import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +28,20 @@ from supervisor.weights.hub import Answer, Hub
 OK, WARN, FAIL = "ok", "warn", "fail"
 # vLLM's default for GPU_MEMORY_UTILIZATION.
 UTILIZATION = 0.92
+# For vLLM's Python, which takes 30 ms where nothing hangs.
+ASKING_PATIENCE = 3.0
+# Where torch would be imported from. Its folder is the last line: what is in a .pth file may print as well. The working
+# directory is in the path of `-c`, and not in that of a script.
+WHERE = """
+import sys
+if not sys.path[0]:
+    del sys.path[0]
+import importlib.util, os
+found = importlib.util.find_spec("torch")
+print(flush=True)
+os.write(1, os.fsencode(list(found.submodule_search_locations)[0] if found else ""))
+os._exit(0)
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +78,12 @@ class Patient:
         return self.ask_gpus()
 
     @cached_property
+    def _vllm(self) -> vllm.Vllm | None:
+        with contextlib.suppress(vllm.VllmError):
+            return self.vllm
+        return None
+
+    @cached_property
     def vllm(self) -> vllm.Vllm:
         """Raises VllmError."""
         if self.settings is not None:
@@ -71,27 +94,72 @@ class Patient:
     @cached_property
     def site(self) -> Path | None:
         """Where vLLM's environment has its packages."""
-        with contextlib.suppress(vllm.VllmError):
-            prefix = Path(self.vllm.command[0]).resolve().parent.parent
-            for pattern in ("lib/python3*/site-packages", "lib/python3*/dist-packages"):
-                for folder in sorted(prefix.glob(pattern)):
-                    if (folder / "torch").is_dir() or (folder / "vllm").is_dir():
-                        return folder
+        for folder in self._sites:
+            if (folder / "torch").is_dir() or (folder / "vllm").is_dir():
+                return folder
         return None
+
+    @property
+    def _sites(self) -> list[Path]:
+        if self._vllm is None:
+            return []
+        prefix = Path(self._vllm.command[0]).resolve().parent.parent
+        patterns = ("lib/python3*/site-packages", "lib/python3*/dist-packages")
+        return [folder for pattern in patterns for folder in sorted(prefix.glob(pattern))]
 
     @cached_property
     def cuda(self) -> str | None:
         """The CUDA version that vLLM's torch is built for; empty for a CPU build, None where it can't be told."""
+        torch = self._torch
+        if torch is None:
+            return None
         with contextlib.suppress(OSError):
-            text = ((self.site or Path("/nowhere")) / "torch/version.py").read_text()
+            text = (torch / "version.py").read_text()
             if found := re.search(r"^cuda\b[^=\n]*= *(?:None|'([\d.]+)')", text, re.MULTILINE):
                 return found[1] or ""
-        for folder in self.site.glob("torch-*.dist-info") if self.site else ():
+        for folder in torch.parent.glob("torch-*.dist-info"):
             if found := re.search(r"\+cu(\d+)(\d)\.dist-info", folder.name):
                 return f"{found[1]}.{found[2]}"
             if "+cpu" in folder.name:
                 return ""
         return None
+
+    @property
+    def _torch(self) -> Path | None:
+        """The folder of vLLM's torch: beside vLLM, where it is there and nothing can come before it; else vLLM's Python
+        is asked (a .pth file, the packages of the system or of the user, PYTHONPATH).
+        """
+        beside = [folder / "torch" for folder in self._sites if (folder / "torch").is_dir()]
+        if len(beside) == 1 and next(beside[0].parent.glob("vllm*"), None) and not self.environ.get("PYTHONPATH"):
+            return beside[0]
+        return self._torch_asked() or next(iter(beside), None)
+
+    def _torch_asked(self) -> Path | None:
+        with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+            if python := self._python():
+                done = subprocess.run(
+                    [*python, "-B", "-c", WHERE], env=dict(self.environ), timeout=ASKING_PATIENCE, check=True,
+                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                )  # fmt: skip
+                folder = Path(os.fsdecode(done.stdout.rpartition(b"\n")[2]))
+                return folder if folder.is_absolute() and folder.is_dir() else None
+        return None
+
+    def _python(self) -> tuple[str, ...]:
+        """vLLM's; empty where it can't be told. A console script whose Python has a long path, or one with spaces, is a
+        shell's, which becomes Python in its second line. Raises OSError and ValueError.
+        """
+        if self._vllm is None:
+            return ()
+        words = self._vllm.python or ()
+        if any(Path(word).name.startswith("python") for word in words):
+            return words
+        if len(self._vllm.command) == 1:
+            with Path(self._vllm.command[0]).open(encoding="utf-8") as file:
+                second = shlex.split([file.readline(4096), file.readline(4096)][1])
+            if second[:1] == ["exec"] and len(second) > 2:
+                return (second[1],)
+        return ()
 
     @property
     def downloads(self) -> Path:

@@ -93,8 +93,9 @@ class Waterfall:
         return self.finished - self.start
 
     def as_rows(self) -> list[dict[str, object]]:
-        ends = [at for _, at in self.begun[1:]] + [self.finished or time.monotonic()]
+        begun = list(self.begun)  # a terminal's thread may ask
+        ends = [at for _, at in begun[1:]] + [self.finished or time.monotonic()]
         return [
             {"name": PHASES[number][0], "seconds": round(end - at, 3)}
-            for (number, at), end in zip(self.begun, ends, strict=True)
+            for (number, at), end in zip(begun, ends, strict=True)
         ]

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import IO
 
 from supervisor.engine import remains
+from supervisor.lines import Form, VllmLines, Write
 from supervisor.settings.command import Command
 
 KEPT_LINES = 500
@@ -37,15 +38,13 @@ class LogPump:
     A thread, so that a terminal or a log collector that stops reading holds up vLLM's log and nothing else.
     """
 
-    def __init__(
-        self, source: IO[bytes], target: int, lines: deque[str], mask: Callable[[str], str], dim: bool
-    ) -> None:
+    def __init__(self, source: IO[bytes], target: int, lines: deque[str], form: Form, write: Write) -> None:
         self.source = source
         self.target: int | None = target
         self.lines = lines
-        self.mask = mask
-        # On a terminal vLLM's many lines step back behind ours.
-        self.before, self.after = (b"\x1b[2m", b"\x1b[0m") if dim else (b"", b"")
+        self.mask = form.mask
+        self.shown = VllmLines(form, terminal=os.isatty(target))
+        self.write = write
         self.listener: Callable[[str], object] | None = None
         self.thread = threading.Thread(target=self._run, name="vllm-log", daemon=True)
         self.thread.start()
@@ -65,26 +64,27 @@ class LogPump:
         for line in raw:
             # latin-1 maps each byte to one character and back: what is not masked stays as it was.
             shown = self.mask(line.decode("latin-1")).encode("latin-1", "replace")
-            out.append(b"%b%b%b\n" % (self.before, shown, self.after))
             text = shown.decode("utf-8", "replace").rstrip()
+            out.append(self.shown(shown, text))
             self.lines.append(text)
             if self.listener is not None:
                 self.listener(text)
         self._write(b"".join(out))
 
     def _write(self, data: bytes) -> None:
-        while data and self.target is not None:
-            try:
-                data = data[os.write(self.target, data) :]
-            except OSError:
-                self.target = None  # our own output is closed: vLLM's must still be read, or it would block
+        if self.target is None:
+            return
+        try:
+            self.write(self.target, data)
+        except OSError:
+            self.target = None  # our own output is closed: vLLM's must still be read, or it would block
 
 
 class EngineProcess:
     """One run of `vllm serve`, from spawn to the last process of its session."""
 
-    def __init__(self, command: Command, mask: Callable[[str], str], colour: bool = True) -> None:
-        """Spawns it. Raises OSError where the command can't be executed. `colour` is for terminals only."""
+    def __init__(self, command: Command, form: Form, write: Write) -> None:
+        """Spawns it. Raises OSError where the command can't be executed. Its log goes to `write`, looking as `form`."""
         _adopt_orphans()
         self.command = command
         self.child = subprocess.Popen(
@@ -101,7 +101,7 @@ class EngineProcess:
         assert self.child.stdout is not None
         assert self.child.stderr is not None
         self.pumps = [
-            LogPump(source, target, self.lines, mask, dim=colour and os.isatty(target))
+            LogPump(source, target, self.lines, form, write)
             for source, target in ((self.child.stdout, 1), (self.child.stderr, 2))
         ]
 

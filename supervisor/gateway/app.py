@@ -119,6 +119,7 @@ class Gateway:
         self.asking: set[asyncio.Task[None]] = set()  # whether the engine lives
         self._emptied: asyncio.Event | None = None  # there while somebody waits in `drained`
         self.counts = Counts()
+        self.listeners: tuple[Callable[[Exchange], None], ...] = ()  # called with each exchange that is over
         self.feeds = page.Feeds(self)
         self.heads: Memo[RequestHead] = Memo()
         self._exposition: Exposition | None = None
@@ -167,6 +168,7 @@ class Gateway:
         elif len(self.queued) < self.admission.waiting:
             timer = self.upstream.loop.call_later(self.hold_timeout, self._held_too_long, exchange)
             self.queued[exchange] = timer
+            exchange.mark("waiting")
         else:
             text = f"{self.active} requests are running and {len(self.queued)} are waiting: the server is busy."
             exchange.refuse(Refusal(429, text, code="too_many_requests", retry_after=RETRY_AFTER))
@@ -186,6 +188,7 @@ class Gateway:
         if self.engine.over:
             exchange.refuse(self.unavailable())
         elif self.open:
+            exchange.mark("sent")
             self.upstream.send(exchange, fresh=True)
         else:
             self.hold(exchange)
@@ -194,6 +197,8 @@ class Gateway:
         self.active += 1
         exchange.admitted = True
         if self.open or self.engine.draining:
+            if exchange.marks:
+                exchange.mark("sent")
             self.upstream.send(exchange)
         else:
             self.hold(exchange)
@@ -201,6 +206,7 @@ class Gateway:
     def hold(self, exchange: Exchange) -> None:
         """Keeps the request until the engine is ready, or answers 503."""
         self.counts.held += 1
+        exchange.mark("held")
         timer = self.upstream.loop.call_later(self.hold_timeout, self._held_too_long, exchange)
         self.held[exchange] = timer
 
@@ -209,7 +215,7 @@ class Gateway:
         if self.engine.over:
             exchange.refuse(self.unavailable())
             return
-        self.log.warning("%s (request %s, held)", error, exchange.request_id.decode("latin-1"))
+        self.log.warning("%s: its request is held", error, extra=exchange.named)
         self.hold(exchange)
         if self.open:  # its death may not be known yet
             self._track(self.upstream.loop.create_task(self._still_alive(exchange, error)))
@@ -229,6 +235,7 @@ class Gateway:
         timer.cancel()
         del self.held[exchange]
         if isinstance(error, NotConnected):
+            exchange.mark("sent")
             self.upstream.send(exchange, fresh=True)
         else:
             exchange.refuse(self.unanswered(error))
@@ -263,6 +270,8 @@ class Gateway:
             if timer is not None:
                 timer.cancel()
         self.exchanges.discard(exchange)
+        for ended in self.listeners:
+            ended(exchange)
         if exchange.admitted:
             exchange.admitted = False
             self.active -= 1
@@ -308,6 +317,7 @@ class Gateway:
         if self.open:
             for exchange in list(self.held):
                 self.held.pop(exchange).cancel()
+                exchange.mark("sent")
                 self.upstream.send(exchange, fresh=exchange.replayed)
         elif self.engine.over:
             self.closing = True
@@ -343,7 +353,7 @@ class Gateway:
         self.clock = now = loop.time()
         for exchange in [exchange for exchange in self.exchanges if exchange.began < now - timeout]:
             refusal = self.policy.too_late()
-            self.log.warning("%s (request %s)", refusal.message, exchange.request_id.decode("latin-1"))
+            self.log.warning("%s", refusal.message, extra=exchange.named)
             exchange.end_now(refusal)
         for connection in list(self.connections):
             connection.check_time(now)

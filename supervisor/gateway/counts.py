@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Mapping
+from typing import Any
 
 # Seconds: from a cached first token to a request that waits for a cold start, or an answer of an hour.
 BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 600.0, 3600.0)
@@ -39,6 +41,43 @@ class Series:
         self.whole = Histogram(BOUNDS)
 
 
+# How a job ends. `lost`: with its worker, which died; `undelivered`: RunPod did not take the result.
+OUTCOMES = ("completed", "failed", "cancelled", "undelivered", "lost")
+
+
+class Jobs:
+    """RunPod's, as the queue worker reports them."""
+
+    def __init__(self) -> None:
+        self.running = 0
+        self.ended = {outcome: Histogram(BOUNDS) for outcome in OUTCOMES}
+        # (what, what became of it): each try to give RunPod a chunk or a result.
+        self.posts = {(what, end): 0 for what in ("chunk", "result") for end in ("taken", "refused", "failed")}
+        self.deaths = 0
+
+    def report(self, job: Mapping[str, Any]) -> None:
+        """`{"outcome": "taken"}`, then `{"outcome", "seconds", "posts": {"chunk taken": n}}`."""
+        if job["outcome"] == "taken":
+            self.running += 1
+            return
+        self.running -= 1
+        self._end(job["outcome"], job["seconds"])
+        for name, count in job["posts"].items():
+            what, end = name.split()
+            self.posts[what, end] += count
+
+    def worker_died(self) -> None:
+        self.deaths += 1
+        for _ in range(self.running):
+            self._end("lost", 0.0)
+        self.running = 0
+
+    def _end(self, outcome: str, seconds: float) -> None:
+        ended = self.ended[outcome]
+        ended.buckets[bisect_left(BOUNDS, seconds)] += 1
+        ended.seconds += seconds
+
+
 class Counts:
     """One method for each thing that happens; a whole answer at once is the commonest."""
 
@@ -50,6 +89,7 @@ class Counts:
         self.aborted = 0  # by clients, in the midst of their answers
         self.held = 0
         self.replayed = 0
+        self.jobs: Jobs | None = None  # where the queue is served
 
     def began(self, route: str, status: int, seconds: float) -> None:
         """The first byte of an answer; of an event stream, its first event."""

@@ -57,6 +57,8 @@ TWO_HOSTS = Refusal(400, "The request has more than one Host.", "bad_request")  
 CHUNKS_BEFORE_1_1 = Refusal(400, "HTTP/1.0 has no Transfer-Encoding.", "bad_request")  # RFC 9112, 6.1
 FRAMES_OR_BODY = Refusal(400, "A request for a WebSocket has no body.", "bad_request")
 NO_TUNNELS = Refusal(501, "CONNECT is not supported.", "bad_request")
+# What a request may have waited for, and how many seconds are worth a word.
+WAITS, NOTED_WAIT = ("held", "waiting"), 0.1
 NO_HEADERS: list[tuple[bytes, bytes]] = []
 # What vLLM's API server answers to everything in flight in the moment its EngineCore dies.
 DOUBTED = frozenset({500, 503})
@@ -111,6 +113,11 @@ class Exchange:
     early: tuple[bytes, ...] = ()  # frames that came before the WebSocket was there
     status = 0  # of the answer, once there is one
     read_at = 0.0  # when vLLM's last bytes of it came; 0: its first byte is not counted yet
+    first_at = 0.0  # when its first byte went to the client; a stream's first event
+    sent = 0  # bytes of the answer's body
+    gone = False  # its client is, before the answer's end
+    cut = ""  # the code of what refused it, or broke it off
+    marks: tuple[tuple[str, float], ...] = ()  # what kept it from going to vLLM at once, and when it went
     body_left = sys.maxsize  # bytes that the request's body may still have; jobs have RunPod's limit
     verdict: Verdict | None = None
     refusal: Refusal | None = None  # of its head, read before its turn came
@@ -266,13 +273,39 @@ class Exchange:
     def route(self) -> str:
         return self.verdict.route if self.verdict is not None else OTHER
 
+    @property
+    def named(self) -> dict[str, str]:
+        """For a line of log that is about it."""
+        return {"request": self.request_id.decode("latin-1")}
+
+    @property
+    def note(self) -> str:
+        """What was unusual about it, for the access log."""
+        found = [f"{seconds:.1f} s {what}" for what, seconds in self.waits() if what in WAITS and seconds >= NOTED_WAIT]
+        if self.replayed:
+            found.append("sent again")
+        if self.gone:
+            found.append("client gone")
+        return ", ".join([*found, self.cut] if self.cut else found)
+
+    def mark(self, what: str) -> None:
+        """`held` for the engine, `waiting` for its turn, `sent` to vLLM; what stood for the time before ends."""
+        self.marks = (*self.marks, (what, self.protocol.loop.time()))
+
+    def waits(self) -> list[tuple[str, float]]:
+        """(what, seconds), in order."""
+        ends = [*(at for _, at in self.marks[1:]), self.protocol.loop.time()]
+        return [(what, end - at) for (what, at), end in zip(self.marks, ends, strict=False)]
+
     def _count(self, status: int, *, at_once: bool = False) -> None:
         """At the first byte of an answer, or at its only one."""
-        counts, seconds = self.protocol.gateway.counts, self.protocol.loop.time() - self.began
+        counts, now = self.protocol.gateway.counts, self.protocol.loop.time()
+        seconds = now - self.began
+        self.first_at = now
         if at_once:
             counts.at_once(self.route, status, seconds)
         else:
-            self.read_at = self.began + seconds
+            self.read_at = now
             counts.began(self.route, status, seconds)
 
     def client_gone(self) -> None:
@@ -280,10 +313,13 @@ class Exchange:
         if self.disconnected:
             return  # it was us who cut it
         if not self.response_complete:
+            self.gone = True
             if self.read_at:
                 self.protocol.gateway.counts.aborted += 1
             else:
+                self.status = CLIENT_GONE
                 self._count(CLIENT_GONE, at_once=True)
+                self.first_at = 0.0
         self._drop()
 
     def _drop(self) -> None:
@@ -351,8 +387,10 @@ class Exchange:
         self.kept = None
         protocol = self.protocol
         counts = protocol.gateway.counts
-        counts.sent += len(body)
-        counts.at_once(self.verdict.route, head.status, protocol.loop.time() - self.began)  # type: ignore[union-attr]  # it was sent
+        self.sent = size = len(body)
+        counts.sent += size
+        self.first_at = now = protocol.loop.time()
+        counts.at_once(self.verdict.route, head.status, now - self.began)  # type: ignore[union-attr]  # it was sent
         protocol.transport.write(b"".join((head.before, digits, head.after, self.request_id, end, body)))
         self._complete()
 
@@ -429,7 +467,9 @@ class Exchange:
             self.latest = data
             protocol = self.protocol
             counts, now = protocol.gateway.counts, protocol.loop.time()
-            counts.sent += len(data)
+            size = len(data)
+            counts.sent += size
+            self.sent += size
             if self.read_at:
                 counts.gap(now - self.read_at)
                 self.read_at = now
@@ -461,7 +501,9 @@ class Exchange:
         self._write(data)
 
     def _write(self, data: bytes) -> None:
-        self.protocol.gateway.counts.sent += len(data)
+        size = len(data)
+        self.protocol.gateway.counts.sent += size
+        self.sent += size
         self.protocol.transport.write(data if self.dechunker is None else self.dechunker.feed(data))
 
     def response_end(self) -> None:
@@ -485,7 +527,7 @@ class Exchange:
         self.unsent_head = b""
         gateway = self.protocol.gateway
         if self.response_started:
-            gateway.log.warning("%s (request %s, answer cut)", error, self.request_id.decode("latin-1"))
+            gateway.log.warning("%s: an answer is cut", error, extra=self.named)
             self._break_off(gateway.broken_off())
         elif (
             isinstance(error, Unanswered)
@@ -503,7 +545,7 @@ class Exchange:
             gateway.counts.replayed += 1
             gateway.hold_lost(self, error)
         else:
-            gateway.log.warning("%s (request %s)", error, self.request_id.decode("latin-1"))
+            gateway.log.warning("%s", error, extra=self.named)
             self.refuse(gateway.unanswered(error))
 
     def response_switched(self, head: ResponseHead, data: bytes) -> None:
@@ -547,8 +589,10 @@ class Exchange:
     # Our own answer
 
     def refuse(self, refusal: Refusal) -> None:
+        self.status, self.cut = refusal.status, refusal.code or ""
         self._count(refusal.status, at_once=True)
         head, body = refusal.head_and_body(self.path, self.request_id)
+        self.sent = len(body)
         gateway = self.protocol.gateway
         if (self.expects_continue and not self.request_complete) or gateway.closing or self.body_left < 0:
             self.keep_alive = False
@@ -576,6 +620,7 @@ class Exchange:
 
     def _break_off(self, refusal: Refusal) -> None:
         """Ends an answer that had begun: an event stream by an error event and its proper end, all else by a cut."""
+        self.cut = refusal.code or ""
         if self.whole_events and not self.torn:
             rest = _whole_events(self.partial)
             self._write(rest)

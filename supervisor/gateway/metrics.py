@@ -12,7 +12,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
 
-from supervisor.gateway.counts import BOUNDS, GAP_BOUNDS, Counts, Histogram
+from supervisor.gateway.counts import BOUNDS, GAP_BOUNDS, Counts, Histogram, Jobs
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 STATES = ("starting", "ready", "restarting", "draining", "stopping", "stopped", "failed")
@@ -49,6 +49,9 @@ class Exposition:
             ("sent_bytes", "Of answers' bodies, their framing included", counts.sent),
         ):
             yield CounterMetricFamily(f"supervisor_{name}", meaning, value=value)
+
+        if counts.jobs is not None:
+            yield from _jobs(counts.jobs)
 
     def _engine(self, now: Mapping[str, Any]) -> Iterator[Any]:
         info = InfoMetricFamily("supervisor", "What is served")
@@ -97,6 +100,26 @@ class Exposition:
             first.add_metric(labels, _cumulated(BOUNDS, series.first), series.first.seconds)
             whole.add_metric(labels, _cumulated(BOUNDS, series.whole), series.whole.seconds)
         yield from (requests, first, whole)
+
+
+def _jobs(jobs: Jobs) -> Iterator[Any]:
+    yield GaugeMetricFamily("supervisor_jobs_running", "RunPod's jobs that were taken and are not over", jobs.running)
+    ended = CounterMetricFamily("supervisor_jobs", "RunPod's jobs that are over", labels=["outcome"])
+    seconds = HistogramMetricFamily(
+        "supervisor_job_seconds", "From taking a job until RunPod has its result", labels=["outcome"]
+    )
+    for outcome, histogram in jobs.ended.items():
+        ended.add_metric([outcome], sum(histogram.buckets))
+        seconds.add_metric([outcome], _cumulated(BOUNDS, histogram), histogram.seconds)
+    posts = CounterMetricFamily(
+        "supervisor_job_posts", "POSTs to RunPod; refused ones would be again, failed ones may be tried again",
+        labels=["kind", "result"],
+    )  # fmt: skip
+    for labels, count in jobs.posts.items():
+        posts.add_metric(labels, count)
+    deaths = CounterMetricFamily("supervisor_queue_worker_deaths", "Of the process that takes RunPod's jobs")
+    deaths.add_metric([], jobs.deaths)
+    yield from (ended, seconds, posts, deaths)
 
 
 def _cumulated(bounds: tuple[float, ...], histogram: Histogram) -> list[tuple[str, int]]:

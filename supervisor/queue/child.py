@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -14,8 +15,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import IO, Any, Protocol
 
 from supervisor.engine.process import how_it_ended
 from supervisor.settings.sources import Settings
@@ -23,6 +25,8 @@ from supervisor.settings.sources import Settings
 # Seconds before a worker that died is started again: the first, the longest; after so long it counts as healthy.
 FIRST_RESTART, SLOWEST_RESTART, HEALTHY_AFTER = 0.5, 30.0, 60.0
 SWEEP_PATIENCE = 2.0
+LONGEST_LINE = 64 * 1024
+JSON = dict[str, Any]
 # Without the current folder among the places to import from: a `queue.py` of the user's would be imported first.
 SAFELY = ("-P", "-m")
 LEVELS = frozenset({"NOTSET", "TRACE", "DEBUG", "INFO", "WARN", "ERROR"})
@@ -34,9 +38,10 @@ def environment(environ: Mapping[str, str], address: str, model: str, jobs: int,
     The SDK reads most of these while it is imported, and has no other way to be told.
     """
     found = dict(environ)
-    # By default it logs every token. RunPod sets RUNPOD_DEBUG_LEVEL; a level that it does not know ends its import.
+    # By default it logs every token, and at INFO three lines for each job, beside ours. RunPod sets RUNPOD_DEBUG_LEVEL;
+    # a level that it does not know ends its import.
     if found.get("RUNPOD_LOG_LEVEL") not in LEVELS:
-        found["RUNPOD_LOG_LEVEL"] = "INFO"
+        found["RUNPOD_LOG_LEVEL"] = "WARN"
     # Its checks import torch and take memory on each GPU after vLLM has filled it. Ours come before: queue/fitness.py.
     found.setdefault("RUNPOD_SKIP_AUTO_SYSTEM_CHECKS", "true")
     found.setdefault("RUNPOD_SKIP_GPU_CHECK", "true")
@@ -49,8 +54,9 @@ def environment(environ: Mapping[str, str], address: str, model: str, jobs: int,
     found["RUNPOD_WEBHOOK_GET_JOB"] = take if "?" in take else f"{take}?"
     # With this it would serve HTTP instead of the queue.
     found.pop("RUNPOD_REALTIME_PORT", None)
-    # With this a line of log and its end are two writes, and vLLM's log gets in between.
+    # With this a line of log and its end are two writes, and the heartbeat's gets in between.
     found.pop("PYTHONUNBUFFERED", None)
+    found.setdefault("RUNPOD_ENDPOINT_ID", "none")  # without it the SDK's lines of log are no JSON
     return found | {
         "SUPERVISOR_QUEUE_SOCKET": address,
         "SUPERVISOR_QUEUE_MODEL": model,
@@ -93,11 +99,21 @@ class Simulator:
         self.child.wait()
 
 
+class Counts(Protocol):
+    """Who counts jobs."""
+
+    def report(self, job: JSON) -> None:
+        """What the worker tells of one (`queue/worker.py`)."""
+
+    def worker_died(self) -> None: ...
+
+
 class QueueWorker:
     """`run()` keeps it alive until `finish()`; `tell()` passes on the engine's state."""
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
+    def __init__(self, environ: Mapping[str, str], counts: Counts) -> None:
         self.environ = environ
+        self.counts = counts
         self.log = logging.getLogger("supervisor.queue")
         self.word = "starting"
         self.child: subprocess.Popen[bytes] | None = None
@@ -122,6 +138,7 @@ class QueueWorker:
             if time.monotonic() - began > HEALTHY_AFTER:
                 delay = FIRST_RESTART
             ended = how_it_ended(code)
+            self.counts.worker_died()
             self.log.error("the queue worker ended (%s), the jobs it had are lost: again in %.1f s", ended, delay)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay):
@@ -134,14 +151,40 @@ class QueueWorker:
             [sys.executable, *SAFELY, "supervisor.queue.worker"],
             env=self.environ,
             stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             process_group=0,  # Ctrl-C is for the supervisor; with its heartbeat it ends as one
         )
         self.tell(self.word)
+        loop = asyncio.get_running_loop()
+        readers = [
+            asyncio.create_task(asyncio.to_thread(_read, stream, loop, heard))
+            for stream, heard in ((self.child.stdout, self._said), (self.child.stderr, self._complained))
+        ]
         try:
             return await asyncio.to_thread(self.child.wait)
         finally:
             child, self.child = self.child, None
             await asyncio.to_thread(_sweep, child)
+            await asyncio.wait(readers, timeout=SWEEP_PATIENCE)
+
+    def _said(self, line: str) -> None:
+        """The SDK's lines, and the worker's own: JSON, as RunPod's console reads it; or whatever was printed."""
+        try:
+            said = json.loads(line)
+        except ValueError:
+            said = None
+        if not isinstance(said, dict):
+            said = {"message": line}
+        if isinstance(job := said.get("job"), dict):
+            self.counts.report(job)
+        if said.get("message"):
+            level = logging.getLevelNamesMapping().get(str(said.get("level")), logging.INFO)
+            # `each`: of a job's own line none is too much.
+            self.log.log(level, "%s", said["message"], extra={"request": said.get("requestId"), "each": True})
+
+    def _complained(self, line: str) -> None:
+        self.log.error("%s", line, extra={"each": True})
 
     async def finish(self, patience: float, reserve: float) -> None:
         """Lets it end its jobs for `patience` seconds, then has it report the others as failed for `reserve` more."""
@@ -172,6 +215,13 @@ def _sweep(child: subprocess.Popen[bytes]) -> None:
             child.stdin.close()
 
 
+def _read(stream: IO[bytes] | None, loop: asyncio.AbstractEventLoop, heard: Callable[[str], object]) -> None:
+    assert stream is not None
+    with stream, contextlib.suppress(RuntimeError):  # the loop is gone
+        while line := stream.readline(LONGEST_LINE):
+            loop.call_soon_threadsafe(heard, line.decode("utf-8", "replace").rstrip())
+
+
 @dataclass(frozen=True, slots=True)
 class Queue:
     """What runs beside the gateway in queue mode: the worker, and outside of RunPod its simulator."""
@@ -180,14 +230,21 @@ class Queue:
     simulator: Simulator | None
 
     @classmethod
-    def start(cls, settings: Settings, simulated_on: socket.socket | None, address: str, model: str) -> Queue:
+    def start(
+        cls,
+        settings: Settings,
+        simulated_on: socket.socket | None,
+        address: str,
+        model: str,
+        counts: Counts,
+    ) -> Queue:
         """The simulator takes over `simulated_on`; the worker asks the gateway at the unix socket `address`."""
         simulator = Simulator(simulated_on) if simulated_on is not None else None
         environ = {**settings.environ, **(simulated(simulator.url) if simulator is not None else {})}
         # Who names the model as runpod-LLM does has clients who know its answers.
         llm = settings.model.source.endswith("LLM_MODEL")
         jobs = settings.knobs.max_concurrency or 1
-        return cls(QueueWorker(environment(environ, address, model, jobs, llm=llm)), simulator)
+        return cls(QueueWorker(environment(environ, address, model, jobs, llm=llm), counts), simulator)
 
     def stop(self) -> None:
         if self.simulator is not None:

@@ -37,15 +37,14 @@ sys.modules.setdefault("cpuinfo", types.SimpleNamespace(get_cpu_info=lambda: {"b
 
 import runpod
 from runpod.serverless.modules import rp_http, rp_job, rp_scale
-from runpod.serverless.modules.rp_logger import RunPodLogger
 
 from supervisor.queue.jobs import JSON, JobError
+from supervisor.queue.report import tell
 
 if TYPE_CHECKING:
-    from supervisor.queue.worker import Worker
+    from supervisor.queue.worker import Run, Worker
 
 T = TypeVar("T")
-log = RunPodLogger()
 
 PR_SET_PDEATHSIG = 1
 # The supervisor's words (see queue/child.py): with these jobs are taken (`failed`: only to be told why) ...
@@ -125,14 +124,14 @@ class Pace:
 
     def good(self) -> None:
         if self._told:
-            log.info(f"{self.what}: RunPod answers again.")
+            tell(f"{self.what}: RunPod answers again")
         self.failures, self._told = 0, ""
 
     def bad(self, problem: str = "") -> None:
         """`problem` is logged when it is a new one; without one it was only too fast."""
         self.failures = min(self.failures + 1, 20)
         if problem and problem != self._told:
-            log.warn(f"{self.what}: {problem}")
+            tell(f"{self.what}: {problem}", "WARNING")
             self._told = problem
 
 
@@ -246,7 +245,7 @@ class Link:
         found = content if isinstance(content, list) else [content]
         jobs = [job for job in found if isinstance(job, dict) and isinstance(job.get("id"), str) and job["id"]]
         if len(jobs) < len(found) and content is not None:
-            log.error(f"{len(found) - len(jobs)} jobs came without an id: nobody can be told")
+            tell(f"{len(found) - len(jobs)} jobs came without an id: nobody can be told", "ERROR")
         for job in jobs:
             job.setdefault("input", {})  # left out by RunPod where it is empty
         return jobs
@@ -281,9 +280,9 @@ class Link:
             return  # RunPod would refuse it as a chunk; the result has it
         run.sequence += 1
         try:
-            await self._post(session, template, body, job["id"], f"{run.attempt}/{run.sequence}", stream=False)
+            await self._post(session, template, body, run, f"{run.attempt}/{run.sequence}", stream=False)
         except NotTaken as error:
-            log.error(f"A chunk could not be delivered: {error}", job["id"])  # noqa: TRY400  # not Python's logger
+            tell(f"a chunk could not be delivered: {error}", "ERROR", job_id=run.job_id)
             run.fail(
                 JobError(f"A part of the stream could not be delivered to RunPod ({error}).", 502, "upstream_error")
             )
@@ -296,31 +295,47 @@ class Link:
         stream = is_stream and run.as_list
         if not run.as_list and content.get("output"):  # the object itself, as of a handler that is no generator
             content = {"output": content["output"][0]}
+        bodies = [content]
+        self.worker.done += 1
+        if self.worker.done == 1 and (start := await self.worker.client.start_of_engine()) is not None:
+            # The first job waited for all of this. Should RunPod not like what it does not know: once more, without.
+            bodies.insert(0, {**content, "metadata": {"cold_start": start}})
+            phases = ", ".join(f"{row['name']} {row['seconds']:.1f} s" for row in start["phases"])
+            tell(f"the first job since vLLM's start ({start['seconds']:.1f} s: {phases})", job_id=run.job_id)
         try:
-            try:
-                await self._post(session, rp_http.JOB_DONE_URL, encode(content), run.job_id, run.attempt, stream=stream)
-            except NotTaken as error:
-                if error.transient:
-                    raise
-                # Too large, most likely. An error is small, and says more to who waits than an empty result.
-                run.error = JobError(f"RunPod did not take the result ({error}).", 502, "upstream_error")
-                body = encode({"error": run.error.text})
-                await self._post(session, rp_http.JOB_DONE_URL, body, run.job_id, f"{run.attempt}/error", stream=stream)
+            await self._post_result(session, bodies, run, stream=stream)
         except NotTaken as error:
-            log.error(f"The result could not be delivered: {error}", run.job_id)  # noqa: TRY400
+            run.tell("undelivered", str(error), "ERROR")
             return
-        seconds = time.monotonic() - run.began
         if run.error is not None:
             # Of a 4xx no words: vLLM's quote what the user sent.
             why = run.error.message if run.error.status >= 500 else run.error.kind
-            log.warn(f"Failed after {seconds:.1f} s: {run.error.status}, {why}", run.job_id)
+            run.tell("failed", f"{run.error.status}, {why}", "WARNING")
         else:
-            log.info(f"Finished after {seconds:.1f} s.", run.job_id)
+            run.tell("completed")
+
+    async def _post_result(self, session: aiohttp.ClientSession, bodies: list[JSON], run: Run, *, stream: bool) -> None:
+        """The first of them that RunPod takes; if none, an error. Raises NotTaken."""
+        refused: NotTaken | None = None
+        for number, content in enumerate(bodies):
+            key = f"{run.attempt}/{number}" if number else run.attempt
+            try:
+                return await self._post(session, rp_http.JOB_DONE_URL, encode(content), run, key, stream=stream)
+            except NotTaken as error:
+                if error.transient:
+                    raise
+                refused = error
+        # Too large, most likely. An error is small, and says more to who waits than an empty result.
+        run.error = JobError(f"RunPod did not take the result ({refused}).", 502, "upstream_error")
+        body = encode({"error": run.error.text})
+        await self._post(session, rp_http.JOB_DONE_URL, body, run, f"{run.attempt}/error", stream=stream)
+        return None
 
     async def _post(
-        self, session: aiohttp.ClientSession, template: str, body: bytes, job_id: str, key: str, *, stream: bool
+        self, session: aiohttp.ClientSession, template: str, body: bytes, run: Run, key: str, *, stream: bool
     ) -> None:
         """Until RunPod has taken it, in order: the next one waits for this. Raises NotTaken."""
+        job_id, what = run.job_id, "result" if template == rp_http.JOB_DONE_URL else "chunk"
         url = template.replace("$ID", job_id)
         url += f"{'&' if '?' in url else '?'}isStream={'true' if stream else 'false'}"
         # After a reset nobody knows whether it was taken; who knows this header does.
@@ -331,9 +346,12 @@ class Link:
                 async with session.post(url, data=body, headers=headers, timeout=POST_TIMEOUT) as response:
                     if response.status >= 400:
                         transient = response.status in TRANSIENT
+                        run.posts[f"{what} {'failed' if transient else 'refused'}"] += 1
                         raise NotTaken(f"RunPod answers {response.status}", transient=transient)
                     await response.read()
+                    run.posts[f"{what} taken"] += 1
             except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                run.posts[f"{what} failed"] += 1
                 raise NotTaken(f"{error or type(error).__name__}", transient=True) from error
 
         try:

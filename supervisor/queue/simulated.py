@@ -295,6 +295,8 @@ class Queue:
             return 400
         job.keys.add(key)
         job.result = {"output": content["output"]} if "output" in content else {}
+        if isinstance(content.get("metadata"), dict):  # whether RunPod keeps it is not known
+            job.result["metadata"] = content["metadata"]
         if content.get("error") is not None:
             job.result["error"] = content["error"]
         if content.get("status") == "IN_PROGRESS":

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -22,6 +23,7 @@ import aiohttp
 
 from supervisor.queue.events import CHUNK_LIMIT, Events
 from supervisor.queue.jobs import JSON, Job, JobError, Reader, Request, batch_result
+from supervisor.queue.report import tell
 
 # Seconds from the end of one chunk's POST to the next one: some tokens gather, and nobody reads faster.
 CHUNK_GAP = 0.05
@@ -30,6 +32,7 @@ RESULT_LIMIT, SYNC_RESULT_LIMIT = 10_000_000 - 50_000, 20_000_000 - 50_000
 ERROR_LIMIT = 1_000_000
 # Seconds; the SDK begins a job that it has within 0.1 s.
 FORGOTTEN_AFTER = 5.0
+START_PATIENCE = 1.0
 # Of one batch, at once; the rest of it waits its turn here instead of in vLLM.
 BATCH_CONCURRENCY = 100
 SHUT_DOWN = JobError(
@@ -75,6 +78,9 @@ class Orders:
             self.latest = "gone"
 
 
+START = Request("GET", "/status")
+
+
 class Client:
     """HTTP over the gateway's private socket."""
 
@@ -98,6 +104,15 @@ class Client:
         headers = {"X-Request-Id": request_id, **dict(request.headers)}
         return self._session.request(request.method, url, data=request.body, headers=headers)
 
+    async def start_of_engine(self) -> JSON | None:
+        """How long vLLM's latest start took, phase by phase."""
+        try:
+            async with asyncio.timeout(START_PATIENCE), self.ask(START, "start") as response:
+                phases = (await response.json())["phases"]
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError):
+            return None
+        return {"seconds": round(sum(row["seconds"] for row in phases), 3), "phases": phases}
+
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
@@ -119,7 +134,11 @@ class Run:
         self.as_list = True
         self.streams = False
         self.cancelled = False
+        self.unwanted = False  # RunPod says that nobody waits for it
         self.began = time.monotonic()
+        self.first_at = 0.0  # when vLLM's first bytes came
+        self.posts: Counter[str] = Counter()  # "chunk taken": how many, and so on
+        self.told = False  # how it ended
         self.attempt = os.urandom(4).hex()  # RunPod may give the same job out again
         self.sequence = 0  # of the chunks posted
         self._size = 0
@@ -131,6 +150,20 @@ class Run:
         """vLLM hears of it at once: the connection is closed."""
         self.cancelled = True
         self._task.cancel()
+
+    def tell(self, outcome: str, reason: str = "", level: str = "INFO") -> None:
+        """How it ended: a line of log, and what the supervisor counts."""
+        if self.told:
+            return
+        self.told = True
+        seconds = time.monotonic() - self.began
+        line = f"job {outcome} after {seconds:.2f} s"
+        if self.first_at:
+            line += f", first bytes after {self.first_at - self.began:.3f} s"
+        count = self.posts.total()
+        line += f", {count} POST{'s' * (count != 1)}" + (f": {reason}" if reason else "")
+        job = {"outcome": outcome, "seconds": round(seconds, 4), "posts": self.posts}
+        tell(line, level, job_id=self.job_id, job=job)
 
     def fail(self, error: JobError) -> None:
         """Ends it with an error, whatever vLLM would still say."""
@@ -202,6 +235,7 @@ class Run:
                 async for data in response.content.iter_any():
                     # As it grows in JSON: quotes, backslashes and line ends are two bytes there.
                     self._check(len(data) + data.count(b'"') + data.count(b"\\") + data.count(b"\n"))
+                    self.first_at = self.first_at or time.monotonic()
                     self.events.feed(data)
                     self._arrived.set()
                 return None
@@ -267,9 +301,11 @@ class Worker:
         self.reader = reader
         self.runs: dict[str, Run] = {}
         self.changed = asyncio.Event()  # a job ended, among others
+        self.done = 0  # jobs
 
     def begin(self, job: JSON) -> None:
         """A job was taken: its request goes out at once, the SDK gets to it up to 0.1 s later."""
+        tell(job={"outcome": "taken"})
         self.runs[job["id"]] = Run(job["id"], self.client, self.reader, job.get("input"))
 
     async def handle(self, job: JSON) -> AsyncIterator[object]:
@@ -289,6 +325,7 @@ class Worker:
 
     def _over(self, run: Run) -> None:
         run.cancel()
+        run.tell("cancelled" if run.unwanted else "undelivered")
         if self.runs.get(run.job_id) is run:
             del self.runs[run.job_id]
         self.changed.set()
@@ -296,6 +333,7 @@ class Worker:
     def cancel(self, job_id: str) -> None:
         """RunPod says that nobody waits for it any more."""
         if run := self.runs.get(job_id):
+            run.unwanted = True
             run.cancel()
             # Where the SDK's task is stopped before its first step, nobody else would ever forget it.
             asyncio.get_running_loop().call_later(FORGOTTEN_AFTER, self._over, run)

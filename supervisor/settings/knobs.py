@@ -157,6 +157,7 @@ KNOBS = (
     Knob("SUPERVISOR_TLS_KEY", None, text, "its private key's file"),
     Knob("SUPERVISOR_LOG_FORMAT", "text", choice("text", "json"), "our own log lines: text or json"),
     Knob("SUPERVISOR_LOG_LEVEL", "info", choice("debug", "info", "warning", "error"), "our own log's level"),
+    Knob("SUPERVISOR_ACCESS_LOG", "true", read_bool, "a line for each answer, in place of vLLM's own"),
     Knob(
         "SUPERVISOR_VOLUME",
         None,
@@ -198,5 +199,6 @@ class Knobs:
     tls_key: str | None
     log_format: str
     log_level: str
+    access_log: bool
     volume: str | None
     cache_dir: str | None

@@ -28,6 +28,8 @@ from supervisor.settings.values import BadValue, read_bool
 from supervisor.settings.vllm import Vllm, VllmError, find
 
 LONGEST_SHOWN = 200  # characters of a value, in a line that tells what is wrong with it
+# Our access log says more than vLLM's, which has a line for each look at its health besides.
+INSTEAD_OF_VLLMS: dict[str, tuple[str, object]] = {"disable_uvicorn_access_log": ("SUPERVISOR_ACCESS_LOG", True)}
 
 
 class SettingsError(Exception):
@@ -148,7 +150,10 @@ class _Gathering:
         if catalogue:
             raw = self._raw(knob_settings, catalogue)
             self.derived = clusters.derived(self.environ, self._spread(raw))
-            options, raw = self._options(catalogue, demo.DEFAULTS if is_demo else {}, raw)
+            defaults = {key: ("demo model", value) for key, value in demo.DEFAULTS.items()} if is_demo else {}
+            if knobs.access_log:
+                defaults |= INSTEAD_OF_VLLMS
+            options, raw = self._options(catalogue, defaults, raw)
             self._unread(catalogue)
         told = {setting.name: setting.value for _, setting in (*options, *raw)}
         cluster = clusters.cluster(told, self.environ, self.problems)
@@ -334,7 +339,7 @@ class _Gathering:
         return tuple((given.option, Setting(given.name, given.value, source)) for given, source in last.values())
 
     def _options(
-        self, catalogue: Catalogue, defaults: Mapping[str, object], raw: tuple[tuple[Option, Setting], ...]
+        self, catalogue: Catalogue, defaults: Mapping[str, tuple[str, object]], raw: tuple[tuple[Option, Setting], ...]
     ) -> tuple[tuple[tuple[Option, Setting], ...], tuple[tuple[Option, Setting], ...]]:
         """The options of variables and files, less those that raw arguments override; and these, with what it was."""
         self._known([*catalogue.by_key, *self._also(catalogue), "model"], self.file.content)
@@ -351,7 +356,7 @@ class _Gathering:
                         self.warnings.append(f"{source} is not passed to vLLM: {OWNED[option.key]}")
                 continue
             if option.key in defaults:
-                found.append(("demo model", defaults[option.key]))
+                found.append(defaults[option.key])
             if not found:
                 continue
             if option.variable in overriding:

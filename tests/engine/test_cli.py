@@ -146,7 +146,8 @@ def test_explain_shows_every_setting_with_its_source(tmp_path: Path) -> None:
     assert "warning: environment HOST is not passed to vLLM: set SUPERVISOR_HOST" in done.stdout
     command = shlex.split(done.stdout.splitlines()[-1])
     assert command[1:3] == ["serve", "m"]
-    assert command[5:] == ["--max-model-len", "8192", "--max-num-seqs", "4"]
+    assert command[5:] == ["--disable-uvicorn-access-log", "--max-model-len", "8192", "--max-num-seqs", "4"]
+    assert "SUPERVISOR_ACCESS_LOG" in rows["DISABLE_UVICORN_ACCESS_LOG"]
 
 
 def test_explain_on_a_terminal_folds_what_is_long_but_not_the_command(tmp_path: Path) -> None:

@@ -9,9 +9,12 @@ import os
 import re
 import shlex
 import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
+import venv
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -109,6 +112,22 @@ def a_vllm(folder: Path, cuda: str, *more: str) -> str:
          | {f"{site}/{name}": "" for name in more})  # fmt: skip
     (folder / "bin/vllm").chmod(0o755)
     return str(folder / "bin/vllm")
+
+
+def a_torch(folder: Path, cuda: str) -> Path:
+    """One that says so where it is imported."""
+    imported = f"open({str(folder / 'imported')!r}, 'w')\n"
+    return made(folder, {"torch/__init__.py": imported, "torch/version.py": f"cuda: Optional[str] = {cuda}\n"})
+
+
+def an_environment(folder: Path, script: str = "#!{python}\n", *, system: bool = False) -> tuple[str, Path]:
+    """A real one, and its packages' folder, with a vLLM but no torch in it."""
+    venv.create(folder, symlinks=True, system_site_packages=system)
+    site = next(folder.glob("lib/python3*/site-packages"))
+    made(folder, {"bin/vllm": script.format(python=folder / "bin/python")})
+    made(site, {"vllm/__init__.py": "", "vllm-0.32.0.dist-info/METADATA": ""})
+    (folder / "bin/vllm").chmod(0o755)
+    return str(folder / "bin/vllm"), site
 
 
 # As a whole
@@ -344,13 +363,26 @@ def test_a_gpu_that_others_use(tmp_path: Path, used: int, share: str, verdict: s
 @pytest.mark.parametrize(
     ("driver", "cuda", "verdict"),
     [
-        ("580.65.06", "13.0", OK), ("580.65.05", "13.0", WARN), ("575.51.03", "13.0", FAIL), ("590.44.01", "13.9", OK),
+        ("580.65.06", "13.0", OK), ("580.65.05", "13.0", WARN), ("575.51.03", "13.0", FAIL), ("595.45.04", "13.2", OK),
         ("570.26", "12.8", OK), ("560.35.05", "12.8", WARN), ("525.60.13", "12.0", OK), ("525.60.12", "12.9", FAIL),
-        ("535.129.03", "12.1", OK), ("470.82.01", "12.1", FAIL), ("470.82.01", "11.8", OK), ("600.1", "99.0", OK),
+        ("535.129.03", "12.1", OK), ("470.82.01", "12.1", FAIL), ("450.80.02", "11.8", WARN),
+        # No figure of its own: it is younger than the last release below it that has one.
+        ("590.44.01", "13.9", WARN), ("610.43.02", "13.9", OK), ("560.28.03", "12.7", OK), ("555.42.06", "12.7", WARN),
+        ("450.80.01", "11.8", FAIL), ("600.1", "99.0", OK), ("600.1", "10.2", OK),
     ],
 )  # fmt: skip
 def test_drivers(driver: str, cuda: str, verdict: str) -> None:
     assert machine.driver_for(driver, cuda).verdict == verdict
+
+
+def test_nothing_is_claimed_of_a_cuda_that_is_in_no_table() -> None:
+    assert "is not known here" in machine.driver_for("600.1", "99.0").text
+
+
+def test_a_newer_cuda_came_with_a_newer_driver() -> None:
+    releases = sorted(machine.DRIVERS, key=machine.numbers)
+    assert [machine.DRIVERS[each] for each in releases] == sorted(machine.DRIVERS.values(), key=machine.numbers)
+    assert all(machine.driver_for(driver, cuda).verdict == OK for cuda, driver in machine.DRIVERS.items())
 
 
 NVRM = "NVRM version: NVIDIA UNIX {}Kernel Module{} {}  Release Build  (dvs-builder@U22)\nGCC version: 12.3.0\n"
@@ -366,6 +398,141 @@ def test_the_driver_is_read_without_its_library(tmp_path: Path, open_module: str
     told = machine.driver(patient(tmp_path / "none", SUPERVISOR_VLLM=a_vllm(tmp_path, "'13.0'"), gpus=gpu()))
     assert told is not None
     assert told.verdict == OK
+
+
+DIRECT, BY_SHELL = "#!{python}\n", "#!/bin/sh\n'''exec' \"{python}\" \"$0\" \"$@\"\n' '''\n"
+
+
+@pytest.mark.parametrize(
+    ("where", "script"),
+    [("pth", DIRECT), ("pth", BY_SHELL), ("PYTHONPATH", DIRECT), ("before", DIRECT), ("user", DIRECT), ("old", DIRECT)],
+    ids=lambda value: {DIRECT: "direct", BY_SHELL: "by a shell"}.get(value, value),
+)
+def test_a_torch_that_lies_elsewhere(tmp_path: Path, where: str, script: str) -> None:
+    own = tmp_path / ("vllm's own" if script == BY_SHELL else "own")
+    program, site = an_environment(own, script, system=where == "user")
+    environ = {}
+    if where == "user":  # as any folder of the Python that the environment was made with
+        elsewhere = tmp_path / ".local/lib" / site.parent.name / "site-packages"
+    else:
+        elsewhere = tmp_path / "else where/dist-packages"
+    if where == "before":
+        a_torch(site, "'12.1'")
+    if where == "old":  # of a Python that was there once
+        a_torch(own / "lib/python3.1/site-packages", "'12.1'")
+    if where in ("PYTHONPATH", "before"):
+        environ["PYTHONPATH"] = str(elsewhere)
+    elif where != "user":
+        (site / "more.pth").write_text(f"import sys; print('noise')\n{elsewhere}\n")
+    a_torch(elsewhere, "'13.0'")
+    found = patient(tmp_path, SUPERVISOR_VLLM=shlex.quote(program), gpus=gpu(), **environ)
+    assert found.cuda == "13.0"
+    row = machine.driver(found)
+    assert row is not None
+    assert (row.verdict, row.text) == (OK, "NVIDIA driver 580.65.06 is new enough for CUDA 13.0")
+    assert list(tmp_path.rglob("imported")) == []
+
+
+def test_a_torch_beside_vllm_is_found_without_asking_its_python(tmp_path: Path) -> None:
+    program, site = an_environment(tmp_path, "#!/no/such/python\n")
+    a_torch(site, "'12.8'")
+    assert patient(tmp_path, SUPERVISOR_VLLM=program).cuda == "12.8"
+
+
+@pytest.mark.parametrize("python", ["exit 0", "exit 1", "exec sleep 60", "echo /no/such/folder", "printf '\\377\\n'"])
+def test_a_python_that_does_not_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, python: str) -> None:
+    monkeypatch.setattr("supervisor.doctor.patient.ASKING_PATIENCE", 0.5)
+    program, _ = an_environment(tmp_path, "#!{python}3.x\n")
+    made(tmp_path, {"bin/python3.x": f"#!/bin/sh\n{python}\n"})
+    (tmp_path / "bin/python3.x").chmod(0o755)
+    found = patient(tmp_path, SUPERVISOR_VLLM=program, gpus=gpu())
+    before = time.monotonic()
+    row = machine.driver(found)
+    assert time.monotonic() - before < 5
+    assert row is not None
+    assert (row.verdict, "can't be told" in row.text) == (OK, True)
+
+
+def loader_cache(*libraries: str, flags: int = 0x303) -> bytes:
+    """What `ldconfig` writes, for libcuda.so.1 in these places."""
+    texts, strings = 48 + 24 * len(libraries), b"libcuda.so.1\0"
+    rows = b""
+    for library in libraries:
+        rows += struct.pack("=iIIIQ", flags, texts, texts + len(strings), 0, 0)
+        strings += library.encode() + b"\0"
+    return b"glibc-ld.so.cache1.1" + struct.pack("=II20x", len(libraries), len(strings)) + rows + strings
+
+
+@pytest.mark.skipif(not Path("/sbin/ldconfig").exists(), reason="nothing to compare with")
+def test_the_loaders_cache_is_read_as_its_own_program_does() -> None:
+    done = subprocess.run(["/sbin/ldconfig", "-p"], capture_output=True, text=True, check=True)
+    listed = re.findall(r"^\s*(\S+) \(libc6,[^)]*64[^)]*\) => (.+)$", done.stdout, re.MULTILINE)
+    assert listed
+    for name, _ in listed:
+        first = next(path for each, path in listed if each == name)
+        assert machine.cached(Path("/"), name) == Path(first)
+
+
+def test_a_loaders_cache_in_both_formats(tmp_path: Path) -> None:
+    made(tmp_path, {"etc/none": ""})
+    (tmp_path / "etc/ld.so.cache").write_bytes(b"ld.so-1.7.0\0\0\0\0\0" + loader_cache("/a", "/b"))
+    assert machine.cached(tmp_path, "libcuda.so.1") == Path("/a")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"ld.so-1.7.0", loader_cache("/x")[:60], loader_cache("/x", flags=3)], ids=range(4)
+)
+def test_a_loaders_cache_that_does_not_tell(tmp_path: Path, content: bytes) -> None:
+    assert machine.cached(tmp_path, "libcuda.so.1") is None
+    made(tmp_path, {"etc/none": ""})
+    (tmp_path / "etc/ld.so.cache").write_bytes(content)
+    assert machine.cached(tmp_path, "libcuda.so.1") is None
+
+
+COMPAT, OWN = "usr/local/cuda-13.0/compat", "usr/lib/x86_64-linux-gnu"
+TOLD = {"VLLM_ENABLE_CUDA_COMPATIBILITY": "1"}
+
+
+@pytest.mark.parametrize(
+    ("driver", "compat", "environ", "cache", "name", "verdict", "said"),
+    [
+        # It is there, and nothing leads to it.
+        ("535.104.05", "580.95.05", {}, (OWN,), "NVIDIA H100", FAIL, "driver 535.104.05 is too old"),
+        ("535.104.05", "580.95.05", {}, (), "NVIDIA H100", FAIL, "driver 535.104.05 is too old"),
+        # Each way to it.
+        ("535.104.05", "580.95.05", TOLD, (OWN,), "NVIDIA H100", OK, "libcuda 580.95.05"),
+        ("535.104.05", "580.95.05", {**TOLD, "VLLM_CUDA_COMPATIBILITY_PATH": f"/{COMPAT}"}, (), "", OK, "libcuda 580"),
+        ("535.104.05", "580.95.05", {"LD_LIBRARY_PATH": f"/none::/{COMPAT}"}, (OWN,), "NVIDIA H100", OK, "libcuda 580"),
+        ("535.104.05", "580.95.05", {}, (COMPAT, OWN), "NVIDIA H100", OK, f"(/{COMPAT}, over NVIDIA driver 5"),
+        ("535.104.05", "580.95.05", {}, (OWN, COMPAT), "NVIDIA H100", FAIL, "driver 535.104.05 is too old"),
+        ("535.104.05", "580.95.05", {"VLLM_ENABLE_CUDA_COMPATIBILITY": "0"}, (), "NVIDIA H100", FAIL, "too old"),
+        ("535.104.05", "", TOLD, (), "NVIDIA H100", FAIL, "driver 535.104.05 is too old"),
+        # It is of no use.
+        ("470.82.01", "575.57.08", TOLD, (), "NVIDIA H100", FAIL, "libcuda 575.57.08"),
+        ("535.104.05", "580.95.05", TOLD, (), "NVIDIA GeForce RTX 4090", FAIL, "error 804"),
+        ("580.65.06", "580.95.05", TOLD, (), "NVIDIA GeForce RTX 4090", FAIL, "error 804"),
+        ("535.104.05", "580.95.05", TOLD, (), "Quadro RTX 6000", WARN, "few"),
+        ("610.43.02", "580.95.05", TOLD, (), "NVIDIA H100", WARN, "error 803"),
+        # It is the driver's own.
+        ("580.95.05", "580.95.05", TOLD, (), "NVIDIA GeForce RTX 4090", OK, "NVIDIA driver 580.95.05 is new enough"),
+        ("581.95", "1.1", {}, (COMPAT,), "NVIDIA GeForce RTX 4090", OK, "NVIDIA driver 581.95 is new enough"),  # WSL
+    ],
+)  # fmt: skip
+def test_a_library_that_stands_for_the_drivers_own(
+    tmp_path: Path, driver: str, compat: str, environ: dict[str, str], cache: tuple[str, ...], name: str,
+    verdict: str, said: str,
+) -> None:  # fmt: skip
+    for folder, version in ((COMPAT, compat), (OWN, driver)):
+        if version:
+            made(tmp_path, {f"{folder}/libcuda.so.{version}": ""})
+            (tmp_path / folder / "libcuda.so.1").symlink_to(f"libcuda.so.{version}")
+    made(tmp_path, {"proc/driver/nvidia/version": NVRM.format("Open ", " for x86_64", driver), "etc/none": ""})
+    (tmp_path / "etc/ld.so.cache").write_bytes(loader_cache(*(f"/{each}/libcuda.so.1" for each in cache)))
+    gpus = {"driver": driver, "gpus": [{"name": name, "used": 0, "total": GB}]}
+    row = machine.driver(patient(tmp_path, SUPERVISOR_VLLM=a_vllm(tmp_path, "'13.0'"), gpus=gpus, **environ))
+    assert row is not None
+    assert (row.verdict, said in row.text) == (verdict, True), row
+    assert verdict == OK or row.remedy
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def state(supervisor: Supervisor) -> str:
 
 
 def test_with_a_warm_up_it_is_ready_when_the_model_has_answered() -> None:
-    with Supervisor("m", environ={"SUPERVISOR_WARM_UP": "true"}) as supervisor:
+    with Supervisor("m", environ={"SUPERVISOR_WARM_UP": "true", "SUPERVISOR_ACCESS_LOG": "false"}) as supervisor:
         supervisor.ready()
         assert supervisor.client.get("/status").json()["phases"][-1]["name"] == "warming up"
         before = supervisor.output.partition("starting -> ready")[0]

@@ -1,0 +1,113 @@
+"""The access log: a line for each relayed request, once its answer is over, with its latency and its first byte's.
+
+The event loop only notes a request's numbers; the log's thread makes the line. No query, header or body is in it.
+RunPod's jobs have a line of their own (queue/worker.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+from supervisor.lines import Form, printable
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from supervisor.gateway.exchange import Exchange
+
+LOGGER = "supervisor.access"
+FLUSH = 0.2  # seconds: a thread is not woken for each line
+LONGEST_PATH = 200
+
+
+class Answer(NamedTuple):
+    """Of one request. Times in seconds, from its head; `first` is 0 where there was no first byte."""
+
+    at: float  # Unix time of its end
+    method: bytes
+    path: bytes
+    status: int
+    seconds: float
+    first: float
+    sent: int  # bytes
+    request_id: bytes
+    client: bytes
+    note: str
+
+
+class AccessLog:
+    """`ended(exchange)` for each; `flush()` before the end."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, form: Form, later: Callable[[Callable[[], Sequence[str]]], None]
+    ) -> None:
+        """`later` has the log's thread make lines, and write them."""
+        self.loop = loop
+        self.form = form
+        self.later = later
+        self.batch: list[Answer] = []
+
+    def ended(self, exchange: Exchange) -> None:
+        protocol = exchange.protocol
+        if protocol.private:
+            return
+        if not self.batch:
+            self.loop.call_later(FLUSH, self.flush)
+        began = exchange.began
+        self.batch.append(
+            Answer(
+                time.time(),
+                exchange.method,
+                exchange.path,
+                exchange.status,
+                self.loop.time() - began,
+                exchange.first_at - began if exchange.first_at else 0.0,
+                exchange.sent,
+                exchange.request_id,
+                protocol.address(),
+                exchange.note,
+            )
+        )
+
+    def flush(self) -> None:
+        if self.batch:
+            batch, self.batch = self.batch, []
+            self.later(lambda: [self._line(answer) for answer in batch])
+
+    # In the log's thread
+
+    def _line(self, answer: Answer) -> str:
+        level = "INFO" if answer.status < 500 else "WARNING"
+        path = _path(self.form.mask, answer.path)
+        request_id = answer.request_id.decode("latin-1")
+        what = f"{answer.method.decode('latin-1')} {path} {answer.status}"
+        if self.form.as_json:
+            return self.form.json(
+                level, LOGGER, what, answer.at, request_id,
+                method=answer.method.decode("latin-1"), path=path, status=answer.status,
+                seconds=round(answer.seconds, 4), first_byte_seconds=round(answer.first, 4) or None,
+                bytes=answer.sent, client=answer.client.decode(), note=answer.note or None,
+            )  # fmt: skip
+        # Of an answer that is not streamed it is the same.
+        first = f", first byte after {answer.first:.3f} s" if 0 < answer.first < answer.seconds - 0.001 else ""
+        note = f", {answer.note}" if answer.note else ""
+        client = f", from {answer.client.decode()}" if answer.client else ""
+        text = f"{what} in {answer.seconds:.3f} s{first}, {_size(answer.sent)}{note}{client}"
+        return self.form.text(level, text, answer.at, request_id)
+
+
+@lru_cache(1024)
+def _path(mask: Callable[[str], str], path: bytes) -> str:
+    text = printable(mask(path[:LONGEST_PATH].decode("utf-8", "backslashreplace")))
+    return text if len(path) <= LONGEST_PATH else f"{text}..."
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count = count / 1000  # type: ignore[assignment]
+    return f"{count:.3g} GB"

@@ -1,0 +1,91 @@
+"""What a line of log looks like: text for people, or JSON for platforms. Ours, and vLLM's, which keep their own level.
+
+On RunPod's queue each line of JSON has a `requestId`, the job's, as the lines of its SDK do: its console sorts by that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+# Writes bytes to a file descriptor; raises OSError where nobody reads any more.
+Write = Callable[[int, bytes], None]
+
+PLAIN, DIM = "\x1b[0m", "\x1b[2m"
+COLOURS = {"INFO": "\x1b[36m", "WARNING": "\x1b[33m", "ERROR": "\x1b[31m", "CRITICAL": "\x1b[31m"}
+# `(EngineCore pid=7) WARNING 11-26 03:16:45 [core.py:77] ...`, and uvicorn's `INFO:     Started ...`.
+VLLM_LEVEL = re.compile(r"(?:\([^()]*\) )*(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b")
+TRACEBACK = re.compile(r"(?:\([^()]*\) )*Traceback \(most recent call last\)")
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """`as_json`, else text. `colour`: on terminals, of which stderr may be one. `queue`: RunPod's shape."""
+
+    mask: Callable[[str], str]
+    as_json: bool = False
+    queue: bool = False
+    colour: bool = True
+    terminal: bool = False
+
+    def json(self, level: str, logger: str, message: str, at: float, request: str | None, **more: object) -> str:
+        """One object. `at`: Unix time; `more` has no secrets."""
+        line: dict[str, object] = {"time": _iso(at), "level": level, "logger": logger, "message": self.mask(message)}
+        if request is not None or self.queue:
+            line["requestId"] = request if request is None else self.mask(request)
+        return json.dumps(line | more)
+
+    def text(self, level: str, message: str, at: float, request: str | None) -> str:
+        head = f"{time.strftime('%H:%M:%S', time.localtime(at))} supervisor"
+        head += ":" if level == "INFO" else f" {level}:"
+        line = self.mask(message if request is None else f"{message} (request {printable(request)})")
+        if self.terminal and self.colour:
+            return f"{COLOURS.get(level, '')}{head}{PLAIN} {line}"
+        return f"{head} {line}"
+
+
+class VllmLines:
+    """How the lines of one of vLLM's streams are shown; called with each, masked, as bytes and as text."""
+
+    def __init__(self, form: Form, *, terminal: bool) -> None:
+        self.as_json = form.as_json
+        self.form = Form(_as_it_is, form.as_json, form.queue)
+        self.terminal = terminal and form.colour
+        self.level = "INFO"
+
+    def __call__(self, raw: bytes, text: str) -> bytes:
+        if not self.as_json and not self.terminal:
+            return raw + b"\n"
+        if found := VLLM_LEVEL.match(text):
+            self.level = found[1]
+        elif TRACEBACK.match(text):  # what follows has no level of its own
+            self.level = "ERROR"
+        if self.as_json:  # of a progress bar only its last state
+            line = self.form.json(self.level, "vllm", text.rpartition("\r")[2], time.time(), None)
+            return line.encode() + b"\n"
+        # vLLM's many lines step back behind ours, but for those that somebody should see.
+        colour = DIM if self.level in ("INFO", "DEBUG") else COLOURS[self.level]
+        return b"%b%b%b\n" % (colour.encode(), raw, PLAIN.encode())
+
+
+def printable(text: str) -> str:
+    """What a client chose, as it can stand in a line."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
+
+
+def write_all(target: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(target, data) :]
+
+
+def _as_it_is(text: str) -> str:
+    return text
+
+
+def _iso(at: float) -> str:
+    """With milliseconds, in UTC."""
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(at))}.{int(at % 1 * 1000):03d}Z"
