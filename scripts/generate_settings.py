@@ -158,6 +158,7 @@ KNOB_EXAMPLES: dict[str, object] = {
     "admin_keys": "@admins.txt",
     "allow_routes": "/server_info",
     "rate_limit": 600,
+    "response_cache": "256MiB",
     "tls_cert": "/tls/tls.crt",
     "tls_key": "/tls/tls.key",
     "warm_up": "true",

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from supervisor.engine.caches import Caches
     from supervisor.engine.process import EngineProcess
     from supervisor.gateway.app import Gateway
+    from supervisor.gateway.tracing import Tracing
     from supervisor.logs import Log
     from supervisor.queue.child import Queue
     from supervisor.settings.secrets import Mask
@@ -200,6 +201,7 @@ async def _run(start: _Start, lines: Log) -> int:
     from supervisor.engine import gpu  # noqa: PLC0415
     from supervisor.engine.engine import RANKS_INTERVAL, Collaborators, Engine, Limits  # noqa: PLC0415
     from supervisor.engine.postmortem import PostMortem  # noqa: PLC0415
+    from supervisor.gateway import tracing  # noqa: PLC0415
     from supervisor.gateway.access import AccessLog  # noqa: PLC0415
     from supervisor.gateway.app import Admission, Gateway  # noqa: PLC0415
     from supervisor.gateway.counts import Jobs  # noqa: PLC0415
@@ -373,7 +375,11 @@ async def _run(start: _Start, lines: Log) -> int:
         facts=facts,
         elsewhere=elsewhere(settings),
     )
-    access = AccessLog(loop, start.spawn.form, lines.later)
+    if knobs.response_cache:
+        from supervisor.gateway.cache import Cache  # noqa: PLC0415  # for those who want it
+
+        gateway.cache = Cache(gateway, knobs.response_cache)
+    access = AccessLog(loop, start.spawn.form, lines.later, knobs.log_level)
     if knobs.access_log:
         gateway.listeners += (access.ended,)
     for number in SIGNALS:
@@ -389,7 +395,21 @@ async def _run(start: _Start, lines: Log) -> int:
         loop.add_signal_handler(signal.SIGHUP, _read_keys_again, settings, gateway, start.spawn.mask)
     server = GatewayServer(gateway, CLOSE_PATIENCE, certificate=knobs.tls_cert, key=knobs.tls_key)
     sockets = [*listeners.gateway, _listen_privately(workspace.gateway)]
+    traces: Tracing | None = None
+
+    async def trace() -> None:
+        nonlocal traces
+        about = {
+            "vllm_supervisor.model": str(settings.model.value),
+            "vllm_supervisor.vllm_version": settings.vllm.version,
+        }
+        traces = await asyncio.to_thread(tracing.start, settings.environ, about, start.spawn.mask)
+        if traces is not None:
+            gateway.listeners += (traces.ended,)
+
     async with asyncio.TaskGroup() as group:
+        if tracing.endpoint(settings.environ):
+            group.create_task(trace())
         if settings.mode == "queue":
             from supervisor.queue.child import Queue  # noqa: PLC0415
 
@@ -406,6 +426,8 @@ async def _run(start: _Start, lines: Log) -> int:
             queue.stop()
         server.should_exit = True
     access.flush()
+    if traces is not None:
+        traces.close()
     upstream.close()
     return code
 

@@ -13,13 +13,28 @@ import pytest
 
 # Seconds, about, of a test in these files; where tests share something, what all of them take.
 SLOW = {
-    "tests/queue/test_worker.py": 4.0,
-    "tests/engine/test_faults.py": 1.5,
-    "tests/engine/test_engine.py": 1.5,
+    "tests/queue/test_worker.py": 5.0,
+    "tests/engine/test_faults.py": 2.0,
+    "tests/engine/test_engine.py": 2.0,
     "tests/engine/test_page.py": 2.0,
     "tests/engine/test_ranks.py": 3.0,
+    "tests/engine/test_status.py": 1.0,
+    "tests/engine/test_metrics.py": 1.0,
+    "tests/engine/test_postmortem.py": 1.0,
 }
-TOGETHER = {"endpoint": 35.0, "plain": 12.0, "running": 10.0, "queue": 8.0}  # by fixture
+TOGETHER = {  # by fixture
+    "endpoint": 35.0,
+    "hub": 15.0,
+    "bench": 15.0,
+    "mortal": 14.0,
+    "plain": 12.0,
+    "running": 12.0,
+    "impatient": 10.0,
+    "queue": 8.0,
+    "gateway": 4.0,
+    "guarded": 3.0,
+    "told": 3.0,
+}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 LOGGER = "supervisor.access"
 FLUSH = 0.2  # seconds: a thread is not woken for each line
+TICK = 0.0005  # seconds: the loop's clock has whole milliseconds, and no time at all means no first byte
 LONGEST_PATH = 200
+# By the log's level: a 5xx is a warning, and nothing here is an error.
+FROM_STATUS = {"debug": 0, "info": 0, "warning": 500, "error": 1000}
 
 
 class Answer(NamedTuple):
@@ -42,9 +45,14 @@ class AccessLog:
     """`ended(exchange)` for each; `flush()` before the end."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, form: Form, later: Callable[[Callable[[], Sequence[str]]], None]
+        self,
+        loop: asyncio.AbstractEventLoop,
+        form: Form,
+        later: Callable[[Callable[[], Sequence[str]]], None],
+        level: str = "info",
     ) -> None:
-        """`later` has the log's thread make lines, and write them."""
+        """`later` has the log's thread make lines, and write them; above `level` info, those of failures alone."""
+        self.from_status = FROM_STATUS[level]
         self.loop = loop
         self.form = form
         self.later = later
@@ -52,7 +60,7 @@ class AccessLog:
 
     def ended(self, exchange: Exchange) -> None:
         protocol = exchange.protocol
-        if protocol.private:
+        if protocol.private or exchange.status < self.from_status:
             return
         if not self.batch:
             self.loop.call_later(FLUSH, self.flush)
@@ -64,7 +72,7 @@ class AccessLog:
                 exchange.path,
                 exchange.status,
                 self.loop.time() - began,
-                exchange.first_at - began if exchange.first_at else 0.0,
+                max(exchange.first_at - began, TICK) if exchange.first_at else 0.0,
                 exchange.sent,
                 exchange.request_id,
                 protocol.address(),
@@ -81,7 +89,7 @@ class AccessLog:
 
     def _line(self, answer: Answer) -> str:
         level = "INFO" if answer.status < 500 else "WARNING"
-        path = _path(self.form.mask, answer.path)
+        path = shown_path(self.form.mask, answer.path)
         request_id = answer.request_id.decode("latin-1")
         what = f"{answer.method.decode('latin-1')} {path} {answer.status}"
         if self.form.as_json:
@@ -100,7 +108,7 @@ class AccessLog:
 
 
 @lru_cache(1024)
-def _path(mask: Callable[[str], str], path: bytes) -> str:
+def shown_path(mask: Callable[[str], str], path: bytes) -> str:
     text = printable(mask(path[:LONGEST_PATH].decode("utf-8", "backslashreplace")))
     return text if len(path) <= LONGEST_PATH else f"{text}..."
 

@@ -23,6 +23,7 @@ from supervisor.gateway.policy import Policy
 from supervisor.gateway.upstream import NotConnected, Probe, Upstream, UpstreamError
 
 if TYPE_CHECKING:
+    from supervisor.gateway.cache import Cache
     from supervisor.gateway.exchange import Exchange
     from supervisor.gateway.metrics import Exposition
     from supervisor.gateway.relay import RelayProtocol
@@ -119,6 +120,7 @@ class Gateway:
         self.asking: set[asyncio.Task[None]] = set()  # whether the engine lives
         self._emptied: asyncio.Event | None = None  # there while somebody waits in `drained`
         self.counts = Counts()
+        self.cache: Cache | None = None
         self.listeners: tuple[Callable[[Exchange], None], ...] = ()  # called with each exchange that is over
         self.feeds = page.Feeds(self)
         self.heads: Memo[RequestHead] = Memo()
@@ -177,6 +179,8 @@ class Gateway:
         """`check` and `admit` for a request that was let in before, where nothing else is asked; False: ask them."""
         limit = self.admission.limit
         if not self.open or self.policy.rate is not None or (limit is not None and self.active >= limit):
+            return False
+        if self.cache is not None and exchange.route in self.cache.routes:
             return False
         self.active += 1
         exchange.admitted = True
@@ -270,8 +274,9 @@ class Gateway:
             if timer is not None:
                 timer.cancel()
         self.exchanges.discard(exchange)
-        for ended in self.listeners:
-            ended(exchange)
+        if exchange.protocol.is_client:  # a recording's readers are told of themselves
+            for ended in self.listeners:
+                ended(exchange)
         if exchange.admitted:
             exchange.admitted = False
             self.active -= 1
@@ -397,7 +402,7 @@ class Gateway:
         from supervisor.gateway.metrics import CONTENT_TYPE, Exposition  # noqa: PLC0415  # 20 ms, for those who ask
 
         if self._exposition is None:
-            self._exposition = Exposition(self.counts, self.facts, self._look)
+            self._exposition = Exposition(self.counts, self.facts, self._look, self.cache)
         text = self._exposition.text() + await self._vllms_metrics()
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", CONTENT_TYPE)]})
         await send({"type": "http.response.body", "body": text})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Any
@@ -49,18 +50,18 @@ class Jobs:
     """RunPod's, as the queue worker reports them."""
 
     def __init__(self) -> None:
-        self.running = 0
+        self.began: dict[str, float] = {}  # by id: those that are not over
         self.ended = {outcome: Histogram(BOUNDS) for outcome in OUTCOMES}
         # (what, what became of it): each try to give RunPod a chunk or a result.
         self.posts = {(what, end): 0 for what in ("chunk", "result") for end in ("taken", "refused", "failed")}
         self.deaths = 0
 
     def report(self, job: Mapping[str, Any]) -> None:
-        """`{"outcome": "taken"}`, then `{"outcome", "seconds", "posts": {"chunk taken": n}}`."""
+        """`{"id", "outcome": "taken"}`, then `{"id", "outcome", "seconds", "posts": {"chunk taken": n}}`."""
         if job["outcome"] == "taken":
-            self.running += 1
+            self.began[job["id"]] = time.monotonic()
             return
-        self.running -= 1
+        self.began.pop(job["id"], None)
         self._end(job["outcome"], job["seconds"])
         for name, count in job["posts"].items():
             what, end = name.split()
@@ -68,9 +69,9 @@ class Jobs:
 
     def worker_died(self) -> None:
         self.deaths += 1
-        for _ in range(self.running):
-            self._end("lost", 0.0)
-        self.running = 0
+        for began in self.began.values():
+            self._end("lost", time.monotonic() - began)
+        self.began.clear()
 
     def _end(self, outcome: str, seconds: float) -> None:
         ended = self.ended[outcome]

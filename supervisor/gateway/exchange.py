@@ -117,6 +117,8 @@ class Exchange:
     sent = 0  # bytes of the answer's body
     gone = False  # its client is, before the answer's end
     cut = ""  # the code of what refused it, or broke it off
+    undecided = False  # whether its answer is in the cache: its body is not there yet
+    cached = ""  # how the cache answered it, in a word
     marks: tuple[tuple[str, float], ...] = ()  # what kept it from going to vLLM at once, and when it went
     body_left = sys.maxsize  # bytes that the request's body may still have; jobs have RunPod's limit
     verdict: Verdict | None = None
@@ -145,7 +147,7 @@ class Exchange:
         # The body stands with the head: it is sent, and sent again, in one piece with it.
         exchange.request_head = b"".join((head.before, digits, head.after, request_id, b"\r\n\r\n", body))
         exchange.kept_size = size = len(body)
-        protocol.gateway.counts.received += size
+        protocol.counts.received += size
         if size > exchange.body_left:
             exchange.body_left = -1
         exchange.request_complete = True
@@ -226,11 +228,17 @@ class Exchange:
             refusal = gateway.policy.too_large()
         if refusal is not None:
             self.refuse(refusal)
-        else:
+        elif gateway.cache is None or not gateway.cache.takes(self):
             gateway.admit(self)
 
+    @property
+    def body(self) -> bytes:
+        """Of a request that is kept whole, and is not chunked."""
+        assert self.kept is not None
+        return b"".join(self.kept) or self.request_head[len(self.request_head) - self.kept_size :]
+
     def request_data(self, data: bytes) -> None:
-        self.protocol.gateway.counts.received += len(data)
+        self.protocol.counts.received += len(data)
         if self.chunked:
             self.body_left -= len(data)
             if self.body_left < 0 and (self.response_complete or self.protocol.answering is self):
@@ -257,6 +265,10 @@ class Exchange:
             self._pass_on(b"0\r\n%b\r\n" % fields)
         if self.connection is not None:
             self.connection.end_request()
+        elif self.undecided:
+            self.undecided = False
+            assert self.protocol.gateway.cache is not None
+            self.protocol.gateway.cache.decide(self)
 
     def _pass_on(self, data: bytes) -> None:
         if self.kept is not None:
@@ -266,6 +278,10 @@ class Exchange:
             self.connection.write(data)
             if self.kept_size > KEEP_LIMIT:
                 self.kept = None
+        elif self.undecided:
+            if self.kept_size > KEEP_LIMIT:  # too large to be looked at
+                self.undecided = False
+                self.protocol.gateway.admit(self)
         elif self.kept_size > HIGH_WATER_LIMIT:
             self.protocol.flow.pause_reading()
 
@@ -284,12 +300,14 @@ class Exchange:
         found = [f"{seconds:.1f} s {what}" for what, seconds in self.waits() if what in WAITS and seconds >= NOTED_WAIT]
         if self.replayed:
             found.append("sent again")
+        if self.cached:
+            found.append(self.cached)
         if self.gone:
             found.append("client gone")
         return ", ".join([*found, self.cut] if self.cut else found)
 
     def mark(self, what: str) -> None:
-        """`held` for the engine, `waiting` for its turn, `sent` to vLLM; what stood for the time before ends."""
+        """`held` for the engine, `waiting` for its turn, `sent` to vLLM, `lost` there; what was before ends."""
         self.marks = (*self.marks, (what, self.protocol.loop.time()))
 
     def waits(self) -> list[tuple[str, float]]:
@@ -299,7 +317,7 @@ class Exchange:
 
     def _count(self, status: int, *, at_once: bool = False) -> None:
         """At the first byte of an answer, or at its only one."""
-        counts, now = self.protocol.gateway.counts, self.protocol.loop.time()
+        counts, now = self.protocol.counts, self.protocol.loop.time()
         seconds = now - self.began
         self.first_at = now
         if at_once:
@@ -315,7 +333,7 @@ class Exchange:
         if not self.response_complete:
             self.gone = True
             if self.read_at:
-                self.protocol.gateway.counts.aborted += 1
+                self.protocol.counts.aborted += 1
             else:
                 self.status = CLIENT_GONE
                 self._count(CLIENT_GONE, at_once=True)
@@ -386,7 +404,7 @@ class Exchange:
             end = b"\r\nConnection: close\r\n\r\n"
         self.kept = None
         protocol = self.protocol
-        counts = protocol.gateway.counts
+        counts = protocol.counts
         self.sent = size = len(body)
         counts.sent += size
         self.first_at = now = protocol.loop.time()
@@ -421,6 +439,7 @@ class Exchange:
             self.refuse(gateway.lost_twice() if self.replayed else gateway.broken_off())
         else:
             self.replayed = True
+            self.mark("lost")
             gateway.counts.replayed += 1
             gateway.resume(self)
 
@@ -466,7 +485,7 @@ class Exchange:
             self.torn = False
             self.latest = data
             protocol = self.protocol
-            counts, now = protocol.gateway.counts, protocol.loop.time()
+            counts, now = protocol.counts, protocol.loop.time()
             size = len(data)
             counts.sent += size
             self.sent += size
@@ -502,7 +521,7 @@ class Exchange:
 
     def _write(self, data: bytes) -> None:
         size = len(data)
-        self.protocol.gateway.counts.sent += size
+        self.protocol.counts.sent += size
         self.sent += size
         self.protocol.transport.write(data if self.dechunker is None else self.dechunker.feed(data))
 
@@ -542,6 +561,7 @@ class Exchange:
             gateway.hold_lost(self, error)  # nothing was sent: this is no second try
         elif isinstance(error, Disconnected) and not self.replayed and self.kept is not None:
             self.replayed = True
+            self.mark("lost")
             gateway.counts.replayed += 1
             gateway.hold_lost(self, error)
         else:
@@ -585,6 +605,39 @@ class Exchange:
 
     def resume_request(self) -> None:
         self.protocol.flow.resume_reading()
+
+    # From the cache, or with others from one generation
+
+    def shared_head(self, status: int, head: bytes, more: bytes, *, events: bool) -> None:
+        """`head` without its empty line and what is this client's own; `more` lines stand beside it."""
+        self.status, self.response_started, self.whole_events = status, True, events
+        if self.protocol.gateway.closing or self.ends_by_close:
+            self.keep_alive = False
+        end = b"\r\n\r\n" if self.keep_alive else b"\r\nConnection: close\r\n\r\n"
+        self.protocol.transport.write(b"".join((head, more, b"X-Request-Id: ", self.request_id, end)))
+
+    def shared_data(self, data: bytes) -> None:
+        """Of a stream, whole events."""
+        if not self.read_at:
+            self._count(self.status)
+        elif self.whole_events:
+            now = self.protocol.loop.time()
+            self.protocol.counts.gap(now - self.read_at)
+            self.read_at = now
+        self.latest = data
+        self._write(data)
+
+    def shared_end(self, source: Exchange | None = None) -> None:
+        """`source` produced the answer: what it went through, this one did."""
+        self.connection = None
+        if source is not None:
+            self.marks, self.replayed, self.cut = source.marks, source.replayed, source.cut
+        self._complete()
+
+    def shared_cut(self, source: Exchange) -> None:
+        self.marks, self.replayed, self.cut = source.marks, source.replayed, source.cut
+        self._drop()
+        self.protocol.transport.close()
 
     # Our own answer
 
@@ -646,7 +699,7 @@ class Exchange:
         if self.response_started:
             if not self.read_at:
                 self._count(self.status)
-            protocol.gateway.counts.ended(self.route, self.status, protocol.loop.time() - self.began)
+            protocol.counts.ended(self.route, self.status, protocol.loop.time() - self.began)
         protocol.gateway.leave(self)
         protocol.answering = None
         if not self.keep_alive:

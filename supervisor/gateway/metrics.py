@@ -7,12 +7,15 @@ prefixes of the route lists, states and phases those of the tables.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
 
 from supervisor.gateway.counts import BOUNDS, GAP_BOUNDS, Counts, Histogram, Jobs
+
+if TYPE_CHECKING:
+    from supervisor.gateway.cache import Cache
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 STATES = ("starting", "ready", "restarting", "draining", "stopping", "stopped", "failed")
@@ -24,10 +27,17 @@ ANSWER = ["route", "status"]
 class Exposition:
     """A collector of prometheus_client. `look` gives what /status tells now."""
 
-    def __init__(self, counts: Counts, facts: Mapping[str, object], look: Callable[[], Mapping[str, Any]]) -> None:
+    def __init__(
+        self,
+        counts: Counts,
+        facts: Mapping[str, object],
+        look: Callable[[], Mapping[str, Any]],
+        cache: Cache | None = None,
+    ) -> None:
         self.counts = counts
         self.facts = facts
         self.look = look
+        self.cache = cache
         self.registry = CollectorRegistry()
         self.registry.register(self)
 
@@ -50,6 +60,8 @@ class Exposition:
         ):
             yield CounterMetricFamily(f"supervisor_{name}", meaning, value=value)
 
+        if self.cache is not None:
+            yield from _cache(self.cache)
         if counts.jobs is not None:
             yield from _jobs(counts.jobs)
 
@@ -102,8 +114,19 @@ class Exposition:
         yield from (requests, first, whole)
 
 
+def _cache(cache: Cache) -> Iterator[Any]:
+    results = CounterMetricFamily(
+        "supervisor_cache_requests", "By what became of them; shared: one generation for several", labels=["result"]
+    )
+    for result, count in cache.results.items():
+        results.add_metric([result], count)
+    yield results
+    yield GaugeMetricFamily("supervisor_cache_bytes", "Of answers that are kept", cache.size)
+    yield GaugeMetricFamily("supervisor_cache_answers", "That are kept", len(cache.kept))
+
+
 def _jobs(jobs: Jobs) -> Iterator[Any]:
-    yield GaugeMetricFamily("supervisor_jobs_running", "RunPod's jobs that were taken and are not over", jobs.running)
+    yield GaugeMetricFamily("supervisor_jobs_running", "RunPod's jobs that are taken and not over", len(jobs.began))
     ended = CounterMetricFamily("supervisor_jobs", "RunPod's jobs that are over", labels=["outcome"])
     seconds = HistogramMetricFamily(
         "supervisor_job_seconds", "From taking a job until RunPod has its result", labels=["outcome"]

@@ -38,9 +38,12 @@ class _Over(Exception):  # no error
 class RelayProtocol(HttpToolsProtocol):
     """One client connection. Passed to uvicorn as `Config(http=...)`; `Config(app=...)` must be the `Gateway`."""
 
+    is_client = True  # not so where an exchange writes to a recording (cache.py)
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.gateway = cast("Gateway", self.app)
+        self.counts = self.gateway.counts
         self.incoming: Exchange | None = None  # whose body is arriving
         self.answering: Exchange | None = None  # whose answer is leaving
         self.latest: Latest[RequestHead] | None = None

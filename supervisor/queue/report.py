@@ -12,6 +12,6 @@ from typing import Any
 def tell(
     message: str = "", level: str = "INFO", *, job_id: str | None = None, job: dict[str, Any] | None = None
 ) -> None:
-    """`job`: `{"outcome": "taken"}`, or how it ended with its seconds and POSTs."""
+    """`job`: `{"id", "outcome": "taken"}`, or how it ended with its seconds and POSTs."""
     line = {"requestId": job_id, "message": message, "level": level}
     print(json.dumps(line | ({"job": job} if job is not None else {})), flush=True)

@@ -318,7 +318,7 @@ class Link:
         """The first of them that RunPod takes; if none, an error. Raises NotTaken."""
         refused: NotTaken | None = None
         for number, content in enumerate(bodies):
-            key = f"{run.attempt}/{number}" if number else run.attempt
+            key = f"{run.attempt}/again" if number else run.attempt  # chunks have numbers there
             try:
                 return await self._post(session, rp_http.JOB_DONE_URL, encode(content), run, key, stream=stream)
             except NotTaken as error:

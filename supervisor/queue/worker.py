@@ -162,7 +162,7 @@ class Run:
             line += f", first bytes after {self.first_at - self.began:.3f} s"
         count = self.posts.total()
         line += f", {count} POST{'s' * (count != 1)}" + (f": {reason}" if reason else "")
-        job = {"outcome": outcome, "seconds": round(seconds, 4), "posts": self.posts}
+        job = {"id": self.job_id, "outcome": outcome, "seconds": round(seconds, 4), "posts": self.posts}
         tell(line, level, job_id=self.job_id, job=job)
 
     def fail(self, error: JobError) -> None:
@@ -305,7 +305,7 @@ class Worker:
 
     def begin(self, job: JSON) -> None:
         """A job was taken: its request goes out at once, the SDK gets to it up to 0.1 s later."""
-        tell(job={"outcome": "taken"})
+        tell(job={"id": job["id"], "outcome": "taken"})
         self.runs[job["id"]] = Run(job["id"], self.client, self.reader, job.get("input"))
 
     async def handle(self, job: JSON) -> AsyncIterator[object]:

@@ -153,6 +153,12 @@ KNOBS = (
     Knob("SUPERVISOR_ADMIN_KEYS", None, keys, "keys that open vLLM's admin routes as well, the same way", secret=True),
     Knob("SUPERVISOR_ALLOW_ROUTES", "", routes, "more paths to open, by their beginnings, between commas"),
     Knob("SUPERVISOR_RATE_LIMIT", None, count, "requests per minute and key (or address, where there are no keys)"),
+    Knob(
+        "SUPERVISOR_RESPONSE_CACHE",
+        None,
+        size,
+        "memory for answers that would come out the same (temperature 0, or a seed), such as 256MiB; unset: none",
+    ),
     Knob("SUPERVISOR_TLS_CERT", None, text, "a certificate's file: HTTPS instead of HTTP"),
     Knob("SUPERVISOR_TLS_KEY", None, text, "its private key's file"),
     Knob("SUPERVISOR_LOG_FORMAT", "text", choice("text", "json"), "our own log lines: text or json"),
@@ -195,6 +201,7 @@ class Knobs:
     admin_keys: Keys | None
     allow_routes: tuple[str, ...]
     rate_limit: int | None
+    response_cache: int | None
     tls_cert: str | None
     tls_key: str | None
     log_format: str

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -47,8 +48,24 @@ def state_of(supervisor: Supervisor) -> dict[str, int]:
     return found
 
 
+@pytest.fixture(scope="module")
+def mortal() -> Iterator[Supervisor]:
+    """For tests that break its engine and leave it with the next one."""
+    with Supervisor("m", environ=OFTEN) as supervisor:
+        yield supervisor.ready()
+        supervisor.engine_pid = supervisor.client.get("/status").json()["pid"]
+
+
+def restarts(supervisor: Supervisor) -> int:
+    return int(supervisor.client.get("/status").json()["restarts"])
+
+
+def ready_times(supervisor: Supervisor) -> int:
+    return supervisor.output.count("restarting -> ready")
+
+
 def ready_again(supervisor: Supervisor, times: int = 1) -> None:
-    wait_until(lambda: supervisor.output.count("restarting -> ready") >= times, f"restart {times}", 20)
+    wait_until(lambda: ready_times(supervisor) >= times, f"restart {times}", 20)
 
 
 def ends(supervisor: Supervisor) -> None:
@@ -79,28 +96,29 @@ def test_death_while_idle_costs_nothing(victim: str) -> None:
 
 
 @pytest.mark.parametrize("victim", ["pid", "engine_pid", "worker_pid"])
-def test_unanswered_requests_are_sent_again_once_it_is_back(victim: str) -> None:
-    with Supervisor("m") as supervisor, concurrent.futures.ThreadPoolExecutor(8) as pool:
-        supervisor.ready()
+def test_unanswered_requests_are_sent_again_once_it_is_back(mortal: Supervisor, victim: str) -> None:
+    before, begun = ready_times(mortal), restarts(mortal)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
         slow = fault(prefill_seconds=0.7)
-        waiting = [pool.submit(supervisor.client.post, CHAT, json=chat(), headers=slow) for _ in range(8)]
-        wait_until(lambda: state_of(supervisor)["running"] == 8, "eight running requests")
-        os.kill(state_of(supervisor)[victim], signal.SIGKILL)
+        waiting = [pool.submit(mortal.client.post, CHAT, json=chat(), headers=slow) for _ in range(8)]
+        wait_until(lambda: state_of(mortal)["running"] == 8, "eight running requests")
+        os.kill(state_of(mortal)[victim], signal.SIGKILL)
         assert [answer.result().status_code for answer in waiting] == [200] * 8
-        assert supervisor.client.get("/status").json()["restarts"] == 1
+        ready_again(mortal, before + 1)
+        assert restarts(mortal) == begun + 1
 
 
-def test_an_answer_of_500_is_not_believed_of_a_dying_engine() -> None:
+def test_an_answer_of_500_is_not_believed_of_a_dying_engine(mortal: Supervisor) -> None:
     """vLLM's API server answers 500 to what was in flight in the moment its EngineCore dies."""
-    with Supervisor("m", environ=OFTEN) as supervisor, concurrent.futures.ThreadPoolExecutor(4) as pool:
-        supervisor.ready()
+    before = ready_times(mortal)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
         for restart in range(3):
             slow = fault(prefill_seconds=0.5)
-            waiting = [pool.submit(supervisor.client.post, CHAT, json=chat(), headers=slow) for _ in range(4)]
-            wait_until(lambda: state_of(supervisor)["running"] == 4, "four running requests")
-            os.kill(state_of(supervisor)["engine_pid"], signal.SIGKILL)
-            assert [answer.result().status_code for answer in waiting] == [200] * 4, supervisor.output[-2000:]
-            ready_again(supervisor, restart + 1)
+            waiting = [pool.submit(mortal.client.post, CHAT, json=chat(), headers=slow) for _ in range(4)]
+            wait_until(lambda: state_of(mortal)["running"] == 4, "four running requests")
+            os.kill(state_of(mortal)["engine_pid"], signal.SIGKILL)
+            assert [answer.result().status_code for answer in waiting] == [200] * 4, mortal.output[-2000:]
+            ready_again(mortal, before + restart + 1)
 
 
 @pytest.mark.parametrize(
@@ -115,59 +133,56 @@ def test_an_answer_of_500_is_not_believed_of_a_dying_engine() -> None:
 )
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
 def test_a_stream_that_had_begun_ends_with_an_error_in_its_dialect(
-    path: str, body: dict[str, object], error: object, end: bytes, split: bool
+    mortal: Supervisor, path: str, body: dict[str, object], error: object, end: bytes, split: bool
 ) -> None:
-    with Supervisor("m") as supervisor:
-        supervisor.ready()
-        faults = fault(token_interval=0.02, split_utf8=split)
-        body = body | {"stream": True, "max_tokens": 1000, "max_output_tokens": 1000}
-        victim = state_of(supervisor)["pid"]
-        with supervisor.client.stream("POST", path, json=body, headers=faults) as answer:
-            received = b""
-            for data in answer.iter_raw():  # raises where the framing does not end properly
-                received += data
-                if received.count(b"data: ") == 5:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(victim, signal.SIGKILL)
-        assert received.endswith(end)
-        last = list(events(received))[-1]
-        assert callable(error)
-        assert error(last) in ("engine_stopped", "api_error")
-        ready_again(supervisor)
-
-
-def test_a_whole_answer_that_had_begun_is_cut() -> None:
-    with Supervisor("m") as supervisor:
-        supervisor.ready()
-        victim = state_of(supervisor)["pid"]
-        with (
-            pytest.raises(httpx.RemoteProtocolError),
-            supervisor.client.stream("GET", "/fake/bytes?n=1000000&chunk=1000&interval=0.05") as answer,
-        ):
-            for _ in answer.iter_raw():
+    before = ready_times(mortal)
+    faults = fault(token_interval=0.02, split_utf8=split)
+    body = body | {"stream": True, "max_tokens": 1000, "max_output_tokens": 1000}
+    victim = state_of(mortal)["pid"]
+    with mortal.client.stream("POST", path, json=body, headers=faults) as answer:
+        received = b""
+        for data in answer.iter_raw():  # raises where the framing does not end properly
+            received += data
+            if received.count(b"data: ") == 5:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(victim, signal.SIGKILL)
+    assert received.endswith(end)
+    last = list(events(received))[-1]
+    assert callable(error)
+    assert error(last) in ("engine_stopped", "api_error")
+    ready_again(mortal, before + 1)
 
 
-def test_a_request_that_kills_the_engine_is_sent_twice_and_no_more() -> None:
-    with Supervisor("m", environ=OFTEN) as supervisor:
-        supervisor.ready()
-        answer = supervisor.client.post(CHAT, json=chat(), headers=fault(die_after_tokens=0, how="api"))
-        assert answer.status_code in (502, 503)
-        assert answer.json()["error"]["message"]
-        ready_again(supervisor, 2)
-        assert supervisor.client.get("/status").json()["restarts"] == 2
-        assert supervisor.client.post(CHAT, json=chat()).status_code == 200
+def test_a_whole_answer_that_had_begun_is_cut(mortal: Supervisor) -> None:
+    before = ready_times(mortal)
+    victim = state_of(mortal)["pid"]
+    with (
+        pytest.raises(httpx.RemoteProtocolError),
+        mortal.client.stream("GET", "/fake/bytes?n=1000000&chunk=1000&interval=0.05") as answer,
+    ):
+        for _ in answer.iter_raw():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
+    ready_again(mortal, before + 1)
 
 
-def test_a_large_body_is_not_kept_and_not_sent_again() -> None:
-    with Supervisor("m") as supervisor:
-        supervisor.ready()
-        body = chat(padding="x" * 2_000_000)
-        answer = supervisor.client.post(CHAT, json=body, headers=fault(die_after_tokens=0, how="api"))
-        assert answer.status_code in (502, 503)
-        ready_again(supervisor)
-        assert supervisor.client.get("/status").json()["restarts"] == 1
+def test_a_request_that_kills_the_engine_is_sent_twice_and_no_more(mortal: Supervisor) -> None:
+    before, begun = ready_times(mortal), restarts(mortal)
+    answer = mortal.client.post(CHAT, json=chat(), headers=fault(die_after_tokens=0, how="api"))
+    assert answer.status_code in (502, 503)
+    assert answer.json()["error"]["message"]
+    ready_again(mortal, before + 2)
+    assert restarts(mortal) == begun + 2
+    assert mortal.client.post(CHAT, json=chat()).status_code == 200
+
+
+def test_a_large_body_is_not_kept_and_not_sent_again(mortal: Supervisor) -> None:
+    before, begun = ready_times(mortal), restarts(mortal)
+    body = chat(padding="x" * 2_000_000)
+    answer = mortal.client.post(CHAT, json=body, headers=fault(die_after_tokens=0, how="api"))
+    assert answer.status_code in (502, 503)
+    ready_again(mortal, before + 1)
+    assert restarts(mortal) == begun + 1
 
 
 # It hangs

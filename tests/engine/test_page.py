@@ -34,7 +34,7 @@ FEED = "/status/events"
 def feed(served: Supervisor, **headers: str) -> Iterator[Iterator[dict[str, Any]]]:
     """Its events, as they come."""
     with (
-        httpx.Client(base_url=f"http://127.0.0.1:{served.port}", timeout=20) as client,
+        httpx.Client(base_url=f"http://127.0.0.1:{served.port}", timeout=20, verify=False) as client,
         client.stream("GET", FEED, headers=headers) as answer,
     ):
         assert answer.status_code == 200
@@ -266,6 +266,7 @@ def test_a_reader_that_does_not_read_is_dropped(tmp_path: Path) -> None:
         assert "Traceback" not in served.output
 
 
+@pytest.mark.slow
 def test_a_reader_that_does_not_read_does_not_hold_up_the_end(tmp_path: Path) -> None:
     with Supervisor("m", vllm=talkative(tmp_path)) as served, contextlib.ExitStack() as stack:
         deaf_readers(served, stack)

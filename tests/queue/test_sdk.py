@@ -276,7 +276,7 @@ def test_a_short_interval_ends_its_heartbeat(one: PlainWorker) -> None:
 
 def test_a_level_that_it_does_not_know_ends_its_import(sdk: Any) -> None:
     with pytest.raises(ValueError, match="Invalid debug level"):  # while the class that is imported is made
-        sys.modules[sdk.RunPodLogger.__module__]._validate_log_level("WARNING")
+        sdk.runpod.serverless.modules.rp_logger._validate_log_level("WARNING")
 
 
 # os.fork
@@ -406,9 +406,11 @@ def test_seam_of_the_addresses(sdk: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_seam_of_the_log(sdk: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sdk.RunPodLogger, "level", "INFO")
+    """Whose lines `queue/child.py` reads."""
+    log = sdk.runpod.serverless.modules.rp_logger.RunPodLogger()
+    monkeypatch.setattr(type(log), "level", "INFO")
     monkeypatch.setenv("RUNPOD_ENDPOINT_ID", "x")
     for level in ("info", "warn", "error"):
-        getattr(sdk.log, level)(level, "job")
+        getattr(log, level)(level, "job")
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert said == [{"requestId": "job", "message": each, "level": each.upper()} for each in ("info", "warn", "error")]

@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
+from supervisor.gateway.counts import OUTCOMES
+from tests.engine.test_metrics import Scrape
 from tests.harness import ROOT, Supervisor, wait_until
 from tests.queue.conftest import RunPod, in_queue_mode, joined
 
@@ -285,7 +287,11 @@ def test_no_chunk_and_no_result_is_lost_or_doubled(
 
 @pytest.mark.parametrize(
     "fault",
-    [{"do": "status", "status": 401}, {"do": "empty"}, {"do": "reset"}],
+    [  # each waits for seconds, as the worker has to
+        {"do": "status", "status": 401},
+        pytest.param({"do": "empty"}, marks=pytest.mark.slow),
+        pytest.param({"do": "reset"}, marks=pytest.mark.slow),
+    ],
     ids=lambda fault: str(fault.get("status", fault["do"])),
 )
 def test_polling_never_spins(endpoint: Supervisor, runpod: RunPod, fault: dict[str, object]) -> None:
@@ -410,7 +416,20 @@ def test_a_worker_that_is_killed_is_started_again_and_its_heartbeat_dies_with_it
         wait_until(lambda: all_gone([worker, heartbeat]), "the heartbeat's end", 2)
         wait_until(lambda: running(supervisor) == 0, "the generation's end")
         supervisor.says(r"the queue worker ended \(killed by SIGKILL\)")
-        assert runpod.result(job, 30)["status"] == "COMPLETED"  # RunPod gave it out again
+        scrape = Scrape(supervisor)
+        assert scrape("supervisor_queue_worker_deaths_total") == scrape("supervisor_jobs_total", outcome="lost") == 1
+        assert 0 < scrape("supervisor_job_seconds_sum", outcome="lost") < 20
+        assert scrape("supervisor_jobs_total") == 1
+        assert scrape("supervisor_jobs_running") == 0
+        # A first result of a worker's has more than RunPod's API knows. Should that be refused: without.
+        runpod.fault("job-done", "status", status=400, times=1)
+        status = runpod.result(job, 30)
+        assert status["status"] == "COMPLETED"  # RunPod gave it out again
+        assert "data: [DONE]" in text_of(status["output"])
+        assert "metadata" not in status
+        refused = {"kind": "result", "result": "refused"}
+        wait_until(lambda: Scrape(supervisor)("supervisor_jobs_total", outcome="completed") == 1, "its count")
+        assert Scrape(supervisor)("supervisor_job_posts_total", **refused) == 1
         children = psutil.Process(supervisor.process.pid).children()
         assert not [child for child in children if child.status() == psutil.STATUS_ZOMBIE]
 
@@ -444,6 +463,58 @@ def test_each_job_has_a_line_of_log_and_nothing_of_its_content_is_in_it(endpoint
     assert prompt not in endpoint.output
     assert "Füße" in text
     assert "Füße" not in endpoint.output
+
+
+def posts(runpod: RunPod) -> dict[tuple[str, str], int]:
+    """What workers have posted and how it ended, by the simulator's log, in the words of our own series."""
+    found = {(kind, result): 0 for kind in ("chunk", "result") for result in ("taken", "refused", "failed")}
+    for kind, what in (("chunk", "job-stream"), ("result", "job-done")):
+        for entry in runpod.log(what):
+            status = entry["status"] if entry["fault"] != "accept-reset" else None
+            found[kind, "taken" if status == 200 else "refused" if status in (400, 403) else "failed"] += 1
+    return found
+
+
+def test_jobs_and_posts_are_counted_as_runpod_saw_them() -> None:
+    with RunPod("--hold", "2") as runpod, in_queue_mode(runpod) as supervisor:
+        first = runpod.result(runpod.run({**HELLO, "max_tokens": 2}), 30)
+        start = first["metadata"]["cold_start"]
+        assert {"importing vLLM", "loading weights"} <= {row["name"] for row in start["phases"]}
+        assert start["seconds"] == pytest.approx(sum(row["seconds"] for row in start["phases"]), abs=0.01)
+        assert "metadata" not in runpod.result(runpod.run({**HELLO, "max_tokens": 2}))
+
+        runpod.fault("job-stream", "status", status=500, times=1, after=1)
+        runpod.fault("job-stream", "reset", times=1, after=1)
+        runpod.fault("job-done", "accept-reset", times=1)
+        job = runpod.run(faulty({"max_tokens": 30}, token_interval=0.01))
+        assert "data: [DONE]" in text_of(runpod.result(job)["output"])
+        runpod.fault("job-done", "status", status=429, times=2)
+        runpod.failed({**HELLO, "max_tokens": -1})
+
+        job = runpod.run(faulty(prefill_seconds=60))  # a POST that a cancel cuts short has no end to be counted
+        wait_until(lambda: running(supervisor) == 1, "the job that runs")
+        assert Scrape(supervisor)("supervisor_jobs_running") == 1
+        runpod.http.post(f"{runpod.url}/cancel/{job}")
+        wait_until(lambda: Scrape(supervisor)("supervisor_jobs_running") == 0, "its end")
+
+        runpod.fault("job-done", "status", status=403)
+        began = len(runpod.log("job-done"))
+        runpod.run({**HELLO, "max_tokens": 2})
+        undelivered = {"outcome": "undelivered"}
+        wait_until(lambda: Scrape(supervisor)("supervisor_jobs_total", **undelivered) == 1, "a result that is lost")
+        assert len(runpod.log("job-done")) == began + 2  # and an error in its stead
+        runpod.no_faults()
+
+        scrape = Scrape(supervisor)
+        ended = {outcome: scrape("supervisor_jobs_total", outcome=outcome) for outcome in OUTCOMES}
+        assert ended == {"completed": 3, "failed": 1, "cancelled": 1, "undelivered": 1, "lost": 0}
+        assert ended == {each: scrape("supervisor_job_seconds_count", outcome=each) for each in OUTCOMES}
+        assert 0.25 < scrape("supervisor_job_seconds_sum", outcome="completed") < 30
+        seen = posts(runpod)
+        assert seen["chunk", "failed"] == 2
+        assert seen["result", "failed"] == 3
+        counted = {key: scrape("supervisor_job_posts_total", kind=key[0], result=key[1]) for key in seen}
+        assert counted == seen
 
 
 def test_the_hubs_test_runner() -> None:

@@ -18,12 +18,10 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
-import botocore.session
 import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from botocore.validate import ParamValidator
 
 from supervisor.gateway.app import OWN_PATHS
 from supervisor.settings import catalogue
@@ -38,6 +36,7 @@ DEPLOY = ROOT / "deploy"
 KUBERNETES = "1.33"
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 ENGINE = catalogue.parse((catalogue.FLAGS / f"{PINNED}.json").read_text())
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where it is there
 # Read by neither the supervisor nor vLLM, and yet needed -> by whom.
 OTHERS = {
     "HF_TOKEN": "the hub's client",
@@ -50,7 +49,7 @@ OTHERS = {
 
 def load(name: str) -> Any:
     text = (DEPLOY / name).read_text()
-    return json.loads(text) if name.endswith(".json") else yaml.safe_load(text)
+    return json.loads(text) if name.endswith(".json") else yaml.load(text, LOADER)
 
 
 @dataclass(frozen=True)
@@ -271,6 +270,9 @@ def test_cloud_run_takes_it() -> None:
     [("model", "CreateModel"), ("endpoint-config", "CreateEndpointConfig"), ("endpoint", "CreateEndpoint")],
 )
 def test_sagemaker_takes_it(name: str, operation: str) -> None:
+    import botocore.session  # noqa: PLC0415 - slow to import, in every process that collects these tests
+    from botocore.validate import ParamValidator  # noqa: PLC0415
+
     shape = botocore.session.Session().get_service_model("sagemaker").operation_model(operation).input_shape
     content = load(f"sagemaker/{name}.json")
     assert ParamValidator().validate(content, shape).generate_report() == ""

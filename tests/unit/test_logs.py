@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
+import types
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -245,3 +248,51 @@ def test_in_json_its_numbers_stand_by_themselves() -> None:
 
 def test_a_long_path_is_shortened() -> None:
     assert len(lines_of(TEXT, answer(path=b"/" + b"x" * 8000))[0]) < 400
+
+
+def test_a_first_byte_at_once_is_one() -> None:
+    """The loop's clock has whole milliseconds."""
+    loop = types.SimpleNamespace(time=lambda: 7.0, call_later=lambda *_: None)
+    log = AccessLog(loop, JSON, list)  # type: ignore[arg-type]
+    protocol = types.SimpleNamespace(private=False, address=lambda: b"::1")
+    exchange = types.SimpleNamespace(
+        protocol=protocol, began=7.0, first_at=7.0, method=b"GET", path=b"/", status=200, sent=1, request_id=b"a",
+        note="",
+    )  # fmt: skip
+    log.ended(exchange)  # type: ignore[arg-type]
+    exchange.first_at = 0.0
+    log.ended(exchange)  # type: ignore[arg-type]
+    assert [bool(answer.first) for answer in log.batch] == [True, False]
+
+
+# The page
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs/logs.md").read_text()
+EXAMPLES = [
+    json.loads(text)
+    for block in re.findall(r"^```json\n(.*?)^```$", PAGE, re.M | re.S)
+    for text in re.split(r"^(?={)", block, flags=re.M)
+    if text
+]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example["logger"])
+def test_examples_of_the_page_have_the_keys_that_are_written(example: dict[str, object]) -> None:
+    form = QUEUE if example.get("requestId", "") is None else JSON
+    if example["logger"] == "vllm":
+        line = VllmLines(form, terminal=False)(b"", str(example["message"])).decode()
+    elif example["logger"] == "supervisor.access":
+        line = lines_of(JSON, answer())[0]
+    else:
+        told = Told(form)
+        fields = {"phases": []} if "phases" in example else {}
+        told.logger.warning("x", extra={"request": example.get("requestId"), "fields": fields})
+        (line,) = told.lines
+    assert list(json.loads(line)) == list(example)
+
+
+def test_the_page_has_a_row_for_each_key() -> None:
+    section = PAGE[PAGE.index("## JSON") : PAGE.index("## The access log")]
+    named = {name for row in re.findall(r"^\| (`.*?) \|", section, re.M) for name in re.findall(r"`(\w+)`", row)}
+    assert named == {key for example in EXAMPLES for key in example}
+    assert len(EXAMPLES) == 8

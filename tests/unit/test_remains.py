@@ -7,6 +7,8 @@ import os
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
+import pytest
+
 from supervisor.engine.remains import Workspace, clean_leftovers
 
 
@@ -15,6 +17,7 @@ def sweep(base: Path, over: Event) -> None:
         clean_leftovers(base)
 
 
+@pytest.mark.slow
 def test_a_workspace_that_is_just_made_is_nobodys_leftover(tmp_path: Path) -> None:
     """Supervisors that started at the same moment took each other's: one in a hundred, while two look all the time."""
     over = multiprocessing.Event()

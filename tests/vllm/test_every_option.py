@@ -121,7 +121,7 @@ def reference(option: Option, value: object) -> list[str]:
 
 
 def out(arguments: Arguments, **environ: str) -> list[str]:
-    settings = gather(arguments, {"SUPERVISOR_VLLM": str(VLLM), **environ})
+    settings = gather(arguments, {"SUPERVISOR_VLLM": str(VLLM), "SUPERVISOR_ACCESS_LOG": "false", **environ})
     argv = list(build(settings, "S", "F").argv)
     assert argv[1:5] == ["serve", "m", "--uds", "S"]
     return [*argv[2:3], *argv[5:]]
@@ -185,7 +185,7 @@ def test_every_option_by_every_way_is_what_vllm_would_parse(tmp_path: Path, monk
 
 def test_owned_options_are_reported_by_every_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    vllm = {"SUPERVISOR_VLLM": str(VLLM)}
+    vllm = {"SUPERVISOR_VLLM": str(VLLM), "SUPERVISOR_ACCESS_LOG": "false"}
     for key in OWNED:
         option = OPTIONS[key]
         value = sample(option, tmp_path)

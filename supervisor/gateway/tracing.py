@@ -1,0 +1,195 @@
+"""OpenTelemetry spans: one for each relayed request, and below it one for each time that it was held, waited, was sent.
+
+Made once a request is over, from the times that it has noted: tracing costs nothing where it is off, and delays no
+byte where it is on. The client's `traceparent` is the parent of our spans, and goes to vLLM as it came. No query,
+other header or body is in a span. Spans are delivered by a thread; a collector that does not take them is told of once
+a minute, and keeps nobody waiting but the supervisor's end, for `LAST_SPANS` seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from supervisor import __version__
+from supervisor.gateway.access import shown_path
+from supervisor.gateway.counts import CLIENT_GONE, OTHER
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
+    from opentelemetry.sdk.trace import TracerProvider
+
+    from supervisor.gateway.exchange import Exchange
+
+LAST_SPANS = 2.0
+TOLD_EVERY = 60.0
+SERVICE = "vllm-supervisor"
+PROTOCOLS = {"http/protobuf": "http", "grpc": "grpc"}
+# HTTP's semantic conventions: what is none of these has no name of its own.
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY"})
+NAMES = {"held": "hold", "waiting": "wait", "sent": "relay"}
+log = logging.getLogger("supervisor.tracing")
+
+
+def endpoint(environ: Mapping[str, str]) -> str | None:
+    """Where traces were asked to go, by OpenTelemetry's own variables."""
+    found = environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
+    exporters = (environ.get("OTEL_TRACES_EXPORTER") or "otlp").split(",")
+    disabled = environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+    return found if not disabled and "otlp" in map(str.strip, exporters) else None
+
+
+def start(environ: Mapping[str, str], resource: Mapping[str, str], mask: Callable[[str], str]) -> Tracing | None:
+    """For a thread: the imports take 0.3 s. None, and a warning, where there can be no traces."""
+    asked = environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")
+    protocol = asked or "http/protobuf"
+    try:
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"OTEL_EXPORTER_OTLP_PROTOCOL={protocol} is not spoken: {' or '.join(PROTOCOLS)}")
+        exporter = import_module(f"opentelemetry.exporter.otlp.proto.{PROTOCOLS[protocol]}.trace_exporter")
+        from opentelemetry.sdk.resources import OTELResourceDetector, Resource  # noqa: PLC0415
+        from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
+
+        ours = {"service.name": SERVICE, "service.version": __version__, **resource}
+        known = Resource.create(ours).merge(OTELResourceDetector().detect())  # the user's own come last
+        provider = TracerProvider(resource=known, shutdown_on_exit=False)
+        provider.add_span_processor(BatchSpanProcessor(exporter.OTLPSpanExporter()))
+    except ImportError as error:
+        package = "opentelemetry-exporter-otlp-proto-grpc" if protocol == "grpc" else f"{SERVICE}[otel]"
+        log.warning("an OTLP endpoint is set, but no traces: %s. `pip install '%s'` brings it.", error, package)
+        return None
+    except Exception as error:  # noqa: BLE001  # whatever the user's variables say, the model is served
+        log.warning("no traces: %s", error)
+        return None
+    logging.getLogger("opentelemetry").handlers = [_Sparing()]
+    logging.getLogger("opentelemetry").propagate = False
+    log.info("traces go to %s", endpoint(environ))
+    return Tracing(provider, mask)
+
+
+class _Sparing(logging.Handler):
+    """What OpenTelemetry itself says: an exporter that fails says so several times for each batch."""
+
+    silent_until = 0.0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        now = time.monotonic()
+        if record.levelno >= logging.WARNING and now >= self.silent_until:
+            self.silent_until = now + TOLD_EVERY
+            log.warning("traces: %s", record.getMessage())
+
+
+class Tracing:
+    """`ended(exchange)` for each; `close()` before the end."""
+
+    def __init__(self, provider: TracerProvider, mask: Callable[[str], str]) -> None:
+        from opentelemetry import trace  # noqa: PLC0415
+        from opentelemetry.context import Context  # noqa: PLC0415
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415
+
+        self.provider = provider
+        self.tracer = provider.get_tracer("supervisor.gateway", __version__)
+        self.mask = mask
+        self.extract = TraceContextTextMapPropagator().extract
+        self.within = trace.set_span_in_context
+        self.server, self.error = trace.SpanKind.SERVER, trace.Status(trace.StatusCode.ERROR)
+        self.nowhere = Context()
+
+    def ended(self, exchange: Exchange) -> None:
+        try:
+            self._tell(exchange)
+        except Exception:  # another's code, called in the midst of a client's answer
+            log.exception("the spans of a request are lost")
+
+    def _tell(self, exchange: Exchange) -> None:
+        now = exchange.protocol.loop.time()
+        offset = time.time_ns() - int(now * 1e9)
+
+        def unix(at: float) -> int:
+            return offset + int(at * 1e9)
+
+        name, attributes = self._facts(exchange)
+        parent = self._parent(exchange.request_head)
+        span = self.tracer.start_span(name, parent, self.server, attributes, start_time=unix(exchange.began))
+        if not span.is_recording():
+            return
+        below = self.within(span, self.nowhere)
+        for what, since, until, lost in parts(exchange, now):
+            part = self.tracer.start_span(what, below, start_time=unix(since))
+            if lost:
+                part.set_attribute("error.type", "engine_no_answer")
+                part.set_status(self.error)
+            part.end(unix(until))
+        if exchange.first_at:
+            span.add_event("first_byte", timestamp=unix(exchange.first_at))
+        if "error.type" in attributes:
+            span.set_status(self.error)
+        span.end(unix(now))
+
+    def _facts(self, exchange: Exchange) -> tuple[str, dict[str, str | int | bool]]:
+        method, status, cut = exchange.method.decode("latin-1"), exchange.status, exchange.cut
+        known = method in METHODS
+        name = method if known else "HTTP"
+        facts: dict[str, str | int | bool] = {
+            "http.request.method": method if known else "_OTHER",
+            "url.path": shown_path(self.mask, exchange.path),
+            "url.scheme": exchange.protocol.scheme or "http",
+            "vllm_supervisor.request_id": exchange.request_id.decode("latin-1"),
+        }
+        if exchange.route != OTHER:
+            facts["http.route"] = exchange.route
+            name = f"{name} {exchange.route}"
+        if status and status != CLIENT_GONE:  # which is not sent to anybody
+            facts["http.response.status_code"] = status
+        if status >= 500 or (cut and exchange.response_started):
+            facts["error.type"] = cut or str(status)
+        more: dict[str, str | bool] = {
+            "code": cut,
+            "cache": exchange.cached,
+            "client_gone": exchange.gone,
+            "replayed": exchange.replayed,
+            "job": exchange.protocol.private,
+        }
+        facts |= {f"vllm_supervisor.{key}": value for key, value in more.items() if value}
+        return name, facts
+
+    def _parent(self, request_head: bytes) -> Context:
+        """As the W3C has it: several `tracestate` are one list, several `traceparent` are none."""
+        head = request_head[: request_head.find(b"\r\n\r\n")]  # a body may follow
+        if b"\r\ntraceparent:" not in head.lower():
+            return self.nowhere
+        found: dict[str, list[str]] = {"traceparent": [], "tracestate": []}
+        for line in head.decode("latin-1").split("\r\n"):
+            name, _, value = line.partition(":")
+            if (values := found.get(name.lower())) is not None:
+                values.append(value.strip())
+        return self.extract({name: ",".join(values) for name, values in found.items() if values}, self.nowhere)
+
+    def close(self) -> None:
+        """Delivers what is left."""
+        last = threading.Thread(target=self.provider.shutdown, name="last spans", daemon=True)
+        last.start()
+        last.join(LAST_SPANS)
+        if last.is_alive():
+            log.warning("traces: the last ones were not delivered within %g s", LAST_SPANS)
+
+
+def parts(exchange: Exchange, now: float) -> Iterator[tuple[str, float, float, bool]]:
+    """What became of it, in order: name of a span, from, to, and whether it was lost with its engine."""
+    marks, began = exchange.marks, exchange.began
+    # With the cache it is not the client's own exchange that is admitted.
+    went = exchange.admitted or (exchange.response_started and not exchange.cached and exchange.status < 429)
+    if went and (not marks or marks[0][0] == "lost"):
+        marks = (("sent", began), *marks)  # at once, which is not worth a mark
+    again = False
+    for (what, since), (then, until) in zip(marks, (*marks[1:], ("", now)), strict=False):
+        if what == "lost":
+            again = True
+        else:
+            name = "replay" if again and what == "sent" else NAMES[what]
+            yield name, max(since, began), max(until, began), then == "lost"
