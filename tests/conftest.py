@@ -3,6 +3,8 @@
 xdist cuts the list of tests into equal pieces, one for each process, and lets who is done take tests off the ends of
 others' pieces. As collected, a few pieces would have all of the slow tests: so each begins with its share of those, and
 is filled up with quick ones. Tests that share a supervisor stay together, for each process would start one of its own.
+
+Those of tests/vllm are another matter: they share one vLLM (`--dist loadscope`).
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 # Seconds, about, of a test in these files; where tests share something, what all of them take.
 SLOW = {
@@ -37,9 +40,28 @@ TOGETHER = {  # by fixture
 }
 
 
+# Of tests/vllm, those that don't meet the vLLM that the others share: they wait most of the time, or start their own.
+BESIDE = {
+    f"tests/vllm/test_{name}.py"
+    for name in ("catalogue", "demo_model", "download", "every_option", "first_prompt", "templates")
+}
+
+
+class TwoProcesses(LoadScopeScheduling):
+    """One has the shared vLLM with all of its tests, in their order; the other those beside."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "beside" if nodeid.partition("::")[0] in BESIDE else "shared"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling | None:
+    return TwoProcesses(config, log) if config.getvalue("dist") == "loadscope" else None  # type: ignore[arg-type]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     count = getattr(config, "workerinput", {}).get("workercount", 1)
-    if count > 1:
+    if count > 1 and not any(item.get_closest_marker("vllm") for item in items):
         items[:] = dealt(items, count)
 
 

@@ -89,8 +89,9 @@ class Engine:
         self.reason = ""
         self.was_ready = False
         self.failed = False
-        self.transitions: Counter[str] = Counter()
-        self.timeline: deque[dict[str, object]] = deque([{"at": self.since, "state": "starting"}], KEPT_TRANSITIONS)
+        self.transitions: Counter[str] = Counter()  # how often each
+        self.timeline: deque[dict[str, object]] = deque(maxlen=KEPT_TRANSITIONS)
+        self.timeline.append({"at": self.since, "state": self.state.value, "reason": ""})
         self.restarts = 0
         self.restarts_by_cause: Counter[str] = Counter()
         self.last_failure: dict[str, object] | None = None

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -61,6 +61,10 @@ class EngineView(Protocol):
     @property
     def explanation(self) -> str:
         """Why it is not ready, in a sentence for a client: the phase while it loads, the cause when it failed."""
+
+    @property
+    def timeline(self) -> Sequence[Mapping[str, object]]:
+        """Its latest states, the present one included: `at`, `state`, `reason`."""
 
     def status(self) -> Mapping[str, object]: ...
 

@@ -13,7 +13,6 @@ import hashlib
 import json
 import re
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -92,7 +91,7 @@ class _Feed:
         self.news = asyncio.Event()
         self.told: Message = {}
         self.failure: object = None
-        self.transitions = -1
+        self.latest: object = None  # of the engine's transitions
         self.line = 0
 
 
@@ -102,8 +101,6 @@ class Feeds:
     def __init__(self, gateway: Gateway) -> None:
         self.gateway = gateway
         self.feeds: set[_Feed] = set()
-        self.happened: deque[Message] = deque(maxlen=TRANSITIONS)
-        self.transitions = 0
         self.over = False
         self.now: Message = {}
         self.failure: object = None
@@ -115,9 +112,6 @@ class Feeds:
 
     def changed(self) -> None:
         """Called after each transition of the engine."""
-        status = self.gateway.engine.status()
-        self.happened.append({"at": status["since"], "state": status["state"], "reason": status["reason"]})
-        self.transitions += 1
         self._tell()
 
     def end(self) -> None:
@@ -188,9 +182,10 @@ class Feeds:
             more["bounds"] = BOUNDS
         if feed.failure is not self.failure:
             feed.failure = more["last_failure"] = self.failure
-        if feed.transitions != self.transitions:
-            feed.transitions = self.transitions
-            more["happened"] = list(self.happened)
+        happened = list(self.gateway.engine.timeline)[-TRANSITIONS:]
+        if feed.latest is not happened[-1]:
+            feed.latest = happened[-1]
+            more["happened"] = happened
         feed.line, lines = self.gateway.engine.log_after(feed.line)
         if lines:
             more["log"] = [line[:LONGEST_LINE] for line in lines]

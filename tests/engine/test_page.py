@@ -129,7 +129,7 @@ def test_a_feed_begins_with_what_is_and_goes_on_with_what_changes(running: Super
         assert first["state"] == "ready"
         assert "importing vLLM" in {row["name"] for row in first["phases"]}
         assert any("Application startup complete" in line for line in first["log"])
-        assert [row["state"] for row in first["happened"]] == ["ready"]
+        assert [row["state"] for row in first["happened"]] == ["starting", "ready"]
         assert len(first["bounds"]) + 1 == len(first["buckets"])
         before = sum(first["statuses"].values())
         running.client.post(CHAT, json=chat(max_tokens=3, stream=True))
@@ -169,7 +169,7 @@ def test_a_feed_tells_a_crash_and_the_recovery(tmp_path: Path) -> None:
     assert "SIGKILL" in failures[0]["cause"] or failures[0]["signal"] == 9
     assert told[-1]["restarts"] == 1
     happened = [event["happened"] for event in told if "happened" in event][-1]
-    assert [row["state"] for row in happened] == ["ready", "restarting", "ready"]
+    assert [row["state"] for row in happened] == ["starting", "ready", "restarting", "ready"]
     assert any("Application startup complete" in line for event in told for line in event.get("log", ()))
 
 
@@ -209,7 +209,7 @@ def test_a_feed_tells_the_end_and_holds_nothing_up() -> None:
         for events in feeds:
             told = list(events)  # httpx complains where the last chunk is missing
             happened = [event["happened"] for event in told if "happened" in event][-1]
-            assert [row["state"] for row in happened] == ["ready", "draining", "stopping", "stopped"]
+            assert [row["state"] for row in happened] == ["starting", "ready", "draining", "stopping", "stopped"]
         assert served.exit_code() == 0
         assert time.monotonic() - began < 3
         assert "Traceback" not in served.output
@@ -294,7 +294,7 @@ def test_nothing_is_looked_at_while_nobody_listens(monkeypatch: pytest.MonkeyPat
 
     async def one_feed() -> None:
         gateway = SimpleNamespace(
-            engine=SimpleNamespace(status=status, log_after=lambda number: (number, [])),
+            engine=SimpleNamespace(status=status, timeline=[{}], log_after=lambda number: (number, [])),
             counts=SimpleNamespace(statuses={}, buckets=[]),
             upstream=SimpleNamespace(loop=asyncio.get_running_loop(), reads=0),
             connections=set(), in_flight=0, waiting=0,

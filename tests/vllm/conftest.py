@@ -1,5 +1,6 @@
 """The real vLLM under a real supervisor, started once for all tests here. Tests that break it run after the
-others, then the one that stops it, and after that the one that needs the machine for two of it."""
+others, then the one that stops it, and after that the one that needs the machine for two of it. What runs beside them,
+in another process, is told in tests/conftest.py."""
 
 from __future__ import annotations
 

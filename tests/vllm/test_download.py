@@ -351,8 +351,8 @@ def test_a_slow_line_shows_how_far_it_is(user: User, hub: Hub) -> None:
 
 
 def test_a_download_that_goes_on_may_take_longer_than_vllms_start(user: User, hub: Hub) -> None:
-    hub.change(rate=MB)
-    with user.up(hub, "org/large", SUPERVISOR_STARTUP_TIMEOUT="2") as supervisor:
+    hub.change(rate=MB // 2)
+    with user.up(hub, "org/large", SUPERVISOR_STARTUP_TIMEOUT="4") as supervisor:
         supervisor.ready()
 
 
