@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,13 +42,13 @@ Results = dict[str, dict[str, dict[str, float]]]
 KEY = "a-key-for-the-benchmark"
 EVENTS = 64
 CONNECTIONS = (1, 64, 256)
-BODY = {"model": "m", "messages": [{"role": "user", "content": "x" * 200}]}
+BODY = {"model": "m", "temperature": 0, "messages": [{"role": "user", "content": "x" * 200}]}
 NGINX = """
 {user}
 worker_processes 1; daemon off; pid {folder}/nginx.pid; error_log {folder}/error.log;
 events {{ worker_connections 4096; }}
 http {{
-    access_log off; client_body_temp_path {folder}/b; proxy_temp_path {folder}/p; fastcgi_temp_path {folder}/f;
+    access_log {log}; client_body_temp_path {folder}/b; proxy_temp_path {folder}/p; fastcgi_temp_path {folder}/f;
     uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
     keepalive_requests 1000000;
     upstream vllm {{ server unix:{folder}/upstream.sock; keepalive 512; keepalive_requests 1000000; }}
@@ -144,23 +145,26 @@ def wait_for(port: int, process: subprocess.Popen[bytes], said: IO[bytes]) -> No
 
 
 @contextlib.contextmanager
-def nginx(folder: Path) -> Iterator[Front]:
+def nginx(folder: Path, *, logs: bool = False) -> Iterator[Front]:
     port = free_port()
-    (folder / "nginx.conf").write_text(
-        NGINX.format(folder=folder, port=port, user="user root;" if os.geteuid() == 0 else "")
-    )
-    with running(["nginx", "-c", str(folder / "nginx.conf"), "-e", str(folder / "error.log")], 1) as (process, said):
+    name = "nginx, access log" if logs else "nginx"
+    conf = folder / f"nginx{logs}.conf"
+    user = "user root;" if os.geteuid() == 0 else ""
+    log = f"{folder}/access.log" if logs else "off"
+    conf.write_text(NGINX.format(folder=folder, port=port, user=user, log=log).replace("nginx.pid", f"nginx{logs}.pid"))
+    with running(["nginx", "-c", str(conf), "-e", str(folder / "error.log")], 1) as (process, said):
         wait_for(port, process, said)
         pids = [child.pid for child in psutil.Process(process.pid).children()]
-        yield Front("nginx", port, pids)
+        yield Front(name, port, pids)
 
 
 @contextlib.contextmanager
-def gateway(folder: Path) -> Iterator[Front]:
+def gateway(folder: Path, name: str = "gateway", **more: str) -> Iterator[Front]:
+    """Its access log is off, as nginx's is, unless `more` says otherwise."""
     port = free_port()
     environ = {
         "SUPERVISOR_VLLM": str(folder / "vllm"), "PORT": str(port), "SUPERVISOR_API_KEYS": KEY,
-        "SUPERVISOR_MAX_CONCURRENCY": "1000", "PYTHONDONTWRITEBYTECODE": "",
+        "SUPERVISOR_MAX_CONCURRENCY": "1000", "PYTHONDONTWRITEBYTECODE": "", "SUPERVISOR_ACCESS_LOG": "false", **more,
     }  # fmt: skip
     with running([str(Path(sys.prefix) / "bin" / "supervisor"), "up", "m"], 1, **environ) as (process, said):
         wait_for(port, process, said)
@@ -169,7 +173,7 @@ def gateway(folder: Path) -> Iterator[Front]:
             with contextlib.suppress(psutil.Error):
                 if "fast_upstream" in " ".join(child.cmdline()):
                     child.cpu_affinity([0])
-        yield Front("gateway", port, [process.pid])
+        yield Front(name, port, [process.pid])
 
 
 @contextlib.contextmanager
@@ -262,7 +266,7 @@ def measure(fronts: list[Front], connections: tuple[int, ...], seconds: int, rou
     """Each reading is taken of one front after the other, several times over, so that the machine's moods cancel out:
     what stands in the table is the median, and so are the ratios, each taken within one round."""
     results: Results = {front.name: {} for front in fronts}
-    print(f"{'':16}{'':8}{'conns':>6}{'per s':>10}{'CPU us':>9}{'x nginx':>9}{'p50 ms':>9}{'p99 ms':>9}{'errors':>8}")
+    print(f"{'':19}{'':8}{'conns':>6}{'per s':>10}{'CPU us':>9}{'x nginx':>9}{'p50 ms':>9}{'p99 ms':>9}{'errors':>8}")
     for kind in ("json", "stream"):
         for count in connections:
             readings: dict[str, list[dict[str, float]]] = {front.name: [] for front in fronts}
@@ -278,7 +282,7 @@ def measure(fronts: list[Front], connections: tuple[int, ...], seconds: int, rou
                     row["times_nginx"] = statistics.median(ratios)
                 results[front.name][f"{kind} {count}"] = row
                 print(
-                    f"{front.name:16}{kind:8}{count:6}{row['per_second']:10.0f}{row['cpu_us']:9.1f}"
+                    f"{front.name:19}{kind:8}{count:6}{row['per_second']:10.0f}{row['cpu_us']:9.1f}"
                     f"{row.get('times_nginx', float('nan')):9.2f}{row['p50_ms']:9.2f}{row['p99_ms']:9.2f}"
                     f"{row['errors']:8.0f}",
                     flush=True,
@@ -289,7 +293,7 @@ def measure(fronts: list[Front], connections: tuple[int, ...], seconds: int, rou
 def measure_memory(front: Front) -> dict[str, float]:
     found = {"rss_mb": front.rss(), "idle_1000_mb": idle_memory(front, 1000), "slow_256_mb": slow_readers(front, 256)}
     print(
-        f"{front.name:16}memory {found['rss_mb']:.0f} MB; 1,000 idle connections {found['idle_1000_mb']:+.1f} MB; "
+        f"{front.name:19}memory {found['rss_mb']:.0f} MB; 1,000 idle connections {found['idle_1000_mb']:+.1f} MB; "
         f"256 slow readers of long streams {found['slow_256_mb']:+.1f} MB",
         flush=True,
     )
@@ -300,14 +304,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=int, default=3, help="for each reading")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", help="names between commas, of: direct, nginx, gateway, naive")
+    parser.add_argument(
+        "--only",
+        help="names between commas, of: direct, nginx, gateway, naive, nginx-log, gateway-log, gateway-json, -hit",
+    )
     parser.add_argument("--connections", type=lambda text: tuple(map(int, text.split(","))), default=CONNECTIONS)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     for program in ("nginx", "wrk", "taskset"):
         if not shutil.which(program):
             sys.exit(f"bench_gateway: {program} is missing (Debian: apt-get install nginx-light wrk util-linux)")
-    starts: dict[str, Callable[[Path], Any]] = {"nginx": nginx, "gateway": gateway, "naive": naive}
+    starts: dict[str, Callable[[Path], Any]] = {
+        "nginx": nginx,
+        "gateway": gateway,
+        "naive": naive,
+        "nginx-log": partial(nginx, logs=True),
+        "gateway-log": partial(gateway, name="gateway, text", SUPERVISOR_ACCESS_LOG="true"),
+        "gateway-json": partial(
+            gateway, name="gateway, JSON", SUPERVISOR_ACCESS_LOG="true", SUPERVISOR_LOG_FORMAT="json"
+        ),
+        "gateway-hit": partial(gateway, name="gateway, cached", SUPERVISOR_RESPONSE_CACHE="64MiB"),
+    }
     chosen = (arguments.only or "direct,nginx,gateway,naive").split(",")
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
     print(machine)

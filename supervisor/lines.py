@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 # Writes bytes to a file descriptor; raises OSError where nobody reads any more.
 Write = Callable[[int, bytes], None]
@@ -40,7 +41,7 @@ class Form:
         return json.dumps(line | more)
 
     def text(self, level: str, message: str, at: float, request: str | None) -> str:
-        head = f"{time.strftime('%H:%M:%S', time.localtime(at))} supervisor"
+        head = f"{_clock(int(at))} supervisor"
         head += ":" if level == "INFO" else f" {level}:"
         line = self.mask(message if request is None else f"{message} (request {printable(request)})")
         if self.terminal and self.colour:
@@ -53,7 +54,7 @@ class VllmLines:
 
     def __init__(self, form: Form, *, terminal: bool) -> None:
         self.as_json = form.as_json
-        self.form = Form(_as_it_is, form.as_json, form.queue)
+        self.form = unmasked(form)
         self.terminal = terminal and form.colour
         self.level = "INFO"
 
@@ -82,10 +83,28 @@ def write_all(target: int, data: bytes) -> None:
         data = data[os.write(target, data) :]
 
 
+def unmasked(form: Form) -> Form:
+    """For lines whose parts are masked one by one."""
+    return Form(_as_it_is, form.as_json, form.queue, form.colour, form.terminal)
+
+
 def _as_it_is(text: str) -> str:
     return text
 
 
 def _iso(at: float) -> str:
     """With milliseconds, in UTC."""
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(at))}.{int(at % 1 * 1000):03d}Z"
+    return f"{_date(int(at))}.{int(at % 1 * 1000):03d}Z"
+
+
+# The lines of a busy second share it.
+
+
+@lru_cache(4)
+def _clock(second: int) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(second))
+
+
+@lru_cache(4)
+def _date(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))

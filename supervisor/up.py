@@ -379,7 +379,7 @@ async def _run(start: _Start, lines: Log) -> int:
         from supervisor.gateway.cache import Cache  # noqa: PLC0415  # for those who want it
 
         gateway.cache = Cache(gateway, knobs.response_cache)
-    access = AccessLog(loop, start.spawn.form, lines.later, knobs.log_level)
+    access = AccessLog(loop, start.spawn.form, lines.later, knobs.log_level, gateway.run)
     if knobs.access_log:
         gateway.listeners += (access.ended,)
     for number in SIGNALS:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from supervisor.lines import Form, printable
+from supervisor.lines import Form, printable, unmasked
 
 if TYPE_CHECKING:
     import asyncio
@@ -50,11 +50,15 @@ class AccessLog:
         form: Form,
         later: Callable[[Callable[[], Sequence[str]]], None],
         level: str = "info",
+        ours: bytes = b" ",
     ) -> None:
-        """`later` has the log's thread make lines, and write them; above `level` info, those of failures alone."""
+        """`later` has the log's thread make lines, and write them; above `level` info, those of failures alone. `ours`:
+        how the ids begin that no client made."""
+        self.ours = ours
         self.from_status = FROM_STATUS[level]
         self.loop = loop
-        self.form = form
+        self.form = unmasked(form)
+        self.mask = form.mask
         self.later = later
         self.batch: list[Answer] = []
 
@@ -89,8 +93,10 @@ class AccessLog:
 
     def _line(self, answer: Answer) -> str:
         level = "INFO" if answer.status < 500 else "WARNING"
-        path = shown_path(self.form.mask, answer.path)
+        path = shown_path(self.mask, answer.path)
         request_id = answer.request_id.decode("latin-1")
+        if not answer.request_id.startswith(self.ours):
+            request_id = self.mask(request_id)
         what = f"{answer.method.decode('latin-1')} {path} {answer.status}"
         if self.form.as_json:
             return self.form.json(

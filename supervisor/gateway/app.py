@@ -131,13 +131,13 @@ class Gateway:
         self._exposition: Exposition | None = None
         self.connections: set[RelayProtocol] = set()
         self.clock = 0.0  # the loop's time at the last tick
-        self._run, self._requests = os.urandom(10).hex().encode(), 0
+        self.run, self._requests = os.urandom(10).hex().encode(), 0
         self._tick()
 
     def new_id(self) -> bytes:
         """A request's id: of this run, and counted. To read as many random bytes for each would cost as much again."""
         self._requests += 1
-        return b"%b%012x" % (self._run, self._requests)
+        return b"%b%012x" % (self.run, self._requests)
 
     def set_keys(self, api_keys: Iterable[str], admin_keys: Iterable[str]) -> None:
         """From now on these are valid; requests that run are not stopped."""

@@ -246,6 +246,10 @@ def test_in_json_its_numbers_stand_by_themselves() -> None:
     assert (content["seconds"], content["first_byte_seconds"], content["bytes"]) == (1.5, 0.25, 13400)
 
 
+def test_a_secret_in_a_clients_id_is_masked() -> None:
+    assert "very-secret-value" not in lines_of(TEXT, answer(request_id=b"very-secret-value"))[0]
+
+
 def test_a_long_path_is_shortened() -> None:
     assert len(lines_of(TEXT, answer(path=b"/" + b"x" * 8000))[0]) < 400
 
