@@ -6,15 +6,11 @@ On RunPod's queue each line of JSON has a `requestId`, the job's, as the lines o
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-
-# Writes bytes to a file descriptor; raises OSError where nobody reads any more.
-Write = Callable[[int, bytes], None]
 
 PLAIN, DIM = "\x1b[0m", "\x1b[2m"
 COLOURS = {"INFO": "\x1b[36m", "WARNING": "\x1b[33m", "ERROR": "\x1b[31m", "CRITICAL": "\x1b[31m"}
@@ -39,6 +35,15 @@ class Form:
         if request is not None or self.queue:
             line["requestId"] = request if request is None else self.mask(request)
         return json.dumps(line | more)
+
+    def line(self, level: str, logger: str, message: str, at: float, request: str | None = None, **more: object) -> str:
+        if self.as_json:
+            return self.json(level, logger, message, at, request, **more)
+        return self.text(level, message, at, request)
+
+    def lost(self, count: int) -> bytes:
+        line = self.line("WARNING", "supervisor", f"{count} lines were lost here: nobody read the log", time.time())
+        return f"{line}\n".encode()
 
     def text(self, level: str, message: str, at: float, request: str | None) -> str:
         head = f"{_clock(int(at))} supervisor"
@@ -76,11 +81,6 @@ class VllmLines:
 def printable(text: str) -> str:
     """What a client chose, as it can stand in a line."""
     return text if text.isprintable() else text.encode("unicode_escape").decode()
-
-
-def write_all(target: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(target, data) :]
 
 
 def unmasked(form: Form) -> Form:

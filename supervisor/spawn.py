@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from supervisor.engine.process import EngineProcess
 from supervisor.engine.remains import Guard, Workspace
-from supervisor.lines import Form, write_all
+from supervisor.lines import Form
+from supervisor.output import Output
 from supervisor.settings import volume
 from supervisor.settings.command import Command, Serving, build
 from supervisor.settings.sources import Settings
-from supervisor.terminal import Foot
 from supervisor.weights import find, snapshot
 
 if TYPE_CHECKING:
@@ -78,8 +78,9 @@ class Spawn:
         )
         # On a terminal the start is shown below the log; "dumb" ones can't go back a line.
         terminal = all(map(os.isatty, (1, 2))) and settings.environ.get("TERM") != "dumb"
-        self.foot = Foot() if terminal and not self.form.as_json else None
-        self.write = self.foot.write if self.foot is not None else write_all
+        self.has_foot = terminal and not self.form.as_json
+        self.stderr = Output(2, self.form.lost)
+        self.stdout = self.stderr if terminal else Output(1, self.form.lost)
         self.command = build(settings, str(workspace.socket), str(workspace.temporary))  # as a person may see it
         self.latest: EngineProcess | None = None
         self.weights = find.Weights("not looked for yet")
@@ -89,7 +90,7 @@ class Spawn:
     def __call__(self) -> EngineProcess:
         """Raises OSError."""
         self.weights = weights_of(self.settings)
-        self.latest = EngineProcess(self._command(self.weights), self.form, self.write)
+        self.latest = EngineProcess(self._command(self.weights), self.form, (self.stdout, self.stderr))
         self._read_ahead(self.weights)
         self._noted = None
         self.note(self.latest)
@@ -133,6 +134,11 @@ class Spawn:
                 from supervisor.weights.prefetch import Prefetch  # noqa: PLC0415  # for models that are worth it
 
                 self.prefetch = Prefetch(files)
+
+    def close(self) -> None:
+        """Writes what is still to be written."""
+        for output in {self.stdout, self.stderr}:
+            output.close()
 
     def note(self, process: EngineProcess) -> None:
         """Tells the guard, and a later start, what would have to be removed."""

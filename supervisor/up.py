@@ -79,6 +79,7 @@ def up(settings: Settings) -> int:
         finally:
             assert spawn.latest is not None
             spawn.latest.clean_up()
+            spawn.close()
     finally:
         workspace.remove()
         guard.dismiss()
@@ -183,14 +184,9 @@ def _serve(start: _Start) -> int:
     from supervisor import logs  # noqa: PLC0415
 
     knobs = start.settings.knobs
-    log = logs.start(start.spawn.form, knobs.log_level, start.spawn.write)
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_run(start, log))
-    finally:
-        if start.spawn.foot is not None:
-            start.spawn.foot.hide()
-        log.close()
+    log = logs.start(start.spawn.form, knobs.log_level, start.spawn.stderr)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_run(start, log))
 
 
 async def _run(start: _Start, lines: Log) -> int:
@@ -288,7 +284,7 @@ async def _run(start: _Start, lines: Log) -> int:
             return False
         return True
 
-    foot = start.spawn.foot
+    foot = start.spawn.stderr if start.spawn.has_foot else None
 
     def picture(*, running: bool = True) -> list[str]:
         phases = engine.phases

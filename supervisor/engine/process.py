@@ -22,7 +22,8 @@ from collections.abc import Callable
 from typing import IO
 
 from supervisor.engine import remains
-from supervisor.lines import Form, VllmLines, Write
+from supervisor.lines import Form, VllmLines
+from supervisor.output import Output
 from supervisor.settings.command import Command
 
 KEPT_LINES = 500
@@ -35,16 +36,15 @@ PART_PREFIX = "VLLM::"
 class LogPump:
     """Copies one of the child's streams to one of ours, line by line, in a thread of its own.
 
-    A thread, so that a terminal or a log collector that stops reading holds up vLLM's log and nothing else.
+    vLLM waits for its log to be read, so nothing may hold this thread up.
     """
 
-    def __init__(self, source: IO[bytes], target: int, lines: deque[str], form: Form, write: Write) -> None:
+    def __init__(self, source: IO[bytes], output: Output, lines: deque[str], form: Form) -> None:
         self.source = source
-        self.target: int | None = target
+        self.output = output
         self.lines = lines
         self.mask = form.mask
-        self.shown = VllmLines(form, terminal=os.isatty(target))
-        self.write = write
+        self.shown = VllmLines(form, terminal=os.isatty(output.target))
         self.listener: Callable[[str], object] | None = None
         self.thread = threading.Thread(target=self._run, name="vllm-log", daemon=True)
         self.thread.start()
@@ -69,22 +69,15 @@ class LogPump:
             self.lines.append(text)
             if self.listener is not None:
                 self.listener(text)
-        self._write(b"".join(out))
-
-    def _write(self, data: bytes) -> None:
-        if self.target is None:
-            return
-        try:
-            self.write(self.target, data)
-        except OSError:
-            self.target = None  # our own output is closed: vLLM's must still be read, or it would block
+        if out:
+            self.output.put(b"".join(out))
 
 
 class EngineProcess:
     """One run of `vllm serve`, from spawn to the last process of its session."""
 
-    def __init__(self, command: Command, form: Form, write: Write) -> None:
-        """Spawns it. Raises OSError where the command can't be executed. Its log goes to `write`, looking as `form`."""
+    def __init__(self, command: Command, form: Form, outputs: tuple[Output, Output]) -> None:
+        """Spawns it. Raises OSError where the command can't be executed. Its stdout and stderr go to `outputs`."""
         _adopt_orphans()
         self.command = command
         self.child = subprocess.Popen(
@@ -101,8 +94,8 @@ class EngineProcess:
         assert self.child.stdout is not None
         assert self.child.stderr is not None
         self.pumps = [
-            LogPump(source, target, self.lines, form, write)
-            for source, target in ((self.child.stdout, 1), (self.child.stderr, 2))
+            LogPump(source, output, self.lines, form)
+            for source, output in zip((self.child.stdout, self.child.stderr), outputs, strict=True)
         ]
 
     @property

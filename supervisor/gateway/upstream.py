@@ -481,6 +481,7 @@ class Probe:
         self.body.append(self.dechunker.feed(data) if self.dechunker else data)
 
     def response_end(self) -> None:
+        self.connection = None  # where vLLM keeps it open, another's request may have it by now
         if not self.answer.done():
             self.answer.set_result((self.status, b"".join(self.body)))
 

@@ -12,6 +12,7 @@ SHORTEST_SECRET = 6  # a shorter value (`KEY=1`) is no secret, and masking it wo
 
 SECRET_NAME = re.compile(
     r"TOKEN(?!IZ|S)|(API|AUTH|ACCESS|HF)_TOKENS|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|(^|_)KEYS?($|_)|API_?KEY"
+    r"|^OTEL_\w+_HEADERS$"
 )
 # The name of a field, or of a query's parameter, that holds a secret; `max_tokens` and `eos_token` do not.
 _FIELD = (
@@ -39,6 +40,8 @@ class Mask:
         values = {value for name, value in environ.items() if SECRET_NAME.search(name.upper())}
         # A list of keys, or a file's name: each key is a secret by itself.
         values |= {part.strip() for value in values if "," in value for part in value.split(",")}
+        # OpenTelemetry's headers are `name=value`, as are others' lists.
+        values |= {value.partition("=")[2].strip() for value in values}
         values.update(more)
         self.values: set[str] = set()
         self.known: re.Pattern[str] | None = None

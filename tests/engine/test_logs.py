@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -183,7 +184,10 @@ class Terminal:
         self.pid = pid
         self.raw = ""
         self.reader = threading.Thread(target=self._read, daemon=True)
+
+    def read(self) -> Terminal:
         self.reader.start()
+        return self
 
     def _read(self) -> None:
         rest = ""
@@ -202,7 +206,8 @@ class Terminal:
     def __exit__(self, *_: object) -> None:
         os.kill(self.pid, 15)
         os.waitpid(self.pid, 0)
-        self.reader.join(10)
+        if self.reader.is_alive():
+            self.reader.join(10)
         os.close(self.terminal)
 
     def shows(self, pattern: str) -> str:
@@ -216,7 +221,7 @@ SLOW = json.dumps([{"load_seconds": 1.0}, {}])
 
 
 def test_a_start_is_shown_below_the_log_as_it_happens_and_stays_when_it_is_done() -> None:
-    with Terminal("m", FAKE_VLLM_PLAN=SLOW) as terminal:
+    with Terminal("m", FAKE_VLLM_PLAN=SLOW).read() as terminal:
         loading = terminal.shows(r"\n[⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏] loading weights +\d+\.\d s +━+\n$")
         assert re.search(r"\n✓ importing vLLM +\d+\.\d s +━+\n", loading)
         terminal.shows(r"supervisor: ready: http")
@@ -229,15 +234,33 @@ def test_a_start_is_shown_below_the_log_as_it_happens_and_stays_when_it_is_done(
         terminal.shows(r"restarting -> ready")
 
 
+def test_a_terminal_that_stands_still_holds_up_nobody() -> None:
+    """Ctrl-S, and a vLLM that logs: it waits for its log to be read, so that goes on, into nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port = found.getsockname()[1]
+    plan = json.dumps({"log_flood": 20_000})
+    url = f"http://127.0.0.1:{port}"
+    with Terminal("m", PORT=str(port), FAKE_VLLM_PLAN=plan), httpx.Client(base_url=url) as client:
+
+        def ready() -> bool:
+            with contextlib.suppress(httpx.TransportError):
+                return client.get("/ping").status_code == 200
+            return False
+
+        wait_until(ready, "readiness")
+        for _ in range(50):
+            assert client.post(COMPLETIONS, json={"prompt": "x"}).status_code == 200
+
+
 @pytest.mark.parametrize("environ", [{"TERM": "dumb"}, {"SUPERVISOR_LOG_FORMAT": "json"}], ids=str)
 def test_there_is_no_foot_where_it_would_be_noise(environ: dict[str, str]) -> None:
-    with Terminal("m", **environ) as terminal:
+    with Terminal("m", **environ).read() as terminal:
         terminal.shows("vLLM's start: asking the hub")
         terminal.shows("ready: http")
         assert "\x1b[J" not in terminal.raw
 
 
 def test_without_colours_the_foot_has_none() -> None:
-    with Terminal("m", NO_COLOR="1") as terminal:
+    with Terminal("m", NO_COLOR="1").read() as terminal:
         terminal.shows("✓ importing vLLM")
         assert not re.search(r"\x1b\[\d*m", terminal.raw)

@@ -252,6 +252,7 @@ def connected(served: Supervisor) -> set[int]:
     return {connection.raddr.port for connection in found if connection.raddr}
 
 
+@pytest.mark.slow
 def test_a_reader_that_does_not_read_is_dropped(tmp_path: Path) -> None:
     environ = {"SUPERVISOR_CLIENT_TIMEOUT": "0.4"}
     with Supervisor("m", vllm=talkative(tmp_path), environ=environ) as served, contextlib.ExitStack() as stack:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -9,12 +10,14 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
 
+from supervisor.gateway.upstream import Probe, Upstream
 from tests.harness import Supervisor, wait_until
 
 CHAT = "/v1/chat/completions"
@@ -573,3 +576,24 @@ def test_keys() -> None:
         supervisor.engine_pid = client.get("/status", headers={"X-API-Key": "first-key"}).json()["pid"]
         assert "first-key" not in supervisor.output
         client.close()
+
+
+# A question of ours, among the requests
+
+
+def test_a_connection_that_vllm_keeps_open_is_not_closed_under_the_next_request(tmp_path: Path) -> None:
+    """A probe asks for its connection to be closed. Where vLLM does not, the pool has it, or a request by then."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.readuntil(b"\r\n\r\n"):
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+    async def ask() -> None:
+        server = await asyncio.start_unix_server(serve, tmp_path / "s")
+        upstream = Upstream(str(tmp_path / "s"))
+        assert await Probe.get(upstream, "/health") == (200, b"ok")
+        assert [connection.transport.is_closing() for connection in upstream.idle] == [False]
+        upstream.close()
+        server.close()
+
+    asyncio.run(ask())

@@ -321,6 +321,7 @@ def test_a_crash_with_jobs_under_way(endpoint: Supervisor, runpod: RunPod) -> No
     assert endpoint.client.get("/status").json()["mode"] == "queue"
 
 
+@pytest.mark.slow  # waits for two pings, a start of five seconds, and an open poll
 def test_nothing_is_taken_while_it_restarts_and_pings_go_on() -> None:
     with RunPod("--hold", "2") as runpod:
         plan = [{}, {"load_seconds": 5}]
@@ -404,6 +405,7 @@ def test_sigterm_while_it_loads() -> None:
         assert runpod.log("job-take-batch") == []  # it had not joined
 
 
+@pytest.mark.slow  # until RunPod gives a job out again
 def test_a_worker_that_is_killed_is_started_again_and_its_heartbeat_dies_with_it() -> None:
     with RunPod("--hold", "2", "--lost-after", "3") as runpod, in_queue_mode(runpod) as supervisor:
         supervisor.ready()

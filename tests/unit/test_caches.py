@@ -164,6 +164,7 @@ def test_halves_of_workers_that_died_are_removed(tmp_path: Path, store: Path) ->
     assert {path.name for path in store.iterdir()} == {".young.half", cache.archive.name}
 
 
+@pytest.mark.slow
 def test_files_that_come_and_go_meanwhile(tmp_path: Path, store: Path) -> None:
     """vLLM goes on compiling while we pack: that may cost the archive, but not us."""
     cache = start(tmp_path, store)

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import tempfile
 import threading
 import types
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import pytest
 
 from supervisor import logs
+from supervisor import output as output_module
 from supervisor.gateway.access import AccessLog, Answer
 from supervisor.lines import Form, VllmLines
+from supervisor.output import Output
 from supervisor.settings.secrets import Mask
+from tests.harness import wait_until
 
 MASK = Mask({"HF_TOKEN": "very-secret-value"})
 JSON, TEXT = Form(MASK, as_json=True), Form(MASK)
@@ -26,26 +32,24 @@ class Told:
     """A log, and what it wrote."""
 
     def __init__(self, form: Form) -> None:
-        self.written = b""
-        self.log = logs.Log(form, self._write)
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `lines`
+        self.log = logs.Log(form, Output(self.file.fileno(), form.lost))
         self.logger = logging.Logger("supervisor.engine")
         self.logger.addHandler(self.log)
 
-    def _write(self, target: int, data: bytes) -> None:
-        assert target == 2
-        self.written += data
-
-    @property
+    @cached_property
     def lines(self) -> list[str]:
         self.log.close()
-        return self.written.decode().splitlines()
+        with self.file:
+            self.file.seek(0)
+            return self.file.read().decode().splitlines()
 
 
 @pytest.fixture
 def text() -> Iterator[Told]:
     told = Told(TEXT)
     yield told
-    told.log.close()
+    assert told.lines is not None
 
 
 def test_a_line_of_text(text: Told) -> None:
@@ -130,24 +134,42 @@ def test_a_clients_id_can_make_no_line_and_no_colour(text: Told) -> None:
 
 
 def test_a_reader_that_stands_still_costs_lines_and_says_how_many() -> None:
-    goes_on, stands = threading.Event(), threading.Event()
-    written = []
+    """Nobody waits for it: neither who logs nor vLLM's pump."""
+    reading, writing = os.pipe()
+    output = Output(writing, TEXT.lost)
+    line = b"x" * 999 + b"\n"
+    for _ in range(output_module.BACKLOG + 500):
+        output.put(line)
+    assert output.lost > 100
+    received = bytearray()
 
-    def write(_: int, data: bytes) -> None:
-        stands.set()
-        goes_on.wait()
-        written.append(data)
+    def read() -> None:
+        while data := os.read(reading, 1 << 20):
+            received.extend(data)
 
-    log = logs.Log(TEXT, write)
-    log.later(lambda: ["first"])
-    assert stands.wait(10)
-    for number in range(logs.BACKLOG + 7):
-        log.later(lambda number=number: [str(number)])  # type: ignore[misc]
-    goes_on.set()
-    log.close()
-    text = b"".join(written).decode()
-    assert "7 lines were lost here: nobody read the log" in text
-    assert f"\n{logs.BACKLOG - 1}\n" in text
+    reader = threading.Thread(target=read)
+    reader.start()
+    wait_until(output._waiting.empty, "its having read")
+    output.put(b"goes on\n")
+    output.close()
+    os.close(writing)
+    reader.join()
+    os.close(reading)
+    lost = re.search(rb"supervisor WARNING: (\d+) lines were lost here: nobody read the log\n", received)
+    assert lost is not None
+    assert received.count(line) + int(lost[1]) == output_module.BACKLOG + 500
+    assert received.endswith(b"goes on\n")
+
+
+def test_its_memory_is_bounded_too() -> None:
+    reading, writing = os.pipe()
+    output = Output(writing, TEXT.lost)
+    for _ in range(1000):
+        output.put(b"x" * 99_999 + b"\n")
+    assert output._bytes < output_module.BACKLOG_BYTES + 200_000
+    os.close(reading)
+    output.close()
+    os.close(writing)
 
 
 def test_a_reader_that_is_gone_or_a_line_that_cant_be_made_is_not_the_end(text: Told) -> None:
@@ -161,11 +183,11 @@ def test_a_reader_that_is_gone_or_a_line_that_cant_be_made_is_not_the_end(text: 
 
 
 def test_closing_does_not_wait_for_a_reader_for_long() -> None:
-    stands = threading.Event()
-    log = logs.Log(TEXT, lambda *_: stands.wait())  # type: ignore[arg-type]
-    log.later(lambda: ["line"])
-    log.close()
-    stands.set()
+    reading, writing = os.pipe()
+    output = Output(writing, TEXT.lost)
+    output.put(b"x" * 1_000_000)
+    output.close()
+    os.close(reading)  # and now it can go on, into nothing
 
 
 # vLLM's

@@ -201,6 +201,12 @@ def test_variables_with_such_names_hold_secrets_in_any_form(name: str) -> None:
         assert "te" not in mask(text)
 
 
+def test_the_headers_for_a_collector_hold_keys() -> None:
+    for name in ("OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS"):
+        masked = Mask({name: "x-team=first-key,x-other = second-key"})("first-key; second-key; x-team")
+        assert masked == "****; ****; x-team"
+
+
 @pytest.mark.parametrize("name", ["MAX_NUM_BATCHED_TOKENS", "TOKENIZER", "KEYBOARD_LAYOUT", "MONKEY", "SPEC_TOKENS"])
 def test_variables_that_only_sound_like_it_hold_none(name: str) -> None:
     assert Mask({name: "131072-abc"})("131072-abc") == "131072-abc"
