@@ -151,6 +151,7 @@ def test_a_reader_that_stands_still_costs_lines_and_says_how_many() -> None:
     reader.start()
     wait_until(output._waiting.empty, "its having read")
     output.put(b"goes on\n")
+    wait_until(lambda: received.endswith(b"goes on\n"), "the last line")
     output.close()
     os.close(writing)
     reader.join()
