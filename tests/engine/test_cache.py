@@ -261,7 +261,7 @@ def together(supervisor: Supervisor, body: object, count: int, headers: dict[str
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_those_who_ask_at_once_share_one_generation(caching: Supervisor, stream: bool) -> None:
-    body, before = same(stream=stream), generations(caching)
+    body, before = same(stream=stream, max_tokens=40), generations(caching)
     headers = {"Authorization": "Bearer one", **fault(token_interval=0.05)}
     answers = together(caching, body, 12, headers)
     assert generations(caching) == before + 1

@@ -269,16 +269,17 @@ def test_waiting_for_a_turn(collector: Collector, supervisor: Supervisor) -> Non
     assert 0.1 < seconds(below[0]) < 2
 
 
+@pytest.mark.slow
 def test_held_replayed_and_cut(collector: Collector, tmp_path: Path) -> None:
     """The first is held while vLLM starts, the second one's engine dies before it answers, the third one's within."""
-    plan = [{"load_seconds": 1.0, "die_after_requests": 1}, {"load_seconds": 0.3}]
+    plan = [{"load_seconds": 3.0, "die_after_requests": 1}, {"load_seconds": 1.0}]
     environ = collector.environ | {"FAKE_VLLM_COUNT": str(tmp_path / "n"), "OTEL_SERVICE_NAME": "mine"}
     with Supervisor("m", plan=plan, environ=environ) as supervisor:
         supervisor.says("traces go to http://127")
         assert supervisor.client.post(COMPLETIONS, json={"prompt": "x"}, headers=named("held")).status_code == 200
         server, (hold, relay) = collector.trace_of("held")
         assert (hold.name, relay.name) == ("hold", "relay")
-        assert 0.2 < seconds(hold) <= seconds(server) < 5
+        assert 0.2 < seconds(hold) <= seconds(server) < 10
         assert hold.end_time_unix_nano <= relay.start_time_unix_nano
         assert collector.resource["service.name"] == "mine"
 
@@ -303,6 +304,7 @@ def test_held_replayed_and_cut(collector: Collector, tmp_path: Path) -> None:
 # A collector that is not well
 
 
+@pytest.mark.slow
 def test_a_collector_that_is_not_well_keeps_nobody_waiting() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         closed = taken.getsockname()[1]

@@ -495,7 +495,7 @@ def test_jobs_and_posts_are_counted_as_runpod_saw_them() -> None:
 
         job = runpod.run(faulty(prefill_seconds=60))  # a POST that a cancel cuts short has no end to be counted
         wait_until(lambda: running(supervisor) == 1, "the job that runs")
-        assert Scrape(supervisor)("supervisor_jobs_running") == 1
+        wait_until(lambda: Scrape(supervisor)("supervisor_jobs_running") == 1, "this one alone to run")
         runpod.http.post(f"{runpod.url}/cancel/{job}")
         wait_until(lambda: Scrape(supervisor)("supervisor_jobs_running") == 0, "its end")
 
