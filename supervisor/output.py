@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import queue
+import select
 import threading
 from collections.abc import Callable, Sequence
 
@@ -96,11 +97,13 @@ class Output:
         return self.lost_line(lost)
 
     def _write(self, data: bytes) -> None:
-        try:
-            while data:
+        while data:
+            try:
                 data = data[os.write(self.target, data) :]
-        except OSError:
-            pass  # nobody reads it any more: vLLM's log must still be taken from it
+            except BlockingIOError:  # another process made the terminal so, which is one for all of them
+                select.select([], [self.target], [])
+            except OSError:
+                return  # nobody reads it any more: vLLM's log must still be taken from it
 
     def _erased(self) -> bytes:
         drawn, self._drawn = self._drawn, 0

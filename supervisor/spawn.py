@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from supervisor.engine.caches import Caches
     from supervisor.weights.prefetch import Prefetch
 
+# From the spawn on they must not end us, or vLLM would stay. SIGHUP too: when the terminal is closed, vLLM in its own
+# session would not hear of it.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 DOWNLOAD = Path(find.__file__).with_name("download.py")
 # Options that may name another repository, which then has to be asked for.
 OTHER_REPOSITORIES = (

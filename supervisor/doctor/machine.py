@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from supervisor import status, up
+from supervisor import listen, status
 from supervisor.doctor.patient import FAIL, OK, UTILIZATION, WARN, Patient, Row
 from supervisor.engine.machine import amount, disk, nearest
 from supervisor.settings import catalogue, vllm, volume
@@ -246,14 +246,14 @@ def port(patient: Patient) -> Row | None:
     if patient.settings is None:
         return None
     try:
-        listeners = up.bind(patient.settings)
+        listeners = listen.bind(patient.settings)
     except SettingsError as error:
         with contextlib.suppress(status.StatusError):
             for each in status.here(patient.environ):
                 return Row(WARN, f"{error}; a supervisor runs here: {status.text(each)}", "One of them is enough.")
         return Row(FAIL, str(error), "Something else listens there: stop it, or set another PORT.")
     bound = [*listeners.gateway, *([listeners.simulator] if listeners.simulator else [])]
-    said = ", ".join(up.address(listener) for listener in bound)
+    said = ", ".join(listen.address(listener) for listener in bound)
     for listener in bound:
         listener.close()
     return Row(OK, f"free: {said}" if said else "none is needed for RunPod's queue")

@@ -10,10 +10,10 @@ from typing import Any
 import psutil
 import pytest
 
+from supervisor.serve import elsewhere
 from supervisor.settings import explain
 from supervisor.settings.command import build
 from supervisor.settings.sources import Arguments, Settings, SettingsError, gather
-from supervisor.up import elsewhere
 
 # As an Instant Cluster of RunPod sets them (docs.runpod.io/instant-clusters/configuration), on its second machine.
 RUNPOD = {

@@ -24,12 +24,12 @@ import pytest
 import yaml
 
 from supervisor.gateway.app import OWN_PATHS
+from supervisor.serve import CLOSE_PATIENCE, TERMINATE_PATIENCE
 from supervisor.settings import catalogue
 from supervisor.settings.aliases import SAGEMAKER
 from supervisor.settings.knobs import size
 from supervisor.settings.sources import Arguments, Settings, gather
 from supervisor.settings.vllm import PINNED
-from supervisor.up import CLOSE_PATIENCE, TERMINATE_PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"

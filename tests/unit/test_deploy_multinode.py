@@ -9,8 +9,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from supervisor.serve import CLOSE_PATIENCE, TERMINATE_PATIENCE
 from supervisor.settings.sources import Arguments, Settings, gather
-from supervisor.up import CLOSE_PATIENCE, TERMINATE_PATIENCE
 
 FOLDER = Path(__file__).resolve().parents[2] / "deploy" / "kubernetes-multinode"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))

@@ -1,0 +1,78 @@
+"""The sockets that clients come to, bound before anything starts: a port that is taken is told at once."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from supervisor.settings.sources import Settings, SettingsError
+
+BACKLOG = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Listeners:
+    """Bound sockets. `front` is where clients come: the gateway's first, or the simulated RunPod's."""
+
+    gateway: tuple[socket.socket, ...]
+    simulator: socket.socket | None = None
+
+    @property
+    def front(self) -> socket.socket | None:
+        return self.simulator or next(iter(self.gateway), None)
+
+
+def bind(settings: Settings) -> Listeners:
+    """Raises SettingsError for a port that is taken or an address that is not ours.
+
+    In queue mode the gateway has a port only where one was asked for: on RunPod's Hub, port 80 is the test runner's.
+    Outside of RunPod the port is the simulator's.
+    """
+    knobs = settings.knobs
+    health = [_listen(knobs.host, knobs.port_health)] if knobs.port_health not in (None, knobs.port) else []
+    if settings.mode == "queue":
+        if not settings.environ.get("RUNPOD_WEBHOOK_GET_JOB"):
+            return Listeners(tuple(health), simulator=_listen(knobs.host, knobs.port))
+        if not settings.asked_for("PORT"):
+            return Listeners(tuple(health))
+    return Listeners((_listen(knobs.host, knobs.port), *health))
+
+
+def _listen(host: str, port: int | None) -> socket.socket:
+    assert port is not None
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+    except (OSError, UnicodeError) as error:
+        listener.close()
+        why = getattr(error, "strerror", None) or error
+        raise SettingsError(
+            [f"can't listen on {host}, port {port} ({why}): set PORT (or --port), or SUPERVISOR_HOST"]
+        ) from error
+    listener.setblocking(False)
+    return listener
+
+
+def privately(path: Path) -> socket.socket:
+    """For the queue worker and `supervisor status`. The folder is ours alone (0700)."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(path))
+    listener.listen(BACKLOG)
+    listener.setblocking(False)
+    return listener
+
+
+def address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def url(listener: socket.socket, scheme: str = "http") -> str:
+    """As a person on this machine would type it."""
+    host, port = listener.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):  # noqa: S104  # compared, not bound
+        host = "127.0.0.1"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
