@@ -63,7 +63,12 @@ def admit(
     thread = threading.Thread(target=read, daemon=True)
     thread.start()
     thread.join(patience)
-    late = SettingsError([f"the settings could not be read in {patience:g} s: `vllm --version` may hang"])
+    late = SettingsError(
+        [
+            f"the settings could not be read in {patience:g} s. A vLLM that is new here is asked for its version and "
+            "its options once, which takes it 10 s: `supervisor explain` does that. Or `vllm --version` hangs"
+        ]
+    )
     result = found[0] if found else late
     hub = Hub(environ)
     if isinstance(result, Settings):

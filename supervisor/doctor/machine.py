@@ -61,10 +61,10 @@ def engine(patient: Patient) -> Row | None:
 
 def gpus(patient: Patient) -> Row:
     found = patient.gpus
-    if found is not None and found.get("error"):
-        return Row(FAIL, f"a GPU does not answer ({found['error']})", "Start the machine anew, or take another one.")
+    if (row := _unusable(patient)) is not None:
+        return row
     if patient.count:
-        names = ", ".join(f"{each['name']} with {amount(each['total'])}" for each in (found or {}).get("gpus") or ())
+        names = ", ".join(f"{each['name']} with {amount(each['total'])}" for each in patient.visible)
         return Row(OK, f"{patient.count} to be seen" + (f": {names}" if names else ""))
     if patient.cuda == "":
         return Row(OK, "none, and none is needed: vLLM's torch is built for the CPU")
@@ -79,13 +79,26 @@ def gpus(patient: Patient) -> Row:
     return Row(OK, "none here: fine for a try with the stand-in or vLLM's CPU build")
 
 
+def _unusable(patient: Patient) -> Row | None:
+    """A GPU that should be there."""
+    found = patient.gpus or {}
+    if found.get("error"):
+        return Row(FAIL, f"a GPU does not answer ({found['error']})", "Start the machine anew, or take another one.")
+    here, asked = len(found.get("gpus") or ()), patient.environ.get("CUDA_VISIBLE_DEVICES", "")
+    for word in asked.split(",") if here else ():
+        if word.strip().isdecimal() and int(word) >= here:  # CUDA takes those before it, and says nothing
+            said = f"CUDA_VISIBLE_DEVICES={asked} names GPU {word.strip()}, which is not here"
+            return Row(FAIL, said, "They are counted from 0: `nvidia-smi -L` lists them.")
+    return None
+
+
 def gpu_memory(patient: Patient) -> Row | None:
     share = float(patient.option("gpu_memory_utilization", UTILIZATION))
-    each = max((patient.gpus or {}).get("gpus") or (), key=lambda each: each["used"] / each["total"], default=None)
+    each = max(patient.visible, key=lambda each: each["used"] / each["total"], default=None)
     if each is None:
         return None
     said = f"{amount(each['used'])} of {amount(each['total'])} are in use"
-    if each["used"] <= each["total"] * (1 - share):
+    if each["used"] <= (each["total"] - each.get("reserved", 0)) * (1 - share):
         return Row(OK, said)
     return Row(
         WARN,

@@ -77,6 +77,17 @@ class Patient:
     def gpus(self) -> dict[str, Any] | None:
         return self.ask_gpus()
 
+    @property
+    def visible(self) -> list[dict[str, Any]]:
+        """Those that CUDA_VISIBLE_DEVICES leaves to vLLM, where it has numbers (a driver counts as `nvidia-smi` does);
+        else all.
+        """
+        found = list((self.gpus or {}).get("gpus") or ())
+        words = [word.strip() for word in self.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+        if not all(word.isdecimal() for word in words):
+            return found
+        return [found[int(word)] for word in words if int(word) < len(found)]
+
     @cached_property
     def _vllm(self) -> vllm.Vllm | None:
         with contextlib.suppress(vllm.VllmError):

@@ -13,7 +13,7 @@ import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-ERROR_LINE = re.compile(r"\b\w*(Error|Exception)\b: |\berror: ")
+ERROR_LINE = re.compile(r"\b\w*(Error|Exception)(_\w+)?: |\berror: ")
 # What vLLM puts before each of its lines: "(APIServer pid=12) ERROR 11-21 19:00:00 [core.py:1] ".
 LINE_PREFIX = re.compile(r"^(\([^)]*pid=\d+\) )*([A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d (\[[^\]]*\] ?)?)?")
 # Levels below ERROR, vLLM's and torch's: such a line may name an exception that was dealt with.
@@ -348,6 +348,11 @@ RULES = (
         r"Found no NVIDIA driver",
         "vLLM sees no GPU.",
         "Start the container with --gpus all, and check CUDA_VISIBLE_DEVICES; `nvidia-smi` must work inside it.",
+    ),
+    _rule(
+        r"NVMLError_InvalidArgument",  # seen on an H200 with CUDA_VISIBLE_DEVICES=5
+        "CUDA_VISIBLE_DEVICES names a GPU that is not here.",
+        "Set it to what `nvidia-smi -L` lists, counted from 0, or leave it out.",
     ),
     _rule(
         r"Bfloat16 is only supported on GPUs",

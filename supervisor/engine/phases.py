@@ -14,7 +14,11 @@ PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
     # vLLM's. From the spawn on, or from the end of the download: 8 s and more of silence.
     ("importing vLLM", re.compile(r"^weights: vLLM is started")),
     ("reading the model's config", re.compile(r"non-default args")),
-    ("starting the engine core", re.compile(r"Initializing a V1 LLM engine|Waiting for \d+ local, \d+ remote core")),
+    # The config is read; EngineCore is spawned, imports vLLM anew (8 s), and only then has a line of its own.
+    (
+        "starting the engine core",
+        re.compile(r"Using max model len|Initializing a V1 LLM engine|Waiting for \d+ local, \d+ remote core"),
+    ),
     # Of several machines; on one, ranks meet by a file, or at its loopback address.
     (
         "waiting for the other ranks",
@@ -26,14 +30,26 @@ PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("downloading weights", re.compile(r"^(?!weights: ).*Downloading weights|Fetching \d+ files|Downloading shards")),
     (
         "loading weights",
-        re.compile(r"Starting to load (the )?model|Loading model weights|Loading safetensors checkpoint"),
+        re.compile(
+            r"Starting to load (the )?model|Loading model from scratch|Loading model weights|"
+            r"Loading safetensors checkpoint"
+        ),
     ),
+    # From the weights' end on: Dynamo's own lines come when it is done.
     (
         "compiling",
-        re.compile(r"Using cache directory.*compile|Dynamo bytecode transform|Start compiling"),
+        re.compile(r"Model loading took|Using cache directory.*compile|Dynamo bytecode transform|Start compiling"),
     ),
-    ("profiling memory", re.compile(r"torch\.compile takes|GPU KV cache size|CPU KV cache size|Available KV cache")),
-    ("capturing graphs", re.compile(r"Capturing CUDA graphs|Capturing cudagraphs|Warming up model")),
+    (
+        "profiling memory",
+        re.compile(r"torch\.compile (takes|took)|Initial profiling|CPU KV cache size|Available KV cache"),
+    ),
+    # The line of a progress bar ends with the bar: by then they are captured.
+    (
+        "capturing graphs",
+        re.compile(r"GPU KV cache size|Capturing CUDA graphs|Capturing cudagraphs|Warming up model"),
+    ),
+    ("warming up kernels", re.compile(r"Graph capturing finished")),
     (
         "starting the API server",
         re.compile(r"init engine|Started server process|Supported tasks|Starting vLLM (API )?server"),
@@ -42,6 +58,9 @@ PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("warming up", re.compile("(?!)")),  # ours: a first request, where one is asked for
 )
 IMPORTING = [name for name, _ in PHASES].index("importing vLLM")
+# With ENFORCE_EAGER there are none of these: what would begin one begins the next.
+EAGER = re.compile(r"'enforce_eager': True|Enforce eager set")
+NOT_EAGER = [number for number, (name, _) in enumerate(PHASES) if name in ("compiling", "capturing graphs")]
 # How far a download is.
 PROGRESS = re.compile(r"^weights: Downloading weights: (\S+ \S+ of .*)")
 
@@ -54,6 +73,7 @@ class Waterfall:
         self.start = start
         self.begun: list[tuple[int, float]] = [(0 if fetches else IMPORTING, start)]
         self.progress = ""
+        self.eager = False
         self.finished: float | None = None
 
     @property
@@ -76,12 +96,14 @@ class Waterfall:
             return None
         if self.fetching and (told := PROGRESS.search(line)):
             self.progress = told[1]
+        self.eager = self.eager or EAGER.search(line) is not None
         at = self.begun[-1][0]
         following = [n for n in range(at + 1, len(PHASES)) if PHASES[n][1].search(line)]
         if not following:
             return None
-        self.begun.append((following[-1], time.monotonic()))
-        self.progress = self.progress if following[-1] < IMPORTING else ""
+        begins = following[-1] + (self.eager and following[-1] in NOT_EAGER)
+        self.begun.append((begins, time.monotonic()))
+        self.progress = self.progress if begins < IMPORTING else ""
         return self.current
 
     def warm_up(self) -> None:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import venv
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from supervisor.doctor import machine, model
 from supervisor.doctor.checks import CHECKS
 from supervisor.doctor.examine import admit, examine, show
 from supervisor.doctor.patient import FAIL, OK, WARN, Patient, Row
+from supervisor.engine.gpu import survey
 from supervisor.engine.machine import Machine
 from supervisor.settings.sources import Arguments
 from supervisor.weights import estimate
@@ -202,6 +204,14 @@ def test_one_check_that_fails_and_one_that_hangs_do_not_end_the_others(tmp_path:
     assert "no answer within" in found[1].text
 
 
+def test_a_vllm_that_takes_long_to_be_asked(tmp_path: Path) -> None:
+    made(tmp_path, {"vllm": "#!/bin/sh\nexec sleep 2\n"})
+    (tmp_path / "vllm").chmod(0o755)
+    given, environ = Arguments(model=str(DEMO)), {"HOME": str(tmp_path), "SUPERVISOR_VLLM": str(tmp_path / "vllm")}
+    (problem,) = admit(given, environ, Machine(tmp_path), patience=0.2).problems
+    assert "`supervisor explain` does that" in problem
+
+
 # What can be real
 
 
@@ -360,6 +370,10 @@ def test_a_clock_that_is_wrong(
         ({}, {}, None, "'12.8'", OK, "none here"),
         ({}, {}, gpu(), "'12.8'", OK, "1 to be seen: NVIDIA X with 80.0 GB"),
         ({}, {"CUDA_VISIBLE_DEVICES": ""}, gpu(), "'12.8'", FAIL, "hides every GPU"),
+        ({}, {"CUDA_VISIBLE_DEVICES": "-1"}, gpu(), "'12.8'", FAIL, "hides every GPU"),
+        ({}, {"CUDA_VISIBLE_DEVICES": "0, 1"}, gpu(), "'12.8'", FAIL, "=0, 1 names GPU 1, which is not here"),
+        ({}, {"CUDA_VISIBLE_DEVICES": "GPU-fc56dd54"}, gpu(), "'12.8'", OK, "1 to be seen: NVIDIA X"),
+        ({}, {"CUDA_VISIBLE_DEVICES": "7"}, None, "'12.8'", OK, "1 to be seen"),  # no driver to ask
         ({}, {}, gpu() | {"gpus": [], "error": "GPU is lost"}, "'12.8'", FAIL, "GPU is lost"),
     ],
 )
@@ -370,6 +384,15 @@ def test_gpus(
     row = machine.gpus(patient(tmp_path, SUPERVISOR_VLLM=a_vllm(tmp_path, cuda), gpus=gpus, **environ))
     assert (row.verdict, said in row.text) == (verdict, True), row
     assert "container" not in said or "--gpus all" in row.remedy
+
+
+def test_only_the_gpus_that_vllm_sees_are_looked_at(tmp_path: Path) -> None:
+    both = {"driver": "580.65.06", "gpus": [gpu(used=70)["gpus"][0], gpu(total=40)["gpus"][0] | {"name": "NVIDIA Y"}]}
+    found = patient(tmp_path, SUPERVISOR_VLLM=a_vllm(tmp_path, "'12.8'"), gpus=both, CUDA_VISIBLE_DEVICES="1")
+    assert machine.gpus(found).text == "1 to be seen: NVIDIA Y with 40.0 GB"
+    row = machine.gpu_memory(found)
+    assert row is not None
+    assert (row.verdict, row.text) == (OK, "0 MB of 40.0 GB are in use")
 
 
 @pytest.mark.parametrize(("used", "share", "verdict"), [(70, "", WARN), (70, "0.1", OK), (1, "", OK)])
@@ -404,6 +427,67 @@ def test_a_newer_cuda_came_with_a_newer_driver() -> None:
     releases = sorted(machine.DRIVERS, key=machine.numbers)
     assert [machine.DRIVERS[each] for each in releases] == sorted(machine.DRIVERS.values(), key=machine.numbers)
     assert all(machine.driver_for(driver, cuda).verdict == OK for cuda, driver in machine.DRIVERS.items())
+
+
+# What a machine with an H200 said: NVML's readings (in its first form `used` has what is reserved, too), and the rest.
+H200 = {"name": "NVIDIA H200", "used": 0, "total": 150_754_820_096, "reserved": 644_939_776}
+H200_NVRM = (
+    "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build  (nixbld@)  \n"
+    "GCC version:  gcc version 15.3.0 (GCC) \n"
+)
+
+
+class Nvml:
+    """NVIDIA's package, with those readings; in two versions."""
+
+    NVMLError = OSError
+    nvmlMemory_v2 = 0x02000028
+
+    def __init__(self, used: int, *, second: bool) -> None:
+        self.used, self.second = used, second
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int, **more: int) -> types.SimpleNamespace:
+        assert handle == 0
+        if more and not self.second:
+            raise self.NVMLError("Function Not Found")
+        reserved = int(str(H200["reserved"]))
+        if more:
+            return types.SimpleNamespace(total=H200["total"], used=self.used, reserved=reserved)
+        return types.SimpleNamespace(total=H200["total"], used=self.used + reserved)
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        told = {"nvmlDeviceGetCount": 1, "nvmlDeviceGetHandleByIndex": 0, "nvmlDeviceGetName": H200["name"],
+                "nvmlSystemGetDriverVersion": "580.159.04", "nvmlInit": None, "nvmlShutdown": None}  # fmt: skip
+        return lambda *_: told[name]
+
+
+@pytest.mark.parametrize(
+    ("used", "second", "said"),
+    [(0, True, "0 MB of 150.8 GB"), (0, False, "645 MB of 150.8 GB"), (138_849_091_584, True, "138.8 GB of 150.8 GB")],
+)
+def test_a_gpus_memory_is_what_nvidia_smi_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, used: int, second: bool, said: str
+) -> None:
+    monkeypatch.setattr("supervisor.engine.gpu.DRIVERS", ("/dev/null",))
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml(used, second=second))
+    found = dataclasses.replace(patient(tmp_path), ask_gpus=survey)
+    assert machine.gpus(found).text == "1 to be seen: NVIDIA H200 with 150.8 GB"
+    row = machine.gpu_memory(found)
+    assert row is not None
+    assert (row.verdict, said in row.text) == (WARN if used else OK, True), row
+
+
+def test_an_h200s_driver(tmp_path: Path) -> None:
+    """Its libcuda lies in a folder of its own, and an older one in CUDA's, which nothing leads to."""
+    own = "usr/local/nvidia/lib64"
+    made(tmp_path, {"proc/driver/nvidia/version": H200_NVRM, f"{own}/libcuda.so.580.159.04": "",
+                    "usr/local/cuda-13.0/compat/libcuda.so.580.95.05": ""})  # fmt: skip
+    (tmp_path / own / "libcuda.so.1").symlink_to("libcuda.so.580.159.04")
+    program = a_vllm(tmp_path, "'13.0'")
+    path = {"LD_LIBRARY_PATH": "/usr/local/nvidia/lib64:/usr/local/nvidia/lib"}
+    row = machine.driver(patient(tmp_path, SUPERVISOR_VLLM=program, gpus={"driver": "", "gpus": [H200]}, **path))
+    assert row is not None
+    assert (row.verdict, row.text) == (OK, "NVIDIA driver 580.159.04 is new enough for CUDA 13.0")
 
 
 NVRM = "NVRM version: NVIDIA UNIX {}Kernel Module{} {}  Release Build  (dvs-builder@U22)\nGCC version: 12.3.0\n"
@@ -670,6 +754,44 @@ def test_a_context_that_does_not_fit(
     row = model.context(patient(tmp_path, gpus=gpu(total), **environ))
     assert row is not None
     assert (row.verdict, said in row.text) == (verdict, True), row
+
+
+# Two Llamas of 16 layers and 2048, as they were served by vLLM 0.24.0 on an H200 (on two, in the last one).
+SMALL = {"num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+         "hidden_size": 2048, "dtype": "bfloat16"}  # fmt: skip
+WIDE = {**SMALL, "num_key_value_heads": 32, "head_dim": 256}
+
+
+@pytest.mark.parametrize(
+    ("config", "weights", "utilization", "ranks", "said"),
+    [
+        (SMALL, 1_954_680_832, 0.92, 1, 4_128_672),  # "GPU KV cache size"
+        (WIDE, 3_766_620_160, 0.92, 1, 253_248),  # "the estimated maximum model length"
+        (WIDE, 3_766_620_160, 0.1, 1, 18_480),
+        (SMALL, 1_954_680_832, 0.92, 2, 8_309_712),
+    ],
+)
+def test_an_estimate_against_what_vllm_found(
+    config: dict[str, Any], weights: int, utilization: float, ranks: int, said: int
+) -> None:
+    found = estimate.layout(config)
+    assert found is not None
+    memory = 150_754_820_096 - 644_939_776
+    tokens = estimate.share(found, weights, memory, utilization, tensor=ranks).tokens
+    assert abs(tokens / said - 1) < 0.01
+    assert int(tokens * model.CAUTION) < said
+
+
+@pytest.mark.parametrize(("kv_dtype", "told"), [("", "or KV_CACHE_DTYPE=fp8; or use"), ("fp8", "use more GPUs")])
+def test_a_context_that_fits_is_advised_with_caution(tmp_path: Path, kv_dtype: str, told: str) -> None:
+    asked = {"MAX_MODEL_LEN": "1000000000", "KV_CACHE_DTYPE": kv_dtype}
+    row = model.context(patient(tmp_path, gpus={"driver": "", "gpus": [H200]}, **asked))
+    assert row is not None
+    fits, advised = (int(re.search(pattern, row.text + row.remedy)[1])  # type: ignore[index]
+                     for pattern in (r"about (\d+) will", r"MAX_MODEL_LEN=(\d+)"))  # fmt: skip
+    assert 0.97 * fits < advised < 0.985 * fits
+    assert told in row.remedy
+    assert row.remedy.count("fp8") == (kv_dtype == "")
 
 
 @pytest.mark.parametrize(

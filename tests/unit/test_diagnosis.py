@@ -179,6 +179,8 @@ QUOTED = (
     Row("RuntimeError: Failed to infer device type", "sees no GPU", "--gpus all"),
     Row("RuntimeError: Device string must not be empty", "sees no GPU", "--gpus all"),
     Row("RuntimeError: Found no NVIDIA driver on your system.", "sees no GPU", "CUDA_VISIBLE_DEVICES"),
+    # Seen on an H200, vLLM 0.24.0
+    Row("vllm.third_party.pynvml.NVMLError_InvalidArgument: Invalid Argument", "names a GPU", "nvidia-smi -L"),
     # vllm#1157
     Row("ValueError: Bfloat16 is only supported on GPUs with compute capability of at least 8.0. Your Tesla T4 GPU has "
         "compute capability 7.5.", "bfloat16", "DTYPE=half"),

@@ -48,6 +48,96 @@ def test_phases_of_a_real_start_only_go_forward() -> None:
     assert all(isinstance(row["seconds"], float) and row["seconds"] >= 0 for row in rows)
 
 
+# vLLM 0.24.0's own on an H200, cut in the same way; a progress bar is one line, whose end comes when it is done.
+COLD = """\
+(APIServer pid=1693) INFO 11-26 04:16:09 [api_utils.py:273] non-default args: {'model_tag': '/m'}
+(APIServer pid=1693) INFO 11-26 04:16:18 [model.py:598] Resolved architecture: LlamaForCausalLM
+(APIServer pid=1693) INFO 11-26 04:16:18 [model.py:1725] Using max model len 131072
+(APIServer pid=1693) INFO 11-26 04:16:18 [vllm.py:1006] Asynchronous scheduling is enabled.
+(EngineCore pid=1819) INFO 11-26 04:16:25 [core.py:114] Initializing a V1 LLM engine (v0.24.0) with config: model='/m'
+(EngineCore pid=1819) INFO 11-26 04:16:26 [parallel_state.py:1588] world_size=1 rank=0 local_rank=0 \
+distributed_init_method=tcp://192.0.2.2:51051 backend=nccl
+(EngineCore pid=1819) INFO 11-26 04:16:27 [model_runner.py:281] Loading model from scratch...
+(EngineCore pid=1819) \rLoading safetensors checkpoint shards:   0% Completed | 0/1 [00:00<?, ?it/s]
+(EngineCore pid=1819) INFO 11-26 04:16:28 [model_runner.py:302] Model loading took 1.84 GiB and 1.377148 seconds
+(EngineCore pid=1819) INFO 11-26 04:16:31 [backends.py:1089] Using cache directory: /c for vLLM's torch.compile
+(EngineCore pid=1819) INFO 11-26 04:16:31 [backends.py:1148] Dynamo bytecode transform time: 3.10 s
+(EngineCore pid=1819) INFO 11-26 04:16:39 [monitor.py:53] torch.compile took 11.19 s in total
+(EngineCore pid=1819) INFO 11-26 04:16:39 [monitor.py:81] Initial profiling/warmup run took 0.16 s
+(EngineCore pid=1819) INFO 11-26 04:16:41 [gpu_worker.py:508] Available KV cache memory: 126.0 GiB
+(EngineCore pid=1819) INFO 11-26 04:16:41 [kv_cache_utils.py:2146] GPU KV cache size: 4,128,672 tokens
+(EngineCore pid=1819) INFO 11-26 04:16:41 [kv_cache_utils.py:2147] Maximum concurrency for 131,072 tokens: 31.50x
+(EngineCore pid=1819) \rCapturing CUDA graphs (PIECEWISE):   0%|          | 0/51 [00:00<?, ?it/s]
+(EngineCore pid=1819) \rCapturing CUDA graphs (FULL):   0%|          | 0/51 [00:00<?, ?it/s]
+(EngineCore pid=1819) INFO 11-26 04:16:44 [model_runner.py:726] Graph capturing finished in 2 secs, took 0.45 GiB
+(EngineCore pid=1819) INFO 11-26 04:16:54 [jit_monitor.py:60] Kernel JIT monitor activated
+(EngineCore pid=1819) INFO 11-26 04:16:54 [core.py:337] init engine (profile, create kv cache, warmup model) took 26 s
+(APIServer pid=1693) INFO 11-26 04:16:55 [api_server.py:577] Supported tasks: ['generate']
+(APIServer pid=1693) INFO:     Started server process [1693]
+"""
+# With ENFORCE_EAGER and LOAD_FORMAT=dummy: no weights are read, nothing is compiled or captured.
+DUMMY = """\
+(APIServer pid=3191) INFO 11-26 04:29:43 [api_utils.py:273] non-default args: {'model_tag': '/m'}
+(APIServer pid=3191) INFO 11-26 04:29:43 [model.py:1725] Using max model len 131072
+(APIServer pid=3191) WARNING 11-26 04:29:43 [vllm.py:1062] Enforce eager set, disabling torch.compile and CUDAGraphs.
+(EngineCore pid=3306) INFO 11-26 04:29:50 [core.py:114] Initializing a V1 LLM engine (v0.24.0) with config: model='/m'
+(EngineCore pid=3306) INFO 11-26 04:29:52 [model_runner.py:281] Loading model from scratch...
+(EngineCore pid=3306) INFO 11-26 04:29:53 [model_runner.py:302] Model loading took 1.84 GiB and 1.040882 seconds
+(EngineCore pid=3306) INFO 11-26 04:29:54 [gpu_worker.py:508] Available KV cache memory: 126.06 GiB
+(EngineCore pid=3306) INFO 11-26 04:29:54 [kv_cache_utils.py:2146] GPU KV cache size: 4,130,592 tokens
+(EngineCore pid=3306) INFO 11-26 04:29:54 [jit_monitor.py:60] Kernel JIT monitor activated
+(EngineCore pid=3306) INFO 11-26 04:29:55 [core.py:344] init engine (profile, create kv cache, warmup model) took 2.14 s
+"""
+# Two GPUs: the ranks say the same, one after the other.
+RANKS = """\
+(Worker_TP1 pid=1637) INFO 11-26 04:26:50 [model_runner.py:302] Model loading took 0.93 GiB and 1.862357 seconds
+(Worker_TP0 pid=1636) INFO 11-26 04:26:51 [model_runner.py:302] Model loading took 0.93 GiB and 2.053818 seconds
+(Worker_TP0 pid=1636) INFO 11-26 04:26:57 [backends.py:1148] Dynamo bytecode transform time: 5.55 s
+(Worker_TP0 pid=1636) INFO 11-26 04:27:10 [monitor.py:53] torch.compile took 19.32 s in total
+(Worker_TP0 pid=1636) INFO 11-26 04:27:13 [gpu_worker.py:508] Available KV cache memory: 126.8 GiB
+(EngineCore pid=1529) INFO 11-26 04:27:14 [kv_cache_utils.py:2146] GPU KV cache size: 8,309,712 tokens
+(Worker_TP1 pid=1637) INFO 11-26 04:27:17 [model_runner.py:726] Graph capturing finished in 3 secs, took 0.35 GiB
+(Worker_TP0 pid=1636) INFO 11-26 04:27:17 [model_runner.py:726] Graph capturing finished in 3 secs, took 0.35 GiB
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        (
+            COLD,
+            {
+                "reading the model's config": "non-default args", "starting the engine core": "Using max model len",
+                "loading weights": "Loading model from scratch", "compiling": "Model loading took",
+                "profiling memory": "torch.compile took", "capturing graphs": "GPU KV cache size",
+                "warming up kernels": "Graph capturing finished", "starting the API server": "init engine",
+            },
+        ),
+        (
+            DUMMY,
+            {
+                "reading the model's config": "non-default args", "starting the engine core": "Using max model len",
+                "loading weights": "Loading model from scratch", "profiling memory": "Model loading took",
+                "warming up kernels": "GPU KV cache size", "starting the API server": "init engine",
+            },
+        ),
+        (
+            RANKS,
+            {
+                "compiling": "Model loading took", "profiling memory": "torch.compile took",
+                "capturing graphs": "GPU KV cache size", "warming up kernels": "Graph capturing finished",
+            },
+        ),
+    ],
+    ids=["cold", "eager and without weights", "two GPUs"],
+)  # fmt: skip
+def test_phases_on_a_gpu_and_the_lines_that_begin_them(log: str, expected: dict[str, str]) -> None:
+    waterfall = Waterfall(time.monotonic())
+    begun = {phase: line for line in log.splitlines() if (phase := waterfall.hear(line))}
+    assert list(begun) == list(expected)
+    assert {phase: line for phase, line in begun.items() if expected[phase] not in line} == {}
+
+
 # The same of several machines.
 HEADLESS = """\
 (MainProcess pid=2) INFO 11-26 00:10:23 [serve.py:224] Launching vLLM (v0.32.0) headless multiproc executor, with
