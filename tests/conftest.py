@@ -34,6 +34,8 @@ TOGETHER = {  # by fixture
     "running": 12.0,
     "impatient": 10.0,
     "queue": 8.0,
+    "caching": 9.0,
+    "supervisor": 6.0,
     "gateway": 4.0,
     "guarded": 3.0,
     "told": 3.0,

@@ -260,7 +260,7 @@ def together(supervisor: Supervisor, body: object, count: int, headers: dict[str
         return list(pool.map(lambda _: httpx.post(url, json=body, headers=headers, timeout=30), range(count)))
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_those_who_ask_at_once_share_one_generation(caching: Supervisor, stream: bool) -> None:
     body, before = same(stream=stream, max_tokens=40), generations(caching)
     headers = {"Authorization": "Bearer one", **fault(token_interval=0.05)}

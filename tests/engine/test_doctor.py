@@ -274,6 +274,7 @@ def test_few_files(tmp_path: Path, hub: Hub) -> None:
     assert "--ulimit nofile" in found["files"]["remedy"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "token", "check", "verdict", "said"),
     [
@@ -321,6 +322,7 @@ def test_nothing_is_asked_offline(doctor: Callable[..., dict[str, dict[str, str]
     assert http.get(f"{hub.url}/stand-in").json()["requests"] == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "environ", "verdict", "said"),
     [
@@ -347,6 +349,7 @@ def test_a_token_that_no_header_takes_is_not_shown(doctor: Callable[..., dict[st
     assert "planted" not in json.dumps(row)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ahead", "verdict"), [(0, OK), (-100, WARN), (100, WARN), (-4000, FAIL), (4000, FAIL)])
 def test_a_clock_that_is_wrong(
     asked: Callable[..., dict[str, dict[str, str]]], hub: Hub, ahead: int, verdict: str

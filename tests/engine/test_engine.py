@@ -49,6 +49,7 @@ def test_with_a_warm_up_it_is_ready_when_the_model_has_answered() -> None:
         assert '"POST /v1/completions HTTP/1.1" 200' in before
 
 
+@pytest.mark.slow
 def test_an_engine_that_the_warm_up_kills_was_never_ready(tmp_path: Path) -> None:
     """Nobody's request is the one that it dies of."""
     plan = [{"die_after_requests": 0}, {}]
@@ -145,7 +146,7 @@ def test_health_port_serves_beside_the_first() -> None:
 # Stop
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_stop_mid_stream_completes_it_and_leaves_nothing(number: int) -> None:
     with Supervisor("m") as supervisor:
         supervisor.ready().engine()
@@ -166,6 +167,7 @@ def test_stop_mid_stream_completes_it_and_leaves_nothing(number: int) -> None:
         leaves_nothing(supervisor, workspace)
 
 
+@pytest.mark.slow
 def test_many_streams_and_waiting_requests_at_stop() -> None:
     """All that were being answered complete; the exit code is 0."""
     with Supervisor("m") as supervisor, concurrent.futures.ThreadPoolExecutor(32) as pool:

@@ -79,7 +79,10 @@ def ends(supervisor: Supervisor) -> None:
 # A process of the engine dies
 
 
-@pytest.mark.parametrize("victim", ["pid", "engine_pid", "worker_pid"])
+@pytest.mark.parametrize(
+    "victim",
+    [pytest.param("pid", marks=pytest.mark.slow), "engine_pid", pytest.param("worker_pid", marks=pytest.mark.slow)],
+)
 def test_death_while_idle_costs_nothing(victim: str) -> None:
     with Supervisor("m") as supervisor:
         supervisor.ready()
@@ -223,6 +226,7 @@ def test_a_frozen_stream_ends_with_an_error() -> None:
         assert answer.content.endswith(b"data: [DONE]\n\n")
 
 
+@pytest.mark.slow
 def test_what_is_slow_is_not_hung() -> None:
     with Supervisor("m", environ={"SUPERVISOR_STALL_TIMEOUT": "1"}) as supervisor:
         supervisor.ready()
@@ -377,6 +381,7 @@ def test_a_new_start_cleans_what_it_finds_of_its_own_and_nothing_else() -> None:
         assert bystander.client.post(CHAT, json=chat()).status_code == 200
 
 
+@pytest.mark.slow
 def test_as_process_1_it_reaps_orphans(tmp_path: Path) -> None:
     assert os.geteuid() == 0, "needs root, for a pid namespace"
     fresh = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")

@@ -19,6 +19,8 @@ SECOND = GET.replace(b"smuggled", b"second")
 HOST = b"Host: h\r\n"
 ECHO = b"POST /fake/echo/x HTTP/1.1\r\n" + HOST
 
+pytestmark = pytest.mark.slow  # each waits for a while whether more comes
+
 
 NUMBERS = itertools.count()
 

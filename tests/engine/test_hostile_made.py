@@ -30,6 +30,8 @@ from tests.engine.test_differential import UPSTREAM, is_own, request
 from tests.engine.wire import Answer, answers_in, origin_form, without_hop_by_hop
 from tests.harness import RawClient, Supervisor, wait_until
 
+pytestmark = pytest.mark.slow  # hundreds of requests each; the corpus beside it is what was found by them
+
 PATIENCE = 10.0
 NOTHING_OF_THEM = {"host", "content-length", "transfer-encoding", "x-request-id"}  # framing, and what is added
 

@@ -234,6 +234,7 @@ def test_a_start_is_shown_below_the_log_as_it_happens_and_stays_when_it_is_done(
         terminal.shows(r"restarting -> ready")
 
 
+@pytest.mark.slow
 def test_a_terminal_that_stands_still_holds_up_nobody() -> None:
     """Ctrl-S, and a vLLM that logs: it waits for its log to be read, so that goes on, into nothing."""
     with socket.create_server(("127.0.0.1", 0)) as found:

@@ -85,6 +85,7 @@ def test_a_start_that_fails_for_good_leaves_one_before_the_end(tmp_path: Path) -
     assert any("is not a model" in line for line in content["log"])
 
 
+@pytest.mark.slow
 def test_only_the_last_few_stay(tmp_path: Path) -> None:
     environ = {"SUPERVISOR_CACHE_DIR": str(tmp_path), "SUPERVISOR_MAX_RESTARTS": "9"}
     (tmp_path / "postmortem").mkdir()

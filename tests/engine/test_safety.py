@@ -178,6 +178,7 @@ def test_a_client_that_does_not_read_is_not_waited_for(impatient: Supervisor) ->
         wait_until(lambda: impatient.client.get("/status").json()["in_flight"] == 0, "its place to be free", 15)
 
 
+@pytest.mark.slow
 def test_an_answer_that_takes_long_is_no_slow_client(impatient: Supervisor) -> None:
     headers = {"X-Fake": '{"prefill_seconds": 1.5}'}
     assert impatient.client.post(CHAT, json=chat(max_tokens=2), headers=headers).status_code == 200

@@ -133,6 +133,7 @@ def test_an_answer_above_the_limit_of_a_chunk_is_in_the_result(endpoint: Supervi
 
 
 def test_a_result_that_runpod_refuses_becomes_an_error(endpoint: Supervisor, runpod: RunPod) -> None:
+    runpod.done(HELLO)  # the first one's would be sent again without its metadata
     runpod.fault("job-done", "status", status=413, times=1)
     error = runpod.failed(HELLO)
     assert "RunPod did not take the result (RunPod answers 413)" in error["message"]
@@ -249,6 +250,7 @@ def test_a_job_cancelled_while_its_chunk_is_being_posted(endpoint: Supervisor, r
     wait_until(lambda: running(endpoint) == 0, "the generation's end", 1)
 
 
+@pytest.mark.slow
 def test_an_expired_job_stops_the_generation(endpoint: Supervisor, runpod: RunPod) -> None:
     job = runpod.run(faulty({"max_tokens": 5000}, token_interval=0.01), policy={"executionTimeout": 5000})
     wait_until(lambda: running(endpoint) == 1, "the generation")
@@ -285,6 +287,7 @@ def test_no_chunk_and_no_result_is_lost_or_doubled(
     assert (known["duplicates"] > 0) == (fault["do"] == "accept-reset")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     [  # each waits for seconds, as the worker has to
@@ -481,7 +484,7 @@ def test_jobs_and_posts_are_counted_as_runpod_saw_them() -> None:
     with RunPod("--hold", "2") as runpod, in_queue_mode(runpod) as supervisor:
         first = runpod.result(runpod.run({**HELLO, "max_tokens": 2}), 30)
         start = first["metadata"]["cold_start"]
-        assert {"importing vLLM", "loading weights"} <= {row["name"] for row in start["phases"]}
+        assert {"importing vLLM"} <= {row["name"] for row in start["phases"]}
         assert start["seconds"] == pytest.approx(sum(row["seconds"] for row in start["phases"]), abs=0.01)
         assert "metadata" not in runpod.result(runpod.run({**HELLO, "max_tokens": 2}))
 
