@@ -278,7 +278,7 @@ class Gateway:
             if timer is not None:
                 timer.cancel()
         self.exchanges.discard(exchange)
-        if exchange.protocol.is_client:  # a recording's readers are told of themselves
+        if self.listeners and exchange.protocol.is_client:  # a recording's readers are told of themselves
             for ended in self.listeners:
                 ended(exchange)
         if exchange.admitted:
