@@ -108,6 +108,9 @@ class Client:
         reader, writer = self.streams
         question = {"role": "user", "content": f"Hello number {self.rng.randrange(1000)}"}
         body = {"model": self.model, "messages": [question], "stream": stream, "max_tokens": self.rng.randrange(1, 60)}
+        if self.rng.random() < 0.5:  # one of few that the cache answers, or several at once share, where there is one
+            question["content"] = f"Hello number {self.rng.randrange(6)}"
+            body |= {"temperature": 0, "max_tokens": self.rng.choice((20, 50))}
         content = json.dumps(body).encode()
         faults = json.dumps({"token_interval": 0.01})
         writer.write(
@@ -163,6 +166,7 @@ class Run:
             "SUPERVISOR_RESTART_WINDOW": "0.05",
             "SUPERVISOR_STALL_TIMEOUT": str(arguments.stall),
             "SUPERVISOR_HOLD_TIMEOUT": str(arguments.patience),
+            "SUPERVISOR_RESPONSE_CACHE": arguments.cache,
             "FAKE_VLLM_PLAN": '[{"shm": 1}]',
         }
         with self.log.open("wb") as log:
@@ -258,6 +262,7 @@ def main() -> None:
     parser.add_argument("--crashes", type=int, default=10_000, help="at most so many faults")
     parser.add_argument("--pause", type=float, default=3, help="at most so many seconds between two faults")
     parser.add_argument("--patience", type=float, default=60, help="a request that takes longer hangs")
+    parser.add_argument("--cache", default="", help="SUPERVISOR_RESPONSE_CACHE, such as 20kB")
     parser.add_argument("--stall", type=float, default=2, help="SUPERVISOR_STALL_TIMEOUT")
     parser.add_argument("--vllm", default=str(ROOT / "scripts" / "fake_vllm"))
     parser.add_argument("--model", default="soak")
