@@ -83,6 +83,7 @@ class Cache:
         """`memory` in bytes."""
         self.gateway = gateway
         self.memory = memory
+        self.largest = memory * LARGEST_SHARE
         self.kept: OrderedDict[bytes, Kept] = OrderedDict()  # the one that was asked for last is the last
         self.size = 0
         self.recordings: dict[bytes, Recording] = {}
@@ -134,7 +135,7 @@ class Cache:
         """A recording is whole, or was given up."""
         if self.recordings.get(recording.key) is recording:
             del self.recordings[recording.key]
-        if kept is None or recording.epoch != self.epoch or kept.size > self.memory * LARGEST_SHARE:
+        if kept is None or recording.epoch != self.epoch or kept.size > self.largest:
             return
         self._forget(recording.key)
         self.kept[recording.key] = kept
@@ -167,6 +168,7 @@ class Recording(Answer):
         self.epoch = cache.epoch
         self.readers: list[Reader] = []
         self.body = []
+        self.size = 0  # of the body, so far
         self.ended = False
         # What an exchange knows of its client's connection
         self.gateway = cache.gateway
@@ -220,14 +222,25 @@ class Recording(Answer):
             self.events, self.ends_by_close = self.source.whole_events, self.source.ends_by_close
         if data:
             self.body.append(data)
+            self.size += len(data)
         for reader in list(self.readers):
             reader.read()
+        if self.size > self.cache.largest:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Too large to be kept: nobody joins any more, and what all have read goes."""
+        self.cache.over(self, None)
+        read = min((reader.at for reader in self.readers), default=len(self.body))
+        del self.body[:read]
+        for reader in self.readers:
+            reader.at -= read
 
     def on_response_complete(self) -> None:
         self.ended = True
         body = b"".join(self.body)
         whole = self.status == 200 and not self.source.cut and not self.ends_by_close
-        whole = whole and FAILED.search(body) is None
+        whole = whole and self.size == len(body) and FAILED.search(body) is None
         self.cache.over(self, Kept(self.head, body, events=self.events) if whole else None)
         for reader in list(self.readers):
             reader.read()

@@ -316,12 +316,36 @@ def test_when_all_have_gone_nothing_is_computed_for_nobody(caching: Supervisor) 
 
 
 @pytest.mark.slow
-def test_a_reader_that_stands_still_holds_up_nobody_and_misses_nothing(caching: Supervisor) -> None:
+def test_one_that_grows_too_large_is_let_go_as_it_is_read(caching: Supervisor) -> None:
+    """A quarter of the memory is 250 kB; this one has 6 MB."""
+    body = same(stream=True, max_tokens=30_000)
+    process = psutil.Process(caching.process.pid)
+    before = process.memory_info().rss
+    url, headers = f"http://127.0.0.1:{caching.port}", {"Authorization": "Bearer one"}
+    with httpx.stream("POST", url + COMPLETIONS, json=body, headers=headers) as first:
+        pieces = first.iter_raw()
+        size = sum(len(next(pieces)) for _ in range(20))
+        while size < 1_000_000:
+            size += len(next(pieces))
+        with httpx.stream("POST", url + COMPLETIONS, json=body, headers=headers) as second:
+            assert second.headers[RESULT] == "miss"  # too late to join
+        size += sum(map(len, pieces))
+    assert size > 5_000_000
+    assert process.memory_info().rss < before + 4_000_000
+    assert ask(caching, body, Cache_Control="only-if-cached").headers[RESULT] == "miss"
+
+
+@pytest.mark.slow
+def test_a_reader_that_stands_still_holds_up_nobody_and_misses_nothing() -> None:
     body = json.dumps(same(stream=True, max_tokens=40_000)).encode()
-    with socket.create_connection(("127.0.0.1", caching.port)) as slow:
+    environ = {"SUPERVISOR_RESPONSE_CACHE": "100MB", "MAX_MODEL_LEN": "200000"}
+    with (
+        Supervisor("m", environ=environ).ready() as supervisor,
+        socket.create_connection(("127.0.0.1", supervisor.port)) as slow,
+    ):
         slow.sendall(raw(body, "Connection: close"))
         begun = slow.recv(100)
-        quick = caching.client.post(COMPLETIONS, content=body)
+        quick = supervisor.client.post(COMPLETIONS, content=body)
         assert quick.headers[RESULT] == "shared"
         received = bytearray(begun)
         while data := slow.recv(1 << 20):
