@@ -184,7 +184,7 @@ class QueueWorker:
             self.log.log(level, "%s", said["message"], extra={"request": said.get("requestId"), "each": True})
 
     def _complained(self, line: str) -> None:
-        self.log.error("%s", line, extra={"each": True})
+        self.log.warning("%s", line, extra={"each": True})
 
     async def finish(self, patience: float, reserve: float) -> None:
         """Lets it end its jobs for `patience` seconds, then has it report the others as failed for `reserve` more."""
