@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -124,8 +125,16 @@ class Endpoint:
 def _run(endpoint: Endpoint, job: Mapping[str, Any], *, stream: bool) -> int:
     sent = endpoint.ask("POST", "/run", job)
     where = str(sent.get("id"))
+    pressed: list[int] = []
+
+    def interrupted(number: int, _: object) -> None:
+        # Kept, for Python drops what is raised within a finalizer: one Ctrl-C of some hundreds was seen to do nothing.
+        pressed.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupted)
     try:
-        return _follow(endpoint, where, stream=stream)
+        return _follow(endpoint, where, pressed, stream=stream)
     except KeyboardInterrupt:
         endpoint.connection.close()  # an answer may be under way on it
         endpoint.ask("POST", f"/cancel/{where}")
@@ -133,10 +142,12 @@ def _run(endpoint: Endpoint, job: Mapping[str, Any], *, stream: bool) -> int:
         raise
 
 
-def _follow(endpoint: Endpoint, where: str, *, stream: bool) -> int:
+def _follow(endpoint: Endpoint, where: str, pressed: Sequence[int], *, stream: bool) -> int:
     """Reads its chunks until it is over; /stream answers when there is news."""
     text = Text()
     while True:
+        if pressed:
+            raise KeyboardInterrupt
         news = endpoint.ask("GET", f"/stream/{where}")
         if stream:
             for chunk in news.get("stream") or ():
