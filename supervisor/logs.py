@@ -50,7 +50,7 @@ class Log(logging.Handler):
         self.form = form
         self.output = output
         self.repeats = Repeats()
-        output.idle = self._told_again
+        output.idle = self._idle
 
     def emit(self, record: logging.LogRecord) -> None:
         self.later(lambda: self._lines(record))
@@ -66,7 +66,7 @@ class Log(logging.Handler):
     # In the thread
 
     def _made(self, lines: Callable[[], Sequence[str]]) -> bytes:
-        again = self._told_again(time.monotonic())
+        again = self._told_again(time.monotonic())  # before what comes now
         try:
             found = list(lines())
         except Exception as error:  # noqa: BLE001  # a line that can't be made must not be the last one
@@ -75,8 +75,13 @@ class Log(logging.Handler):
         self.output.pause = ALIKE_SECONDS if self.repeats.kinds else None
         return again + _bytes(found)
 
-    def _told_again(self, now: float = math.inf) -> bytes:
-        """How many were held back: of those kinds whose time is over, or of all."""
+    def _idle(self, ended: bool) -> bytes:
+        again = self._told_again(math.inf if ended else time.monotonic())
+        self.output.pause = ALIKE_SECONDS if self.repeats.kinds else None
+        return again
+
+    def _told_again(self, now: float) -> bytes:
+        """How many were held back, of those kinds whose time is over."""
         return _bytes(
             self.form.line("WARNING", __name__, f"{count} more of these in {ALIKE_SECONDS:g} s: {line}", time.time())
             for line, count in self.repeats.due(now)
@@ -99,7 +104,7 @@ def _bytes(lines: Iterable[str]) -> bytes:
 
 
 def start(form: Form, level: str, output: Output) -> Log:
-    """Takes the root logger over; call `close()` on what it returns before leaving."""
+    """Takes the root logger over. What waits at the end is written by whoever closes `output`."""
     log = Log(form, output)
     root = logging.getLogger()
     root.handlers = [log]

@@ -33,9 +33,9 @@ class Output:
         self.target = target
         self.lost_line = lost
         self.lost = 0
-        # Called when nothing was put for so many seconds (None: never), and at the end: more lines.
+        # Called when nothing was put for so many seconds (None: never), and, with True, at the end: more lines.
         self.pause: float | None = None
-        self.idle: Make = bytes
+        self.idle: Callable[[bool], bytes] = lambda ended: b""
         self._waiting: queue.SimpleQueue[tuple[int, Make] | None] = queue.SimpleQueue()
         self._bytes = 0
         self._lock = threading.Lock()
@@ -80,13 +80,13 @@ class Output:
             try:
                 item = self._waiting.get(timeout=INTERVAL if self._drawn or self._picture else self.pause)
                 if item is None:
-                    data, ended = data + self.idle(), True
+                    data, ended = data + self.idle(True), True
                 else:
                     data += item[1]()
                     with self._lock:
                         self._bytes -= item[0]
             except queue.Empty:
-                data += self.idle()
+                data += self.idle(False)
             self._write(self._erased() + data + self._foot())
 
     def _lost(self) -> bytes:

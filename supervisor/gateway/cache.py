@@ -317,7 +317,7 @@ class Reader:
 
 def _control(exchange: Exchange) -> bytes:
     """What the client says of caches. Of a head that came before there are no headers but those written for vLLM."""
-    return b",".join(CONTROL.findall(exchange.request_head)).lower().replace(b" ", b"")
+    return b",".join(CONTROL.findall(exchange.head)).lower().replace(b" ", b"")
 
 
 def _key(exchange: Exchange, body: bytes) -> bytes:
@@ -326,7 +326,7 @@ def _key(exchange: Exchange, body: bytes) -> bytes:
     Not the same JSON: the order of a tool's properties is part of the prompt.
     """
     client = exchange.verdict.client if exchange.verdict is not None else b""
-    origin = b"".join(ORIGIN.findall(exchange.request_head))
+    origin = b"".join(ORIGIN.findall(exchange.head))
     parts = (b"%d" % exchange.protocol.private, client, exchange.target, origin, body)
     return hashlib.sha256(b"".join(b"%d:%b" % (len(part), part) for part in parts)).digest()
 

@@ -232,6 +232,11 @@ class Exchange:
             gateway.admit(self)
 
     @property
+    def head(self) -> bytes:
+        """As vLLM gets it, without the body that may stand with it."""
+        return self.request_head[: self.request_head.find(b"\r\n\r\n")]
+
+    @property
     def body(self) -> bytes:
         """Of a request that is kept whole, and is not chunked."""
         assert self.kept is not None
@@ -554,6 +559,7 @@ class Exchange:
             and connection.reused
             and not self.resent
             and self.kept is not None
+            and gateway.generation == self.generation  # else it died, maybe of this request
         ):  # vLLM closed the idle connection while this request was on its way into it
             self.resent = True
             gateway.upstream.send(self, fresh=True)

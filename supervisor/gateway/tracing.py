@@ -114,7 +114,7 @@ class Tracing:
             return offset + int(at * 1e9)
 
         name, attributes = self._facts(exchange)
-        parent = self._parent(exchange.request_head)
+        parent = self._parent(exchange.head)
         span = self.tracer.start_span(name, parent, self.server, attributes, start_time=unix(exchange.began))
         if not span.is_recording():
             return
@@ -158,9 +158,8 @@ class Tracing:
         facts |= {f"vllm_supervisor.{key}": value for key, value in more.items() if value}
         return name, facts
 
-    def _parent(self, request_head: bytes) -> Context:
+    def _parent(self, head: bytes) -> Context:
         """As the W3C has it: several `tracestate` are one list, several `traceparent` are none."""
-        head = request_head[: request_head.find(b"\r\n\r\n")]  # a body may follow
         if b"\r\ntraceparent:" not in head.lower():
             return self.nowhere
         found: dict[str, list[str]] = {"traceparent": [], "tracestate": []}

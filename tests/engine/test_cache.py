@@ -15,7 +15,8 @@ import httpx
 import psutil
 import pytest
 
-from supervisor.gateway.cache import _deterministic
+from supervisor.gateway.cache import ROUTES, _deterministic
+from supervisor.gateway.policy import OPEN_ROUTES
 from tests.harness import Supervisor, wait_until
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -102,6 +103,13 @@ def test_what_is_sampled_is_computed_each_time(caching: Supervisor, other: dict[
 )  # fmt: skip
 def test_what_is_deterministic(body: bytes, asked: bool, is_so: bool) -> None:
     assert _deterministic(body, asked=asked) == is_so
+
+
+def test_routes_without_sampling_need_no_word_of_it(caching: Supervisor) -> None:
+    assert set(ROUTES) <= set(OPEN_ROUTES)
+    answers = [ask(caching, {"input": "x"}, "/v1/embeddings") for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [404, 404]  # of the fake, and so not kept
+    assert [answer.headers[RESULT] for answer in answers] == ["miss", "miss"]
 
 
 def test_another_path_query_body_or_key_is_another_answer(caching: Supervisor) -> None:

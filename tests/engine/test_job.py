@@ -109,6 +109,11 @@ def test_ctrl_c_cancels_it(queue: str, folder: Path) -> None:
     wait_until(lambda: http.get(health).json()["jobs"]["inProgress"] == 0, "the end of the job")
 
 
+def test_an_interrupt_that_python_dropped_is_noticed_at_the_next_look() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        job._follow(job.Endpoint("http://127.0.0.1:9"), "id", [signal.SIGINT], stream=True)
+
+
 def test_where_no_job_can_go(tmp_path: Path) -> None:
     done = send(tmp_path, json.dumps(CHAT))
     assert (done.returncode, done.stdout) == (1, "")

@@ -38,6 +38,7 @@ class Collector(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Answers)
         self.status = status
         self.over = threading.Event()
+        self.posts = 0
         self.raw: list[bytes] = []
         self.asked: list[str] = []
         self.resource: dict[str, object] = {}
@@ -79,6 +80,7 @@ class _Answers(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.posts += 1
         if self.server.status == 0:
             self.server.over.wait(20)
             return
@@ -319,7 +321,8 @@ def test_a_collector_that_is_not_well_keeps_nobody_waiting() -> None:
             supervisor.ready().says("traces go to http://127")
             for _ in range(5):
                 assert supervisor.client.post(COMPLETIONS, json={"prompt": "x"}).elapsed.total_seconds() < 1
-                time.sleep(0.05)  # one export each
+                if supervisor is supervisors[1]:  # one export each, which all fail
+                    wait_until(lambda seen=failing.posts: failing.posts > seen, "an export")  # type: ignore[misc]
         supervisors[0].says("traces: Transient error .*refused")
         supervisors[1].says("traces: Failed to export spans batch code: 500")
         began = time.monotonic()

@@ -103,6 +103,27 @@ def test_failures_that_are_alike_are_told_ten_times_and_then_counted(text: Told)
     assert lines[-1].endswith("490 more of these in 10 s: vLLM closed the connection after 499 bytes")
 
 
+def test_an_output_that_wakes_often_tells_them_no_sooner(text: Told) -> None:
+    """While a start is shown it wakes six times a second."""
+    woken = threading.Semaphore(0)
+    idle = text.log.output.idle
+
+    def counted(ended: bool) -> bytes:
+        woken.release()
+        return idle(ended)
+
+    text.log.output.idle = counted
+    for number in range(logs.ALIKE + 5):
+        text.logger.warning("vLLM closed the connection after %d bytes", number)
+    text.log.output.show(list)
+    for _ in range(3):
+        assert woken.acquire(timeout=10)
+    text.logger.warning("vLLM closed the connection after %d bytes", 1000)
+    lines = text.lines
+    assert len(lines) == logs.ALIKE + 1
+    assert " 6 more of these" in lines[-1]
+
+
 def test_after_a_while_they_are_told_again() -> None:
     repeats = logs.Repeats()
     assert [repeats.passes("kind", f"line {at}", 0.1 * at) for at in range(12)] == [True] * 10 + [False] * 2
