@@ -32,7 +32,7 @@ from pathlib import Path
 
 import httpx
 
-from supervisor.engine.phases import Waterfall
+from supervisor.around.phases import Waterfall
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 1200.0

@@ -6,10 +6,10 @@ import os
 import sys
 
 from supervisor.engine.remains import temporary_folder
+from supervisor.launch import fetch_command, python, weights_of
 from supervisor.settings import volume
 from supervisor.settings.command import child_environment
 from supervisor.settings.sources import Settings, SettingsError
-from supervisor.spawn import fetch_command, python, weights_of
 
 EXIT_CANNOT = 3
 

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 import uvloop
 
 from supervisor import listen, logs
+from supervisor.around.postmortem import PostMortem
+from supervisor.around.start import waterfall
 from supervisor.engine import gpu
 from supervisor.engine.engine import RANKS_INTERVAL, Collaborators, Engine, Limits
-from supervisor.engine.postmortem import PostMortem
 from supervisor.engine.process import EngineProcess
 from supervisor.gateway import tracing
 from supervisor.gateway.access import AccessLog
@@ -31,13 +32,12 @@ from supervisor.gateway.counts import Jobs
 from supervisor.gateway.policy import Policy, Routes
 from supervisor.gateway.server import GatewayServer
 from supervisor.gateway.upstream import Probe, Upstream, UpstreamError
+from supervisor.launch import SIGNALS, Spawn
 from supervisor.listen import Listeners
 from supervisor.settings import demo, explain
 from supervisor.settings.command import served_name
 from supervisor.settings.sources import Settings
 from supervisor.settings.values import BadValue
-from supervisor.spawn import SIGNALS, Spawn
-from supervisor.terminal import waterfall
 
 if TYPE_CHECKING:
     from supervisor.queue.child import Queue

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from supervisor.engine.remains import Guard, Workspace, clean_leftovers, temporary_folder
+from supervisor.launch import SIGNALS, Spawn
 from supervisor.listen import bind
 from supervisor.settings.sources import Settings, SettingsError
-from supervisor.spawn import SIGNALS, Spawn
 
 if TYPE_CHECKING:
-    from supervisor.engine.caches import Caches
+    from supervisor.around.caches import Caches
 
 # As of an engine that can't start: the same settings may do on another machine.
 EXIT_UNFIT = 3
@@ -64,7 +64,7 @@ def _caches(settings: Settings) -> Caches | None:
     kept = (settings.volume is not None and settings.volume.writable) or settings.knobs.cache_dir
     if not kept or settings.is_demo:
         return None
-    from supervisor.engine.caches import Caches  # noqa: PLC0415
+    from supervisor.around.caches import Caches  # noqa: PLC0415
 
     model, version = str(settings.model.value).strip("/"), settings.vllm.version
     try:

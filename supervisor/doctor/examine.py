@@ -12,9 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 
+from supervisor.around.machine import Machine
 from supervisor.doctor.checks import CHECKS
 from supervisor.doctor.patient import FAIL, OK, WARN, Patient, Row
-from supervisor.engine.machine import Machine
 from supervisor.settings.secrets import Mask
 from supervisor.settings.sources import Arguments, Settings, SettingsError, gather
 from supervisor.weights.hub import Hub

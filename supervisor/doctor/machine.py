@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from supervisor import listen, status
+from supervisor.around.machine import amount, disk, nearest
 from supervisor.doctor.patient import FAIL, OK, UTILIZATION, WARN, Patient, Row
-from supervisor.engine.machine import amount, disk, nearest
 from supervisor.settings import catalogue, vllm, volume
 from supervisor.settings.sources import SettingsError
 

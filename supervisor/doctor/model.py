@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from supervisor.around.machine import amount, disk
 from supervisor.doctor.patient import FAIL, OK, UTILIZATION, WARN, Patient, Row
-from supervisor.engine.machine import amount, disk
 from supervisor.weights import estimate
 
 # Seconds: what is signed (S3, tokens) is refused after some minutes.

@@ -15,13 +15,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from supervisor.around.machine import Machine
 from supervisor.engine import gpu
-from supervisor.engine.machine import Machine
 from supervisor.engine.remains import temporary_folder
+from supervisor.launch import weights_of
 from supervisor.settings import platform, vllm, volume
 from supervisor.settings.secrets import Mask
 from supervisor.settings.sources import Settings
-from supervisor.spawn import weights_of
 from supervisor.weights import find, snapshot
 from supervisor.weights.hub import Answer, Hub
 

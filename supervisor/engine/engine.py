@@ -16,11 +16,11 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
+from supervisor.around.multinode import Ranks
+from supervisor.around.phases import Waterfall
 from supervisor.engine.heartbeat import Heartbeat, Scrape
 from supervisor.engine.lifecycle import OVER, Action, Event, State, step
-from supervisor.engine.phases import Waterfall
 from supervisor.engine.process import EngineProcess, how_it_ended
-from supervisor.engine.ranks import Ranks
 from supervisor.engine.restarts import Restarts
 from supervisor.engine.watch import Watch
 from supervisor.settings.cluster import Cluster

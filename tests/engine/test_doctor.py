@@ -23,12 +23,12 @@ from typing import Any
 import pytest
 
 from supervisor import cli
+from supervisor.around.machine import Machine
 from supervisor.doctor import machine, model
 from supervisor.doctor.checks import CHECKS
 from supervisor.doctor.examine import admit, examine, show
 from supervisor.doctor.patient import FAIL, OK, WARN, Patient, Row
 from supervisor.engine.gpu import survey
-from supervisor.engine.machine import Machine
 from supervisor.settings.sources import Arguments
 from supervisor.weights import estimate
 from tests.engine.test_cli import run

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from supervisor.engine import postmortem
-from supervisor.engine.machine import Machine
-from supervisor.engine.postmortem import KEPT, PostMortem, block
+from supervisor.around import postmortem
+from supervisor.around.machine import Machine
+from supervisor.around.postmortem import KEPT, PostMortem, block
 from supervisor.settings.secrets import Mask
 from tests.harness import Supervisor
 

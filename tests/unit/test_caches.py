@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from supervisor.engine import caches
-from supervisor.engine.caches import Caches, machine
+from supervisor.around import caches
+from supervisor.around.caches import Caches, machine
 from tests.harness import mounted
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from supervisor.engine.ranks import Ranks
+from supervisor.around.multinode import Ranks
 from supervisor.settings.cluster import Cluster
 from tests.harness import wait_until
 

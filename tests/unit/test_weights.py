@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from supervisor.around import prefetch
+from supervisor.around.prefetch import Prefetch
 from supervisor.settings import volume as volumes
 from supervisor.settings.volume import Volume, hub_environment
 from supervisor.weights import find as finding
-from supervisor.weights import prefetch, snapshot
+from supervisor.weights import snapshot
 from supervisor.weights.find import Place, find, find_snapshot, hub_cache, places
-from supervisor.weights.prefetch import Prefetch
 from tests.harness import mounted, wait_until
 
 MODEL = "Org/Model"

@@ -23,8 +23,8 @@ from supervisor.settings.sources import Settings
 from supervisor.weights import find, snapshot
 
 if TYPE_CHECKING:
-    from supervisor.engine.caches import Caches
-    from supervisor.weights.prefetch import Prefetch
+    from supervisor.around.caches import Caches
+    from supervisor.around.prefetch import Prefetch
 
 # From the spawn on they must not end us, or vLLM would stay. SIGHUP too: when the terminal is closed, vLLM in its own
 # session would not hear of it.
@@ -135,7 +135,7 @@ class Spawn:
             wanted = snapshot.weights(names, load_format, lambda _: None) or ()
             files = [weights.folder / name for name in wanted if name in names]
             if sum(path.stat().st_size for path in files) >= PREFETCH_FROM:
-                from supervisor.weights.prefetch import Prefetch  # noqa: PLC0415  # for models that are worth it
+                from supervisor.around.prefetch import Prefetch  # noqa: PLC0415  # for models that are worth it
 
                 self.prefetch = Prefetch(files)
 

@@ -20,8 +20,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from supervisor.around.machine import Machine, amount, disk, versions, within
 from supervisor.engine import gpu
-from supervisor.engine.machine import Machine, amount, disk, versions, within
 from supervisor.settings.secrets import Mask
 
 FOLDER = "postmortem"
