@@ -4,6 +4,7 @@
 #   (nothing), up ..., explain, doctor ...    that verb of the supervisor; nothing means `up`
 #   serve                                     `up` on SageMaker, which gives this argument
 #   --port 9000, Qwen/Qwen3-0.6B, /models/m   `supervisor up` with these arguments
+#   --help, --version                         what the supervisor says of itself
 #   vllm ..., bash, any other command         that command, without the supervisor
 #
 # Always by exec: process 1 is the program itself, and signals reach it.
@@ -18,7 +19,7 @@ fi
 export USER="${USER:-$(id -un 2>/dev/null || id -u)}"
 
 case ${1:-up} in
-    up | explain | doctor | status | job | fetch | -h | --help | --version)
+    up | explain | doctor | status | job | fetch | -h | --help | -V | --version)
         if [ "$#" -eq 0 ] || [ -z "$1" ]; then set -- up; fi
         exec "$supervisor" "$@"
         ;;

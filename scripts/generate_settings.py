@@ -234,6 +234,11 @@ def docs(options: Catalogue) -> str:
         "supervisor. Wrong values are told all at once, with exit code 2, before anything is started. A setting that has no",
         "effect is told at every start.",
         "",
+        "The file is the one that `--config` or `SUPERVISOR_CONFIG` names. A `config.yaml` in the current folder that nobody",
+        "named may be another program's: it is read only where it says that it is ours, by a `supervisor:` section, which may",
+        "be empty, or by the first line of [our example](../config.yaml), and then it can't set `vllm`, which names a program",
+        "to run. Any other is passed over, with a warning.",
+        "",
         "## How values are written",
         "",
         "| kind | environment | `config.yaml` |",
@@ -254,6 +259,7 @@ def docs(options: Catalogue) -> str:
         "| variable | default | meaning |",
         "| --- | --- | --- |",
         "| `MODEL` | the demo model on a laptop | a model's name on the hub, or a folder |",
+        "| `SUPERVISOR_CONFIG` | a `config.yaml` that is ours | the file of settings; `--config` wins over it |",
     ]
     for knob in KNOBS:
         lines.append(f"| `{knob.variable}` | {_knob_default(knob)} | {_cell(knob.meaning)} |")
@@ -379,8 +385,9 @@ def config() -> str:
     lines = [
         "# yaml-language-server: $schema=config.schema.json",
         f"# Settings of the supervisor and of `vllm serve`. Written by {GENERATED}; copy it, and uncomment what you need.",
-        "# Read from the folder in which `supervisor up` is called, or named with `--config FILE`. The command line and the",
-        "# environment win over this file. What is in effect, and where it came from: `supervisor explain`.",
+        "# Read where `--config FILE` or SUPERVISOR_CONFIG names it. In the folder in which `supervisor up` is called it needs",
+        "# no naming: its first line, or the section `supervisor:`, which may be empty, says whose file it is. The command line",
+        "# and the environment win over it. What is in effect, and where it came from: `supervisor explain`.",
         "",
         _rule("what to serve"),
         "",
@@ -399,7 +406,7 @@ def config() -> str:
         _rule("the supervisor's own"),
         "# In the environment: SUPERVISOR_ and the name in capitals; only PORT and PORT_HEALTH go without the prefix.",
         "",
-        "# supervisor:",
+        "supervisor:",
     ]
     for knob in KNOBS:
         value = KNOB_EXAMPLES.get(knob.field, knob.default)

@@ -8,6 +8,7 @@ import signal
 import sys
 from typing import NoReturn
 
+from supervisor import __version__
 from supervisor.settings.sources import Arguments, Settings, SettingsError, gather
 
 EXIT_SETTINGS = 2
@@ -34,6 +35,9 @@ def parser() -> argparse.ArgumentParser:
         description="Runs `vllm serve` as a child and relays to it.",
         allow_abbrev=False,
     )
+    main_parser.add_argument(
+        "-V", "--version", action="version", version=f"supervisor {__version__}", help="say which this is"
+    )
     verbs = main_parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
     up = verbs.add_parser("up", help="serve a model", allow_abbrev=False)
     explain = verbs.add_parser("explain", help="show every setting, its source, and vLLM's command", allow_abbrev=False)
@@ -52,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     job.add_argument("--url", metavar="URL", help="one on another machine, such as http://gpu1:8000")
     for verb in (up, explain, fetch, doctor):
         verb.add_argument("model", nargs="?", metavar="MODEL", help="a model's name on the hub, or a folder")
-        verb.add_argument("--config", metavar="FILE", help="instead of ./config.yaml")
+        verb.add_argument("--config", metavar="FILE", help="the file of settings; SUPERVISOR_CONFIG names it, too")
         verb.add_argument("--mode", metavar="MODE", help="auto, http or queue")
         verb.add_argument("--host", metavar="HOST", help="where the gateway listens")
         verb.add_argument("--port", metavar="PORT", help="the gateway's port")

@@ -1,12 +1,25 @@
-"""Reading `config.yaml`, and the file that vLLM's own `--config` names."""
+"""Reading the file of settings, and the file that vLLM's own `--config` names.
+
+A file is read when `--config` or SUPERVISOR_CONFIG names it. A `config.yaml` that merely lies in the current folder may
+be another program's: it is read only where it says that it is ours, and is passed over with a warning otherwise.
+"""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 CONFIG_NAME = "config.yaml"
+# What says that a file is ours, beside a `supervisor:` section: the first line of our example, which editors go by.
+SCHEMA_LINE = re.compile(r"\ufeff?# *yaml-language-server: *\$schema=(\S*/)?config\.schema\.json\s")
+# The section, in a file that is too broken for YAML to tell.
+SECTION = re.compile(r"^supervisor\s*:(\s|$)", re.MULTILINE)
+
+
+class MalformedError(Exception):
+    """A file does not hold what it should; the text goes on after the file's name."""
 
 
 @dataclass(slots=True)
@@ -14,33 +27,65 @@ class ConfigFile:
     """`label` is how the user named it; keys are normal (`max_model_len`), values as YAML made them."""
 
     label: str
+    is_named: bool = True  # else it lay in the current folder
     content: dict[str, Any] = field(default_factory=dict)
     knobs: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
-def read(asked: str | None) -> ConfigFile:
-    """The file that was asked for, or `config.yaml` in the current folder, which need not be there."""
-    file = ConfigFile(asked or CONFIG_NAME)
-    if asked is None and not Path(CONFIG_NAME).exists():
+def read(name: str, source: str) -> ConfigFile:
+    """Reads the file that `source` names, such as `environment SUPERVISOR_CONFIG`."""
+    file = ConfigFile(name)
+    try:
+        _fill(file, _mapping(_text(_path(name))))
+    except OSError as error:
+        file.problems.append(f"{name} can't be read ({error.strerror}; named by {source})")
+    except MalformedError as error:
+        file.problems.append(f"{name} {error}")
+    return file
+
+
+def read_unnamed() -> ConfigFile:
+    """Reads `config.yaml` in the current folder, where it is there and ours; what is returned is empty otherwise."""
+    file = ConfigFile(CONFIG_NAME, is_named=False)
+    path = Path(CONFIG_NAME)
+    try:
+        if not path.is_file():  # reading a pipe would wait for somebody who writes
+            if path.exists() or path.is_symlink():
+                _pass_over(file, "it is not a file")
+            return file
+        text = _text(path)
+    except OSError as error:
+        _pass_over(file, f"it can't be read ({error.strerror})")
         return file
-    content = _mapping(file)
-    knobs = content.pop("supervisor", None) or {}
-    if isinstance(knobs, dict):
-        file.knobs = {normal(key): value for key, value in knobs.items()}
-    else:
-        file.problems.append(f"{file.label}: 'supervisor' must be a mapping, such as 'supervisor: {{port: 8000}}'")
-    file.content = {normal(key): value for key, value in content.items()}
+    except MalformedError as error:
+        _pass_over(file, f"it {error}")
+        return file
+    try:
+        content = _content_of_ours(text)
+    except MalformedError as error:
+        file.problems.append(f"{CONFIG_NAME} {error}")
+        return file
+    if content is not None:
+        _fill(file, content)
+    elif any(line.strip() and not line.lstrip().startswith("#") for line in text.splitlines()):
+        _pass_over(file, "it has no `supervisor:` section")
     return file
 
 
 def read_vllm_config(path: str, source: str) -> ConfigFile:
-    """The file of vLLM's own `--config`: vLLM reads it itself, we look into it for what concerns us."""
+    """Looks into the file of vLLM's own `--config`, which vLLM reads itself, for what concerns us."""
     file = ConfigFile(f"{path} ({source})")
     if Path(path).suffix not in (".yaml", ".yml"):
         file.problems.append(f"CONFIG={path} ({source}): expected a YAML file, such as /path/vllm.yaml")
         return file
-    file.content = {normal(key): value for key, value in _mapping(file, path).items()}
+    try:
+        file.content = _normal_keys(_mapping(_text(Path(path))))
+    except OSError as error:
+        file.problems.append(f"{file.label} can't be read ({error.strerror})")
+    except MalformedError as error:
+        file.problems.append(f"{file.label} {error}")
     return file
 
 
@@ -48,24 +93,70 @@ def normal(key: object) -> str:
     return str(key).replace("-", "_").lower()
 
 
-def _mapping(file: ConfigFile, path: str | None = None) -> dict[str, Any]:
+def _normal_keys(mapping: dict[Any, Any]) -> dict[str, Any]:
+    return {normal(key): value for key, value in mapping.items()}
+
+
+def _fill(file: ConfigFile, content: dict[str, Any]) -> None:
+    knobs = content.pop("supervisor", None) or {}
+    if isinstance(knobs, dict):
+        file.knobs = _normal_keys(knobs)
+    else:
+        file.problems.append(f"{file.label}: 'supervisor' must be a mapping, such as 'supervisor: {{port: 8000}}'")
+    file.content = _normal_keys(content)
+
+
+def _pass_over(file: ConfigFile, why: str) -> None:
+    file.warnings.append(
+        f"{file.label} in this folder is not read: {why}. "
+        "Name it with --config (or SUPERVISOR_CONFIG) if it is meant for this."
+    )
+
+
+def _content_of_ours(text: str) -> dict[str, Any] | None:
+    """Returns what is in a file that says that it is ours, and None for any other. Raises MalformedError."""
+    has_schema_line = SCHEMA_LINE.match(text) is not None
+    if not has_schema_line and "supervisor" not in text:
+        return None  # PyYAML takes 30 ms to import, and seconds for a large file
+    try:
+        content = _mapping(text)
+    except MalformedError:
+        if has_schema_line or SECTION.search(text):
+            raise
+        return None
+    return content if has_schema_line or isinstance(content.get("supervisor", ""), dict | None) else None
+
+
+def _path(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # ~nobody
+        return Path(name)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except UnicodeDecodeError as error:
+        raise MalformedError(f"is not a text ({error.reason} at byte {error.start})") from None
+
+
+def _mapping(text: str) -> dict[str, Any]:
     import yaml  # noqa: PLC0415  # takes 30 ms, and most starts have no file
 
     try:
-        content = yaml.safe_load(Path(path or file.label).read_text())
-    except OSError as error:
-        advice = "" if path else ": name a file with --config"
-        file.problems.append(f"{file.label} can't be read ({error.strerror}){advice}")
-        return {}
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:  # ValueError: a date such as 2024-13-45
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
         where = f" at line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
-        what = getattr(error, "problem", None) or str(error)
-        file.problems.append(f"{file.label} is not valid YAML{where}: {what}")
-        return {}
+        raise MalformedError(f"is not valid YAML{where}: {getattr(error, 'problem', None) or error}") from None
+    except RecursionError:
+        raise MalformedError("is not valid YAML: it is nested too deeply") from None
+    # PyYAML lets through what its readers of values raise: a date such as 2024-13-45, or `!!bool maybe`.
+    except (ValueError, LookupError, AttributeError) as error:
+        raise MalformedError(f"is not valid YAML: {error}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         kind = {"list": "list", "str": "text"}.get(type(content).__name__, type(content).__name__)
-        file.problems.append(f"{file.label} must be a mapping, such as 'max_model_len: 4096', not a {kind}")
-        return {}
+        raise MalformedError(f"must be a mapping, such as 'max_model_len: 4096', not a {kind}")
     return {str(key): value for key, value in content.items()}

@@ -109,6 +109,7 @@ class Knob:
     read: Callable[[str], object]
     meaning: str
     secret: bool = False
+    is_program: bool = False  # it names one to run
 
     @property
     def field(self) -> str:
@@ -123,7 +124,7 @@ KNOBS = (
     Knob("SUPERVISOR_HOST", "127.0.0.1", text, "where the gateway listens (in the image: 0.0.0.0)"),
     Knob("PORT", "8000", port, "the gateway's port"),
     Knob("PORT_HEALTH", None, port, "a second port for health checks"),
-    Knob("SUPERVISOR_VLLM", None, text, "the command that stands for `vllm`"),
+    Knob("SUPERVISOR_VLLM", None, text, "the command that stands for `vllm`", is_program=True),
     Knob("SUPERVISOR_EXTRA_ARGS", "", words, "appended to vLLM's command line as it is"),
     Knob("SUPERVISOR_STARTUP_TIMEOUT", "1200", seconds, "seconds until vLLM must be ready"),
     Knob(

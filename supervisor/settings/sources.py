@@ -83,7 +83,7 @@ class Settings:
     options: tuple[tuple[Option, Setting], ...]
     raw: tuple[tuple[Option, Setting], ...]  # what is in `vllm_args`
     knobs: Knobs
-    knob_settings: tuple[Setting, ...]
+    knob_settings: tuple[Setting, ...]  # and which file of settings was named, if any
     vllm_args: tuple[str, ...]
     vllm: Vllm
     is_demo: bool
@@ -123,12 +123,13 @@ class _Gathering:
     def __init__(self, arguments: Arguments, environ: Mapping[str, str]) -> None:
         self.arguments = arguments
         self.environ = environ
-        self.file = config_file.read(arguments.config)
-        self.problems: list[str] = [*self.file.problems]
-        self.warnings: list[str] = []
         self.read = {"HF_TOKEN", "SUPERVISOR_IMAGE"}  # variables that were looked at
         self.derived: dict[str, tuple[str, str]] = {}  # from a cluster's variables
         self.prefixes = ("", SAGEMAKER) if any(name.startswith(SAGEMAKER) for name in environ) else ("",)
+        self.names_of_file = self._names_of_file()
+        self.file = self._file()
+        self.problems: list[str] = [*self.file.problems]
+        self.warnings: list[str] = [*self.file.warnings]
         hidden = {str(self.file.knobs[knob.field]) for knob in KNOBS if knob.secret and knob.field in self.file.knobs}
         self.mask = Mask(environ, hidden | {part.strip() for text in hidden for part in text.split(",")})
 
@@ -171,7 +172,7 @@ class _Gathering:
             options=options,
             raw=raw,
             knobs=knobs,
-            knob_settings=knob_settings,
+            knob_settings=(*self._file_setting(), *knob_settings),
             vllm_args=(*(knobs.extra_args or ()), *self.arguments.vllm_args),
             vllm=vllm,
             is_demo=is_demo,
@@ -184,13 +185,32 @@ class _Gathering:
 
     # The sources
 
+    def _names_of_file(self) -> list[tuple[str, str]]:
+        """Every source that names the file of settings, the one that wins first."""
+        found = self._variables(("SUPERVISOR_CONFIG",))
+        if self.arguments.config and self.arguments.config.strip():
+            found.insert(0, ("command line --config", self.arguments.config))
+        return [(source, name.strip()) for source, name in found]
+
+    def _file(self) -> config_file.ConfigFile:
+        if not self.names_of_file:
+            return config_file.read_unnamed()
+        source, name = self.names_of_file[0]
+        return config_file.read(name, source)
+
+    def _file_setting(self) -> tuple[Setting, ...]:
+        found = self.names_of_file
+        return tuple(Setting("SUPERVISOR_CONFIG", name, source, self._lines(found[1:])) for source, name in found[:1])
+
+    def _variables(self, names: Collection[str]) -> list[tuple[str, str]]:
+        """The variables among `names` that are set, the one that wins first."""
+        variables = [prefix + name for prefix in self.prefixes for name in names]
+        self.read.update(variables)
+        return [(f"environment {name}", self.environ[name]) for name in variables if self.environ.get(name, "").strip()]
+
     def _candidates(self, names: Collection[str], key: str, *, knob: bool = False) -> list[tuple[str, Any]]:
         """Every source that names it, the one that wins first."""
-        found: list[tuple[str, Any]] = []
-        for variable in [prefix + name for prefix in self.prefixes for name in names]:
-            self.read.add(variable)
-            if self.environ.get(variable, "").strip():
-                found.append((f"environment {variable}", self.environ[variable]))
+        found: list[tuple[str, Any]] = [*self._variables(names)]
         content, prefix = (self.file.knobs, "supervisor.") if knob else (self.file.content, "")
         if content.get(key) not in (None, ""):
             found.append((f"{self.file.label} {prefix}{key}", content[key]))
@@ -239,7 +259,7 @@ class _Gathering:
             found.append((self.label, platform_default))
         elif knob.default is not None:
             found.append(("default", knob.default))
-        if not found:
+        if not found or self._is_refused(knob, found[0][0]):
             return Setting(knob.variable, None, "default")
         source, given = found[0]
         try:
@@ -248,6 +268,17 @@ class _Gathering:
             self._bad(knob.variable, MASK if knob.secret else given, source, error)
             value = None
         return Setting(knob.variable, value, source, self._lines(found[1:], knob.secret), knob.secret)
+
+    def _is_refused(self, knob: Knob, source: str) -> bool:
+        """Whether it names a program, and that only in a file that nobody named: a folder may be anybody's."""
+        where = f"{self.file.label} supervisor.{knob.field}"
+        if not knob.is_program or self.file.is_named or source != where:
+            return False
+        self.problems.append(
+            f"{where} is not obeyed, for it names a program and nobody named the file: "
+            f"name it with --config (or SUPERVISOR_CONFIG), or set {knob.variable}"
+        )
+        return True
 
     def _tls(self, knobs: Knobs) -> None:
         if knobs.tls_key and not knobs.tls_cert:

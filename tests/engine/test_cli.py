@@ -8,10 +8,12 @@ import re
 import shlex
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from supervisor import __version__
 from tests.harness import DEMO, FAKE, ROOT, SUPERVISOR, clean_environment
 
 
@@ -67,12 +69,52 @@ def test_unknown_verb(tmp_path: Path, arguments: list[str]) -> None:
     assert "supervisor --help" in done.stderr
 
 
+@pytest.mark.parametrize("flag", ["--version", "-V"])
+def test_version_is_one_line_and_needs_no_verb(tmp_path: Path, flag: str) -> None:
+    done = run(flag, cwd=tmp_path, vllm=None)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"supervisor {__version__}\n", "")
+
+
+def test_version_imports_nothing_that_is_heavy(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("supervisor: {vllm: /no/such/vllm}\n")  # nor does it read anything
+    program = "import atexit, sys; atexit.register(lambda: print(*sys.modules)); from supervisor import cli; cli.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "-V"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    version, imported = done.stdout.splitlines()
+    assert version == f"supervisor {__version__}"
+    assert not {"yaml", "rich", "asyncio", "psutil", "uvicorn", "ssl"} & set(imported.split())
+
+
 def test_malformed_config_names_file_and_line(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("model: m\nbroken: [1\n")
+    (tmp_path / "config.yaml").write_text("supervisor:\nbroken: [1\n")
     done = run("up", cwd=tmp_path)
     assert done.returncode == 2
     assert "config.yaml is not valid YAML at line 3" in done.stderr
     assert len(done.stderr.splitlines()) <= 2  # and the model, which the file could not name
+
+
+PROGRAM = "#!/bin/sh\ntouch ran\necho vllm 0.32.0\n"
+
+
+@pytest.mark.parametrize("verb", ["up", "explain", "doctor", "fetch"])
+def test_no_verb_runs_what_a_config_yaml_that_nobody_named_names(tmp_path: Path, verb: str) -> None:
+    (tmp_path / "program").write_text(PROGRAM)
+    (tmp_path / "program").chmod(0o755)
+    (tmp_path / "config.yaml").write_text(f"supervisor: {{vllm: {tmp_path}/program}}\n")
+    done = run(verb, "m", cwd=tmp_path, vllm=None)
+    assert done.returncode == (1 if verb == "doctor" else 2)
+    assert "config.yaml supervisor.vllm is not obeyed" in done.stdout + done.stderr
+    assert "set SUPERVISOR_VLLM" in done.stdout + done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_another_programs_config_yaml_is_passed_over_with_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("trainer: {max_steps: 3}\nmodel: gpt\n")
+    done = run("explain", "m", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "warning: config.yaml in this folder is not read: it has no `supervisor:` section" in done.stdout
+    assert shlex.split(done.stdout.splitlines()[-1])[1:3] == ["serve", "m"]
 
 
 def test_port_in_use_names_the_variable(tmp_path: Path) -> None:
@@ -135,7 +177,7 @@ def test_the_readmes_example_of_wrong_settings_is_what_comes_out(tmp_path: Path)
 
 
 def test_explain_shows_every_setting_with_its_source(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("max_model_len: 4096\n")
+    (tmp_path / "config.yaml").write_text("supervisor:\nmax_model_len: 4096\n")
     done = run("explain", "m", cwd=tmp_path, MAX_MODEL_LEN="8192", HOST="0.0.0.0", MAX_NUM_SEQS="4")
     assert done.returncode == 0
     rows = {line.split()[0]: line for line in done.stdout.splitlines() if line}

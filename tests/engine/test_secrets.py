@@ -40,7 +40,7 @@ ENVIRON = {
     "TOOL_SERVER": "planted'quote\\12",
     "RUNPOD_API_KEY": "rpa_planted131313",
 }
-CONFIG = "kv_transfer_config: {kv_connector: x, kv_connector_extra_config: {api_key: planted-in-yaml-9}}\n"
+CONFIG = "supervisor:\nkv_transfer_config: {kv_connector: x, kv_connector_extra_config: {api_key: planted-in-yaml-9}}\n"
 RAW = ("--", "--revision", "hf_plantedraw10")
 
 

@@ -238,7 +238,7 @@ def test_another_rank_without_a_number_of_machines_is_told(folder: Path) -> None
 
 def test_what_is_said_on_purpose_is_not_dropped(folder: Path) -> None:
     """In a file or as an argument nobody but the user has set it."""
-    (folder / "config.yaml").write_text("master_port: 1234\n")
+    (folder / "config.yaml").write_text("supervisor:\nmaster_port: 1234\n")
     assert options(read(folder, {}, "--master-addr", "10.0.0.9")) == {"MASTER_PORT": "1234", "MASTER_ADDR": "10.0.0.9"}
 
 

@@ -9,8 +9,10 @@ pod (the pod is checked as Kubernetes'), Azure's two files, RunPod's requests, a
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -503,6 +505,20 @@ def test_serve_is_up_on_the_port_that_sagemaker_asks_for(tmp_path: Path) -> None
     for given, expected in (({}, "8080"), ({"SAGEMAKER_BIND_TO_PORT": "9001"}, "9001")):
         done = subprocess.run(["sh", str(entrypoint), "serve"], env=given, capture_output=True, text=True, check=True)
         assert done.stdout == f"up {expected}\n"
+
+
+@pytest.mark.parametrize("flag", ["--version", "-V", "--help", "-h"])
+def test_what_is_asked_of_the_supervisor_itself_reaches_it_as_it_is(tmp_path: Path, flag: str) -> None:
+    """`docker run IMAGE --version`."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/supervisor").symlink_to(Path(sys.executable).parent / "supervisor")
+    (tmp_path / "entrypoint.sh").write_text((ROOT / "entrypoint.sh").read_text())
+    done = subprocess.run(
+        ["sh", str(tmp_path / "entrypoint.sh"), flag],
+        env={"PATH": os.environ["PATH"]}, cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: supervisor " if "h" in flag else f"supervisor {VERSION}\n")
 
 
 # The pages

@@ -55,7 +55,7 @@ def test_they_pass_verbatim_and_are_understood(folder: Path, raw: str, shown: di
 
 
 def test_they_win_and_what_they_override_is_not_passed_twice(folder: Path) -> None:
-    (folder / "config.yaml").write_text("seed: 5\n")
+    (folder / "config.yaml").write_text("supervisor:\nseed: 5\n")
     settings = read(folder, "--seed 7", SEED="6", MAX_NUM_SEQS="2", SUPERVISOR_EXTRA_ARGS="--max-num-seqs 3")
     assert list(build(settings, "S", "F").argv[5:]) == ["--max-num-seqs", "3", "--seed", "7"]
     told = {setting.name: (setting.shown, setting.source, setting.overrode) for _, setting in settings.raw}

@@ -124,7 +124,8 @@ def test_values_become_argv(folder: Path, variable: str, given: str, expected: l
 
 def test_yaml_values_become_argv(folder: Path) -> None:
     (folder / "config.yaml").write_text(
-        "max-model-len: 4096\nenforce_eager: false\nserved_model_name: [a, b]\nspeculative-config:\n  method: ngram\n"
+        "supervisor:\nmax-model-len: 4096\nenforce_eager: false\nserved_model_name: [a, b]\n"
+        "speculative-config:\n  method: ngram\n"
     )
     assert argv(read(folder)) == [
         "--no-enforce-eager", "--max-model-len", "4096", "--served-model-name", "a", "b",
@@ -177,8 +178,9 @@ def test_all_problems_come_at_once(folder: Path) -> None:
     ],
 )
 def test_malformed_config(folder: Path, text: str, expected: str) -> None:
-    (folder / "config.yaml").write_text(text)
-    assert any(expected in problem for problem in problems(folder))
+    (folder / "other.yaml").write_text(text)
+    found = problems(folder, Arguments(model="m", config="other.yaml"))
+    assert any(expected in problem for problem in found)
 
 
 def test_named_config_must_exist(folder: Path) -> None:

@@ -19,7 +19,7 @@ from supervisor.settings.sources import Arguments, Settings, gather
 
 CATALOGUE = parse((FLAGS / "0.32.0.json").read_text())
 READ = {option.variable for option in CATALOGUE.by_key.values()} | {knob.variable for knob in KNOBS}
-READ |= {name for names in ALIASES.values() for name in names} | {"HF_TOKEN", "MODEL"}
+READ |= {name for names in ALIASES.values() for name in names} | {"HF_TOKEN", "MODEL", "SUPERVISOR_CONFIG"}
 OTHERS = [
     name
     for line in (Path(__file__).parent / "environments.txt").read_text().splitlines()
@@ -68,6 +68,8 @@ def test_other_programs_variables_are_none_of_our_business() -> None:
         ("HOLD_TIMEOUT", "SUPERVISOR_HOLD_TIMEOUT"),
         ("API_KEYS", "SUPERVISOR_API_KEYS"),
         ("SUPERVISOR_PORT", "PORT"),
+        ("SUPERVISOR_CONFIG_FILE", "SUPERVISOR_CONFIG"),
+        ("SUPERVISOR_CONF", "SUPERVISOR_CONFIG"),
         ("SUPERVISOR_MODEL", "MODEL"),
         ("MODEL_NAMES", "MODEL_NAME"),
         ("MAX_CONCURENCY", "MAX_CONCURRENCY"),

@@ -1,0 +1,392 @@
+"""Which file of settings is read: one that is named, or a `config.yaml` in the current folder that says it is ours."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from supervisor.settings import explain
+from supervisor.settings.sources import Arguments, Settings, SettingsError, gather
+from tests.unit.test_settings import argv, problems, read
+
+ROOT = Path(__file__).resolve().parents[2]
+SCHEMA = "# yaml-language-server: $schema=config.schema.json\n"
+NOT_READ = "config.yaml in this folder is not read: "
+ADVICE = ". Name it with --config (or SUPERVISOR_CONFIG) if it is meant for this."
+NO_SECTION = f"{NOT_READ}it has no `supervisor:` section{ADVICE}"
+
+
+def row(settings: Settings) -> dict[str, object] | None:
+    """What `explain` shows of the file itself."""
+    rows = explain.facts(settings)["settings"]
+    assert isinstance(rows, list)
+    found = [row for row in rows if row["name"] == "SUPERVISOR_CONFIG"]
+    return found[0] if found else None
+
+
+# A file that is named
+
+
+@pytest.mark.parametrize("variable", ["SUPERVISOR_CONFIG", "SM_VLLM_SUPERVISOR_CONFIG"])
+def test_a_variable_names_the_file(folder: Path, variable: str) -> None:
+    (folder / "other.yaml").write_text("seed: 3\n")
+    (folder / "config.yaml").write_text("supervisor: {port: 1}\nseed: 4\n")
+    settings = read(folder, **{variable: "other.yaml"})
+    assert argv(settings) == ["--seed", "3"]
+    assert settings.knobs.port == 8000
+    assert settings.warnings == ()
+    assert [setting.source for _, setting in settings.options] == ["other.yaml seed"]
+    assert row(settings) == {
+        "name": "SUPERVISOR_CONFIG",
+        "value": "other.yaml",
+        "source": f"environment {variable}",
+        "overrode": [],
+    }
+
+
+def test_the_command_line_wins_over_the_variable(folder: Path) -> None:
+    (folder / "a.yaml").write_text("seed: 3\n")
+    settings = read(folder, Arguments(model="m", config="a.yaml"), SUPERVISOR_CONFIG="/no/such.yaml")
+    assert argv(settings) == ["--seed", "3"]
+    found = row(settings)
+    assert found is not None
+    assert found["source"] == "command line --config"
+    assert found["overrode"] == ["environment SUPERVISOR_CONFIG: /no/such.yaml"]
+
+
+@pytest.mark.parametrize("written", ["~/a.yaml", " ~/a.yaml\r\n", "a.yaml ", "./a.yaml"])
+def test_a_name_as_people_write_it(folder: Path, monkeypatch: pytest.MonkeyPatch, written: str) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    (folder / "a.yaml").write_text("seed: 3\n")
+    expected = ["--seed", "3"]
+    assert argv(read(folder, SUPERVISOR_CONFIG=written)) == expected
+    assert argv(read(folder, Arguments(model="m", config=written))) == expected
+
+
+@pytest.mark.parametrize("empty", ["", " ", "\n"])
+def test_an_empty_name_is_none(folder: Path, empty: str) -> None:
+    (folder / "config.yaml").write_text("supervisor:\nseed: 3\n")
+    settings = read(folder, Arguments(model="m", config=empty), SUPERVISOR_CONFIG=empty)
+    assert argv(settings) == ["--seed", "3"]
+    assert row(settings) is None
+
+
+@pytest.mark.parametrize("name", ["other.yaml", "~no-such-user/other.yaml", "link.yaml"])
+def test_a_named_file_that_is_missing(folder: Path, name: str) -> None:
+    (folder / "link.yaml").symlink_to("nowhere")
+    (folder / "config.yaml").write_text("supervisor:\nseed: 3\n")
+    missing = f"{name} can't be read (No such file or directory; named by"
+    (problem,) = problems(folder, SUPERVISOR_CONFIG=name)
+    assert problem == f"{missing} environment SUPERVISOR_CONFIG)"
+    (problem,) = problems(folder, Arguments(model="m", config=name), SUPERVISOR_CONFIG="x")
+    assert problem == f"{missing} command line --config)"
+
+
+def test_a_named_folder(folder: Path) -> None:
+    (problem,) = problems(folder, SUPERVISOR_CONFIG=".")
+    assert problem == ". can't be read (Is a directory; named by environment SUPERVISOR_CONFIG)"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: [1\n",
+        "- a\n",
+        "x: !!int ''\n",
+        "x: !!bool maybe\n",
+        "x: !!timestamp y\n",
+        "x: 2024-13-45",
+        "[" * 5000,
+        "{" * 5000,
+    ],
+)
+def test_a_named_file_that_is_malformed_is_an_error(folder: Path, text: str) -> None:
+    (folder / "a.yaml").write_text(text)
+    (problem,) = problems(folder, SUPERVISOR_CONFIG="a.yaml")
+    assert problem.startswith(("a.yaml is not valid YAML", "a.yaml must be a mapping"))
+
+
+def test_a_named_file_need_not_say_that_it_is_ours_and_may_name_a_program(folder: Path) -> None:
+    (folder / "config.yaml").write_text("max_modle_len: 1\n")
+    (problem,) = problems(folder, SUPERVISOR_CONFIG="config.yaml")
+    assert "unknown key max_modle_len; did you mean max_model_len?" in problem
+    vllm = folder.parent / "vllm/bin/vllm"
+    (folder / "config.yaml").write_text(f"supervisor: {{vllm: {vllm}}}\n")
+    for settings in (
+        gather(Arguments(model="m"), {"SUPERVISOR_CONFIG": "config.yaml"}),
+        gather(Arguments(model="m", config="config.yaml"), {}),
+    ):
+        assert settings.vllm.command == (str(vllm),)
+
+
+def test_vllms_own_file_is_another(folder: Path) -> None:
+    (folder / "ours.yaml").write_text("seed: 3\n")
+    (folder / "vllm.yaml").write_text("seed: 4\n")
+    settings = read(folder, SUPERVISOR_CONFIG="ours.yaml", CONFIG="vllm.yaml")
+    assert sorted(argv(settings)) == sorted(["--seed", "3", "--config", "vllm.yaml"])
+
+
+# One that nobody named
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "supervisor:\nseed: 3\n",
+        "seed: 3\nsupervisor: {}\n",
+        "seed: 3\nsupervisor:\n  hold_timeout: 7\n",
+        "seed: 3\nsupervisor: ~\n",
+        '{"supervisor": {}, "seed": 3}',
+        f"{SCHEMA}seed: 3\n",
+        f"\ufeff{SCHEMA}seed: 3\n",
+        "# yaml-language-server: $schema=../vllm-supervisor/config.schema.json\r\nseed: 3\r\n",
+    ],
+)
+def test_a_config_yaml_that_says_it_is_ours_is_read(folder: Path, text: str) -> None:
+    (folder / "config.yaml").write_text(text)
+    settings = read(folder)
+    assert argv(settings) == ["--seed", "3"]
+    assert settings.warnings == ()
+
+
+def test_the_example_says_that_it_is_ours() -> None:
+    text = (ROOT / "config.yaml").read_text()
+    assert text.startswith(SCHEMA)
+    assert "\nsupervisor:\n" in text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "trainer: {max_steps: 3}\nmodel: gpt\n",
+        "model: m\nseed: 3\n",
+        "supervisor: vllm\nmodel: gpt\n",
+        "supervisor: 3\n",
+        "supervisor: [a]\n",
+        "supervisors: {a: b}\n",
+        "a: {supervisor: {vllm: /bin/false}}\n",
+        "- supervisor: {}\n",
+        "just words of a supervisor\n",
+        "a: [1\n",
+        "supervised: {{ it }}\n",
+        "supervisor of: [1\n",
+        "x: !!bool maybe # supervisor\n",
+        "a: supervisor\n---\nb: 1\n",
+        "# supervisor\n" + "[" * 5000,
+        "# yaml-language-server: $schema=other.json\nseed: 3\n",
+        "# yaml-language-server: $schema=my-config.schema.json\nseed: 3\n",
+        f"#\n{SCHEMA}seed: 3\n",
+        "!!python/object/apply:os.system ['touch supervisor']\n",
+    ],
+)
+def test_any_other_config_yaml_is_passed_over_and_told(folder: Path, text: str) -> None:
+    (folder / "config.yaml").write_text(text)
+    settings = read(folder)
+    assert argv(settings) == []
+    assert settings.model.value == "m"
+    assert settings.warnings == (NO_SECTION,)
+    assert os.listdir(folder) == ["config.yaml"]
+
+
+def test_it_is_told_beside_what_is_wrong(folder: Path) -> None:
+    (folder / "config.yaml").write_text("trainer: {}\n")
+    with pytest.raises(SettingsError) as caught:
+        read(folder, MAX_NUM_SEQS="x")
+    assert len(caught.value.problems) == 1
+    assert caught.value.warnings == [NO_SECTION]
+
+
+@pytest.mark.parametrize("text", ["", "\n", "# all comments\n  # of a supervisor\n\n"])
+def test_where_nothing_is_lost_nothing_is_told(folder: Path, text: str) -> None:
+    (folder / "config.yaml").write_text(text)
+    assert read(folder).warnings == ()
+
+
+def test_what_is_no_file_or_can_not_be_read_is_passed_over(folder: Path) -> None:
+    path = folder / "config.yaml"
+
+    def told() -> tuple[str, ...]:
+        settings = read(folder)
+        assert argv(settings) == []
+        return settings.warnings
+
+    path.mkdir()  # what Docker makes of a mount whose source is not there
+    assert told() == (f"{NOT_READ}it is not a file{ADVICE}",)
+    path.rmdir()
+    path.symlink_to("nowhere")
+    assert told() == (f"{NOT_READ}it is not a file{ADVICE}",)
+    path.unlink()
+    path.symlink_to("config.yaml")
+    assert told() == (f"{NOT_READ}it is not a file{ADVICE}",)
+    path.unlink()
+    os.mkfifo(path)  # opening it would wait for somebody who writes
+    assert told() == (f"{NOT_READ}it is not a file{ADVICE}",)
+    path.unlink()
+    path.write_bytes(b"supervisor: {port: 1}\nname: \xff\n")
+    assert told() == (f"{NOT_READ}it is not a text (invalid start byte at byte 28){ADVICE}",)
+    path.unlink()
+    assert told() == ()
+
+
+def test_one_that_this_user_may_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "config.yaml").write_text("supervisor:\n")
+
+    def refuse(path: Path) -> str:  # root may read everything
+        if path.name == "config.yaml":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_text(path)
+
+    read_text = Path.read_text
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert read(folder).warnings == (f"{NOT_READ}it can't be read (Permission denied){ADVICE}",)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("supervisor:\nmax_modle_len: 1\n", "unknown key max_modle_len; did you mean max_model_len?"),
+        ("supervisor: {prot: 1}\n", "unknown key supervisor.prot; did you mean supervisor.port?"),
+        ("supervisor: {config: other.yaml}\n", "unknown key supervisor.config"),
+        ("supervisor:\n  port: [1\n", "config.yaml is not valid YAML at line"),
+        (f"{SCHEMA}seed: [1\n", "config.yaml is not valid YAML at line"),
+        (f"{SCHEMA}- seed\n", "config.yaml must be a mapping"),
+        (f"{SCHEMA}supervisor: 3\n", "'supervisor' must be a mapping"),
+    ],
+)
+def test_what_is_wrong_in_a_file_of_ours_is_an_error(folder: Path, text: str, expected: str) -> None:
+    (folder / "config.yaml").write_text(text)
+    (problem,) = problems(folder)
+    assert expected in problem
+
+
+# It can't name a program
+
+
+@pytest.mark.parametrize("key", ["vllm", "VLLM", "Vllm"])
+@pytest.mark.parametrize("form", ["supervisor: {{{key}: {program}}}\n", SCHEMA + "supervisor:\n  {key}: [{program}]\n"])
+def test_a_file_that_nobody_named_can_not_name_a_program(folder: Path, key: str, form: str) -> None:
+    program, ran = folder / "program", folder / "ran"
+    program.write_text(f"#!/bin/sh\ntouch {ran}\necho vllm 0.32.0\n")
+    program.chmod(0o755)
+    (folder / "config.yaml").write_text(form.format(key=key, program=program))
+    with pytest.raises(SettingsError) as caught:
+        gather(Arguments(model="m"), {"PATH": str(folder.parent / "vllm/bin")})
+    (problem,) = caught.value.problems
+    assert problem == (
+        "config.yaml supervisor.vllm is not obeyed, for it names a program and nobody named the file: "
+        "name it with --config (or SUPERVISOR_CONFIG), or set SUPERVISOR_VLLM"
+    )
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("key", ["supervisor-vllm", "SUPERVISOR_VLLM"])
+def test_nor_by_another_spelling(folder: Path, key: str) -> None:
+    for text in (f"supervisor: {{{key}: /bin/false}}\n", f"supervisor:\n{key}: /bin/false\n"):
+        (folder / "config.yaml").write_text(text)
+        (problem,) = problems(folder)
+        assert "unknown key" in problem
+
+
+@pytest.mark.parametrize("value", ["", "~", "''"])
+def test_a_program_that_is_not_named(folder: Path, value: str) -> None:
+    (folder / "config.yaml").write_text(f"supervisor:\n  vllm: {value}\n")
+    assert argv(gather_on_path(folder)) == []
+
+
+def gather_on_path(folder: Path) -> Settings:
+    return gather(Arguments(model="m"), {"PATH": str(folder.parent / "vllm/bin")})
+
+
+def test_a_program_that_the_environment_overrides_anyway(folder: Path) -> None:
+    (folder / "config.yaml").write_text("supervisor: {vllm: /no/such/program}\n")
+    settings = read(folder)
+    (knob,) = [setting for setting in settings.knob_settings if setting.name == "SUPERVISOR_VLLM"]
+    assert knob.source == "environment SUPERVISOR_VLLM"
+    assert knob.overrode == ("config.yaml supervisor.vllm: /no/such/program",)
+
+
+# PyYAML takes 30 ms
+
+
+@pytest.mark.parametrize(("text", "expected"), [(None, False), ("trainer: {}\n", False), ("supervisor:\n", True)])
+def test_pyyaml_is_imported_only_where_there_is_a_file_to_look_into(
+    folder: Path, text: str | None, expected: bool
+) -> None:
+    if text is not None:
+        (folder / "config.yaml").write_text(text)
+    program = (
+        "import sys; from supervisor.settings.sources import Arguments, gather; "
+        f"gather(Arguments(model='m'), {{'SUPERVISOR_VLLM': {str(folder.parent / 'vllm/bin/vllm')!r}}}); "
+        "print('yaml' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{expected}\n"
+
+
+# scripts/up
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout that is set up, in which `supervisor` says what it was called with."""
+    root = tmp_path / "checkout"
+    (root / "scripts").mkdir(parents=True)
+    (root / ".venv/bin").mkdir(parents=True)
+    (root / "scripts/up").write_text((ROOT / "scripts/up").read_text())
+    for path, text in (("scripts/setup", "exit 0"), (".venv/bin/supervisor", 'echo "$@"')):
+        (root / path).write_text(f"#!/bin/sh\n{text}\n")
+        (root / path).chmod(0o755)
+    return root
+
+
+DEMO = "up {root}/supervisor/demo/model\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "environ", "expected"),
+    [
+        ({}, {}, DEMO),
+        ({}, {"MODEL": "m"}, "up\n"),
+        ({"config.yaml": "model: gpt\ntrainer: {}\n"}, {}, DEMO),
+        ({"config.yaml": "model: gpt\nx: {supervisor: {}}\n"}, {}, DEMO),
+        ({"config.yaml": "model: gpt\nx:\n  supervisor:\n"}, {}, DEMO),
+        ({"config.yaml": "model: gpt\nsupervisor: {}\n"}, {}, "up\n"),
+        ({"config.yaml": "supervisor:\nmodel : gpt\n"}, {}, "up\n"),
+        ({"config.yaml": f"{SCHEMA}model: gpt\n"}, {}, "up\n"),
+        ({"config.yaml": f"#\n{SCHEMA}model: gpt\n"}, {}, DEMO),
+        ({"config.yaml": "supervisor:\nseed: 3\n"}, {}, DEMO),
+        ({"config.yaml": "supervisor:\n# model: m\n"}, {}, DEMO),
+        ({"a.yaml": "model: gpt\n"}, {"SUPERVISOR_CONFIG": "a.yaml"}, "up\n"),
+        ({"a.yaml": "model: gpt\n"}, {"SUPERVISOR_CONFIG": ""}, DEMO),
+        ({"a.yaml": "seed: 3\n", "config.yaml": "supervisor:\nmodel: m\n"}, {"SUPERVISOR_CONFIG": "a.yaml"}, DEMO),
+        ({"config.yaml": "model: gpt\n"}, {"SUPERVISOR_CONFIG": "config.yaml"}, "up\n"),
+        ({"v.yaml": "model: gpt\n"}, {"CONFIG": "v.yaml"}, "up\n"),
+        ({"v.yaml": "model: gpt\n"}, {"VLLM_CONFIG_FILE": "v.yaml"}, "up\n"),
+        ({"v.yaml": "seed: 3\n", "config.yaml": "supervisor:\nmodel: m\n"}, {"CONFIG": "v.yaml"}, "up\n"),
+        ({"v.yaml": "seed: 3\n", "config.yaml": "model: m\n"}, {"CONFIG": "v.yaml"}, DEMO),
+    ],
+)
+def test_scripts_up_serves_the_demo_where_no_file_that_is_read_names_a_model(
+    checkout: Path, folder: Path, files: dict[str, str], environ: dict[str, str], expected: str
+) -> None:
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    done = subprocess.run(
+        ["bash", str(checkout / "scripts/up")],
+        env={"PATH": os.environ["PATH"], **environ}, cwd=folder, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == expected.format(root=checkout)
+    assert done.stderr == ""
+
+
+def test_scripts_up_does_not_wait_for_a_pipe(checkout: Path, folder: Path) -> None:
+    os.mkfifo(folder / "config.yaml")
+    done = subprocess.run(
+        ["bash", str(checkout / "scripts/up")],
+        env={"PATH": os.environ["PATH"]}, cwd=folder, capture_output=True, text=True, check=True, timeout=10,
+    )  # fmt: skip
+    assert done.stdout == DEMO.format(root=checkout)
