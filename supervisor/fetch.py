@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from supervisor.engine.remains import temporary_folder
+from supervisor.engine.workspace import temporary_folder
 from supervisor.launch import fetch_command, python, weights_of
 from supervisor.settings import volume
 from supervisor.settings.command import child_environment

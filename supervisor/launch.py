@@ -1,30 +1,29 @@
 """What vLLM is started with, found out anew at each start: where the weights are, where caches go. Then the start.
 
 A start whose weights have to come from the hub is one process as any other: it downloads, then becomes vLLM
-(weights/download.py). The next one finds them in the cache.
+(weights/download.py). The next one finds them in the cache. The look for them reads a volume, which may hang: so each
+start is a call of its own (bounded.py), the first one before there is an event loop.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import signal
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from supervisor.engine.process import EngineProcess
-from supervisor.engine.remains import Guard, Workspace
+from supervisor.engine.child import Child
+from supervisor.engine.guard import Guard
+from supervisor.engine.session import Session
+from supervisor.engine.workspace import Workspace
 from supervisor.lines import Form
 from supervisor.output import Output
 from supervisor.settings import volume
 from supervisor.settings.command import Command, Serving, build
 from supervisor.settings.sources import Settings
 from supervisor.weights import find, snapshot
-
-if TYPE_CHECKING:
-    from supervisor.around.caches import Caches
-    from supervisor.around.prefetch import Prefetch
 
 # From the spawn on they must not end us, or vLLM would stay. SIGHUP too: when the terminal is closed, vLLM in its own
 # session would not hear of it.
@@ -36,8 +35,8 @@ OTHER_REPOSITORIES = (
 )  # fmt: skip
 # Seconds without a byte until a download is begun again, where SUPERVISOR_STALL_TIMEOUT does not say less.
 STALL = 60.0
-# Less is read faster than threads are started.
-PREFETCH_FROM = 256_000_000
+# Seconds that the end waits for a start that is just being made.
+END_PATIENCE = 1.0
 
 
 def weights_of(settings: Settings) -> find.Weights:
@@ -63,14 +62,16 @@ def fetch_command(settings: Settings, weights: find.Weights, *more: str) -> tupl
     return (*words, *more)
 
 
-class Spawn:
-    """Starts vLLM: `spawn()`, for the first time before the event loop, and again after each crash."""
+class Launch:
+    """`launch()` starts vLLM: for the first time, and again after each crash. It may hang, and be called from any
+    thread; `close()` ends what it started, and lets it start nothing more."""
 
-    def __init__(self, settings: Settings, workspace: Workspace, guard: Guard, caches: Caches | None) -> None:
+    def __init__(self, settings: Settings, workspace: Workspace, guard: Guard, environ: Mapping[str, str]) -> None:
+        """`environ`: for vLLM, below what the user set."""
         self.settings = settings
         self.workspace = workspace
         self.guard = guard
-        self.caches = caches
+        self.environ = environ
         self.mask = settings.mask
         knobs = settings.knobs
         self.form = Form(
@@ -86,25 +87,28 @@ class Spawn:
         self.stderr = Output(2, self.form.lost)
         self.stdout = self.stderr if terminal else Output(1, self.form.lost)
         self.command = build(settings, str(workspace.socket), str(workspace.temporary))  # as a person may see it
-        self.latest: EngineProcess | None = None
         self.weights = find.Weights("not looked for yet")
-        self.prefetch: Prefetch | None = None
-        self._noted: set[str] | None = None
+        self.found: Callable[[find.Weights], object] = lambda _: None  # called at each start, from its thread
+        self._latest: Child | None = None
+        self._closed = False
+        self._lock = threading.Lock()
 
-    def __call__(self) -> EngineProcess:
+    def __call__(self) -> Child:
         """Raises OSError."""
-        self.weights = weights_of(self.settings)
-        self.latest = EngineProcess(self._command(self.weights), self.form, (self.stdout, self.stderr))
-        self._read_ahead(self.weights)
-        self._noted = None
-        self.note(self.latest)
-        return self.latest
+        self.weights = weights = weights_of(self.settings)
+        command = self._command(weights)
+        with self._lock:
+            if self._closed:
+                raise OSError("the server is shutting down")
+            if self._latest is not None:
+                self.workspace.clear()  # of what that one left
+            self._latest = child = Child(command, self.form, (self.stdout, self.stderr), self._remember)
+        self.found(weights)
+        return child
 
     def _command(self, weights: find.Weights) -> Command:
         settings, temporary = self.settings, str(self.workspace.temporary)
-        environ = volume.hub_environment(settings.volume, settings.environ, temporary)
-        if self.caches is not None:
-            environ |= self.caches.environment(settings.environ)
+        environ = volume.hub_environment(settings.volume, settings.environ, temporary) | dict(self.environ)
         name = str(settings.model.value)
         fetches = weights.download and bool(python(settings))
         alone = not any(settings.option(key) for key in OTHER_REPOSITORIES)
@@ -124,29 +128,18 @@ class Spawn:
         self.command = build(settings, str(self.workspace.socket), temporary, Serving(name, environ))
         return whole
 
-    def _read_ahead(self, weights: find.Weights) -> None:
-        if self.prefetch is not None:
-            self.prefetch.stop()
-        if weights.folder is None or weights.download:
-            return
-        load_format = str(self.settings.option("load_format") or "auto")
-        with contextlib.suppress(OSError):  # what is missing, or no folder, is vLLM's to tell
-            names = {path.name for path in weights.folder.iterdir()}
-            wanted = snapshot.weights(names, load_format, lambda _: None) or ()
-            files = [weights.folder / name for name in wanted if name in names]
-            if sum(path.stat().st_size for path in files) >= PREFETCH_FROM:
-                from supervisor.around.prefetch import Prefetch  # noqa: PLC0415  # for models that are worth it
-
-                self.prefetch = Prefetch(files)
+    def _remember(self, session: Session | None) -> None:
+        """Tells the guard, and a later start, what would have to be removed if we died now."""
+        self.guard.watch(session)
+        self.workspace.remember(session)
 
     def close(self) -> None:
-        """Writes what is still to be written."""
+        """Ends the last one, if it is still there, and writes what is still to be written."""
+        taken = self._lock.acquire(timeout=END_PATIENCE)
+        self._closed = True
+        if taken:
+            self._lock.release()
+        if self._latest is not None:
+            self._latest.end_now()
         for output in {self.stdout, self.stderr}:
             output.close()
-
-    def note(self, process: EngineProcess) -> None:
-        """Tells the guard, and a later start, what would have to be removed."""
-        if self._noted != process.segments:
-            self._noted = set(process.segments)
-            self.guard.watch(process.pid, process.segments)
-            self.workspace.remember(process.pid, process.segments)

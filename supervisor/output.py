@@ -44,15 +44,15 @@ class Output:
         self._thread = threading.Thread(target=self._run, name=f"output-{target}", daemon=True)
         self._thread.start()
 
-    def put(self, lines: bytes) -> None:
-        """Whole lines, the last line's end included."""
-        self.later(lambda: lines, len(lines))
+    def put(self, lines: bytes, count: int = 1) -> None:
+        """Whole lines, the last line's end included; `count` of them."""
+        self.later(lambda: lines, len(lines), count)
 
-    def later(self, make: Make, size: int = 0) -> None:
+    def later(self, make: Make, size: int = 0, count: int = 1) -> None:
         """Lines that the thread is to make; `size` in bytes, where it is known."""
         with self._lock:
             if self._waiting.qsize() >= BACKLOG or self._bytes > BACKLOG_BYTES:
-                self.lost += 1
+                self.lost += count
                 return
             self._bytes += size
         self._waiting.put((size, make))

@@ -6,13 +6,10 @@ The wiring alone; each of them has a room of its own. It is imported while vLLM 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
-import shlex
 import signal
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -20,11 +17,18 @@ from typing import TYPE_CHECKING
 import uvloop
 
 from supervisor import listen, logs
+from supervisor.around.caches import CacheKeeper, Caches
+from supervisor.around.multinode import Multinode
+from supervisor.around.phases import Waterfall
 from supervisor.around.postmortem import PostMortem
-from supervisor.around.start import waterfall
-from supervisor.engine import gpu
-from supervisor.engine.engine import RANKS_INTERVAL, Collaborators, Engine, Limits
-from supervisor.engine.process import EngineProcess
+from supervisor.around.prefetch import ReadAhead
+from supervisor.around.stacks import Stacks
+from supervisor.around.start import StartTold, invitation
+from supervisor.bounded import Call, bounded
+from supervisor.engine.child import Child
+from supervisor.engine.engine import Engine, Limits
+from supervisor.engine.lifecycle import State
+from supervisor.engine.run import Observer, Traffic
 from supervisor.gateway import tracing
 from supervisor.gateway.access import AccessLog
 from supervisor.gateway.app import Admission, Gateway
@@ -32,7 +36,7 @@ from supervisor.gateway.counts import Jobs
 from supervisor.gateway.policy import Policy, Routes
 from supervisor.gateway.server import GatewayServer
 from supervisor.gateway.upstream import Probe, Upstream, UpstreamError
-from supervisor.launch import SIGNALS, Spawn
+from supervisor.launch import SIGNALS, Launch
 from supervisor.listen import Listeners
 from supervisor.settings import demo, explain
 from supervisor.settings.command import served_name
@@ -45,66 +49,69 @@ if TYPE_CHECKING:
 # The own routes and clients' last bytes, after the last relayed request is done.
 CLOSE_PATIENCE = 5
 KEEP_ALIVE = 75.0
-PROBE_TIMEOUT = 10.0
 # vLLM leaves 0.6 s to 2 s after SIGTERM when nothing is in flight; one that has not left by then is killed. Who wants a
 # short drain wants a short end, too.
 TERMINATE_PATIENCE = 10.0
 # Of the drain timeout, at most: to report RunPod's jobs that are not done as failed.
 LAST_REPORTS = 5.0
 # States that the queue worker is told of; the end is told by `finish`.
-TOLD = frozenset({"starting", "ready", "restarting", "failed"})
+TOLD = frozenset({State.STARTING, State.READY, State.RESTARTING, State.FAILED})
+# Seconds for a collector of traces to answer at the start.
+TRACING_PATIENCE = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What is there once vLLM is spawned. `pending` holds signals that nobody has heard yet."""
+    """What is there when vLLM is being spawned. `pending` holds signals that nobody has heard yet."""
 
     settings: Settings
-    spawn: Spawn
-    process: EngineProcess
+    launch: Launch
+    first: Call[Child]
+    caches: Caches | None
     listeners: Listeners
     pending: list[int]
 
 
 def serve(start: Start) -> int:
     """Until it is told to stop, or has failed; returns the exit code."""
-    log = logs.start(start.spawn.form, start.settings.knobs.log_level, start.spawn.stderr)
+    lines = logs.start(start.launch.form, start.settings.knobs.log_level, start.launch.stderr)
 
     async def run() -> int:
-        return await Serving(start, log).run()
+        return await Serving(start, lines).run()
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(run())
 
 
-class Serving:
-    """One run of the supervisor. What the engine's owner asks of others (`Collaborators`) are its methods."""
+class Serving(Observer):
+    """One run of the supervisor. For the engine it is who passes requests to it (`Front`), and one who looks on."""
 
     def __init__(self, start: Start, lines: logs.Log) -> None:
         self.log = logging.getLogger("supervisor")
         self.loop = asyncio.get_running_loop()
+        self.start = start
         self.settings = settings = start.settings
         self.knobs = settings.knobs
-        self.spawn = start.spawn
+        self.launch = start.launch
         self.listeners = start.listeners
-        self.pending = start.pending
         self.lines = lines
-        self.foot = start.spawn.stderr if start.spawn.has_foot else None
         cluster = settings.cluster
-        self.headless = cluster is not None and cluster.headless
-        self.gpu_before: list[int] | None = None
-        self.warm: EngineProcess | None = None  # has answered its first request
-        self.invited = False
+        self.multinode = Multinode(cluster, self.knobs.drain_timeout) if cluster is not None else None
+        self.headless = self.multinode if cluster is not None and cluster.headless else None
         self.traces: tracing.Tracing | None = None
-        self.upstream = Upstream(str(start.spawn.workspace.socket), self.loop)
+        self.queue: Queue | None = None
+        self.upstream = Upstream(str(start.launch.workspace.socket), self.loop)
         self.facts = self._facts()
-        self.engine = Engine(start.process, self._collaborators(), self._limits())
+        self.engine = Engine(
+            partial(Call, start.launch),
+            self.headless.ask if self.headless else self.ask,
+            self._limits(),
+            lambda child: Waterfall(child.spawned_at, fetches=child.command.fetches),
+        )
         self.gateway = self._gateway()
-        self.access = AccessLog(self.loop, start.spawn.form, lines.later, self.knobs.log_level, self.gateway.run)
+        self.access = AccessLog(self.loop, start.launch.form, lines.later, self.knobs.log_level, self.gateway.run)
         if self.knobs.access_log:
             self.gateway.listeners += (self.access.ended,)
-        self.queue: Queue | None = None
-        self.group = asyncio.TaskGroup()
 
     def _facts(self) -> dict[str, object]:
         """What never changes, for /status."""
@@ -115,25 +122,10 @@ class Serving:
             "vllm_version": settings.vllm.version,
             "simulator": f"http://{listen.address(simulator)}/v2/local" if simulator else None,
             "cluster": settings.cluster.name if settings.cluster else None,
-            "weights": self.spawn.weights.source,
-            "command": self.spawn.mask.command(self.spawn.command.argv),
+            "weights": self.launch.weights.source,
+            "command": self.launch.mask.command(self.launch.command.argv),
             **explain.facts(settings),
         }
-
-    def _collaborators(self) -> Collaborators:
-        settings, mask = self.settings, self.spawn.mask
-        postmortem = PostMortem(settings.cache, mask=mask, vllm=settings.vllm.version, facts=self.facts)
-        return Collaborators(
-            spawn=self.spawn,
-            cleaned=self.cleaned,
-            noted=self.spawn.note,
-            health=self.health,
-            metrics=self.metrics,
-            traffic=lambda: self.gateway.traffic(),  # noqa: PLW0108  # there is no gateway yet
-            drain=self.drain,
-            changed=self.changed,
-            failed=postmortem.write,
-        )
 
     def _limits(self) -> Limits:
         knobs = self.knobs
@@ -145,8 +137,26 @@ class Serving:
             restarts=knobs.max_restarts,
             window=knobs.restart_window,
             stay_when_failed=knobs.on_failure == "serve",
-            cluster=self.settings.cluster,
+            warm_up=demo.WARM_UP if (self.settings.is_demo or knobs.warm_up) and not self.headless else b"",
         )
+
+    def _observers(self) -> list[Observer]:
+        settings, launch, listeners = self.settings, self.launch, self.listeners
+
+        def invite() -> str:
+            simulator = self.queue.simulator if self.queue is not None else None
+            return invitation(settings, listeners, simulator.url if simulator is not None else "")
+
+        foot = launch.stderr if launch.has_foot else None
+        found: list[Observer] = [
+            self,
+            StartTold(self.lines, foot, colour=launch.form.colour, invitation=invite),
+            PostMortem(settings.cache, mask=launch.mask, vllm=settings.vllm.version, facts=self.facts),
+            ReadAhead(lambda: launch.weights, str(settings.option("load_format") or "auto")),
+            Stacks(),
+        ]
+        found += [CacheKeeper(self.start.caches)] if self.start.caches is not None else []
+        return found + ([self.multinode] if self.multinode is not None else [])
 
     def _gateway(self) -> Gateway:
         settings, knobs = self.settings, self.knobs
@@ -175,20 +185,17 @@ class Serving:
 
     async def run(self) -> int:
         settings, listeners = self.settings, self.listeners
-        self.gpu_before = await asyncio.to_thread(gpu.used)
         self._listen_for_signals()
-        self._show_start()
-        for warning in (*settings.warnings, *self.spawn.weights.passed_over):
+        for warning in (*settings.warnings, *self.launch.weights.passed_over):
             self.log.warning("%s", warning)
         where = f" on http://{listen.address(listeners.front)}" if listeners.front else ", for RunPod's queue"
         self.log.info("starting %s%s", settings.model.value, where)
-        self.log.info("weights: %s", self.spawn.weights.source)
+        self.log.info("weights: %s", self.launch.weights.source)
         server = GatewayServer(self.gateway, CLOSE_PATIENCE, certificate=self.knobs.tls_cert, key=self.knobs.tls_key)
-        private = self.spawn.workspace.gateway
+        private = self.launch.workspace.gateway
         sockets = [*listeners.gateway, listen.privately(private)]
-        async with self.group as group:
-            if tracing.endpoint(settings.environ):
-                group.create_task(self._trace())
+        async with asyncio.TaskGroup() as group:
+            tracing_starts = group.create_task(self._trace()) if tracing.endpoint(settings.environ) else None
             if settings.mode == "queue":
                 from supervisor.queue.child import Queue  # noqa: PLC0415  # in that mode only
 
@@ -196,14 +203,14 @@ class Serving:
                 self.queue = Queue.start(settings, listeners.simulator, str(private), served_name(settings), jobs)
                 group.create_task(self.queue.worker.run())
             group.create_task(server.run_on(sockets))
-            if self.spawn.caches is not None:
-                group.create_task(self._tend(self.spawn.caches.restore))
-            code = await self.engine.run()
+            code = await self.engine.run(self, self._observers(), self.start.first)
             self.gateway.feeds.end()
             if self.queue is not None:
                 await self.queue.worker.finish(LAST_REPORTS, LAST_REPORTS)
                 self.queue.stop()
             server.should_exit = True
+            if tracing_starts is not None:
+                tracing_starts.cancel()
         self.access.flush()
         if self.traces is not None:
             self.traces.close()
@@ -213,7 +220,7 @@ class Serving:
     def _listen_for_signals(self) -> None:
         for number in SIGNALS:
             self.loop.add_signal_handler(number, self.engine.stop, number)
-        for heard in self.pending:
+        for heard in self.start.pending:
             self.engine.stop(heard)
         if any(keys.file for keys in self.settings.keys) and not sys.stdin.isatty():
             self.loop.add_signal_handler(signal.SIGHUP, self._read_keys_again)
@@ -225,7 +232,7 @@ class Serving:
         except BadValue as error:
             self.log.error("the keys stay as they were: expected %s", error)  # noqa: TRY400  # no bug of ours
             return
-        self.spawn.mask.add((*api_keys, *admin_keys))
+        self.launch.mask.add((*api_keys, *admin_keys))
         self.gateway.set_keys(api_keys, admin_keys)
         told = "keys read again: %d for clients, %d for administrators"
         self.log.info(told, len(api_keys), len(admin_keys))
@@ -236,53 +243,29 @@ class Serving:
             "vllm_supervisor.model": str(settings.model.value),
             "vllm_supervisor.vllm_version": settings.vllm.version,
         }
-        self.traces = await asyncio.to_thread(tracing.start, settings.environ, about, self.spawn.mask)
+        try:
+            begin = partial(tracing.start, settings.environ, about, self.launch.mask)
+            self.traces = await bounded(TRACING_PATIENCE, begin)
+        except Exception:  # nobody is served worse without traces
+            self.log.exception("no traces are sent")
         if self.traces is not None:
             self.gateway.listeners += (self.traces.ended,)
 
-    async def _tend(self, what: Callable[[], str | None]) -> None:
-        try:
-            if told := await asyncio.to_thread(what):
-                self.log.info("%s", told)
-        except Exception:  # a comfort: whatever is wrong with it, it must not end what serves
-            self.log.exception("compiled code could not be looked after")
+    # What the engine asks, and tells
 
-    # What the engine's owner asks
-
-    async def _ask(self, path: str, body: bytes = b"", *, patience: float = PROBE_TIMEOUT) -> tuple[int, bytes] | None:
+    async def ask(self, path: str, body: bytes, patience: float) -> tuple[int, bytes] | None:
         try:
             async with asyncio.timeout(patience):
                 return await Probe.get(self.upstream, path, body)
         except (UpstreamError, TimeoutError):
             return None
 
-    async def health(self) -> int | None:
-        engine = self.engine
-        if self.headless:  # no port, and no word of readiness but its log's
-            return 200 if engine.ranks is not None and engine.ranks.loaded else None
-        if not self.spawn.workspace.socket.exists():  # one stat, so that a loading vLLM costs no connection
-            return None
-        answer = await self._ask("/health")
-        warms_up = self.settings.is_demo or self.knobs.warm_up
-        if warms_up and answer is not None and answer[0] == 200 and self.warm is not self.spawn.latest:
-            self.warm = self.spawn.latest
-            engine.phases.warm_up()
-            await self._ask("/v1/completions", demo.WARM_UP, patience=self.knobs.startup_timeout)
-            answer = await self._ask("/health")  # it may not have lived through it
-        return answer[0] if answer is not None else None
-
-    async def metrics(self) -> bytes | None:
-        answer = await self._ask("/metrics")
-        return answer[1] if answer is not None and answer[0] == 200 else None
-
-    async def cleaned(self) -> None:
-        self.upstream.close()
-        self.spawn.workspace.clear()
-        await gpu.freed(self.gpu_before)
+    def traffic(self) -> Traffic:
+        return Traffic(*self.gateway.traffic())
 
     async def drain(self) -> bool:
-        if self.headless:
-            return await self._rank_0_gone()
+        if self.headless is not None:
+            return await self.headless.drain()
         patience = self.knobs.drain_timeout
         try:
             async with asyncio.timeout(patience):
@@ -297,51 +280,13 @@ class Serving:
             return False
         return True
 
-    async def _rank_0_gone(self) -> bool:
-        """A whole that is stopped gets its signals at once: rank 0's last answers need this rank."""
-        deadline = self.loop.time() + self.knobs.drain_timeout
-        ranks = self.engine.ranks
-        while ranks is not None and ranks.noted and self.loop.time() < deadline:
-            if await asyncio.to_thread(ranks.gone) is not None:
-                break
-            await asyncio.sleep(RANKS_INTERVAL / 4)
-        return True
-
-    def changed(self) -> None:
-        engine, queue = self.engine, self.queue
+    def changed(self, state: State) -> None:
         self.gateway.engine_changed()
-        if queue is not None and engine.state.value in TOLD:
-            queue.worker.tell(engine.state.value)
-        self._show_start()
-        if not engine.ready:
-            return
-        if self.spawn.caches is not None:
-            self.group.create_task(self._tend(self.spawn.caches.keep))
-        self._tell_start()
-        if not self.invited:
-            self.invited = True
-            simulator = queue.simulator.url if queue is not None and queue.simulator is not None else ""
-            self.log.info("%s", invitation(self.settings, self.listeners, simulator))
+        if self.queue is not None and state in TOLD:
+            self.queue.worker.tell(state.value)
 
-    # How a start is told
-
-    def _show_start(self) -> None:
-        if self.foot is not None:
-            self.foot.hide() if self.engine.ready or self.engine.over else self.foot.show(self._picture)
-
-    def _tell_start(self) -> None:
-        if self.foot is not None:
-            self.lines.later(partial(self._picture, running=False))
-        else:
-            rows = self.engine.phases.as_rows()
-            told = ", ".join(f"{row['name']} {row['seconds']:.1f} s" for row in rows)
-            self.log.info("vLLM's start: %s", told, extra={"fields": {"phases": rows}})
-
-    def _picture(self, *, running: bool = True) -> list[str]:
-        phases = self.engine.phases
-        if running and phases.finished is not None:
-            return []  # between two runs
-        return waterfall(phases.as_rows(), phases.progress, running=running, colour=self.spawn.form.colour)
+    def removed(self) -> None:
+        self.upstream.close()
 
 
 def elsewhere(settings: Settings) -> str | None:
@@ -350,20 +295,3 @@ def elsewhere(settings: Settings) -> str | None:
     if cluster is None or not cluster.headless:
         return None
     return f"This is {cluster.name}: rank 0, at {cluster.leader}, serves the model."
-
-
-def invitation(settings: Settings, listeners: Listeners, simulator: str) -> str:
-    """What to do now that it serves: the URL, and a line to paste."""
-    chat = {"messages": [{"role": "user", "content": "What are you?"}]}
-    if simulator:
-        job = shlex.quote(json.dumps({"input": chat}))
-        request = f"{simulator}/runsync -H 'Content-Type: application/json' -d {job}"
-        return f"ready: a simulated RunPod endpoint, {simulator}\n  curl {request}"
-    if settings.cluster is not None and settings.cluster.headless:
-        return f"ready: {settings.cluster.name}; rank 0, at {settings.cluster.leader}, serves"
-    if not listeners.gateway:
-        return f"ready: up to {settings.knobs.max_concurrency} of RunPod's jobs at once"
-    url = listen.url(listeners.gateway[0], "https" if settings.knobs.tls_cert else "http")
-    body = shlex.quote(json.dumps({"model": served_name(settings), **chat}))
-    key = ' -H "Authorization: Bearer $KEY"' if settings.knobs.api_keys else ""
-    return f"ready: {url}\n  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d {body}"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from supervisor.engine.remains import GATEWAY, PREFIX, temporary_folder
+from supervisor.engine.workspace import GATEWAY, PREFIX, temporary_folder
 from supervisor.settings.knobs import keys
 from supervisor.settings.values import BadValue
 

@@ -1,7 +1,8 @@
-"""`supervisor up`: binds the port, spawns vLLM, then runs the gateway until the engine is gone.
+"""`supervisor up`: binds the port, launches vLLM, then runs the gateway until the engine is gone.
 
 The order is the point: settings and sockets first, so that every mistake of the user is told before anything starts;
-then vLLM, whose start is the long one; and only then our own imports (uvicorn, uvloop), while vLLM loads.
+then vLLM, whose start is the long one; and only then our own imports (uvicorn, uvloop), while vLLM loads. A launch
+whose disk does not answer is left to itself: the port and SIGTERM do not wait for it.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from supervisor.engine.remains import Guard, Workspace, clean_leftovers, temporary_folder
-from supervisor.launch import SIGNALS, Spawn
+from supervisor.bounded import Call
+from supervisor.engine.guard import Guard
+from supervisor.engine.workspace import Workspace, clean_leftovers, temporary_folder
+from supervisor.launch import SIGNALS, Launch
 from supervisor.listen import bind
 from supervisor.settings.sources import Settings, SettingsError
 
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
 # As of an engine that can't start: the same settings may do on another machine.
 EXIT_UNFIT = 3
+# A launch takes some milliseconds; our imports beside it would make it slower.
+LAUNCH_PATIENCE = 0.3
 
 
 def up(settings: Settings) -> int:
@@ -40,20 +45,22 @@ def up(settings: Settings) -> int:
         raise SettingsError([f"no folder can be made in {base} ({error.strerror}): set TMPDIR"]) from error
     guard = Guard(workspace)
     try:
-        spawn = Spawn(settings, workspace, guard, _caches(settings))
+        caches = _caches(settings)
+        launch = Launch(settings, workspace, guard, caches.environment(settings.environ) if caches else {})
         try:
-            process = spawn()
-        except OSError as error:
-            program = settings.vllm.command[0]
-            raise SettingsError([f"{program} can't be executed ({error.strerror}): check SUPERVISOR_VLLM"]) from error
-        try:
+            first = Call(launch)
+            try:
+                if first.wait(LAUNCH_PATIENCE):
+                    first.result()
+            except OSError as error:
+                program = settings.vllm.command[0]
+                text = f"{program} can't be executed ({error.strerror}): check SUPERVISOR_VLLM"
+                raise SettingsError([text]) from error
             from supervisor.serve import Start, serve  # noqa: PLC0415  # vLLM is importing by now: it costs no time
 
-            return serve(Start(settings, spawn, process, listeners, pending))
+            return serve(Start(settings, launch, first, caches, listeners, pending))
         finally:
-            assert spawn.latest is not None
-            spawn.latest.clean_up()
-            spawn.close()
+            launch.close()
     finally:
         workspace.remove()
         guard.dismiss()

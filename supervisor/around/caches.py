@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import platform
 import re
@@ -20,8 +21,12 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from supervisor.bounded import Call
+from supervisor.engine.lifecycle import State
+from supervisor.engine.run import Observer, Run
 
 NVIDIA = Path("/proc/driver/nvidia/gpus")
 # Variable -> folder below ours. Where the user set one, it stays. vLLM keeps Inductor's below its own.
@@ -151,6 +156,31 @@ class Caches:
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > STALE:
                     path.unlink()
+
+
+class CacheKeeper(Observer):
+    """Unpacks while the first engine imports, and packs whenever one is ready. Nobody waits for either."""
+
+    def __init__(self, caches: Caches) -> None:
+        self.caches = caches
+        self.log = logging.getLogger("supervisor.caches")
+        self.restoring: Call[None] | None = None
+        self.keeping: Call[None] | None = None
+
+    def began(self, run: Run) -> None:
+        if self.restoring is None:
+            self.restoring = Call(lambda: self._tend(self.caches.restore))
+
+    def changed(self, state: State) -> None:
+        if state is State.READY and (self.keeping is None or not self.keeping.hangs):
+            self.keeping = Call(lambda: self._tend(self.caches.keep))
+
+    def _tend(self, what: Callable[[], str | None]) -> None:
+        try:
+            if told := what():
+                self.log.info("%s", told)
+        except Exception:  # a comfort: whatever is wrong with it, it must not end what serves
+            self.log.exception("compiled code could not be looked after")
 
 
 def _kept(member: tarfile.TarInfo) -> tarfile.TarInfo | None:

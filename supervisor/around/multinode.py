@@ -7,16 +7,23 @@ of them is gone, the whole starts anew. Where the model is spread (tensor, pipel
 port of rank 0 that all know. With data parallelism vLLM chooses its ports as it goes, all on rank 0.
 
 A headless rank has no port and says no word of readiness. It is ready when it has joined and loaded, by its log.
+
+All of it is `Multinode`, one observer of the engine; on a headless rank it stands for the HTTP that is not there, too.
 """
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
+import logging
 import re
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
-from supervisor.engine import remains
+from supervisor.bounded import bounded
+from supervisor.engine.run import Observer, Run
+from supervisor.engine.session import Session
 from supervisor.settings.cluster import Cluster
 
 LAUNCHED = re.compile(r"Launching (?:vLLM .* headless|(?P<engines>\d+) data parallel engine)")
@@ -25,6 +32,9 @@ JOINED = re.compile(r"rank \d+ in world size \d+ is assigned")
 LOADED = re.compile(r"Available KV cache memory|\) GiB for KV cache on node|GiB memory for KV Cache as specified")
 INITIALIZED = re.compile(r"init engine \(")
 ESTABLISHED, LISTENING = "01", "0A"
+# Seconds between two looks whether the other machines are there. A data-parallel rank connects soon after it is ready.
+INTERVAL, LOOKS = 1.0, 60
+LOOK_PATIENCE = 10.0
 Ends = tuple[str, str]  # of a connection, as /proc writes them: ours, theirs
 
 
@@ -49,9 +59,9 @@ class Ranks:
     def loaded(self) -> bool:
         return self.awaited == []
 
-    def note(self, session: int) -> int:
+    def note(self, session: Session) -> int:
         """Looks which connections hold the ranks together; how many there are."""
-        sockets = {inode for pid in remains.session(session) for inode in _sockets(pid)}
+        sockets = {inode for pid in session.members() for inode in _sockets(pid)}
         rows = [(ends, state) for ends, state, inode in _connections() if inode in sockets]
         ours = {ends for ends, state in rows if state == ESTABLISHED}
         listening = {_port(ends[0]) for ends, state in rows if state == LISTENING}
@@ -77,6 +87,72 @@ class Ranks:
         if self.cluster.headless:
             return _address(other)[0] in _addresses(self.cluster.leader)
         return _port(mine) in listening
+
+
+class Multinode(Observer):
+    """Ends a run when another rank is gone: all of them have to start again together."""
+
+    def __init__(self, cluster: Cluster, drain_timeout: float) -> None:
+        self.cluster = cluster
+        self.drain_timeout = drain_timeout
+        self.log = logging.getLogger("supervisor.multinode")
+        self.ranks = Ranks(cluster)
+        self.draining = False
+        self._watching: asyncio.Task[None] | None = None
+
+    def began(self, run: Run) -> None:
+        self.ranks = Ranks(self.cluster)
+        self._watching = asyncio.get_running_loop().create_task(self._watch(run, self.ranks))
+
+    def heard(self, run: Run, lines: Sequence[str]) -> None:
+        for line in lines:
+            self.ranks.hear(line)
+
+    async def answers(self, run: Run) -> None:
+        """From the first request on, the end of another rank is noticed."""
+        if run.child is not None:
+            session = run.child.session
+            await bounded(LOOK_PATIENCE, lambda: self.ranks.note(session))
+
+    def removed(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+
+    async def ask(self, path: str, body: bytes, patience: float) -> tuple[int, bytes] | None:
+        """What a headless rank would say of its health, if it had a port."""
+        return (200, b"") if path == "/health" and self.ranks.loaded else None
+
+    async def drain(self) -> bool:
+        """Of a headless rank: those that are stopped together get their signals at once, and rank 0's last answers need
+        this one."""
+        self.draining = True
+        try:
+            async with asyncio.timeout(self.drain_timeout):
+                while self.ranks.noted and await bounded(LOOK_PATIENCE, self.ranks.gone) is None:  # noqa: ASYNC110
+                    await asyncio.sleep(INTERVAL / 4)
+        except TimeoutError:
+            pass
+        return True
+
+    async def _watch(self, run: Run, ranks: Ranks) -> None:
+        """vLLM itself does not notice when another machine is gone."""
+        session, looks = run.child.session if run.child is not None else Session(0), 0
+        try:
+            while looks < LOOKS:
+                await asyncio.sleep(INTERVAL)
+                if not run.served:
+                    continue
+                if not ranks.noted:
+                    looks += 1
+                    await bounded(LOOK_PATIENCE, lambda: ranks.note(session))
+                elif (address := await bounded(LOOK_PATIENCE, ranks.gone)) is not None:
+                    # A headless rank that drains waits for just this.
+                    if not (self.draining and self.cluster.headless):
+                        run.broke("rank gone", f"the rank at {address} is gone: all of them have to start again")
+                    return
+            self.log.warning("no connection to another rank is to be seen: the end of one will not be noticed")
+        except Exception:  # the engine serves without this watch
+            self.log.exception("the end of another rank will not be noticed")
 
 
 def _connections() -> list[tuple[Ends, str, str]]:

@@ -6,7 +6,6 @@ driver that hangs, costs one line of the log and nothing else. Everything in it 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
 import json
@@ -20,8 +19,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from supervisor.around.machine import Machine, amount, disk, versions, within
-from supervisor.engine import gpu
+from supervisor.around.machine import Machine, amount, disk, gpus, versions
+from supervisor.bounded import bounded, within
+from supervisor.engine.run import Observer
 from supervisor.settings.secrets import Mask
 
 FOLDER = "postmortem"
@@ -35,8 +35,8 @@ SHOWN_COMMAND, SHOWN_LINE = 400, 200
 SAID_ELSEWHERE = ("last_failure", "log_tail", "progress", "pid")
 
 
-class PostMortem:
-    """`write(failure)` begins at once. `facts`: what `/status` tells and never changes, with the settings."""
+class PostMortem(Observer):
+    """`facts`: what `/status` tells and never changes, with the settings."""
 
     def __init__(
         self,
@@ -53,20 +53,11 @@ class PostMortem:
         self.facts = facts
         self.machine = machine or Machine()
         self.log = logging.getLogger("supervisor.postmortem")
-        self.running: set[asyncio.Task[None]] = set()
 
-    def write(self, failure: Mapping[str, Any]) -> asyncio.Task[None]:
-        """The task that does it; nobody needs to wait for it. It raises nothing, and ends in bounded time."""
-        task = asyncio.get_running_loop().create_task(self._write(failure))
-        self.running.add(task)
-        task.add_done_callback(self.running.discard)
-        return task
-
-    async def _write(self, failure: Mapping[str, Any]) -> None:
+    async def failed(self, failure: Mapping[str, Any]) -> None:
+        """Raises nothing, and ends in bounded time."""
         try:
-            async with asyncio.timeout(PATIENCE):
-                block = await asyncio.to_thread(self.report, failure)
-            self.log.error("%s", block)
+            self.log.error("%s", await bounded(PATIENCE, lambda: self.report(failure)))
         except TimeoutError:
             self.log.warning("the post-mortem was not done in %g s", PATIENCE)
         except Exception:  # it tells of a failure, and must not become one
@@ -95,7 +86,7 @@ class PostMortem:
             "memory": self.machine.memory(),
             "cgroup": self.machine.cgroup(),
             "disks": [disk(folder) for folder in (self.folder, Path("/tmp"), self.machine.shm)],  # noqa: S108
-            "gpu": within(GPU_PATIENCE, gpu.survey),
+            "gpu": within(GPU_PATIENCE, gpus),
             "nvidia_smi": _nvidia_smi(),
         }
         masked: dict[str, Any] = _masked(bundle, self.mask)

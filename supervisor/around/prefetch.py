@@ -8,12 +8,19 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from supervisor.bounded import Call
+from supervisor.engine.run import Observer, Run
+from supervisor.weights import snapshot
+from supervisor.weights.find import Weights
 
 # More than one file at a time is what network volumes need to be fast.
 READERS = 4
 PIECE = 8 * 1024 * 1024
+# Less is read faster than threads are started.
+LEAST = 256_000_000
 # Of the memory that is free now: the rest is for vLLM itself.
 SHARE = 0.6
 CGROUP = (
@@ -68,3 +75,28 @@ class Prefetch:
                         pass
                 finally:
                     os.close(descriptor)
+
+
+class ReadAhead(Observer):
+    """Reads what each run of the engine is going to load."""
+
+    def __init__(self, weights: Callable[[], Weights], load_format: str) -> None:
+        self.weights = weights
+        self.load_format = load_format
+        self.latest: Prefetch | None = None
+
+    def began(self, run: Run) -> None:
+        Call(self._read)  # it may hang; nobody waits for it
+
+    def _read(self) -> None:
+        if self.latest is not None:
+            self.latest.stop()
+        weights = self.weights()
+        if weights.folder is None or weights.download:
+            return
+        with contextlib.suppress(OSError):  # what is missing, or no folder, is vLLM's to tell
+            names = {path.name for path in weights.folder.iterdir()}
+            wanted = snapshot.weights(names, self.load_format, lambda _: None) or ()
+            files = [weights.folder / name for name in wanted if name in names]
+            if sum(path.stat().st_size for path in files) >= LEAST:
+                self.latest = Prefetch(files)

@@ -1,15 +1,86 @@
-"""How far a start is, as a terminal shows it below the log (output.py)."""
+"""How a start is told: below the log of a terminal while it lasts (output.py), as one line elsewhere; and what to do
+once it serves.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
+import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
+from supervisor import listen
+from supervisor.engine.lifecycle import OVER, State
+from supervisor.engine.run import Observer, Phases, Run
 from supervisor.lines import COLOURS, DIM, PLAIN
-from supervisor.output import INTERVAL
+from supervisor.listen import Listeners
+from supervisor.logs import Log
+from supervisor.output import INTERVAL, Output
+from supervisor.settings.command import served_name
+from supervisor.settings.sources import Settings
 
 BAR, SPINNER, DONE = "━", "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "✓"
 NAME_WIDTH, BAR_WIDTH = 29, 32
+
+
+class StartTold(Observer):
+    """`foot`: the terminal's output, where there is one; `invitation` is asked for once it serves."""
+
+    def __init__(self, lines: Log, foot: Output | None, *, colour: bool, invitation: Callable[[], str]) -> None:
+        self.log = logging.getLogger("supervisor")
+        self.lines = lines
+        self.foot = foot
+        self.colour = colour
+        self.invitation = invitation
+        self.invited = False
+        self.phases: Phases | None = None
+
+    def began(self, run: Run) -> None:
+        self.phases = run.phases
+        if self.foot is not None:
+            self.foot.show(self._picture)
+
+    def changed(self, state: State) -> None:
+        if self.foot is not None and (state is State.READY or state in OVER):
+            self.foot.hide()
+        if state is State.RESTARTING:
+            self.phases = None
+        if state is not State.READY:
+            return
+        rows = self.phases.as_rows() if self.phases is not None else []
+        if self.foot is not None:
+            self.lines.later(partial(waterfall, rows, running=False, colour=self.colour))
+        else:
+            told = ", ".join(f"{row['name']} {row['seconds']:.1f} s" for row in rows)
+            self.log.info("vLLM's start: %s", told, extra={"fields": {"phases": rows}})
+        if not self.invited:
+            self.invited = True
+            self.log.info("%s", self.invitation())
+
+    def _picture(self) -> Sequence[str]:
+        phases = self.phases  # of the log's thread: it may change meanwhile
+        if phases is None:
+            return ()
+        return waterfall(phases.as_rows(), phases.progress, running=True, colour=self.colour)
+
+
+def invitation(settings: Settings, listeners: Listeners, simulator: str) -> str:
+    """What to do now that it serves: the URL, and a line to paste."""
+    chat = {"messages": [{"role": "user", "content": "What are you?"}]}
+    if simulator:
+        job = shlex.quote(json.dumps({"input": chat}))
+        request = f"{simulator}/runsync -H 'Content-Type: application/json' -d {job}"
+        return f"ready: a simulated RunPod endpoint, {simulator}\n  curl {request}"
+    if settings.cluster is not None and settings.cluster.headless:
+        return f"ready: {settings.cluster.name}; rank 0, at {settings.cluster.leader}, serves"
+    if not listeners.gateway:
+        return f"ready: up to {settings.knobs.max_concurrency} of RunPod's jobs at once"
+    url = listen.url(listeners.gateway[0], "https" if settings.knobs.tls_cert else "http")
+    body = shlex.quote(json.dumps({"model": served_name(settings), **chat}))
+    key = ' -H "Authorization: Bearer $KEY"' if settings.knobs.api_keys else ""
+    return f"ready: {url}\n  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d {body}"
 
 
 def waterfall(phases: Sequence[Mapping[str, object]], note: str = "", *, running: bool, colour: bool) -> list[str]:

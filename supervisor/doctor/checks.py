@@ -7,7 +7,7 @@ from functools import partial
 
 from supervisor.doctor import machine, model
 from supervisor.doctor.patient import FAIL, OK, WARN, Patient, Row
-from supervisor.engine.remains import temporary_folder
+from supervisor.engine.workspace import temporary_folder
 
 
 def settings(patient: Patient) -> Iterable[Row]:

@@ -15,9 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from supervisor.around.machine import Machine
-from supervisor.engine import gpu
-from supervisor.engine.remains import temporary_folder
+from supervisor.around.machine import Machine, gpus
+from supervisor.engine.workspace import temporary_folder
 from supervisor.launch import weights_of
 from supervisor.settings import platform, vllm, volume
 from supervisor.settings.secrets import Mask
@@ -71,7 +70,7 @@ class Patient:
     settings: Settings | None
     problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    ask_gpus: Callable[[], dict[str, Any] | None] = field(default=gpu.survey)
+    ask_gpus: Callable[[], dict[str, Any] | None] = field(default=gpus)
 
     @cached_property
     def gpus(self) -> dict[str, Any] | None:

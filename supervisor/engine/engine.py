@@ -1,72 +1,49 @@
 """The owner of the engine: the only one that walks the lifecycle's table and carries its actions out.
 
-Everyone else sends an event (`stop`) or reads the state (`ready`, `over`, `explanation`, `status()`). Its collaborators
-are passed in: how to spawn, how to ask /health and /metrics, what to do when the state changes and when it must drain.
+Everyone else sends an event about a run (`run.broke`, `stop`) or reads the state (`ready`, `over`, `explanation`,
+`status()`). What it needs is passed in: how to launch vLLM, how to ask it, who passes requests to it, who looks on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import signal
-import subprocess
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
-from supervisor.around.multinode import Ranks
-from supervisor.around.phases import Waterfall
-from supervisor.engine.heartbeat import Heartbeat, Scrape
+from supervisor.bounded import Call
+from supervisor.engine import gpu
+from supervisor.engine.child import Child, how_it_ended
+from supervisor.engine.heartbeat import Pulse, progress
 from supervisor.engine.lifecycle import OVER, Action, Event, State, step
-from supervisor.engine.process import EngineProcess, how_it_ended
-from supervisor.engine.restarts import Restarts
+from supervisor.engine.restarts import EngineFailed, Restarts
+from supervisor.engine.run import Ask, Front, Observer, Phases, Run
 from supervisor.engine.watch import Watch
-from supervisor.settings.cluster import Cluster
 
 # A refused connection costs 0.1 ms, so asking every 50 ms is free and no time is lost when vLLM begins to answer.
 # An engine that answers, but not 200, logs each question: those are asked less and less often.
 FIRST_POLL, SLOWEST_POLL, POLL_GROWTH = 0.05, 1.0, 1.3
-# After the exit its last log lines are read, which name the cause; orphans may hold the pipe open for good.
-LAST_LINES_PATIENCE = 0.05
+PROBE_PATIENCE = 10.0
 # While it loads, an engine whose part died says more of the cause than we could: it has this long to leave by itself.
 LAST_WORDS_PATIENCE = 4.0
-HEARTBEATS_PER_STALL, LONGEST_HEARTBEAT = 8, 10.0
+# The look for the weights reads a volume. After so many seconds the log says what the start waits for.
+SLOW_LOOK = 10.0
 SHOWN_LINES = 20
 FOLLOWED_LINES = 200  # of vLLM's log, over restarts, for those who follow it
 KEPT_TRANSITIONS = 100  # for the post-mortem
-# Seconds between two looks whether the other machines are there. A data-parallel rank connects soon after it is ready.
-RANKS_INTERVAL, LOOKS_FOR_RANKS = 1.0, 60
 
 EXIT_OK, EXIT_CANNOT_START, EXIT_LIMIT = 0, 3, 4
 
 
 @dataclass(frozen=True, slots=True)
-class Collaborators:
-    """What the owner needs of others.
-
-    `spawn` starts the engine (OSError where it can't); `cleaned` is called when nothing of a run is left, before the
-    next; `noted` when more is known of what would have to be removed; `health` gives the status of /health, None
-    without an answer; `metrics` the text of /metrics; `traffic` the gateway's (reads so far, requests that wait for
-    vLLM's next byte); `drain` is True when all in-flight work is done; `changed` is called after each transition;
-    `failed` begins to write the post-mortem of a failure, and what it returns may be waited for.
-    """
-
-    spawn: Callable[[], EngineProcess]
-    cleaned: Callable[[], Awaitable[None]]
-    noted: Callable[[EngineProcess], None]
-    health: Callable[[], Awaitable[int | None]]
-    metrics: Callable[[], Awaitable[bytes | None]]
-    traffic: Callable[[], tuple[int, int]]
-    drain: Callable[[], Awaitable[bool]]
-    changed: Callable[[], None]
-    failed: Callable[[Mapping[str, object]], Awaitable[object]]
-
-
-@dataclass(frozen=True, slots=True)
 class Limits:
-    """Seconds: until it must be ready; until it must be gone after SIGTERM; without progress. And the restarts."""
+    """Seconds: until it must be ready; until it must be gone after SIGTERM; without progress (0: never hung). And the
+    restarts. `warm_up`: a first request, a completion's body, before it is ready."""
 
     startup: float
     terminate: float
@@ -74,16 +51,34 @@ class Limits:
     restarts: int
     window: float
     stay_when_failed: bool
-    cluster: Cluster | None = None  # of machines that serve the model together
+    warm_up: bytes = b""
+
+
+class Happened(NamedTuple):
+    """`run`: the one that it is about; None: whichever there is. `kind`: of what broke it."""
+
+    event: Event
+    reason: str
+    run: Run | None
+    kind: str = ""
 
 
 class Engine:
-    """`await Engine(process, collaborators, limits).run()` returns the supervisor's exit code."""
+    """`await Engine(launch, ask, limits, phases).run(front, observers)` returns the supervisor's exit code."""
 
-    def __init__(self, process: EngineProcess, collaborators: Collaborators, limits: Limits) -> None:
+    def __init__(
+        self,
+        launch: Callable[[], Call[Child]],
+        ask: Ask,
+        limits: Limits,
+        phases: Callable[[Child], Phases],
+    ) -> None:
+        """`launch` begins a start, which may fail with OSError; `phases` follows a start by its log."""
         self.log = logging.getLogger("supervisor.engine")
-        self.collaborators = collaborators
+        self.launch = launch
+        self.ask = ask
         self.limits = limits
+        self.new_phases = phases
         self.state = State.STARTING
         self.since = time.time()
         self.reason = ""
@@ -98,23 +93,19 @@ class Engine:
         self.lines: deque[str] = deque(maxlen=FOLLOWED_LINES)
         self.heard = 0  # lines, ever
         self.exit_signal: int | None = None  # of the signal that stopped us, where its drain failed
-        self._policy = Restarts(limits.restarts, limits.window)
+        self.alive: Run | None = None  # none between two runs
+        self.observers: Sequence[Observer] = ()
         self._signal = signal.SIGTERM
-        self._events: asyncio.Queue[tuple[Event, str]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
-        self._tasks: set[asyncio.Task[None]] = set()  # of this run of the engine
-        self._take(process)
-
-    def _take(self, process: EngineProcess) -> None:
-        """Another run begins."""
-        self.process = process
-        self.phases = Waterfall(process.spawned_at, fetches=process.command.fetches)
-        self.served = False  # this run was ready once
-        self.broken: str | None = None  # why we ended this run, where we did
-        self.ended_by = "exit"
-        self.exited = asyncio.Event()
-        self.ranks = Ranks(self.limits.cluster) if self.limits.cluster is not None else None
-        self.watch = Watch(process, lambda: self.served, self._part_died, lambda: self.collaborators.noted(process))
+        self._clock = self._loop.time
+        self._events: asyncio.Queue[Happened] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[None]] = set()  # they end with the engine
+        self._company: asyncio.Task[None] | None = None  # what happens beside this run, and ends with it
+        self._faults: set[str] = set()  # of ours, that were told
+        self._stopped_for = ""
+        self._policy = Restarts(limits.restarts, limits.window, self._clock, self._wait_to_start)
+        self._memory: list[int] | None = None  # of the GPUs, in use before the first start
+        self.latest = Run(1, self._clock(), self._send)
 
     # What others read
 
@@ -132,29 +123,36 @@ class Engine:
 
     @property
     def explanation(self) -> str:
-        elapsed = time.monotonic() - self.phases.start
         if self.state is State.STARTING:
-            return f"The engine is starting: {self.phases.detail}, {elapsed:.0f} s so far."
+            doing = f"{self.latest.doing}, {self._clock() - self.latest.began:.0f} s so far."
+            if self._stopped_for:
+                return f"The engine is restarting: {doing} It had stopped: {self._stopped_for}"
+            return f"The engine is starting: {doing}"
         if self.state is State.RESTARTING:
-            phase = f"{self.phases.detail}, {elapsed:.0f} s so far"
-            return f"The engine is restarting: {phase}. It had stopped: {self.reason}"
+            return f"The engine is restarting. It had stopped: {self.reason}"
         if self.state is State.FAILED:
             return f"The engine failed: {self.reason}"
         return "The engine is ready." if self.ready else "The server is shutting down."
 
     def status(self) -> dict[str, object]:
+        phases = self.latest.phases
         return {
             "state": self.state.value,
             "since": self.since,
             "reason": self.reason,
-            "phases": self.phases.as_rows(),
-            "progress": self.phases.progress,
+            "phases": phases.as_rows() if phases is not None else [self._look],
+            "progress": phases.progress if phases is not None else "",
             "restarts": self.restarts,
             "restarts_by_cause": dict(self.restarts_by_cause),
             "transitions": dict(self.transitions),
             "last_failure": self.last_failure,
-            "pid": self.process.pid,
+            "pid": self.alive.pid if self.alive is not None else None,
         }
+
+    @property
+    def _look(self) -> dict[str, object]:
+        """What comes before the phases of vLLM's log."""
+        return {"name": self.latest.doing, "seconds": round(self._clock() - self.latest.began, 3)}
 
     def log_after(self, number: int) -> tuple[int, list[str]]:
         fresh = min(self.heard - number, len(self.lines))
@@ -167,203 +165,262 @@ class Engine:
         if self.state in (State.DRAINING, State.STOPPING):
             self.exit_signal = number
         self._signal = signal.Signals(number)
-        self._send(Event.STOP, self._signal.name)
+        self._events.put_nowait(Happened(Event.STOP, self._signal.name, None))
 
     # The owner's loop
 
-    async def run(self) -> int:
-        """From the spawned process to its last trace. 0 clean stop, 3 never ready, 4 restart limit, 128+N by force."""
+    async def run(self, front: Front, observers: Sequence[Observer], first: Call[Child] | None = None) -> int:
+        """From the first launch, which may have begun, to the engine's last trace. 0 clean stop, 3 never ready, 4
+        restart limit, 128+N by force."""
+        self.front, self.observers = front, observers
         try:
             async with asyncio.TaskGroup() as group:
-                self._begin(group)
-                while not self._over_and_out():
-                    event, reason = await self._events.get()
-                    for action in self._transition(event, reason):
-                        await self._carry_out(action, group)
-                self._end_tasks()
-        finally:
-            self.process.kill()  # also after a fault of our own, or the thread that waits for its exit would never end
+                self._group = group
+                self._begin("looking at the GPU's memory", self._measure)
+                self._start(first or self.launch())
+                while not self._done():
+                    happened = await self._events.get()
+                    for action in self._transition(happened):
+                        await self._carry_out(action, happened.run or self.latest)
+                for task in (*self._tasks, *filter(None, [self._company])):
+                    task.cancel()
+        finally:  # also after a fault of our own
+            if self.alive is not None and self.alive.child is not None:
+                self.alive.child.end_now()
         if self.failed:
             return EXIT_LIMIT if self.was_ready else EXIT_CANNOT_START
         return EXIT_OK if self.exit_signal is None else 128 + self.exit_signal
 
-    def _over_and_out(self) -> bool:
+    def _done(self) -> bool:
         if self.state is State.FAILED:
             return not self.limits.stay_when_failed
         return self.state is State.STOPPED
 
-    def _broke(self, kind: str, reason: str) -> None:
-        """We end this run. `kind` is one of a few words, for metrics."""
-        self.ended_by = kind
-        self._send(Event.BROKEN, reason)
+    def _send(self, run: Run, event: Event, reason: str, kind: str = "") -> None:
+        self._events.put_nowait(Happened(event, reason, run, kind))
 
-    def _send(self, event: Event, reason: str) -> None:
-        self._events.put_nowait((event, reason))
-
-    def _transition(self, event: Event, reason: str) -> tuple[Action, ...]:
+    def _transition(self, happened: Happened) -> tuple[Action, ...]:
+        event, reason, run, kind = happened
+        if run is not None and run is not self.latest:
+            return ()  # news of an earlier run
         before = self.state
         self.state, actions = step(before, event)
-        if self.state is not before:
-            self.since = time.time()
-            self.reason = reason
-            self.transitions[f"{before.value} -> {self.state.value}"] += 1
-            self.timeline.append({"at": self.since, "state": self.state.value, "reason": reason})
-            self.failed = self.failed or self.state is State.FAILED
-            if self.ready:
-                self.was_ready = self.served = True
-            if before is State.DRAINING and event in (Event.EXITED, Event.BROKEN):
-                self.exit_signal = self._signal  # what was in flight is lost with it
-            level = logging.ERROR if self.state is State.FAILED else logging.INFO
-            self.log.log(level, "%s -> %s: %s", before.value, self.state.value, reason)
-            self.collaborators.changed()
-        if event is Event.BROKEN and Action.KILL in actions:
-            self.broken = self.broken or reason  # what we kill for that is broken too, and tells nothing
+        if event is Event.BROKEN and actions:
+            self.latest.broken, self.latest.ended_by = reason, kind
+        if self.state is before:
+            return actions
+        self.since = time.time()
+        self.reason = reason
+        self.transitions[f"{before.value} -> {self.state.value}"] += 1
+        self.timeline.append({"at": self.since, "state": self.state.value, "reason": reason})
+        self.failed = self.failed or self.state is State.FAILED
+        if self.ready:
+            self.was_ready = self.latest.served = True
+        if before is State.DRAINING and event in (Event.EXITED, Event.BROKEN):
+            self.exit_signal = self._signal  # what was in flight is lost with it
+        level = logging.ERROR if self.state is State.FAILED else logging.INFO
+        self.log.log(level, "%s -> %s: %s", before.value, self.state.value, reason)
+        self._tell("changed", self.state)
         return actions
 
-    async def _carry_out(self, action: Action, group: asyncio.TaskGroup) -> None:
+    async def _carry_out(self, action: Action, run: Run) -> None:
         if action is Action.SPAWN:
-            self._spawn(group)
+            self.restarts += 1
+            self.restarts_by_cause[run.ended_by] += 1
+            self.latest = Run(run.number + 1, self._clock(), self._send)
+            self._start(self.launch())
+        elif action is Action.REMOVE:
+            await self._remove()
         elif action is Action.JUDGE:
-            self._tasks.add(group.create_task(self._judge()))
+            self._begin("judging a failure", self._judge, run)
         elif action is Action.DRAIN:
-            group.create_task(self._drain())
+            self._begin("draining", self._drain, run)
         elif action is Action.TERMINATE:
-            group.create_task(self._terminate())
+            self._begin("stopping vLLM", self._terminate, run)
         elif action is Action.KILL:
-            await asyncio.to_thread(self.process.kill)
-        elif action is Action.CLEAN_UP:
-            self._end_tasks()
-            left = await asyncio.to_thread(self.process.clean_up)
-            if left:
-                self.log.error("processes %s of vLLM's session would not die", ", ".join(map(str, left)))
-            await self.collaborators.cleaned()
+            self._send(run, Event.EXITED, "killed")
 
-    def _begin(self, group: asyncio.TaskGroup) -> None:
-        """What happens beside each run of the engine, each ending in an event."""
-        self.log.info("%s", self.phases.current)
-        self.process.listen(lambda line: self._loop.call_soon_threadsafe(self._heard, line))
-        for job in (self._await_readiness(), self.watch.run(), self._heartbeat()):
-            self._tasks.add(group.create_task(job))
-        if self.ranks is not None:
-            self._tasks.add(group.create_task(self._watch_ranks(self.ranks)))
-        group.create_task(self._await_exit())
+    def _start(self, launching: Call[Child]) -> None:
+        self.alive = self.latest
+        self._company = self._group.create_task(self._accompany(self.latest, launching))
 
-    def _end_tasks(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        self._tasks.clear()
-
-    def _spawn(self, group: asyncio.TaskGroup) -> None:
-        try:
-            process = self.collaborators.spawn()
-        except OSError as error:
-            self.broken = f"vLLM can't be started again ({error.strerror or error})"
-            self._send(Event.EXITED, self.broken)
+    async def _remove(self) -> None:
+        """After this nothing of the run is left, and its number means nothing to anybody."""
+        run, self.alive = self.alive, None
+        if self._company is not None:
+            self._company.cancel()
+        if run is None or run.child is None:
             return
-        self.restarts += 1
-        self.restarts_by_cause[self.ended_by] += 1
-        self._take(process)
-        self._begin(group)
+        if left := await run.child.end():
+            self.log.error("processes %s of vLLM's session would not die", ", ".join(map(str, left)))
+        self._tell("removed")
 
-    # What happens beside it
+    # What must not end what serves
 
-    async def _await_exit(self) -> None:
-        """A thread waits for the kernel to tell: no polling, and no delay."""
-        code = await asyncio.to_thread(self.process.child.wait)
-        await asyncio.to_thread(self.process.finish_log, LAST_LINES_PATIENCE)
-        self.exited.set()
-        self._send(Event.EXITED, f"vLLM ended ({how_it_ended(code)})")
+    def _begin(self, what: str, job: Callable[..., Awaitable[Any]], *args: object) -> None:
+        task = self._group.create_task(self._guarded(what, job, *args))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-    async def _await_readiness(self) -> None:
-        delay = FIRST_POLL
+    async def _guarded(self, what: str, job: Callable[..., Awaitable[Any]], *args: object) -> Any:
+        """What the job gives; None, and a line of log, where it fails."""
+        try:
+            return await job(*args)
+        except Exception:  # noqa: BLE001  # whatever it is: a fault in what happens beside must not end what serves
+            self._fault(what)
+            return None
+
+    def _tell(self, what: str, *about: object) -> None:
+        for observer in self.observers:
+            try:
+                getattr(observer, what)(*about)
+            except Exception:  # noqa: BLE001  # as above
+                self._fault(f"{type(observer).__name__}.{what}")
+
+    async def _ask_all(self, what: str, about: object) -> None:
+        for observer in self.observers:
+            await self._guarded(f"{type(observer).__name__}.{what}", getattr(observer, what), about)
+
+    def _fault(self, what: str) -> None:
+        if what not in self._faults:
+            self._faults.add(what)
+            self.log.exception("%s failed: a fault of the supervisor's own; what serves goes on", what)
+
+    async def _asked(self, path: str, body: bytes = b"", patience: float = PROBE_PATIENCE) -> tuple[int, bytes]:
+        """Status 0 without an answer."""
+        return await self._guarded("asking vLLM", self.ask, path, body, patience) or (0, b"")
+
+    # What happens beside a run
+
+    async def _accompany(self, run: Run, launching: Call[Child]) -> None:
+        """From its launch to its removal, which cancels this. Whatever it sees becomes an event."""
+        run.child = child = await self._launched(run, launching)
+        if child is None:
+            return
+        run.phases = phases = self.new_phases(child)
+        self.log.info("%s", phases.current)
+        watch = Watch(child.survey, lambda: run.served, partial(self._part_died, run))
+        hear = partial(self._hear, run, child, phases, watch)
+        child.lines.follow(lambda: self._loop.call_soon_threadsafe(hear))
+        self._tell("began", run)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._await_exit(run, child))
+            group.create_task(self._guarded("looking for vLLM's processes", watch.run))
+            if await self._guarded("waiting for vLLM", self._is_ready, run, phases, watch):
+                self._send(run, Event.READY, f"vLLM answers after {phases.finish():.1f} s")
+                await self._beat(run)
+            else:
+                limit = f"{self.limits.startup:g} s (SUPERVISOR_STARTUP_TIMEOUT)"
+                run.broke("slow start", f"vLLM was not ready after {limit}, it was at: {phases.detail}")
+
+    async def _launched(self, run: Run, launching: Call[Child]) -> Child | None:
+        waits = "looking for the weights: their disk did not answer in %g s; the start waits for it"
+        notice = self._loop.call_later(SLOW_LOOK, self.log.warning, waits, SLOW_LOOK)
+        try:
+            async with asyncio.timeout(self.limits.startup):
+                child: Child = await launching
+                return child
+        except OSError as error:  # TimeoutError is one
+            launching.abandon(_end)
+            slow = f"the weights were not found in {self.limits.startup:g} s (SUPERVISOR_STARTUP_TIMEOUT)"
+            run.broken = f"vLLM can't be started ({error.strerror or str(error) or slow})"
+            self._send(run, Event.EXITED, run.broken)
+            return None
+        except asyncio.CancelledError:
+            launching.abandon(_end)
+            raise
+        finally:
+            notice.cancel()
+
+    async def _await_exit(self, run: Run, child: Child) -> None:
+        code = await self._guarded("waiting for vLLM's exit", child.ended)
+        self._send(run, Event.EXITED, f"vLLM ended ({how_it_ended(code or 0)})")
+
+    async def _is_ready(self, run: Run, phases: Phases, watch: Watch) -> bool:
+        """True when it answers, False when its time is over."""
+        delay, cold = FIRST_POLL, bool(self.limits.warm_up)
         try:
             async with asyncio.timeout(None) as patience:
-                while (status := await self.collaborators.health()) != 200:
-                    if patience.when() is None and not self.phases.fetching:  # a download watches itself
-                        patience.reschedule(self._loop.time() + self.limits.startup)
+                while (status := (await self._asked("/health"))[0]) != 200 or cold:
+                    if status == 200:
+                        cold = False
+                        phases.warm_up()
+                        await self._asked("/v1/completions", self.limits.warm_up, self.limits.startup)
+                        continue  # it may not have lived through it
+                    if patience.when() is None and not phases.fetching:  # a download watches itself
+                        patience.reschedule(self._clock() + self.limits.startup)
                     await asyncio.sleep(delay)
-                    if status is not None:
+                    if status:
                         delay = min(delay * POLL_GROWTH, SLOWEST_POLL)
         except TimeoutError:
-            limit = f"{self.limits.startup:g} s (SUPERVISOR_STARTUP_TIMEOUT)"
-            self._broke("slow start", f"vLLM was not ready after {limit}, it was at: {self.phases.detail}")
-            return
-        await self.watch.look()  # some 20 ms: from the first request on, the death of any part is known at once
-        if self.ranks is not None:
-            await asyncio.to_thread(self.ranks.note, self.process.pid)
-        self._send(Event.READY, f"vLLM answers after {self.phases.finish():.1f} s")
+            return False
+        # Some 20 ms: from the first request on, the death of any part is known at once.
+        await self._guarded("looking for vLLM's processes", watch.look)
+        await self._ask_all("answers", run)
+        return True
 
-    async def _watch_ranks(self, ranks: Ranks) -> None:
-        """vLLM itself does not notice when another machine is gone."""
-        looks = 0
-        while looks < LOOKS_FOR_RANKS:
-            await asyncio.sleep(RANKS_INTERVAL)
-            if not self.served:
-                continue
-            if not ranks.noted:
-                looks += 1
-                await asyncio.to_thread(ranks.note, self.process.pid)
-            elif (address := await asyncio.to_thread(ranks.gone)) is not None:
-                # Else it was us who closed it, for another reason; and a headless rank that drains waits for this.
-                if self.ready or (self.draining and not ranks.cluster.headless):
-                    self._broke("rank gone", f"the rank at {address} is gone: all of them have to start again")
-                return
-        self.log.warning("no connection to another rank is to be seen: the end of one will not be noticed")
-
-    def _part_died(self, what: str) -> None:
-        if self.served:
-            self._broke("part died", what)
-        elif not self.over:
-            self._tasks.add(self._loop.create_task(self._last_words(what)))
-
-    async def _last_words(self, what: str) -> None:
+    def _hear(self, run: Run, child: Child, phases: Phases, watch: Watch) -> None:
+        lines = child.lines.take()
+        self.heard += len(lines)
+        self.lines.extend(lines)
         try:
-            async with asyncio.timeout(LAST_WORDS_PATIENCE):
-                await self.exited.wait()
-        except TimeoutError:
-            self._broke("part died", what)
+            begun = [phase for line in lines if (phase := phases.hear(line)) is not None]
+        except Exception:  # noqa: BLE001  # a line that nobody foresaw
+            self._fault("reading a phase off vLLM's log")
+            begun = []
+        for phase in begun:
+            watch.look_soon()  # more processes and more shared memory than before
+            if self.state is State.STARTING:
+                self.log.info("%s (%.1f s so far)", phase, time.monotonic() - child.spawned_at)
+        if lines:
+            self._tell("heard", run, lines)
 
-    async def _heartbeat(self) -> None:
-        interval = min(self.limits.stall / HEARTBEATS_PER_STALL, LONGEST_HEARTBEAT)
-        heartbeat = Heartbeat(self.limits.stall, interval)
+    def _part_died(self, run: Run, what: str) -> None:
+        if run.served:
+            run.broke("part died", what)
+        elif run is self.alive:  # its exit, if it comes sooner, tells more
+            self._loop.call_later(LAST_WORDS_PATIENCE, run.broke, "part died", what)
+
+    async def _beat(self, run: Run) -> None:
+        """The heartbeat, for as long as it serves."""
+        if not self.limits.stall:
+            return
+        pulse = Pulse(self.limits.stall, self._clock())
         while True:
-            await asyncio.sleep(interval)
-            if not self.ready:
-                continue
-            text = await self.collaborators.metrics()
-            relayed, awaited = self.collaborators.traffic()
-            scrape = Scrape.parse(text) if text is not None else None
-            if heartbeat.stalled(time.monotonic(), scrape, relayed, awaited):
-                working = max(awaited, int(scrape.working) if scrape is not None else 0)
-                await asyncio.to_thread(self._dump_stacks)
+            due = self._clock() + pulse.pause
+            await asyncio.sleep(pulse.pause)
+            if self.ready and await self._guarded("the heartbeat", self._hangs, pulse, self._clock() - due):
+                await self._ask_all("hung", run)
                 limit = f"{self.limits.stall:g} s (SUPERVISOR_STALL_TIMEOUT)"
-                self._broke("hang", f"vLLM hangs: no progress in {limit} with {working} requests in flight")
+                count = len(self.front.traffic().waiting)
+                run.broke("hang", f"vLLM hangs: no progress in {limit} with {count} requests in flight")
                 return
 
-    def _dump_stacks(self) -> None:
-        """Where the engine stands, before it is killed; only where py-spy is installed."""
-        program = shutil.which("py-spy")
-        if program is None:
-            return
-        for pid, name in self.process.survey().items():
-            try:
-                done = subprocess.run(
-                    [program, "dump", "--nonblocking", "--pid", str(pid)],
-                    capture_output=True, text=True, timeout=10, check=False,
-                )  # fmt: skip
-            except (OSError, subprocess.TimeoutExpired) as error:
-                self.log.warning("no stacks of %s: %s", name, error)
-                continue
-            self.log.warning("stacks of %s (pid %d):\n%s", name, pid, done.stdout or done.stderr)
+    async def _hangs(self, pulse: Pulse, late: float) -> bool:
+        traffic = self.front.traffic()
+        if not traffic.waiting:  # nobody would know, and the scrape costs vLLM some milliseconds
+            return pulse.hangs(self._clock(), late, traffic, None)
+        status, metrics = await self._asked("/metrics", patience=pulse.scrape_patience)
+        return pulse.hangs(self._clock(), late, traffic, progress(metrics) if status == 200 else None)
 
-    async def _judge(self) -> None:
+    # What happens between two runs, and at the end
+
+    async def _measure(self) -> None:
+        self._memory = await gpu.ask()
+
+    async def _judge(self, run: Run) -> None:
         """Sends RETRY, when its time has come, or GIVE_UP."""
-        from supervisor.engine.diagnosis import diagnose  # noqa: PLC0415  # 80 patterns to compile, for failures only
+        from supervisor.engine.diagnosis import Diagnosis, diagnose  # noqa: PLC0415  # 80 patterns, for failures only
 
-        code = self.process.child.poll()
-        lines = list(self.process.lines)
-        diagnosis = diagnose(code if code is not None else 0, lines, ended_by_us=self.broken)
-        ended = how_it_ended(code) if code is not None else "still there"
+        child = run.child
+        code = child.code if child is not None else None
+        lines = list(child.lines.kept) if child is not None else []
+        try:
+            diagnosis = diagnose(code if code is not None else 0, lines, ended_by_us=run.broken)
+        except Exception:  # noqa: BLE001  # of a log that nobody foresaw; the engine is started again all the same
+            self._fault("finding the cause")
+            diagnosis = Diagnosis("Its log can't be understood.", "", permanent=False)
+        self.reason = self._stopped_for = diagnosis.text
         self.last_failure = {
             "at": time.time(),
             "exit_code": code if code is not None and code >= 0 else None,
@@ -372,51 +429,47 @@ class Engine:
             "remedy": diagnosis.remedy,
             "log_tail": lines[-SHOWN_LINES:],
         }
-        verdict = self._policy.judge(
-            time.monotonic(), permanent=diagnosis.permanent and not self.was_ready, served=self.served
-        )
-        self.reason = diagnosis.text
-        self.log.error("%s%s", "" if self.broken else f"vLLM ended ({ended}): ", diagnosis.text)
-        if verdict.delay is None or self.served:
-            known = {**self.last_failure, "argv": self.process.command.argv, "log": lines, "verdict": verdict.reason}
-            known |= {"given_up": verdict.delay is None, "timeline": list(self.timeline)}
-            written = self.collaborators.failed({**self.status(), **known})
-        if verdict.delay is None:
-            await written  # the next thing is our own end
-            self._send(Event.GIVE_UP, f"{diagnosis.text} ({verdict.reason})")
-            return
-        self.log.info("%s%s", verdict.reason, f", in {verdict.delay:.1f} s" if verdict.delay else "")
-        await asyncio.sleep(verdict.delay)
-        self._send(Event.RETRY, verdict.reason)
+        ended = f"vLLM ended ({how_it_ended(code)}): " if code is not None and not run.broken else ""
+        self.log.error("%s%s", ended, diagnosis.text)
+        known = {**self.status(), **self.last_failure, "argv": child.command.argv if child else (), "log": lines}
 
-    async def _drain(self) -> None:
-        if not await self.collaborators.drain():
-            self.exit_signal = self._signal
-        self._send(Event.DRAINED, "in-flight requests are done" if self.exit_signal is None else "the drain timed out")
+        async def report(verdict: str, *, given_up: bool) -> None:
+            failure = {**known, "timeline": list(self.timeline), "verdict": verdict, "given_up": given_up}
+            await self._ask_all("failed", failure)
 
-    async def _terminate(self) -> None:
-        if self.exited.is_set():  # between two runs: there is nothing to end
-            self._send(Event.EXITED, "no engine was running")
-            return
-        # While it loads vLLM is deaf to SIGTERM, or leaves in its own time; it has nothing to lose.
-        if not self.served or not self.limits.terminate:
-            await asyncio.to_thread(self.process.kill)
-            return
-        self.process.terminate()
+        def tell(delay: float, which: str) -> None:
+            self.log.info("%s%s", which, f", in {delay:.1f} s" if delay else "")
+            if run.served:
+                self._begin("reporting a failure", partial(report, which, given_up=False))
+
+        failure = EngineFailed(permanent=diagnosis.permanent and not self.was_ready, served=run.served)
         try:
-            async with asyncio.timeout(self.limits.terminate):
-                await self.exited.wait()
-        except TimeoutError:
-            self.log.warning("vLLM ignored SIGTERM for %g s: killed", self.limits.terminate)
-            await asyncio.to_thread(self.process.kill)
+            await self._policy.again(failure, tell)
+            self._send(run, Event.RETRY, "another start")
+        except EngineFailed:
+            verdict = self._policy.verdict(failure)
+            await report(verdict, given_up=True)  # the next thing is our own end
+            self._send(run, Event.GIVE_UP, f"{diagnosis.text} ({verdict})")
 
-    def _heard(self, line: str) -> None:
-        self.heard += 1
-        self.lines.append(line)
-        if self.ranks is not None:
-            self.ranks.hear(line)
-        phase = self.phases.hear(line)
-        if phase is not None:
-            self.watch.look_soon()  # more processes and more shared memory than before
-        if phase is not None and self.state in (State.STARTING, State.RESTARTING):
-            self.log.info("%s (%.1f s so far)", phase, time.monotonic() - self.process.spawned_at)
+    async def _wait_to_start(self, delay: float) -> None:
+        """A new engine beside the memory of a dying one would be short of it."""
+        freed = self._guarded("looking at the GPU's memory", gpu.freed, self._memory)
+        await asyncio.gather(asyncio.sleep(delay), freed)
+
+    async def _drain(self, run: Run) -> None:
+        if not await self._guarded("draining", self.front.drain):
+            self.exit_signal = self._signal
+        told = "in-flight requests are done" if self.exit_signal is None else "the drain timed out"
+        self._send(run, Event.DRAINED, told)
+
+    async def _terminate(self, run: Run) -> None:
+        if run.child is not None and self.limits.terminate:
+            run.child.terminate()
+            await asyncio.sleep(self.limits.terminate)  # its exit ends this
+            self.log.warning("vLLM ignored SIGTERM for %g s: killed", self.limits.terminate)
+        self._send(run, Event.EXITED, "killed")
+
+
+def _end(child: Child) -> None:
+    """Of a launch that came too late."""
+    child.end_now()

@@ -14,12 +14,16 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from supervisor.bounded import bounded
+
 # What a machine with NVIDIA's driver has (the second: WSL). Asking the library instead costs 15 ms of every start.
 DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvmap")
 # What may stay allocated, in bytes: the driver's own, and contexts that other processes hold change by this much.
 SLACK = 512 * 1024 * 1024
 PATIENCE = 30.0
 POLL = 0.1
+# Seconds for the driver's answer. One that hangs in nvmlInit kept the supervisor deaf to every signal.
+ANSWER = 5.0
 
 
 def used() -> list[int] | None:
@@ -45,52 +49,27 @@ def used() -> list[int] | None:
             nvml.nvmlShutdown()
 
 
-def survey() -> dict[str, Any] | None:
-    """`driver`, and of each GPU in `gpus` its `name` and its memory in bytes: `total`, `used`, and where it is known
-    `reserved`, which the driver keeps for itself. None where there is no driver to ask."""
-    if not any(map(os.path.exists, DRIVERS)):
-        return None
+async def ask() -> list[int] | None:
+    """As `used`, of a driver that may hang: it is told, and then the memory is not known."""
     try:
-        import pynvml  # noqa: PLC0415
-
-        nvml: Any = pynvml
-        nvml.nvmlInit()
-    except Exception:  # noqa: BLE001  # as above
+        return await bounded(ANSWER, used)
+    except TimeoutError:
+        text = "the GPU's driver did not answer in %g s: its memory is not looked at"
+        logging.getLogger("supervisor.engine").warning(text, ANSWER)
         return None
-    try:
-        gpus: list[dict[str, object]] = []
-        for index in range(nvml.nvmlDeviceGetCount()):
-            handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            gpus.append({"name": nvml.nvmlDeviceGetName(handle), **_memory(nvml, handle)})
-        return {"driver": nvml.nvmlSystemGetDriverVersion(), "gpus": gpus}
-    except nvml.NVMLError as error:  # one that fell off the bus
-        return {"driver": "", "gpus": [], "error": str(error)}
-    finally:
-        with contextlib.suppress(nvml.NVMLError):
-            nvml.nvmlShutdown()
-
-
-def _memory(nvml: Any, handle: Any) -> dict[str, int]:
-    """As nvidia-smi counts it: `used` has nothing of `reserved`, which is 616 MiB of an H200 that nobody uses."""
-    # Drivers before 510 have no such answer, and old versions of the package no such question.
-    with contextlib.suppress(nvml.NVMLError, AttributeError, TypeError):
-        found = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
-        return {"used": int(found.used), "total": int(found.total), "reserved": int(found.reserved)}
-    found = nvml.nvmlDeviceGetMemoryInfo(handle)
-    return {"used": int(found.used), "total": int(found.total)}
 
 
 async def freed(before: Sequence[int] | None, patience: float = PATIENCE) -> None:
     """Waits until no GPU holds more than it did before the engine was started; says so where it takes too long."""
     if before is None:
         return
-    log = logging.getLogger("supervisor.engine")
     deadline = time.monotonic() + patience
-    while (now := await asyncio.to_thread(used)) is not None:
+    while (now := await ask()) is not None:
         held = max((after - free for after, free in zip(now, before, strict=False)), default=0)
         if held <= SLACK:
             return
         if time.monotonic() > deadline:
-            log.warning("%.1f GB of GPU memory are still held %g s after the engine's end", held / 1e9, patience)
+            text = "%.1f GB of GPU memory are still held %g s after the engine's end"
+            logging.getLogger("supervisor.engine").warning(text, held / 1e9, patience)
             return
         await asyncio.sleep(POLL)

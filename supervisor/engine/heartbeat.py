@@ -1,75 +1,89 @@
-"""Alive, or only looking alive? vLLM's /health stays 200 while its EngineCore is frozen, so progress is what counts.
+"""Alive, or only looking alive? vLLM's API server answers /health, lists models, refuses bad JSON, opens streams and
+sends comments into them while its EngineCore is frozen. So only what the engine itself has made is progress: vLLM's
+counters of steps and tokens.
 
-Pure: samples are handed in, with the clock's reading. The engine hangs when work is in flight and nothing moves for the
-stall timeout. What must never look like a hang: an idle engine, a long prefill within the timeout, a saturated API
-server that misses a scrape, counters that start anew after a restart, and a machine that slept.
+The engine hangs when requests wait for it and its counters stand still for the stall timeout. What must never look like
+a hang: an idle engine, a silent WebSocket, a long prefill within the timeout, a flood of requests that the API server
+refuses by itself, a saturated API server that misses a scrape, counters that start anew, a machine that slept.
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+from supervisor.engine.run import Traffic
 
-# Samples further apart than this many intervals mean that we were not running: the machine slept, or was stopped.
+SAMPLES_PER_STALL, LONGEST_INTERVAL = 8, 2.0  # seconds: a hang is noticed so much later, at most
+# A sample that comes so many intervals late: we were not running. The machine slept, or was stopped.
 SLEPT = 3.0
-# So many scrapes in a row without an answer count as standing still; a saturated API server misses one or two.
+# So many scrapes in a row without counters, and others' signs are looked at; a saturated API server misses one or two.
 MISSES = 3
-
-# Any of these moving is progress: tokens made, prompt tokens read, requests done.
-PROGRESS = re.compile(
-    rb"^vllm:(?:iteration_tokens_total_count|generation_tokens_total|prompt_tokens_total|request_success_total)"
-    rb"(?:\{[^}\n]*\})? (\S+)",
-    re.M,
-)
-WORKING = re.compile(rb"^vllm:num_requests_(?:running|waiting)(?:\{[^}\n]*\})? (\S+)", re.M)
-
-
-@dataclass(frozen=True, slots=True)
-class Scrape:
-    """What vLLM's /metrics says: the sum of its progress counters, and the requests that it works on."""
-
-    progress: float
-    working: float
-
-    @classmethod
-    def parse(cls, metrics: bytes) -> Scrape:
-        return cls(
-            sum(float(value) for value in PROGRESS.findall(metrics)),
-            sum(float(value) for value in WORKING.findall(metrics)),
-        )
+# So many samples without anybody who waits are no end of the work: a client gave up, and asks again.
+GAPS = 2
+# Seconds that a scrape may take.
+LONGEST_SCRAPE = 10.0
+# Any of these moving is progress: steps made, tokens made, prompt tokens read, requests done.
+COUNTERS = frozenset({
+    "vllm:iteration_tokens_total_count", "vllm:generation_tokens_total", "vllm:prompt_tokens_total",
+    "vllm:request_success_total",
+})  # fmt: skip
+_LINES = tuple(name.encode() for name in COUNTERS)
 
 
-class Heartbeat:
-    """`stalled(...)` once every `interval` seconds; True when the engine hangs."""
+def progress(metrics: bytes) -> float | None:
+    """The sum of vLLM's progress counters; None where there are none (--disable-log-stats), or nobody can read them."""
+    from prometheus_client.parser import text_string_to_metric_families  # noqa: PLC0415  # 20 ms, once there is work
 
-    def __init__(self, stall_timeout: float, interval: float) -> None:
+    # A few lines of some hundreds: the parser is thorough, and slow.
+    wanted = b"\n".join(line for line in metrics.split(b"\n") if line.startswith(_LINES))
+    try:
+        families = text_string_to_metric_families(wanted.decode("utf-8", "replace") + "\n")
+        values = [sample.value for family in families for sample in family.samples if sample.name in COUNTERS]
+    except ValueError:
+        return None
+    return sum(values) if values else None
+
+
+class Pulse:
+    """`hangs(...)` after each pause of `pause` seconds; True when the engine does. Pure: the clock is handed in."""
+
+    def __init__(self, stall_timeout: float, now: float) -> None:
         self.stall_timeout = stall_timeout
-        self.interval = interval
-        self._last_sample: float | None = None
-        self._moved_at = 0.0
-        self._progress: tuple[float, int] | None = None
-        self._vllm_progress = 0.0
+        self.interval = min(stall_timeout / SAMPLES_PER_STALL, LONGEST_INTERVAL)
+        self.pause = self.interval
+        self._moved_at = now
+        self._waits: dict[object, float] = {}  # who waits -> since which sample
+        self._working_since: float | None = None
+        self._counters: float | None = None
+        self._signs: object = None
         self._misses = 0
-        self._working = False
+        self._gaps = 0
 
-    def stalled(self, now: float, scrape: Scrape | None, relayed: int, awaited: int) -> bool:
-        """One sample. `scrape` is None where vLLM did not answer; `relayed` counts the reads of vLLM's answers by the
-        gateway, ever; `awaited` the requests whose next byte must come from vLLM."""
-        slept = self._last_sample is None or now - self._last_sample > SLEPT * self.interval
-        self._last_sample = now
-        if scrape is None:
-            self._misses += 1
-            working = awaited > 0
-        else:
-            self._misses = 0
-            self._vllm_progress = scrape.progress
-            working = scrape.working > 0 or awaited > 0
-        progress = (self._vllm_progress, relayed)
-        begun = working and not self._working
-        self._working = working
-        if slept or not working or begun or progress != self._progress:
+    @property
+    def scrape_patience(self) -> float:
+        return min(max(1.0, self.stall_timeout / 4), LONGEST_SCRAPE)
+
+    def hangs(self, now: float, late: float, traffic: Traffic, counters: float | None) -> bool:
+        """`late`: by how many seconds the pause before was longer than asked; `counters` None: not read."""
+        slept = late > SLEPT * self.interval
+        # A request counts when it is seen a second time: one that the API server refuses by itself is gone by then.
+        before = {} if slept else self._waits
+        self._waits = {who: before.get(who, now) for who in traffic.waiting}
+        old = [since for who, since in self._waits.items() if who in before]
+        self._gaps = 0 if old else self._gaps + 1
+        if self._gaps > GAPS:
+            self._working_since = None
+        elif old and self._working_since is None:
+            self._working_since = min(old)
+        # Without counters the signs are all there is: bytes of answers that no API server makes alone.
+        self._misses = self._misses + 1 if counters is None and traffic.waiting else 0
+        moved = counters != self._counters if counters is not None else traffic.signs != self._signs
+        self._signs = traffic.signs
+        self._counters = self._counters if counters is None else counters
+        if slept or moved:
             self._moved_at = now
-            self._progress = progress
+        self.pause = self.interval
+        if self._working_since is None or not old:
             return False
-        certain = self._misses == 0 or self._misses >= MISSES
-        return certain and now - self._moved_at >= self.stall_timeout
+        left = max(self._moved_at, self._working_since) + self.stall_timeout - now
+        if left > 0:
+            self.pause = min(self.interval, left)
+        return left <= 0 and (self._misses == 0 or self._misses >= MISSES)

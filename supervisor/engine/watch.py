@@ -9,29 +9,25 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
-
-from supervisor.engine.process import EngineProcess
+from collections.abc import Awaitable, Callable, Mapping
 
 # Seconds between two looks at the session: short while parts are still being started.
 LOADING_INTERVAL, SERVING_INTERVAL = 0.5, 5.0
 
 
 class Watch:
-    """`await Watch(process, ready, died, surveyed).run()` until it is cancelled."""
+    """`await Watch(survey, ready, died).run()` until it is cancelled."""
 
     def __init__(
         self,
-        process: EngineProcess,
+        survey: Callable[[], Awaitable[Mapping[int, str]]],
         ready: Callable[[], bool],
-        died: Callable[[str], None],
-        surveyed: Callable[[], None],
+        died: Callable[[str], object],
     ) -> None:
-        """`died` is called with what died, once; `surveyed` after each look, when more may be known of its memory."""
-        self.process = process
+        """`survey` gives the parts that there are, pid -> name; `died` is called with what died."""
+        self.survey = survey
         self.ready = ready
         self.died = died
-        self.surveyed = surveyed
         self.descriptors: dict[int, int] = {}
         self._wake = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -42,10 +38,9 @@ class Watch:
 
     async def look(self) -> None:
         """Finds the parts that there are now, and attends to each."""
-        for pid, name in (await asyncio.to_thread(self.process.survey)).items():
+        for pid, name in (await self.survey()).items():
             if pid not in self.descriptors:
                 self._attend(pid, name)
-        self.surveyed()
 
     async def run(self) -> None:
         try:
@@ -57,6 +52,8 @@ class Watch:
                         await self._wake.wait()
                 except TimeoutError:
                     continue
+        except TimeoutError:  # /proc hangs: another look would take another thread for good
+            await asyncio.Event().wait()
         finally:
             for descriptor in self.descriptors.values():
                 self._loop.remove_reader(descriptor)

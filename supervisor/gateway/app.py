@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,7 +20,7 @@ from supervisor.gateway import page
 from supervisor.gateway.counts import Counts
 from supervisor.gateway.errors import Refusal
 from supervisor.gateway.heads import Memo, RequestHead
-from supervisor.gateway.policy import Policy
+from supervisor.gateway.policy import ENGINE_ROUTES, Policy
 from supervisor.gateway.upstream import NotConnected, Probe, Upstream, UpstreamError
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ OWN_PATHS = frozenset({b"/ping", b"/health", b"/status", b"/status/events", b"/m
 METRICS_PATIENCE = 5.0
 # What a client is told to wait, in seconds, before it asks again.
 RETRY_AFTER = 5
+# An event stream's piece that is no event: the size of its chunk, then `: ...`.
+COMMENT = re.compile(rb"(?:[0-9A-Fa-f]+\r\n)?:")
 
 Scope = dict[str, Any]
 Send = Callable[[dict[str, Any]], Any]
@@ -346,14 +349,18 @@ class Gateway:
         for exchange in list(self.exchanges):
             exchange.end_now(Refusal(503, explanation, code="shutting_down", retry_after=RETRY_AFTER))
 
-    def traffic(self) -> tuple[int, int]:
-        """Reads of vLLM's answers so far, and requests to its models that wait for vLLM's next byte alone."""
-        awaited = 0
-        for exchange in self.exchanges:
-            connection = exchange.connection
-            if connection is not None and exchange.request_complete and not connection.response_paused:
-                awaited += exchange.path.startswith(b"/v1/")
-        return self.upstream.reads, awaited
+    def traffic(self) -> tuple[Sequence[object], object]:
+        """Requests that vLLM has whole, that need its engine, and that wait for its next byte; and signs of its work,
+        which differ when there was some: answers that were given, and what came of those streams last, unless that was
+        a comment, which the API server makes by itself."""
+        waiting = [exchange for exchange in self.exchanges if _needs_the_engine(exchange)]
+        answered = sum(
+            sum(series.whole.buckets)
+            for (route, status), series in self.counts.answers.items()
+            if status < 300 and route in ENGINE_ROUTES
+        )
+        streamed = sum(exchange.sent for exchange in waiting if not COMMENT.match(exchange.latest))
+        return waiting, (answered, streamed)
 
     def _tick(self) -> None:
         """Ends what is over its time. One look at everything costs less than a timer for each request."""
@@ -437,6 +444,14 @@ class Gateway:
         else:
             await send({"type": "http.response.start", "status": 204, "headers": []})
             await send({"type": "http.response.body"})
+
+
+def _needs_the_engine(exchange: Exchange) -> bool:
+    """Not so a WebSocket, in which nobody need speak; nor an answer that its client does not read."""
+    connection = exchange.connection
+    if connection is None or connection.response_paused or not exchange.request_complete or exchange.upgrading:
+        return False
+    return exchange.method == b"POST" and exchange.verdict is not None and exchange.verdict.route in ENGINE_ROUTES
 
 
 def _private(scope: Scope) -> bool:

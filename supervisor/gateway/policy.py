@@ -39,6 +39,8 @@ OPEN_ROUTES = (
     "/v2/rerank", "/v1/audio", "/v1/realtime", "/v1/models", "/version", "/load", "/openapi.json", "/docs",
     "/redoc", "/static", "/health", "/ping", "/metrics",
 )  # fmt: skip
+# Those of them that vLLM's API server can't answer without its engine.
+ENGINE_ROUTES = frozenset(OPEN_ROUTES[: OPEN_ROUTES.index("/v1/realtime")]) - {"/tokenize", "/detokenize"}
 # Routes that change the server, stop other people's requests, or show its configuration.
 ADMIN_ROUTES = (
     "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/adapters", "/start_profile", "/stop_profile",

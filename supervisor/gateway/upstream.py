@@ -365,7 +365,7 @@ class Upstream:
         self.loop = loop or asyncio.get_running_loop()
         self.idle: list[UpstreamConnection] = []
         self.heads: Memo[WholeHead] = Memo()
-        self.reads = 0  # of answers, ever: the heartbeat's sign that vLLM makes progress
+        self.reads = 0  # of answers, ever
         self.opening: set[asyncio.Task[None]] = set()
 
     def send(self, sink: Sink, *, fresh: bool = False) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import IO, Any, Protocol
 
-from supervisor.engine.process import how_it_ended
+from supervisor.engine.child import how_it_ended
 from supervisor.settings.sources import Settings
 
 # Seconds before a worker that died is started again: the first, the longest; after so long it counts as healthy.

@@ -16,7 +16,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
-from supervisor.around.machine import within
+from supervisor.bounded import within
 from supervisor.weights.find import hub_cache
 
 PATIENCE = 3.0

@@ -155,7 +155,7 @@ def test_it_shows_a_crash_and_the_recovery_as_they_happen(tabs: Tabs, tmp_path: 
         page.get_by_text("vLLM’s last lines before it").click()
         expect(page.locator("#failure pre")).to_contain_text("Application startup complete")
         expect(state(page)).to_have_text("ready")
-        expect(page.locator("#happened li b")).to_have_text(["ready", "restarting", "ready", "starting"])
+        expect(page.locator("#happened li b")).to_have_text(["ready", "starting", "restarting", "ready", "starting"])
         expect(page.locator("#numbers")).to_contain_text("restarts1")
         tabs.close()
         served.engine_pid = served.client.get("/status").json()["pid"]

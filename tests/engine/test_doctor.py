@@ -24,11 +24,11 @@ import pytest
 
 from supervisor import cli
 from supervisor.around.machine import Machine
+from supervisor.around.machine import gpus as survey
 from supervisor.doctor import machine, model
 from supervisor.doctor.checks import CHECKS
 from supervisor.doctor.examine import admit, examine, show
 from supervisor.doctor.patient import FAIL, OK, WARN, Patient, Row
-from supervisor.engine.gpu import survey
 from supervisor.settings.sources import Arguments
 from supervisor.weights import estimate
 from tests.engine.test_cli import run

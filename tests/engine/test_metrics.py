@@ -116,7 +116,7 @@ def test_what_a_crash_does_is_counted() -> None:
         scrape = Scrape(supervisor)
         assert scrape("supervisor_engine_restarts_total") == 1
         assert scrape("supervisor_requests_held_total") + scrape("supervisor_requests_replayed_total") >= 1
-        assert scrape("supervisor_engine_transitions_total", **{"from": "restarting", "to": "ready"}) == 1
+        assert scrape("supervisor_engine_transitions_total", **{"from": "restarting", "to": "starting"}) == 1
 
 
 def test_without_an_engine_they_are_ours_alone() -> None:

@@ -169,7 +169,7 @@ def test_a_feed_tells_a_crash_and_the_recovery(tmp_path: Path) -> None:
     assert "SIGKILL" in failures[0]["cause"] or failures[0]["signal"] == 9
     assert told[-1]["restarts"] == 1
     happened = [event["happened"] for event in told if "happened" in event][-1]
-    assert [row["state"] for row in happened] == ["starting", "ready", "restarting", "ready"]
+    assert [row["state"] for row in happened] == ["starting", "ready", "restarting", "starting", "ready"]
     assert any("Application startup complete" in line for event in told for line in event.get("log", ()))
 
 

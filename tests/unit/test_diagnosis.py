@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import pytest
 
+from supervisor.engine.child import how_it_ended
 from supervisor.engine.diagnosis import FOLLOW_UP, RULES, Diagnosis, Rule, diagnose
-from supervisor.engine.process import how_it_ended
 from supervisor.settings import catalogue
 from supervisor.settings.knobs import KNOBS
 

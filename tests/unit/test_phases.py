@@ -7,8 +7,8 @@ import time
 import pytest
 
 from supervisor.around.phases import PHASES, Waterfall
+from supervisor.engine.child import how_it_ended
 from supervisor.engine.diagnosis import last_error
-from supervisor.engine.process import how_it_ended
 
 # vLLM 0.32's own lines, cut to what matters.
 LOG = """\

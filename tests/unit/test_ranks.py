@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from supervisor.around.multinode import Ranks
+from supervisor.engine.session import Session
 from supervisor.settings.cluster import Cluster
 from tests.harness import wait_until
 
@@ -149,10 +150,10 @@ def test_rank_0_notes_who_has_come_and_tells_who_is_gone(listened: str, address:
         port = int(engine.says())
         # Replicas come to a port that nobody knows beforehand.
         ranks = Ranks(cluster(0, port=1 if replicas else port, replicas=replicas))
-        assert ranks.note(engine.process.pid) == 0
+        assert ranks.note(Session.led_by(engine.process.pid)) == 0
         with socket.create_connection((address, port)):
             assert engine.says() == "met"
-            assert ranks.note(engine.process.pid) == 1
+            assert ranks.note(Session.led_by(engine.process.pid)) == 1
             engine.close("own")
             assert ranks.gone() is None
         assert wait_until(ranks.gone, "the end of it") == address
@@ -167,7 +168,7 @@ def test_a_headless_rank_notes_rank_0(listened: str, address: str, replicas: boo
         ranks = Ranks(cluster(1, port=1 if replicas else port, replicas=replicas, leader=address))
         with child("connect", address, str(port)) as engine, listener.accept()[0]:
             assert engine.says() == "met"
-            assert ranks.note(engine.process.pid) == 1
+            assert ranks.note(Session.led_by(engine.process.pid)) == 1
             assert ranks.gone() is None
             engine.close("met")
             assert wait_until(ranks.gone, "the end of it") == address
@@ -179,7 +180,7 @@ def test_the_handshake_of_replicas_holds_nothing_together() -> None:
         ranks = Ranks(cluster(1, port=port, replicas=True))
         with child("connect", "127.0.0.1", str(port)) as engine, listener.accept()[0]:
             assert engine.says() == "met"
-            assert ranks.note(engine.process.pid) == 0
+            assert ranks.note(Session.led_by(engine.process.pid)) == 0
 
 
 @pytest.mark.parametrize("leader", ["10.255.255.1", "no-such-host.invalid"])
@@ -189,7 +190,7 @@ def test_a_replicas_other_connections_are_not_rank_0(leader: str) -> None:
         ranks = Ranks(cluster(1, port=1, replicas=True, leader=leader))
         with child("connect", "127.0.0.1", str(listener.getsockname()[1])) as engine, listener.accept()[0]:
             assert engine.says() == "met"
-            assert ranks.note(engine.process.pid) == 0
+            assert ranks.note(Session.led_by(engine.process.pid)) == 0
 
 
 def test_connections_of_others_are_not_the_engines() -> None:
@@ -198,7 +199,7 @@ def test_connections_of_others_are_not_the_engines() -> None:
         with child("connect", "127.0.0.1", str(port)) as stranger, listener.accept()[0]:
             assert stranger.says() == "met"
             ranks = Ranks(cluster(1, port=port))
-            assert ranks.note(session=1 << 22) == 0
+            assert ranks.note(Session(1 << 22)) == 0
             assert ranks.gone() is None
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from supervisor.engine.remains import Workspace, clean_leftovers
+from supervisor.engine.workspace import Workspace, clean_leftovers
 
 
 def sweep(base: Path, over: Event) -> None:

@@ -1,0 +1,183 @@
+"""The vllm child: spawned in a session of its own, its log passed on line by line, and gone without a trace when told.
+
+vLLM is several processes (API server, EngineCore, a worker for each rank). Only the API server gets SIGTERM: it takes
+the others down in order, and a signal to the whole group would cut EngineCore's own clean-up short. Whatever is left
+of the session after that is killed.
+
+It is spawned before the event loop, whose imports vLLM's start need not wait for; so asyncio comes late here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+
+from supervisor.bounded import Call, bounded
+from supervisor.engine.log_pump import Lines, LogPump
+from supervisor.engine.session import KILL_PATIENCE, Session
+from supervisor.lines import Form
+from supervisor.output import Output
+from supervisor.settings.command import Command
+
+PR_SET_CHILD_SUBREAPER = 36
+# vLLM names its processes `VLLM::EngineCore`; a compiler or `nvidia-smi` that it runs is none of the engine's parts.
+NAME_PREFIX, NAME_VARIABLE = "VLLM", "VLLM_PROCESS_NAME_PREFIX"
+# Seconds. After its exit the last log lines are read, which name the cause; orphans may hold the pipe open for good.
+LAST_LINES, ALL_LINES = 0.05, 1.0
+# Reading /proc of a process whose memory the kernel is busy with can hang.
+SURVEY_PATIENCE = 10.0
+
+
+class Child:
+    """One `vllm serve`, from spawn to the last process of its session.
+
+    Its first process is not reaped before the whole session is gone: until then the session's number is nobody else's.
+    """
+
+    def __init__(
+        self,
+        command: Command,
+        form: Form,
+        outputs: tuple[Output, Output],
+        remember: Callable[[Session | None], object],
+    ) -> None:
+        """Spawns it. Raises OSError where the command can't be executed. Its stdout and stderr go to `outputs`;
+        `remember` is told what would have to be removed if we died now."""
+        _adopt_orphans()
+        self.command = command
+        self.popen = subprocess.Popen(
+            command.argv,
+            env=dict(command.environ),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        self.spawned_at = time.monotonic()
+        self._code: int | None = None
+        self.session = Session.led_by(self.popen.pid)
+        self.remember = remember
+        self.lines = Lines()
+        self._part_prefix = command.environ.get(NAME_VARIABLE, NAME_PREFIX) + "::"
+        self._noted: tuple[set[int], set[str]] | None = None
+        self._note()
+        assert self.popen.stdout is not None
+        assert self.popen.stderr is not None
+        streams = zip((self.popen.stdout, self.popen.stderr), outputs, strict=True)
+        self.pumps = [LogPump(source, output, self.lines, form) for source, output in streams]
+
+    @property
+    def pid(self) -> int:
+        """Of the API server; also the session's id."""
+        return self.popen.pid
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code, -N for signal N; None while it lives."""
+        return self._code if self._code is not None else self.popen.returncode
+
+    async def ended(self) -> int:
+        """Waits for the API server's exit, and for its last words; its exit code."""
+        return await Call(self._wait)
+
+    async def survey(self) -> dict[int, str]:
+        """The engine's parts that live: pid -> name, such as `VLLM::EngineCore`. Notes their shared memory, and reaps
+        orphans. Raises TimeoutError where /proc hangs."""
+        return await bounded(SURVEY_PATIENCE, self._survey)
+
+    def terminate(self) -> None:
+        """SIGTERM to the API server alone."""
+        if self.popen.returncode is None:  # not by Popen, which reaps what has ended
+            os.kill(self.pid, signal.SIGTERM)
+
+    async def end(self) -> list[int]:
+        """Kills what is left of the session and removes what it left; returns what would not die."""
+        try:
+            return await bounded(KILL_PATIENCE + ALL_LINES + 1.0, self.end_now)
+        except TimeoutError:
+            return [self.pid]
+
+    def end_now(self) -> list[int]:
+        """As `end`, without a loop. A second time it does nothing."""
+        left = self.session.remove()
+        if not left:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.popen.wait(ALL_LINES)
+            self.remember(None)
+        _reap_orphans(self.pid)
+        self._read_log(ALL_LINES)
+        return left
+
+    def _wait(self) -> int:
+        with contextlib.suppress(ChildProcessError):  # it was reaped: `end` came first
+            ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+            assert ended is not None
+            self._code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+        self._read_log(LAST_LINES)
+        return self._code if self._code is not None else self.popen.wait()
+
+    def _survey(self) -> dict[int, str]:
+        import psutil  # noqa: PLC0415  # 20 ms that vLLM's start does not wait for
+
+        members = self.session.look()
+        self._note()
+        _reap_orphans(self.pid)
+        found = {}
+        for pid in members:
+            with contextlib.suppress(psutil.Error):
+                process = psutil.Process(pid)
+                found[pid] = process.name(), process.ppid()
+        return {
+            pid: name
+            for pid, (name, parent) in found.items()
+            # A worker that starts a compiler is there twice for a moment, under one name: the compiler's end was taken
+            # for the worker's, and a healthy engine was killed.
+            if pid != self.pid and name.startswith(self._part_prefix) and found.get(parent, ("", 0))[0] != name
+        }
+
+    def _note(self) -> None:
+        known = set(self.session.seen), set(self.session.segments)
+        if known != self._noted:
+            self._noted = known
+            self.remember(self.session)
+
+    def _read_log(self, patience: float) -> None:
+        """Returns when the log's last line is read, or after `patience` s."""
+        deadline = time.monotonic() + patience
+        for pump in self.pumps:
+            pump.thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def how_it_ended(exit_code: int) -> str:
+    """`exit code 1`, or `killed by SIGKILL`."""
+    if exit_code >= 0:
+        return f"exit code {exit_code}"
+    try:
+        return f"killed by {signal.Signals(-exit_code).name}"
+    except ValueError:
+        return f"killed by signal {-exit_code}"
+
+
+def _adopt_orphans() -> None:
+    """Makes the orphans of our descendants our children, so that they can be reaped (Linux; elsewhere init does it)."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _reap_orphans(spared: int) -> None:
+    """Reaps what ended and is not awaited: all but `spared` and the children of our own session.
+
+    As process 1 of a container we inherit everybody's orphans, and nobody else will reap them.
+    """
+    import psutil  # noqa: PLC0415
+
+    ours = os.getsid(0)
+    for child in psutil.Process().children():
+        with contextlib.suppress(OSError, psutil.Error):
+            if child.pid != spared and os.getsid(child.pid) != ours and child.status() == psutil.STATUS_ZOMBIE:
+                os.waitpid(child.pid, os.WNOHANG)

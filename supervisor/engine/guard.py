@@ -1,0 +1,72 @@
+"""The guard: it removes what a supervisor leaves that was killed without a word.
+
+A fork made before anything else. It sleeps on a pipe; when the supervisor dies, it kills the session that it was told
+of last, if that is still the same one, and removes its shared memory and the workspace. A guard that was killed as well
+is stood for by the next start (workspace.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+from pathlib import Path
+
+from supervisor.engine.session import Session
+from supervisor.engine.workspace import Workspace
+
+LONGEST_LINE = 1 << 20
+
+
+class Guard:
+    """`Guard(workspace)` forks; `watch` tells it what to remove; `dismiss` sends it away."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        reader, self.pipe = os.pipe2(os.O_CLOEXEC)
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                _stand_guard(reader, workspace)
+            finally:
+                os._exit(0)
+        os.close(reader)
+
+    def watch(self, session: Session | None) -> None:
+        """None: no engine lives, and there is nothing to kill."""
+        self._tell(session.note() if session is not None else {})
+
+    def dismiss(self) -> None:
+        self._tell(None)
+        os.close(self.pipe)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+
+    def _tell(self, note: object) -> None:
+        with contextlib.suppress(OSError):  # somebody killed it: the next start cleans up instead
+            os.write(self.pipe, json.dumps(note).encode() + b"\n")
+
+
+def _stand_guard(reader: int, workspace: Workspace) -> None:
+    os.setsid()  # Ctrl-C and a closing terminal are for the supervisor
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    # It must hold nothing open that somebody waits to see closed: our output, the listening sockets, its own pipe.
+    os.dup2(reader, 0)
+    os.dup2(workspace.lock, 3)
+    for entry in list(Path("/proc/self/fd").iterdir()):
+        if int(entry.name) > 3:
+            with contextlib.suppress(OSError):
+                os.close(int(entry.name))
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    buffer = b""
+    while data := os.read(0, 65536):
+        buffer = (buffer + data)[-LONGEST_LINE:]
+    lines = buffer.split(b"\n")
+    note = json.loads(lines[-2]) if len(lines) > 1 else {}
+    if note is not None:
+        if note:
+            Session.read(note).remove()
+        workspace.remove()

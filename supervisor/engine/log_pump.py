@@ -1,0 +1,84 @@
+"""vLLM's log: masked, passed on, and its last lines kept.
+
+vLLM logs where it works, and waits for its log to be read: nothing may hold up the thread that reads it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import IO
+
+from supervisor.lines import Form, VllmLines
+from supervisor.output import Output
+
+KEPT_LINES = 500
+LONGEST_LINE = 64 * 1024
+# Lines that may wait for the event loop; where it falls behind, the oldest of them are for the log alone.
+WAITING_LINES = 10_000
+
+
+class Lines:
+    """The last lines of both streams, `kept`; and those that the event loop has not taken yet."""
+
+    def __init__(self) -> None:
+        self.kept: deque[str] = deque(maxlen=KEPT_LINES)
+        self._fresh: deque[str] = deque(maxlen=WAITING_LINES)
+        self._wake: Callable[[], object] | None = None
+        self._woken = False
+
+    def add(self, lines: list[str]) -> None:
+        """From a pump's thread. One wake-up stands for all lines until they are taken: one for each line took the
+        loop 90 of 100 ticks at 20,000 lines a second."""
+        self.kept.extend(lines)
+        self._fresh.extend(lines)
+        if self._wake is not None and not self._woken:
+            self._woken = True
+            self._wake()
+
+    def follow(self, wake: Callable[[], object]) -> None:
+        """Calls `wake`, from any thread, when there are lines to take."""
+        self._wake = wake
+        wake()
+
+    def take(self) -> list[str]:
+        self._woken = False  # before they are taken: what comes meanwhile wakes again
+        return [self._fresh.popleft() for _ in range(len(self._fresh))]
+
+
+class LogPump:
+    """Copies one of the child's streams to one of ours, line by line, in a thread of its own."""
+
+    def __init__(self, source: IO[bytes], output: Output, lines: Lines, form: Form) -> None:
+        self.source = source
+        self.output = output
+        self.lines = lines
+        self.mask = form.mask
+        self.shown = VllmLines(form, terminal=os.isatty(output.target))
+        self.thread = threading.Thread(target=self._run, name="vllm-log", daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        rest = b""
+        while data := os.read(self.source.fileno(), LONGEST_LINE):
+            *lines, rest = (rest + data).split(b"\n")
+            if len(rest) > LONGEST_LINE:
+                lines, rest = [*lines, rest], b""
+            self._pass_on(lines)
+        if rest:
+            self._pass_on([rest])
+
+    def _pass_on(self, raw: list[bytes]) -> None:
+        if not raw:
+            return
+        out, texts = [], []
+        for line in raw:
+            # latin-1 maps each byte to one character and back: what is not masked stays as it was.
+            shown = self.mask(line.decode("latin-1")).encode("latin-1", "replace")
+            text = shown.decode("utf-8", "replace").rstrip()
+            out.append(self.shown(shown, text))
+            texts.append(text)
+        self.lines.add(texts)
+        self.output.put(b"".join(out), len(out))

@@ -1,0 +1,139 @@
+"""The processes of one vLLM, found by their session, and what they leave in shared memory.
+
+vLLM renames its processes, which overwrites their command lines and environments, and orphans lose their parent: the
+session's number alone finds them. But a number comes again, in a pod after 32,768 processes, and a stranger's session
+was killed for it. The kernel gives no number away while a process has it as its own or as its session's. So a session
+is still ours as long as one process that was seen in it is there, with the start time that it had; and vLLM's first
+process stays, as a zombie, until all of its session has ended (child.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SHARED_MEMORY = "/dev/shm/"  # noqa: S108
+# How long killed processes may take to be gone; a process in uninterruptible sleep (a hung driver) may never be.
+KILL_PATIENCE = 10.0
+
+
+@dataclass(slots=True)
+class Session:
+    """`seen`: pid -> start, of its processes at the last look. `segments`: the files in /dev/shm that they have mapped.
+
+    Each killed vLLM leaves two segments (420 MB by size, sparse) and a semaphore, which nothing removes; a container's
+    /dev/shm has 64 MB. Exactly those that its processes mapped while they lived are removed.
+    """
+
+    sid: int
+    seen: dict[int, str] = field(default_factory=dict)
+    segments: set[str] = field(default_factory=set)
+
+    @classmethod
+    def led_by(cls, pid: int) -> Session:
+        return cls(pid, {pid: started(pid)})
+
+    @classmethod
+    def read(cls, note: Mapping[str, Any]) -> Session:
+        """From what `note` made. Raises KeyError, TypeError or ValueError where it is something else."""
+        seen = {int(pid): str(start) for pid, start in note["seen"].items()}
+        return cls(int(note["session"]), seen, set(map(str, note["segments"])))
+
+    def note(self) -> dict[str, Any]:
+        return {"session": self.sid, "seen": self.seen, "segments": sorted(self.segments)}
+
+    def members(self) -> list[int]:
+        """Its living processes, zombies left out; none where the number is somebody else's now."""
+        import psutil  # noqa: PLC0415  # 20 ms that vLLM's start does not wait for
+
+        found = {}
+        for pid in psutil.pids():
+            with contextlib.suppress(OSError):
+                if os.getsid(pid) == self.sid:
+                    found[pid] = started(pid)
+        if not any(found.get(pid) == start for pid, start in self.seen.items() if start):
+            return []
+        self.seen = {pid: start for pid, start in found.items() if start}
+        living = []
+        for pid in found:
+            with contextlib.suppress(psutil.Error):
+                if pid in self.seen and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                    living.append(pid)
+        return living
+
+    def look(self) -> list[int]:
+        """Its members, after their shared memory was noted."""
+        members = self.members()
+        self.segments |= segments(members)
+        return members
+
+    def kill(self, patience: float = KILL_PATIENCE) -> list[int]:
+        """SIGKILL to all of it until none is left, or for `patience` s; returns what would not die."""
+        deadline = time.monotonic() + patience
+        while left := self.members():
+            for pid in left:
+                _kill(pid, self.seen[pid])
+            if time.monotonic() > deadline:
+                return left
+            time.sleep(0.005)  # they are not all our children: there is nothing to wait on
+        return []
+
+    def remove(self) -> list[int]:
+        """Kills what is left of it and removes its shared memory; returns what would not die."""
+        self.look()
+        left = self.kill()
+        if not left:
+            unlink(self.segments)
+        return left
+
+
+def _kill(pid: int, start: str) -> None:
+    """By a pidfd, where there are such: from the look on it is that process and no other."""
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    except OSError:  # an old kernel, or forbidden here
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        return
+    with contextlib.suppress(ProcessLookupError):
+        if started(pid) == start:
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+    os.close(handle)
+
+
+def started(pid: int) -> str:
+    """When a process started, in the kernel's ticks: with the pid it names one process for good. Empty: none such."""
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return ""
+
+
+def segments(pids: Iterable[int]) -> set[str]:
+    """The files in /dev/shm that these processes have mapped.
+
+    Found by inode: a semaphore is mapped by a name that is gone (`sem.XXXXXX (deleted)`), and linked as `sem.mp-...`.
+    """
+    inodes: set[int] = set()
+    for pid in pids:
+        with contextlib.suppress(OSError), Path(f"/proc/{pid}/maps").open() as maps:
+            inodes.update(int(line.split(None, 5)[4]) for line in maps if SHARED_MEMORY in line)
+    found = set()
+    if inodes:
+        with contextlib.suppress(OSError):
+            found = {entry.path for entry in os.scandir(SHARED_MEMORY) if entry.inode() in inodes}
+    return found
+
+
+def unlink(paths: Iterable[str]) -> None:
+    for path in paths:
+        if path.startswith(SHARED_MEMORY) and "/" not in path.removeprefix(SHARED_MEMORY):
+            with contextlib.suppress(OSError):
+                os.unlink(path)  # noqa: PTH108

@@ -1,0 +1,139 @@
+"""A supervisor's private folder, and what is left of those that were killed.
+
+It holds the sockets, vLLM's temporary files and a note of the session that would have to be removed. The note's file is
+locked for as long as its supervisor lives, which is how another one tells a leftover. The temporary folder is
+everybody's: a folder, a note or a socket there is believed only where it is this user's, and no link (another user's
+link and note once had a supervisor of root's kill a stranger's session).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from supervisor.engine.session import Session
+
+PREFIX = "supervisor-"
+# A folder that is being made has this name until it is locked.
+HALF = f".{PREFIX}"
+# Seconds after which a half-made one is nobody's: it takes a millisecond.
+HALF_MADE = 60.0
+# The gateway's private socket, for the queue worker and `supervisor status`.
+GATEWAY = "gateway.sock"
+# A socket's path may have 107 bytes on Linux, 103 on macOS.
+LONGEST_FOLDER = 80
+
+
+class Workspace:
+    """A private folder (0700), with `note` locked by whoever owns it."""
+
+    lock: int
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.temporary = path / "tmp"
+        self.socket = path / "vllm.sock"
+        self.gateway = path / GATEWAY
+        self.note = path / "remains.json"
+
+    @classmethod
+    def create(cls, base: Path) -> Workspace:
+        """Raises OSError where `base` can't be written."""
+        # Locked under another name: without a lock it were a leftover for another that starts at the same moment.
+        made = cls(Path(tempfile.mkdtemp(prefix=HALF, dir=base)))
+        made.temporary.mkdir()
+        lock = os.open(made.note, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        workspace = cls(made.path.rename(base / made.path.name.removeprefix(".")))
+        workspace.lock = lock
+        return workspace
+
+    def take(self) -> bool:
+        """Locks one that has no owner; False where it has one, or its note is not to be trusted."""
+        try:
+            lock = os.open(self.note, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return False
+        try:
+            facts = os.fstat(lock)
+            if stat.S_ISREG(facts.st_mode) and facts.st_uid == os.getuid():
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.lock = lock
+                return True
+        except OSError:
+            pass  # it is locked
+        os.close(lock)
+        return False
+
+    def remember(self, session: Session | None) -> None:
+        """Notes what would have to be removed; None while no engine lives."""
+        text = json.dumps(session.note() if session is not None else None).encode()
+        with contextlib.suppress(OSError):  # a full disk: the guard still knows
+            # In this order: killed between the two, the note still begins with what is true now.
+            os.pwrite(self.lock, text, 0)
+            os.ftruncate(self.lock, len(text))
+
+    def recall(self) -> Session | None:
+        """What `remember` wrote last."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            note, _ = json.JSONDecoder().raw_decode(os.pread(self.lock, 1 << 20, 0).decode())
+            return Session.read(note)
+        return None
+
+    def clear(self) -> None:
+        """Removes what one run of vLLM left, for the next."""
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.temporary.mkdir()
+        self.socket.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def temporary_folder(environ: Mapping[str, str]) -> Path:
+    """Where workspaces go. Not Python's own choice, which writes a file to try it and fails on a full disk."""
+    asked = environ.get("TMPDIR") or "/tmp"  # noqa: S108
+    return Path(asked if len(asked) < LONGEST_FOLDER else "/tmp")  # noqa: S108
+
+
+def is_ours(path: Path, kind: int = stat.S_IFDIR) -> bool:
+    """Whether it is what it should be, this user's, and nobody else can write there."""
+    try:
+        facts = path.lstat()
+    except OSError:
+        return False
+    return stat.S_IFMT(facts.st_mode) == kind and facts.st_uid == os.getuid() and not facts.st_mode & 0o022
+
+
+def workspaces(base: Path) -> Iterator[Workspace]:
+    """Of this user, in the order of their names, whether their supervisor lives or not."""
+    for path in sorted(base.glob(f"{PREFIX}*")):
+        if is_ours(path):
+            yield Workspace(path)
+
+
+def clean_leftovers(base: Path) -> list[Path]:
+    """Ends and removes what killed supervisors left, and nothing else's; returns the workspaces that are gone."""
+    removed = []
+    for workspace in workspaces(base):
+        if not workspace.take():
+            continue
+        if (session := workspace.recall()) is not None:
+            session.remove()
+        workspace.remove()
+        os.close(workspace.lock)
+        removed.append(workspace.path)
+    for path in base.glob(f"{HALF}*"):
+        with contextlib.suppress(OSError):
+            if is_ours(path) and time.time() - path.lstat().st_mtime > HALF_MADE:
+                shutil.rmtree(path, ignore_errors=True)
+    return removed
