@@ -74,7 +74,8 @@ def streaming(content: Any) -> Any:
 
 def find(environ: Mapping[str, str]) -> str:
     """The address of the simulated RunPod of the supervisor that runs here."""
-    found = list(status.here(environ))
+    silent: list[str] = []
+    found = list(status.here(environ, silent))
     urls = [str(each["simulator"]) for each in found if each.get("simulator")]
     if urls:
         return urls[0]
@@ -82,7 +83,7 @@ def find(environ: Mapping[str, str]) -> str:
         raise JobError("the supervisor here takes its jobs from RunPod: send it there, or name an endpoint with --url")
     if found:
         raise JobError(f"the supervisor here serves HTTP, and takes no jobs: {START}")
-    raise JobError(f"no supervisor runs here: {START}, or name one with --url")
+    raise JobError("; ".join(silent) or f"no supervisor runs here: {START}, or name one with --url")
 
 
 class Endpoint:

@@ -17,7 +17,9 @@ from supervisor.output import Output
 
 # Lines that differ in nothing but numbers and ids: so many in so many seconds, then one that counts the others.
 ALIKE, ALIKE_SECONDS = 10, 10.0
-VARYING = re.compile(r"\b(?=[\w.-]*\d)[\w.-]+")
+# A word with a digit in it. It begins where a run of such characters does: a word that may begin inside of one is read
+# once for each of its beginnings, and `a-a-a-` has many.
+VARYING = re.compile(r"(?<![\w.-])[\w.-]*\d[\w.-]*")
 # Kinds of lines that are counted at a time.
 KINDS = 500
 
@@ -89,10 +91,10 @@ class Log(logging.Handler):
 
     def _lines(self, record: logging.LogRecord) -> list[str]:
         message = record.getMessage()
-        kind = (record.name, record.levelno, VARYING.sub("#", message))
-        repeats = record.levelno >= logging.WARNING and not getattr(record, "each", False)
-        if repeats and not self.repeats.passes(kind, message, time.monotonic()):
-            return []
+        if record.levelno >= logging.WARNING and not getattr(record, "each", False):
+            kind = (record.name, record.levelno, VARYING.sub("#", message))
+            if not self.repeats.passes(kind, message, time.monotonic()):
+                return []
         if record.exc_info:
             message += "\n" + logging.Formatter().formatException(record.exc_info)
         request, fields = getattr(record, "request", None), getattr(record, "fields", {})

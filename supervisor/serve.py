@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING
 import uvloop
 
 from supervisor import listen, logs
+from supervisor.around.account import Account
 from supervisor.around.caches import CacheKeeper, Caches
+from supervisor.around.gpus import GpuMemory
 from supervisor.around.multinode import Multinode
 from supervisor.around.phases import Waterfall
 from supervisor.around.postmortem import PostMortem
@@ -28,7 +30,7 @@ from supervisor.bounded import Call, bounded
 from supervisor.engine.child import Child
 from supervisor.engine.engine import Engine, Limits
 from supervisor.engine.lifecycle import State
-from supervisor.engine.run import Observer, Traffic
+from supervisor.engine.run import Change, Observer, Traffic
 from supervisor.gateway import tracing
 from supervisor.gateway.access import AccessLog
 from supervisor.gateway.app import Admission, Gateway
@@ -108,6 +110,7 @@ class Serving(Observer):
             self._limits(),
             lambda child: Waterfall(child.spawned_at, fetches=child.command.fetches),
         )
+        self.account = Account(self.engine)
         self.gateway = self._gateway()
         self.access = AccessLog(self.loop, start.launch.form, lines.later, self.knobs.log_level, self.gateway.run)
         if self.knobs.access_log:
@@ -148,12 +151,15 @@ class Serving(Observer):
             return invitation(settings, listeners, simulator.url if simulator is not None else "")
 
         foot = launch.stderr if launch.has_foot else None
+        vllm = settings.vllm.version
         found: list[Observer] = [
+            self.account,
             self,
             StartTold(self.lines, foot, colour=launch.form.colour, invitation=invite),
-            PostMortem(settings.cache, mask=launch.mask, vllm=settings.vllm.version, facts=self.facts),
+            PostMortem(settings.cache, mask=launch.mask, vllm=vllm, facts=self.facts, account=self.account),
             ReadAhead(lambda: launch.weights, str(settings.option("load_format") or "auto")),
             Stacks(),
+            GpuMemory(),
         ]
         found += [CacheKeeper(self.start.caches)] if self.start.caches is not None else []
         return found + ([self.multinode] if self.multinode is not None else [])
@@ -162,7 +168,7 @@ class Serving(Observer):
         settings, knobs = self.settings, self.knobs
         gateway = Gateway(
             self.upstream,
-            self.engine,
+            self.account,
             Policy(
                 *(keys.values for keys in settings.keys),
                 routes=Routes(knobs.allow_routes or (), str(settings.option("root_path") or "")),
@@ -280,10 +286,10 @@ class Serving(Observer):
             return False
         return True
 
-    def changed(self, state: State) -> None:
+    def changed(self, change: Change) -> None:
         self.gateway.engine_changed()
-        if self.queue is not None and state in TOLD:
-            self.queue.worker.tell(state.value)
+        if self.queue is not None and change.state in TOLD:
+            self.queue.worker.tell(change.state.value)
 
     def removed(self) -> None:
         self.upstream.close()

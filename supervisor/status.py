@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import stat
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from supervisor.engine.workspace import GATEWAY, PREFIX, temporary_folder
+from supervisor.engine.workspace import is_ours, temporary_folder, workspaces
 from supervisor.settings.knobs import keys
 from supervisor.settings.values import BadValue
 
@@ -43,12 +44,15 @@ class _Private(http.client.HTTPConnection):
 
 def show(url: str | None, environ: Mapping[str, str], *, as_json: bool) -> int:
     """Prints a table on a terminal, elsewhere a line for each that is found, or all as JSON. 0 where all are ready."""
+    silent: list[str] = []
     try:
-        found = [_at(url, environ)] if url else list(here(environ))
+        found = [_at(url, environ)] if url else list(here(environ, silent))
     except StatusError as error:
         print(f"supervisor: {error}", file=sys.stderr)
         return NOT_READY
-    if not found:
+    for line in silent:
+        print(f"supervisor: {line}", file=sys.stderr)
+    if not found and not silent:
         print("supervisor: none runs here: start one with `supervisor up`, or name one with --url", file=sys.stderr)
     if not as_json and sys.stdout.isatty():
         for status in found:
@@ -56,7 +60,7 @@ def show(url: str | None, environ: Mapping[str, str], *, as_json: bool) -> int:
     else:
         for status in found:
             print(json.dumps(status) if as_json else text(status))
-    return 0 if found and all(status["state"] == "ready" for status in found) else NOT_READY
+    return 0 if found and not silent and all(status["state"] == "ready" for status in found) else NOT_READY
 
 
 def text(status: Mapping[str, Any]) -> str:
@@ -99,15 +103,20 @@ def _table(status: Mapping[str, Any]) -> None:
     Console(highlight=False).print(table)
 
 
-def here(environ: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """Those of this user on this machine. What a killed one left behind answers nobody, and is passed over."""
-    for path in sorted(temporary_folder(environ).glob(f"{PREFIX}*/{GATEWAY}")):
+def here(environ: Mapping[str, str], silent: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Those of this user on this machine; others' are not asked. What a killed one left behind answers nobody, and is
+    passed over. Those that live and do not answer are named in `silent`."""
+    for workspace in workspaces(temporary_folder(environ)):
+        path = workspace.gateway
+        if not is_ours(path, stat.S_IFSOCK):
+            continue
         try:
             yield _ask(_Private(path), {})
         except (ConnectionRefusedError, FileNotFoundError, PermissionError):
             continue
-        except (OSError, http.client.HTTPException) as error:
-            raise StatusError(f"the supervisor at {path} does not answer ({why(error)})") from None
+        except (OSError, http.client.HTTPException, StatusError) as error:
+            if silent is not None:
+                silent.append(f"the supervisor at {path} does not answer ({why(error)})")
 
 
 def _at(url: str, environ: Mapping[str, str]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from supervisor.bounded import Call
 from supervisor.engine.lifecycle import State
-from supervisor.engine.run import Observer, Run
+from supervisor.engine.run import Change, Observer, Run
 
 NVIDIA = Path("/proc/driver/nvidia/gpus")
 # Variable -> folder below ours. Where the user set one, it stays. vLLM keeps Inductor's below its own.
@@ -171,8 +171,8 @@ class CacheKeeper(Observer):
         if self.restoring is None:
             self.restoring = Call(lambda: self._tend(self.caches.restore))
 
-    def changed(self, state: State) -> None:
-        if state is State.READY and (self.keeping is None or not self.keeping.hangs):
+    def changed(self, change: Change) -> None:
+        if change.state is State.READY and (self.keeping is None or not self.keeping.hangs):
             self.keeping = Call(lambda: self._tend(self.caches.keep))
 
     def _tend(self, what: Callable[[], str | None]) -> None:

@@ -10,10 +10,8 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from supervisor import __version__
-from supervisor.engine import gpu
 
 # A limit above this is version 1's way to say that there is none.
 NO_LIMIT = 1 << 60
@@ -104,41 +102,6 @@ def nearest(folder: Path) -> Path:
 def versions(vllm: str) -> dict[str, str]:
     kernel = f"{platform.system()} {platform.release()}"
     return {"supervisor": __version__, "vllm": vllm, "python": platform.python_version(), "kernel": kernel}
-
-
-def gpus() -> dict[str, Any] | None:
-    """`driver`, and of each GPU in `gpus` its `name` and its memory in bytes: `total`, `used`, and where it is known
-    `reserved`, which the driver keeps for itself. None where there is no driver to ask."""
-    if not any(map(os.path.exists, gpu.DRIVERS)):
-        return None
-    try:
-        import pynvml  # noqa: PLC0415
-
-        nvml: Any = pynvml
-        nvml.nvmlInit()
-    except Exception:  # noqa: BLE001  # no package, no driver, no GPU: NVML has an error class for each
-        return None
-    try:
-        gpus: list[dict[str, object]] = []
-        for index in range(nvml.nvmlDeviceGetCount()):
-            handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            gpus.append({"name": nvml.nvmlDeviceGetName(handle), **_memory(nvml, handle)})
-        return {"driver": nvml.nvmlSystemGetDriverVersion(), "gpus": gpus}
-    except nvml.NVMLError as error:  # one that fell off the bus
-        return {"driver": "", "gpus": [], "error": str(error)}
-    finally:
-        with contextlib.suppress(nvml.NVMLError):
-            nvml.nvmlShutdown()
-
-
-def _memory(nvml: Any, handle: Any) -> dict[str, int]:
-    """As nvidia-smi counts it: `used` has nothing of `reserved`, which is 616 MiB of an H200 that nobody uses."""
-    # Drivers before 510 have no such answer, and old versions of the package no such question.
-    with contextlib.suppress(nvml.NVMLError, AttributeError, TypeError):
-        found = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
-        return {"used": int(found.used), "total": int(found.total), "reserved": int(found.reserved)}
-    found = nvml.nvmlDeviceGetMemoryInfo(handle)
-    return {"used": int(found.used), "total": int(found.total)}
 
 
 def amount(count: float) -> str:

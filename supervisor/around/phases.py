@@ -23,8 +23,8 @@ PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
     (
         "waiting for the other ranks",
         re.compile(
-            r"world_size=(?!1 )\d+ .*distributed_init_method=tcp://(?!127\.0\.0\.1:)|"
-            r"Launching \d+ data parallel engine|Launching vLLM .* headless"
+            r"world_size=(?!1 )\d+ .{0,200}?distributed_init_method=tcp://(?!127\.0\.0\.1:)|"
+            r"Launching \d+ data parallel engine|Launching vLLM .{0,200}? headless"
         ),
     ),
     ("downloading weights", re.compile(r"^(?!weights: ).*Downloading weights|Fetching \d+ files|Downloading shards")),
@@ -38,7 +38,9 @@ PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
     # From the weights' end on: Dynamo's own lines come when it is done.
     (
         "compiling",
-        re.compile(r"Model loading took|Using cache directory.*compile|Dynamo bytecode transform|Start compiling"),
+        re.compile(
+            r"Model loading took|Using cache directory.{0,300}?compile|Dynamo bytecode transform|Start compiling"
+        ),
     ),
     (
         "profiling memory",

@@ -19,9 +19,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from supervisor.around.machine import Machine, amount, disk, gpus, versions
+from supervisor.around.account import Account
+from supervisor.around.gpus import gpus
+from supervisor.around.machine import Machine, amount, disk, versions
 from supervisor.bounded import bounded, within
-from supervisor.engine.run import Observer
+from supervisor.engine.run import Observer, Run
 from supervisor.settings.secrets import Mask
 
 FOLDER = "postmortem"
@@ -36,7 +38,7 @@ SAID_ELSEWHERE = ("last_failure", "log_tail", "progress", "pid")
 
 
 class PostMortem(Observer):
-    """`facts`: what `/status` tells and never changes, with the settings."""
+    """`facts`: what `/status` tells and never changes, with the settings; `account`: what it tells of the engine."""
 
     def __init__(
         self,
@@ -45,19 +47,30 @@ class PostMortem(Observer):
         mask: Mask,
         vllm: str,
         facts: Mapping[str, Any],
+        account: Account,
         machine: Machine | None = None,
     ) -> None:
         self.folder = cache / FOLDER
         self.mask = mask
         self.vllm = vllm
         self.facts = facts
+        self.account = account
         self.machine = machine or Machine()
         self.log = logging.getLogger("supervisor.postmortem")
 
-    async def failed(self, failure: Mapping[str, Any]) -> None:
+    async def failed(self, run: Run, verdict: str, given_up: bool) -> None:
         """Raises nothing, and ends in bounded time."""
+        known = {
+            **self.account.status(),
+            **(self.account.last_failure or {}),
+            "timeline": list(self.account.timeline),
+            "argv": run.child.command.argv if run.child is not None else (),
+            "log": run.log,
+            "verdict": verdict,
+            "given_up": given_up,
+        }
         try:
-            self.log.error("%s", await bounded(PATIENCE, lambda: self.report(failure)))
+            self.log.error("%s", await bounded(PATIENCE, lambda: self.report(known)))
         except TimeoutError:
             self.log.warning("the post-mortem was not done in %g s", PATIENCE)
         except Exception:  # it tells of a failure, and must not become one

@@ -13,7 +13,7 @@ from functools import partial
 
 from supervisor import listen
 from supervisor.engine.lifecycle import OVER, State
-from supervisor.engine.run import Observer, Phases, Run
+from supervisor.engine.run import Change, Observer, Phases, Run
 from supervisor.lines import COLOURS, DIM, PLAIN
 from supervisor.listen import Listeners
 from supervisor.logs import Log
@@ -42,7 +42,8 @@ class StartTold(Observer):
         if self.foot is not None:
             self.foot.show(self._picture)
 
-    def changed(self, state: State) -> None:
+    def changed(self, change: Change) -> None:
+        state = change.state
         if self.foot is not None and (state is State.READY or state in OVER):
             self.foot.hide()
         if state is State.RESTARTING:

@@ -15,7 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from supervisor.around.machine import Machine, gpus
+from supervisor.around.gpus import gpus
+from supervisor.around.machine import Machine
 from supervisor.engine.workspace import temporary_folder
 from supervisor.launch import weights_of
 from supervisor.settings import platform, vllm, volume

@@ -2,9 +2,9 @@
 
 vLLM is several processes (API server, EngineCore, a worker for each rank). Only the API server gets SIGTERM: it takes
 the others down in order, and a signal to the whole group would cut EngineCore's own clean-up short. Whatever is left
-of the session after that is killed.
+of the session after that is killed. The API server is reaped last: until then the session's number is nobody else's.
 
-It is spawned before the event loop, whose imports vLLM's start need not wait for; so asyncio comes late here.
+It is spawned before the event loop, whose imports vLLM's start need not wait for.
 """
 
 from __future__ import annotations
@@ -34,10 +34,7 @@ SURVEY_PATIENCE = 10.0
 
 
 class Child:
-    """One `vllm serve`, from spawn to the last process of its session.
-
-    Its first process is not reaped before the whole session is gone: until then the session's number is nobody else's.
-    """
+    """One `vllm serve`, from spawn to the last process of its session."""
 
     def __init__(
         self,
@@ -46,35 +43,27 @@ class Child:
         outputs: tuple[Output, Output],
         remember: Callable[[Session | None], object],
     ) -> None:
-        """Spawns it. Raises OSError where the command can't be executed. Its stdout and stderr go to `outputs`;
-        `remember` is told what would have to be removed if we died now."""
-        _adopt_orphans()
-        self.command = command
+        """Raises OSError where the command can't be executed. Its stdout and stderr go to `outputs`; `remember` is told
+        what would have to be removed if we died now."""
+        with contextlib.suppress(AttributeError, OSError):  # its orphans become our children, to be reaped (Linux)
+            ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        pipe, environ = subprocess.PIPE, dict(command.environ)
         self.popen = subprocess.Popen(
-            command.argv,
-            env=dict(command.environ),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
+            command.argv, env=environ, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, start_new_session=True
         )
         self.spawned_at = time.monotonic()
-        self._code: int | None = None
-        self.session = Session.led_by(self.popen.pid)
+        self.command = command
+        self.pid = self.popen.pid  # of the API server; also the session's number
+        self.session = Session.led_by(self.pid)
         self.remember = remember
+        remember(self.session)
         self.lines = Lines()
-        self._part_prefix = command.environ.get(NAME_VARIABLE, NAME_PREFIX) + "::"
-        self._noted: tuple[set[int], set[str]] | None = None
-        self._note()
+        self._code: int | None = None
+        self._part_prefix = environ.get(NAME_VARIABLE, NAME_PREFIX) + "::"
         assert self.popen.stdout is not None
         assert self.popen.stderr is not None
         streams = zip((self.popen.stdout, self.popen.stderr), outputs, strict=True)
-        self.pumps = [LogPump(source, output, self.lines, form) for source, output in streams]
-
-    @property
-    def pid(self) -> int:
-        """Of the API server; also the session's id."""
-        return self.popen.pid
+        self._pumps = [LogPump(source, output, self.lines, form) for source, output in streams]
 
     @property
     def code(self) -> int | None:
@@ -98,7 +87,7 @@ class Child:
     async def end(self) -> list[int]:
         """Kills what is left of the session and removes what it left; returns what would not die."""
         try:
-            return await bounded(KILL_PATIENCE + ALL_LINES + 1.0, self.end_now)
+            return await bounded(KILL_PATIENCE + 2 * ALL_LINES, self.end_now)
         except TimeoutError:
             return [self.pid]
 
@@ -109,9 +98,11 @@ class Child:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.popen.wait(ALL_LINES)
             self.remember(None)
-        _reap_orphans(self.pid)
+        self._reap_orphans()
         self._read_log(ALL_LINES)
         return left
+
+    # In threads
 
     def _wait(self) -> int:
         with contextlib.suppress(ChildProcessError):  # it was reaped: `end` came first
@@ -125,8 +116,8 @@ class Child:
         import psutil  # noqa: PLC0415  # 20 ms that vLLM's start does not wait for
 
         members = self.session.look()
-        self._note()
-        _reap_orphans(self.pid)
+        self.remember(self.session)
+        self._reap_orphans()
         found = {}
         for pid in members:
             with contextlib.suppress(psutil.Error):
@@ -140,16 +131,21 @@ class Child:
             if pid != self.pid and name.startswith(self._part_prefix) and found.get(parent, ("", 0))[0] != name
         }
 
-    def _note(self) -> None:
-        known = set(self.session.seen), set(self.session.segments)
-        if known != self._noted:
-            self._noted = known
-            self.remember(self.session)
+    def _reap_orphans(self) -> None:
+        """As process 1 of a container we inherit everybody's, and nobody else will reap them; all but those of our own
+        session, which are awaited."""
+        import psutil  # noqa: PLC0415
+
+        for orphan in psutil.Process().children():
+            with contextlib.suppress(OSError, psutil.Error):
+                awaited = orphan.pid == self.pid or os.getsid(orphan.pid) == os.getsid(0)
+                if not awaited and orphan.status() == psutil.STATUS_ZOMBIE:
+                    os.waitpid(orphan.pid, os.WNOHANG)
 
     def _read_log(self, patience: float) -> None:
         """Returns when the log's last line is read, or after `patience` s."""
         deadline = time.monotonic() + patience
-        for pump in self.pumps:
+        for pump in self._pumps:
             pump.thread.join(max(0.0, deadline - time.monotonic()))
 
 
@@ -161,23 +157,3 @@ def how_it_ended(exit_code: int) -> str:
         return f"killed by {signal.Signals(-exit_code).name}"
     except ValueError:
         return f"killed by signal {-exit_code}"
-
-
-def _adopt_orphans() -> None:
-    """Makes the orphans of our descendants our children, so that they can be reaped (Linux; elsewhere init does it)."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def _reap_orphans(spared: int) -> None:
-    """Reaps what ended and is not awaited: all but `spared` and the children of our own session.
-
-    As process 1 of a container we inherit everybody's orphans, and nobody else will reap them.
-    """
-    import psutil  # noqa: PLC0415
-
-    ours = os.getsid(0)
-    for child in psutil.Process().children():
-        with contextlib.suppress(OSError, psutil.Error):
-            if child.pid != spared and os.getsid(child.pid) != ours and child.status() == psutil.STATUS_ZOMBIE:
-                os.waitpid(child.pid, os.WNOHANG)

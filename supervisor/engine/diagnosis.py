@@ -13,11 +13,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-ERROR_LINE = re.compile(r"\b\w*(Error|Exception)(_\w+)?: |\berror: ")
+ERROR_LINE = re.compile(r"(?:Error|Exception)(?:_\w{1,40})?: |\berror: ")
 # What vLLM puts before each of its lines: "(APIServer pid=12) ERROR 11-21 19:00:00 [core.py:1] ".
 LINE_PREFIX = re.compile(r"^(\([^)]*pid=\d+\) )*([A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d (\[[^\]]*\] ?)?)?")
 # Levels below ERROR, vLLM's and torch's: such a line may name an exception that was dealt with.
 HARMLESS = re.compile(r"^(\([^)]*pid=\d+\) )*(DEBUG|INFO|WARNING)\b|^\[?[IW]\d{4} ")
+# What is searched, in characters: clients help to write a log, and 80 searches of 500 long lines took 45 s.
+LONGEST_TEXT = 250_000
 # What a part of vLLM says when another one has ended: never the root.
 FOLLOW_UP = re.compile(
     r"Engine core initialization failed|WorkerProc initialization failed|EngineCore encountered an issue|"
@@ -40,25 +42,15 @@ class Diagnosis:
         return f"{self.cause} {self.remedy}".strip()
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """`cause` and `remedy` may name the pattern's groups, `{option}`, and as an environment variable, `{OPTION}`."""
-
-    pattern: re.Pattern[str]
-    cause: str
-    remedy: str
-    permanent: bool = True
-
-
 TABLE = tomllib.loads(Path(__file__).with_name("causes.toml").read_text(encoding="utf-8"))
 
 
 def _rule(
     *, pattern: str, cause: str, remedy: str | None = None, shared_remedy: str = "", permanent: bool = True
-) -> Rule:
+) -> tuple[re.Pattern[str], Diagnosis]:
     """A row of the table; a misspelt key is an error, and so is a shared remedy that is not there."""
     remedy = TABLE["remedies"][shared_remedy] if remedy is None else remedy
-    return Rule(re.compile(pattern, re.I | re.S), cause, remedy, permanent)
+    return re.compile(pattern, re.I | re.S), Diagnosis(cause, remedy, permanent)
 
 
 RULES = tuple(_rule(**row) for row in TABLE["cause"])
@@ -76,8 +68,9 @@ def diagnose(exit_code: int, lines: Iterable[str], ended_by_us: str | None = Non
     lines = list(lines)
     told = (LINE_PREFIX.sub("", line) for line in lines if not HARMLESS.match(line))
     text = "\n".join(line for line in told if not line.startswith("    "))  # a traceback's quoted source tells nothing
-    for rule in RULES:
-        if found := rule.pattern.search(text):
+    text = text[-LONGEST_TEXT:]
+    for pattern, rule in RULES:
+        if found := pattern.search(text):
             groups = {name: (value or "").strip().rstrip(".") for name, value in found.groupdict().items()}
             groups |= {name.upper(): value.upper().replace("-", "_") for name, value in groups.items()}
             return Diagnosis(rule.cause.format_map(groups), rule.remedy.format_map(groups), rule.permanent)
@@ -94,8 +87,7 @@ def by_the_end(exit_code: int, lines: list[str]) -> Diagnosis:
         return Diagnosis("It was told to stop (SIGTERM), and not by us.", "", permanent=False)
     if -exit_code in SIGNALS:
         return SIGNALS[-exit_code]
-    error = last_error(lines)
-    if error is not None:
+    if (error := last_error(lines)) is not None:
         return Diagnosis(error, "", permanent=exit_code > 0)
     if any(FOLLOW_UP.search(line) for line in lines if not HARMLESS.match(line)):
         return ENGINE_GONE
@@ -104,11 +96,6 @@ def by_the_end(exit_code: int, lines: list[str]) -> Diagnosis:
 
 def last_error(lines: Iterable[str]) -> str | None:
     """The last line of a log that names an error, without vLLM's prefix; what only follows from one is no error."""
-    found = None
-    for line in lines:
-        if HARMLESS.search(line) or FOLLOW_UP.search(line):
-            continue
-        text = LINE_PREFIX.sub("", line).strip()
-        if ERROR_LINE.search(text):
-            found = text
-    return found
+    own = (line for line in lines if not HARMLESS.search(line) and not FOLLOW_UP.search(line))
+    texts = (LINE_PREFIX.sub("", line).strip() for line in own)
+    return next((text for text in reversed(list(texts)) if ERROR_LINE.search(text)), None)

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import signal
-from pathlib import Path
 
 from supervisor.engine.session import Session
 from supervisor.engine.workspace import Workspace
@@ -54,19 +53,16 @@ def _stand_guard(reader: int, workspace: Workspace) -> None:
     # It must hold nothing open that somebody waits to see closed: our output, the listening sockets, its own pipe.
     os.dup2(reader, 0)
     os.dup2(workspace.lock, 3)
-    for entry in list(Path("/proc/self/fd").iterdir()):
-        if int(entry.name) > 3:
-            with contextlib.suppress(OSError):
-                os.close(int(entry.name))
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 1)
     os.dup2(null, 2)
+    os.closerange(4, 1 << 20)
     buffer = b""
     while data := os.read(0, 65536):
         buffer = (buffer + data)[-LONGEST_LINE:]
     lines = buffer.split(b"\n")
     note = json.loads(lines[-2]) if len(lines) > 1 else {}
+    if note:
+        Session.read(note).remove()
     if note is not None:
-        if note:
-            Session.read(note).remove()
         workspace.remove()

@@ -49,6 +49,7 @@ class Pulse:
         self.stall_timeout = stall_timeout
         self.interval = min(stall_timeout / SAMPLES_PER_STALL, LONGEST_INTERVAL)
         self.pause = self.interval
+        self.scrape_patience = min(max(1.0, stall_timeout / 4), LONGEST_SCRAPE)
         self._moved_at = now
         self._waits: dict[object, float] = {}  # who waits -> since which sample
         self._working_since: float | None = None
@@ -56,10 +57,6 @@ class Pulse:
         self._signs: object = None
         self._misses = 0
         self._gaps = 0
-
-    @property
-    def scrape_patience(self) -> float:
-        return min(max(1.0, self.stall_timeout / 4), LONGEST_SCRAPE)
 
     def hangs(self, now: float, late: float, traffic: Traffic, counters: float | None) -> bool:
         """`late`: by how many seconds the pause before was longer than asked; `counters` None: not read."""

@@ -10,19 +10,16 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_exponential_jitter
-from tenacity.wait import wait_base
 
-# Seconds: 1, 2, 4 ... 30, and up to one more, so that workers that died of the same cause do not return in step.
-LOADING = wait_exponential_jitter(multiplier=1, max=30, jitter=1)
-# After an engine that had served: none, 1, 2, 4 ...
-SERVING = wait_exponential_jitter(multiplier=0.5, max=30, jitter=1)
+# Seconds: 1, 2, 4 ... 30, and up to one more, so that workers that died of the same cause do not return in step. After
+# an engine that had served it is none, 1, 2 ...
+LOADING, SERVING = (wait_exponential_jitter(multiplier=first, max=30, jitter=1) for first in (1, 0.5))
 
 
 class EngineFailed(Exception):
     """One run of the engine. `permanent`: the same settings never worked and never will; `served`: it was ready."""
 
     def __init__(self, *, permanent: bool, served: bool) -> None:
-        super().__init__()
         self.permanent = permanent
         self.served = served
 
@@ -31,11 +28,7 @@ class Restarts:
     """`await again(failure)` after each one. Failures older than the window are forgotten."""
 
     def __init__(
-        self,
-        limit: int,
-        window: float,
-        clock: Callable[[], float],
-        sleep: Callable[[float], Awaitable[None]],
+        self, limit: int, window: float, clock: Callable[[], float], sleep: Callable[[float], Awaitable[None]]
     ) -> None:
         self.limit = limit
         self.window = window
@@ -45,26 +38,21 @@ class Restarts:
             sleep=sleep,
             retry=retry_if_exception(lambda error: isinstance(error, EngineFailed) and not error.permanent),
             after=self._count,
-            wait=_Pause(),
+            wait=_pause,
             stop=stop_after_attempt(limit + 1),
-            before_sleep=self._tell,
+            before_sleep=lambda state: self._tell(state.upcoming_sleep, f"restart {len(self.failures)} of {limit}"),
             reraise=True,
         ).__aiter__()
 
-    async def again(self, failure: EngineFailed, tell: Callable[[float, str], object]) -> str:
-        """Returns when another start's time has come, with which one it is; `tell` gets that before the wait, and its
-        seconds. Raises `failure` where there is to be none."""
+    async def again(self, failure: EngineFailed, tell: Callable[[float, str], None]) -> None:
+        """Returns when another start's time has come; `tell` gets the seconds until then, and which one it is. Raises
+        `failure` where there is to be none."""
+        self._tell = tell
         if not self.failures:
             self._attempt = await anext(self._attempts)
-        self._told = tell
         with self._attempt:
             raise failure
         self._attempt = await anext(self._attempts)
-        return self.count
-
-    @property
-    def count(self) -> str:
-        return f"restart {len(self.failures)} of {self.limit}"
 
     def verdict(self, failure: EngineFailed) -> str:
         """Why there is no other start."""
@@ -74,22 +62,16 @@ class Restarts:
         return f"{window} is the limit (SUPERVISOR_MAX_RESTARTS, SUPERVISOR_RESTART_WINDOW)"
 
     def _count(self, state: RetryCallState) -> None:
-        """An attempt, to tenacity, is one of those in the window."""
+        """To tenacity only the failures in the window are attempts."""
         now = self.clock()
         while self.failures and now - self.failures[0] > self.window:
             self.failures.popleft()
         self.failures.append(now)
         state.attempt_number = len(self.failures)
 
-    def _tell(self, state: RetryCallState) -> None:
-        self._told(state.upcoming_sleep, self.count)
 
-
-class _Pause(wait_base):
-    def __call__(self, retry_state: RetryCallState) -> float:
-        assert retry_state.outcome is not None
-        failure = retry_state.outcome.exception()
-        assert isinstance(failure, EngineFailed)
-        if failure.served:
-            return SERVING(retry_state) if retry_state.attempt_number > 1 else 0.0
-        return LOADING(retry_state)
+def _pause(state: RetryCallState) -> float:
+    failure = state.outcome.exception() if state.outcome is not None else None
+    if isinstance(failure, EngineFailed) and failure.served:
+        return SERVING(state) if state.attempt_number > 1 else 0.0
+    return LOADING(state)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SHARED_MEMORY = "/dev/shm/"  # noqa: S108
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 # How long killed processes may take to be gone; a process in uninterruptible sleep (a hung driver) may never be.
 KILL_PATIENCE = 10.0
 
@@ -41,7 +41,7 @@ class Session:
 
     @classmethod
     def read(cls, note: Mapping[str, Any]) -> Session:
-        """From what `note` made. Raises KeyError, TypeError or ValueError where it is something else."""
+        """From what `note` made. Raises KeyError, TypeError, AttributeError or ValueError for something else."""
         seen = {int(pid): str(start) for pid, start in note["seen"].items()}
         return cls(int(note["session"]), seen, set(map(str, note["segments"])))
 
@@ -55,15 +55,15 @@ class Session:
         found = {}
         for pid in psutil.pids():
             with contextlib.suppress(OSError):
-                if os.getsid(pid) == self.sid:
-                    found[pid] = started(pid)
-        if not any(found.get(pid) == start for pid, start in self.seen.items() if start):
+                if os.getsid(pid) == self.sid and (start := started(pid)):
+                    found[pid] = start
+        if not found.items() & self.seen.items():
             return []
-        self.seen = {pid: start for pid, start in found.items() if start}
+        self.seen = found
         living = []
         for pid in found:
             with contextlib.suppress(psutil.Error):
-                if pid in self.seen and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
                     living.append(pid)
         return living
 
@@ -73,40 +73,36 @@ class Session:
         self.segments |= segments(members)
         return members
 
-    def kill(self, patience: float = KILL_PATIENCE) -> list[int]:
-        """SIGKILL to all of it until none is left, or for `patience` s; returns what would not die."""
-        deadline = time.monotonic() + patience
-        while left := self.members():
+    def remove(self) -> list[int]:
+        """Kills all of it, and removes its shared memory; returns what would not die."""
+        deadline = time.monotonic() + KILL_PATIENCE
+        left = self.look()
+        while left and time.monotonic() < deadline:
             for pid in left:
                 _kill(pid, self.seen[pid])
-            if time.monotonic() > deadline:
-                return left
             time.sleep(0.005)  # they are not all our children: there is nothing to wait on
-        return []
-
-    def remove(self) -> list[int]:
-        """Kills what is left of it and removes its shared memory; returns what would not die."""
-        self.look()
-        left = self.kill()
-        if not left:
-            unlink(self.segments)
+            left = self.members()
+        for segment in self.segments if not left else ():
+            if Path(segment).parent == SHARED_MEMORY:
+                with contextlib.suppress(OSError):
+                    Path(segment).unlink()
         return left
 
 
 def _kill(pid: int, start: str) -> None:
     """By a pidfd, where there are such: from the look on it is that process and no other."""
-    try:
-        handle = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    except OSError:  # an old kernel, or forbidden here
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        return
     with contextlib.suppress(ProcessLookupError):
-        if started(pid) == start:
-            signal.pidfd_send_signal(handle, signal.SIGKILL)
-    os.close(handle)
+        try:
+            handle = os.pidfd_open(pid)
+        except OSError as error:  # an old kernel, or forbidden here; or the process is gone
+            if not isinstance(error, ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            return
+        try:
+            if started(pid) == start:
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
+        finally:
+            os.close(handle)
 
 
 def started(pid: int) -> str:
@@ -117,23 +113,12 @@ def started(pid: int) -> str:
 
 
 def segments(pids: Iterable[int]) -> set[str]:
-    """The files in /dev/shm that these processes have mapped.
-
-    Found by inode: a semaphore is mapped by a name that is gone (`sem.XXXXXX (deleted)`), and linked as `sem.mp-...`.
-    """
+    """The files in /dev/shm that these processes have mapped. By inode: a semaphore is mapped by a name that is gone
+    (`sem.XXXXXX (deleted)`), and linked as `sem.mp-...`."""
     inodes: set[int] = set()
     for pid in pids:
         with contextlib.suppress(OSError), Path(f"/proc/{pid}/maps").open() as maps:
-            inodes.update(int(line.split(None, 5)[4]) for line in maps if SHARED_MEMORY in line)
-    found = set()
-    if inodes:
-        with contextlib.suppress(OSError):
-            found = {entry.path for entry in os.scandir(SHARED_MEMORY) if entry.inode() in inodes}
-    return found
-
-
-def unlink(paths: Iterable[str]) -> None:
-    for path in paths:
-        if path.startswith(SHARED_MEMORY) and "/" not in path.removeprefix(SHARED_MEMORY):
-            with contextlib.suppress(OSError):
-                os.unlink(path)  # noqa: PTH108
+            inodes.update(int(line.split(None, 5)[4]) for line in maps if f"{SHARED_MEMORY}/" in line)
+    with contextlib.suppress(OSError):
+        return {entry.path for entry in os.scandir(SHARED_MEMORY) if entry.inode() in inodes}
+    return set()

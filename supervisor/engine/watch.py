@@ -29,15 +29,10 @@ class Watch:
         self.ready = ready
         self.died = died
         self.descriptors: dict[int, int] = {}
-        self._wake = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
-    def look_soon(self) -> None:
-        """There may be more parts than at the last look."""
-        self._wake.set()
-
     async def look(self) -> None:
-        """Finds the parts that there are now, and attends to each."""
+        """Finds the parts that there are now, and attends to each. Raises TimeoutError where /proc hangs."""
         for pid, name in (await self.survey()).items():
             if pid not in self.descriptors:
                 self._attend(pid, name)
@@ -45,31 +40,26 @@ class Watch:
     async def run(self) -> None:
         try:
             while True:
-                self._wake.clear()
                 await self.look()
-                try:
-                    async with asyncio.timeout(SERVING_INTERVAL if self.ready() else LOADING_INTERVAL):
-                        await self._wake.wait()
-                except TimeoutError:
-                    continue
-        except TimeoutError:  # /proc hangs: another look would take another thread for good
-            await asyncio.Event().wait()
+                await asyncio.sleep(SERVING_INTERVAL if self.ready() else LOADING_INTERVAL)
+        except TimeoutError:  # another look would take another thread for good; the pidfds are still told of
+            await self._loop.create_future()
         finally:
             for descriptor in self.descriptors.values():
                 self._loop.remove_reader(descriptor)
                 os.close(descriptor)
 
     def _attend(self, pid: int, name: str) -> None:
+        gone = f"{name} (pid {pid}) died"
         try:
-            descriptor = os.pidfd_open(pid)
+            descriptor = self.descriptors[pid] = os.pidfd_open(pid)
         except ProcessLookupError:
-            self.died(f"{name} (pid {pid}) died")
-            return
+            self.died(gone)
         except OSError:
-            return  # forbidden here: then vLLM's own exit, 2 s later, has to do
-        self.descriptors[pid] = descriptor
-        self._loop.add_reader(descriptor, self._ended, pid, name)
+            pass  # forbidden here: then vLLM's own exit, 2 s later, has to do
+        else:
+            self._loop.add_reader(descriptor, self._ended, descriptor, gone)
 
-    def _ended(self, pid: int, name: str) -> None:
-        self._loop.remove_reader(self.descriptors[pid])
-        self.died(f"{name} (pid {pid}) died")
+    def _ended(self, descriptor: int, gone: str) -> None:
+        self._loop.remove_reader(descriptor)
+        self.died(gone)

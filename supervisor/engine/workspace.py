@@ -22,12 +22,9 @@ from pathlib import Path
 from supervisor.engine.session import Session
 
 PREFIX = "supervisor-"
-# A folder that is being made has this name until it is locked.
-HALF = f".{PREFIX}"
-# Seconds after which a half-made one is nobody's: it takes a millisecond.
-HALF_MADE = 60.0
-# The gateway's private socket, for the queue worker and `supervisor status`.
-GATEWAY = "gateway.sock"
+# A folder that is being made has this name until it is locked, which takes a millisecond. After so many seconds it is a
+# dead one's.
+HALF, HALF_MADE = f".{PREFIX}", 60.0
 # A socket's path may have 107 bytes on Linux, 103 on macOS.
 LONGEST_FOLDER = 80
 
@@ -41,7 +38,7 @@ class Workspace:
         self.path = path
         self.temporary = path / "tmp"
         self.socket = path / "vllm.sock"
-        self.gateway = path / GATEWAY
+        self.gateway = path / "gateway.sock"  # private, for the queue worker and `supervisor status`
         self.note = path / "remains.json"
 
     @classmethod
@@ -59,17 +56,14 @@ class Workspace:
     def take(self) -> bool:
         """Locks one that has no owner; False where it has one, or its note is not to be trusted."""
         try:
-            lock = os.open(self.note, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            self.lock = lock = os.open(self.note, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
             return False
-        try:
-            facts = os.fstat(lock)
-            if stat.S_ISREG(facts.st_mode) and facts.st_uid == os.getuid():
+        facts = os.fstat(lock)
+        if stat.S_ISREG(facts.st_mode) and facts.st_uid == os.getuid():
+            with contextlib.suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self.lock = lock
                 return True
-        except OSError:
-            pass  # it is locked
         os.close(lock)
         return False
 
@@ -81,13 +75,6 @@ class Workspace:
             os.pwrite(self.lock, text, 0)
             os.ftruncate(self.lock, len(text))
 
-    def recall(self) -> Session | None:
-        """What `remember` wrote last."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            note, _ = json.JSONDecoder().raw_decode(os.pread(self.lock, 1 << 20, 0).decode())
-            return Session.read(note)
-        return None
-
     def clear(self) -> None:
         """Removes what one run of vLLM left, for the next."""
         shutil.rmtree(self.temporary, ignore_errors=True)
@@ -98,6 +85,14 @@ class Workspace:
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
 
+    def remove_all(self) -> None:
+        """Of a killed supervisor, that `take` has locked: what it noted last, too."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            note, _ = json.JSONDecoder().raw_decode(os.pread(self.lock, 1 << 20, 0).decode())
+            Session.read(note).remove()
+        self.remove()
+        os.close(self.lock)
+
 
 def temporary_folder(environ: Mapping[str, str]) -> Path:
     """Where workspaces go. Not Python's own choice, which writes a file to try it and fails on a full disk."""
@@ -106,34 +101,30 @@ def temporary_folder(environ: Mapping[str, str]) -> Path:
 
 
 def is_ours(path: Path, kind: int = stat.S_IFDIR) -> bool:
-    """Whether it is what it should be, this user's, and nobody else can write there."""
+    """Whether it is what it should be, and this user's, and a folder in which nobody else can write."""
     try:
         facts = path.lstat()
     except OSError:
         return False
-    return stat.S_IFMT(facts.st_mode) == kind and facts.st_uid == os.getuid() and not facts.st_mode & 0o022
+    open_to_others = kind == stat.S_IFDIR and facts.st_mode & 0o022
+    return stat.S_IFMT(facts.st_mode) == kind and facts.st_uid == os.getuid() and not open_to_others
 
 
-def workspaces(base: Path) -> Iterator[Workspace]:
+def workspaces(base: Path, prefix: str = PREFIX) -> Iterator[Workspace]:
     """Of this user, in the order of their names, whether their supervisor lives or not."""
-    for path in sorted(base.glob(f"{PREFIX}*")):
-        if is_ours(path):
-            yield Workspace(path)
+    return (Workspace(path) for path in sorted(base.glob(f"{prefix}*")) if is_ours(path))
 
 
 def clean_leftovers(base: Path) -> list[Path]:
     """Ends and removes what killed supervisors left, and nothing else's; returns the workspaces that are gone."""
     removed = []
     for workspace in workspaces(base):
-        if not workspace.take():
-            continue
-        if (session := workspace.recall()) is not None:
-            session.remove()
-        workspace.remove()
-        os.close(workspace.lock)
-        removed.append(workspace.path)
-    for path in base.glob(f"{HALF}*"):
+        if workspace.take():
+            workspace.remove_all()
+            removed.append(workspace.path)
+    for half in workspaces(base, HALF):
         with contextlib.suppress(OSError):
-            if is_ours(path) and time.time() - path.lstat().st_mtime > HALF_MADE:
-                shutil.rmtree(path, ignore_errors=True)
+            is_old = time.time() - half.path.lstat().st_mtime > HALF_MADE
+            if is_old and (half.take() or not half.note.exists()):
+                half.remove()
     return removed

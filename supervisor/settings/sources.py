@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from supervisor.bounded import within
 from supervisor.settings import catalogue as catalogues
 from supervisor.settings import cluster as clusters
 from supervisor.settings import config_file, demo, platform, typos
@@ -27,6 +28,8 @@ from supervisor.settings.secrets import MASK, Mask
 from supervisor.settings.values import BadValue, read_bool
 from supervisor.settings.vllm import Vllm, VllmError, find
 
+# Seconds for a disk to tell whether something is there. A network volume may hang.
+DISK_PATIENCE = 3.0
 LONGEST_SHOWN = 200  # characters of a value, in a line that tells what is wrong with it
 # Our access log says more than vLLM's, which has a line for each look at its health besides.
 INSTEAD_OF_VLLMS: dict[str, tuple[str, object]] = {"disable_uvicorn_access_log": ("SUPERVISOR_ACCESS_LOG", True)}
@@ -296,7 +299,7 @@ class _Gathering:
                 )
 
     def _volume(self, knobs: Knobs) -> volumes.Volume | None:
-        volume = volumes.find(knobs.volume, self.environ)
+        volume = within(DISK_PATIENCE, lambda: volumes.find(knobs.volume, self.environ))
         if knobs.volume and volume is None:
             self.problems.append(f"SUPERVISOR_VOLUME={knobs.volume}: expected a folder that is there, such as /data")
         if volume is not None and not volume.writable:
@@ -337,13 +340,13 @@ class _Gathering:
         name = str(given)
         if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
             folder = Path(name).expanduser()
-            if not folder.exists():
+            if within(DISK_PATIENCE, folder.exists) is False:  # a disk that hangs is the launch's to wait for
                 self.problems.append(
                     f"MODEL={name} ({source}): expected a folder that is there, or a name such as org/model"
                 )
                 return None, False
             name = str(folder)
-        is_demo = Path(name).resolve() == demo.MODEL
+        is_demo = within(DISK_PATIENCE, Path(name).resolve) == demo.MODEL
         return Setting("MODEL", name, source, self._lines(found[1:])), is_demo
 
     def _vllm_config(self, catalogue: Catalogue | None) -> list[tuple[str, Any]]:

@@ -23,8 +23,8 @@ from typing import Any
 import pytest
 
 from supervisor import cli
+from supervisor.around.gpus import gpus as survey
 from supervisor.around.machine import Machine
-from supervisor.around.machine import gpus as survey
 from supervisor.doctor import machine, model
 from supervisor.doctor.checks import CHECKS
 from supervisor.doctor.examine import admit, examine, show
@@ -471,7 +471,7 @@ class Nvml:
 def test_a_gpus_memory_is_what_nvidia_smi_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, used: int, second: bool, said: str
 ) -> None:
-    monkeypatch.setattr("supervisor.engine.gpu.DRIVERS", ("/dev/null",))
+    monkeypatch.setattr("supervisor.around.gpus.DRIVERS", ("/dev/null",))
     monkeypatch.setitem(sys.modules, "pynvml", Nvml(used, second=second))
     found = dataclasses.replace(patient(tmp_path), ask_gpus=survey)
     assert machine.gpus(found).text == "1 to be seen: NVIDIA H200 with 150.8 GB"

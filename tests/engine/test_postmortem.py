@@ -10,6 +10,7 @@ import signal
 import stat
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -125,7 +126,8 @@ def failure(**more: Any) -> dict[str, Any]:
 
 def mortem(folder: Path, **environ: str) -> PostMortem:
     facts = {"model": "m", "settings": [{"name": "MODEL", "value": "m", "source": "command line", "overrode": []}]}
-    return PostMortem(folder, mask=Mask(environ), vllm="0.32.0", facts=facts, machine=Machine(folder))
+    account: Any = SimpleNamespace(status=dict, last_failure=None, timeline=())
+    return PostMortem(folder, mask=Mask(environ), vllm="0.32.0", facts=facts, account=account, machine=Machine(folder))
 
 
 def test_out_of_memory_kills_and_limits_are_told(tmp_path: Path) -> None:
@@ -165,7 +167,8 @@ def test_a_fault_of_our_own_is_no_fault_of_the_engine(
     async def write() -> None:
         found = mortem(tmp_path)
         monkeypatch.setattr(found, "gather", lambda failure: 1 / 0)
-        await found.failed(failure())
+        run: Any = SimpleNamespace(child=None, log=())
+        await found.failed(run, "restart 1 of 5", given_up=False)
 
     asyncio.run(write())
     assert "the post-mortem could not be written" in caplog.text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from supervisor.around.phases import Waterfall
 from supervisor.engine.lifecycle import Event, State
-from supervisor.engine.run import Observer, Run
+from supervisor.engine.run import Change, Observer, Run
 from tests.engine_core.world import LIMITS, World
 
 COUNTERS = b'vllm:iteration_tokens_total_count{engine="0"} %d\n'
@@ -30,13 +30,13 @@ def limits(**more: Any) -> Any:
 def test_a_run_is_known_by_more_than_its_number() -> None:
     with World() as world:
         first = world.serves()
-        assert world.engine.status()["pid"] == first.pid
+        assert world.account.status()["pid"] == first.pid
         first.exits(1)
         world.settle()
         assert first.removed
         run, again = world.seen.runs
-        assert (run.number, run.served, run.pid) == (1, True, first.pid)
-        assert (again.number, again.served, again.pid) == (2, False, world.launched().pid)
+        assert (run.number, run.served, run.child.pid) == (1, True, first.pid)
+        assert (again.number, again.served, again.child.pid) == (2, False, world.launched().pid)
         assert world.seen.states == [State.READY, State.RESTARTING, State.STARTING]
 
 
@@ -46,7 +46,7 @@ def test_between_two_runs_there_is_none() -> None:
         world.settle()
         assert world.engine.state is State.RESTARTING
         assert world.engine.alive is None
-        assert world.engine.status()["pid"] is None
+        assert world.account.status()["pid"] is None
 
 
 @pytest.mark.parametrize("late", [Event.READY, Event.EXITED, Event.BROKEN, Event.RETRY, Event.GIVE_UP, Event.DRAINED])
@@ -60,7 +60,7 @@ def test_news_of_an_earlier_run_changes_nothing(late: Event, served: bool) -> No
         world.engine._send(run, late, "late", "late") if late is not Event.RETRY else None
         world.passes(5)
         second = world.launched()
-        if world.engine.failed:  # given up on this very run: that is no earlier one
+        if world.engine.state is State.FAILED:  # given up on this very run: that is no earlier one
             assert late is Event.GIVE_UP
             return
         assert second is not first
@@ -72,7 +72,7 @@ def test_news_of_an_earlier_run_changes_nothing(late: Event, served: bool) -> No
         world.check()
         second.answers()
         world.passes(1)
-        assert world.engine.ready
+        assert world.account.ready
 
 
 def test_it_is_not_ready_when_exit_and_readiness_come_in_one_turn() -> None:
@@ -99,7 +99,7 @@ def test_what_the_watch_sees_of_a_dead_run_does_not_end_the_next() -> None:
         world.passes(3)
         second = world.serves()
         world.passes(30)  # the last words of the first would be over long since
-        assert world.engine.ready
+        assert world.account.ready
         assert second.alive
 
 
@@ -206,7 +206,7 @@ test_any_order_of_events_leaves_no_dead_engine_ready = Lives.TestCase
 
 def test_a_launch_that_hangs_says_what_it_waits_for_and_goes_on() -> None:
     with World(slow_launch=True) as world:
-        assert "looking for the weights" in world.engine.explanation
+        assert "looking for the weights" in world.account.explanation
         world.passes(11)
         assert world.told("looking for the weights: their disk did not answer in 10 s") == 1
         world.launches[-1].succeeds()
@@ -226,7 +226,7 @@ def test_a_launch_has_the_startup_timeout() -> None:
     with World(limits(startup=30.0), slow_launch=True) as world:
         world.passes(31)
         assert world.exit_code == 3
-        assert "SUPERVISOR_STARTUP_TIMEOUT" in world.engine.reason
+        assert "SUPERVISOR_STARTUP_TIMEOUT" in world.account.reason
         assert world.launches[0].succeeds().removed
 
 
@@ -234,7 +234,7 @@ def test_a_command_that_is_gone_is_tried_again() -> None:
     with World(slow_launch=True) as world:
         world.launches[-1].fails(FileNotFoundError(2, "No such file or directory"))
         world.settle()
-        assert "vLLM can't be started (No such file or directory)" in world.engine.reason
+        assert "vLLM can't be started (No such file or directory)" in world.account.reason
         world.passes(3)
         world.launches[-1].succeeds()
         world.serves()
@@ -245,7 +245,7 @@ def test_a_start_that_takes_too_long_is_ended() -> None:
         vllm = world.launched()
         world.passes(31)
         assert vllm.removed
-        assert "not ready after 30 s (SUPERVISOR_STARTUP_TIMEOUT), it was at: importing vLLM" in world.engine.reason
+        assert "not ready after 30 s (SUPERVISOR_STARTUP_TIMEOUT), it was at: importing vLLM" in world.account.reason
 
 
 def test_a_warm_up_comes_before_the_first_request() -> None:
@@ -253,7 +253,7 @@ def test_a_warm_up_comes_before_the_first_request() -> None:
         world.launched().answers()
         world.passes(1)
         assert world.asked[-3:] == ["/health", "/v1/completions", "/health"]
-        assert world.engine.ready
+        assert world.account.ready
 
 
 # The end
@@ -263,7 +263,7 @@ def test_a_signal_drains_then_terminates() -> None:
     with World() as world:
         vllm = world.serves()
         world.stop()
-        assert world.engine.draining
+        assert world.account.draining
         world.front.drained.set_result(True)  # type: ignore[union-attr]
         world.settle()
         assert vllm.terminated == 1
@@ -332,7 +332,7 @@ def test_a_frozen_engine_is_noticed_whatever_its_api_server_says() -> None:
         for second in range(24):
             world.front.signs = second
             world.passes(1)
-            if not world.engine.ready:
+            if not world.account.ready:
                 break
         assert vllm.removed
         assert 20 <= second <= 23
@@ -348,7 +348,7 @@ def test_what_is_no_hang(what: str) -> None:
         for second in range(60):
             vllm.metrics = COUNTERS % (second if what == "moving" else 7)
             world.passes(1)
-        assert world.engine.ready
+        assert world.account.ready
         if what in ("idle", "off"):
             assert "/metrics" not in world.asked
 
@@ -365,7 +365,7 @@ class Faulty(Observer):
     def heard(self, run: Run, lines: Sequence[str]) -> None:
         raise ZeroDivisionError("heard")
 
-    def changed(self, state: State) -> None:
+    def changed(self, change: Change) -> None:
         raise ZeroDivisionError("changed")
 
     def removed(self) -> None:
@@ -377,7 +377,13 @@ class Faulty(Observer):
     async def hung(self, run: Run) -> None:
         raise ZeroDivisionError("hung")
 
-    async def failed(self, failure: Mapping[str, Any]) -> None:
+    async def clears(self) -> None:
+        raise ZeroDivisionError("clears")
+
+    def judged(self, run: Run, diagnosis: object) -> None:
+        raise ZeroDivisionError("judged")
+
+    async def failed(self, run: Run, verdict: str, given_up: bool) -> None:
         raise ZeroDivisionError("failed")
 
 
@@ -392,7 +398,7 @@ def test_an_observer_that_fails_ends_nothing_and_is_told_once() -> None:
         world.passes(25)
         assert vllm.removed
         world.serves()
-        for what in ("began", "answers", "heard", "changed", "removed", "hung", "failed"):
+        for what in ("began", "answers", "heard", "changed", "removed", "hung", "clears", "judged", "failed"):
             assert world.told(f"Faulty.{what} failed") == 1
         world.stop()
         world.front.drained.set_result(True)  # type: ignore[union-attr]
@@ -426,7 +432,7 @@ def test_a_fault_in_what_happens_beside_ends_nothing(what: str, monkeypatch: pyt
             world.passes(3)
             if what == "metrics":
                 world.front.signs += 1
-        assert world.engine.ready
+        assert world.account.ready
         vllm.exits(1)
         world.passes(1)
         monkeypatch.undo()

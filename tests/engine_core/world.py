@@ -23,11 +23,11 @@ from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from supervisor.around.account import Account
 from supervisor.around.phases import Waterfall
-from supervisor.engine import gpu
 from supervisor.engine.engine import Engine, Limits
 from supervisor.engine.lifecycle import ALIVE, State
-from supervisor.engine.run import Observer, Run, Traffic
+from supervisor.engine.run import Change, Observer, Run, Traffic
 
 LIMITS = Limits(startup=60.0, terminate=10.0, stall=20.0, restarts=5, window=600.0, stay_when_failed=False)
 
@@ -178,7 +178,7 @@ class Seen(Observer):
     def __init__(self) -> None:
         self.states: list[State] = []
         self.runs: list[Run] = []
-        self.failures: list[Mapping[str, Any]] = []
+        self.failures: list[str] = []
         self.lines: list[str] = []
         self.hung_runs = 0
         self.removals = 0
@@ -189,8 +189,8 @@ class Seen(Observer):
     def heard(self, run: Run, lines: Sequence[str]) -> None:
         self.lines += lines
 
-    def changed(self, state: State) -> None:
-        self.states.append(state)
+    def changed(self, change: Change) -> None:
+        self.states.append(change.state)
 
     def removed(self) -> None:
         self.removals += 1
@@ -198,8 +198,8 @@ class Seen(Observer):
     async def hung(self, run: Run) -> None:
         self.hung_runs += 1
 
-    async def failed(self, failure: Mapping[str, Any]) -> None:
-        self.failures.append(failure)
+    async def failed(self, run: Run, verdict: str, given_up: bool) -> None:
+        self.failures.append(verdict)
 
 
 class World:
@@ -211,13 +211,14 @@ class World:
         self.slow_launch = slow_launch
         self.front = Front()
         self.seen = Seen()
-        self.observers = (self.seen, *observers)
+        self.observers = observers
         self.vllms: list[ScriptedVllm] = []
         self.launches: list[Launching] = []
         self.asked: list[str] = []
         self.pids = 1000
         self.log: list[logging.LogRecord] = []
         self.engine: Engine = None  # type: ignore[assignment]  # made on the loop
+        self.account: Account = None  # type: ignore[assignment]  # what others ask of it
         self.running: asyncio.Task[int] = None  # type: ignore[assignment]
 
     def __enter__(self) -> World:
@@ -226,11 +227,11 @@ class World:
         logger = logging.getLogger("supervisor")
         logger.addHandler(self._handler)
         logger.setLevel(logging.DEBUG)
-        self._gpu, gpu.ask = gpu.ask, self._no_gpu
 
         async def begin() -> None:
             self.engine = Engine(self.launch, self.ask, self.limits, lambda vllm: Waterfall(vllm.spawned_at))  # type: ignore[arg-type]
-            running = self.engine.run(self.front, self.observers)
+            self.account = Account(self.engine)
+            running = self.engine.run(self.front, [self.account, self.seen, *self.observers])
             self.running = self.loop.create_task(running)
 
         self.do(begin())
@@ -243,12 +244,8 @@ class World:
             with contextlib.suppress(asyncio.CancelledError):
                 self.loop.run_until_complete(self.running)
         finally:
-            gpu.ask = self._gpu
             logging.getLogger("supervisor").removeHandler(self._handler)
             self.loop.close()
-
-    async def _no_gpu(self) -> list[int] | None:
-        return None
 
     # The clock
 

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from supervisor.engine import gpu
+from supervisor.around import gpus as gpu
 
 GB = 1_000_000_000
 

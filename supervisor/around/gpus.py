@@ -1,4 +1,5 @@
-"""Whether the GPU's memory is free again: a new engine that starts beside a dying one runs out of memory.
+"""What NVIDIA's library tells of the GPUs: for people, and whether their memory is free again. A new engine that starts
+beside a dying one runs out of memory.
 
 Needs the package nvidia-ml-py (`pynvml`), which vLLM's CUDA image has on its own side and ours installs where there is
 a GPU; without it, or without a GPU, there is nothing to wait for.
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from supervisor.bounded import bounded
+from supervisor.engine.run import Observer, Run
 
 # What a machine with NVIDIA's driver has (the second: WSL). Asking the library instead costs 15 ms of every start.
 DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvmap")
@@ -49,6 +51,41 @@ def used() -> list[int] | None:
             nvml.nvmlShutdown()
 
 
+def gpus() -> dict[str, Any] | None:
+    """`driver`, and of each GPU in `gpus` its `name` and its memory in bytes: `total`, `used`, and where it is known
+    `reserved`, which the driver keeps for itself. None where there is no driver to ask."""
+    if not any(map(os.path.exists, DRIVERS)):
+        return None
+    try:
+        import pynvml  # noqa: PLC0415
+
+        nvml: Any = pynvml
+        nvml.nvmlInit()
+    except Exception:  # noqa: BLE001  # no package, no driver, no GPU: NVML has an error class for each
+        return None
+    try:
+        gpus: list[dict[str, object]] = []
+        for index in range(nvml.nvmlDeviceGetCount()):
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            gpus.append({"name": nvml.nvmlDeviceGetName(handle), **_memory(nvml, handle)})
+        return {"driver": nvml.nvmlSystemGetDriverVersion(), "gpus": gpus}
+    except nvml.NVMLError as error:  # one that fell off the bus
+        return {"driver": "", "gpus": [], "error": str(error)}
+    finally:
+        with contextlib.suppress(nvml.NVMLError):
+            nvml.nvmlShutdown()
+
+
+def _memory(nvml: Any, handle: Any) -> dict[str, int]:
+    """As nvidia-smi counts it: `used` has nothing of `reserved`, which is 616 MiB of an H200 that nobody uses."""
+    # Drivers before 510 have no such answer, and old versions of the package no such question.
+    with contextlib.suppress(nvml.NVMLError, AttributeError, TypeError):
+        found = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
+        return {"used": int(found.used), "total": int(found.total), "reserved": int(found.reserved)}
+    found = nvml.nvmlDeviceGetMemoryInfo(handle)
+    return {"used": int(found.used), "total": int(found.total)}
+
+
 async def ask() -> list[int] | None:
     """As `used`, of a driver that may hang: it is told, and then the memory is not known."""
     try:
@@ -73,3 +110,21 @@ async def freed(before: Sequence[int] | None, patience: float = PATIENCE) -> Non
             logging.getLogger("supervisor.engine").warning(text, held / 1e9, patience)
             return
         await asyncio.sleep(POLL)
+
+
+class GpuMemory(Observer):
+    """Another start waits until the memory that was free before the first one is free again."""
+
+    def __init__(self) -> None:
+        self.before: list[int] | None = None
+        self._measuring: asyncio.Task[None] | None = None
+
+    def began(self, run: Run) -> None:
+        if self._measuring is None:  # vLLM imports for seconds before it takes any
+            self._measuring = asyncio.get_running_loop().create_task(self._measure())
+
+    async def clears(self) -> None:
+        await freed(self.before)
+
+    async def _measure(self) -> None:
+        self.before = await ask()

@@ -1,0 +1,112 @@
+"""What is told of the engine: in /status, on the page, in the metrics, and to those who wait for it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from supervisor.engine.engine import Engine
+from supervisor.engine.lifecycle import OVER, State
+from supervisor.engine.run import Change, Observer, Run
+
+if TYPE_CHECKING:
+    from supervisor.engine.diagnosis import Diagnosis
+
+SHOWN_LINES = 20
+FOLLOWED_LINES = 200  # of vLLM's log, over restarts, for those who follow it
+KEPT_TRANSITIONS = 100  # for the post-mortem
+
+
+class Account(Observer):
+    """It is the first that is told, so that the others find it true. For the gateway it is the engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.since = time.time()
+        self.reason = ""
+        self.stopped_for = ""  # the last failure, in words
+        self.transitions: Counter[str] = Counter()  # how often each
+        self.timeline: deque[dict[str, object]] = deque(maxlen=KEPT_TRANSITIONS)
+        self.timeline.append({"at": self.since, "state": engine.state.value, "reason": ""})
+        self.restarts: Counter[str] = Counter()  # by what ended the run before
+        self.last_failure: dict[str, object] | None = None
+        self.lines: deque[str] = deque(maxlen=FOLLOWED_LINES)
+        self.count = 0  # of lines, ever
+
+    # What the engine tells
+
+    def changed(self, change: Change) -> None:
+        before, state, reason = change
+        self.since = time.time()
+        self.reason = reason
+        self.transitions[f"{before.value} -> {state.value}"] += 1
+        self.timeline.append({"at": self.since, "state": state.value, "reason": reason})
+        if state is State.STARTING:
+            self.restarts[self.engine.latest.ended_by] += 1
+
+    def heard(self, run: Run, lines: Sequence[str]) -> None:
+        self.count += len(lines)
+        self.lines.extend(lines)
+
+    def judged(self, run: Run, diagnosis: Diagnosis) -> None:
+        self.reason = self.stopped_for = diagnosis.text
+        code = run.code
+        self.last_failure = {
+            "at": time.time(),
+            "exit_code": code if code is not None and code >= 0 else None,
+            "signal": -code if code is not None and code < 0 else None,
+            "cause": diagnosis.cause,
+            "remedy": diagnosis.remedy,
+            "log_tail": run.log[-SHOWN_LINES:],
+        }
+
+    # What others ask
+
+    @property
+    def ready(self) -> bool:
+        return self.engine.state is State.READY
+
+    @property
+    def over(self) -> bool:
+        return self.engine.state in OVER
+
+    @property
+    def draining(self) -> bool:
+        return self.engine.state is State.DRAINING
+
+    @property
+    def explanation(self) -> str:
+        state, run = self.engine.state, self.engine.latest
+        if state is State.STARTING:
+            doing = f"{run.doing}, {self.engine.clock() - run.began:.0f} s so far."
+            if self.stopped_for:
+                return f"The engine is restarting: {doing} It had stopped: {self.stopped_for}"
+            return f"The engine is starting: {doing}"
+        if state is State.RESTARTING:
+            return f"The engine is restarting. It had stopped: {self.reason}"
+        if state is State.FAILED:
+            return f"The engine failed: {self.reason}"
+        return "The engine is ready." if self.ready else "The server is shutting down."
+
+    def status(self) -> dict[str, object]:
+        run, phases, alive = self.engine.latest, self.engine.latest.phases, self.engine.alive
+        before = {"name": run.doing, "seconds": round(self.engine.clock() - run.began, 3)}  # before vLLM has a log
+        return {
+            "state": self.engine.state.value,
+            "since": self.since,
+            "reason": self.reason,
+            "phases": phases.as_rows() if phases is not None else [before],
+            "progress": phases.progress if phases is not None else "",
+            "restarts": self.restarts.total(),
+            "restarts_by_cause": dict(self.restarts),
+            "transitions": dict(self.transitions),
+            "last_failure": self.last_failure,
+            "pid": alive.child.pid if alive is not None and alive.child is not None else None,
+        }
+
+    def log_after(self, number: int) -> tuple[int, list[str]]:
+        """How many lines there were, ever, and those of them behind the first `number` that are kept."""
+        fresh = min(self.count - number, len(self.lines))
+        return self.count, list(self.lines)[-fresh:] if fresh else []
