@@ -21,9 +21,10 @@ import signal
 import socket
 import termios
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
-from hashlib import sha256
+from hashlib import sha1, sha256
 from http import HTTPStatus
 from itertools import islice
 from typing import Any, NoReturn
@@ -62,6 +63,8 @@ class Options:
     shutdown_timeout: int
     request_id_headers: bool
     access_log: bool
+    log_stats: bool
+    sse_keep_alive: int  # seconds; 0: no comments
     headless: bool
     ranks: JSON  # nnodes, rank, master_addr, master_port
 
@@ -115,6 +118,8 @@ def read_options(args: list[str], reject: Iterable[str]) -> Options:
         shutdown_timeout=number("--shutdown-timeout", 0),
         request_id_headers="--enable-request-id-headers" in flags,
         access_log="--disable-uvicorn-access-log" not in flags,
+        log_stats="--disable-log-stats" not in flags,
+        sse_keep_alive=number("--sse-keep-alive-interval", 0),
         headless="--headless" in flags,
         ranks={
             "nnodes": number("--nnodes", 1),
@@ -136,6 +141,7 @@ class Plan:
     die_at_start: JSON = field(default_factory=dict)  # log, code or signal, after
     reject_flags: list[str] = field(default_factory=list)
     health_delay: float = 0.0
+    metrics_delays: list[float] = field(default_factory=list)
     slow_accept: float = 0.0
     keepalive: float = 5.0
     ignore_sigterm: bool = False
@@ -151,6 +157,7 @@ class Plan:
     how: str = field(default="engine", metadata=PER_REQUEST)
     token_interval: float = field(default=0.0, metadata=PER_REQUEST)
     prefill_seconds: float = field(default=0.0, metadata=PER_REQUEST)
+    prefill_steps: int = field(default=0, metadata=PER_REQUEST)
     split_utf8: bool = field(default=False, metadata=PER_REQUEST)
     binary: bool = field(default=False, metadata=PER_REQUEST)
     close_connection_after_response: bool = field(default=False, metadata=PER_REQUEST)
@@ -285,6 +292,7 @@ class Connection(asyncio.Protocol):
         self.writable = asyncio.Event()
         self.writable.set()
         self.busy, self.requests = False, 0
+        self.stream: Stream | None = None
 
     # called by asyncio
 
@@ -315,7 +323,8 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.writable.set()
-        self.server.engine.step()
+        if self.stream:
+            self.stream.write()
 
     # called by handlers
 
@@ -391,6 +400,26 @@ class Connection(asyncio.Protocol):
                 self.server.log_uvicorn(f'{self.serial} - "{what}" {status} {phrase}', fd=1)
 
 
+# -- /metrics
+
+# What is there whatever the options: of prometheus_client and of the HTTP server. They tell nothing of the engine.
+OTHER_METRICS = """\
+# HELP python_info Python platform information
+# TYPE python_info gauge
+python_info{{implementation="CPython",major="3",minor="11",patchlevel="7",version="3.11.7"}} 1.0
+# HELP process_cpu_seconds_total Total user and system CPU time spent in seconds.
+# TYPE process_cpu_seconds_total counter
+process_cpu_seconds_total {seconds}
+# HELP http_requests_total Total number of requests by method, status and handler.
+# TYPE http_requests_total counter
+"""
+
+
+def label(value: str) -> str:
+    """As prometheus_client writes the value of a label."""
+    return value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
+
+
 # -- answers: words, and the shapes that the APIs wrap around them
 
 # Every second word has a character of several bytes, so that any two tokens have one to cut through.
@@ -398,6 +427,8 @@ WORDS = ["the ", "naïve ", "model ", "日本 ", "says ", "🙂 ", "and ", "Fü�
 ESCAPED = [json.dumps(word, ensure_ascii=False)[1:-1].encode() for word in WORDS]
 MARK = "@word@"
 DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+KEPT_ALIVE = ("/v1/chat/completions", "/v1/completions")  # vLLM's other streams have no comments
 MAX_TOKENS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 
@@ -446,6 +477,7 @@ class Answer:
     word: bytes  # an event with MARK where a word goes
     closing: bytes
     dead: bytes  # how a stream ends when the engine is gone
+    greeting: bytes = b""  # events that the API server sends with the head, before the engine has done anything
 
 
 def openai_answer(asked: Asked, kind: str, chunk_kind: str, contents: list[JSON]) -> Answer:
@@ -505,10 +537,12 @@ def responses(asked: Asked) -> Answer:
     item = {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed", "content": content}
     whole = {"id": asked.ident, "object": "response", "created_at": asked.created, "model": asked.model}
     whole |= {"status": "completed", "output": [item]}
+    begun = {**whole, "status": "in_progress", "output": []}
     whole["usage"] = {"input_tokens": asked.prompt_tokens, "output_tokens": asked.count}
     return Answer(
         whole=whole,
-        opening=named("response.created", response={**whole, "status": "in_progress", "output": []}),
+        greeting=named("response.created", response=begun) + named("response.in_progress", response=begun),
+        opening=b"",
         word=named("response.output_text.delta", item_id="msg_1", output_index=0, content_index=0, delta=MARK),
         closing=named("response.completed", response=whole),
         dead=named("error", code="500", message=ENGINE_DEAD),
@@ -528,7 +562,8 @@ DIALECTS: dict[str, tuple[Callable[[Asked], Answer], str, str]] = {
 
 
 class Stream:
-    """A generation under way. If it is not to be streamed, the words are only counted."""
+    """A generation under way. If it is not to be streamed, the words are only counted. The engine does not wait for a
+    client that does not read: what it has made is sent when there is room."""
 
     def __init__(self, server: Server, request: Request, asked: Asked, answer: Answer) -> None:
         self.server, self.asked, self.answer = server, asked, answer
@@ -536,37 +571,66 @@ class Stream:
         self.ident, self.streamed = server.requests, bool(asked.body.get("stream"))
         self.faults = server.faults(request)
         self.prefix, _, self.suffix = answer.word.partition(MARK.encode())
-        self.sent, self.due = 0, server.loop.time() + self.faults.prefill_seconds
+        self.made = self.sent = 0
+        self.wrote_at = server.loop.time()
+        self.to_read = max(0, self.faults.prefill_steps)  # steps of the prefill
+        self.pace = self.faults.prefill_seconds / (self.to_read + 1)
+        self.due = self.wrote_at + self.pace
         self.cutting: asyncio.Task[None] | None = None
         self.done: asyncio.Future[bool] = server.loop.create_future()  # True: all words are out; False: no engine
 
     def runnable(self) -> bool:
-        return not self.cutting and self.connection.writable.is_set() and not self.done.done()
+        return not self.cutting and not self.done.done()
 
     def framed(self, data: bytes) -> bytes:
         return b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data
 
-    def token(self, now: float) -> None:
-        """The engine has made one more."""
-        word = ESCAPED[(self.asked.seed + self.sent) % len(ESCAPED)]
-        self.sent += 1
+    def step(self, now: float) -> None:
+        """The engine has read a piece of the prompt, or made one more token."""
+        if self.to_read:
+            self.to_read -= 1
+            self.due = max(self.due + self.pace, now)
+            return
+        self.made += 1
         self.due = max(self.due + self.faults.token_interval, now)
-        if not self.streamed:
-            return self.written()
-        if self.sent == 1 and self.answer.opening:
-            self.connection.write(self.framed(self.answer.opening))
-        data = self.prefix + word + (b"\xff\xfe" if self.faults.binary else b"") + self.suffix
-        if self.faults.split_utf8 and (wide := re.search(rb"[\xc0-\xff]", word)):
-            self.cutting = self.server.loop.create_task(self.write_cut(data, len(self.prefix) + wide.end()))
-        else:
-            self.connection.write(self.framed(data))
-            self.written()
+        self.write()
+
+    def write(self) -> None:
+        """Sends what has been made, as far as the client takes it."""
+        while self.sent < self.made and not self.cutting and (self.connection.writable.is_set() or not self.streamed):
+            word = ESCAPED[(self.asked.seed + self.sent) % len(ESCAPED)]
+            self.sent += 1
+            self.wrote_at = self.server.loop.time()
+            if not self.streamed:
+                self.written()
+                continue
+            if self.sent == 1 and self.answer.opening:
+                self.connection.write(self.framed(self.answer.opening))
+            data = self.prefix + word + (b"\xff\xfe" if self.faults.binary else b"") + self.suffix
+            if self.faults.split_utf8 and (wide := re.search(rb"[\xc0-\xff]", word)):
+                self.cutting = self.server.loop.create_task(self.write_cut(data, len(self.prefix) + wide.end()))
+            else:
+                self.connection.write(self.framed(data))
+                self.written()
 
     async def write_cut(self, data: bytes, at: int) -> None:
         await self.connection.write_apart(self.framed(data[:at]), self.framed(data[at:]))
         self.cutting = None
         self.written()
+        self.write()
         self.server.engine.step()
+
+    async def keep_alive(self, interval: float) -> None:
+        """Comments for a client that has heard nothing for so long. They come from the API server alone, and so tell
+        nothing of the engine."""
+        while True:
+            await asyncio.sleep(self.wrote_at + interval - self.server.loop.time())
+            await self.connection.writable.wait()
+            if self.cutting:
+                await self.cutting
+            if (now := self.server.loop.time()) >= self.wrote_at + interval:
+                self.wrote_at = now
+                self.connection.write(self.framed(KEEP_ALIVE))
 
     def written(self) -> None:
         self.server.tokens_written += 1
@@ -599,7 +663,7 @@ class Engine:
         self.worker_pid = 0
         self.ready: asyncio.Future[bool] = server.loop.create_future()
         self.dead = False
-        self.counters = [0, 0, 0, 0, 0]
+        self.counters = [0, 0, 0, 0, 0, 0]
         self.streams: dict[int, Stream] = {}
         self.added: list[list[int]] = []
         self.dropped: list[int] = []
@@ -615,10 +679,13 @@ class Engine:
             stream.done.set_result(False)
         self.step()
 
-    def drop(self, stream: Stream) -> None:
+    def forget(self, stream: Stream) -> None:
         if self.streams.pop(stream.ident, None):
             self.dropped.append(stream.ident)
-            self.step()
+
+    def drop(self, stream: Stream) -> None:
+        self.forget(stream)
+        self.step()
 
     def step(self) -> None:
         """Send what has changed and which streams are due, unless a reply is awaited."""
@@ -633,7 +700,9 @@ class Engine:
             elif stream.runnable():
                 due.append(stream)
         if due or self.added or self.dropped:
-            order = {"add": self.added, "drop": self.dropped, "step": [stream.ident for stream in due]}
+            order = {"add": self.added, "drop": self.dropped}
+            order |= {"read": [stream.ident for stream in due if stream.to_read]}
+            order |= {"step": [stream.ident for stream in due if not stream.to_read]}
             self.asked, self.added, self.dropped = due, [], []
             with contextlib.suppress(OSError):  # it has just died: on_reply will learn of it
                 self.channel.send(json.dumps(order).encode())
@@ -656,7 +725,9 @@ class Engine:
             now = self.server.loop.time()
             for stream in asked:
                 if stream.ident in self.streams:
-                    stream.token(now)
+                    stream.step(now)
+                    if stream.made == stream.asked.count:
+                        self.forget(stream)
             self.step()
 
     def on_death(self) -> None:
@@ -700,6 +771,10 @@ class Engine:
 
 # -- its life and its routes
 
+KV_BLOCKS = 10_000
+WEBSOCKET = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455
+UNCOUNTED = ("/metrics", "/health", "/ping", "/version")  # by vLLM's own http_requests_total
+
 
 class Server:
     """The process that was started: its life, its routes."""
@@ -711,7 +786,8 @@ class Server:
         self.loop = asyncio.get_running_loop()
         self.connections: set[Connection] = set()
         self.connections_seen = self.requests = self.tokens_written = 0
-        self.running = self.finished = self.aborted = 0
+        self.running = self.finished = self.aborted = self.scrapes = 0
+        self.answers: Counter[tuple[str, str, int]] = Counter()  # route, method, status
         self.draining = False
         self.tasks: list[asyncio.Task[None]] = []
         for number in (signal.SIGTERM, signal.SIGINT):  # before the engine is told to begin: it must not outlive these
@@ -849,6 +925,9 @@ class Server:
         return handler
 
     def start_answer(self, request: Request, status: int, headers: Headers) -> None:
+        path = unquote(request.path)
+        if path not in UNCOUNTED:
+            self.answers[path if path in ROUTES else "none", request.method, status] += 1
         if self.options.request_id_headers and (ident := request.header("x-request-id")):
             headers = [*headers, ("x-request-id", ident)]
         request.connection.head(status, [*headers, *([("connection", "close")] if request.close else [])], request)
@@ -882,10 +961,14 @@ class Server:
         self.respond(request, 200, {"object": "list", "data": [{"id": name, **card} for name in self.options.names]})
 
     async def metrics(self, request: Request) -> None:
-        steps, tokens, prompt, running, waiting = self.engine.counters
+        self.scrapes += 1  # whoever asked may be gone before it is answered
+        if delays := self.plan.metrics_delays:
+            await asyncio.sleep(delays[(self.scrapes - 1) % len(delays)])
+        steps, tokens, prompt, running, waiting, blocks = self.engine.counters
         samples = [
             ("num_requests_running", "gauge", "", "", running),
             ("num_requests_waiting", "gauge", "", "", waiting),
+            ("kv_cache_usage_perc", "gauge", "", "", blocks / KV_BLOCKS),
             ("prompt_tokens", "counter", "_total", "", prompt),
             ("generation_tokens", "counter", "_total", "", tokens),
             ("request_success", "counter", "_total", ',finished_reason="length"', self.finished),
@@ -893,10 +976,12 @@ class Server:
             ("iteration_tokens_total", "", "_count", "", steps),
             ("iteration_tokens_total", "", "_sum", "", tokens + prompt),
         ]
-        text = ""
-        for name, kind, suffix, labels, value in samples:
+        text, model = OTHER_METRICS.format(seconds=time.process_time()), label(self.options.names[0])
+        for (route, method, status), count in self.answers.items():
+            text += f'http_requests_total{{handler="{route}",method="{method}",status="{status // 100}xx"}} {count}.0\n'
+        for name, kind, suffix, labels, value in samples if self.options.log_stats else ():
             text += f"# HELP vllm:{name} A number of the fake.\n# TYPE vllm:{name} {kind}\n" if kind else ""
-            text += f'vllm:{name}{suffix}{{engine="0",model_name="{self.options.names[0]}"{labels}}} {float(value)}\n'
+            text += f'vllm:{name}{suffix}{{engine="0",model_name="{model}"{labels}}} {float(value)}\n'
         self.respond(request, 200, text.encode(), kind="text/plain; version=0.0.4; charset=utf-8")
 
     def model_of(self, body: JSON) -> str:
@@ -944,10 +1029,16 @@ class Server:
             if plan.freeze_after_tokens == 0:
                 self.engine.kill(signal.SIGSTOP)
         self.running += 1
+        connection.stream = stream
+        keeping_alive: asyncio.Task[None] | None = None
         try:
             if stream.streamed:
                 framing = [("transfer-encoding", "chunked")] if stream.chunked else []
                 self.start_answer(request, 200, [("content-type", "text/event-stream; charset=utf-8"), *framing])
+                if answer.greeting:
+                    connection.write(stream.framed(answer.greeting))
+                if (seconds := self.options.sse_keep_alive) and unquote(request.path) in KEPT_ALIVE:
+                    keeping_alive = self.loop.create_task(stream.keep_alive(seconds))
             self.engine.add(stream)
             complete = await stream.done
             if stream.cutting:
@@ -957,6 +1048,9 @@ class Server:
             raise
         finally:
             self.running -= 1
+            connection.stream = None
+            if keeping_alive:
+                keeping_alive.cancel()
             self.engine.drop(stream)
         self.finished += complete
         if stream.streamed:
@@ -967,6 +1061,18 @@ class Server:
         else:
             self.respond(request, 500, error(500, ENGINE_DEAD, "InternalServerError"))
         await connection.writable.wait()
+
+    async def realtime(self, request: Request) -> None:
+        """A WebSocket on which nothing is said. A frame that closes it is answered."""
+        if "websocket" not in request.header("upgrade").lower():
+            raise Refusal(404, {"detail": "Not Found"})
+        digest = sha1((request.header("sec-websocket-key") + WEBSOCKET).encode()).digest()
+        switched = [("upgrade", "websocket"), ("connection", "Upgrade")]
+        self.start_answer(request, 101, [*switched, ("sec-websocket-accept", base64.b64encode(digest).decode())])
+        while (await request.connection.take(65536))[0] != 0x88:
+            pass
+        request.connection.write(b"\x88\x00")
+        request.close = True
 
     # -- test routes: raw behaviours
 
@@ -1042,6 +1148,7 @@ class Server:
         answer: JSON = {"pid": os.getpid(), "engine_pid": self.engine.pid, "worker_pid": self.engine.worker_pid}
         answer |= {"argv": self.argv, "starts": self.start, "connections_open": len(self.connections)}
         answer |= {"running": self.running, "finished": self.finished, "aborted": self.aborted}
+        answer["scrapes"] = self.scrapes
         answer["env_names"] = sorted(os.environ)
         answer["env"] = {name: value for name, value in os.environ.items() if name.startswith("FAKE_")}
         self.respond(request, 200, answer)
@@ -1080,6 +1187,7 @@ ROUTES: dict[str, dict[str, Handler]] = {
     "/metrics": {"GET": Server.metrics, "HEAD": Server.metrics},
     "/tokenize": {"POST": Server.tokenize},
     **{path: {"POST": Server.generate} for path in DIALECTS},
+    "/v1/realtime": {"GET": Server.realtime},
     "/fake/echo": {"ANY": Server.echo},
     "/fake/raw": {"ANY": Server.raw},
     "/fake/bytes": {"ANY": Server.binary},

@@ -104,8 +104,9 @@ class Serving(Observer):
         self.queue: Queue | None = None
         self.upstream = Upstream(str(start.launch.workspace.socket), self.loop)
         self.facts = self._facts()
+        first = [start.first]
         self.engine = Engine(
-            partial(Call, start.launch),
+            lambda: first.pop() if first else Call(start.launch),
             self.headless.ask if self.headless else self.ask,
             self._limits(),
             lambda child: Waterfall(child.spawned_at, fetches=child.command.fetches),
@@ -209,7 +210,7 @@ class Serving(Observer):
                 self.queue = Queue.start(settings, listeners.simulator, str(private), served_name(settings), jobs)
                 group.create_task(self.queue.worker.run())
             group.create_task(server.run_on(sockets))
-            code = await self.engine.run(self, self._observers(), self.start.first)
+            code = await self.engine.run(self, self._observers())
             self.gateway.feeds.end()
             if self.queue is not None:
                 await self.queue.worker.finish(LAST_REPORTS, LAST_REPORTS)

@@ -1,10 +1,8 @@
 """The vllm child: spawned in a session of its own, its log passed on line by line, and gone without a trace when told.
 
 vLLM is several processes (API server, EngineCore, a worker for each rank). Only the API server gets SIGTERM: it takes
-the others down in order, and a signal to the whole group would cut EngineCore's own clean-up short. Whatever is left
-of the session after that is killed. The API server is reaped last: until then the session's number is nobody else's.
-
-It is spawned before the event loop, whose imports vLLM's start need not wait for.
+the others down in order, and a signal to the whole group would cut EngineCore's own clean-up short. What is left of the
+session is killed. The API server is reaped last: until then the session's number is nobody else's.
 """
 
 from __future__ import annotations
@@ -52,17 +50,14 @@ class Child:
             command.argv, env=environ, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, start_new_session=True
         )
         self.spawned_at = time.monotonic()
-        self.command = command
+        self.command, self.remember = command, remember
         self.pid = self.popen.pid  # of the API server; also the session's number
         self.session = Session.led_by(self.pid)
-        self.remember = remember
         remember(self.session)
         self.lines = Lines()
         self._code: int | None = None
         self._part_prefix = environ.get(NAME_VARIABLE, NAME_PREFIX) + "::"
-        assert self.popen.stdout is not None
-        assert self.popen.stderr is not None
-        streams = zip((self.popen.stdout, self.popen.stderr), outputs, strict=True)
+        streams = zip(filter(None, (self.popen.stdout, self.popen.stderr)), outputs, strict=True)
         self._pumps = [LogPump(source, output, self.lines, form) for source, output in streams]
 
     @property
@@ -85,7 +80,7 @@ class Child:
             os.kill(self.pid, signal.SIGTERM)
 
     async def end(self) -> list[int]:
-        """Kills what is left of the session and removes what it left; returns what would not die."""
+        """Kills what is left of the session and removes what that left; returns what would not die."""
         try:
             return await bounded(KILL_PATIENCE + 2 * ALL_LINES, self.end_now)
         except TimeoutError:
@@ -102,8 +97,6 @@ class Child:
         self._read_log(ALL_LINES)
         return left
 
-    # In threads
-
     def _wait(self) -> int:
         with contextlib.suppress(ChildProcessError):  # it was reaped: `end` came first
             ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
@@ -116,7 +109,8 @@ class Child:
         import psutil  # noqa: PLC0415  # 20 ms that vLLM's start does not wait for
 
         members = self.session.look()
-        self.remember(self.session)
+        if self.popen.returncode is None:  # else `end` was quicker, and another one's session may be noted by now
+            self.remember(self.session)
         self._reap_orphans()
         found = {}
         for pid in members:

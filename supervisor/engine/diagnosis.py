@@ -54,7 +54,6 @@ def _rule(
 
 
 RULES = tuple(_rule(**row) for row in TABLE["cause"])
-OTHER_RANKS: str = TABLE["remedies"]["other_ranks"]
 # By the signal's number.
 SIGNALS: dict[int, Diagnosis] = {
     signal.Signals[name]: Diagnosis(**end, permanent=False) for name, end in TABLE["signals"].items()
@@ -76,13 +75,13 @@ def diagnose(exit_code: int, lines: Iterable[str], ended_by_us: str | None = Non
             return Diagnosis(rule.cause.format_map(groups), rule.remedy.format_map(groups), rule.permanent)
     if ended_by_us is not None:
         if "waiting for the other" in ended_by_us:
-            return Diagnosis(f"{ended_by_us}.", OTHER_RANKS, permanent=False)
+            return Diagnosis(f"{ended_by_us}.", TABLE["remedies"]["other_ranks"], permanent=False)
         return Diagnosis(f"{ended_by_us}.", "", permanent="SUPERVISOR_STARTUP_TIMEOUT" in ended_by_us)
     return by_the_end(exit_code, lines)
 
 
 def by_the_end(exit_code: int, lines: list[str]) -> Diagnosis:
-    """The diagnosis of a log that no rule knows: by who stopped it, by the signal, by its last error."""
+    """Of a log that no rule knows: by who stopped it, by the signal, by its last error."""
     if any(TOLD_TO_STOP.search(line) for line in lines):
         return Diagnosis("It was told to stop (SIGTERM), and not by us.", "", permanent=False)
     if -exit_code in SIGNALS:

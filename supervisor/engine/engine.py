@@ -54,7 +54,6 @@ class Engine:
     def __init__(
         self, launch: Callable[[], Call[Child]], ask: Ask, limits: Limits, phases: Callable[[Child], Phases]
     ) -> None:
-        """`launch` begins a start, which may fail with OSError; `phases` follows a start by its log."""
         self.log = logging.getLogger("supervisor.engine")
         self.launch = launch
         self.ask = ask
@@ -72,7 +71,7 @@ class Engine:
         self._tasks: set[asyncio.Task[None]] = set()  # they end with the engine
         self._company: asyncio.Task[None] | None = None  # what happens beside a run, and ends with it
         self._policy = Restarts(limits.restarts, limits.window, self.clock, self._wait_to_start)
-        self.latest = Run(1, self.clock(), self._send)
+        self.latest = Run(0, self.clock(), self._send)
         self.alive: Run | None = None  # none between two runs
 
     def stop(self, number: int) -> None:
@@ -84,14 +83,14 @@ class Engine:
 
     # The owner's loop
 
-    async def run(self, front: Front, observers: Sequence[Observer], first: Call[Child] | None = None) -> int:
-        """From the first launch, which may have begun, to the engine's last trace. 0 clean stop, 3 never ready, 4
-        restart limit, 128+N by force."""
+    async def run(self, front: Front, observers: Sequence[Observer]) -> int:
+        """From the first launch to the engine's last trace. 0 clean stop, 3 never ready, 4 restart limit, 128+N by
+        force."""
         self.front, self.observers.all = front, observers
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group
-                self._start(first or self.launch())
+                await self._carry_out(Action.SPAWN, self.latest)
                 ends = {State.STOPPED} if self.limits.stay_when_failed else {State.STOPPED, State.FAILED}
                 while self.state not in ends:
                     event, reason, run, kind = await self._events.get()
@@ -128,28 +127,21 @@ class Engine:
 
     async def _carry_out(self, action: Action, run: Run) -> None:
         if action is Action.SPAWN:
-            self.latest = Run(run.number + 1, self.clock(), self._send)
-            self._start(self.launch())
+            self.alive = self.latest = Run(run.number + 1, self.clock(), self._send)
+            self._company = self._begin("attending to vLLM", self._accompany, self.latest, self.launch())
         elif action is Action.REMOVE:
             await self._remove()
-        elif action is Action.JUDGE:
-            self._begin("judging a failure", self._judge, run)
-        elif action is Action.DRAIN:
-            self._begin("draining", self._drain, run)
-        elif action is Action.TERMINATE:
-            self._begin("stopping vLLM", self._terminate, run)
         elif action is Action.KILL:
             self._send(run, Event.EXITED, "killed")
+        else:
+            job = {Action.JUDGE: self._judge, Action.DRAIN: self._drain, Action.TERMINATE: self._terminate}[action]
+            self._begin(f"to {action.value}", job, run)
 
     def _begin(self, what: str, job: Callable[..., Awaitable[Any]], *args: object) -> asyncio.Task[None]:
         task = self._group.create_task(self.observers.guarded(what, job, *args))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-    def _start(self, launching: Call[Child]) -> None:
-        self.alive = self.latest
-        self._company = self._begin("attending to vLLM", self._accompany, self.latest, launching)
 
     async def _remove(self) -> None:
         """After this nothing of the run is left, and its number means nothing to anybody."""
@@ -317,8 +309,7 @@ class Engine:
 
     async def _drain(self, run: Run) -> None:
         done = await self.observers.guarded("draining", self.front.drain)
-        if not done:
-            self.exit_code = 128 + self._signal
+        self.exit_code = self.exit_code if done else 128 + self._signal
         self._send(run, Event.DRAINED, "in-flight requests are done" if done else "the drain timed out")
 
     async def _terminate(self, run: Run) -> None:

@@ -1,8 +1,7 @@
 """The guard: it removes what a supervisor leaves that was killed without a word.
 
-A fork made before anything else. It sleeps on a pipe; when the supervisor dies, it kills the session that it was told
-of last, if that is still the same one, and removes its shared memory and the workspace. A guard that was killed as well
-is stood for by the next start (workspace.py).
+A fork made before anything else. It sleeps on a pipe; when the supervisor dies, it removes the session that it was told
+of last, and the workspace. A guard that was killed as well is stood for by the next start (workspace.py).
 """
 
 from __future__ import annotations
@@ -14,8 +13,6 @@ import signal
 
 from supervisor.engine.session import Session
 from supervisor.engine.workspace import Workspace
-
-LONGEST_LINE = 1 << 20
 
 
 class Guard:
@@ -59,7 +56,7 @@ def _stand_guard(reader: int, workspace: Workspace) -> None:
     os.closerange(4, 1 << 20)
     buffer = b""
     while data := os.read(0, 65536):
-        buffer = (buffer + data)[-LONGEST_LINE:]
+        buffer = (buffer + data)[-(1 << 20) :]  # the last line is all that counts
     lines = buffer.split(b"\n")
     note = json.loads(lines[-2]) if len(lines) > 1 else {}
     if note:

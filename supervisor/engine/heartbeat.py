@@ -55,8 +55,7 @@ class Pulse:
         self._working_since: float | None = None
         self._counters: float | None = None
         self._signs: object = None
-        self._misses = 0
-        self._gaps = 0
+        self._misses = self._gaps = 0
 
     def hangs(self, now: float, late: float, traffic: Traffic, counters: float | None) -> bool:
         """`late`: by how many seconds the pause before was longer than asked; `counters` None: not read."""

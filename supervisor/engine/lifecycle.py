@@ -7,9 +7,8 @@
      retry── restarting ◄─┘ ───────────────────────stop───────────────────────────────┘
                   └──give up──► failed
 
-In `restarting` no engine lives: the last one was removed before anything else is heard. So no news of an engine, its
-own or an earlier one's, can lead from there to `ready`; only another start does. Events are about one run each, and the
-owner (`engine/engine.py`) drops those about an earlier one.
+In `restarting` no engine lives: the last one was removed before anything else is heard. So no news leads from there to
+`ready`, only another start does. Events are about one run each; the owner (engine.py) drops those about earlier ones.
 """
 
 from __future__ import annotations

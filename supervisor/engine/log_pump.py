@@ -31,8 +31,7 @@ class Lines:
         self._woken = False
 
     def add(self, lines: list[str]) -> None:
-        """From a pump's thread. One wake-up stands for all lines until they are taken: one for each line took the
-        loop's time at 20,000 lines a second."""
+        """From a pump's thread. One wake-up stands for all until they are taken: one a line took the loop's time."""
         self.kept.extend(lines)
         self._fresh.extend(lines)
         if not self._woken:

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
+VARIABLES = "SUPERVISOR_MAX_RESTARTS, SUPERVISOR_RESTART_WINDOW"
 # Seconds: 1, 2, 4 ... 30, and up to one more, so that workers that died of the same cause do not return in step. After
 # an engine that had served it is none, 1, 2 ...
 LOADING, SERVING = (wait_exponential_jitter(multiplier=first, max=30, jitter=1) for first in (1, 0.5))
 
 
+@dataclass(eq=False)
 class EngineFailed(Exception):
     """One run of the engine. `permanent`: the same settings never worked and never will; `served`: it was ready."""
 
-    def __init__(self, *, permanent: bool, served: bool) -> None:
-        self.permanent = permanent
-        self.served = served
+    permanent: bool
+    served: bool
 
 
 class Restarts:
@@ -56,10 +58,8 @@ class Restarts:
 
     def verdict(self, failure: EngineFailed) -> str:
         """Why there is no other start."""
-        if failure.permanent:
-            return "another start would end the same way"
-        window = f"{self.limit} restarts in {self.window:g} s"
-        return f"{window} is the limit (SUPERVISOR_MAX_RESTARTS, SUPERVISOR_RESTART_WINDOW)"
+        limit = f"{self.limit} restarts in {self.window:g} s is the limit ({VARIABLES})"
+        return "another start would end the same way" if failure.permanent else limit
 
     def _count(self, state: RetryCallState) -> None:
         """To tenacity only the failures in the window are attempts."""

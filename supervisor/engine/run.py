@@ -85,8 +85,7 @@ class Observer:
 
 
 class Observers:
-    """Calls them all. A fault in one, or in anything else that happens beside what serves, is logged once and changes
-    nothing."""
+    """Calls them all. A fault in one, or in what else happens beside what serves, is logged once, and is all."""
 
     def __init__(self, log: logging.Logger) -> None:
         self.log = log
@@ -120,11 +119,8 @@ class Observers:
 
 
 class Traffic(NamedTuple):
-    """Of the requests that vLLM has whole and that need its engine: those that wait for its next byte, each by
-    itself; and `signs`, which differ when the engine has made something."""
-
-    waiting: Collection[object]
-    signs: object
+    waiting: Collection[object]  # requests that vLLM has whole, that need its engine, and that wait for its next byte
+    signs: object  # differ when the engine has made something
 
 
 class Front(Protocol):

@@ -1,10 +1,9 @@
 """The processes of one vLLM, found by their session, and what they leave in shared memory.
 
 vLLM renames its processes, which overwrites their command lines and environments, and orphans lose their parent: the
-session's number alone finds them. But a number comes again, in a pod after 32,768 processes, and a stranger's session
-was killed for it. The kernel gives no number away while a process has it as its own or as its session's. So a session
-is still ours as long as one process that was seen in it is there, with the start time that it had; and vLLM's first
-process stays, as a zombie, until all of its session has ended (child.py).
+session's number alone finds them. But a number comes again, and a stranger's session was killed for it. The kernel
+gives none away while a process has it as its own or as its session's. So a session is ours as long as one process that
+was seen in it is there, with the start that it had; and vLLM's first one stays, as a zombie, to the end (child.py).
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,8 @@ KILL_PATIENCE = 10.0
 
 @dataclass(slots=True)
 class Session:
-    """`seen`: pid -> start, of its processes at the last look. `segments`: the files in /dev/shm that they have mapped.
-
-    Each killed vLLM leaves two segments (420 MB by size, sparse) and a semaphore, which nothing removes; a container's
-    /dev/shm has 64 MB. Exactly those that its processes mapped while they lived are removed.
-    """
+    """`seen`: pid -> start, of its processes at the last look. `segments`: the files in /dev/shm that they have mapped:
+    two and a semaphore (420 MB by size, sparse), which nothing removes after a kill; a container has room for 64 MB."""
 
     sid: int
     seen: dict[int, str] = field(default_factory=dict)
@@ -68,9 +64,14 @@ class Session:
         return living
 
     def look(self) -> list[int]:
-        """Its members, after their shared memory was noted."""
-        members = self.members()
-        self.segments |= segments(members)
+        """Its members, after the shared memory that they have mapped was noted. By inode: a semaphore is mapped by a
+        name that is gone (`sem.XXXXXX (deleted)`), and linked as `sem.mp-...`."""
+        members, inodes = self.members(), set[int]()
+        for pid in members:
+            with contextlib.suppress(OSError), Path(f"/proc/{pid}/maps").open() as maps:
+                inodes.update(int(line.split(None, 5)[4]) for line in maps if f"{SHARED_MEMORY}/" in line)
+        with contextlib.suppress(OSError):
+            self.segments |= {entry.path for entry in os.scandir(SHARED_MEMORY) if entry.inode() in inodes}
         return members
 
     def remove(self) -> list[int]:
@@ -82,10 +83,9 @@ class Session:
                 _kill(pid, self.seen[pid])
             time.sleep(0.005)  # they are not all our children: there is nothing to wait on
             left = self.members()
-        for segment in self.segments if not left else ():
-            if Path(segment).parent == SHARED_MEMORY:
-                with contextlib.suppress(OSError):
-                    Path(segment).unlink()
+        for segment in map(Path, self.segments if not left else ()):
+            with contextlib.suppress(OSError):
+                (SHARED_MEMORY / segment.name).unlink()
         return left
 
 
@@ -110,15 +110,3 @@ def started(pid: int) -> str:
     with contextlib.suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     return ""
-
-
-def segments(pids: Iterable[int]) -> set[str]:
-    """The files in /dev/shm that these processes have mapped. By inode: a semaphore is mapped by a name that is gone
-    (`sem.XXXXXX (deleted)`), and linked as `sem.mp-...`."""
-    inodes: set[int] = set()
-    for pid in pids:
-        with contextlib.suppress(OSError), Path(f"/proc/{pid}/maps").open() as maps:
-            inodes.update(int(line.split(None, 5)[4]) for line in maps if f"{SHARED_MEMORY}/" in line)
-    with contextlib.suppress(OSError):
-        return {entry.path for entry in os.scandir(SHARED_MEMORY) if entry.inode() in inodes}
-    return set()

@@ -1,9 +1,8 @@
 """A supervisor's private folder, and what is left of those that were killed.
 
-It holds the sockets, vLLM's temporary files and a note of the session that would have to be removed. The note's file is
-locked for as long as its supervisor lives, which is how another one tells a leftover. The temporary folder is
-everybody's: a folder, a note or a socket there is believed only where it is this user's, and no link (another user's
-link and note once had a supervisor of root's kill a stranger's session).
+It holds the sockets, vLLM's temporary files and a note of the session that would have to be removed. The note is locked
+while its supervisor lives, which is how another one tells a leftover. The temporary folder is everybody's: what lies
+there is believed only where it is this user's, and no link (one once had root's supervisor kill a stranger's session).
 """
 
 from __future__ import annotations
@@ -32,10 +31,8 @@ LONGEST_FOLDER = 80
 class Workspace:
     """A private folder (0700), with `note` locked by whoever owns it."""
 
-    lock: int
-
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.lock = path, -1
         self.temporary = path / "tmp"
         self.socket = path / "vllm.sock"
         self.gateway = path / "gateway.sock"  # private, for the queue worker and `supervisor status`
@@ -106,8 +103,8 @@ def is_ours(path: Path, kind: int = stat.S_IFDIR) -> bool:
         facts = path.lstat()
     except OSError:
         return False
-    open_to_others = kind == stat.S_IFDIR and facts.st_mode & 0o022
-    return stat.S_IFMT(facts.st_mode) == kind and facts.st_uid == os.getuid() and not open_to_others
+    private = kind != stat.S_IFDIR or not facts.st_mode & 0o022
+    return stat.S_IFMT(facts.st_mode) == kind and facts.st_uid == os.getuid() and private
 
 
 def workspaces(base: Path, prefix: str = PREFIX) -> Iterator[Workspace]:
@@ -115,16 +112,13 @@ def workspaces(base: Path, prefix: str = PREFIX) -> Iterator[Workspace]:
     return (Workspace(path) for path in sorted(base.glob(f"{prefix}*")) if is_ours(path))
 
 
-def clean_leftovers(base: Path) -> list[Path]:
-    """Ends and removes what killed supervisors left, and nothing else's; returns the workspaces that are gone."""
-    removed = []
+def clean_leftovers(base: Path) -> None:
+    """Ends and removes what killed supervisors left, and nothing else's."""
     for workspace in workspaces(base):
         if workspace.take():
             workspace.remove_all()
-            removed.append(workspace.path)
     for half in workspaces(base, HALF):
         with contextlib.suppress(OSError):
             is_old = time.time() - half.path.lstat().st_mtime > HALF_MADE
             if is_old and (half.take() or not half.note.exists()):
                 half.remove()
-    return removed

@@ -16,11 +16,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 pytestmark = pytest.mark.slow
 
@@ -347,6 +349,118 @@ def test_a_stopped_engine_stands_still_behind_a_healthy_face(shared: Fake) -> No
         assert shared.metric("num_requests_running") == 1
         os.kill(engine, signal.SIGCONT)
         assert "data: [DONE]" in list(lines)
+
+
+def opened(one: Fake, path: str, **body: Any) -> Any:
+    body = {**HELLO, "prompt": "x", "input": "x", "stream": True, "max_tokens": 5, **body}
+    return one.http.stream("POST", path, json=body)
+
+
+def test_the_api_server_of_a_frozen_engine_answers_what_it_can_alone(fake: Callable[..., Fake]) -> None:
+    one = fake()
+    with one.stream(50, freeze_after_tokens=2) as first:
+        lines = first.iter_lines()
+        first_word(lines)
+        until(lambda: stat_of(one.state()["engine_pid"])[0] == "T")
+        assert one.http.get("/v1/models").json()["data"][0]["id"] == "some/model"
+        assert one.http.post("/v1/chat/completions", content=b"{").status_code == 400
+        before = one.http.get("/metrics").text
+        for path in ("/v1/chat/completions", "/v1/completions", "/v1/messages"):
+            with opened(one, path) as another:
+                assert another.status_code == 200
+        with opened(one, "/v1/responses") as another:
+            events = [line for line in islice(another.iter_lines(), 4) if line.startswith("event: ")]
+        assert events == ["event: response.created", "event: response.in_progress"]
+        vllms = [line for line in before.splitlines() if line.startswith("vllm:")]
+        after = one.http.get("/metrics").text
+        assert vllms == [line for line in after.splitlines() if line.startswith("vllm:")]
+        os.kill(one.state()["engine_pid"], signal.SIGCONT)
+        assert "data: [DONE]" in list(lines)
+
+
+def test_comments_keep_idle_streams_alive(fake: Callable[..., Fake]) -> None:
+    """In those of the two OpenAI routes that have them in vLLM, and only while nothing else is said."""
+    one = fake("--sse-keep-alive-interval", "1")
+    with one.stream(6, token_interval=0.3) as busy:
+        assert ": keep-alive" not in list(busy.iter_lines())
+    with one.stream(50, freeze_after_tokens=2) as frozen, opened(one, "/v1/completions") as another:
+        for response in (frozen, another):
+            pieces, seen = response.iter_bytes(), b""
+            while seen.count(b": keep-alive\n\n") < 2:
+                seen += next(pieces)
+            assert seen.endswith(b"\n\n: keep-alive\n\n: keep-alive\n\n") or seen == b": keep-alive\n\n" * 2
+        request = one.http.build_request("POST", "/v1/messages", json={**HELLO, "stream": True}, timeout=1.5)
+        response = one.http.send(request, stream=True)
+        with pytest.raises(httpx.ReadTimeout):
+            response.read()
+
+
+def test_the_engine_does_not_wait_for_a_client_that_does_not_read(fake: Callable[..., Fake]) -> None:
+    one = fake()
+    with one.stream(8000) as response:
+        until(lambda: one.metric("generation_tokens_total") == 8000)
+        until(lambda: one.metric("num_requests_running") == 0)
+        assert one.state()["running"] == 1  # by the API server, which has not sent it all
+        assert len(words(list(response.iter_lines()))) == 8000
+    assert one.state()["finished"] == 1
+
+
+def test_without_its_statistics_metrics_tell_nothing_of_the_engine(fake: Callable[..., Fake]) -> None:
+    one = fake("--disable-log-stats")
+    assert one.chat().status_code == 200
+    text = one.http.get("/metrics").text
+    assert "vllm" not in text
+    assert 'http_requests_total{handler="/v1/chat/completions",method="POST",status="2xx"} 1.0' in text
+    assert "process_cpu_seconds_total" in text
+
+
+@pytest.mark.parametrize("name", ["x} y", 'a "quoted" name', "back\\slash", "x} 3\nvllm:num_requests_running 9"])
+def test_any_name_can_be_a_label(fake: Callable[..., Fake], name: str) -> None:
+    one = fake("--served-model-name", name)
+    assert one.chat().status_code == 200
+    families = text_string_to_metric_families(one.http.get("/metrics").text)
+    found = {sample.name: sample for family in families for sample in family.samples}
+    assert found["vllm:generation_tokens_total"].labels["model_name"] == name
+    assert found["vllm:generation_tokens_total"].value == 16
+    assert found["vllm:num_requests_running"].value == 0
+
+
+def test_metrics_that_come_late(fake: Callable[..., Fake]) -> None:
+    one = fake(plan={"metrics_delays": [0, 0.3]})
+    for delayed in (False, True, False, True):
+        started = time.monotonic()
+        assert one.http.get("/metrics").status_code == 200
+        assert (time.monotonic() - started > 0.25) == delayed
+    assert one.state()["scrapes"] == 4
+
+
+def test_a_prefill_in_steps_shows_in_the_cache_alone(fake: Callable[..., Fake]) -> None:
+    one = fake()
+    with one.stream(1, prefill_seconds=1, prefill_steps=4) as response:
+        used = set()
+        while one.metric("iteration_tokens_total_count") == 0:
+            used.add(round(one.metric("kv_cache_usage_perc") * 10_000))
+        assert used >= {1, 2, 3, 4}
+        list(response.iter_lines())
+    until(lambda: one.metric("kv_cache_usage_perc") == 0)
+
+
+def test_a_websocket_on_which_nothing_is_said(shared: Fake) -> None:
+    with shared.connect() as client:
+        head = b"GET /v1/realtime HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        client.sendall(head + b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
+        answer = client.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 101 ")
+        assert b"sec-websocket-accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n" in answer  # RFC 6455's example
+        client.sendall(b"\x81\x80\x00\x00\x00\x00")
+        with pytest.raises(TimeoutError):
+            client.settimeout(0.2)
+            client.recv(1)
+        client.sendall(b"\x88\x80\x00\x00\x00\x00")
+        client.settimeout(PATIENCE)
+        assert client.recv(10) == b"\x88\x00"
+        assert client.recv(10) == b""
+    assert shared.http.get("/v1/realtime").status_code == 404
 
 
 def test_killed_engine(fake: Callable[..., Fake]) -> None:
