@@ -119,7 +119,7 @@ def main() -> None:
                 base = killed + (arguments.stall if frozen else 0)
                 noticed = run.when("ready -> restarting", killed)
                 respawned = run.when("importing vLLM", noticed)
-                serving = run.when("restarting -> ready", respawned)
+                serving = run.when("starting -> ready", respawned)
                 rows.append((noticed - base, respawned - base, serving - base, serving - respawned))
             medians = [statistics.median(column) for column in zip(*rows, strict=True)]
             print(f"{label:32} {medians[0]:8.3f}s {medians[1]:8.3f}s {medians[2]:8.2f}s   {medians[3]:8.2f}s")

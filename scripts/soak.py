@@ -209,7 +209,7 @@ class Run:
                 raise SystemExit(f"soak: no process {target!r} to {fault}")
             os.kill(pid, signal_number)
             account.faults[fault] += 1
-            await self.until("restarting -> ready", arguments.patience, number)
+            await self.until("starting -> ready", arguments.patience, number + 1)
 
 
 def report(run: Run, account: Account, seconds: float, code: int, log: str | None) -> bool:
@@ -218,7 +218,7 @@ def report(run: Run, account: Account, seconds: float, code: int, log: str | Non
     for outcome in ("whole", "ended", "refused", "cut", "hung"):
         print(f"  {outcome:8} {account.outcomes[outcome]}")
     faults = ", ".join(f"{count} x {fault}" for fault, count in account.faults.items())
-    print(f"{run.text().count('restarting -> ready')} restarts: {faults}")
+    print(f"{run.text().count('starting -> ready') - 1} restarts: {faults}")
     for line in account.wrong:
         print(f"  {line}")
     left = [path.name for path in run.log.parent.iterdir() if path != run.log]
