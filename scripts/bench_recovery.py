@@ -26,6 +26,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 SUPERVISOR = ROOT / ".venv" / "bin" / "supervisor"
 PATIENCE = 400.0
+PART_PATIENCE = 5.0
 
 
 class Run:
@@ -71,9 +72,13 @@ class Run:
             leader = json.load(answer)["pid"]
         if not name:
             return int(leader)
-        for process in psutil.Process(leader).children(recursive=True):
-            if process.name().startswith(name):
-                return process.pid
+        deadline = time.monotonic() + PART_PATIENCE
+        while time.monotonic() < deadline:
+            for process in psutil.Process(leader).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if process.name().startswith(name):
+                        return process.pid
+            time.sleep(0.02)
         raise SystemExit(f"bench_recovery: vLLM has no process {name}")
 
 

@@ -24,6 +24,9 @@ SLOW = {
     "tests/engine/test_status.py": 1.0,
     "tests/engine/test_metrics.py": 1.0,
     "tests/engine/test_postmortem.py": 1.0,
+    "tests/engine/test_hang.py": 10.0,
+    "tests/engine/test_hangs.py": 3.0,
+    "tests/engine/test_strangers.py": 1.5,
 }
 TOGETHER = {  # by fixture
     "endpoint": 35.0,

@@ -20,16 +20,17 @@ MISSES = 3
 GAPS = 2
 # Seconds that a scrape may take.
 LONGEST_SCRAPE = 10.0
-# Any of these moving is progress: steps made, tokens made, prompt tokens read, requests done.
+# Any of these moving is progress: steps made, tokens made, prompt tokens read, requests done; and in a long prompt that
+# is read chunk by chunk, which none of them tells of, the part of the KV cache that is in use.
 COUNTERS = frozenset({
     "vllm:iteration_tokens_total_count", "vllm:generation_tokens_total", "vllm:prompt_tokens_total",
-    "vllm:request_success_total",
+    "vllm:request_success_total", "vllm:kv_cache_usage_perc",
 })  # fmt: skip
 _LINES = tuple(name.encode() for name in COUNTERS)
 
 
 def progress(metrics: bytes) -> float | None:
-    """The sum of vLLM's progress counters; None where there are none (--disable-log-stats), or nobody can read them."""
+    """The sum of what tells of vLLM's progress; None where there are none (--disable-log-stats), or nobody can read them."""
     from prometheus_client.parser import text_string_to_metric_families  # noqa: PLC0415  # 20 ms, once there is work
 
     # A few lines of some hundreds: the parser is thorough, and slow.

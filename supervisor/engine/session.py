@@ -81,7 +81,7 @@ class Session:
         while left and time.monotonic() < deadline:
             for pid in left:
                 _kill(pid, self.seen[pid])
-            time.sleep(0.005)  # they are not all our children: there is nothing to wait on
+            time.sleep(0.002)  # they are not all our children: there is nothing to wait on
             left = self.members()
         for segment in map(Path, self.segments if not left else ()):
             with contextlib.suppress(OSError):

@@ -40,8 +40,9 @@ OWN_PATHS = frozenset({b"/ping", b"/health", b"/status", b"/status/events", b"/m
 METRICS_PATIENCE = 5.0
 # What a client is told to wait, in seconds, before it asks again.
 RETRY_AFTER = 5
-# An event stream's piece that is no event: the size of its chunk, then `: ...`.
-COMMENT = re.compile(rb"(?:[0-9A-Fa-f]+\r\n)?:")
+# A piece of an event stream (the size of its chunk may stand before) that vLLM's API server makes without the engine:
+# a comment, or what every stream of /v1/responses begins with.
+NO_SIGN = re.compile(rb"(?:[0-9A-Fa-f]+\r\n)?(?::|event: response\.(?:created|in_progress)\b)")
 
 Scope = dict[str, Any]
 Send = Callable[[dict[str, Any]], Any]
@@ -351,15 +352,14 @@ class Gateway:
 
     def traffic(self) -> tuple[Sequence[object], object]:
         """Requests that vLLM has whole, that need its engine, and that wait for its next byte; and signs of its work,
-        which differ when there was some: answers that were given, and what came of those streams last, unless that was
-        a comment, which the API server makes by itself."""
+        which differ when there was some: answers that were given, and what came of those streams last."""
         waiting = [exchange for exchange in self.exchanges if _needs_the_engine(exchange)]
         answered = sum(
             sum(series.whole.buckets)
             for (route, status), series in self.counts.answers.items()
             if status < 300 and route in ENGINE_ROUTES
         )
-        streamed = sum(exchange.sent for exchange in waiting if not COMMENT.match(exchange.latest))
+        streamed = sum(exchange.sent for exchange in waiting if not NO_SIGN.match(exchange.latest))
         return waiting, (answered, streamed)
 
     def _tick(self) -> None:

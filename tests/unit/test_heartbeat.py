@@ -23,6 +23,7 @@ vllm:iteration_tokens_total_bucket{engine="0",le="1.0",model_name="demo"} 6.0
 vllm:request_success_total{engine="0",finished_reason="stop",model_name="demo"} 2.0
 vllm:request_success_total{engine="1",finished_reason="stop",model_name="demo"} 1.0
 vllm:request_success_created{engine="0",finished_reason="stop",model_name="demo"} 1.7e+09
+vllm:kv_cache_usage_perc{engine="0",model_name="demo"} 0.25
 """
 
 
@@ -48,12 +49,12 @@ class Bench:
 
 
 def test_metrics_are_summed_over_engines() -> None:
-    assert progress(METRICS) == 1500 + 40 + 7 + 3
+    assert progress(METRICS) == 1500 + 40 + 7 + 3 + 0.25
 
 
 @pytest.mark.parametrize("name", ["x} y", r"a \"quoted\" one", r"back\\slash", "l,e=t", "ünïcode", r"new\nline"])
 def test_a_models_name_is_what_it_likes(name: str) -> None:
-    assert progress(METRICS.replace(b"demo", name.encode())) == 1550
+    assert progress(METRICS.replace(b"demo", name.encode())) == 1550.25
 
 
 @pytest.mark.parametrize(
