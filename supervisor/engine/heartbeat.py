@@ -30,7 +30,7 @@ _LINES = tuple(name.encode() for name in COUNTERS)
 
 
 def progress(metrics: bytes) -> float | None:
-    """The sum of what tells of vLLM's progress; None where there are none (--disable-log-stats), or nobody can read them."""
+    """The sum of what tells of vLLM's progress; None where there is none (--disable-log-stats), or it can't be read."""
     from prometheus_client.parser import text_string_to_metric_families  # noqa: PLC0415  # 20 ms, once there is work
 
     # A few lines of some hundreds: the parser is thorough, and slow.

@@ -131,7 +131,10 @@ KNOBS = (
         "SUPERVISOR_WARM_UP", "false", read_bool, "whether the model has to answer a first request before it is ready"
     ),
     Knob(
-        "SUPERVISOR_STALL_TIMEOUT", "120", seconds, "seconds without progress, with work in flight, until vLLM is hung; 0: never"
+        "SUPERVISOR_STALL_TIMEOUT",
+        "120",
+        seconds,
+        "seconds without progress, with work in flight, until vLLM is hung; 0: never",
     ),
     Knob("SUPERVISOR_MAX_RESTARTS", "5", count, "how often vLLM is started again ..."),
     Knob("SUPERVISOR_RESTART_WINDOW", "600", seconds, "... within so many seconds, before it is given up"),

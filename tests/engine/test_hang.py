@@ -193,6 +193,7 @@ def api_server_is_frozen() -> None:
         is_replaced(supervisor)
 
 
+@pytest.mark.slow  # the same in one process: tests/engine_core, tests/unit/test_heartbeat.py
 def test_a_hang_is_noticed_whatever_the_api_server_answers() -> None:
     together(
         {
@@ -342,6 +343,7 @@ def switched_off() -> None:
             assert b"".join(pieces).count(b"data: {") == 100 - 2 + 1  # the last says why it ends
 
 
+@pytest.mark.slow
 def test_what_is_no_hang_is_left_alone() -> None:
     together(
         {

@@ -181,6 +181,7 @@ def test_an_engine_is_replaced_though_the_driver_hangs_after_its_crash(driver: P
         stop(supervisor)
 
 
+@pytest.mark.slow
 def test_sigterm_is_heard_while_a_crash_waits_for_the_driver(driver: Path) -> None:
     """The wait is 5 s long: the end must not take as long."""
     with with_a_driver(driver) as supervisor:
@@ -297,7 +298,8 @@ def compiled_code(supervisor: Supervisor) -> Path:
     return Path(root.partition(b"=")[2].decode()).parent
 
 
-@pytest.mark.parametrize("setting", ["SUPERVISOR_CACHE_DIR", pytest.param("SUPERVISOR_VOLUME", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", ["SUPERVISOR_CACHE_DIR", "SUPERVISOR_VOLUME"])
 def test_a_volume_whose_archive_hangs_as_it_is_unpacked(
     disk: Callable[[Path], Disk], tmp_path: Path, short: Path, setting: str
 ) -> None:
@@ -343,6 +345,7 @@ def test_a_volume_that_hangs_as_the_archive_is_written(
         stop(supervisor)
 
 
+@pytest.mark.slow
 def test_a_post_mortem_that_hangs_holds_nobody_up(disk: Callable[[Path], Disk], tmp_path: Path) -> None:
     hung = disk(tmp_path / "postmortem")
     with Watched("m", environ={**hung.environ, "SUPERVISOR_CACHE_DIR": str(tmp_path)}) as supervisor:
@@ -388,6 +391,7 @@ def in_the_hubs_cache(home: Path) -> dict[str, str]:
     return {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
 
 
+@pytest.mark.slow
 def test_sigterm_is_heard_while_a_restart_waits_for_weights_that_hang(
     disk: Callable[[Path], Disk], tmp_path: Path
 ) -> None:
@@ -425,7 +429,7 @@ def test_a_restart_says_that_the_weights_hang_and_goes_on_when_they_do(
         stop(supervisor)
 
 
-@pytest.mark.parametrize("where", ["a folder", "the hub's cache"])
+@pytest.mark.parametrize("where", [pytest.param("a folder", marks=pytest.mark.slow), "the hub's cache"])
 def test_weights_that_hang_at_the_first_start(disk: Callable[[Path], Disk], tmp_path: Path, where: str) -> None:
     hung = disk(tmp_path / "volume")
     environ = in_the_hubs_cache(hung.folder) if where != "a folder" else {}
@@ -463,6 +467,7 @@ NAME = "x} y"
 BRACE = {"SERVED_MODEL_NAME": json.dumps([NAME])}
 
 
+@pytest.mark.slow
 def test_a_model_name_with_a_brace_and_a_blank_ends_nothing() -> None:
     """Eight heartbeats in the 2 s of SUPERVISOR_STALL_TIMEOUT, all through one long request and beyond."""
     with Watched("m", environ={**BRACE, "SUPERVISOR_STALL_TIMEOUT": "2"}) as supervisor:

@@ -340,6 +340,7 @@ def test_another_users_socket_is_given_no_job(impostor: Impostor, base: Path) ->
     assert impostor.requests() == []
 
 
+@pytest.mark.slow
 def test_one_of_ours_is_found_beside_another_users(impostor: Impostor, base: Path) -> None:
     with Watched("of-ours", environ={"TMPDIR": str(base)}) as supervisor:
         supervisor.ready().engine()
@@ -381,6 +382,7 @@ def an_hour_ago(*paths: Path) -> None:
         os.utime(path, (at, at), follow_symlinks=False)
 
 
+@pytest.mark.slow
 def test_half_made_workspaces_are_swept_when_they_are_old(base: Path) -> None:
     """One was killed before it had a note, one before it had its name; another is being made right now."""
     bare, noted, fresh = (base / f".supervisor-{name}" for name in ("bare", "noted", "fresh"))

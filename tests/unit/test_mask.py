@@ -87,12 +87,14 @@ def uses() -> Iterator[tuple[str, Use]]:
 USES = dict(uses())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", USES)
 def test_a_repeated_piece_costs_what_its_length_does(name: str) -> None:
     found = {again: costs_too_much(USES[name], "", again, SIGNS) for again in PIECES}
     assert not {again: why for again, why in found.items() if why}
 
 
+@pytest.mark.slow
 @settings(
     max_examples=40,
     derandomize=True,
@@ -225,6 +227,7 @@ def texts(count: int, seed: int) -> Iterator[str]:
             yield "".join(chance.choices(pieces, k=chance.randint(1, 14)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", [(), KNOWN], ids=["no known secret", "known secrets"])
 def test_the_same_is_masked_as_by_the_plain_patterns(known: tuple[str, ...]) -> None:
     mask, count = Mask({}, known), 0
