@@ -84,8 +84,7 @@ class Engine:
     # The owner's loop
 
     async def run(self, front: Front, observers: Sequence[Observer]) -> int:
-        """From the first launch to the engine's last trace. 0 clean stop, 3 never ready, 4 restart limit, 128+N by
-        force."""
+        """From the first launch to the last trace. 0 clean stop, 3 never ready, 4 restart limit, 128+N by force."""
         self.front, self.observers.all = front, observers
         try:
             async with asyncio.TaskGroup() as group:
@@ -263,7 +262,6 @@ class Engine:
         run.broke("hang", f"vLLM hangs: no progress in {limit} with {count} requests in flight")
 
     async def _hangs(self, pulse: heartbeat.Pulse) -> bool:
-        """One beat."""
         due = self.clock() + pulse.pause
         await asyncio.sleep(pulse.pause)
         late, traffic, counters = self.clock() - due, self.front.traffic(), None

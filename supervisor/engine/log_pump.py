@@ -5,6 +5,7 @@ vLLM logs where it works, and waits for its log to be read: nothing may hold up 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import deque
@@ -36,7 +37,8 @@ class Lines:
         self._fresh.extend(lines)
         if not self._woken:
             self._woken = True
-            self._wake()
+            with contextlib.suppress(RuntimeError):  # the loop is gone
+                self._wake()
 
     def follow(self, wake: Callable[[], object]) -> None:
         """Calls `wake`, from any thread, when there are lines to take."""

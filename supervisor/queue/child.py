@@ -17,8 +17,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import IO, Any, Protocol
 
+from supervisor.bounded import Call
 from supervisor.engine.child import how_it_ended
 from supervisor.settings.sources import Settings
 
@@ -158,14 +160,14 @@ class QueueWorker:
         self.tell(self.word)
         loop = asyncio.get_running_loop()
         readers = [
-            asyncio.create_task(asyncio.to_thread(_read, stream, loop, heard))
+            asyncio.ensure_future(Call(partial(_read, stream, loop, heard)))
             for stream, heard in ((self.child.stdout, self._said), (self.child.stderr, self._complained))
         ]
         try:
-            return await asyncio.to_thread(self.child.wait)
+            return await Call(self.child.wait)
         finally:
             child, self.child = self.child, None
-            await asyncio.to_thread(_sweep, child)
+            await Call(partial(_sweep, child))
             await asyncio.wait(readers, timeout=SWEEP_PATIENCE)
 
     def _said(self, line: str) -> None:
