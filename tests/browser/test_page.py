@@ -149,7 +149,7 @@ def test_it_shows_a_crash_and_the_recovery_as_they_happen(tabs: Tabs, tmp_path: 
         expect(state(page)).to_have_text("ready")
         expect(page.locator("#failure")).to_contain_text("No failure")
         os.kill(served.engine(), signal.SIGKILL)
-        expect(state(page)).to_have_text("restarting")
+        expect(state(page)).to_have_text("starting")
         expect(page.locator("#failure")).to_contain_text("signal 9")
         expect(page.locator("#reason")).to_contain_text("Now: loading weights")
         page.get_by_text("vLLM’s last lines before it").click()
