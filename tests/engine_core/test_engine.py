@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import signal
 from collections.abc import Sequence
@@ -101,6 +102,17 @@ def test_what_the_watch_sees_of_a_dead_run_does_not_end_the_next() -> None:
         world.passes(30)  # the last words of the first would be over long since
         assert world.account.ready
         assert second.alive
+
+
+def test_what_happens_beside_a_run_ends_with_it() -> None:
+    with World() as world:
+        world.serves()
+        tasks = len(asyncio.all_tasks(world.loop))
+        for _ in range(4):
+            world.serves().exits(1)
+            world.passes(40)
+        world.serves()
+        assert len(asyncio.all_tasks(world.loop)) == tasks
 
 
 class Lives(RuleBasedStateMachine):
