@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from supervisor.bounded import bounded
@@ -28,52 +28,48 @@ POLL = 0.1
 ANSWER = 5.0
 
 
+@contextlib.contextmanager
+def _library() -> Iterator[Any]:
+    """NVML, ready to be asked; None where there is no package, no driver or no GPU (it has an error class for each)."""
+    nvml: Any = None
+    if any(map(os.path.exists, DRIVERS)):
+        with contextlib.suppress(Exception):
+            import pynvml  # noqa: PLC0415
+
+            pynvml.nvmlInit()
+            nvml = pynvml
+    try:
+        yield nvml
+    finally:
+        if nvml is not None:
+            with contextlib.suppress(nvml.NVMLError):
+                nvml.nvmlShutdown()
+
+
 def used() -> list[int] | None:
     """Bytes in use on each GPU; None where that can't be known."""
-    if not any(map(os.path.exists, DRIVERS)):
-        return None
-    try:
-        import pynvml  # noqa: PLC0415
-
-        nvml: Any = pynvml
-        nvml.nvmlInit()
-    except Exception:  # noqa: BLE001  # no package, no driver, no GPU: NVML has an error class for each
-        return None
-    try:
-        return [
-            int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(index)).used)
-            for index in range(nvml.nvmlDeviceGetCount())
-        ]
-    except nvml.NVMLError:
-        return None
-    finally:
-        with contextlib.suppress(nvml.NVMLError):
-            nvml.nvmlShutdown()
+    with _library() as nvml:
+        if nvml is None:
+            return None
+        try:
+            handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
+            return [int(nvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in handles]
+        except nvml.NVMLError:
+            return None
 
 
 def gpus() -> dict[str, Any] | None:
     """`driver`, and of each GPU in `gpus` its `name` and its memory in bytes: `total`, `used`, and where it is known
     `reserved`, which the driver keeps for itself. None where there is no driver to ask."""
-    if not any(map(os.path.exists, DRIVERS)):
-        return None
-    try:
-        import pynvml  # noqa: PLC0415
-
-        nvml: Any = pynvml
-        nvml.nvmlInit()
-    except Exception:  # noqa: BLE001  # no package, no driver, no GPU: NVML has an error class for each
-        return None
-    try:
-        gpus: list[dict[str, object]] = []
-        for index in range(nvml.nvmlDeviceGetCount()):
-            handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            gpus.append({"name": nvml.nvmlDeviceGetName(handle), **_memory(nvml, handle)})
-        return {"driver": nvml.nvmlSystemGetDriverVersion(), "gpus": gpus}
-    except nvml.NVMLError as error:  # one that fell off the bus
-        return {"driver": "", "gpus": [], "error": str(error)}
-    finally:
-        with contextlib.suppress(nvml.NVMLError):
-            nvml.nvmlShutdown()
+    with _library() as nvml:
+        if nvml is None:
+            return None
+        try:
+            handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
+            found = [{"name": nvml.nvmlDeviceGetName(handle), **_memory(nvml, handle)} for handle in handles]
+            return {"driver": nvml.nvmlSystemGetDriverVersion(), "gpus": found}
+        except nvml.NVMLError as error:  # one that fell off the bus
+            return {"driver": "", "gpus": [], "error": str(error)}
 
 
 def _memory(nvml: Any, handle: Any) -> dict[str, int]:
