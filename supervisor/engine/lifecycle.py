@@ -74,8 +74,6 @@ TABLE: dict[tuple[State, Event], tuple[State, tuple[Action, ...]]] = {
 
 # States in which no request that arrives can be answered any more.
 OVER = frozenset({S.DRAINING, S.STOPPING, S.STOPPED, S.FAILED})
-# States in which an engine lives, or is being spawned.
-ALIVE = frozenset({S.STARTING, S.READY, S.DRAINING, S.STOPPING})
 
 
 def step(state: State, event: Event) -> tuple[State, tuple[Action, ...]]:

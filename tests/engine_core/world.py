@@ -26,7 +26,7 @@ from typing import Any
 from supervisor.around.account import Account
 from supervisor.around.phases import Waterfall
 from supervisor.engine.engine import Engine, Limits
-from supervisor.engine.lifecycle import ALIVE, State
+from supervisor.engine.lifecycle import State
 from supervisor.engine.run import Change, Observer, Run, Traffic
 
 LIMITS = Limits(startup=60.0, terminate=10.0, stall=20.0, restarts=5, window=600.0, stay_when_failed=False)
@@ -324,7 +324,7 @@ class World:
         if self.engine.state is State.READY:
             assert living
             assert living[0].code is None, "ready, and no engine alive"
-        if self.engine.state not in ALIVE:
+        if self.engine.state in (State.RESTARTING, State.STOPPED, State.FAILED):
             assert not living, f"{self.engine.state}, and one is left"
             assert self.engine.alive is None
         if self.over:

@@ -6,9 +6,11 @@ import itertools
 
 import pytest
 
-from supervisor.engine.lifecycle import ALIVE, OVER, TABLE, Action, Event, State, step
+from supervisor.engine.lifecycle import OVER, TABLE, Action, Event, State, step
 
 S, E, A = State, Event, Action
+# States in which an engine lives, or is being spawned.
+ALIVE = frozenset({S.STARTING, S.READY, S.DRAINING, S.STOPPING})
 
 # Events that a state does not listen to, each for a reason that is about the world and not about the table.
 IGNORED = {
