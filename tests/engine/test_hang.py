@@ -306,7 +306,8 @@ def client_does_not_read(every: float, **environ: str) -> None:
             is_left_alone(supervisor, every or STALL)
         assert state_of(supervisor)["running"] == 1  # not all of it is sent
         if not environ:
-            assert 'num_requests_running{engine="0",model_name="m"} 0.0' in supervisor.client.get("/metrics").text
+            none_runs = 'num_requests_running{engine="0",model_name="m"} 0.0'
+            wait_until(lambda: none_runs in supervisor.client.get("/metrics").text, "all tokens made", 30)
 
 
 def floods(client: httpx.Client, stop: threading.Event) -> int:
