@@ -178,7 +178,7 @@ def frozen(**environ: str) -> None:
 def slow_to_tell() -> None:
     """A sample takes longer than the time between two."""
     with supervised(plan={"metrics_delays": [0.7]}) as supervisor, frozen_stream(supervisor):
-        notices(supervisor)
+        notices(supervisor, stall=STALL + 2 * 0.7)  # two looks are needed, and each takes that much longer
         is_replaced(supervisor)
 
 
