@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,14 @@ def _listen(host: str, port: int | None) -> socket.socket:
         ) from error
     listener.setblocking(False)
     return listener
+
+
+def on_loopback(host: str) -> bool:
+    """Whether only this machine can ask there."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def privately(path: Path) -> socket.socket:

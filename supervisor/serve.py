@@ -33,11 +33,12 @@ from supervisor.engine.lifecycle import State
 from supervisor.engine.run import Change, Observer, Traffic
 from supervisor.gateway import tracing
 from supervisor.gateway.access import AccessLog
-from supervisor.gateway.app import Admission, Gateway
 from supervisor.gateway.counts import Jobs
-from supervisor.gateway.policy import Policy, Routes
-from supervisor.gateway.server import GatewayServer
-from supervisor.gateway.upstream import Probe, Upstream, UpstreamError
+from supervisor.gateway.errors import Refusal
+from supervisor.gateway.gate import Admission
+from supervisor.gateway.policy import Origins, Policy, Routes
+from supervisor.gateway.server import Gateway
+from supervisor.gateway.upstream import Upstream
 from supervisor.launch import SIGNALS, Launch
 from supervisor.listen import Listeners
 from supervisor.settings import demo, explain
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
 
 # The own routes and clients' last bytes, after the last relayed request is done.
 CLOSE_PATIENCE = 5
-KEEP_ALIVE = 75.0
 # vLLM leaves 0.6 s to 2 s after SIGTERM when nothing is in flight; one that has not left by then is killed. Who wants a
 # short drain wants a short end, too.
 TERMINATE_PATIENCE = 10.0
@@ -115,7 +115,7 @@ class Serving(Observer):
         self.gateway = self._gateway()
         self.access = AccessLog(self.loop, start.launch.form, lines.later, self.knobs.log_level, self.gateway.run)
         if self.knobs.access_log:
-            self.gateway.listeners += (self.access.ended,)
+            self.gateway.watch(self.access.ended, jobs=False)
 
     def _facts(self) -> dict[str, object]:
         """What never changes, for /status."""
@@ -167,28 +167,38 @@ class Serving(Observer):
 
     def _gateway(self) -> Gateway:
         settings, knobs = self.settings, self.knobs
-        gateway = Gateway(
-            self.upstream,
-            self.account,
-            Policy(
-                *(keys.values for keys in settings.keys),
-                routes=Routes(knobs.allow_routes or (), str(settings.option("root_path") or "")),
-                rate=knobs.rate_limit,
-                max_body=knobs.max_body,
-                timeout=knobs.request_timeout or math.inf,
-            ),
-            hold_timeout=knobs.hold_timeout,
-            client_timeout=knobs.client_timeout or math.inf,
-            keep_alive=KEEP_ALIVE,
-            admission=Admission(knobs.max_concurrency or None, knobs.max_waiting),
-            facts=self.facts,
+        policy = Policy(
+            *(keys.values for keys in settings.keys),
+            routes=Routes(knobs.allow_routes or (), str(settings.option("root_path") or "")),
+            origins=self._origins(),
+            # Others at other addresses can't be known, and what asks there comes from no page of a browser's.
+            hosts=() if listen.on_loopback(knobs.host) else None,
+            rate=knobs.rate_limit,
+            max_body=knobs.max_body,
+            timeout=knobs.request_timeout or math.inf,
             elsewhere=elsewhere(settings),
         )
-        if knobs.response_cache:
-            from supervisor.gateway.cache import Cache  # noqa: PLC0415  # for those who want it
+        return Gateway(
+            self.account,
+            self.upstream,
+            policy,
+            Admission(knobs.max_concurrency or None, knobs.max_waiting, knobs.hold_timeout),
+            facts=self.facts,
+            client_timeout=knobs.client_timeout or math.inf,
+            cache_memory=knobs.response_cache or 0,
+            certificate=knobs.tls_cert,
+            key=knobs.tls_key,
+            close_patience=CLOSE_PATIENCE,
+        )
 
-            gateway.cache = Cache(gateway, knobs.response_cache)
-        return gateway
+    def _origins(self) -> Origins:
+        option = self.settings.option
+        return Origins(
+            option("allowed_origins") or (),
+            option("allowed_methods") or ("*",),
+            option("allowed_headers") or ("*",),
+            credentials=bool(option("allow_credentials")),
+        )
 
     async def run(self) -> int:
         settings, listeners = self.settings, self.listeners
@@ -198,7 +208,6 @@ class Serving(Observer):
         where = f" on http://{listen.address(listeners.front)}" if listeners.front else ", for RunPod's queue"
         self.log.info("starting %s%s", settings.model.value, where)
         self.log.info("weights: %s", self.launch.weights.source)
-        server = GatewayServer(self.gateway, CLOSE_PATIENCE, certificate=self.knobs.tls_cert, key=self.knobs.tls_key)
         private = self.launch.workspace.gateway
         sockets = [*listeners.gateway, listen.privately(private)]
         async with asyncio.TaskGroup() as group:
@@ -209,13 +218,12 @@ class Serving(Observer):
                 jobs = self.gateway.counts.jobs = Jobs()
                 self.queue = Queue.start(settings, listeners.simulator, str(private), served_name(settings), jobs)
                 group.create_task(self.queue.worker.run())
-            group.create_task(server.run_on(sockets))
+            group.create_task(self.gateway.run_on(sockets))
             code = await self.engine.run(self, self._observers())
-            self.gateway.feeds.end()
             if self.queue is not None:
                 await self.queue.worker.finish(LAST_REPORTS, LAST_REPORTS)
                 self.queue.stop()
-            server.should_exit = True
+            self.gateway.stop()
             if tracing_starts is not None:
                 tracing_starts.cancel()
         self.access.flush()
@@ -256,16 +264,12 @@ class Serving(Observer):
         except Exception:  # nobody is served worse without traces
             self.log.exception("no traces are sent")
         if self.traces is not None:
-            self.gateway.listeners += (self.traces.ended,)
+            self.gateway.watch(self.traces.ended)
 
     # What the engine asks, and tells
 
     async def ask(self, path: str, body: bytes, patience: float) -> tuple[int, bytes] | None:
-        try:
-            async with asyncio.timeout(patience):
-                return await Probe.get(self.upstream, path, body)
-        except (UpstreamError, TimeoutError):
-            return None
+        return await self.upstream.ask(path, body, patience=patience)
 
     def traffic(self) -> Traffic:
         return Traffic(*self.gateway.traffic())
@@ -282,13 +286,13 @@ class Serving(Observer):
                 await self.gateway.drained()
         except TimeoutError:
             limit = f"{patience:g} s (SUPERVISOR_DRAIN_TIMEOUT)"
-            self.log.warning("%d requests were still running after %s: cut", self.gateway.in_flight, limit)
+            self.log.warning("%d requests were still running after %s: cut", self.gateway.in_flight(), limit)
             self.gateway.cut("The server shut down before this request was done.")
             return False
         return True
 
     def changed(self, change: Change) -> None:
-        self.gateway.engine_changed()
+        self.gateway.gate.changed()
         if self.queue is not None and change.state in TOLD:
             self.queue.worker.tell(change.state.value)
 
@@ -296,9 +300,10 @@ class Serving(Observer):
         self.upstream.close()
 
 
-def elsewhere(settings: Settings) -> str | None:
+def elsewhere(settings: Settings) -> Refusal | None:
     """Where requests belong, if not here."""
     cluster = settings.cluster
     if cluster is None or not cluster.headless:
         return None
-    return f"This is {cluster.name}: rank 0, at {cluster.leader}, serves the model."
+    text = f"This is {cluster.name}: rank 0, at {cluster.leader}, serves the model."
+    return Refusal(503, text, "not_rank_0")

@@ -16,7 +16,7 @@ from supervisor.lines import Form, printable, unmasked
 if TYPE_CHECKING:
     import asyncio
 
-    from supervisor.gateway.exchange import Exchange
+    from supervisor.gateway.record import Record
 
 LOGGER = "supervisor.access"
 FLUSH = 0.2  # seconds: a thread is not woken for each line
@@ -42,7 +42,7 @@ class Answer(NamedTuple):
 
 
 class AccessLog:
-    """`ended(exchange)` for each; `flush()` before the end."""
+    """`ended(record)` for each; `flush()` before the end."""
 
     def __init__(
         self,
@@ -62,25 +62,25 @@ class AccessLog:
         self.later = later
         self.batch: list[Answer] = []
 
-    def ended(self, exchange: Exchange) -> None:
-        protocol = exchange.protocol
-        if protocol.private or exchange.status < self.from_status:
+    def ended(self, record: Record) -> None:
+        """A watcher of the ports' door."""
+        if record.status < self.from_status:
             return
         if not self.batch:
             self.loop.call_later(FLUSH, self.flush)
-        began = exchange.began
+        began, first_at = record.began, record.first_at
         self.batch.append(
             Answer(
                 time.time(),
-                exchange.method,
-                exchange.path,
-                exchange.status,
-                self.loop.time() - began,
-                max(exchange.first_at - began, TICK) if exchange.first_at else 0.0,
-                exchange.sent,
-                exchange.request_id,
-                protocol.address(),
-                exchange.note,
+                record.request.method,
+                record.request.path,
+                record.status,
+                record.ended - began,
+                max(first_at - began, TICK) if first_at else 0.0,
+                record.sent,
+                record.request_id,
+                record.client,
+                record.note,
             )
         )
 

@@ -1,10 +1,10 @@
 """Answers that would come out the same: kept in memory, and shared by those who ask at the same time. Opt-in.
 
 A request is deterministic where its body says so (temperature 0, or a seed), or where its route has no sampling. Its
-answer is produced by an exchange of its own, the source, whose client is a `Recording`: holds, a replay when the engine
-dies, the end of a broken stream are those of any request. Each client that asked reads the recording from its
-beginning, the first one like those that come later. When all of them are gone, so is the source. What is recorded
-whole, with status 200, is kept.
+answer is asked for by a delivery of its own, for a `Recording`: holds, a replay when the engine dies are those of any
+request. Each client that asked reads the recording from its beginning, the first one like those that come later; what
+they get is what a delivery would have told them. When all of them are gone, so is the delivery. What is recorded whole,
+with status 200, is kept.
 
 Only here a body is parsed, and only where this is switched on.
 """
@@ -16,14 +16,17 @@ import json
 import re
 import time
 from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from supervisor.gateway.counts import Counts
-from supervisor.gateway.exchange import Exchange
+from supervisor.gateway.delivery import KEEP_LIMIT, Answered, Delivery
+from supervisor.gateway.http1 import Framing, KnownAnswer, Request, ResponseHead
 from supervisor.gateway.policy import ADMIN_ROUTES
 
 if TYPE_CHECKING:
-    from supervisor.gateway.app import Gateway
+    from supervisor.gateway.errors import Refusal, UpstreamError
+    from supervisor.gateway.exchange import Delivering, Exchange
+    from supervisor.gateway.record import Record
 
 # Whether the body has to ask for it. Of the other routes none is here: /v1/responses keeps a state, audio is a form.
 ROUTES = {
@@ -31,57 +34,26 @@ ROUTES = {
     "/v1/embeddings": False, "/v2/embed": False, "/pooling": False, "/classify": False, "/score": False,
     "/v1/score": False, "/rerank": False, "/v1/rerank": False, "/v2/rerank": False,
 }  # fmt: skip
+# Headers by which vLLM's answer differs.
+VARYING = frozenset({b"accept", b"content-type", b"endpoint-load-metrics-format", b"origin", b"x-data-parallel-rank"})
 # An answer that would take more than this share of the memory is not kept.
 LARGEST_SHARE = 1 / 4
 OVERHEAD = 1000  # bytes that an answer takes beside its own, about
 RESULTS = ("hit", "shared", "miss", "bypass")
 HEADER = b"X-Supervisor-Cache: "
-# Lines of an answer's head that are each client's own.
-OWN_LINES = re.compile(rb"(?i)\r\n(?:x-request-id|connection): [^\r]*")
-CONTROL = re.compile(rb"(?i)\r\ncache-control:([^\r]*)")
 # An engine that dies makes an error event of it, and vLLM's API server ends the stream as if it were well.
 FAILED = re.compile(rb"""(?m)^(?:data: ?\{"error"|event: ?error)|"finish_reason": ?"(?:abort|error)\"""")
-ORIGIN = re.compile(rb"(?i)\r\norigin:[^\r]*")  # vLLM's answer repeats it
 
-
-class Answer:
-    """One that is there, or comes. `head` has no empty line, and nothing that is a client's own; `body` is as it goes
-    over the wire, chunks and all; `events`: of a stream."""
-
-    status = 200
-    head = b""
-    body: list[bytes]
-    events = False
-    ended = True
-    source: Exchange | None = None  # what produces it
-    ends_by_close = False
-
-    def pace(self) -> None:
-        """A reader stands still, or goes on."""
-
-    def left(self, reader: Reader) -> None:
-        """A reader has all of it, or its client is gone."""
-
-
-class Kept(Answer):
-    """A whole answer."""
-
-    def __init__(self, head: bytes, body: bytes, *, events: bool) -> None:
-        self.head = head
-        self.body = [body]
-        self.events = events
-        self.at = time.monotonic()
-        self.size = len(head) + len(body) + OVERHEAD
+Make = Callable[[Answered, Request, bytes, bool], Delivery]
 
 
 class Cache:
-    """`takes(exchange)` for each request that may go on; those that it takes it answers, or sends on itself."""
+    """`deliver` stands where a delivery is made, and makes one for each request that it has nothing to do with."""
 
-    routes = frozenset(ROUTES)
-
-    def __init__(self, gateway: Gateway, memory: int) -> None:
-        """`memory` in bytes."""
-        self.gateway = gateway
+    def __init__(self, make: Make, new_id: Callable[[], bytes], memory: int) -> None:
+        """`make(answered, request, head, limited)`; `memory` in bytes."""
+        self.make = make
+        self.new_id = new_id
         self.memory = memory
         self.largest = memory * LARGEST_SHARE
         self.kept: OrderedDict[bytes, Kept] = OrderedDict()  # the one that was asked for last is the last
@@ -89,47 +61,46 @@ class Cache:
         self.recordings: dict[bytes, Recording] = {}
         self.results: Counter[str] = Counter(dict.fromkeys(RESULTS, 0))
         self.epoch = 0  # of the model: an administrator may change it
-        gateway.listeners += (self._ended,)
 
-    def takes(self, exchange: Exchange) -> bool:
-        """False: it has nothing to do with this one."""
+    def deliver(self, exchange: Exchange, head: bytes) -> Delivering:
+        request = exchange.request
         if (
-            exchange.method != b"POST"
-            or exchange.route not in ROUTES
-            or exchange.chunked
-            or exchange.expects_continue
-            or not exchange.http11
-            or b"no-store" in _control(exchange)
+            request.method == b"POST"
+            and exchange.route in ROUTES
+            and request.http11
+            and not (request.chunked or request.expects_continue)
+            and b"no-store" not in _control(request)
         ):
-            return False
-        if not exchange.request_complete:
-            exchange.undecided = True  # until its body is there
-        else:
-            self.decide(exchange)
-        return True
+            return Undecided(self, exchange, head)
+        return self.make(exchange, request, head, not exchange.door.private)
 
-    def decide(self, exchange: Exchange) -> None:
+    def decide(self, asked: Undecided) -> None:
         """Its body is there: answers it, or sends it on."""
-        body = exchange.body
+        exchange, body = asked.exchange, asked.body
+        request = exchange.request
         if not _deterministic(body, asked=ROUTES[exchange.route]):
             self.results["bypass"] += 1
-            self.gateway.admit(exchange)
+            asked.go_on()
             return
         key = _key(exchange, body)
-        control = _control(exchange)
+        control = _control(request)
         fresh = b"no-cache" in control or b"max-age=0" in control
         if not fresh and (kept := self.kept.get(key)) is not None:
             self.kept.move_to_end(key)
             self.results["hit"] += 1
-            Reader(kept, exchange, b"hit\r\nAge: %d" % (time.monotonic() - kept.at), "cache hit").read()
+            exchange.cached = "cache hit"
+            Reader(kept, exchange, b"hit\r\nAge: %d" % (time.monotonic() - kept.at)).begin()
         elif not fresh and (recording := self.recordings.get(key)) is not None:
             self.results["shared"] += 1
-            recording.join(exchange, b"shared", "shared")
+            exchange.cached = "shared"
+            recording.join(exchange, b"shared")
         else:
             self.results["miss"] += 1
-            recording = self.recordings[key] = Recording(self, key, exchange)
-            recording.join(exchange, b"miss", "")
-            self.gateway.admit(recording.source)
+            # Its id is in vLLM's answer, and may come to others: so it is none that a client made.
+            head = b"%b%b\r\n\r\n%b" % (_written(request, len(body)), self.new_id(), body)
+            recording = self.recordings[key] = Recording(self, key, exchange, head)
+            recording.join(exchange, b"miss")
+            recording.source.begin()
 
     def over(self, recording: Recording, kept: Kept | None) -> None:
         """A recording is whole, or was given up."""
@@ -147,187 +118,305 @@ class Cache:
         if (before := self.kept.pop(key, None)) is not None:
             self.size -= before.size
 
-    def _ended(self, exchange: Exchange) -> None:
-        admin = exchange.route in ADMIN_ROUTES and exchange.method != b"GET"
-        if admin and exchange.verdict is not None and exchange.verdict.refusal is None:
+    def ended(self, record: Record) -> None:
+        """A watcher: of what an administrator asks for."""
+        verdict = record.verdict
+        if verdict.route in ADMIN_ROUTES and record.request.method != b"GET" and verdict.refusal is None:
             self.epoch += 1  # other weights, another adapter: who knows
             self.recordings.clear()
             self.kept.clear()
             self.size = 0
 
 
+class Answer:
+    """One that is there, or comes: its head, and the reads of its body as they came, chunks and all."""
+
+    head: ResponseHead | None = None
+    parts: list[tuple[bytes, bool]]
+    complete = True
+    lost_by: UpstreamError | None = None
+    source: Delivery | None = None
+
+    def pace(self) -> None:
+        """A reader stands still, or goes on."""
+
+    def left(self, reader: Reader) -> None:
+        """A reader has all of it, or its client is gone."""
+
+
+class Kept(Answer):
+    """A whole answer."""
+
+    def __init__(self, head: ResponseHead, body: bytes) -> None:
+        self.head = head
+        self.parts = [(body, False)] if body else []
+        self.at = time.monotonic()
+        self.size = len(head.fields) + len(body) + OVERHEAD
+
+
 class Recording(Answer):
-    """An answer as it comes. Stands where its exchange has the connection to a client, and is its transport."""
+    """An answer as it comes. For its delivery it is who gets it (`Answered`)."""
 
-    is_client = False
-    source: Exchange
+    source: Delivery
 
-    def __init__(self, cache: Cache, key: bytes, first: Exchange) -> None:
+    def __init__(self, cache: Cache, key: bytes, first: Exchange, head: bytes) -> None:
         self.cache = cache
         self.key = key
         self.epoch = cache.epoch
+        self.named: Mapping[str, str] = first.named
         self.readers: list[Reader] = []
-        self.body = []
+        self.parts = []
         self.size = 0  # of the body, so far
-        self.ended = False
-        # What an exchange knows of its client's connection
-        self.gateway = cache.gateway
-        self.loop = cache.gateway.upstream.loop
-        self.private = first.protocol.private
-        self.counts = Counts()  # nobody's: each client is counted by itself
-        self.answering: Exchange | None = None
-        self.transport = self.flow = self
-        self.source = source = Exchange(self, first.method, first.target, first.path, first.headers)  # type: ignore[arg-type]
-        source.verdict = first.verdict
-        source.request_id = first.request_id
-        source.request_head = first.request_head
-        source.kept = first.kept
-        source.kept_size = first.kept_size
-        source.request_complete = True
+        self.complete = False
+        self.source = cache.make(self, first.request, head, not first.door.private)
+        self.source.complete = True
 
-    def join(self, exchange: Exchange, result: bytes, note: str) -> None:
-        reader = Reader(self, exchange, result, note)
+    def join(self, exchange: Exchange, result: bytes) -> None:
+        reader = Reader(self, exchange, result)
         self.readers.append(reader)
-        reader.read()
-        self.pace()
+        reader.begin()
 
     def left(self, reader: Reader) -> None:
-        if reader in self.readers:
-            self.readers.remove(reader)
-        if not self.readers and not self.ended:
-            self.ended = True
+        if reader not in self.readers:
+            return
+        self.readers.remove(reader)
+        if not self.readers and not self.complete:
+            self.complete = True
             self.cache.over(self, None)
-            self.source.client_gone()
-        self.pace()
+            self.source.abort()
+        else:
+            self.pace()
 
     def pace(self) -> None:
-        """The source goes on while one of the readers can."""
-        connection = self.source.connection
-        if connection is None or self.ended:
-            return  # not begun, or over
-        if all(reader.response_paused for reader in self.readers):
-            connection.pause_response()
-        else:
-            connection.resume_response()
+        """It goes on while one of the readers can."""
+        if not self.complete and self.readers:
+            if all(reader.paused for reader in self.readers):
+                self.source.pause()
+            else:
+                self.source.resume()
 
-    # A client's protocol, transport and flow
-
-    def write(self, data: bytes) -> None:
-        if not self.head:  # the first write has all of the head
-            head, _, data = data.partition(b"\r\n\r\n")
-            self.status = int(head.split(None, 2)[1])
-            if self.status < 200:
-                return
-            self.head = OWN_LINES.sub(b"", head) + b"\r\n"
-            self.events, self.ends_by_close = self.source.whole_events, self.source.ends_by_close
-        if data:
-            self.body.append(data)
-            self.size += len(data)
+    def _read(self) -> None:
         for reader in list(self.readers):
             reader.read()
+
+    # Answered
+
+    def interim(self, head: ResponseHead) -> None:
+        pass
+
+    def answer(self, head: ResponseHead) -> None:
+        self.head = head.for_others()
+        self._read()
+
+    def whole(self, known: KnownAnswer, digits: bytes, body: bytes) -> None:
+        self.answer(known.with_length(digits))
+        self.data(body, in_chunk=False)
+        self.ended()
+
+    def switched(self, head: ResponseHead, data: bytes) -> None:
+        raise AssertionError  # never asked for
+
+    def data(self, data: bytes, *, in_chunk: bool) -> None:
+        if data:
+            self.parts.append((data, in_chunk))
+            self.size += len(data)
+        self._read()
         if self.size > self.cache.largest:
             self._let_go()
 
     def _let_go(self) -> None:
         """Too large to be kept: nobody joins any more, and what all have read goes."""
         self.cache.over(self, None)
-        read = min((reader.at for reader in self.readers), default=len(self.body))
-        del self.body[:read]
+        read = min((reader.at for reader in self.readers), default=len(self.parts))
+        del self.parts[:read]
         for reader in self.readers:
             reader.at -= read
 
-    def on_response_complete(self) -> None:
-        self.ended = True
-        body = b"".join(self.body)
-        whole = self.status == 200 and not self.source.cut and not self.ends_by_close
-        whole = whole and self.size == len(body) and FAILED.search(body) is None
-        self.cache.over(self, Kept(self.head, body, events=self.events) if whole else None)
-        for reader in list(self.readers):
-            reader.read()
+    def ended(self) -> None:
+        self.complete = True
+        body = b"".join(data for data, _ in self.parts)
+        head = self.head
+        assert head is not None
+        whole = head.status == 200 and head.framing is not Framing.CLOSE and self.size == len(body)
+        whole = whole and FAILED.search(body) is None
+        self.cache.over(self, Kept(head, body) if whole else None)
+        self.source.release()
+        self.source.abort()
+        self._read()
 
-    def close(self) -> None:
-        """Behind a whole answer this is nothing: each client has a connection of its own. Else the answer is cut."""
-        if self.source.response_complete:
-            return
-        self.ended = True
+    def lost(self, error: UpstreamError) -> None:
+        self._give_up()
+        self.lost_by = error
+        self._read()
+
+    def refused(self, refusal: Refusal) -> None:
+        self._give_up()
+        for reader in list(self.readers):
+            reader.exchange.refused(refusal)
+
+    def _give_up(self) -> None:
+        self.complete = True
         self.cache.over(self, None)
-        for reader in list(self.readers):
-            reader.exchange.shared_cut(self.source)
+        self.source.release()
+        self.source.abort()
 
-    abort = linger = close
+    def pause_request(self) -> None:
+        pass  # it is there whole
 
-    def get_extra_info(self, name: str) -> None:
-        return None
-
-    def pause_reading(self) -> None:
+    def resume_request(self) -> None:
         pass
-
-    def resume_reading(self) -> None:
-        pass
-
-    def address(self) -> bytes:
-        return b""
 
 
 class Reader:
-    """One client's way through an answer. Stands where its exchange has the connection to vLLM."""
+    """One client's way through an answer. For its exchange it is a `Delivering`."""
 
-    in_chunk = False
-    reused = False
-
-    def __init__(self, answer: Answer, exchange: Exchange, result: bytes, note: str) -> None:
+    def __init__(self, answer: Answer, exchange: Exchange, result: bytes) -> None:
         self.answer = answer
         self.exchange = exchange
-        self.lines = b"%b%b\r\n" % (HEADER, result)
+        self.went = result == b"miss"
         self.at = 0  # parts of the body that it has
-        # It may have stopped reading before this answer, and what it asks for would pile up.
-        self.response_paused = exchange.protocol.flow.write_paused
-        exchange.kept = None
-        exchange.cached = note
-        exchange.connection = self  # type: ignore[assignment]  # as much of one as its client's side needs
+        self.paused = False
+        me: Delivering = self
+        exchange.delivering = me
+        exchange.more_lines = b"%b%b\r\n" % (HEADER, result)
+
+    def begin(self) -> None:
+        self.read()
 
     def read(self) -> None:
         """Passes on what there is, as far as the client takes it."""
         answer, exchange = self.answer, self.exchange
-        if self.response_paused or not answer.head:
+        if answer.head is None or exchange.response_complete:
             return
-        if not exchange.response_started:
-            exchange.ends_by_close = answer.ends_by_close
-            exchange.shared_head(answer.status, answer.head, self.lines, events=answer.events)
-        if self.at < len(answer.body):
-            data = b"".join(answer.body[self.at :])
-            self.at = len(answer.body)
-            exchange.shared_data(data)
-        if answer.ended and not self.response_paused and not exchange.response_complete:
-            answer.left(self)
-            exchange.shared_end(answer.source)
+        if exchange.body is None:
+            exchange.answer(answer.head)
+        while self.at < len(answer.parts) and not self.paused:
+            data, in_chunk = answer.parts[self.at]
+            self.at += 1
+            exchange.data(data, in_chunk=in_chunk)
+        if answer.complete and self.at == len(answer.parts) and not self.paused:
+            if answer.lost_by is None:
+                exchange.ended()
+            else:
+                exchange.lost(answer.lost_by)
 
-    def pause_response(self) -> None:
-        self.response_paused = True
-        self.answer.pace()
+    @property
+    def marks(self) -> tuple[tuple[str, float], ...]:
+        """What its source went through, it did."""
+        return self.answer.source.marks if self.answer.source is not None else ()
 
-    def resume_response(self) -> None:
-        self.response_paused = False
-        self.answer.pace()
-        self.read()
+    @property
+    def replayed(self) -> bool:
+        return self.answer.source is not None and self.answer.source.replayed
+
+    @property
+    def working(self) -> bool:
+        return self.answer.source is not None and self.answer.source.working
+
+    def write(self, data: bytes) -> None:
+        raise AssertionError  # the request is there whole
+
+    def end(self) -> None:
+        raise AssertionError
+
+    def release(self) -> None:
+        pass  # it has no connection
 
     def abort(self) -> None:
         self.answer.left(self)
 
+    def pause(self) -> None:
+        self.paused = True
+        self.answer.pace()
 
-def _control(exchange: Exchange) -> bytes:
-    """What the client says of caches. Of a head that came before there are no headers but those written for vLLM."""
-    return b",".join(CONTROL.findall(exchange.head)).lower().replace(b" ", b"")
+    def resume(self) -> None:
+        self.paused = False
+        self.answer.pace()
+        self.read()
+
+
+class Undecided:
+    """A request whose body is not there yet. For its exchange it is a `Delivering`, until there is another."""
+
+    marks: tuple[tuple[str, float], ...] = ()
+    went = False
+    replayed = False
+    working = False
+
+    def __init__(self, cache: Cache, exchange: Exchange, head: bytes) -> None:
+        self.cache = cache
+        self.exchange = exchange
+        self.head = head
+        self.parts: list[bytes] = []
+        self.size = 0
+        self.begun = self.complete = False
+
+    @property
+    def body(self) -> bytes:
+        """It stands with a head that came before."""
+        return b"".join(self.parts) or self.head[self.head.find(b"\r\n\r\n") + 4 :]
+
+    def begin(self) -> None:
+        self.begun = True
+        if self.complete:
+            self.cache.decide(self)
+
+    def write(self, data: bytes) -> None:
+        self.parts.append(data)
+        self.size += len(data)
+        if self.begun and self.size > KEEP_LIMIT:  # too large to be looked at
+            self.go_on()
+
+    def end(self) -> None:
+        self.complete = True
+        if self.begun:
+            self.cache.decide(self)
+
+    def go_on(self) -> None:
+        exchange = self.exchange
+        delivery = self.cache.make(exchange, exchange.request, self.head, not exchange.door.private)
+        exchange.delivering = delivery
+        for data in self.parts:
+            delivery.write(data)
+        if self.complete:
+            delivery.end()
+        delivery.begin()
+
+    def release(self) -> None:
+        pass
+
+    def abort(self) -> None:
+        self.begun = False
+
+    def pause(self) -> None:
+        pass
+
+    def resume(self) -> None:
+        pass
+
+
+def _control(request: Request) -> bytes:
+    """What the client says of caches."""
+    return (
+        b",".join(value for name, value in request.headers if name.lower() == b"cache-control")
+        .lower()
+        .replace(b" ", b"")
+    )
+
+
+def _written(request: Request, length: int) -> bytes:
+    """Its head for vLLM, up to the id. One that came before had another length then."""
+    return b"%b%d%b" % (request.before, length, request.after) if request.before else request.written
 
 
 def _key(exchange: Exchange, body: bytes) -> bytes:
-    """The same client (its key), the same path and query, the same bytes.
+    """The same client (its key), the same path and query, the same headers that matter, the same bytes.
 
     Not the same JSON: the order of a tool's properties is part of the prompt.
     """
-    client = exchange.verdict.client if exchange.verdict is not None else b""
-    origin = b"".join(ORIGIN.findall(exchange.head))
-    parts = (b"%d" % exchange.protocol.private, client, exchange.target, origin, body)
+    headers = sorted((name.lower(), value) for name, value in exchange.request.headers if name.lower() in VARYING)
+    fields = [part for field in headers for part in field]
+    parts = (b"%d" % exchange.door.private, exchange.verdict.client, exchange.request.target, *fields, body)
     return hashlib.sha256(b"".join(b"%d:%b" % (len(part), part) for part in parts)).digest()
 
 

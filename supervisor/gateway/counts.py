@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from supervisor.gateway.record import Record
 
 # Seconds: from a cached first token to a request that waits for a cold start, or an answer of an hour.
 BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 600.0, 3600.0)
 # Seconds between two reads of a stream: a token of a fast engine, and what a person calls stuck.
 GAP_BOUNDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
-# What nginx calls an answer that nobody waited for.
-CLIENT_GONE = 499
 # The route of what is no route, or was refused before anybody looked. Routes are the prefixes of policy.py's lists, and
 # so are few.
 OTHER = "other"
@@ -80,7 +81,7 @@ class Jobs:
 
 
 class Counts:
-    """One method for each thing that happens; a whole answer at once is the commonest."""
+    """Of all requests that are over; of a stream, the time between its reads as well."""
 
     def __init__(self) -> None:
         self.answers: dict[tuple[str, int], Series] = {}
@@ -92,39 +93,25 @@ class Counts:
         self.replayed = 0
         self.jobs: Jobs | None = None  # where the queue is served
 
-    def began(self, route: str, status: int, seconds: float) -> None:
-        """The first byte of an answer; of an event stream, its first event."""
-        first = self._series(route, status).first
-        first.buckets[bisect_left(BOUNDS, seconds)] += 1
-        first.seconds += seconds
-
-    def ended(self, route: str, status: int, seconds: float) -> None:
-        """The last byte of an answer that had begun."""
-        whole = self._series(route, status).whole
-        whole.buckets[bisect_left(BOUNDS, seconds)] += 1
-        whole.seconds += seconds
-
-    def at_once(self, route: str, status: int, seconds: float) -> None:
-        """An answer whose first byte came with its last."""
-        series = self.answers.get((route, status)) or self._series(route, status)
-        at = bisect_left(BOUNDS, seconds)
-        first, whole = series.first, series.whole
-        first.buckets[at] += 1
-        first.seconds += seconds
-        whole.buckets[at] += 1
-        whole.seconds += seconds
+    def ended(self, record: Record) -> None:
+        """One request is over. A watcher of the gateway's doors."""
+        key = record.verdict.route, record.status
+        series = self.answers.get(key)
+        if series is None:
+            series = self.answers[key] = Series()
+        whole, first = record.ended - record.began, (record.first_at or record.ended) - record.began
+        series.first.buckets[bisect_left(BOUNDS, first)] += 1
+        series.first.seconds += first
+        series.whole.buckets[bisect_left(BOUNDS, whole)] += 1
+        series.whole.seconds += whole
+        self.sent += record.sent
+        self.aborted += record.gone and record.first_at > 0
 
     def gap(self, seconds: float) -> None:
         """Between two reads of a stream; several events may have come with one."""
         gaps = self.gaps
         gaps.buckets[bisect_left(GAP_BOUNDS, seconds)] += 1
         gaps.seconds += seconds
-
-    def _series(self, route: str, status: int) -> Series:
-        series = self.answers.get((route, status))
-        if series is None:
-            series = self.answers[route, status] = Series()
-        return series
 
     # In all, for the status page
 

@@ -6,6 +6,7 @@ on the moment (the rate) is asked each time.
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import sys
 from collections.abc import Iterable
@@ -15,21 +16,20 @@ from urllib.parse import unquote
 
 from supervisor.gateway.counts import OTHER
 from supervisor.gateway.errors import Refusal
+from supervisor.gateway.http1 import KEY_PROTOCOL, Headers, Request
 
 UNAUTHORIZED = Refusal(
     401, "A valid key is needed: 'Authorization: Bearer KEY' or 'X-API-Key: KEY'.", "invalid_api_key"
 )
-HEAD_LIMIT = 32 * 1024  # bytes of a request's head
-HEADERS_LIMIT = 100
-TARGET_LIMIT = 8 * 1024
-HEAD_TOO_LARGE = Refusal(
-    431,
-    f"The request's head is larger than {HEAD_LIMIT} bytes, or has more than {HEADERS_LIMIT} headers.",
-    "head_too_large",
+# Wrong keys that one address may try in a minute before it is told no more than that.
+FAILURES = 60
+TOO_MANY_FAILURES = Refusal(
+    429, f"More than {FAILURES} wrong keys in a minute from this address.", "too_many_wrong_keys", retry_after=60
 )
-TARGET_TOO_LONG = Refusal(414, f"The request's target is longer than {TARGET_LIMIT} bytes.", "uri_too_long")
-
-
+# Keys of one request that are looked at.
+KEYS_LIMIT = 8
+SHOWN_PATH = 100
+METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 # vLLM's routes for those who use the model (tests/vllm/test_routes.py compares both lists with vLLM's own). A prefix
 # opens what lies below it as well, unless a longer one closes that again.
 OPEN_ROUTES = (
@@ -54,9 +54,6 @@ ADMIN_ROUTES = (
 ADMIN_ONLY = Refusal(
     403, "This route needs an admin key: it can change the server, or shows its configuration.", "admin_key_needed"
 )
-UNKNOWN_ROUTE = Refusal(
-    403, "This is no route of the model's. An admin key, or SUPERVISOR_ALLOW_ROUTES, opens it.", "route_not_open"
-)
 # Clients whose rate is remembered; those that have not used theirs up are forgotten first.
 CLIENTS_LIMIT = 10_000
 
@@ -64,11 +61,14 @@ CLIENTS_LIMIT = 10_000
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What a request's head tells. `client`: the key that was given, for limits by client; `route`: the prefix of the
-    lists above that its path has, for metrics."""
+    lists above that its path has, for metrics; `admin`: its key is an administrator's; `failed`: its keys are not
+    valid."""
 
     refusal: Refusal | None
     client: bytes = b""
     route: str = OTHER
+    admin: bool = False
+    failed: bool = False
 
 
 class Routes:
@@ -79,22 +79,84 @@ class Routes:
         table = dict.fromkeys(ADMIN_ROUTES, ADMIN_ONLY) | dict.fromkeys((*OPEN_ROUTES, *allowed))
         self.table = {prefix.rstrip("/"): refusal for prefix, refusal in table.items()}
         self.root = root.rstrip("/")
+        # By its last part and by the last two, for a hint. Clients forget the /v1, or have it twice.
+        self.hints = {"/".join(route.split("/")[-count:]): route for count in (1, 2) for route in OPEN_ROUTES}
 
-    def find(self, path: bytes) -> tuple[str, Refusal | None]:
-        """The prefix that decides, and what it decides."""
-        # vLLM looks at the path without escapes.
+    def below_root(self, path: bytes) -> str:
+        """As vLLM looks at it: without escapes, and without the root path."""
         text = unquote(path.decode("latin-1"))
         if self.root and (text == self.root or text.startswith(self.root + "/")):
             text = text[len(self.root) :]
+        return text
+
+    def find(self, path: bytes) -> tuple[str, Refusal | None]:
+        """The prefix that decides, and what it decides."""
+        text = self.below_root(path)
         at = len(text)
         while at > 0:
             if (prefix := text[:at]) in self.table:
                 return prefix, self.table[prefix]
             at = text.rfind("/", 0, at)
-        return OTHER, self.table.get("", UNKNOWN_ROUTE)
+        return OTHER, self.table[""] if "" in self.table else self._unknown(text)
+
+    def _unknown(self, path: str) -> Refusal:
+        parts = path.rstrip("/").split("/")
+        near = self.hints.get("/".join(parts[-2:])) or self.hints.get(parts[-1])
+        hint = f"Did you mean {near}?" if near else "SUPERVISOR_ALLOW_ROUTES opens others."
+        return Refusal(404, f"There is no route {path[:SHOWN_PATH]} here. {hint}", "route_not_found")
 
     def refusal(self, path: bytes) -> Refusal | None:
         return self.find(path)[1]
+
+
+class Origins:
+    """CORS for our own answers, and for preflights, by the options that vLLM's own middleware has."""
+
+    def __init__(
+        self,
+        allowed: Iterable[str] = (),
+        methods: Iterable[str] = ("*",),
+        headers: Iterable[str] = ("*",),
+        *,
+        credentials: bool = False,
+    ) -> None:
+        self.allowed = frozenset(origin.encode() for origin in allowed)
+        self.all = b"*" in self.allowed
+        self.methods = ", ".join(METHODS if "*" in methods else methods).encode()
+        self.headers = None if "*" in headers else ", ".join(headers).encode()
+        self.credentials = credentials
+
+    def lines(self, origin: bytes | None) -> bytes:
+        """What an answer to a page from there carries."""
+        if not self.allowed:
+            return b""
+        if self.all and not self.credentials:
+            return b"Access-Control-Allow-Origin: *\r\n" if origin is not None else b""
+        if origin is None or not (self.all or origin in self.allowed):
+            return b"Vary: Origin\r\n"
+        credentials = b"Access-Control-Allow-Credentials: true\r\n" if self.credentials else b""
+        return b"Access-Control-Allow-Origin: %b\r\nVary: Origin\r\n%b" % (origin, credentials)
+
+    def preflight(self, headers: Headers) -> Headers | None:
+        """What a browser is told that asks whether it may. None: it may not."""
+        asked = {name.lower(): value for name, value in headers}
+        origin = asked.get(b"origin", b"")
+        if not (self.all or origin in self.allowed):
+            return None
+        wanted = asked.get(b"access-control-request-headers", b"") if self.headers is None else self.headers
+        lines = self.lines(origin).split(b"\r\n")[:-1]
+        return [
+            *((name.lower(), value) for name, _, value in (line.partition(b": ") for line in lines)),
+            (b"access-control-allow-methods", self.methods),
+            *([(b"access-control-allow-headers", wanted)] if wanted else []),
+            (b"access-control-max-age", b"600"),
+        ]
+
+
+def is_preflight(method: bytes, headers: Headers) -> bool:
+    """A browser asks, without a key, whether a page may ask."""
+    names = {name.lower() for name, _ in headers} if method == b"OPTIONS" else ()
+    return b"origin" in names and b"access-control-request-method" in names
 
 
 class Rate:
@@ -136,16 +198,25 @@ class Policy:
         admin_keys: Iterable[str] = (),
         *,
         routes: Routes | None = None,
+        origins: Origins | None = None,
+        hosts: Iterable[str] | None = None,
         rate: int | None = None,
         max_body: int = sys.maxsize,
         timeout: float = math.inf,
+        elsewhere: Refusal | None = None,
     ) -> None:
-        """`rate` in requests per minute and client; `max_body` in bytes; `timeout` of a whole request, in seconds."""
+        """`hosts`: what `Host` may be beside localhost and addresses, None for any; `rate` in requests per minute and
+        client; `max_body` in bytes; `timeout` of a whole request, in seconds; `elsewhere`: why no request is taken
+        here."""
         self.set_keys(api_keys, admin_keys)
         self.routes = routes or Routes()
+        self.origins = origins or Origins()
+        self.hosts = None if hosts is None else frozenset(host.lower() for host in hosts)
         self.rate = Rate(rate) if rate else None
+        self.failures = Rate(FAILURES)
         self.max_body = max_body
         self.timeout = timeout
+        self.elsewhere = elsewhere
 
     def set_keys(self, api_keys: Iterable[str], admin_keys: Iterable[str]) -> None:
         self.keys = tuple(key.encode() for key in api_keys)
@@ -159,43 +230,72 @@ class Policy:
         text = f"The request took longer than {self.timeout:g} s (SUPERVISOR_REQUEST_TIMEOUT)."
         return Refusal(504, text, "request_timeout")
 
-    def judge(self, path: bytes, headers: list[tuple[bytes, bytes]], *, private: bool = False) -> Verdict:
-        """`private`: RunPod has asked for its own key; no job is an administrator, though."""
-        route, refusal = self.routes.find(path)
-        if private:
-            return Verdict(refusal, route=route)
-        verdict, admin = self.identify(headers)
-        if verdict.refusal is not None or admin:
-            refusal = verdict.refusal
-        return Verdict(refusal, verdict.client, route)
+    def judge(self, request: Request) -> Verdict:
+        route, refusal = self.routes.find(request.path)
+        verdict = self.identify(request.headers)
+        if verdict.admin:
+            refusal = None
+        refusal = verdict.refusal or refusal or self.elsewhere
+        return Verdict(refusal, verdict.client, route, verdict.admin, verdict.failed)
 
-    def identify(self, headers: list[tuple[bytes, bytes]]) -> tuple[Verdict, bool]:
-        """Whether the key is a valid one, and whether it is an administrator's."""
-        if not self.keys and not self.admin_keys:
-            return Verdict(None), False
-        given = key_given(headers)
-        # Every key is compared, so that the time tells nothing of which one came close.
-        admin = sum(compare_digest(given, key) for key in self.admin_keys) > 0
-        known = sum(compare_digest(given, key) for key in self.keys) > 0
-        if admin or known or not self.keys:
-            return Verdict(None, given if admin or known else b""), admin
-        return Verdict(UNAUTHORIZED), False
+    def identify(self, headers: Headers) -> Verdict:
+        """Whether one of the keys is valid, and whose it is; and whether a browser was tricked into asking here."""
+        known = b""
+        for given in keys_given(headers):
+            # Every key is compared, so that the time tells nothing of which one came close.
+            if sum(compare_digest(given, key) for key in self.admin_keys) > 0:
+                return Verdict(None, given, admin=True)
+            if sum(compare_digest(given, key) for key in self.keys) > 0:
+                known = given
+        if known:
+            return Verdict(None, known)
+        return Verdict(UNAUTHORIZED, failed=True) if self.keys else Verdict(self._host_refused(headers))
+
+    def _host_refused(self, headers: Headers) -> Refusal | None:
+        """DNS rebinding: a page's own name leads here, and its browser believes that it asks its own server."""
+        if self.hosts is None:
+            return None
+        found = next((value for name, value in headers if name.lower() == b"host"), b"localhost")
+        host = found.decode("latin-1").lower()
+        name = host.partition("]")[0][1:] if host.startswith("[") else host.partition(":")[0]
+        if name == "localhost" or name.endswith(".localhost") or _is_address(name) or _among(name, self.hosts):
+            return None
+        text = (
+            f"This server has no keys, and is not known as {name[:SHOWN_PATH]}: SUPERVISOR_ALLOWED_HOSTS names others."
+        )
+        return Refusal(403, text, "host_not_allowed")
+
+    def refused(self, verdict: Verdict, address: bytes, now: float) -> Refusal | None:
+        """What its client is told. Wrong keys are answered so many times a minute, and then with less; a valid one is
+        let in whatever others at its address (a proxy's, maybe) have tried."""
+        if verdict.failed and self.failures.take(address, now) is not None:
+            return TOO_MANY_FAILURES
+        return verdict.refusal
 
 
-def key_given(headers: list[tuple[bytes, bytes]]) -> bytes:
-    given = b""
+def keys_given(headers: Headers) -> list[bytes]:
+    """All of them: programs that know two spellings send both, and one of them may be stale."""
+    found = []
     for name, value in headers:
         lower = name.lower()
-        if lower == b"x-api-key":
-            given = value
+        if lower in (b"x-api-key", b"api-key"):
+            found.append(value)
         elif lower == b"authorization" and value[:7].lower() == b"bearer ":
-            given = value[7:].strip()
-    return given
+            found.append(value[7:].strip())
+        elif lower == b"sec-websocket-protocol":
+            tokens = [token.strip() for token in value.split(b",")]
+            found += [token[len(KEY_PROTOCOL) :] for token in tokens if token.startswith(KEY_PROTOCOL)]
+    return found[:KEYS_LIMIT]
 
 
-def head_limits(target: bytes, headers: list[tuple[bytes, bytes]]) -> Refusal | None:
-    if len(target) > TARGET_LIMIT:
-        return TARGET_TOO_LONG
-    if len(headers) > HEADERS_LIMIT or sum(len(name) + len(value) + 4 for name, value in headers) > HEAD_LIMIT:
-        return HEAD_TOO_LARGE
-    return None
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _among(name: str, hosts: frozenset[str]) -> bool:
+    """`*.example.com` stands for all names below."""
+    return name in hosts or any(host.startswith("*.") and name.endswith(host[1:]) for host in hosts)

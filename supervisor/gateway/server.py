@@ -1,56 +1,229 @@
-"""uvicorn, set up for the gateway: our protocol, our loop, our signals, sockets that are bound already."""
+"""The gateway as a whole: uvicorn set up for us, one `Door` for each kind of listener, and what the supervisor asks."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import os
 import socket
-from collections.abc import Generator
-from typing import Any, cast
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import uvicorn
 
-from supervisor.gateway.app import Gateway
-from supervisor.gateway.relay import RelayProtocol
+from supervisor.gateway.app import EngineView, OwnRoutes
+from supervisor.gateway.client import ClientConnection, Clients
+from supervisor.gateway.counts import Counts
+from supervisor.gateway.delivery import Answered, Delivery
+from supervisor.gateway.endings import NO_SIGN, Events
+from supervisor.gateway.errors import Refusal
+from supervisor.gateway.exchange import Delivering, Door, Exchange
+from supervisor.gateway.gate import RETRY_AFTER, Admission, Gate
+from supervisor.gateway.http1 import Memo, Request
+from supervisor.gateway.policy import ENGINE_ROUTES, Policy
+from supervisor.gateway.upstream import Upstream
+
+if TYPE_CHECKING:
+    from supervisor.gateway.record import Record
+
+# Seconds between two looks at what has been going on for too long. One look costs less than a timer for each request.
+TICK = 1.0
+# Seconds for a client's next bytes, or for it to take ours; and between its requests.
+CLIENT_TIMEOUT, KEEP_ALIVE = 60.0, 75.0
+log = logging.getLogger("supervisor.gateway")
+One = TypeVar("One")
 
 
-class GatewayServer(uvicorn.Server):
-    """`await run_on(sockets)` serves until `should_exit` is set."""
+class Gateway:
+    """All of it. `run_on(sockets)` serves until `stop`."""
 
     def __init__(
-        self, gateway: Gateway, close_patience: int, *, certificate: str | None = None, key: str | None = None
+        self,
+        engine: EngineView,
+        upstream: Upstream,
+        policy: Policy,
+        admission: Admission,
+        *,
+        facts: Mapping[str, object],
+        client_timeout: float = CLIENT_TIMEOUT,
+        keep_alive: float = KEEP_ALIVE,
+        cache_memory: int = 0,
+        certificate: str | None = None,
+        key: str | None = None,
+        close_patience: int = 5,
     ) -> None:
-        """`certificate` and `key`: files, for HTTPS."""
-        config = uvicorn.Config(
-            cast(Any, gateway),
-            http=RelayProtocol,
-            ws="none",
-            loop="none",
-            lifespan="off",
-            interface="asgi3",
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            ssl_certfile=certificate,
-            ssl_keyfile=key,
-            timeout_graceful_shutdown=close_patience,
+        """`facts` never change and are shown at `/status`. `cache_memory` in bytes, 0 for no cache. `certificate` and
+        `key`: files, for HTTPS. `close_patience`: seconds for the own routes' last bytes."""
+        self.upstream = upstream
+        self.loop = upstream.loop
+        self.policy = policy
+        self.counts = Counts()
+        self.gate = Gate(engine, upstream, admission, self.counts)
+        self.present: set[Exchange] = set()
+        self.run, self._requests = os.urandom(10).hex().encode(), 0
+        self._emptied: asyncio.Event | None = None  # there while somebody waits in `drained`
+        deliver: Callable[[Exchange, bytes], Delivering] = self._deliver
+        watchers: tuple[Callable[[Record], None], ...] = (self.counts.ended, self._left)
+        cache = None
+        if cache_memory:
+            from supervisor.gateway.cache import Cache  # noqa: PLC0415  # for those who want it
+
+            cache = Cache(self._make, self.new_id, cache_memory)
+            deliver = cache.deliver
+            watchers += (cache.ended,)
+        common = (self.gate, self.counts, self.new_id, self.loop.time, deliver, self.present)
+        self.public = Door(policy, *common, Memo(), policy.max_body, tls=certificate is not None, watchers=watchers)
+        # Who comes by the private socket is the same user, on this machine. RunPod has asked for its own key; no job is
+        # an administrator, though. How large jobs may be, and how many run at once, is the queue's.
+        trusting = Policy(routes=policy.routes, elsewhere=policy.elsewhere, timeout=policy.timeout)
+        self.private = Door(trusting, *common, Memo(), trusting.max_body, private=True, watchers=watchers)
+        self.routes = OwnRoutes(engine, policy, self.gate, self.counts, upstream, self.in_flight, facts, cache)
+        self.clients = Clients(self.loop, self.routes.is_own, timeout=client_timeout, keep_alive=keep_alive)
+        self.server = _Server(self, certificate, key, close_patience)
+        self._tick()
+
+    def watch(self, watcher: Callable[[Record], None], *, jobs: bool = True) -> None:
+        """Has it called with each request that is over; `jobs`: with RunPod's, too."""
+        self.public.watchers += (watcher,)
+        if jobs:
+            self.private.watchers += (watcher,)
+
+    def new_id(self) -> bytes:
+        """A request's id: of this run, and counted. To read as many random bytes for each would cost as much again."""
+        self._requests += 1
+        return b"%b%012x" % (self.run, self._requests)
+
+    def set_keys(self, api_keys: Iterable[str], admin_keys: Iterable[str]) -> None:
+        """From now on these are valid; requests that run are not stopped."""
+        self.policy.set_keys(api_keys, admin_keys)
+        self.public.memo.forget()
+        self.clients.forget_heads()
+
+    def _deliver(self, exchange: Exchange, head: bytes) -> Delivering:
+        return Delivery(exchange, self.gate, exchange.request, head, not exchange.door.private)
+
+    def _make(self, answered: Answered, request: Request, head: bytes, limited: bool) -> Delivery:
+        return Delivery(answered, self.gate, request, head, limited)
+
+    # What the rest of the supervisor asks, and tells
+
+    @property
+    def waiting(self) -> int:
+        return self.gate.waiting
+
+    def in_flight(self) -> int:
+        return len(self.present) - self.gate.waiting
+
+    async def drained(self) -> None:
+        """Returns when no request is in flight."""
+        if self.present:
+            self._emptied = asyncio.Event()
+            await self._emptied.wait()
+
+    def _left(self, record: Record) -> None:
+        if self._emptied is not None and not self.present:
+            self._emptied.set()
+
+    def cut(self, explanation: str) -> None:
+        """Ends what is still in flight: the drain timeout has passed."""
+        refusal = Refusal(503, explanation, "shutting_down", RETRY_AFTER)
+        each(self.present, lambda exchange: exchange.end_now(refusal))
+
+    def traffic(self) -> tuple[Sequence[object], object]:
+        """Requests that vLLM has whole, that need its engine, and that wait for its next byte; and signs of its work,
+        which differ when there was some: answers that were given, and what came of those streams last."""
+        waiting = [exchange for exchange in self.present if _needs_the_engine(exchange)]
+        answered = sum(
+            sum(series.whole.buckets)
+            for (route, status), series in self.counts.answers.items()
+            if status < 300 and route in ENGINE_ROUTES
         )
-        super().__init__(config)
+        streamed = sum(exchange.sent for exchange in waiting if not _ends_with_no_sign(exchange))
+        return waiting, (answered, streamed)
+
+    def _tick(self) -> None:
+        """Ends what is over its time."""
+        timeout = self.policy.timeout
+        self.loop.call_later(min(TICK, timeout / 4, self.clients.timeout / 4), self._tick)
+        oldest = self.loop.time() - timeout
+        each([exchange for exchange in self.present if exchange.began < oldest], self._end_late)
+        self.clients.clock = now = self.loop.time()
+        each(self.clients.connections, lambda connection: connection.check_time(now))
+
+    def _end_late(self, exchange: Exchange) -> None:
+        refusal = self.policy.too_late()
+        log.warning("%s", refusal.message, extra=exchange.named)
+        exchange.end_now(refusal)
+
+    async def run_on(self, sockets: list[socket.socket]) -> None:
+        await self.server.serve(sockets)
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+
+
+def each(those: Iterable[One], act: Callable[[One], object]) -> None:
+    """A fault in one ends that one: it once kept all timeouts of everybody from being looked at, every second."""
+    for one in list(those):
+        try:
+            act(one)
+        except Exception:  # whatever it is, the others' turn comes
+            log.exception("a connection or a request could not be ended")
+
+
+def _needs_the_engine(exchange: Exchange) -> bool:
+    """Not so a WebSocket, in which nobody need speak; nor an answer that its client does not read."""
+    request, delivering = exchange.request, exchange.delivering
+    if delivering is None or not delivering.working or request.websocket:
+        return False
+    return request.method == b"POST" and exchange.route in ENGINE_ROUTES
+
+
+def _ends_with_no_sign(exchange: Exchange) -> bool:
+    return isinstance(exchange.body, Events) and NO_SIGN.match(exchange.body.latest) is not None
+
+
+class _Server(uvicorn.Server):
+    """Our protocol, our loop, our signals, sockets that are bound already."""
+
+    def __init__(self, gateway: Gateway, certificate: str | None, key: str | None, close_patience: int) -> None:
+        self.gateway = gateway
+        super().__init__(
+            uvicorn.Config(
+                cast(Any, gateway.routes),
+                http=cast(Any, self._protocol),
+                ws="none",
+                loop="none",
+                lifespan="off",
+                interface="asgi3",
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                ssl_certfile=certificate,
+                ssl_keyfile=key,
+                timeout_graceful_shutdown=close_patience,
+            )
+        )
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:
         yield  # the supervisor handles them
 
+    def _protocol(self, **kwargs: Any) -> ClientConnection:
+        kwargs.pop("_loop", None)
+        return ClientConnection(self.gateway.clients, self.gateway.public, **kwargs)
+
+    def _private(self) -> ClientConnection:
+        gateway, state = self.gateway, self.lifespan.state
+        return ClientConnection(
+            gateway.clients, gateway.private, config=self.config, server_state=self.server_state, app_state=state
+        )
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """No TLS on the private socket, whatever the ports have: who asks there is the same user, on this machine."""
+        """No TLS on the private socket, whatever the ports have."""
         private = [listener for listener in sockets or [] if listener.family == socket.AF_UNIX]
         await super().startup([listener for listener in sockets or [] if listener not in private])
         for listener in private:
-            self.servers.append(await asyncio.get_running_loop().create_unix_server(self._protocol, sock=listener))
-
-    def _protocol(self) -> RelayProtocol:
-        return RelayProtocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
-
-    async def run_on(self, sockets: list[socket.socket]) -> None:
-        await self.serve(sockets)
+            self.servers.append(await asyncio.get_running_loop().create_unix_server(self._private, sock=listener))

@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING
 
 from supervisor import __version__
 from supervisor.gateway.access import shown_path
-from supervisor.gateway.counts import CLIENT_GONE, OTHER
+from supervisor.gateway.counts import OTHER
+from supervisor.gateway.record import CLIENT_GONE
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace import TracerProvider
 
-    from supervisor.gateway.exchange import Exchange
+    from supervisor.gateway.http1 import Headers
+    from supervisor.gateway.record import Record
 
 LAST_SPANS = 2.0
 TOLD_EVERY = 60.0
@@ -85,7 +87,7 @@ class _Sparing(logging.Handler):
 
 
 class Tracing:
-    """`ended(exchange)` for each; `close()` before the end."""
+    """`ended(record)` for each; `close()` before the end."""
 
     def __init__(self, provider: TracerProvider, mask: Callable[[str], str]) -> None:
         from opentelemetry import trace  # noqa: PLC0415
@@ -100,73 +102,68 @@ class Tracing:
         self.server, self.error = trace.SpanKind.SERVER, trace.Status(trace.StatusCode.ERROR)
         self.nowhere = Context()
 
-    def ended(self, exchange: Exchange) -> None:
-        try:
-            self._tell(exchange)
-        except Exception:  # another's code, called in the midst of a client's answer
-            log.exception("the spans of a request are lost")
-
-    def _tell(self, exchange: Exchange) -> None:
-        now = exchange.protocol.loop.time()
+    def ended(self, record: Record) -> None:
+        """A watcher of the doors."""
+        now = record.ended
         offset = time.time_ns() - int(now * 1e9)
 
         def unix(at: float) -> int:
             return offset + int(at * 1e9)
 
-        name, attributes = self._facts(exchange)
-        parent = self._parent(exchange.head)
-        span = self.tracer.start_span(name, parent, self.server, attributes, start_time=unix(exchange.began))
+        name, attributes = self._facts(record)
+        parent = self._parent(record.request.headers)
+        span = self.tracer.start_span(name, parent, self.server, attributes, start_time=unix(record.began))
         if not span.is_recording():
             return
         below = self.within(span, self.nowhere)
-        for what, since, until, lost in parts(exchange, now):
+        for what, since, until, lost in parts(record):
             part = self.tracer.start_span(what, below, start_time=unix(since))
             if lost:
                 part.set_attribute("error.type", "engine_no_answer")
                 part.set_status(self.error)
             part.end(unix(until))
-        if exchange.first_at:
-            span.add_event("first_byte", timestamp=unix(exchange.first_at))
+        if record.first_at:
+            span.add_event("first_byte", timestamp=unix(record.first_at))
         if "error.type" in attributes:
             span.set_status(self.error)
         span.end(unix(now))
 
-    def _facts(self, exchange: Exchange) -> tuple[str, dict[str, str | int | bool]]:
-        method, status, cut = exchange.method.decode("latin-1"), exchange.status, exchange.cut
+    def _facts(self, record: Record) -> tuple[str, dict[str, str | int | bool]]:
+        method, status, cut = record.request.method.decode("latin-1"), record.status, record.cut
+        route = record.verdict.route
         known = method in METHODS
         name = method if known else "HTTP"
         facts: dict[str, str | int | bool] = {
             "http.request.method": method if known else "_OTHER",
-            "url.path": shown_path(self.mask, exchange.path),
-            "url.scheme": exchange.protocol.scheme or "http",
-            "vllm_supervisor.request_id": exchange.request_id.decode("latin-1"),
+            "url.path": shown_path(self.mask, record.request.path),
+            "url.scheme": "https" if record.tls else "http",
+            "vllm_supervisor.request_id": record.request_id.decode("latin-1"),
         }
-        if exchange.route != OTHER:
-            facts["http.route"] = exchange.route
-            name = f"{name} {exchange.route}"
+        if route != OTHER:
+            facts["http.route"] = route
+            name = f"{name} {route}"
         if status and status != CLIENT_GONE:  # which is not sent to anybody
             facts["http.response.status_code"] = status
-        if status >= 500 or (cut and exchange.response_started):
+        if status >= 500 or (cut and not record.ours):
             facts["error.type"] = cut or str(status)
         more: dict[str, str | bool] = {
             "code": cut,
-            "cache": exchange.cached,
-            "client_gone": exchange.gone,
-            "replayed": exchange.replayed,
-            "job": exchange.protocol.private,
+            "cache": record.cached,
+            "client_gone": record.gone,
+            "replayed": record.replayed,
+            "job": record.private,
         }
         facts |= {f"vllm_supervisor.{key}": value for key, value in more.items() if value}
         return name, facts
 
-    def _parent(self, head: bytes) -> Context:
+    def _parent(self, headers: Headers) -> Context:
         """As the W3C has it: several `tracestate` are one list, several `traceparent` are none."""
-        if b"\r\ntraceparent:" not in head.lower():
-            return self.nowhere
         found: dict[str, list[str]] = {"traceparent": [], "tracestate": []}
-        for line in head.decode("latin-1").split("\r\n"):
-            name, _, value = line.partition(":")
-            if (values := found.get(name.lower())) is not None:
-                values.append(value.strip())
+        for name, value in headers:
+            if (values := found.get(name.decode("latin-1").lower())) is not None:
+                values.append(value.decode("latin-1").strip())
+        if not found["traceparent"]:
+            return self.nowhere
         return self.extract({name: ",".join(values) for name, values in found.items() if values}, self.nowhere)
 
     def close(self) -> None:
@@ -178,12 +175,10 @@ class Tracing:
             log.warning("traces: the last ones were not delivered within %g s", LAST_SPANS)
 
 
-def parts(exchange: Exchange, now: float) -> Iterator[tuple[str, float, float, bool]]:
+def parts(record: Record) -> Iterator[tuple[str, float, float, bool]]:
     """What became of it, in order: name of a span, from, to, and whether it was lost with its engine."""
-    marks, began = exchange.marks, exchange.began
-    # With the cache it is not the client's own exchange that is admitted.
-    went = exchange.admitted or (exchange.response_started and not exchange.cached and exchange.status < 429)
-    if went and (not marks or marks[0][0] == "lost"):
+    marks, began, now = record.marks, record.began, record.ended
+    if record.went and (not marks or marks[0][0] == "lost"):
         marks = (("sent", began), *marks)  # at once, which is not worth a mark
     again = False
     for (what, since), (then, until) in zip(marks, (*marks[1:], ("", now)), strict=False):

@@ -11,36 +11,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from enum import Enum
 from typing import Protocol, cast
 
 import httptools
 
-from supervisor.gateway.heads import Latest, Memo, WholeHead, split
+from supervisor.gateway.errors import UpstreamError
+from supervisor.gateway.http1 import (
+    ANSWER_HEAD_LIMIT,
+    Dechunker,
+    Framing,
+    KnownAnswer,
+    Latest,
+    Memo,
+    ResponseHead,
+    split,
+)
 
 # vLLM's uvicorn closes an idle connection after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE): leave first.
 IDLE_LIMIT = 4.0
-HEAD_LIMIT = 64 * 1024
-
-# RFC 9110, 7.6.1: these speak of one connection, not of the message.
-HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"te", b"transfer-encoding", b"upgrade"})
-
-
-# What a reason may be made of.
-TEXT = bytes([9, *range(32, 127), *range(128, 256)])
-
-
-class Framing(Enum):
-    """How the end of a response body is known."""
-
-    NONE = "no body"
-    LENGTH = "content-length"
-    CHUNKED = "chunked"
-    CLOSE = "until the connection closes"
-
-
-class UpstreamError(Exception):
-    """vLLM's side of the exchange failed; `text` says how, in words a client may read."""
+TOO_MUCH = "vLLM sent more than its answer"
 
 
 class Disconnected(UpstreamError):
@@ -55,74 +44,39 @@ class Unanswered(Disconnected):
     """Not a byte of an answer came: on a connection that had been idle, vLLM most likely never saw the request."""
 
 
-class ResponseHead:
-    """Status, reason, and the header lines that may travel on (hop-by-hop ones are gone)."""
+class Receiver(Protocol):
+    """Who receives the body of an answer. `ended` or `lost` is the last call."""
 
-    __slots__ = ("fields", "framing", "has_request_id", "is_sse", "length", "reason", "status")
+    def data(self, data: bytes, *, in_chunk: bool) -> None:
+        """Raw body bytes, chunk framing and trailers included; `in_chunk`: they end within a chunk."""
 
-    def __init__(self, status: int, reason: bytes, headers: list[tuple[bytes, bytes]]) -> None:
-        self.status = status
-        self.reason = reason
-        if status < 100 or reason.translate(None, TEXT):
-            raise UpstreamError("vLLM's answer has no valid status line")
-        self.has_request_id = False
-        self.is_sse = False
-        self.length = 0
-        framing = Framing.CLOSE
-        named: frozenset[bytes] = frozenset()
-        for name, value in headers:
-            if len(name) == 10 and name.lower() == b"connection" and value.lower() not in (b"close", b"keep-alive"):
-                named |= {token.strip() for token in value.lower().split(b",")}
-        lines: list[bytes] = []
-        for name, value in headers:
-            lower = name.lower()
-            if lower in HOP_BY_HOP or lower in named:
-                if lower == b"transfer-encoding":
-                    if value.lower() != b"chunked":
-                        raise UpstreamError("vLLM's answer has a transfer coding other than chunked")
-                    framing = Framing.CHUNKED
-                continue
-            if lower == b"content-length":
-                framing = Framing.LENGTH
-                self.length = int(value)
-            elif lower == b"content-type":
-                self.is_sse = value.startswith(b"text/event-stream")
-            elif lower == b"x-request-id":
-                self.has_request_id = True
-            lines += (name, b": ", value, b"\r\n")
-        self.fields = b"".join(lines)
-        self.framing = Framing.NONE if status in (204, 304) or status < 200 else framing
+    def ended(self) -> None: ...
 
-
-class Sink(Protocol):
-    """Who sends one request and receives its response. Calls come in this order, `response_lost` at any point."""
-
-    is_head: bool
-    is_relayed: bool  # a client's, not one of our own questions
-    upgrading: bool  # asks for a WebSocket
-
-    def connected(self, connection: UpstreamConnection) -> None: ...
-
-    def response_head(self, head: ResponseHead) -> None:
-        """Also for each 1xx; the last call carries the final status."""
-
-    def response_switched(self, head: ResponseHead, data: bytes) -> None:
-        """A WebSocket is open; what comes of it follows by `response_data`, and its end by `response_end`."""
-
-    def response_whole(self, head: WholeHead, digits: bytes, body: bytes) -> None:
-        """Instead of all the others: a whole answer, whose head was seen before."""
-
-    def response_data(self, data: bytes) -> None:
-        """Raw body bytes, chunk framing and trailers included."""
-
-    def response_end(self) -> None: ...
-
-    def response_lost(self, error: UpstreamError) -> None: ...
+    def lost(self, error: UpstreamError) -> None: ...
 
     def pause_request(self) -> None:
         """vLLM takes no more of the request body for now."""
 
     def resume_request(self) -> None: ...
+
+
+class Sink(Receiver, Protocol):
+    """Who sends one request, and receives its answer, or names somebody else for its body (`connection.receiver`)."""
+
+    is_head: bool
+    is_relayed: bool  # a client's, not one of our own questions
+    websocket: bool  # asked for
+
+    def connected(self, connection: UpstreamConnection) -> None: ...
+
+    def head(self, head: ResponseHead) -> None:
+        """Also for each 1xx; the last call carries the final status."""
+
+    def switched(self, head: ResponseHead, data: bytes) -> None:
+        """A WebSocket is open; what comes of it follows by `data`, and its end by `ended`."""
+
+    def whole(self, known: KnownAnswer, digits: bytes, body: bytes) -> None:
+        """Instead of all the others: a whole answer, whose head was seen before."""
 
 
 class UpstreamConnection(asyncio.Protocol):
@@ -132,8 +86,9 @@ class UpstreamConnection(asyncio.Protocol):
         self.upstream = upstream
         self.transport: asyncio.Transport = None  # type: ignore[assignment]  # set by connection_made, before any use
         self.sink: Sink | None = None
+        self.receiver: Receiver | None = None  # of the body: the sink, or whom it has named
         self.tunnel = False  # a WebSocket: no HTTP any more
-        self.latest: Latest[WholeHead] | None = None
+        self.latest: Latest[KnownAnswer] | None = None
         self.reused = False
         self.idle_since = 0.0
         self.response_paused = False
@@ -148,7 +103,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.headers: list[tuple[bytes, bytes]] = []
         self.head: ResponseHead | None = None
         self.keep_alive = False
-        self.request_sent = False
+        self.request_sent = False  # whole: once answered, the connection may carry another
         self.message_complete = False
         self.previous = b""  # what came of the body last
         self.body_read = 0
@@ -156,16 +111,9 @@ class UpstreamConnection(asyncio.Protocol):
 
     # What the sink calls
 
-    def write(self, data: bytes) -> None:
-        self.transport.write(data)
-
-    def end_request(self) -> None:
-        """The whole request is written: once answered, the connection may carry another."""
-        self.request_sent = True
-
     def abort(self) -> None:
         """Closes at once, which tells vLLM to stop generating."""
-        self.sink = None
+        self.sink = self.receiver = None
         self.transport.abort()
 
     def pause_response(self) -> None:
@@ -184,23 +132,23 @@ class UpstreamConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.upstream.forget(self)
-        sink, self.sink = self.sink, None
-        if sink is None:
+        receiver, self.sink, self.receiver = self.receiver, None, None
+        if receiver is None:
             return
         if self.tunnel or (self.head is not None and self.head.framing is Framing.CLOSE and exc is None):
-            sink.response_end()
+            receiver.ended()
         elif not self.answered:
-            sink.response_lost(Unanswered("vLLM closed the connection without an answer"))
+            receiver.lost(Unanswered("vLLM closed the connection without an answer"))
         else:
-            sink.response_lost(Disconnected("vLLM closed the connection before its answer was complete"))
+            receiver.lost(Disconnected("vLLM closed the connection before its answer was complete"))
 
     def pause_writing(self) -> None:
-        if self.sink is not None:
-            self.sink.pause_request()
+        if self.receiver is not None:
+            self.receiver.pause_request()
 
     def resume_writing(self) -> None:
-        if self.sink is not None:
-            self.sink.resume_request()
+        if self.receiver is not None:
+            self.receiver.resume_request()
 
     def data_received(self, data: bytes) -> None:
         sink = self.sink
@@ -210,14 +158,14 @@ class UpstreamConnection(asyncio.Protocol):
         self.answered = True
         self.upstream.reads += sink.is_relayed
         if self.tunnel:
-            sink.response_data(data)
+            self.receiver.data(data, in_chunk=False)  # type: ignore[union-attr]  # there is one while there is a sink
             return
         key = None
         if self.in_head and self.request_sent and not self.raw_head:
-            known: WholeHead | None = None
+            known: KnownAnswer | None = None
             end, digits = 0, b""
             if self.latest is not None and (same := self.latest.read(data)) is not None:
-                known = self.latest.head
+                known = self.latest.known
                 end, digits = same
             elif (found := split(data)) is not None:
                 end, key, digits = found
@@ -225,10 +173,10 @@ class UpstreamConnection(asyncio.Protocol):
                 if known is not None:
                     self.latest = Latest(key, known)
             if known is not None and len(data) == end + int(digits) and not sink.is_head:
-                self.sink = None
+                self.sink = self.receiver = None
                 self.answered = self.request_sent = False
                 self.upstream.release(self)
-                sink.response_whole(known, digits, data[end:])
+                sink.whole(known, digits, data[end:])
                 return
         try:
             while self.in_head and data:
@@ -238,23 +186,30 @@ class UpstreamConnection(asyncio.Protocol):
                 if self.in_head:
                     key = None  # that of an interim answer
             if data:
-                if self.message_complete:
-                    raise UpstreamError("vLLM sent more than its answer")
-                self.parser.feed_data(data)
-                self.body_read += len(data)
-                if self.message_complete and not self._ends_well(data):
-                    raise UpstreamError("vLLM sent more than its answer")
-                self.previous = data if len(data) >= 4 else (self.previous + data)[-4:]
-                sink.response_data(data)
+                self._feed_body(data)
+        except httptools.HttpParserCallbackError as error:
+            if not isinstance(error.__context__, UpstreamError):
+                raise  # a fault of ours: vLLM's answer is well
+            self._fail(str(error.__context__))
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            self._fail(sink, f"vLLM's answer is not valid HTTP/1.1 ({error})")
+            self._fail(f"vLLM's answer is not valid HTTP/1.1 ({error})")
         except UpstreamError as error:
-            self._fail(sink, str(error))
+            self._fail(str(error))
         else:
             if self.message_complete and self.sink is sink:
-                if key is not None and (head := self._memorable(sink)) is not None:
-                    self.upstream.heads.learn(key, head)
+                if key is not None and (head := self._common(sink)) is not None:
+                    self.upstream.heads.learn(key, KnownAnswer(head))
                 self._finish(sink)
+
+    def _feed_body(self, data: bytes) -> None:
+        if self.message_complete:
+            raise UpstreamError(TOO_MUCH)
+        self.parser.feed_data(data)
+        self.body_read += len(data)
+        if self.message_complete and not self._ends_well(data):
+            raise UpstreamError(TOO_MUCH)
+        self.previous = data if len(data) >= 4 else (self.previous + data)[-4:]
+        self.receiver.data(data, in_chunk=self.in_chunk)  # type: ignore[union-attr]  # there is one while there is a sink
 
     def _ends_well(self, data: bytes) -> bool:
         """The parser passes over line ends behind an answer; nothing may lie there."""
@@ -264,7 +219,7 @@ class UpstreamConnection(asyncio.Protocol):
         end = (self.previous[-4:] + data)[-5:]
         return end.endswith(b"\r\n\r\n") and end[:1] not in (b"\r", b"\n")
 
-    def _memorable(self, sink: Sink) -> WholeHead | None:
+    def _common(self, sink: Sink) -> ResponseHead | None:
         """The head of an answer that came as a whole, to be known when it comes again."""
         head = self.head
         if (
@@ -277,8 +232,7 @@ class UpstreamConnection(asyncio.Protocol):
             or sink.is_head
         ):
             return None
-        written = b"HTTP/1.1 %d %b\r\n%bX-Request-Id: " % (head.status, head.reason, head.fields)
-        return WholeHead(head.status, written)
+        return head
 
     def _feed_head(self, data: bytes, sink: Sink) -> bytes:
         """Parses up to the end of one head and returns what lies behind it."""
@@ -286,8 +240,8 @@ class UpstreamConnection(asyncio.Protocol):
             data = self.raw_head + data
         end = data.find(b"\r\n\r\n") + 4
         if end < 4:
-            if len(data) > HEAD_LIMIT:
-                raise UpstreamError(f"vLLM's response head is larger than {HEAD_LIMIT} bytes")
+            if len(data) > ANSWER_HEAD_LIMIT:
+                raise UpstreamError(f"vLLM's response head is larger than {ANSWER_HEAD_LIMIT} bytes")
             self.raw_head = data
             return b""
         self.raw_head = b""
@@ -298,10 +252,10 @@ class UpstreamConnection(asyncio.Protocol):
         head = self.head
         if head.status < 200:  # an interim answer: the parser is ready for the next head
             if head.status == 101:
-                if not sink.upgrading:
+                if not sink.websocket:
                     raise UpstreamError("vLLM switched protocols unasked")
                 self.tunnel = True
-                sink.response_switched(head, data[end:])
+                sink.switched(head, data[end:])
                 return b""
             sent = self.request_sent
             self._expect_head()
@@ -311,11 +265,11 @@ class UpstreamConnection(asyncio.Protocol):
             self.in_head = False
             if sink.is_head:
                 self.message_complete = True
-        sink.response_head(head)
+        sink.head(head)
         return data[end:]
 
     def _finish(self, sink: Sink) -> None:
-        self.sink = None
+        receiver, self.sink, self.receiver = self.receiver, None, None
         if self.keep_alive and self.request_sent:
             if sink.is_head:  # the parser still waits for the body that an answer to HEAD has not
                 self.parser = httptools.HttpResponseParser(self)
@@ -324,17 +278,20 @@ class UpstreamConnection(asyncio.Protocol):
             self.upstream.release(self)
         else:
             self.transport.abort()
-        sink.response_end()
+        if receiver is not None:
+            receiver.ended()
 
-    def _fail(self, sink: Sink, text: str) -> None:
+    def _fail(self, text: str) -> None:
+        receiver = self.receiver
         self.abort()
-        sink.response_lost(UpstreamError(text))
+        if receiver is not None:
+            receiver.lost(UpstreamError(text))
 
     # httptools' callbacks, in the order in which it calls them
 
     def on_message_begin(self) -> None:
         if self.message_complete and not self.in_head:
-            raise UpstreamError("vLLM sent more than its answer")
+            raise UpstreamError(TOO_MUCH)
 
     def on_status(self, reason: bytes) -> None:
         self.reason += reason
@@ -364,33 +321,38 @@ class Upstream:
         self.path = path
         self.loop = loop or asyncio.get_running_loop()
         self.idle: list[UpstreamConnection] = []
-        self.heads: Memo[WholeHead] = Memo()
+        self.heads: Memo[KnownAnswer] = Memo()
         self.reads = 0  # of answers, ever
         self.opening: set[asyncio.Task[None]] = set()
 
     def send(self, sink: Sink, *, fresh: bool = False) -> None:
-        """Calls `sink.connected` with a connection, or `sink.response_lost`; `fresh` passes the idle ones over."""
+        """Calls `sink.connected` with a connection, or `sink.lost`; `fresh` passes the idle ones over."""
         while self.idle and not fresh:
             connection = self.idle.pop()
             if connection.idle_since < self.loop.time() - IDLE_LIMIT or connection.transport.is_closing():
                 connection.transport.abort()
                 continue
             connection.reused = True
-            connection.sink = sink
+            connection.sink = connection.receiver = sink
             sink.connected(connection)
             return
         task = self.loop.create_task(self._open(sink))
         self.opening.add(task)
-        task.add_done_callback(self.opening.discard)
+        task.add_done_callback(self._opened)
 
     async def _open(self, sink: Sink) -> None:
         try:
             _, connection = await self.loop.create_unix_connection(lambda: UpstreamConnection(self), self.path)
         except OSError as error:
-            sink.response_lost(NotConnected(f"vLLM does not take connections ({error.strerror or error})"))
+            sink.lost(NotConnected(f"vLLM does not take connections ({error.strerror or error})"))
             return
-        connection.sink = sink
+        connection.sink = connection.receiver = sink
         sink.connected(connection)
+
+    def _opened(self, task: asyncio.Task[None]) -> None:
+        self.opening.discard(task)
+        if not task.cancelled() and (fault := task.exception()) is not None:
+            raise fault  # the loop tells of it
 
     def release(self, connection: UpstreamConnection) -> None:
         connection.idle_since = self.loop.time()
@@ -406,86 +368,70 @@ class Upstream:
             connection.transport.abort()
         self.idle.clear()
 
-
-class Dechunker:
-    """Takes the chunk framing off a body."""
-
-    def __init__(self) -> None:
-        self.parts: list[bytes] = []
-        self.parser = httptools.HttpResponseParser(self)
-        self.parser.feed_data(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
-
-    def on_body(self, body: bytes) -> None:
-        self.parts.append(body)
-
-    def feed(self, data: bytes) -> bytes:
-        self.parser.feed_data(data)
-        body = b"".join(self.parts)
-        self.parts.clear()
-        return body
+    async def ask(self, path: str, body: bytes = b"", *, patience: float) -> tuple[int, bytes] | None:
+        """The answer to one small question, None where there is none within `patience` seconds; a POST where there is
+        a body, which is JSON."""
+        question = _Question(path, body, self.loop.create_future())
+        self.send(question, fresh=True)
+        try:
+            async with asyncio.timeout(patience):
+                return await question.answer
+        except (UpstreamError, TimeoutError):
+            return None
+        finally:
+            if question.connection is not None:
+                question.connection.abort()
 
 
-class Probe:
-    """A sink that asks vLLM one small question: `status, body = await Probe.get(upstream, "/metrics")`."""
+class _Question:
+    """The sink of `Upstream.ask`."""
 
     is_head = False
     is_relayed = False
-    upgrading = False
+    websocket = False
 
     def __init__(self, path: str, body: bytes, answer: asyncio.Future[tuple[int, bytes]]) -> None:
         self.path = path
-        self.request_body = body
+        self.body = body
         self.answer = answer
         self.connection: UpstreamConnection | None = None
         self.status = 0
-        self.body: list[bytes] = []
+        self.parts: list[bytes] = []
         self.dechunker: Dechunker | None = None
-
-    @classmethod
-    async def get(cls, upstream: Upstream, path: str, body: bytes = b"") -> tuple[int, bytes]:
-        """A POST where there is a body, which is JSON. Raises UpstreamError."""
-        probe = cls(path, body, upstream.loop.create_future())
-        upstream.send(probe, fresh=True)
-        try:
-            return await probe.answer
-        finally:
-            if probe.connection is not None:
-                probe.connection.abort()
 
     def connected(self, connection: UpstreamConnection) -> None:
         if self.answer.done():  # asked no more
             connection.abort()
             return
         self.connection = connection
-        body = self.request_body
-        method, more = (
-            ("POST", f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n") if body else ("GET", "")
-        )
-        head = f"{method} {self.path} HTTP/1.1\r\nHost: vllm\r\nConnection: close\r\n{more}\r\n"
-        connection.write(head.encode() + body)
-        connection.end_request()
+        size = len(self.body)
+        more = f"Content-Type: application/json\r\nContent-Length: {size}\r\n" if size else ""
+        head = f"{'POST' if size else 'GET'} {self.path} HTTP/1.1\r\nHost: vllm\r\nConnection: close\r\n{more}\r\n"
+        connection.transport.write(head.encode() + self.body)
+        connection.request_sent = True
 
-    def response_head(self, head: ResponseHead) -> None:
+    def head(self, head: ResponseHead) -> None:
         self.status = head.status
         self.dechunker = Dechunker() if head.framing is Framing.CHUNKED else None
 
-    def response_switched(self, head: ResponseHead, data: bytes) -> None:
+    def switched(self, head: ResponseHead, data: bytes) -> None:
         raise AssertionError  # never asked for
 
-    def response_whole(self, head: WholeHead, digits: bytes, body: bytes) -> None:
-        self.status = head.status
-        self.body.append(body)
-        self.response_end()
+    def whole(self, known: KnownAnswer, digits: bytes, body: bytes) -> None:
+        self.status = known.status
+        self.parts.append(body)
+        self.ended()
 
-    def response_data(self, data: bytes) -> None:
-        self.body.append(self.dechunker.feed(data) if self.dechunker else data)
+    def data(self, data: bytes, *, in_chunk: bool) -> None:
+        self.parts.append(self.dechunker.feed(data) if self.dechunker else data)
 
-    def response_end(self) -> None:
+    def ended(self) -> None:
         self.connection = None  # where vLLM keeps it open, another's request may have it by now
         if not self.answer.done():
-            self.answer.set_result((self.status, b"".join(self.body)))
+            self.answer.set_result((self.status, b"".join(self.parts)))
 
-    def response_lost(self, error: UpstreamError) -> None:
+    def lost(self, error: UpstreamError) -> None:
+        self.connection = None
         if not self.answer.done():
             self.answer.set_exception(error)
 

@@ -8,6 +8,7 @@ Every test fails for a request that leaves the origin, an error on the console, 
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import http.server
 import itertools
@@ -17,7 +18,7 @@ import re
 import signal
 import socketserver
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class Tabs:
         self.contexts: list[Any] = []
         self.faults: list[str] = []
 
-    def open(self, address: str, **options: Any) -> Any:
+    def open(self, address: str, prepare: Callable[[Any], object] = lambda page: None, **options: Any) -> Any:
         context = self.browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
         self.contexts.append(context)
         page = context.new_page()
@@ -78,6 +79,7 @@ class Tabs:
                 request.url.startswith((origin, "data:")) or self.faults.append(f"it asked for {request.url}")
             ),
         )
+        prepare(page)
         page.goto(address)
         return page
 
@@ -161,17 +163,169 @@ def test_it_shows_a_crash_and_the_recovery_as_they_happen(tabs: Tabs, tmp_path: 
         served.engine_pid = served.client.get("/status").json()["pid"]
 
 
+def refused(tabs: Tabs) -> None:
+    """That nobody answers, Chromium writes to the console whatever the page makes of it."""
+    tabs.faults[:] = [fault for fault in tabs.faults if "ERR_CONNECTION_REFUSED" not in fault]
+
+
 def test_it_says_when_the_server_is_gone(tabs: Tabs) -> None:
     with Supervisor("some/model") as served:
         served.ready().engine()
         page = tabs.open(address(served))
         expect(state(page)).to_have_text("ready")
         served.signal(signal.SIGTERM)
-        expect(page.locator("#away")).to_contain_text("Trying again")
-        expect(state(page)).to_have_text("stopped")
+        expect(page.locator("#away")).to_have_text("The server can’t be reached. Trying again …")
+        expect(state(page)).to_have_text("no answer")
+        expect(page.locator("#since")).to_have_text(re.compile(r"^ready as of \d\d?:\d\d:\d\d"))
+        expect(page).to_have_title("no answer · some/model")
         assert served.exit_code() == 0
-    # That nobody answers it tells the console itself.
-    tabs.faults[:] = [fault for fault in tabs.faults if "ERR_CONNECTION_REFUSED" not in fault]
+    refused(tabs)
+
+
+def test_it_says_that_a_server_has_ended_which_it_saw_drain(tabs: Tabs) -> None:
+    with Supervisor("some/model", plan=[{"token_interval": 0.05}]) as served:
+        served.ready().engine()
+        page = tabs.open(address(served))
+        page.get_by_label("Tokens, at most").fill("80")
+        ask(page, "Take your time")
+        expect(page.locator("#talk .answer")).to_contain_text("pieces")
+        served.signal(signal.SIGTERM)
+        expect(state(page)).to_have_text("draining")
+        expect(page.locator("#talk .answer")).to_contain_text("80 pieces")  # its answer goes on
+        expect(page.locator("#away")).to_have_text("The server has ended. Trying again …")
+        assert served.exit_code() == 0
+    refused(tabs)
+
+
+def test_it_follows_the_next_supervisor_on_the_same_port_from_its_first_line_on(tabs: Tabs) -> None:
+    with Supervisor("first/model") as first:
+        page = tabs.open(address(first.ready()))
+        expect(page).to_have_title("ready · first/model")
+        first.engine()
+        port = first.port
+        first.signal(signal.SIGTERM)
+        expect(page.locator("#away")).to_be_visible()
+        assert first.exit_code() == 0
+    with Supervisor("second/model", "--port", str(port)) as second:
+        second.ready().engine()
+        expect(page).to_have_title("ready · second/model")
+        expect(page.locator("#away")).to_be_hidden()
+        expect(page.locator("#log")).to_contain_text("model second/model")
+        expect(page.locator("#log")).not_to_contain_text("first/model")
+        tabs.close()
+    refused(tabs)
+
+
+def test_where_fewer_lines_are_told_than_before_the_log_begins_anew(tabs: Tabs, slow: Supervisor) -> None:
+    """What a restart looks like that fell between two polls."""
+    restarted: list[str] = []
+
+    def answer(route: Any) -> None:
+        status = route.fetch().json()
+        after = int(route.request.url.partition("after=")[2])
+        if restarted:
+            restarted.append(str(after))
+            lines = ["a new line", "and another"]
+            status |= {"line": len(lines), "log": lines[after:]}
+        route.fulfill(json=status)
+
+    page = tabs.open(address(slow))
+    page.route("**/status?after=*", answer)
+    expect(page.locator("#log")).to_contain_text("Application startup complete")
+    restarted.append("now")
+    expect(page.locator("#log")).to_have_text("a new lineand another")
+    wait_until(lambda: page.evaluate("line") == 2 and len(restarted) > 3, "the polls behind it")
+    assert int(restarted[1]) > 2
+    assert restarted[2:4] == ["0", "2"]
+    page.unroute_all(behavior="wait")
+
+
+# How often it asks
+
+
+class Polls:
+    """Those of a page whose clock stands still until `passes` moves it."""
+
+    def __init__(self, tabs: Tabs, served: Supervisor) -> None:
+        self.sent = self.answered = self.given_up = 0
+        self.held = False  # the server takes its time
+        self.page = tabs.open(address(served), self._prepare)
+        expect(state(self.page)).to_have_text("ready")
+        self.settle(1)
+
+    def _prepare(self, page: Any) -> None:
+        page.clock.install(time=0)
+        page.clock.pause_at(1000)
+        page.route("**/status?after=*", lambda route: None if self.held else route.continue_())
+        for event, name in (("request", "sent"), ("requestfinished", "answered"), ("requestfailed", "given_up")):
+            page.on(event, functools.partial(self._note, name))
+
+    def _note(self, name: str, request: Any) -> None:
+        if "/status?after=" in request.url:
+            setattr(self, name, getattr(self, name) + 1)
+
+    def settle(self, count: int) -> None:
+        """Until so many in all were sent, and what was answered is drawn."""
+
+        def settled() -> bool:
+            drawn = self.page.evaluate("samples.length")
+            over = self.answered + self.given_up == count and drawn == self.answered
+            return self.sent == count and (self.held or over)
+
+        wait_until(settled, f"poll {count}")
+
+    def passes(self, seconds: float) -> int:
+        """How many more are sent: where it is one too many, `settle` waits in vain."""
+        before = self.sent
+        self.page.clock.run_for(round(seconds * 1000))
+        self.page.evaluate("fetch('health')")  # whatever was sent before this one is known when it is answered
+        self.settle(self.sent)
+        return self.sent - before
+
+    def look(self, visible: bool) -> None:
+        self.page.evaluate(
+            """hidden => {
+              Object.defineProperty(document, 'hidden', {value: hidden, configurable: true});
+              document.dispatchEvent(new Event('visibilitychange'));
+            }""",
+            not visible,
+        )
+
+
+def test_it_asks_once_a_second_while_somebody_looks_and_every_ten_seconds_while_nobody_does(
+    tabs: Tabs, slow: Supervisor
+) -> None:
+    polls = Polls(tabs, slow)
+    for _ in range(3):
+        assert (polls.passes(0.999), polls.passes(0.001)) == (0, 1)
+    polls.look(visible=False)
+    assert polls.passes(1) == 1
+    for _ in range(2):
+        assert (polls.passes(9.999), polls.passes(0.001)) == (0, 1)
+    assert polls.passes(3) == 0
+    before = polls.sent
+    polls.look(visible=True)
+    polls.settle(before + 1)  # at once
+    assert (polls.passes(0.999), polls.passes(0.001)) == (0, 1)
+
+
+def test_it_gives_up_a_poll_after_eight_seconds_and_never_has_two(tabs: Tabs, slow: Supervisor) -> None:
+    polls = Polls(tabs, slow)
+    polls.held = True
+    away = polls.page.locator("#away")
+    assert polls.passes(1) == 1
+    assert polls.passes(7.999) == 0
+    expect(away).to_be_hidden()
+    for pause in (1, 1.5, 2.25):  # longer and longer
+        assert polls.passes(0.001) == 0
+        expect(away).to_have_text("The server can’t be reached. Trying again …")
+        wait_until(lambda: polls.page.evaluate("1") and polls.given_up == polls.sent - polls.answered, "its end")
+        assert (polls.passes(pause - 0.001), polls.passes(0.001)) == (0, 1)
+        assert polls.passes(7.999) == 0
+    polls.held = False
+    assert (polls.passes(0.001), polls.passes(3.375)) == (0, 1)
+    expect(away).to_be_hidden()
+    expect(state(polls.page)).to_have_text("ready")
 
 
 def test_it_plots_what_comes(tabs: Tabs, slow: Supervisor) -> None:
@@ -274,6 +428,73 @@ def test_it_asks_for_the_key(tabs: Tabs) -> None:
         tabs.close()
         headers = {"X-API-Key": "the-right-key"}
         served.engine_pid = served.client.get("/status", headers=headers).json()["pid"]
+
+
+WITHHELD = "The log and the settings are shown to an admin key."
+
+
+def withheld(page: Any) -> None:
+    """What a key sees that is not an administrator's."""
+    expect(state(page)).to_have_text("ready")
+    expect(page.get_by_text(WITHHELD)).to_be_visible()
+    for card in ("#log", "#settings", "#command"):
+        expect(page.locator(card)).to_be_hidden()
+    expect(page.locator("#phases")).to_contain_text("importing vLLM")
+    expect(page.locator("#happened li b")).to_have_text(["ready", "starting"])
+    assert "Application startup complete" not in page.content()
+    assert "--uds" not in page.content()
+
+
+def everything(page: Any) -> None:
+    expect(page.locator("#log")).to_contain_text("Application startup complete")
+    expect(page.locator("#settings")).to_contain_text("some/model")
+    expect(page.locator("#command")).to_contain_text("--uds")
+    expect(page.get_by_text(WITHHELD)).to_be_hidden()
+
+
+def test_it_shows_the_log_and_the_settings_to_an_admin_key_alone(tabs: Tabs) -> None:
+    keys = {"SUPERVISOR_API_KEYS": "a-plain-key", "SUPERVISOR_ADMIN_KEYS": "the-admin-key"}
+    with Supervisor("some/model", environ=keys) as served:
+        served.ready()
+        page = tabs.open(address(served))
+        field = page.get_by_label("One of its API keys")
+        field.fill("a-plain-key")
+        page.keyboard.press("Enter")
+        withheld(page)
+        expect(field).to_be_hidden()
+        page.get_by_role("button", name="Enter a key").click()
+        expect(field).to_be_focused()
+        field.fill("the-admin-key")
+        page.keyboard.press("Enter")
+        everything(page)
+        page.reload()
+        everything(page)
+        page.locator("#settings summary").click()  # what is open stays so
+        seen = page.evaluate("last.now")
+        wait_until(lambda: page.evaluate("last.now") > seen, "another poll")
+        expect(page.locator("#settings details")).to_have_attribute("open", "")
+        tabs.close()
+        served.engine_pid = served.client.get("/status", headers={"X-API-Key": "a-plain-key"}).json()["pid"]
+
+
+def test_with_admin_keys_alone_everybody_sees_the_rest(tabs: Tabs, tmp_path: Path) -> None:
+    environ = {"SUPERVISOR_ADMIN_KEYS": "the-admin-key", "FAKE_VLLM_COUNT": str(tmp_path / "n")}
+    with Supervisor("some/model", environ=environ) as served:
+        served.ready()
+        page = tabs.open(address(served))
+        withheld(page)
+        os.kill(served.engine(), signal.SIGKILL)
+        expect(page.locator("#failure")).to_contain_text("signal 9")
+        expect(page.locator("#failure details")).to_have_count(0)
+        expect(state(page)).to_have_text("ready")
+        page.get_by_role("button", name="Enter a key").click()
+        page.get_by_label("an admin key").fill("the-admin-key")
+        page.keyboard.press("Enter")
+        everything(page)
+        page.get_by_text("vLLM’s last lines before it").click()
+        expect(page.locator("#failure pre")).to_contain_text("Application startup complete")
+        tabs.close()
+        served.engine_pid = served.client.get("/status").json()["pid"]
 
 
 class Prefixed(http.server.BaseHTTPRequestHandler):

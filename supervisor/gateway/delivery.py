@@ -1,0 +1,358 @@
+"""A request on its way to an engine that may die, until its answer begins.
+
+Until then it is kept (bodies up to 1 MiB), so that it can be sent again: `TABLE` says when, and is the same table as in
+docs/faults.md. Once an answer has begun it can't be taken back: the delivery steps out of its way, and only passes on
+what is left of the request's body.
+"""
+
+from __future__ import annotations
+
+import logging
+from enum import Enum
+from typing import TYPE_CHECKING, Protocol
+
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
+
+from supervisor.gateway.errors import Refusal, UpstreamError
+from supervisor.gateway.gate import RETRY_AFTER, Gate
+from supervisor.gateway.http1 import Framing, KnownAnswer, Request, ResponseHead
+from supervisor.gateway.upstream import Disconnected, NotConnected, Receiver, Unanswered, UpstreamConnection
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+# Request bodies up to this size are kept until the answer begins, so that the request can be sent again.
+KEEP_LIMIT = 1024 * 1024
+# What vLLM's API server answers to everything in flight in the moment its EngineCore dies.
+DOUBTED = frozenset({500, 503})
+BROKEN_OFF = Refusal(
+    503, "The engine stopped in the middle of this answer. Please send the request again.", "engine_stopped"
+)
+LOST_TWICE = Refusal(
+    503, "The engine stopped twice while it worked on this request.", "engine_stopped", retry_after=RETRY_AFTER
+)
+log = logging.getLogger("supervisor.gateway")
+
+
+class State(Enum):
+    WAITING = "at the gate, or for a connection"
+    SENT = "vLLM has it"
+    DOUBTED = "vLLM answered 500 or 503, as it does when its engine has died: does it live?"
+    UNSENT = "vLLM took no connection: does it live?"
+    LOST = "vLLM closed the connection without an answer: does it live?"
+    OVER = "answered, refused, or given up by its client"
+
+
+class Event(Enum):
+    GO = "the engine may have it"
+    ANSWER = "an answer begins"
+    ERROR = "an answer of 500 or 503 begins"
+    STALE = "an idle connection turned out closed, under the same engine, for the first time"
+    UNCONNECTED = "no connection, and nothing was sent"
+    BROKEN = "the connection broke, and the request is kept, and was not sent again before"
+    GONE = "the connection broke, and it can't be sent again; or what came is no HTTP"
+    ALIVE = "the engine that had it lives"
+    DEAD = "the engine that had it is gone"
+    REFUSE = "the gate, a time limit or a size ends it"
+
+
+class Delivery:
+    """One request. `answered` gets what becomes of it: `answer`, `whole` or `switched`, or else `refused`."""
+
+    is_relayed = True
+    # The state of a new one. Kept in the class: what a small request never touches costs it nothing.
+    state = State.WAITING
+    connection: UpstreamConnection | None = None
+    admitted = False
+    went = False  # vLLM had it
+    generation = -1
+    complete = False  # the request's body is
+    kept_size = 0
+    resent = False  # because an idle connection turned out closed
+    replayed = False  # because the engine died
+    pending: ResponseHead | None = None  # of an answer that is doubted, or whose body has not begun
+    pending_body: tuple[tuple[bytes, bool], ...] = ()
+    pending_ended = False
+    error: UpstreamError | None = None  # what it was lost by
+    marks: tuple[tuple[str, float], ...] = ()  # what kept it from going to vLLM at once, and when it went
+
+    def __init__(self, answered: Answered, gate: Gate, request: Request, head: bytes, limited: bool) -> None:
+        """`head`: as vLLM gets it; the body may stand with it."""
+        self.answered = answered
+        self.gate = gate
+        self.request = request
+        self.is_head = request.is_head
+        self.websocket = request.websocket
+        self.limited = limited
+        self.kept: list[bytes] | None = [head]
+
+    # What its client's side calls
+
+    def begin(self) -> None:
+        self.gate.admit(self)
+
+    def write(self, data: bytes) -> None:
+        """The request's body, framed."""
+        if self.kept is not None:
+            self.kept.append(data)
+            self.kept_size += len(data)
+        if self.connection is not None:
+            self.connection.transport.write(data)
+            if self.kept_size > KEEP_LIMIT:
+                self.kept = None
+        elif self.kept_size > HIGH_WATER_LIMIT:
+            self.answered.pause_request()
+
+    def end(self) -> None:
+        """The whole request is there."""
+        self.complete = True
+        if self.connection is not None:
+            self.connection.request_sent = True
+
+    def release(self) -> None:
+        """vLLM is done with it, and its connection may have another's by now."""
+        self.connection = None
+
+    def abort(self) -> None:
+        """Its client is gone, or has its answer: vLLM is told, where it is still at work."""
+        self.state = State.OVER
+        if self.connection is not None:
+            self.connection.abort()
+            self.connection = None
+        self.gate.leave(self)
+
+    def pause(self) -> None:
+        if self.connection is not None:
+            self.connection.pause_response()
+
+    def resume(self) -> None:
+        if self.connection is not None:
+            self.connection.resume_response()
+
+    @property
+    def working(self) -> bool:
+        """Whether vLLM has all of it, and nobody keeps it from answering."""
+        return self.connection is not None and self.complete and not self.connection.response_paused
+
+    def mark(self, what: str) -> None:
+        """`held` for the engine, `waiting` for its turn, `sent` to vLLM, `lost` there; what was before ends."""
+        self.marks = (*self.marks, (what, self.gate.loop.time()))
+
+    # What the gate calls
+
+    def go(self) -> None:
+        self._happens(Event.GO)
+
+    def refuse(self, refusal: Refusal) -> None:
+        self._happens(Event.REFUSE, refusal)
+
+    def fate(self, *, alive: bool) -> None:
+        self._happens(Event.ALIVE if alive else Event.DEAD)
+
+    # What the connection calls
+
+    def connected(self, connection: UpstreamConnection) -> None:
+        if self.state is not State.SENT:
+            connection.abort()
+            return
+        self.connection = connection
+        self.generation = self.gate.generation
+        kept = self.kept
+        assert kept is not None  # dropped only once there was a connection, and then nothing is sent again
+        connection.transport.write(kept[0] if len(kept) == 1 else b"".join(kept))
+        if self.complete:
+            connection.request_sent = True
+        else:
+            self.answered.resume_request()
+
+    def head(self, head: ResponseHead) -> None:
+        if head.status < 200:
+            self.answered.interim(head)
+        elif head.status in DOUBTED:
+            self._happens(Event.ERROR, head)
+        elif head.framing is Framing.LENGTH and not self.is_head:
+            self.pending = head  # a whole answer's head waits for its body: vLLM may die between the two
+        else:
+            self._happens(Event.ANSWER, head)
+
+    def switched(self, head: ResponseHead, data: bytes) -> None:
+        self._step_aside()
+        self.answered.switched(head, data)
+
+    def whole(self, known: KnownAnswer, digits: bytes, body: bytes) -> None:
+        self.connection = None
+        self.state = State.OVER
+        self.answered.whole(known, digits, body)
+
+    def data(self, data: bytes, *, in_chunk: bool) -> None:
+        if self.state is State.DOUBTED:  # error answers are small: nothing bounds them here
+            self.pending_body += ((data, in_chunk),)
+        elif self.pending is not None:
+            self._happens(Event.ANSWER, self.pending)
+            self.answered.data(data, in_chunk=in_chunk)
+
+    def ended(self) -> None:
+        self.connection = None
+        if self.state is State.DOUBTED:
+            self.pending_ended = True
+        elif self.pending is not None:
+            self._happens(Event.ANSWER, self.pending)
+            self.answered.ended()
+
+    def lost(self, error: UpstreamError) -> None:
+        connection, self.connection = self.connection, None
+        self.pending, self.pending_body = None, ()
+        self.error = error
+        reused = connection is not None and connection.reused
+        if isinstance(error, NotConnected):
+            event = Event.UNCONNECTED
+        elif self.kept is None or not isinstance(error, Disconnected):
+            event = Event.GONE
+        elif (
+            isinstance(error, Unanswered) and reused and not self.resent and self.generation == self.gate.generation
+        ):  # vLLM closed it while this request was on its way into it. Of an engine that died it may be the cause.
+            event = Event.STALE
+        else:
+            event = Event.GONE if self.replayed else Event.BROKEN
+        self._happens(event)
+
+    def pause_request(self) -> None:
+        self.answered.pause_request()
+
+    def resume_request(self) -> None:
+        self.answered.resume_request()
+
+    # The table's actions; each gets the event's subject: a head, a refusal, or nothing
+
+    def _happens(self, event: Event, about: ResponseHead | Refusal | None = None) -> None:
+        row = TABLE.get((self.state, event))
+        if row is not None:  # what is not in the table changes nothing
+            self.state = row[0]
+            row[1](self, about)
+
+    def _send(self, _: object) -> None:
+        if self.marks:
+            self.mark("sent")
+        self.went = True
+        self.generation = self.gate.generation
+        self.gate.upstream.send(self, fresh=self.replayed or self.resent or self.error is not None)
+
+    def _send_afresh(self, _: object) -> None:
+        self.resent = True
+        self.gate.upstream.send(self, fresh=True)
+
+    def _pass_on(self, head: ResponseHead | Refusal | None) -> None:
+        assert isinstance(head, ResponseHead)
+        self._step_aside()
+        self.answered.answer(head)
+
+    def _step_aside(self) -> None:
+        """From here on the answer is its client's alone, and the request is not sent again."""
+        self.state = State.OVER
+        self.kept, self.pending = None, None
+        if self.connection is not None:
+            self.connection.receiver = self.answered
+
+    def _suspect(self, head: ResponseHead | Refusal | None) -> None:
+        assert isinstance(head, ResponseHead)
+        self.pending = head
+        self.gate.ask(self)
+
+    def _believe(self, _: object) -> None:
+        head, body, ended = self.pending, self.pending_body, self.pending_ended
+        self._pass_on(head)
+        for data, in_chunk in body:
+            self.answered.data(data, in_chunk=in_chunk)
+        if ended:
+            self.answered.ended()
+
+    def _replay(self, _: object) -> None:
+        """The answer was the dying engine's."""
+        if self.connection is not None:
+            self.connection.abort()
+            self.connection = None
+        self.pending, self.pending_body, self.pending_ended = None, (), False
+        if self.replayed or self.kept is None:
+            self._refuse(LOST_TWICE if self.replayed else BROKEN_OFF)
+        else:
+            self._count_replay()
+            self.gate.resume(self)
+
+    def _count_replay(self) -> None:
+        self.replayed = True
+        self.mark("lost")
+        self.gate.counts.replayed += 1
+
+    def _hold(self, _: object) -> None:
+        """vLLM closed the connection before it answered: what becomes of the request depends on the engine's fate."""
+        gate = self.gate
+        if gate.engine.over:
+            self._refuse(gate.unavailable())
+            return
+        if self.state is State.LOST:
+            self._count_replay()
+        log.warning("%s: its request is held", self.error, extra=self.answered.named)
+        gate.hold(self)
+        if gate.open:  # its death may not be known yet
+            gate.ask(self)
+
+    def _try_again(self, _: object) -> None:
+        """The engine lives, and its socket was overrun."""
+        self.gate.forget(self)
+        self._send(None)
+
+    def _give_up(self, _: object) -> None:
+        """vLLM had the request, and lives, and gave no answer."""
+        log.warning("%s", self.error, extra=self.answered.named)
+        ready = self.gate.engine.ready
+        self._refuse(Refusal(502, f"{self.error}.", "engine_no_answer") if ready else self.gate.unavailable())
+
+    def _refuse(self, refusal: object) -> None:
+        assert isinstance(refusal, Refusal)
+        self.abort()
+        self.answered.refused(refusal)
+
+
+class Answered(Receiver, Protocol):
+    """Who gets the answer: a client's exchange, or a recording of the cache."""
+
+    @property
+    def named(self) -> Mapping[str, str]:
+        """Its request's id, for a line of log."""
+
+    def interim(self, head: ResponseHead) -> None:
+        """A 1xx."""
+
+    def answer(self, head: ResponseHead) -> None:
+        """Its body follows by `data`, and its end by `ended` or `lost`."""
+
+    def whole(self, known: KnownAnswer, digits: bytes, body: bytes) -> None:
+        """All of an answer at once, its head one that was seen before."""
+
+    def switched(self, head: ResponseHead, data: bytes) -> None:
+        """A WebSocket is open; `data` may hold its first frames."""
+
+    def refused(self, refusal: Refusal) -> None:
+        """There will be no answer of vLLM's."""
+
+
+_D = Delivery
+TABLE: Mapping[tuple[State, Event], tuple[State, Callable[[Delivery, ResponseHead | Refusal | None], None]]] = {
+    (State.WAITING, Event.GO): (State.SENT, _D._send),
+    (State.SENT, Event.ANSWER): (State.OVER, _D._pass_on),
+    (State.SENT, Event.ERROR): (State.DOUBTED, _D._suspect),
+    (State.SENT, Event.STALE): (State.SENT, _D._send_afresh),
+    (State.SENT, Event.UNCONNECTED): (State.UNSENT, _D._hold),
+    (State.SENT, Event.BROKEN): (State.LOST, _D._hold),
+    (State.SENT, Event.GONE): (State.OVER, _D._give_up),
+    (State.DOUBTED, Event.ALIVE): (State.OVER, _D._believe),
+    (State.DOUBTED, Event.DEAD): (State.WAITING, _D._replay),
+    # The rest of an error answer is lost with its connection: the engine is asked about the request instead.
+    (State.DOUBTED, Event.BROKEN): (State.LOST, _D._hold),
+    (State.DOUBTED, Event.GONE): (State.OVER, _D._give_up),
+    # Held, both of them: a new engine lets them go.
+    (State.UNSENT, Event.GO): (State.SENT, _D._send),
+    (State.UNSENT, Event.ALIVE): (State.SENT, _D._try_again),
+    (State.LOST, Event.GO): (State.SENT, _D._send),
+    (State.LOST, Event.ALIVE): (State.OVER, _D._give_up),
+} | {(state, Event.REFUSE): (State.OVER, _D._refuse) for state in State if state is not State.OVER}

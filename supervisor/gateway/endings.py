@@ -1,0 +1,148 @@
+"""How an answer that has begun can be ended at any moment: what of it may go to the client now, and what ends it well.
+
+An event stream is ended by an error event and its proper end, a WebSocket by a close frame; of all else a cut alone
+tells that it is not whole.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Protocol
+
+from supervisor.gateway.errors import Refusal
+from supervisor.gateway.frames import GOING_AWAY, INTERNAL_ERROR, Frames, close_frame
+from supervisor.gateway.http1 import Dechunker
+
+# An event that is larger than this passes in pieces.
+PARTIAL_LIMIT = 64 * 1024
+# The end of a chunk that ends an event.
+EVENT_ENDS = (b"\n\n\r\n", b"\r\n\r\n\r\n")
+LONGEST_END = 6
+# The last event of a stream, by the dialect of its route.
+STREAM_ENDS = (b"data: [DONE]\n\n\r\n", b'"type":"message_stop"}\n\n\r\n')
+# A piece of an event stream (the size of its chunk may stand before) that vLLM's API server makes without the engine:
+# a comment, or what every stream of /v1/responses begins with.
+NO_SIGN = re.compile(rb"(?:[0-9A-Fa-f]+\r\n)?(?::|event: response\.(?:created|in_progress)\b)")
+COMMENT = re.compile(rb"(?:[0-9A-Fa-f]+\r\n)?:")
+# A comment that keeps a connection alive is small; an event with a token in it is not.
+LARGEST_COMMENT = 64
+
+
+class Body(Protocol):
+    """The body of an answer that has begun."""
+
+    def feed(self, data: bytes, *, in_chunk: bool) -> bytes:
+        """What may go to the client now. `in_chunk`: vLLM's bytes so far end within a chunk."""
+
+    def rest(self) -> bytes:
+        """What was kept back, once all of it is there."""
+
+    def ending(self, refusal: Refusal, path: bytes) -> bytes | None:
+        """What ends it well at this moment. None: only a cut tells."""
+
+
+class Plain:
+    """Of an answer that is no event stream."""
+
+    def __init__(self, dechunker: Dechunker | None = None) -> None:
+        """`dechunker`: its client speaks HTTP/1.0, and knows no chunks."""
+        self.dechunker = dechunker
+
+    def feed(self, data: bytes, *, in_chunk: bool) -> bytes:
+        return data if self.dechunker is None else self.dechunker.feed(data)
+
+    def rest(self) -> bytes:
+        return b""
+
+    def ending(self, refusal: Refusal, path: bytes) -> bytes | None:
+        return None
+
+
+PLAIN = Plain()
+
+
+class Events:
+    """Of an event stream in chunks. Half an event is of no use to its client, and a stream that stops there could not
+    be ended well: so it gets whole ones, unless one is too large to be kept."""
+
+    __slots__ = ("dechunker", "latest", "partial", "torn")
+
+    def __init__(self, dechunker: Dechunker | None = None) -> None:
+        self.partial = b""  # bytes that end within an event, and that the client has not got
+        self.torn = False  # the client has half an event, and maybe half a chunk
+        self.latest = b""  # what the client got last
+        self.dechunker = dechunker
+
+    def feed(self, data: bytes, *, in_chunk: bool) -> bytes:
+        if not (self.partial or in_chunk or self.torn) and data.endswith(EVENT_ENDS):  # nearly always
+            self.latest = data
+            return data if self.dechunker is None else self.dechunker.feed(data)
+        if self.torn:
+            # The end of an event may come in pieces.
+            self.latest = data if len(data) >= LONGEST_END else (self.latest + data)[-LONGEST_END:]
+            self.torn = in_chunk or not self.latest.endswith(EVENT_ENDS)
+        else:
+            data = self.partial + data
+            if in_chunk or not data.endswith(EVENT_ENDS):
+                if len(data) < PARTIAL_LIMIT:
+                    self.partial = data
+                    return b""
+                self.torn = True
+            self.partial = b""
+            self.latest = data
+        return data if self.dechunker is None else self.dechunker.feed(data)
+
+    def rest(self) -> bytes:
+        data, self.partial = self.partial, b""
+        return data if self.dechunker is None else self.dechunker.feed(data)
+
+    def ending(self, refusal: Refusal, path: bytes) -> bytes | None:
+        if self.torn:
+            return None
+        rest = _whole_events(self.partial)
+        # vLLM may have ended the stream itself, and died before the last chunk.
+        events = b"" if (rest or self.latest).endswith(STREAM_ENDS) else refusal.events(path)
+        if self.dechunker is not None:
+            return self.dechunker.feed(rest) + events
+        return rest + (b"%x\r\n%b\r\n" % (len(events), events) if events else b"") + b"0\r\n\r\n"
+
+
+class Tunnel:
+    """Of a WebSocket: vLLM's frames."""
+
+    def __init__(self) -> None:
+        self.frames = Frames()
+
+    def feed(self, data: bytes, *, in_chunk: bool) -> bytes:
+        self.frames.feed(data)
+        return data
+
+    def rest(self) -> bytes:
+        """vLLM closed the connection, and may have said so."""
+        if self.frames.closed or not self.frames.between:
+            return b""
+        return close_frame(INTERNAL_ERROR, "The engine closed the connection.")
+
+    def ending(self, refusal: Refusal, path: bytes) -> bytes:
+        if not self.frames.between:  # within a frame it were part of a message
+            return b""
+        return close_frame(GOING_AWAY if refusal.code == "shutting_down" else INTERNAL_ERROR, refusal.message)
+
+
+def is_comment(data: bytes) -> bool:
+    """Whether a piece of an event stream keeps a connection alive, and is nothing else."""
+    return len(data) <= LARGEST_COMMENT and COMMENT.match(data) is not None
+
+
+def _whole_events(data: bytes) -> bytes:
+    """The chunks at the beginning of `data` up to the last that ends an event; what follows is dropped."""
+    at = whole = 0
+    while (line := data.find(b"\r\n", at)) >= 0:
+        size = int(data[at:line].partition(b";")[0], 16)
+        end = line + 2 + size + 2
+        if size == 0 or end > len(data):
+            break
+        at = end
+        if data[:at].endswith(EVENT_ENDS):
+            whole = at
+    return data[:whole]

@@ -1,0 +1,213 @@
+"""Who may go to the engine now, who waits, and who is next.
+
+Requests that arrive while the engine loads are held, in order, up to the hold timeout; those above the limit wait their
+turn. The gate sees the engine only through `Engine`, and a request only through `Waiting`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Protocol
+
+from supervisor.gateway.counts import Counts
+from supervisor.gateway.errors import Refusal
+from supervisor.gateway.upstream import Upstream
+
+# The death of the engine is known within 0.1 s; whoever lost an answer waits this long, in seconds, to learn of it.
+FATE_KNOWN_AFTER = 0.25
+# How often an engine that is not well, and does not die, is asked; then it is believed.
+QUESTIONS = 20
+# Seconds for it to answer.
+PATIENCE = 5.0
+# What a client is told to wait, in seconds, before it asks again: it is held again then, and so misses nothing.
+RETRY_AFTER = 5
+
+
+class Engine(Protocol):
+    """What the gate may know of the engine."""
+
+    @property
+    def ready(self) -> bool: ...
+
+    @property
+    def over(self) -> bool:
+        """Draining, stopped or failed: no request that arrives now can be answered."""
+
+    @property
+    def draining(self) -> bool:
+        """The engine still answers what was there before the signal came."""
+
+    @property
+    def explanation(self) -> str:
+        """Why it is not ready, in a sentence for a client: the phase while it loads, the cause when it failed."""
+
+
+class Waiting(Protocol):
+    """A request that has no answer yet."""
+
+    limited: bool  # it counts among those that may run at once; jobs do not
+    admitted: bool  # the gate's own note: it counts among those that run
+    generation: int  # of the engine that had it last
+
+    def go(self) -> None:
+        """The engine may have it."""
+
+    def refuse(self, refusal: Refusal) -> None: ...
+
+    def mark(self, what: str) -> None:
+        """`held` for the engine, or `waiting` for its turn, from now on."""
+
+    def fate(self, *, alive: bool) -> None:
+        """Of the engine that had it: the answer to `ask`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """How many requests may run at once (None: as many as come), and how many more may wait. `hold`: how long, in
+    seconds, for their turn or for the engine."""
+
+    limit: int | None
+    waiting: int
+    hold: float
+
+
+class Gate:
+    """`admit`, then `leave`, for each; `changed` when the engine did."""
+
+    def __init__(self, engine: Engine, upstream: Upstream, admission: Admission, counts: Counts) -> None:
+        self.engine = engine
+        self.upstream = upstream
+        self.loop = upstream.loop
+        self.admission = admission
+        self.counts = counts
+        self.active = 0  # admitted, and not over
+        self.open = False  # requests go to vLLM as they come
+        self.closing = False  # every answer closes its connection
+        self.generation = 0  # of the engine: one more each time it stops being ready
+        self.held: dict[Waiting, asyncio.TimerHandle] = {}
+        self.queued: dict[Waiting, asyncio.TimerHandle] = {}  # first come, first served
+        self.asking: dict[Waiting, asyncio.Task[None]] = {}  # whether the engine lives
+
+    @property
+    def waiting(self) -> int:
+        return len(self.held) + len(self.queued)
+
+    def refusal(self, *, limited: bool = True) -> Refusal | None:
+        """Why no request can be taken at all. A job that RunPod has given us is done even while we drain."""
+        if self.open or not self.engine.over or (self.engine.draining and not limited):
+            return None
+        return self.unavailable()
+
+    def unavailable(self) -> Refusal:
+        return Refusal(503, self.engine.explanation, "engine_unavailable", RETRY_AFTER)
+
+    def admit(self, one: Waiting) -> None:
+        """It goes on, or waits its turn behind those that came before."""
+        limit = self.admission.limit
+        if limit is None or self.active < limit or not one.limited:
+            self._let_in(one)
+        elif len(self.queued) < self.admission.waiting:
+            self.queued[one] = self.loop.call_later(self.admission.hold, self._waited_too_long, one)
+            one.mark("waiting")
+        else:
+            one.refuse(self._busy("the server is busy.", 429))
+
+    def _let_in(self, one: Waiting) -> None:
+        self.active += 1
+        one.admitted = True
+        if self.open or self.engine.draining:
+            one.go()
+        else:
+            self.hold(one)
+
+    def hold(self, one: Waiting) -> None:
+        """Keeps it until the engine is ready."""
+        self.counts.held += 1
+        one.mark("held")
+        self.held[one] = self.loop.call_later(self.admission.hold, self._held_too_long, one)
+
+    def resume(self, one: Waiting) -> None:
+        """Its engine is gone: it is for the next one, when that is ready."""
+        if self.engine.over:
+            one.refuse(self.unavailable())
+        elif self.open:
+            one.go()
+        else:
+            self.hold(one)
+
+    def leave(self, one: Waiting) -> None:
+        """It is over, or waits for nothing any more. To leave twice is to leave."""
+        self.forget(one)
+        if not one.admitted:
+            return
+        one.admitted = False
+        self.active -= 1
+        while self.queued and self.active < (self.admission.limit or 0):
+            following = next(iter(self.queued))
+            self.queued.pop(following).cancel()
+            self._let_in(following)
+
+    def forget(self, one: Waiting) -> None:
+        """It no longer waits here."""
+        if self.held or self.queued:
+            timer = self.held.pop(one, None) or self.queued.pop(one, None)
+            if timer is not None:
+                timer.cancel()
+        if self.asking and (task := self.asking.pop(one, None)) is not None:
+            task.cancel()
+
+    def _held_too_long(self, one: Waiting) -> None:
+        text = f"{self.engine.explanation} The request waited {self.admission.hold:g} s (SUPERVISOR_HOLD_TIMEOUT)."
+        one.refuse(Refusal(503, text, "engine_unavailable", RETRY_AFTER))
+
+    def _waited_too_long(self, one: Waiting) -> None:
+        settings = "SUPERVISOR_MAX_CONCURRENCY, SUPERVISOR_HOLD_TIMEOUT"
+        one.refuse(self._busy(f"its turn did not come in {self.admission.hold:g} s ({settings}).", 503))
+
+    def _busy(self, text: str, status: int) -> Refusal:
+        text = f"{self.active} requests are running and {len(self.queued)} are waiting: {text}"
+        return Refusal(status, text, "too_many_requests" if status == 429 else "server_busy", RETRY_AFTER)
+
+    # The engine's fate
+
+    def changed(self) -> None:
+        """Called after each transition of the engine."""
+        if self.open and not self.engine.ready:
+            self.generation += 1
+        self.open = self.engine.ready
+        if self.open:
+            for one in list(self.held):
+                if one in self.held:
+                    self.forget(one)
+                    one.go()
+        elif self.engine.over:
+            self.closing = True
+            queued, self.queued = self.queued, {}  # first, or each that leaves would let the next one in
+            for timer in queued.values():
+                timer.cancel()
+            for one in [*self.held, *queued]:
+                if one.limited or not self.engine.draining:
+                    one.refuse(self.unavailable())
+        if not self.open:
+            for one in list(self.asking):
+                if one.generation != self.generation and (task := self.asking.pop(one, None)) is not None:
+                    task.cancel()
+                    one.fate(alive=False)
+
+    def ask(self, one: Waiting) -> None:
+        """Calls its `fate`: of an engine that dies it is known in a moment, on a busy machine in some moments more. So
+        it is asked, and one that does not answer is asked again."""
+        if one not in self.asking:
+            self.asking[one] = self.loop.create_task(self._find_out(one))
+
+    async def _find_out(self, one: Waiting) -> None:
+        for _ in range(QUESTIONS):
+            await asyncio.sleep(FATE_KNOWN_AFTER)
+            if one.generation != self.generation:
+                break
+            answer = await self.upstream.ask("/health", patience=PATIENCE)
+            if answer is not None and answer[0] == 200:
+                break
+        self.asking.pop(one, None)
+        one.fate(alive=one.generation == self.generation)

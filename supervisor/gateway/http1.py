@@ -1,0 +1,381 @@
+"""HTTP/1.1 heads and framing, without a connection: what a request becomes on its way to vLLM, and an answer on its way
+to the client.
+
+Heads that come again are not read again. A client's requests repeat their heads, and so do vLLM's answers, but for the
+Content-Length. What the strict parser made of a head is kept under its own bytes, less the digits of the length; the
+next one that is the same, byte for byte, is written from that, and half of a small request's price is saved
+(docs/performance.md). What is read for the first time, and everything unusual, goes through the parser: chunked and
+large bodies, pipelining, `Expect`, upgrades.
+"""
+
+from __future__ import annotations
+
+import copy
+from enum import Enum
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import httptools
+
+from supervisor.gateway.errors import Refusal, UpstreamError
+
+if TYPE_CHECKING:
+    from supervisor.gateway.policy import Verdict
+
+Headers = list[tuple[bytes, bytes]]
+
+VERSIONS = ("1.1", "1.0")
+# Of a request: bytes of its head, headers, bytes of its target. Of an answer's head vLLM may have twice as many.
+HEAD_LIMIT, HEADERS_LIMIT, TARGET_LIMIT = 32 * 1024, 100, 8 * 1024
+ANSWER_HEAD_LIMIT = 64 * 1024
+REQUEST_ID_LIMIT = 256
+# RFC 9110, 7.6.1: these speak of one connection, not of the message.
+HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"te", b"transfer-encoding", b"upgrade"})
+# Header lines of a request that are looked at; all others are copied without a look.
+WATCHED = HOP_BY_HOP | {
+    b"content-encoding", b"content-length", b"expect", b"host", b"sec-websocket-protocol", b"x-forwarded-proto",
+    b"x-request-id",
+}  # fmt: skip
+# In a browser a WebSocket can't have other headers: OpenAI's clients put the key here, beside the protocol's name.
+KEY_PROTOCOL = b"openai-insecure-api-key."
+# What a reason may be made of.
+TEXT = bytes([9, *range(32, 127), *range(128, 256)])
+
+HEAD_TOO_LARGE = Refusal(
+    431,
+    f"The request's head is larger than {HEAD_LIMIT} bytes, or has more than {HEADERS_LIMIT} headers.",
+    "head_too_large",
+)
+TARGET_TOO_LONG = Refusal(414, f"The request's target is longer than {TARGET_LIMIT} bytes.", "uri_too_long")
+UNKNOWN_VERSION = Refusal(505, "HTTP/1.1 and HTTP/1.0 are spoken here.", "http_version")
+UNKNOWN_CODING = Refusal(501, "Transfer-Encoding other than 'chunked' is not supported.")
+NO_HOST = Refusal(400, "An HTTP/1.1 request names its Host.", "bad_request")  # RFC 9112, 3.2
+TWO_HOSTS = Refusal(400, "The request has more than one Host.", "bad_request")  # RFC 9112, 3.2
+CHUNKS_BEFORE_1_1 = Refusal(400, "HTTP/1.0 has no Transfer-Encoding.", "bad_request")  # RFC 9112, 6.1
+FRAMES_OR_BODY = Refusal(400, "A request for a WebSocket has no body.", "bad_request")
+NO_TUNNELS = Refusal(501, "CONNECT is not supported.", "bad_request")
+COMPRESSED = Refusal(
+    415, "vLLM reads no compressed bodies: send it without Content-Encoding.", "unsupported_content_encoding"
+)
+
+
+class Request:
+    """A request's head: what it says, and, once it is rewritten, what vLLM gets of it.
+
+    One that came before is shared by all requests that repeat it.
+    """
+
+    # The state of a new one. Kept in the class: what a small request never touches costs it nothing.
+    http11 = True
+    keep_alive = True
+    chunked = False
+    expects_continue = False
+    websocket = False
+    length: int | None = None  # of the body, where the head tells it
+    client_id = b""  # the X-Request-Id that its client gave it
+    written = b""  # what vLLM gets, up to where the request's id is to follow
+    before = after = b""  # the same, before and after the digits of the length, of one that may come again
+    endless = False  # nobody knows where it ends: nothing more is read of its connection
+    verdict: Verdict | None = None
+
+    def __init__(self, method: bytes, target: bytes, path: bytes, headers: Headers) -> None:
+        self.method = method
+        self.target = target
+        self.path = path
+        self.headers = headers
+        self.is_head = method == b"HEAD"
+
+    def header(self, name: bytes) -> bytes | None:
+        """The first one of this name (lower case)."""
+        return next((value for other, value in self.headers if other.lower() == name), None)
+
+    def repeats(self) -> bool:
+        """Whether it is a common one, which may be known when it comes again."""
+        common = (
+            bool(self.written)
+            and not (self.chunked or self.expects_continue or self.is_head or self.websocket or self.client_id)
+            and self.http11
+            and self.keep_alive
+            and self.verdict is not None
+            and self.verdict.refusal is None
+            and sum(name.lower() in (b"content-length", b"x-request-id") for name, _ in self.headers) <= 1
+        )
+        if common:
+            self.before, self.after = halves(self.written)
+        return common
+
+    def rewrite(self, version: str, *, tls: bool) -> Refusal | None:  # noqa: PLR0911  # a rule each
+        """Writes what vLLM gets. A refusal where HTTP leaves no honest way to pass it on; `tls`: it came so."""
+        refusal = self._limits() if version in VERSIONS else UNKNOWN_VERSION
+        if self.method == b"CONNECT":
+            refusal = NO_TUNNELS
+        if refusal is not None:
+            return self._unfit(refusal)
+        lines = [self.method, b" ", self.target, b" HTTP/1.1\r\n"]
+        has_host = False
+        named: frozenset[bytes] = frozenset()
+        for name, value in self.headers:
+            lower = name.lower()
+            if lower not in WATCHED:
+                lines += (name, b": ", value, b"\r\n")
+            elif lower == b"host":
+                if has_host:
+                    return self._unfit(TWO_HOSTS)
+                has_host = True
+                lines += (name, b": ", value, b"\r\n")
+            elif lower == b"content-length":
+                self.length = int(value)
+                lines += (name, b": ", value, b"\r\n")
+            elif lower == b"x-request-id":
+                if not self.client_id and 0 < len(value) <= REQUEST_ID_LIMIT:
+                    self.client_id = value
+            elif lower == b"transfer-encoding":
+                if value.lower() != b"chunked":
+                    return self._unfit(UNKNOWN_CODING)
+                if not self.http11:
+                    return self._unfit(CHUNKS_BEFORE_1_1)
+                self.chunked = True
+                lines.append(b"Transfer-Encoding: chunked\r\n")
+            elif lower == b"expect":
+                if self.http11:  # RFC 9110, 10.1.1: an HTTP/1.0 client can't wait for a 100
+                    self.expects_continue = True
+                    lines += (name, b": ", value, b"\r\n")
+            elif lower == b"content-encoding":
+                if value.lower() not in (b"", b"identity"):
+                    refusal = COMPRESSED
+                lines += (name, b": ", value, b"\r\n")
+            elif lower == b"x-forwarded-proto":
+                if not tls:  # else it is we who know
+                    lines += (name, b": ", value, b"\r\n")
+            elif lower == b"sec-websocket-protocol":
+                tokens = [token.strip() for token in value.split(b",")]
+                if kept := b", ".join(token for token in tokens if not token.startswith(KEY_PROTOCOL)):
+                    lines += (name, b": ", kept, b"\r\n")
+            elif lower == b"upgrade":
+                if self.websocket and value.lower() == b"websocket":
+                    lines.append(b"Connection: Upgrade\r\nUpgrade: websocket\r\n")
+            elif lower == b"connection" and value.lower() not in (b"close", b"keep-alive"):
+                named |= {token.strip() for token in value.lower().split(b",")} - {b""}
+        if self.websocket and (self.chunked or self.length):
+            return self._unfit(FRAMES_OR_BODY)
+        if not has_host:
+            if self.http11:
+                return self._unfit(NO_HOST)
+            lines.append(b"Host: vllm\r\n")
+        if tls:  # vLLM's redirects are made of it
+            lines.append(b"X-Forwarded-Proto: https\r\n")
+        lines.append(b"X-Request-Id: ")
+        if named - WATCHED:
+            lines = _without(lines, named - WATCHED)
+        self.written = b"".join(lines)
+        return refusal
+
+    def _unfit(self, refusal: Refusal) -> Refusal:
+        self.keep_alive = False
+        self.endless = True
+        return refusal
+
+    def _limits(self) -> Refusal | None:
+        if len(self.target) > TARGET_LIMIT:
+            return TARGET_TOO_LONG
+        headers = self.headers
+        if len(headers) > HEADERS_LIMIT or sum(len(name) + len(value) + 4 for name, value in headers) > HEAD_LIMIT:
+            return HEAD_TOO_LARGE
+        return None
+
+
+def asks_for_websocket(method: bytes, headers: Headers) -> bool:
+    return method == b"GET" and any(
+        name.lower() == b"upgrade" and value.lower() == b"websocket" for name, value in headers
+    )
+
+
+def origin_form(target: bytes) -> bytes:
+    """The target of a request that names it otherwise: `http://host/path?query`, or `*`."""
+    if target.startswith(b"/") or b"://" not in target:
+        return target
+    rest = target.partition(b"://")[2]
+    start = min((at for at in (rest.find(b"/"), rest.find(b"?")) if at >= 0), default=len(rest))
+    target = rest[start:]
+    return target if target.startswith(b"/") else b"/" + target
+
+
+def _without(lines: list[bytes], names: frozenset[bytes]) -> list[bytes]:
+    """The head's lines without the headers that `Connection` names."""
+    first, *others = b"".join(lines).split(b"\r\n")
+    return [b"\r\n".join([first, *(line for line in others if line.partition(b":")[0].lower() not in names)])]
+
+
+class Framing(Enum):
+    """How the end of a response body is known."""
+
+    NONE = "no body"
+    LENGTH = "content-length"
+    CHUNKED = "chunked"
+    CLOSE = "until the connection closes"
+
+
+class ResponseHead:
+    """Status, reason, and the header lines that may travel on (hop-by-hop ones are gone). Raises UpstreamError."""
+
+    __slots__ = ("fields", "framing", "has_request_id", "is_sse", "length", "reason", "status")
+
+    def __init__(self, status: int, reason: bytes, headers: Headers) -> None:
+        self.status = status
+        self.reason = reason
+        if status < 100 or reason.translate(None, TEXT):
+            raise UpstreamError("vLLM's answer has no valid status line")
+        self.has_request_id = False
+        self.is_sse = False
+        self.length = 0
+        framing = Framing.CLOSE
+        named: frozenset[bytes] = frozenset()
+        for name, value in headers:
+            if len(name) == 10 and name.lower() == b"connection" and value.lower() not in (b"close", b"keep-alive"):
+                named |= {token.strip() for token in value.lower().split(b",")}
+        lines: list[bytes] = []
+        own = {b"x-accel-buffering": b"X-Accel-Buffering: no\r\n", b"cache-control": b"Cache-Control: no-cache\r\n"}
+        for name, value in headers:
+            lower = name.lower()
+            if lower in HOP_BY_HOP or lower in named:
+                if lower == b"transfer-encoding":
+                    if value.lower() != b"chunked":
+                        raise UpstreamError("vLLM's answer has a transfer coding other than chunked")
+                    framing = Framing.CHUNKED
+                continue
+            if lower == b"content-length":
+                framing = Framing.LENGTH
+                self.length = int(value)
+            elif lower == b"content-type":
+                self.is_sse = value.startswith(b"text/event-stream")
+            elif lower == b"x-request-id":
+                self.has_request_id = True
+            own.pop(lower, None)
+            lines += (name, b": ", value, b"\r\n")
+        if self.is_sse:  # nginx and its kin would keep the events until they have some kilobytes
+            lines += own.values()
+        self.fields = b"".join(lines)
+        self.framing = Framing.NONE if status in (204, 304) or status < 200 else framing
+
+    def for_others(self) -> ResponseHead:
+        """The same without what is one client's own."""
+        other = copy.copy(self)
+        other.fields = b"".join(
+            line for line in self.fields.splitlines(keepends=True) if not line.lower().startswith(b"x-request-id:")
+        )
+        other.has_request_id = False
+        return other
+
+
+class KnownAnswer:
+    """What was made of the head of an answer with a length. The client sees the same pieces, and the status first."""
+
+    __slots__ = ("after", "before", "head", "status")
+
+    def __init__(self, head: ResponseHead) -> None:
+        self.head = head
+        self.status = head.status
+        written = b"HTTP/1.1 %d %b\r\n%bX-Request-Id: " % (head.status, head.reason, head.fields)
+        self.before, self.after = halves(written)
+
+    def with_length(self, digits: bytes) -> ResponseHead:
+        head = copy.copy(self.head)
+        before, after = halves(b"\r\n" + head.fields)
+        head.fields = (before + digits + after)[2:]
+        return head
+
+
+class Dechunker:
+    """Takes the chunk framing off a body."""
+
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+        self.parser = httptools.HttpResponseParser(self)
+        self.parser.feed_data(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+
+    def on_body(self, body: bytes) -> None:
+        self.parts.append(body)
+
+    def feed(self, data: bytes) -> bytes:
+        self.parser.feed_data(data)
+        body = b"".join(self.parts)
+        self.parts.clear()
+        return body
+
+
+# ---- heads that come again -------------------------------------------------------------------------------------------
+
+# A larger head is no common one.
+LARGEST = 4096
+# Heads that are remembered. Clients that put something new into each (a trace's id) fill it, and it is emptied.
+REMEMBERED = 256
+
+_LENGTH = b"ength: "  # of Content-Length, in both spellings that clients have
+_BEFORE = b"\r\ncontent-l"
+MOST_DIGITS = 9
+
+Head = TypeVar("Head")
+
+
+class Latest(Generic[Head]):
+    """The last head with a length on one connection, which is most likely the next one, too: found without `split`."""
+
+    __slots__ = ("known", "prefix", "start", "suffix")
+
+    def __init__(self, key: bytes, known: Head) -> None:
+        self.start = key.find(_LENGTH) + len(_LENGTH)
+        self.prefix = key[: self.start]
+        self.suffix = key[self.start :]
+        self.known = known
+
+    def read(self, data: bytes) -> tuple[int, bytes] | None:
+        """Where the head ends, and its length's digits, if this is the same head again."""
+        if data.startswith(self.prefix):
+            stop = data.find(b"\r", self.start)
+            digits = data[self.start : stop]
+            if data.startswith(self.suffix, stop) and digits.isdigit() and len(digits) <= MOST_DIGITS:
+                return stop + len(self.suffix), digits
+        return None
+
+
+def split(data: bytes) -> tuple[int, bytes, bytes] | None:
+    """The head at the beginning of `data`: where it ends, its bytes without the length's digits, and the digits."""
+    end = data.find(b"\r\n\r\n", 0, LARGEST) + 4
+    if end < 4:
+        return None
+    at = data.find(_LENGTH, 0, end)
+    if at < 0:
+        return end, data[:end], b""
+    at += len(_LENGTH)
+    stop = data.find(b"\r\n", at)
+    digits = data[at:stop]
+    if data[at - len(_LENGTH) - len(_BEFORE) : at - len(_LENGTH)].lower() != _BEFORE:
+        return None
+    if not digits.isdigit() or len(digits) > MOST_DIGITS:
+        return None
+    return end, data[:at] + data[stop:end], digits
+
+
+def halves(head: bytes) -> tuple[bytes, bytes]:
+    """A head's lines before and after the length's digits; all of it where there is no length."""
+    found = head.lower().find(b"\r\ncontent-length: ")
+    if found < 0:
+        return head, b""
+    at = found + len(b"\r\ncontent-length: ")
+    return head[:at], head[head.find(b"\r\n", at) :]
+
+
+class Memo(Generic[Head]):
+    """Heads by what `split` left of them."""
+
+    def __init__(self) -> None:
+        self.known: dict[bytes, Head] = {}
+        self.get = self.known.get
+
+    def learn(self, key: bytes, head: Head) -> None:
+        if len(self.known) >= REMEMBERED:
+            self.known.clear()
+        self.known[key] = head
+
+    def forget(self) -> None:
+        """The policy changed."""
+        self.known.clear()
