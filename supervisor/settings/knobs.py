@@ -67,8 +67,21 @@ class Keys:
         return keys(f"@{self.file}") if self.file else self
 
 
+# What a key has of a template that was not filled in -> how such placeholders are written.
+PLACEHOLDERS = (
+    (re.compile(r"\{\{.*\}\}"), "{{ NAME }}"),  # Helm, RunPod's secrets, GitHub's
+    (re.compile(r"\$\{[A-Za-z_]\w*(\W.*)?\}"), "${NAME}"),  # shells, compose
+    (re.compile(r"\$\([A-Za-z_]\w*\)"), "$(NAME)"),  # Kubernetes, where there is no such variable
+    (re.compile(r"^\$[A-Z_][A-Z0-9_]*$"), "$NAME"),
+)
+QUOTES = ("'", '"')
+# A key with less can be tried out. Such a one is told, and holds.
+SHORT_KEY = 8  # characters
+
+
 def keys(value: str) -> Keys:
     """Keys between commas, or `@file` with one on each line."""
+    value = value.strip()
     file = value[1:] if value.startswith("@") else None
     if file is not None:
         try:
@@ -78,10 +91,21 @@ def keys(value: str) -> Keys:
             raise BadValue(f"keys, such as key1,key2, or @file with a key on each line ({why})") from None
     found = tuple(key.strip() for key in value.split(",") if key.strip())
     if not found:
-        raise BadValue("at least one key, such as key1,key2")
+        raise BadValue("at least one key, such as key1,key2; there is nothing but blanks")
     if not all(key.isascii() and key.isprintable() for key in found):
         raise BadValue("keys of printable ASCII characters, such as key1,key2")
+    for key in (value.strip(), *found):
+        _as_written(key)
     return Keys(found, file)
+
+
+def _as_written(key: str) -> None:
+    """Raises BadValue for what somebody else was to fill in, or to take out of its quotes: no client would have it."""
+    for pattern, form in PLACEHOLDERS:
+        if pattern.search(key):
+            raise BadValue(f"keys, such as key1,key2; one has a placeholder like {form}, which nothing has filled in")
+    if len(key) > 1 and key[0] in QUOTES and key[0] == key[-1]:
+        raise BadValue("keys, such as key1,key2; one stands in quotes, which would be a part of it: leave them out")
 
 
 def routes(value: str) -> tuple[str, ...]:

@@ -75,7 +75,7 @@ class Place:
 
 
 def variables(rows: list[dict[str, Any]]) -> dict[str, str]:
-    return {row["name"]: str(row.get("value", "secret")) for row in rows}
+    return {row["name"]: str(row.get("value", "a-secret-value")) for row in rows}
 
 
 def probe(content: dict[str, Any]) -> Probe:
@@ -402,7 +402,7 @@ def test_runpods_endpoints_are_of_the_two_kinds() -> None:
 def read(folder: Path) -> Any:
     def read(place: Place) -> Settings:
         """The settings as the supervisor would see them there. Its files of keys and its volume are not here."""
-        (folder / "keys").write_text("key1\nkey2\n")
+        (folder / "keys").write_text("the-first-key\nthe-second-key\n")
         environ = {name: f"@{folder / 'keys'}" if value[:1] == "@" else value for name, value in place.environ.items()}
         environ |= {"SUPERVISOR_VOLUME": str(folder)} if "SUPERVISOR_VOLUME" in environ else {}
         environ |= {"SUPERVISOR_VLLM": str(folder.parent / "vllm/bin/vllm"), "SUPERVISOR_HOST": "0.0.0.0"}
