@@ -157,6 +157,7 @@ KNOB_EXAMPLES: dict[str, object] = {
     "api_keys": "@keys.txt",
     "admin_keys": "@admins.txt",
     "allow_routes": "/server_info",
+    "allowed_hosts": "gpu1.example.com",
     "rate_limit": 600,
     "response_cache": "256MiB",
     "tls_cert": "/tls/tls.crt",

@@ -115,6 +115,18 @@ def routes(value: str) -> tuple[str, ...]:
     return found
 
 
+HOST = re.compile(r"(?:\*\.)?(?:(?!-)[a-z0-9_-]{1,63}(?<!-)\.)*(?!-)[a-z0-9_-]{1,63}(?<!-)")
+LONGEST_HOST = 253
+
+
+def hosts(value: str) -> tuple[str, ...]:
+    """Names between commas as a `Host` header has them, in small letters; `*.` in front stands for what is below."""
+    found = tuple(host.strip().lower().removesuffix(".") for host in value.split(",") if host.strip())
+    if not all(len(host) <= LONGEST_HOST and HOST.fullmatch(host) for host in found):
+        raise BadValue("names of hosts without scheme, port or path, such as gpu1.example.com,*.example.org")
+    return found
+
+
 def choice(*names: str) -> Callable[[str], str]:
     def read(value: str) -> str:
         if value.lower() not in names:
@@ -176,10 +188,22 @@ KNOBS = (
         "SUPERVISOR_REQUEST_TIMEOUT", "3600", seconds, "seconds that a request may take, answer included (0: no limit)"
     ),
     Knob("SUPERVISOR_CLIENT_TIMEOUT", "60", seconds, "seconds for a client's next bytes, or for it to take ours"),
+    Knob(
+        "SUPERVISOR_SSE_KEEP_ALIVE",
+        "0",
+        seconds,
+        "seconds between comments in a stream whose request is held or queued; its status is 200 then; 0: none",
+    ),
     Knob("SUPERVISOR_MAX_BODY", "64MiB", size, "the largest request body"),
     Knob("SUPERVISOR_API_KEYS", None, keys, "keys that clients must give, between commas, or @file", secret=True),
     Knob("SUPERVISOR_ADMIN_KEYS", None, keys, "keys that open vLLM's admin routes as well, the same way", secret=True),
     Knob("SUPERVISOR_ALLOW_ROUTES", "", routes, "more paths to open, by their beginnings, between commas"),
+    Knob(
+        "SUPERVISOR_ALLOWED_HOSTS",
+        "",
+        hosts,
+        "hosts that clients may name, on loopback without keys, beside localhost and addresses: a.example,*.b.example",
+    ),
     Knob("SUPERVISOR_RATE_LIMIT", None, count, "requests per minute and key (or address, where there are no keys)"),
     Knob(
         "SUPERVISOR_RESPONSE_CACHE",
@@ -224,10 +248,12 @@ class Knobs:
     max_waiting: int
     request_timeout: float
     client_timeout: float
+    sse_keep_alive: float
     max_body: int
     api_keys: Keys | None
     admin_keys: Keys | None
     allow_routes: tuple[str, ...]
+    allowed_hosts: tuple[str, ...]
     rate_limit: int | None
     response_cache: int | None
     tls_cert: str | None

@@ -303,6 +303,48 @@ def test_a_short_key_is_told_and_is_a_key(folder: Path, variable: str) -> None:
     assert "12345" not in warning
 
 
+# Hosts and the keep-alive of streams
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("", ()),
+        (" ", ()),
+        ("gpu1", ("gpu1",)),
+        ("GPU1.Example.com.", ("gpu1.example.com",)),
+        ("a.example.com, *.example.org,", ("a.example.com", "*.example.org")),
+        ("my_box.local,xn--bcher-kva.example", ("my_box.local", "xn--bcher-kva.example")),
+        ("192.0.2.7", ("192.0.2.7",)),
+    ],
+)
+def test_hosts_are_names_between_commas(folder: Path, given: str, expected: tuple[str, ...]) -> None:
+    assert read(folder, SUPERVISOR_ALLOWED_HOSTS=given).knobs.allowed_hosts == expected
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "http://example.com", "example.com/", "example.com:8000", "example.com?x", "user@example.com", "*", "*.",
+        "*.*.a", "a.*.example.com", "*example.com", "ex*.com", "a..b", ".example.com", "-a.example.com",
+        "a-.example.com", "[::1]", "a b", "bücher.example", "a" * 64, ".".join(["a" * 60] * 5),
+        "good.example.com,bad/path", "a\x00b",
+    ],
+)  # fmt: skip
+def test_what_is_no_host_is_told(folder: Path, given: str) -> None:
+    assert any(
+        problem.startswith("SUPERVISOR_ALLOWED_HOSTS=") and "names of hosts without scheme, port or path" in problem
+        for problem in problems(folder, SUPERVISOR_ALLOWED_HOSTS=given)
+    )
+
+
+def test_the_keep_alive_of_streams_is_off_until_asked_for(folder: Path) -> None:
+    assert read(folder).knobs.sse_keep_alive == 0
+    assert read(folder, SUPERVISOR_SSE_KEEP_ALIVE="15").knobs.sse_keep_alive == 15
+    (problem,) = problems(folder, SUPERVISOR_SSE_KEEP_ALIVE="often")
+    assert "expected seconds" in problem
+
+
 # The model
 
 
