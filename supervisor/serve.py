@@ -20,6 +20,7 @@ from supervisor import listen, logs
 from supervisor.around.account import Account
 from supervisor.around.caches import CacheKeeper, Caches
 from supervisor.around.gpus import GpuMemory
+from supervisor.around.media import MediaTold
 from supervisor.around.multinode import Multinode
 from supervisor.around.phases import Waterfall
 from supervisor.around.postmortem import PostMortem
@@ -38,12 +39,13 @@ from supervisor.gateway.counts import Jobs
 from supervisor.gateway.policy import Policy, Routes
 from supervisor.gateway.server import GatewayServer
 from supervisor.gateway.upstream import Probe, Upstream, UpstreamError
-from supervisor.launch import SIGNALS, Launch
+from supervisor.launch import SIGNALS, Launch, weights_of
 from supervisor.listen import Listeners
 from supervisor.settings import demo, explain
 from supervisor.settings.command import served_name
 from supervisor.settings.sources import Settings
 from supervisor.settings.values import BadValue
+from supervisor.weights.find import Weights
 
 if TYPE_CHECKING:
     from supervisor.queue.child import Queue
@@ -151,6 +153,10 @@ class Serving(Observer):
             simulator = self.queue.simulator if self.queue is not None else None
             return invitation(settings, listeners, simulator.url if simulator is not None else "")
 
+        def weights() -> Weights:
+            """Those of the start; looked for again where they had to be downloaded for it."""
+            return launch.weights if launch.weights.folder is not None else weights_of(settings)
+
         foot = launch.stderr if launch.has_foot else None
         vllm = settings.vllm.version
         found: list[Observer] = [
@@ -158,6 +164,7 @@ class Serving(Observer):
             self,
             StartTold(self.lines, foot, colour=launch.form.colour, invitation=invite),
             PostMortem(settings.cache, mask=launch.mask, vllm=vllm, facts=self.facts, account=self.account),
+            *([] if self.headless else [MediaTold(settings, weights)]),
             ReadAhead(lambda: launch.weights, str(settings.option("load_format") or "auto")),
             Stacks(),
             GpuMemory(),

@@ -438,6 +438,24 @@ def test_tokens_reach_vllm_as_variables_and_nothing_of_ours_does(folder: Path) -
     assert not {"RUNPOD_AI_API_KEY", "SUPERVISOR_API_KEYS", "SUPERVISOR_VLLM"} & set(command.environ)
 
 
+@pytest.mark.parametrize(
+    ("variable", "ours", "theirs"),
+    [
+        # A redirect is not compared with ALLOWED_MEDIA_DOMAINS.
+        ("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0", "1"),
+        # Who speaks to a private socket is the gateway, whose word on https counts.
+        ("FORWARDED_ALLOW_IPS", "*", "127.0.0.1"),
+    ],
+)
+def test_what_is_safer_for_vllm_is_set_unless_the_user_did(folder: Path, variable: str, ours: str, theirs: str) -> None:
+    def passed(**environ: str) -> str:
+        return build(read(folder, **environ), "SOCKET", "FOLDER").environ[variable]
+
+    assert passed() == ours
+    assert passed(**{variable: ""}) == ours  # an empty value is not set
+    assert passed(**{variable: theirs}) == theirs
+
+
 def test_mask_hides_what_is_secret_and_nothing_else() -> None:
     mask = Mask({"HF_TOKEN": "hf_secretsecret", "MY_PASSWORD": "pa.*ss", "KEYBOARD": "qwertz", "MONKEY": "banana"})
     assert mask("hf_secretsecret pa.*ss qwertz banana") == "**** **** qwertz banana"
