@@ -123,6 +123,12 @@ GROUPS: tuple[tuple[str, tuple[Popular, ...]], ...] = (
                 hub=False,
             ),
             Popular("LIMIT_MM_PER_PROMPT", "images and the like in one prompt: JSON", {"image": 4}),
+            Popular(
+                "ALLOWED_MEDIA_DOMAINS",
+                "hosts that images and the like may be fetched from; unset: any",
+                ["images.example.com"],
+                hub=False,
+            ),
             Popular("MAX_LOGPROBS", "log probabilities that a request may ask for", 20, hub=False),
         ),
     ),
@@ -157,6 +163,7 @@ KNOB_EXAMPLES: dict[str, object] = {
     "api_keys": "@keys.txt",
     "admin_keys": "@admins.txt",
     "allow_routes": "/server_info",
+    "allowed_hosts": "gpu1.example.com",
     "rate_limit": 600,
     "response_cache": "256MiB",
     "tls_cert": "/tls/tls.crt",
@@ -176,6 +183,8 @@ HUB_KNOBS = (
 # Variables that are neither: read by vLLM or the hub's client, which get them as they are.
 PASSED_ON = {
     "HF_TOKEN": "the hub's token, for gated and private models",
+    "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "whether vLLM follows redirects for images and the like (0 where it is not set)",
+    "FORWARDED_ALLOW_IPS": "whose `X-Forwarded-` headers vLLM believes on its private socket (`*` where it is not set)",
     "HF_HOME": "where the hub's client keeps what it downloads; on RunPod a folder of the network volume",
     "RUNPOD_INIT_TIMEOUT": "RunPod's own: seconds that a worker may take to become ready (420 where it is not set)",
 }

@@ -20,6 +20,7 @@ from supervisor import listen, logs
 from supervisor.around.account import Account
 from supervisor.around.caches import CacheKeeper, Caches
 from supervisor.around.gpus import GpuMemory
+from supervisor.around.media import MediaTold
 from supervisor.around.multinode import Multinode
 from supervisor.around.phases import Waterfall
 from supervisor.around.postmortem import PostMortem
@@ -39,12 +40,13 @@ from supervisor.gateway.gate import Admission
 from supervisor.gateway.policy import Origins, Policy, Routes
 from supervisor.gateway.server import Gateway
 from supervisor.gateway.upstream import Upstream
-from supervisor.launch import SIGNALS, Launch
+from supervisor.launch import SIGNALS, Launch, weights_of
 from supervisor.listen import Listeners
 from supervisor.settings import demo, explain
 from supervisor.settings.command import served_name
 from supervisor.settings.sources import Settings
 from supervisor.settings.values import BadValue
+from supervisor.weights.find import Weights
 
 if TYPE_CHECKING:
     from supervisor.queue.child import Queue
@@ -151,6 +153,10 @@ class Serving(Observer):
             simulator = self.queue.simulator if self.queue is not None else None
             return invitation(settings, listeners, simulator.url if simulator is not None else "")
 
+        def weights() -> Weights:
+            """Those of the start; looked for again where they had to be downloaded for it."""
+            return launch.weights if launch.weights.folder is not None else weights_of(settings)
+
         foot = launch.stderr if launch.has_foot else None
         vllm = settings.vllm.version
         found: list[Observer] = [
@@ -158,6 +164,7 @@ class Serving(Observer):
             self,
             StartTold(self.lines, foot, colour=launch.form.colour, invitation=invite),
             PostMortem(settings.cache, mask=launch.mask, vllm=vllm, facts=self.facts, account=self.account),
+            *([] if self.headless else [MediaTold(settings, weights)]),
             ReadAhead(lambda: launch.weights, str(settings.option("load_format") or "auto")),
             Stacks(),
             GpuMemory(),
@@ -171,8 +178,8 @@ class Serving(Observer):
             *(keys.values for keys in settings.keys),
             routes=Routes(knobs.allow_routes or (), str(settings.option("root_path") or "")),
             origins=self._origins(),
-            # Others at other addresses can't be known, and what asks there comes from no page of a browser's.
-            hosts=() if listen.on_loopback(knobs.host) else None,
+            # A page of a browser's reaches what listens on loopback; under which names others are known can't be told.
+            hosts=knobs.allowed_hosts if listen.on_loopback(knobs.host) else None,
             rate=knobs.rate_limit,
             max_body=knobs.max_body,
             timeout=knobs.request_timeout or math.inf,

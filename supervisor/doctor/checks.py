@@ -50,4 +50,5 @@ CHECKS: dict[str, Callable[[Patient], Row | Iterable[Row] | None]] = {
     "model": model.access,
     "disk": model.model_disk,
     "context": model.context,
+    "media": model.media,
 }  # fmt: skip

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from supervisor.around import media as told
 from supervisor.around.machine import amount, disk
 from supervisor.doctor.patient import FAIL, OK, UTILIZATION, WARN, Patient, Row
-from supervisor.weights import estimate
+from supervisor.weights import estimate, modalities
 
 # Seconds: what is signed (S3, tokens) is refused after some minutes.
 SKEW, LARGE_SKEW = 30.0, 240.0
@@ -136,3 +137,11 @@ def context(patient: Patient) -> Row | None:
             + "or use more GPUs.",
         )
     return Row(OK, f"beside weights of {amount(fits.weights)} about {fits.tokens} tokens fit (an estimate)")
+
+
+def media(patient: Patient) -> Row | None:
+    """Whether vLLM fetches what a request names from anywhere."""
+    if patient.settings is None:
+        return None
+    found = told.unrestricted(patient.settings, modalities.kinds(patient.config()))
+    return Row(WARN, told.text(found), told.REMEDY) if found else None

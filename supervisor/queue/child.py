@@ -34,7 +34,9 @@ SAFELY = ("-P", "-m")
 LEVELS = frozenset({"NOTSET", "TRACE", "DEBUG", "INFO", "WARN", "ERROR"})
 
 
-def environment(environ: Mapping[str, str], address: str, model: str, jobs: int, *, llm: bool) -> dict[str, str]:
+def environment(
+    environ: Mapping[str, str], address: str, model: str, jobs: int, *, llm: bool, root: str = ""
+) -> dict[str, str]:
     """What the worker is started with: RunPod's own variables, made safe for the SDK, and the gateway's address.
 
     The SDK reads most of these while it is imported, and has no other way to be told.
@@ -64,6 +66,7 @@ def environment(environ: Mapping[str, str], address: str, model: str, jobs: int,
         "SUPERVISOR_QUEUE_MODEL": model,
         "SUPERVISOR_QUEUE_JOBS": str(jobs),
         "SUPERVISOR_QUEUE_SHAPE": "llm" if llm else "",
+        "SUPERVISOR_QUEUE_ROOT": root,
     }
 
 
@@ -245,8 +248,8 @@ class Queue:
         environ = {**settings.environ, **(simulated(simulator.url) if simulator is not None else {})}
         # Who names the model as runpod-LLM does has clients who know its answers.
         llm = settings.model.source.endswith("LLM_MODEL")
-        jobs = settings.knobs.max_concurrency or 1
-        return cls(QueueWorker(environment(environ, address, model, jobs, llm=llm), counts), simulator)
+        jobs, root = settings.knobs.max_concurrency or 1, str(settings.option("root_path") or "")
+        return cls(QueueWorker(environment(environ, address, model, jobs, llm=llm, root=root), counts), simulator)
 
     def stop(self) -> None:
         if self.simulator is not None:

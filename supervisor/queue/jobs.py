@@ -9,16 +9,19 @@ import base64
 import binascii
 import contextlib
 import json
+import posixpath
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, unquote, urlencode
 
 JSON = dict[str, Any]
 DEFAULT_ROUTE = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 # vLLM stops a completion after 16 tokens where nobody says otherwise, which no user of these shapes means.
 COMPLETION_TOKENS = 512
+# What the gateway answers itself (gateway/app.py): its settings and its log are not the jobs', and its feed has no end.
+OWN_ROUTES = frozenset({"/ping", "/health", "/status", "/status/events", "/metrics", "/"})
 # The client's connection is not ours: what belongs to it does not go to vLLM. RunPod's key is no key of vLLM's.
 OWN_HEADERS = frozenset(
     {
@@ -106,10 +109,12 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """Reads inputs. `model` is put where a body names none; `llm`: `messages` alone means runpod-LLM's shape."""
+    """Reads inputs. `model` is put where a body names none; `llm`: `messages` alone means runpod-LLM's shape; `root`:
+    vLLM's --root-path, below which a route is the same one."""
 
     model: str
     llm: bool = False
+    root: str = ""
 
     def read(self, content: object) -> Job:
         """Raises JobError, which says what is wrong with the input."""
@@ -178,13 +183,30 @@ class Reader:
         method = content.get("method") or ("GET" if data is None else "POST")
         if not isinstance(method, str) or not (method.isascii() and method.isalpha()):
             raise JobError("method must be an HTTP method, such as POST.", param="method")
-        path = _path(content["route"])
+        path = self._open(_path(content["route"]))
         if query := _query(content.get("query")):
             path += ("&" if "?" in path else "?") + query
         return Request(method.upper(), path, headers, data)
 
     def _request(self, method: str, route: object, body: bytes | None = None) -> Request:
-        return Request(method, _path(route), (("Content-Type", "application/json"),) if body is not None else (), body)
+        path = self._open(_path(route))
+        return Request(method, path, (("Content-Type", "application/json"),) if body is not None else (), body)
+
+    def _open(self, path: str) -> str:
+        """The path as it is. Raises JobError where it is one of the supervisor's own, however it is spelled."""
+        plain, root = _plain(path.partition("?")[0]), self.root.rstrip("/")
+        if root and (plain == root or plain.startswith(root + "/")):
+            plain = plain[len(root) :] or "/"
+        if plain in OWN_ROUTES:
+            raise JobError(
+                f"{plain} is the supervisor's own and not open to jobs. Ask for a route of the model's, such as "
+                "/v1/models.",
+                403,
+                "permission_error",
+                "route",
+                "route_not_open",
+            )
+        return path
 
     def _json_body(self, content: object, name: str) -> bytes:
         if isinstance(content, str):  # some clients encode it twice
@@ -331,6 +353,11 @@ def _path(route: object) -> str:
     if path.startswith("/openai/"):  # as it is in the endpoint's URL
         path = path.removeprefix("/openai")
     return quote(path, safe="/?=&%+,:;@!$'()*~-._[]", errors="surrogatepass")
+
+
+def _plain(path: str) -> str:
+    """The path that is meant: without escapes, doubled slashes, dots, and a slash at its end."""
+    return posixpath.normpath("/" + unquote(path).lstrip("/"))
 
 
 def _query(content: object) -> str:

@@ -353,7 +353,11 @@ def main() -> None:
         if orders.latest in sdk.ENDING:
             return
         orders.wait()
-    reader = Reader(os.environ["SUPERVISOR_QUEUE_MODEL"], llm=os.environ.get("SUPERVISOR_QUEUE_SHAPE") == "llm")
+    reader = Reader(
+        os.environ["SUPERVISOR_QUEUE_MODEL"],
+        llm=os.environ.get("SUPERVISOR_QUEUE_SHAPE") == "llm",
+        root=os.environ.get("SUPERVISOR_QUEUE_ROOT", ""),
+    )
     worker = Worker(orders, Client(os.environ["SUPERVISOR_QUEUE_SOCKET"]), reader)
     sdk.serve(worker, int(os.environ["SUPERVISOR_QUEUE_JOBS"]))
     # All is reported. Python's own way out of so many modules takes half a second that the drain may not have.

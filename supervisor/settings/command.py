@@ -14,6 +14,15 @@ WITHHELD = frozenset({"RUNPOD_AI_API_KEY", "RUNPOD_API_KEY", "RUNPOD_ENDPOINT_SE
 # Ours by another name: vLLM warns of each VLLM_* that it does not know, and would ask for VLLM_API_KEY itself.
 WITHHELD |= {"VLLM_API_KEY", "VLLM_CONFIG_FILE", "VLLM_EXTRA_ARGS", "VLLM_STARTUP_TIMEOUT", "VLLM_VERSION"}
 
+# What is safer where somebody else sends the requests, unless the user set it.
+DEFAULTS = {
+    # What is fetched for a prompt may redirect to any host: vLLM compares none but the first with its list.
+    "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
+    # uvicorn's: whose X-Forwarded-Proto counts. On the private socket nobody speaks but the gateway, and without it
+    # vLLM's redirects lead from https to http.
+    "FORWARDED_ALLOW_IPS": "*",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Command:
@@ -39,7 +48,7 @@ def served_name(settings: Settings) -> str:
 
 
 def child_environment(settings: Settings) -> dict[str, str]:
-    """What the user set, less what is not the child's to see."""
+    """What the user set, less what is not the child's to see, and our defaults."""
     environ = {
         name: value
         for name, value in settings.environ.items()
@@ -47,7 +56,7 @@ def child_environment(settings: Settings) -> dict[str, str]:
     }
     if "://" in environ.get("VLLM_PORT", ""):  # Kubernetes', for a service named vllm: vLLM fails on it
         del environ["VLLM_PORT"]
-    return environ
+    return environ | {name: value for name, value in DEFAULTS.items() if not environ.get(name)}
 
 
 def build(settings: Settings, socket: str, folder: str, serving: Serving | None = None) -> Command:

@@ -67,8 +67,21 @@ class Keys:
         return keys(f"@{self.file}") if self.file else self
 
 
+# What a key has of a template that was not filled in -> how such placeholders are written.
+PLACEHOLDERS = (
+    (re.compile(r"\{\{.*\}\}"), "{{ NAME }}"),  # Helm, RunPod's secrets, GitHub's
+    (re.compile(r"\$\{[A-Za-z_]\w*(\W.*)?\}"), "${NAME}"),  # shells, compose
+    (re.compile(r"\$\([A-Za-z_]\w*\)"), "$(NAME)"),  # Kubernetes, where there is no such variable
+    (re.compile(r"^\$[A-Z_][A-Z0-9_]*$"), "$NAME"),
+)
+QUOTES = ("'", '"')
+# A key with less can be tried out. Such a one is told, and holds.
+SHORT_KEY = 8  # characters
+
+
 def keys(value: str) -> Keys:
     """Keys between commas, or `@file` with one on each line."""
+    value = value.strip()
     file = value[1:] if value.startswith("@") else None
     if file is not None:
         try:
@@ -78,16 +91,39 @@ def keys(value: str) -> Keys:
             raise BadValue(f"keys, such as key1,key2, or @file with a key on each line ({why})") from None
     found = tuple(key.strip() for key in value.split(",") if key.strip())
     if not found:
-        raise BadValue("at least one key, such as key1,key2")
+        raise BadValue("at least one key, such as key1,key2; there is nothing but blanks")
     if not all(key.isascii() and key.isprintable() for key in found):
         raise BadValue("keys of printable ASCII characters, such as key1,key2")
+    for key in (value.strip(), *found):
+        _as_written(key)
     return Keys(found, file)
+
+
+def _as_written(key: str) -> None:
+    """Raises BadValue for what somebody else was to fill in, or to take out of its quotes: no client would have it."""
+    for pattern, form in PLACEHOLDERS:
+        if pattern.search(key):
+            raise BadValue(f"keys, such as key1,key2; one has a placeholder like {form}, which nothing has filled in")
+    if len(key) > 1 and key[0] in QUOTES and key[0] == key[-1]:
+        raise BadValue("keys, such as key1,key2; one stands in quotes, which would be a part of it: leave them out")
 
 
 def routes(value: str) -> tuple[str, ...]:
     found = tuple(route.strip() for route in value.split(",") if route.strip())
     if not all(route.startswith("/") for route in found):
         raise BadValue("prefixes of paths, such as /server_info,/custom (/ opens all)")
+    return found
+
+
+HOST = re.compile(r"(?:\*\.)?(?:(?!-)[a-z0-9_-]{1,63}(?<!-)\.)*(?!-)[a-z0-9_-]{1,63}(?<!-)")
+LONGEST_HOST = 253
+
+
+def hosts(value: str) -> tuple[str, ...]:
+    """Names between commas as a `Host` header has them, in small letters; `*.` in front stands for what is below."""
+    found = tuple(host.strip().lower().removesuffix(".") for host in value.split(",") if host.strip())
+    if not all(len(host) <= LONGEST_HOST and HOST.fullmatch(host) for host in found):
+        raise BadValue("names of hosts without scheme, port or path, such as gpu1.example.com,*.example.org")
     return found
 
 
@@ -152,10 +188,22 @@ KNOBS = (
         "SUPERVISOR_REQUEST_TIMEOUT", "3600", seconds, "seconds that a request may take, answer included (0: no limit)"
     ),
     Knob("SUPERVISOR_CLIENT_TIMEOUT", "60", seconds, "seconds for a client's next bytes, or for it to take ours"),
+    Knob(
+        "SUPERVISOR_SSE_KEEP_ALIVE",
+        "0",
+        seconds,
+        "seconds between comments in a stream whose request is held or queued; its status is 200 then; 0: none",
+    ),
     Knob("SUPERVISOR_MAX_BODY", "64MiB", size, "the largest request body"),
     Knob("SUPERVISOR_API_KEYS", None, keys, "keys that clients must give, between commas, or @file", secret=True),
     Knob("SUPERVISOR_ADMIN_KEYS", None, keys, "keys that open vLLM's admin routes as well, the same way", secret=True),
     Knob("SUPERVISOR_ALLOW_ROUTES", "", routes, "more paths to open, by their beginnings, between commas"),
+    Knob(
+        "SUPERVISOR_ALLOWED_HOSTS",
+        "",
+        hosts,
+        "hosts that clients may name, on loopback without keys, beside localhost and addresses: a.example,*.b.example",
+    ),
     Knob("SUPERVISOR_RATE_LIMIT", None, count, "requests per minute and key (or address, where there are no keys)"),
     Knob(
         "SUPERVISOR_RESPONSE_CACHE",
@@ -200,10 +248,12 @@ class Knobs:
     max_waiting: int
     request_timeout: float
     client_timeout: float
+    sse_keep_alive: float
     max_body: int
     api_keys: Keys | None
     admin_keys: Keys | None
     allow_routes: tuple[str, ...]
+    allowed_hosts: tuple[str, ...]
     rate_limit: int | None
     response_cache: int | None
     tls_cert: str | None

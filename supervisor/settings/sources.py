@@ -21,10 +21,10 @@ from supervisor.settings import config_file, demo, platform, typos
 from supervisor.settings import volume as volumes
 from supervisor.settings.aliases import ALIASES, OWNED, OWNED_AND_READ, SAGEMAKER, ZERO_MEANS_UNSET
 from supervisor.settings.catalogue import Catalogue, Option
-from supervisor.settings.knobs import KNOBS, Keys, Knob, Knobs
+from supervisor.settings.knobs import KNOBS, SHORT_KEY, Keys, Knob, Knobs
 from supervisor.settings.raw import Given, RawArguments
 from supervisor.settings.removed import REMOVED
-from supervisor.settings.secrets import MASK, Mask
+from supervisor.settings.secrets import MASK, SHORTEST_SECRET, Mask
 from supervisor.settings.values import BadValue, read_bool
 from supervisor.settings.vllm import Vllm, VllmError, find
 
@@ -144,6 +144,7 @@ class _Gathering:
         knob_settings = (asked, *(self._knob(knob, self.defaults.get(knob.variable)) for knob in others))
         knobs = Knobs(**{knob.field: setting.value for knob, setting in zip(KNOBS, knob_settings, strict=True)})
         self._known({knob.field for knob in KNOBS}, self.file.knobs, "supervisor.")
+        self._short_keys(knob_settings)
         self._tls(knobs)
         volume = self._volume(knobs)
         cache = self._cache(knobs, volume)
@@ -205,15 +206,19 @@ class _Gathering:
         found = self.names_of_file
         return tuple(Setting("SUPERVISOR_CONFIG", name, source, self._lines(found[1:])) for source, name in found[:1])
 
-    def _variables(self, names: Collection[str]) -> list[tuple[str, str]]:
-        """The variables among `names` that are set, the one that wins first."""
+    def _variables(self, names: Collection[str], *, blank: bool = False) -> list[tuple[str, str]]:
+        """The variables among `names` that are set, the one that wins first. `blank`: to nothing but blanks, too."""
         variables = [prefix + name for prefix in self.prefixes for name in names]
         self.read.update(variables)
-        return [(f"environment {name}", self.environ[name]) for name in variables if self.environ.get(name, "").strip()]
+        given = [(name, self.environ.get(name, "")) for name in variables]
+        return [(f"environment {name}", text) for name, text in given if (text if blank else text.strip())]
 
-    def _candidates(self, names: Collection[str], key: str, *, knob: bool = False) -> list[tuple[str, Any]]:
+    def _candidates(
+        self, names: Collection[str], key: str, *, knob: bool = False, secret: bool = False
+    ) -> list[tuple[str, Any]]:
         """Every source that names it, the one that wins first."""
-        found: list[tuple[str, Any]] = [*self._variables(names)]
+        # A blank secret is somebody's mistake: taken for "not set", it would leave the door open.
+        found: list[tuple[str, Any]] = [*self._variables(names, blank=secret)]
         content, prefix = (self.file.knobs, "supervisor.") if knob else (self.file.content, "")
         if content.get(key) not in (None, ""):
             found.append((f"{self.file.label} {prefix}{key}", content[key]))
@@ -254,7 +259,7 @@ class _Gathering:
 
     def _knob(self, knob: Knob, platform_default: str | None = None) -> Setting:
         names = (knob.variable, *ALIASES.get(knob.variable, ()))
-        found = self._candidates(names, knob.field, knob=True)
+        found = self._candidates(names, knob.field, knob=True, secret=knob.secret)
         asked = getattr(self.arguments, knob.field, None) if knob.field in ("mode", "host", "port") else None
         if asked:
             found.insert(0, (f"command line --{knob.field}", asked))
@@ -282,6 +287,19 @@ class _Gathering:
             f"name it with --config (or SUPERVISOR_CONFIG), or set {knob.variable}"
         )
         return True
+
+    def _short_keys(self, knob_settings: Iterable[Setting]) -> None:
+        for setting in knob_settings:
+            if not isinstance(setting.value, Keys):
+                continue
+            short = [key for key in setting.value.values if len(key) < SHORT_KEY]
+            if not short:
+                continue
+            told = "a key has" if len(short) == 1 else f"{len(short)} keys have"
+            warning = f"{setting.name}: {told} less than {SHORT_KEY} characters, which can be guessed"
+            if any(len(key) < SHORTEST_SECRET for key in short):
+                warning += f"; one with less than {SHORTEST_SECRET} can't be masked in the log either"
+            self.warnings.append(warning)
 
     def _tls(self, knobs: Knobs) -> None:
         if knobs.tls_key and not knobs.tls_cert:

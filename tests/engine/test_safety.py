@@ -227,3 +227,15 @@ def test_a_certificate_that_is_none_is_told_before_anything_starts(tmp_path: Pat
 def test_a_listener_for_everybody_without_keys_warns() -> None:
     with Supervisor("m", environ={"SUPERVISOR_HOST": "0.0.0.0"}) as served:
         served.says("everybody who reaches 0.0.0.0 may use the model: set SUPERVISOR_API_KEYS")
+
+
+def test_a_model_that_takes_images_from_anywhere_warns_once_at_the_start(tmp_path: Path) -> None:
+    config = {"architectures": ["Qwen2VLForConditionalGeneration"], "vision_config": {"depth": 32}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with Supervisor(str(tmp_path)) as served:
+        served.ready()
+        served.says("the model takes images and videos by URL, .*Set ALLOWED_MEDIA_DOMAINS")
+        assert served.output.count("ALLOWED_MEDIA_DOMAINS") == 1
+    with Supervisor(str(tmp_path), environ={"ALLOWED_MEDIA_DOMAINS": "images.example.com"}) as served:
+        served.ready()
+        assert "takes images" not in served.output

@@ -11,7 +11,8 @@ import pytest
 from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request as HttpRequest
 
-from supervisor.queue.jobs import Job, JobError, Reader, Request, batch_result, llm_result
+from supervisor.gateway.app import OWN_PATHS
+from supervisor.queue.jobs import OWN_ROUTES, Job, JobError, Reader, Request, batch_result, llm_result
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "hi"}]
@@ -134,7 +135,10 @@ def test_openai(case: Case, reader: Reader) -> None:
 
 
 @cases(
-    Case("nothing-else-is-get", {"route": "/health"}, "/health", None, "GET"),
+    Case("nothing-else-is-get", {"route": "/version"}, "/version", None, "GET"),
+    Case("below-one-of-ours", {"route": "/metrics/x"}, "/metrics/x", None, "GET"),
+    Case("one-of-ours-in-the-query", {"route": "/x?y=/status"}, "/x?y=/status", None, "GET"),
+    Case("one-of-ours-in-other-capitals", {"route": "/Status"}, "/Status", None, "GET"),
     Case("a-body-is-post", {"route": "/tokenize", "body": {"prompt": "a"}}, "/tokenize", ours(prompt="a")),
     Case("its-model", {"route": "/x", "body": {"model": "mine"}}, "/x", {"model": "mine"}),
     Case("an-empty-body", {"route": "/x", "body": {}}, "/x", {"model": "demo"}),
@@ -170,6 +174,56 @@ def test_route(case: Case, reader: Reader) -> None:
     job = check(case, reader)
     assert job.as_list
     assert job.shape is None
+
+
+OURS = ("/ping", "/health", "/status", "/status/events", "/metrics", "/")
+SPELLINGS = (
+    "{}", "{}?", "{}?x=1", "{}/", "{}//", "/{}", "///{}", "/.{}", "/x/..{}", "/openai{}", "/openai/{}", "{}/.",
+    "{}/x/..",
+)  # fmt: skip
+
+
+def escaped(path: str) -> str:
+    """With each letter as an escape."""
+    return "/" + "".join(f"%{ord(letter):02x}" for letter in path[1:])
+
+
+def test_the_gateways_own_paths_are_those() -> None:
+    assert {path.encode() for path in OURS} == OWN_PATHS
+    assert set(OURS) == OWN_ROUTES
+
+
+@pytest.mark.parametrize("ours", OURS)
+@pytest.mark.parametrize("reader", [READER, LLM_READER], ids=["", "llm"])
+def test_no_job_reaches_the_supervisors_own_routes(ours: str, reader: Reader) -> None:
+    bare = [path for path in (ours[1:], escaped(ours)) if path]
+    for route in [*(spelling.format(path) for spelling in SPELLINGS for path in (ours, escaped(ours))), *bare]:
+        for content in (
+            {"route": route},
+            {"route": route, "method": "POST", "body": {"a": 1}},
+            {"route": route, "query": {"x": 1}},
+            {"openai_route": route},
+            {"openai_route": route, "openai_input": {"messages": HI}},
+        ):
+            with pytest.raises(JobError) as caught:
+                reader.read(content)
+            error = caught.value
+            assert (error.status, error.kind, error.param) == (403, "permission_error", "route"), content
+            assert error.code == "route_not_open"
+            assert f"{ours} is the supervisor's own" in error.message
+            (item,) = reader.read({"requests": [content]}).batch
+            assert isinstance(item, JobError)
+            assert item.code == "route_not_open"
+
+
+@pytest.mark.parametrize("route", ["/root/status", "/root//status?x", "/root", "/root/", "/r%6fot/metrics", "/status"])
+def test_nor_below_vllms_root_path(route: str) -> None:
+    with pytest.raises(JobError) as caught:
+        Reader("demo", root="/root/").read({"route": route})
+    assert caught.value.code == "route_not_open"
+    assert one({"route": "/root/v1/models"}, Reader("demo", root="/root/")).path == "/root/v1/models"
+    assert one({"route": "/rooty/status"}, Reader("demo", root="/root/")).path == "/rooty/status"
+    assert one({"route": "/root/status"}).path == "/root/status"
 
 
 @pytest.mark.parametrize("text", ["a: b", "{a}", ""], ids=["text", "braces", "empty"])

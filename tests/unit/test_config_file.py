@@ -383,6 +383,69 @@ def test_scripts_up_serves_the_demo_where_no_file_that_is_read_names_a_model(
     assert done.stderr == ""
 
 
+DEMO_AND = "up {root}/supervisor/demo/model %s\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("--mode queue", DEMO_AND % "--mode queue"),
+        ("--port 9000", DEMO_AND % "--port 9000"),
+        ("--port=9000 --host=::1", DEMO_AND % "--port=9000 --host=::1"),
+        ("--host 127.0.0.1 --port 9000 --mode http", DEMO_AND % "--host 127.0.0.1 --port 9000 --mode http"),
+        ("-- --max-model-len 512", DEMO_AND % "-- --max-model-len 512"),
+        ("--port 9000 -- --served-model-name x", DEMO_AND % "--port 9000 -- --served-model-name x"),
+        ("--config seed.yaml", DEMO_AND % "--config seed.yaml"),
+        ("--config=seed.yaml", DEMO_AND % "--config=seed.yaml"),
+        ("-- --config seed.yaml", DEMO_AND % "-- --config seed.yaml"),
+        ("--port", DEMO_AND % "--port"),  # the supervisor says what is missing
+        ("--help", DEMO_AND % "--help"),
+        # There is a model.
+        ("org/name", "up org/name\n"),
+        ("org/name --mode queue", "up org/name --mode queue\n"),
+        ("--mode queue org/name", "up --mode queue org/name\n"),
+        ("--port=9000 ./folder -- --seed 1", "up --port=9000 ./folder -- --seed 1\n"),
+        ("--config model.yaml", "up --config model.yaml\n"),
+        ("--config=model.yaml --port 9000", "up --config=model.yaml --port 9000\n"),
+        ("--port 9000 -- --config model.yaml", "up --port 9000 -- --config model.yaml\n"),
+        ("-- --config=model.yaml", "up -- --config=model.yaml\n"),
+    ],
+)
+def test_scripts_up_looks_for_a_model_among_its_arguments(
+    checkout: Path, folder: Path, given: str, expected: str
+) -> None:
+    (folder / "seed.yaml").write_text("seed: 3\n")
+    (folder / "model.yaml").write_text("model: gpt\n")
+    done = subprocess.run(
+        ["bash", str(checkout / "scripts/up"), *given.split()],
+        env={"PATH": os.environ["PATH"]}, cwd=folder, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == expected.format(root=checkout)
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("name", ["MODEL", "MODEL_NAME", "LLM_MODEL", "SM_VLLM_MODEL", "SM_VLLM_MODEL_NAME"])
+def test_scripts_up_leaves_a_model_of_the_environment_alone(checkout: Path, folder: Path, name: str) -> None:
+    done = subprocess.run(
+        ["bash", str(checkout / "scripts/up"), "--mode", "queue"],
+        env={"PATH": os.environ["PATH"], name: "org/name"}, cwd=folder, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "up --mode queue\n"
+
+
+def test_a_config_on_the_command_line_wins_over_others_for_scripts_up(checkout: Path, folder: Path) -> None:
+    """As for the supervisor: of the files of settings only one is read."""
+    (folder / "seed.yaml").write_text("seed: 3\n")
+    (folder / "model.yaml").write_text("model: gpt\n")
+    (folder / "config.yaml").write_text("supervisor:\nmodel: m\n")
+    done = subprocess.run(
+        ["bash", str(checkout / "scripts/up"), "--config", "seed.yaml"],
+        env={"PATH": os.environ["PATH"], "SUPERVISOR_CONFIG": "model.yaml"},
+        cwd=folder, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == (DEMO_AND % "--config seed.yaml").format(root=checkout)
+
+
 def test_scripts_up_does_not_wait_for_a_pipe(checkout: Path, folder: Path) -> None:
     os.mkfifo(folder / "config.yaml")
     done = subprocess.run(

@@ -8,6 +8,7 @@ pod (the pod is checked as Kubernetes'), Azure's two files, RunPod's requests, a
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import re
@@ -75,7 +76,7 @@ class Place:
 
 
 def variables(rows: list[dict[str, Any]]) -> dict[str, str]:
-    return {row["name"]: str(row.get("value", "secret")) for row in rows}
+    return {row["name"]: str(row.get("value", "a-secret-value")) for row in rows}
 
 
 def probe(content: dict[str, Any]) -> Probe:
@@ -173,7 +174,7 @@ every_place = pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
 # What each platform takes
 
 
-@pytest.mark.parametrize("name", ["deployment", "service", "volume", "disruption-budget"])
+@pytest.mark.parametrize("name", ["deployment", "service", "volume", "disruption-budget", "network-policy"])
 def test_kubernetes_takes_it(name: str) -> None:
     kubernetes_validate.validate(load(f"kubernetes/{name}.yaml"), KUBERNETES, strict=True)
 
@@ -225,6 +226,59 @@ def test_the_parts_of_the_kubernetes_folder_name_each_other() -> None:
     assert all(f"{key}=" in secrets[0] for key in ("api", "metrics", "hf-token"))
     progress = deployment["spec"]["progressDeadlineSeconds"]
     assert progress > PLACES["kubernetes"].probes["startup"].seconds
+
+
+def lets_through(policy: dict[str, Any], address: str, port: int, protocol: str = "TCP") -> bool:
+    """Whether a pod under this policy reaches an address outside of the cluster's own pods."""
+    for rule in policy["spec"]["egress"]:
+        ports = rule.get("ports", [{"port": port, "protocol": protocol}])
+        if {"port": port, "protocol": protocol} not in ports:
+            continue
+        if "to" not in rule:
+            return True
+        for block in (peer["ipBlock"] for peer in rule["to"] if "ipBlock" in peer):
+            target, inside = ipaddress.ip_address(address), ipaddress.ip_network(block["cidr"])
+            excepted = any(target in ipaddress.ip_network(cidr) for cidr in block.get("except", ()))
+            if target in inside and not excepted:
+                return True
+    return False
+
+
+POLICIES = ("kubernetes/network-policy.yaml", "kubernetes-multinode/network-policy.yaml")
+OF_OUR_OWN_NETWORK = (
+    "169.254.169.254", "169.254.170.2", "fd00:ec2::254", "fe80::1",  # clouds' metadata, with credentials
+    "10.0.0.1", "10.255.255.255", "172.16.0.1", "172.31.255.255", "192.168.0.1", "100.64.0.1", "127.0.0.1", "0.0.0.0",
+    "fc00::1", "fdff::1", "::1", "::ffff:10.0.0.1", "64:ff9b::a9fe:a9fe",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("address", OF_OUR_OWN_NETWORK)
+def test_a_pod_that_fetches_what_clients_name_does_not_reach_its_own_network(name: str, address: str) -> None:
+    for port in (80, 443, 8000):
+        assert not lets_through(load(name), address, port)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_it_reaches_the_hub_and_names(name: str) -> None:
+    policy = load(name)
+    for address in ("8.8.8.8", "3.164.1.1", "172.15.0.1", "172.32.0.1", "2600:9000::1"):
+        assert lets_through(policy, address, 443)
+        assert lets_through(policy, address, 80)
+    for address in ("10.96.0.10", "169.254.20.10", "fd00::a"):  # the cluster's DNS, a node's cache of it
+        assert lets_through(policy, address, 53, "UDP")
+        assert lets_through(policy, address, 53, "TCP")
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_policy_is_for_the_pods_and_for_what_they_send_alone(name: str) -> None:
+    spec = load(name)["spec"]
+    labels = {"app.kubernetes.io/name": "llm"}
+    assert spec["podSelector"]["matchLabels"] == labels
+    assert spec["policyTypes"] == ["Egress"]  # what comes in is the service's, the probes' and Prometheus'
+    peers = [peer["podSelector"]["matchLabels"] for rule in spec["egress"] for peer in rule.get("to", ())
+             if "podSelector" in peer]  # fmt: skip
+    assert peers == ([labels] if "multinode" in name else [])  # ranks talk to each other, on any port
 
 
 def test_what_is_written_in_a_read_only_container_lies_on_a_volume() -> None:
@@ -402,7 +456,7 @@ def test_runpods_endpoints_are_of_the_two_kinds() -> None:
 def read(folder: Path) -> Any:
     def read(place: Place) -> Settings:
         """The settings as the supervisor would see them there. Its files of keys and its volume are not here."""
-        (folder / "keys").write_text("key1\nkey2\n")
+        (folder / "keys").write_text("the-first-key\nthe-second-key\n")
         environ = {name: f"@{folder / 'keys'}" if value[:1] == "@" else value for name, value in place.environ.items()}
         environ |= {"SUPERVISOR_VOLUME": str(folder)} if "SUPERVISOR_VOLUME" in environ else {}
         environ |= {"SUPERVISOR_VLLM": str(folder.parent / "vllm/bin/vllm"), "SUPERVISOR_HOST": "0.0.0.0"}

@@ -29,7 +29,7 @@ ENVIRON = {row["name"]: row for row in CONTAINER["env"]}
 
 
 def settings(folder: Path, rank: int) -> Settings:
-    (folder / "keys").write_text("key\n")
+    (folder / "keys").write_text("the-only-key\n")
     given = {
         "NODE_RANK": str(rank), "NODE_ADDR": f"10.0.0.{rank + 1}", "HF_TOKEN": "hf_secret",
         "SUPERVISOR_API_KEYS": f"@{folder / 'keys'}", "SUPERVISOR_VOLUME": str(folder),

@@ -10,7 +10,7 @@ from supervisor.settings import catalogue, demo
 from supervisor.settings.aliases import ALIASES, OWNED
 from supervisor.settings.catalogue import Option
 from supervisor.settings.command import build
-from supervisor.settings.knobs import KNOBS, Knobs
+from supervisor.settings.knobs import KNOBS, Keys, Knobs
 from supervisor.settings.secrets import Mask
 from supervisor.settings.sources import Arguments, Settings, SettingsError, gather
 from supervisor.settings.values import BadValue
@@ -193,6 +193,158 @@ def test_empty_config_is_none(folder: Path) -> None:
     assert argv(read(folder)) == []
 
 
+# Keys
+
+
+KEYS = ("SUPERVISOR_API_KEYS", "SUPERVISOR_ADMIN_KEYS")
+
+
+@pytest.mark.parametrize("variable", [*KEYS, "VLLM_API_KEY", "SM_VLLM_SUPERVISOR_API_KEYS"])
+@pytest.mark.parametrize("blank", [" ", "\t", "\n", " \r\n\t"], ids=repr)
+def test_a_blank_key_is_refused_and_not_taken_for_none(folder: Path, variable: str, blank: str) -> None:
+    (problem,) = problems(folder, **{variable: blank})
+    assert f"(environment {variable}): expected" in problem
+    assert "there is nothing but blanks" in problem
+
+
+@pytest.mark.parametrize("variable", KEYS)
+def test_an_empty_text_is_no_key(folder: Path, variable: str) -> None:
+    settings = read(folder, **{variable: ""})
+    assert settings.keys == (Keys(), Keys())
+    assert settings.warnings == ()
+
+
+@pytest.mark.parametrize("variable", KEYS)
+@pytest.mark.parametrize("content", ["", " ", "\n\n", "\t\r\n , \n"], ids=repr)
+def test_a_file_without_a_key_is_refused(folder: Path, variable: str, content: str) -> None:
+    (folder / "keys").write_text(content)
+    (problem,) = problems(folder, **{variable: f"@{folder / 'keys'}"})
+    assert f"(environment {variable}): expected" in problem
+    assert "there is nothing but blanks" in problem
+    with pytest.raises(BadValue):  # so that a file that was emptied does not open the server on SIGHUP
+        Keys(("a-valid-key",), str(folder / "keys")).read_again()
+
+
+def test_a_blank_key_in_the_file_of_settings_is_refused(folder: Path) -> None:
+    (folder / "config.yaml").write_text("supervisor: {api_keys: ' '}\n")
+    (problem,) = problems(folder)
+    assert "there is nothing but blanks" in problem
+    assert "(config.yaml supervisor.api_keys)" in problem
+
+
+def test_a_file_of_keys_may_have_blanks_around_its_name(folder: Path) -> None:
+    (folder / "keys").write_text("the-key-of-the-file\n")
+    assert read(folder, SUPERVISOR_API_KEYS=f" @{folder / 'keys'}\n").knobs.api_keys == Keys(
+        ("the-key-of-the-file",), str(folder / "keys")
+    )
+
+
+PLACEHOLDERS = {
+    "${API_KEY}": "${NAME}",
+    "${API_KEY:-}": "${NAME}",
+    "sk-${SUFFIX}": "${NAME}",
+    "a-valid-key,${API_KEY}": "${NAME}",
+    "$(API_KEY)": "$(NAME)",
+    "$API_KEY": "$NAME",
+    "{{ API_KEY }}": "{{ NAME }}",
+    "{{API_KEY}}": "{{ NAME }}",
+    "{{ .Values.apiKey }}": "{{ NAME }}",
+    "${{ secrets.API_KEY }}": "{{ NAME }}",
+}
+
+
+@pytest.mark.parametrize("variable", KEYS)
+@pytest.mark.parametrize(("given", "form"), PLACEHOLDERS.items(), ids=PLACEHOLDERS)
+def test_a_placeholder_that_nothing_filled_in_is_no_key(folder: Path, variable: str, given: str, form: str) -> None:
+    (problem,) = problems(folder, **{variable: given})
+    assert problem.startswith(f"{variable}=****")
+    assert f"has a placeholder like {form}, which nothing has filled in" in problem
+    (folder / "keys").write_text(f"{given}\n")
+    (problem,) = problems(folder, **{variable: f"@{folder / 'keys'}"})
+    assert form in problem
+
+
+QUOTED = [
+    '"a-valid-key"',
+    "'a-valid-key'",
+    "one-valid-key,'another-one'",
+    '"one-valid-key,another-one"',
+    '"@/run/keys"',
+]
+
+
+@pytest.mark.parametrize("variable", KEYS)
+@pytest.mark.parametrize("given", QUOTED)
+def test_a_key_that_is_still_in_its_quotes_is_told(folder: Path, variable: str, given: str) -> None:
+    (problem,) = problems(folder, **{variable: given})
+    assert problem.startswith(f"{variable}=****")
+    assert "stands in quotes" in problem
+    assert "valid-key" not in problem
+
+
+@pytest.mark.parametrize(
+    "key", ["$2b$12$abcdefgh", "pa$$word-1234", "a{b}c{d}e{f}", "it's-a-key-1", 'a"b"c-1234', "$ecret123"]
+)
+def test_keys_that_only_look_a_little_like_it_are_keys(folder: Path, key: str) -> None:
+    settings = read(folder, SUPERVISOR_API_KEYS=key)
+    assert settings.knobs.api_keys == Keys((key,))
+    assert settings.warnings == ()
+
+
+@pytest.mark.parametrize("variable", KEYS)
+def test_a_short_key_is_told_and_is_a_key(folder: Path, variable: str) -> None:
+    assert read(folder, **{variable: "eight-88,12345678"}).warnings == ()
+    settings = read(folder, **{variable: "long-enough,1234567,7654321"})
+    assert [keys.values for keys in settings.keys if keys.values] == [("long-enough", "1234567", "7654321")]
+    assert settings.warnings == (f"{variable}: 2 keys have less than 8 characters, which can be guessed",)
+    (warning,) = read(folder, **{variable: "12345"}).warnings
+    assert warning.startswith(f"{variable}: a key has less than 8 characters, which can be guessed")
+    assert "less than 6 can't be masked in the log" in warning
+    assert "12345" not in warning
+
+
+# Hosts and the keep-alive of streams
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("", ()),
+        (" ", ()),
+        ("gpu1", ("gpu1",)),
+        ("GPU1.Example.com.", ("gpu1.example.com",)),
+        ("a.example.com, *.example.org,", ("a.example.com", "*.example.org")),
+        ("my_box.local,xn--bcher-kva.example", ("my_box.local", "xn--bcher-kva.example")),
+        ("192.0.2.7", ("192.0.2.7",)),
+    ],
+)
+def test_hosts_are_names_between_commas(folder: Path, given: str, expected: tuple[str, ...]) -> None:
+    assert read(folder, SUPERVISOR_ALLOWED_HOSTS=given).knobs.allowed_hosts == expected
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "http://example.com", "example.com/", "example.com:8000", "example.com?x", "user@example.com", "*", "*.",
+        "*.*.a", "a.*.example.com", "*example.com", "ex*.com", "a..b", ".example.com", "-a.example.com",
+        "a-.example.com", "[::1]", "a b", "bücher.example", "a" * 64, ".".join(["a" * 60] * 5),
+        "good.example.com,bad/path", "a\x00b",
+    ],
+)  # fmt: skip
+def test_what_is_no_host_is_told(folder: Path, given: str) -> None:
+    assert any(
+        problem.startswith("SUPERVISOR_ALLOWED_HOSTS=") and "names of hosts without scheme, port or path" in problem
+        for problem in problems(folder, SUPERVISOR_ALLOWED_HOSTS=given)
+    )
+
+
+def test_the_keep_alive_of_streams_is_off_until_asked_for(folder: Path) -> None:
+    assert read(folder).knobs.sse_keep_alive == 0
+    assert read(folder, SUPERVISOR_SSE_KEEP_ALIVE="15").knobs.sse_keep_alive == 15
+    (problem,) = problems(folder, SUPERVISOR_SSE_KEEP_ALIVE="often")
+    assert "expected seconds" in problem
+
+
 # The model
 
 
@@ -284,6 +436,24 @@ def test_tokens_reach_vllm_as_variables_and_nothing_of_ours_does(folder: Path) -
     assert command.environ["VLLM_X"] == "1"
     assert command.environ["TMPDIR"] == command.environ["VLLM_RPC_BASE_PATH"] == "FOLDER"
     assert not {"RUNPOD_AI_API_KEY", "SUPERVISOR_API_KEYS", "SUPERVISOR_VLLM"} & set(command.environ)
+
+
+@pytest.mark.parametrize(
+    ("variable", "ours", "theirs"),
+    [
+        # A redirect is not compared with ALLOWED_MEDIA_DOMAINS.
+        ("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0", "1"),
+        # Who speaks to a private socket is the gateway, whose word on https counts.
+        ("FORWARDED_ALLOW_IPS", "*", "127.0.0.1"),
+    ],
+)
+def test_what_is_safer_for_vllm_is_set_unless_the_user_did(folder: Path, variable: str, ours: str, theirs: str) -> None:
+    def passed(**environ: str) -> str:
+        return build(read(folder, **environ), "SOCKET", "FOLDER").environ[variable]
+
+    assert passed() == ours
+    assert passed(**{variable: ""}) == ours  # an empty value is not set
+    assert passed(**{variable: theirs}) == theirs
 
 
 def test_mask_hides_what_is_secret_and_nothing_else() -> None:

@@ -1,0 +1,76 @@
+"""Which kinds of media a model takes beside text, by its config.json (params.json, as Mistral has it).
+
+vLLM knows it by the model's class, whose import takes it ten seconds. The names of the fields and of the architectures
+tell as much; a model of a new kind may be missed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+VISION, AUDIO = frozenset({"image", "video"}), frozenset({"audio"})
+# A field's name, by whole words of it: `vision_config`, `mm_vision_tower`, `image_token_id`.
+FIELDS = (
+    (re.compile(r"(?:^|_)(?:vision|visual|image|img|video)(?:_|$)"), VISION),
+    (re.compile(r"(?:^|_)(?:audio|speech|sound|whisper)(?:_|$)"), AUDIO),
+)
+# Fields that hold a model's parts.
+PARTS = re.compile(r"(?:^|_)(?:config|multimodal)$")
+# Where the fields say nothing: vLLM 0.32's other names for such models, and how all the rest of them end.
+ARCHITECTURES = frozenset(
+    {
+        "DeepseekOCR2ForCausalLM", "DeepseekOCRForCausalLM", "DeepseekV41ForCausalLM", "DeepseekVLV2ForCausalLM",
+        "DiffusionGemmaForBlockDiffusion", "Dots3NoteForCausalLM", "DotsOCRForCausalLM", "GLM4VForCausalLM",
+        "H2OVLChatModel", "HfMoondream", "InternVLChatModel", "Llama_Nemotron_Nano_VL", "MiDashengLMModel",
+        "MiMoV2OmniForCausalLM", "MiniCPMO", "MiniCPMV", "MolmoForCausalLM", "Moondream3ForCausalLM",
+        "MoonshotKimiaForCausalLM", "MossAudioModel", "NVLM_D", "NemotronH_Nano_Omni_Reasoning_V3",
+        "NemotronH_Nano_VL_V2", "NemotronH_Omni_Reasoning_V3", "NemotronH_Super_Omni_Reasoning_V3",
+        "OpenVLAForActionPrediction", "Ovis", "Ovis2_5", "Ovis2_6ForCausalLM", "Ovis2_6_MoeForCausalLM",
+        "Phi3VForCausalLM", "Phi4ForCausalLMV", "Phi4MMForCausalLM", "Qwen2_5OmniModel", "Qwen3ASRRealtimeGeneration",
+        "SkyworkR1VChatModel", "UltravoxModel", "UnlimitedOCRForCausalLM", "VoxtralRealtimeGeneration",
+    }
+)  # fmt: skip
+ENDING = "ForConditionalGeneration"
+TEXT_ONLY = frozenset(f"{name}{ENDING}" for name in ("Bart", "ChatGLM", "MBart", "T5"))
+LARGEST_CONFIG = 10_000_000  # bytes
+
+
+def read(folder: Path) -> frozenset[str] | None:
+    """The kinds that a folder's model takes; None where it has no config that can be read. Reads one small file."""
+    for name in ("config.json", "params.json"):
+        try:
+            with (folder / name).open("rb") as file:
+                content = json.loads(file.read(LARGEST_CONFIG))
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(content, dict) and content:
+            return kinds(content)
+    return None
+
+
+def kinds(config: Mapping[str, Any]) -> frozenset[str]:
+    """Of `image`, `video`, `audio`: those that a prompt may have."""
+    found = frozenset[str]().union(
+        *(media for name in _fields(config) for pattern, media in FIELDS if pattern.search(name))
+    )
+    if found:
+        return found
+    names = config.get("architectures")
+    told = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    if any(name in ARCHITECTURES or (name.endswith(ENDING) and name not in TEXT_ONLY) for name in told):
+        return VISION | AUDIO
+    return frozenset()
+
+
+def _fields(config: Mapping[str, Any]) -> Iterator[str]:
+    """Names of fields that say something, and of those of the model's parts."""
+    for name, value in config.items():
+        if value in (None, False):
+            continue
+        yield name
+        if PARTS.search(name) and isinstance(value, dict):
+            yield from (inner for inner, content in value.items() if content not in (None, False))
