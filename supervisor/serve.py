@@ -211,7 +211,6 @@ class Serving(Observer):
                 group.create_task(self.queue.worker.run())
             group.create_task(server.run_on(sockets))
             code = await self.engine.run(self, self._observers())
-            self.gateway.feeds.end()
             if self.queue is not None:
                 await self.queue.worker.finish(LAST_REPORTS, LAST_REPORTS)
                 self.queue.stop()

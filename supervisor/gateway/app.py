@@ -21,6 +21,7 @@ from supervisor.gateway.counts import Counts
 from supervisor.gateway.errors import Refusal
 from supervisor.gateway.heads import Memo, RequestHead
 from supervisor.gateway.policy import ENGINE_ROUTES, Policy
+from supervisor.gateway.told import lines_seen, sees_all, told
 from supervisor.gateway.upstream import NotConnected, Probe, Upstream, UpstreamError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ FATE_KNOWN_AFTER = 0.25
 TICK = 1.0
 CLIENT_TIMEOUT = 60.0
 KEEP_ALIVE = 75.0
-OWN_PATHS = frozenset({b"/ping", b"/health", b"/status", b"/status/events", b"/metrics", b"/"})
+OWN_PATHS = frozenset({b"/ping", b"/health", b"/status", b"/metrics", b"/"})
 # Seconds for vLLM to tell its metrics, before only ours are told.
 METRICS_PATIENCE = 5.0
 # What a client is told to wait, in seconds, before it asks again.
@@ -130,7 +131,6 @@ class Gateway:
         self.counts = Counts()
         self.cache: Cache | None = None
         self.listeners: tuple[Callable[[Exchange], None], ...] = ()  # called with each exchange that is over
-        self.feeds = page.Feeds(self)
         self.heads: Memo[RequestHead] = Memo()
         self._exposition: Exposition | None = None
         self.connections: set[RelayProtocol] = set()
@@ -337,7 +337,6 @@ class Gateway:
             for exchange in [*self.held, *self.queued]:
                 if not (self.engine.draining and exchange.protocol.private):
                     exchange.refuse(self.unavailable())
-        self.feeds.changed()
 
     async def drained(self) -> None:
         """Returns when no request is in flight."""
@@ -399,15 +398,12 @@ class Gateway:
             await _answer(send, refusal.status, {"error": refusal.message})
         elif scope["path"] == "/metrics":
             await self._metrics(send)
-        elif scope["path"] == "/status/events":
-            if self.feeds.full:
-                text = f"{page.LIMIT} others follow this server's status: no more at once."
-                await _answer(send, 429, {"error": text}, [(b"retry-after", b"%d" % RETRY_AFTER)])
-            else:
-                await self.feeds.serve(scope, receive, send)
         else:
-            status = {**self.engine.status(), **self.facts, "in_flight": self.in_flight, "waiting": self.waiting}
-            await _answer(send, 200, status)
+            status = {**self.engine.status(), "in_flight": self.in_flight, "waiting": self.waiting}
+            full = sees_all(self.policy, scope["headers"], private=_private(scope))
+            after = lines_seen(scope["query_string"])
+            content = told(status, self.facts, self.engine, self.counts, self.upstream.reads, full=full, after=after)
+            await _answer(send, 200, content)
 
     async def _metrics(self, send: Send) -> None:
         from supervisor.gateway.metrics import CONTENT_TYPE, Exposition  # noqa: PLC0415  # 20 ms, for those who ask
