@@ -161,17 +161,114 @@ def test_it_shows_a_crash_and_the_recovery_as_they_happen(tabs: Tabs, tmp_path: 
         served.engine_pid = served.client.get("/status").json()["pid"]
 
 
+def refused(tabs: Tabs) -> None:
+    """That nobody answers, Chromium writes to the console whatever the page makes of it."""
+    tabs.faults[:] = [fault for fault in tabs.faults if "ERR_CONNECTION_REFUSED" not in fault]
+
+
 def test_it_says_when_the_server_is_gone(tabs: Tabs) -> None:
     with Supervisor("some/model") as served:
         served.ready().engine()
         page = tabs.open(address(served))
         expect(state(page)).to_have_text("ready")
         served.signal(signal.SIGTERM)
-        expect(page.locator("#away")).to_contain_text("Trying again")
-        expect(state(page)).to_have_text("stopped")
+        expect(page.locator("#away")).to_have_text("The server can’t be reached. Trying again …")
+        expect(state(page)).to_have_text("no answer")
+        expect(page.locator("#since")).to_have_text(re.compile(r"^ready as of \d\d?:\d\d:\d\d"))
+        expect(page).to_have_title("no answer · some/model")
         assert served.exit_code() == 0
-    # That nobody answers it tells the console itself.
-    tabs.faults[:] = [fault for fault in tabs.faults if "ERR_CONNECTION_REFUSED" not in fault]
+    refused(tabs)
+
+
+def test_it_says_that_a_server_has_ended_which_it_saw_drain(tabs: Tabs) -> None:
+    with Supervisor("some/model", plan=[{"token_interval": 0.05}]) as served:
+        served.ready().engine()
+        page = tabs.open(address(served))
+        page.get_by_label("Tokens, at most").fill("80")
+        ask(page, "Take your time")
+        expect(page.locator("#talk .answer")).to_contain_text("pieces")
+        served.signal(signal.SIGTERM)
+        expect(state(page)).to_have_text("draining")
+        expect(page.locator("#talk .answer")).to_contain_text("80 pieces")  # its answer goes on
+        expect(page.locator("#away")).to_have_text("The server has ended. Trying again …")
+        assert served.exit_code() == 0
+    refused(tabs)
+
+
+def test_it_follows_the_next_supervisor_on_the_same_port_from_its_first_line_on(tabs: Tabs) -> None:
+    with Supervisor("first/model") as first:
+        page = tabs.open(address(first.ready()))
+        expect(page).to_have_title("ready · first/model")
+        first.engine()
+        port = first.port
+        first.signal(signal.SIGTERM)
+        expect(page.locator("#away")).to_be_visible()
+        assert first.exit_code() == 0
+    with Supervisor("second/model", "--port", str(port)) as second:
+        second.ready().engine()
+        expect(page).to_have_title("ready · second/model")
+        expect(page.locator("#away")).to_be_hidden()
+        expect(page.locator("#log")).to_contain_text("model second/model")
+        expect(page.locator("#log")).not_to_contain_text("first/model")
+        tabs.close()
+    refused(tabs)
+
+
+def test_where_fewer_lines_are_told_than_before_the_log_begins_anew(tabs: Tabs, slow: Supervisor) -> None:
+    """What a restart looks like that fell between two polls."""
+    restarted: list[str] = []
+
+    def answer(route: Any) -> None:
+        status = route.fetch().json()
+        after = int(route.request.url.partition("after=")[2])
+        if restarted:
+            restarted.append(str(after))
+            lines = ["a new line", "and another"]
+            status |= {"line": len(lines), "log": lines[after:]}
+        route.fulfill(json=status)
+
+    page = tabs.open(address(slow))
+    page.route("**/status?after=*", answer)
+    expect(page.locator("#log")).to_contain_text("Application startup complete")
+    restarted.append("now")
+    expect(page.locator("#log")).to_have_text("a new lineand another")
+    wait_until(lambda: page.evaluate("line") == 2 and len(restarted) > 3, "the polls behind it")
+    assert int(restarted[1]) > 2
+    assert restarted[2:4] == ["0", "2"]
+    page.unroute_all(behavior="wait")
+
+
+# How often it asks
+
+
+class Polls:
+    """Those of a page whose clock is moved by hand."""
+
+    def __init__(self, tabs: Tabs, served: Supervisor) -> None:
+        self.sent = self.answered = 0
+        self.page = tabs.open("about:blank#http://none/")
+        self.page.clock.install()
+        self.page.on("request", lambda request: self._note(request, "sent"))
+        self.page.on("requestfinished", lambda request: self._note(request, "answered"))
+        self.page.goto(address(served))
+        self.settle(1)
+        self.page.clock.pause_at(self.page.evaluate("Date.now() + 1000"))
+        self.settle()
+
+    def _note(self, request: Any, what: str) -> None:
+        if "/status?after=" in request.url:
+            setattr(self, what, getattr(self, what) + 1)
+
+    def settle(self, least: int = 0) -> None:
+        """Until what was sent is answered and drawn."""
+        drawn = lambda: self.page.evaluate("samples.length")  # noqa: E731
+        wait_until(lambda: self.sent >= least and self.sent == self.answered == drawn(), "answers")
+
+    def within(self, milliseconds: int) -> int:
+        before = self.sent
+        self.page.clock.run_for(milliseconds)
+        self.settle()
+        return self.sent - before
 
 
 def test_it_plots_what_comes(tabs: Tabs, slow: Supervisor) -> None:
