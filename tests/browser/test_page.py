@@ -8,6 +8,7 @@ Every test fails for a request that leaves the origin, an error on the console, 
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import http.server
 import itertools
@@ -17,7 +18,7 @@ import re
 import signal
 import socketserver
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class Tabs:
         self.contexts: list[Any] = []
         self.faults: list[str] = []
 
-    def open(self, address: str, **options: Any) -> Any:
+    def open(self, address: str, prepare: Callable[[Any], object] = lambda page: None, **options: Any) -> Any:
         context = self.browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
         self.contexts.append(context)
         page = context.new_page()
@@ -78,6 +79,7 @@ class Tabs:
                 request.url.startswith((origin, "data:")) or self.faults.append(f"it asked for {request.url}")
             ),
         )
+        prepare(page)
         page.goto(address)
         return page
 
@@ -242,33 +244,88 @@ def test_where_fewer_lines_are_told_than_before_the_log_begins_anew(tabs: Tabs, 
 
 
 class Polls:
-    """Those of a page whose clock is moved by hand."""
+    """Those of a page whose clock stands still until `passes` moves it."""
 
     def __init__(self, tabs: Tabs, served: Supervisor) -> None:
-        self.sent = self.answered = 0
-        self.page = tabs.open("about:blank#http://none/")
-        self.page.clock.install()
-        self.page.on("request", lambda request: self._note(request, "sent"))
-        self.page.on("requestfinished", lambda request: self._note(request, "answered"))
-        self.page.goto(address(served))
+        self.sent = self.answered = self.given_up = 0
+        self.held = False  # the server takes its time
+        self.page = tabs.open(address(served), self._prepare)
+        expect(state(self.page)).to_have_text("ready")
         self.settle(1)
-        self.page.clock.pause_at(self.page.evaluate("Date.now() + 1000"))
-        self.settle()
 
-    def _note(self, request: Any, what: str) -> None:
+    def _prepare(self, page: Any) -> None:
+        page.clock.install(time=0)
+        page.clock.pause_at(1000)
+        page.route("**/status?after=*", lambda route: None if self.held else route.continue_())
+        for event, name in (("request", "sent"), ("requestfinished", "answered"), ("requestfailed", "given_up")):
+            page.on(event, functools.partial(self._note, name))
+
+    def _note(self, name: str, request: Any) -> None:
         if "/status?after=" in request.url:
-            setattr(self, what, getattr(self, what) + 1)
+            setattr(self, name, getattr(self, name) + 1)
 
-    def settle(self, least: int = 0) -> None:
-        """Until what was sent is answered and drawn."""
-        drawn = lambda: self.page.evaluate("samples.length")  # noqa: E731
-        wait_until(lambda: self.sent >= least and self.sent == self.answered == drawn(), "answers")
+    def settle(self, count: int) -> None:
+        """Until so many in all were sent, and what was answered is drawn."""
 
-    def within(self, milliseconds: int) -> int:
+        def settled() -> bool:
+            drawn = self.page.evaluate("samples.length")
+            over = self.answered + self.given_up == count and drawn == self.answered
+            return self.sent == count and (self.held or over)
+
+        wait_until(settled, f"poll {count}")
+
+    def passes(self, seconds: float) -> int:
+        """How many more are sent: where it is one too many, `settle` waits in vain."""
         before = self.sent
-        self.page.clock.run_for(milliseconds)
-        self.settle()
+        self.page.clock.run_for(round(seconds * 1000))
+        self.page.evaluate("fetch('health')")  # whatever was sent before this one is known when it is answered
+        self.settle(self.sent)
         return self.sent - before
+
+    def look(self, visible: bool) -> None:
+        self.page.evaluate(
+            """hidden => {
+              Object.defineProperty(document, 'hidden', {value: hidden, configurable: true});
+              document.dispatchEvent(new Event('visibilitychange'));
+            }""",
+            not visible,
+        )
+
+
+def test_it_asks_once_a_second_while_somebody_looks_and_every_ten_seconds_while_nobody_does(
+    tabs: Tabs, slow: Supervisor
+) -> None:
+    polls = Polls(tabs, slow)
+    for _ in range(3):
+        assert (polls.passes(0.999), polls.passes(0.001)) == (0, 1)
+    polls.look(visible=False)
+    assert polls.passes(1) == 1
+    for _ in range(2):
+        assert (polls.passes(9.999), polls.passes(0.001)) == (0, 1)
+    assert polls.passes(3) == 0
+    before = polls.sent
+    polls.look(visible=True)
+    polls.settle(before + 1)  # at once
+    assert (polls.passes(0.999), polls.passes(0.001)) == (0, 1)
+
+
+def test_it_gives_up_a_poll_after_eight_seconds_and_never_has_two(tabs: Tabs, slow: Supervisor) -> None:
+    polls = Polls(tabs, slow)
+    polls.held = True
+    away = polls.page.locator("#away")
+    assert polls.passes(1) == 1
+    assert polls.passes(7.999) == 0
+    expect(away).to_be_hidden()
+    for pause in (1, 1.5, 2.25):  # longer and longer
+        assert polls.passes(0.001) == 0
+        expect(away).to_have_text("The server can’t be reached. Trying again …")
+        wait_until(lambda: polls.page.evaluate("1") and polls.given_up == polls.sent - polls.answered, "its end")
+        assert (polls.passes(pause - 0.001), polls.passes(0.001)) == (0, 1)
+        assert polls.passes(7.999) == 0
+    polls.held = False
+    assert (polls.passes(0.001), polls.passes(3.375)) == (0, 1)
+    expect(away).to_be_hidden()
+    expect(state(polls.page)).to_have_text("ready")
 
 
 def test_it_plots_what_comes(tabs: Tabs, slow: Supervisor) -> None:
