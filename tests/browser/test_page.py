@@ -430,6 +430,73 @@ def test_it_asks_for_the_key(tabs: Tabs) -> None:
         served.engine_pid = served.client.get("/status", headers=headers).json()["pid"]
 
 
+WITHHELD = "The log and the settings are shown to an admin key."
+
+
+def withheld(page: Any) -> None:
+    """What a key sees that is not an administrator's."""
+    expect(state(page)).to_have_text("ready")
+    expect(page.get_by_text(WITHHELD)).to_be_visible()
+    for card in ("#log", "#settings", "#command"):
+        expect(page.locator(card)).to_be_hidden()
+    expect(page.locator("#phases")).to_contain_text("importing vLLM")
+    expect(page.locator("#happened li b")).to_have_text(["ready", "starting"])
+    assert "Application startup complete" not in page.content()
+    assert "--uds" not in page.content()
+
+
+def everything(page: Any) -> None:
+    expect(page.locator("#log")).to_contain_text("Application startup complete")
+    expect(page.locator("#settings")).to_contain_text("some/model")
+    expect(page.locator("#command")).to_contain_text("--uds")
+    expect(page.get_by_text(WITHHELD)).to_be_hidden()
+
+
+def test_it_shows_the_log_and_the_settings_to_an_admin_key_alone(tabs: Tabs) -> None:
+    keys = {"SUPERVISOR_API_KEYS": "a-plain-key", "SUPERVISOR_ADMIN_KEYS": "the-admin-key"}
+    with Supervisor("some/model", environ=keys) as served:
+        served.ready()
+        page = tabs.open(address(served))
+        field = page.get_by_label("One of its API keys")
+        field.fill("a-plain-key")
+        page.keyboard.press("Enter")
+        withheld(page)
+        expect(field).to_be_hidden()
+        page.get_by_role("button", name="Enter a key").click()
+        expect(field).to_be_focused()
+        field.fill("the-admin-key")
+        page.keyboard.press("Enter")
+        everything(page)
+        page.reload()
+        everything(page)
+        page.locator("#settings summary").click()  # what is open stays so
+        seen = page.evaluate("last.now")
+        wait_until(lambda: page.evaluate("last.now") > seen, "another poll")
+        expect(page.locator("#settings details")).to_have_attribute("open", "")
+        tabs.close()
+        served.engine_pid = served.client.get("/status", headers={"X-API-Key": "a-plain-key"}).json()["pid"]
+
+
+def test_with_admin_keys_alone_everybody_sees_the_rest(tabs: Tabs, tmp_path: Path) -> None:
+    environ = {"SUPERVISOR_ADMIN_KEYS": "the-admin-key", "FAKE_VLLM_COUNT": str(tmp_path / "n")}
+    with Supervisor("some/model", environ=environ) as served:
+        served.ready()
+        page = tabs.open(address(served))
+        withheld(page)
+        os.kill(served.engine(), signal.SIGKILL)
+        expect(page.locator("#failure")).to_contain_text("signal 9")
+        expect(page.locator("#failure details")).to_have_count(0)
+        expect(state(page)).to_have_text("ready")
+        page.get_by_role("button", name="Enter a key").click()
+        page.get_by_label("an admin key").fill("the-admin-key")
+        page.keyboard.press("Enter")
+        everything(page)
+        page.get_by_text("vLLM’s last lines before it").click()
+        expect(page.locator("#failure pre")).to_contain_text("Application startup complete")
+        tabs.close()
+        served.engine_pid = served.client.get("/status").json()["pid"]
+
+
 class Prefixed(http.server.BaseHTTPRequestHandler):
     """A reverse proxy that serves what is at `/` below `/some/prefix/`, and nothing elsewhere."""
 

@@ -1,56 +1,48 @@
-"""The page at `/` and the feed at `/status/events`, without a browser (tests/browser has one)."""
+"""The page at `/` and what it polls, `/status?after=N`, without a browser (tests/browser has one)."""
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import contextlib
 import hashlib
 import json
 import os
 import re
 import signal
-import socket
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 
-from supervisor.gateway.page import HTML, LIMIT, Feeds, wanted
+from supervisor.gateway.counts import Counts
+from supervisor.gateway.page import HTML, wanted
+from supervisor.gateway.told import FOR_EVERYBODY, LONGEST_LINE, TRANSITIONS, lines_seen, told
+from supervisor.status import _Private
 from tests.engine.test_relay import CHAT, chat
-from tests.harness import RawClient, Supervisor, wait_until
+from tests.harness import Supervisor, wait_until
 
 BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
-FEED = "/status/events"
+API_KEY, ADMIN_KEY = "a-plain-key", "the-admin-key"
+STARTED = "Application startup complete"
 
 
-@contextlib.contextmanager
-def feed(served: Supervisor, **headers: str) -> Iterator[Iterator[dict[str, Any]]]:
-    """Its events, as they come."""
-    with (
-        httpx.Client(base_url=f"http://127.0.0.1:{served.port}", timeout=20, verify=False) as client,
-        client.stream("GET", FEED, headers=headers) as answer,
-    ):
-        assert answer.status_code == 200
-        assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
-        lines = answer.iter_lines()
-        yield (json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: "))
+def poll(served: Supervisor, after: object = 0, key: str = "") -> dict[str, Any]:
+    headers = {"X-API-Key": key} if key else {}
+    answer = served.client.get(f"/status?after={after}", headers=headers)
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "application/json"
+    return dict(answer.json())
 
 
-def until(events: Iterator[dict[str, Any]], condition: Callable[[dict[str, Any]], object]) -> list[dict[str, Any]]:
-    """The events up to the one that is waited for; the feed itself has a time limit."""
-    found = []
-    for event in events:
-        found.append(event)
-        if condition(event):
-            return found
-    raise AssertionError(f"the feed ended: {found[-1]}")
+def poll_privately(socket: Path, path: str = "/status?after=0") -> dict[str, Any]:
+    connection = _Private(socket)
+    connection.request("GET", path)
+    found = dict(json.loads(connection.getresponse().read()))
+    connection.close()
+    return found
 
 
 # The page
@@ -97,7 +89,7 @@ def test_the_page_names_nothing_outside_of_it_and_no_address_from_the_root() -> 
     assert re.findall(r"""(?:href|src|action)=["'](?!#|data:)""", text) == []
     assert re.findall(r" style=| on[a-z]+=", text) == []  # the policy would block them
     assert re.findall(r"(?:ask|post)\('/", text) == []
-    assert len(text.splitlines()) < 500
+    assert len(text.splitlines()) < 520
 
 
 def test_without_the_key_there_is_the_page_and_nothing_in_it() -> None:
@@ -106,218 +98,263 @@ def test_without_the_key_there_is_the_page_and_nothing_in_it() -> None:
         served.ready()
         page = served.client.get("/", headers=BROWSER)
         assert page.content == HTML.read_bytes()
-        for path, headers in (("/", {}), ("/status", BROWSER), (FEED, {}), (FEED, {"X-API-Key": "the-wrong-key"})):
+        wrong = {"X-API-Key": "the-wrong-key"}
+        for path, headers in (("/", {}), ("/status", BROWSER), ("/status?after=0", {}), ("/status?after=0", wrong)):
             answer = served.client.get(path, headers=headers)
             assert answer.status_code == 401
             assert "secret-model" not in answer.text
         right = {"Authorization": "Bearer the-right-key"}
         assert served.client.get("/", headers=right).json()["model"] == "some/secret-model"
-        with feed(served, **right) as events:
-            assert next(events)["state"] == "ready"
-        told = served.client.get("/status", headers=right).text
-        assert "the-right-key" not in told
-        assert "abcdefghijklmnop" not in told
-        served.engine_pid = json.loads(told)["pid"]
+        seen = served.client.get("/status?after=0", headers=right).text
+        assert "the-right-key" not in seen
+        assert "abcdefghijklmnop" not in seen
+        served.engine_pid = json.loads(seen)["pid"]
 
 
-# The feed
+# What it polls
 
 
-def test_a_feed_begins_with_what_is_and_goes_on_with_what_changes(running: Supervisor) -> None:
-    with feed(running) as events:
-        first = next(events)
-        assert first["state"] == "ready"
-        assert "importing vLLM" in {row["name"] for row in first["phases"]}
-        assert any("Application startup complete" in line for line in first["log"])
-        assert [row["state"] for row in first["happened"]] == ["starting", "ready"]
-        assert len(first["bounds"]) + 1 == len(first["buckets"])
-        before = sum(first["statuses"].values())
-        running.client.post(CHAT, json=chat(max_tokens=3, stream=True))
-        later = until(events, lambda event: sum(event["statuses"].values()) == before + 1)
-        assert sum(later[-1]["buckets"]) == sum(first["buckets"]) + 1
-        assert later[-1]["reads"] > first["reads"]
-        assert "happened" not in later[-1]
-        assert "bounds" not in later[-1]
-        assert not any("Application startup complete" in line for event in later for line in event.get("log", ()))
+def test_a_poll_has_what_status_has_and_what_the_page_needs_beside(running: Supervisor) -> None:
+    status = running.client.get("/status").json()
+    first = poll(running)
+    assert {"now", "bounds", "statuses", "buckets", "reads", "happened", "line", "log"} == set(first) - set(status)
+    assert set(status) <= set(first)
+    assert first["state"] == "ready"
+    assert first["now"] > first["since"]
+    assert "importing vLLM" in {row["name"] for row in first["phases"]}
+    assert any(STARTED in line for line in first["log"])
+    assert first["line"] >= len(first["log"])
+    assert [row["state"] for row in first["happened"]] == ["starting", "ready"]
+    assert len(first["bounds"]) + 1 == len(first["buckets"])
+    before = sum(first["statuses"].values())
+    running.client.post(CHAT, json=chat(max_tokens=3, stream=True))
+    later = poll(running, first["line"])
+    assert sum(later["statuses"].values()) == before + 1
+    assert sum(later["buckets"]) == sum(first["buckets"]) + 1
+    assert later["reads"] > first["reads"]
+    assert later["in_flight"] == 0  # a poll is no request to the model
+    assert not any(STARTED in line for line in later["log"])
 
 
-def test_a_feed_tells_the_start_phase_by_phase() -> None:
+def test_a_poll_has_the_lines_behind_the_one_that_it_names(running: Supervisor) -> None:
+    whole = poll(running)
+    count, log = whole["line"], whole["log"]
+    assert count == len(log) > 3  # so few lines are all kept
+    assert poll(running, 2)["log"] == log[2:]
+    assert poll(running, count - 1)["log"] == log[-1:]
+    for none in (count, count + 1, count + 1000, 10**15 - 1):
+        assert poll(running, none)["log"] == []
+        assert poll(running, none)["line"] == count
+
+
+@pytest.mark.parametrize("after", ["", "-1", "+1", "1.5", "1e1", "x", "%00", "²", "٣", "0x1", " 1", "1_0", "9" * 5000])
+def test_what_is_no_number_counts_as_0(running: Supervisor, after: str) -> None:
+    assert poll(running, after) | {"now": 0} == poll(running) | {"now": 0}
+
+
+@pytest.mark.parametrize(
+    ("query", "seen"),
+    [(b"", None), (b"afterwards=1", None), (b"a=1&after=7", 7), (b"after", 0), (b"after=007", 7), (b"%61fter=1", 1),
+     (b"after=1&after=2", 2), (b"\xff=\xff&after=\xb2", 0), (b"after=" + b"1" * 16, 0)],
+)  # fmt: skip
+def test_the_number_of_a_query(query: bytes, seen: int | None) -> None:
+    assert lines_seen(query) == seen
+
+
+def test_other_methods_and_the_feed_that_was(running: Supervisor) -> None:
+    assert running.client.head("/status?after=0").text == ""
+    assert running.client.post("/status?after=0").json()["log"]
+    assert running.client.put("/status?after=0").status_code == 405
+    assert running.client.get("/status/events").status_code == 403  # no route of ours, nor of the model's
+
+
+def test_the_start_is_told_phase_by_phase() -> None:
     with Supervisor("m", plan=[{"load_seconds": 3}]) as served:
         served.says("importing vLLM")
-        with feed(served) as events:
-            told = until(events, lambda event: event["state"] == "ready")
-    loading = [event for event in told if event["state"] == "starting"]
+        seen = [poll(served)]
+        wait_until(lambda: seen.append(poll(served)) or seen[-1]["state"] == "ready", "readiness")
+    loading = [sum(row["seconds"] for row in one["phases"]) for one in seen if one["state"] == "starting"]
     assert len(loading) >= 2
-    assert [sum(row["seconds"] for row in event["phases"]) for event in loading] == sorted(
-        sum(row["seconds"] for row in event["phases"]) for event in loading
-    )
-    assert "loading weights" in {row["name"] for row in told[-1]["phases"]}
+    assert loading == sorted(loading)
+    assert "loading weights" in {row["name"] for row in seen[-1]["phases"]}
 
 
-def test_a_feed_tells_a_crash_and_the_recovery(tmp_path: Path) -> None:
+def test_a_crash_and_the_recovery_are_told_and_the_log_goes_on(tmp_path: Path) -> None:
     environ = {"FAKE_VLLM_COUNT": str(tmp_path / "n")}
     with Supervisor("m", plan=[{}, {"load_seconds": 1}], environ=environ) as served:
         served.ready()
-        with feed(served) as events:
-            assert "last_failure" not in next(events)
-            os.kill(served.engine(), signal.SIGKILL)
-            told = until(events, lambda event: event["state"] == "restarting")
-            told += until(events, lambda event: event["state"] == "ready")
-            served.engine_pid = told[-1]["pid"]
-    failures = [event["last_failure"] for event in told if "last_failure" in event]
-    assert len(failures) == 1
-    assert "SIGKILL" in failures[0]["cause"] or failures[0]["signal"] == 9
-    assert told[-1]["restarts"] == 1
-    happened = [event["happened"] for event in told if "happened" in event][-1]
-    assert [row["state"] for row in happened] == ["starting", "ready", "restarting", "starting", "ready"]
-    assert any("Application startup complete" in line for event in told for line in event.get("log", ()))
+        before = poll(served)
+        assert before["last_failure"] is None
+        os.kill(served.engine(), signal.SIGKILL)
+        wait_until(lambda: poll(served)["restarts"] == 1 and poll(served)["state"] == "ready", "the recovery")
+        later = poll(served, before["line"])
+        served.engine_pid = later["pid"]
+    assert later["last_failure"]["signal"] == 9
+    assert any(STARTED in line for line in later["last_failure"]["log_tail"])
+    assert [row["state"] for row in later["happened"]] == ["starting", "ready", "restarting", "starting", "ready"]
+    assert later["line"] == before["line"] + len(later["log"])
+    assert sum(STARTED in line for line in later["log"]) == 1
 
 
-def test_feeds_are_bounded_and_a_place_is_free_again(running: Supervisor) -> None:
-    def told() -> int:
-        with running.client.stream("GET", FEED) as answer:
-            return answer.status_code
+def test_a_poll_is_bounded_however_much_vllm_logs(tmp_path: Path) -> None:
+    program = tmp_path / "vllm"
+    program.write_text(
+        f"#!{sys.executable}\nimport signal, sys\n"
+        "if '--version' in sys.argv: print('0.32.0'); sys.exit()\n"
+        "for number in range(1000): print(number, 'x' * 5000, flush=True)\n"
+        "signal.pause()\n"
+    )
+    program.chmod(0o755)
+    with Supervisor("m", vllm=program) as served:
+        served.engine()
+        wait_until(lambda: poll(served)["line"] >= 1000, "its last line")
+        found = poll(served)
+        assert [line.split()[0] for line in found["log"][-200:]] == [str(number) for number in range(800, 1000)]
+        assert len(found["log"]) == 200
+        assert set(map(len, found["log"])) == {LONGEST_LINE}
 
-    with contextlib.ExitStack() as stack:
-        for _ in range(LIMIT):
-            raw = stack.enter_context(running.connect())
-            assert b"text/event-stream" in raw.send(b"GET /status/events HTTP/1.1\r\nHost: h\r\n\r\n").until(b"data: ")
-        answer = running.client.get(FEED)
-        assert answer.status_code == 429
-        assert int(answer.headers["retry-after"]) >= 1
-        assert running.client.get("/status").json()["in_flight"] == 0  # they are no requests to the model
-    wait_until(lambda: told() == 200, "a free place")
+
+def test_of_many_transitions_the_last_ones_are_told() -> None:
+    timeline = [{"at": float(number), "state": "starting", "reason": ""} for number in range(100)]
+    engine: Any = SimpleNamespace(timeline=deque(timeline), log_after=lambda number: (0, []))
+    found = told({}, {}, engine, Counts(), 0, full=False, after=0)
+    assert found["happened"] == timeline[-TRANSITIONS:]
 
 
-def test_another_method_than_get_has_one_event_and_no_place(running: Supervisor) -> None:
-    assert running.client.head(FEED).headers["content-type"] == "text/event-stream; charset=utf-8"
-    assert running.client.post(FEED).text.count("data: ") == 1
-    assert running.client.put(FEED).status_code == 405
+def test_what_nobody_has_thought_about_is_for_administrators_alone() -> None:
+    engine: Any = SimpleNamespace(timeline=[], log_after=lambda number: (0, []))
+    for full in (True, False):
+        found = told({"state": "ready", "new": 1}, {"fact": 2}, engine, Counts(), 0, full=full, after=None)
+        assert found == ({"state": "ready", "new": 1, "fact": 2} if full else {"state": "ready"})
+
+
+# Who sees what
+
+NUMBERS = {"now", "bounds", "statuses", "buckets", "reads", "happened"}
+# Of a configuration or of vLLM's log, as it is in the text of an answer.
+WITHHELD = (
+    "--uds",
+    "--max-model-len",
+    "MAX_MODEL_LEN",
+    "QUANTISATION",
+    "/tmp/supervisor-",
+    STARTED,
+    "planted in the log",
+)
+
+
+class Asked:
+    """A supervisor whose engine has failed, with a warning among its settings and a line of a client's in its log."""
+
+    def __init__(self, folder: Path, **keys: str) -> None:
+        plan = [{}, {"die_at_start": {"log": ["what a client sent: planted in the log"], "code": 1}}]
+        self.served = Supervisor(
+            "some/model",
+            plan=plan,
+            environ={
+                "TMPDIR": str(folder), "FAKE_VLLM_COUNT": str(folder / "n"), "SUPERVISOR_ON_FAILURE": "serve",
+                "SUPERVISOR_MAX_RESTARTS": "1", "MAX_MODEL_LEN": "4096", "QUANTISATION": "half", **keys,
+            },
+        )  # fmt: skip
+        self.folder = folder
+
+    def __enter__(self) -> Asked:
+        self.served.__enter__().ready()
+        os.kill(int(poll_privately(self.socket)["pid"]), signal.SIGKILL)
+        self.served.says("-> failed", 30)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.served.__exit__(*error)
+
+    @property
+    def socket(self) -> Path:
+        (found,) = self.folder.glob("supervisor-*/gateway.sock")
+        return found
+
+    def get(self, path: str, key: str = "") -> httpx.Response:
+        return self.served.client.get(path, headers={"X-API-Key": key} if key else {})
+
+    def shows_everything(self, key: str = "") -> None:
+        self.is_everything(self.get("/status", key).json(), self.get("/status?after=0", key).json())
+
+    def shows_everything_privately(self) -> None:
+        self.is_everything(poll_privately(self.socket, "/status"), poll_privately(self.socket))
+
+    def is_everything(self, status: dict[str, Any], polled: dict[str, Any]) -> None:
+        for found in (status, polled):
+            assert "--max-model-len" in found["command"]
+            assert "MAX_MODEL_LEN" in str(found["settings"])
+            assert "QUANTISATION" in str(found["warnings"])
+            assert "planted in the log" in str(found["last_failure"]["log_tail"])
+        assert "log" not in status
+        assert "planted in the log" in str(polled["log"])
+
+    def shows_the_rest(self, key: str = "") -> None:
+        for path, more in (("/status", set()), ("/", set()), ("/status?after=0", NUMBERS)):
+            answer = self.get(path, key)
+            found = answer.json()
+            assert set(found) == (FOR_EVERYBODY - NUMBERS) | more
+            assert found["state"] == "failed"
+            assert found["model"] == "some/model"
+            assert found["restarts"] == 1
+            assert {"cause", "remedy", "exit_code", "signal", "at"} == set(found["last_failure"])
+            assert [text for text in WITHHELD if text in answer.text] == []
+
+    def refuses(self, key: str = "") -> None:
+        assert [self.get(path, key).status_code for path in ("/status", "/status?after=0", "/")] == [401] * 3
+
+
+def test_without_any_key_everybody_sees_everything(tmp_path: Path) -> None:
+    with Asked(tmp_path) as asked:
+        asked.shows_everything()
+        asked.shows_everything("whatever")
+        asked.shows_everything_privately()
+
+
+def test_with_api_keys_and_admin_keys_administrators_see_everything(tmp_path: Path) -> None:
+    with Asked(tmp_path, SUPERVISOR_API_KEYS=API_KEY, SUPERVISOR_ADMIN_KEYS=ADMIN_KEY) as asked:
+        asked.shows_everything(ADMIN_KEY)
+        asked.shows_the_rest(API_KEY)
+        asked.refuses()
+        asked.refuses("another-key")
+        asked.shows_everything_privately()
+
+
+def test_with_api_keys_alone_nobody_is_an_administrator_but_over_the_private_socket(tmp_path: Path) -> None:
+    with Asked(tmp_path, SUPERVISOR_API_KEYS=API_KEY) as asked:
+        asked.shows_the_rest(API_KEY)
+        asked.refuses()
+        asked.shows_everything_privately()
+
+
+def test_with_admin_keys_alone_everybody_sees_what_a_plain_key_would(tmp_path: Path) -> None:
+    with Asked(tmp_path, SUPERVISOR_ADMIN_KEYS=ADMIN_KEY) as asked:
+        asked.shows_everything(ADMIN_KEY)
+        asked.shows_the_rest()
+        asked.shows_the_rest("another-key")
+        asked.shows_everything_privately()
+
+
+def test_keys_that_are_read_again_decide_from_then_on(tmp_path: Path) -> None:
+    keys = tmp_path / "admins"
+    keys.write_text("old-admin-key\n")
+    with Asked(tmp_path, SUPERVISOR_API_KEYS=API_KEY, SUPERVISOR_ADMIN_KEYS=f"@{keys}") as asked:
+        asked.shows_everything("old-admin-key")
+        keys.write_text("new-admin-key\n")
+        asked.served.signal(signal.SIGHUP)
+        asked.served.says("keys read again")
+        asked.refuses("old-admin-key")
+        asked.shows_everything("new-admin-key")
 
 
 # Its end
 
 
-def test_a_feed_tells_the_end_and_holds_nothing_up() -> None:
-    with Supervisor("m") as served, contextlib.ExitStack() as stack:
+def test_what_polls_holds_nothing_up(tmp_path: Path) -> None:
+    with Supervisor("m") as served:
         served.ready().engine()
-        feeds = [stack.enter_context(feed(served)) for _ in range(3)]
-        for events in feeds:
-            next(events)
-        began = time.monotonic()
+        poll(served)  # its connection stays open
         served.signal(signal.SIGTERM)
-        for events in feeds:
-            told = list(events)  # httpx complains where the last chunk is missing
-            happened = [event["happened"] for event in told if "happened" in event][-1]
-            assert [row["state"] for row in happened] == ["starting", "ready", "draining", "stopping", "stopped"]
-        assert served.exit_code() == 0
-        assert time.monotonic() - began < 3
+        assert served.exit_code(5) == 0
         assert "Traceback" not in served.output
-        assert "timeout graceful shutdown" not in served.output
-
-
-def talkative(folder: Path) -> Path:
-    """A vLLM that never is ready, and logs more than a socket takes from a reader that does not read."""
-    program = folder / "vllm"
-    program.write_text(
-        f"#!{sys.executable}\nimport sys, time\n"
-        "if '--version' in sys.argv: print('0.32.0'); sys.exit()\n"
-        "for number in range(1, 1_000_000):\n"
-        "    print(number, 'x' * 900, flush=True)\n"
-        "    if number % 300 == 0: time.sleep(0.05)\n"
-    )
-    program.chmod(0o755)
-    return program
-
-
-def deaf_readers(served: Supervisor, stack: contextlib.ExitStack) -> list[RawClient]:
-    readers = [stack.enter_context(RawClient(served.port)) for _ in range(8)]
-    for raw in readers:
-        raw.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        raw.send(b"GET /status/events HTTP/1.1\r\nHost: h\r\n\r\n")
-        raw.until(b"\r\n\r\n")
-    return readers
-
-
-def tell(served: Supervisor) -> int:
-    """Who comes is told at once, and so is everybody else: up to 180 kB of the log. Returns its last line's number."""
-    answer = served.client.post(FEED)
-    assert answer.status_code == 200
-    return max(map(int, re.findall(r'"(\d+) x', answer.text)), default=0)
-
-
-def connected(served: Supervisor) -> set[int]:
-    """The clients' ports, as the supervisor's process has them: what the kernel still has to send is the kernel's."""
-    found = psutil.Process(served.process.pid).net_connections("tcp")
-    return {connection.raddr.port for connection in found if connection.raddr}
-
-
-@pytest.mark.slow
-def test_a_reader_that_does_not_read_is_dropped(tmp_path: Path) -> None:
-    environ = {"SUPERVISOR_CLIENT_TIMEOUT": "0.4"}
-    with Supervisor("m", vllm=talkative(tmp_path), environ=environ) as served, contextlib.ExitStack() as stack:
-        ports = {raw.socket.getsockname()[1] for raw in deaf_readers(served, stack)}
-        assert ports <= connected(served)
-
-        def dropped() -> bool:
-            tell(served)
-            return not ports & connected(served)
-
-        wait_until(dropped, "the ends of their connections", 30)
-        assert "Traceback" not in served.output
-
-
-@pytest.mark.slow
-def test_a_reader_that_does_not_read_does_not_hold_up_the_end(tmp_path: Path) -> None:
-    with Supervisor("m", vllm=talkative(tmp_path)) as served, contextlib.ExitStack() as stack:
-        deaf_readers(served, stack)
-        wait_until(lambda: tell(served) > 12_000, "more than the sockets take", 30)
-        served.engine()
-        began = time.monotonic()
-        served.signal(signal.SIGTERM)
-        assert served.exit_code() == 0
-        assert time.monotonic() - began < 4
-        assert "Traceback" not in served.output
-
-
-# Nobody listens
-
-
-def test_nothing_is_looked_at_while_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("supervisor.gateway.page.BEAT", 0.01)
-    looks = 0
-
-    def status() -> dict[str, object]:
-        nonlocal looks
-        looks += 1
-        row = dict.fromkeys(("since", "phases", "progress", "restarts", "pid", "last_failure"), 0)
-        return {**row, "state": "ready", "reason": looks}
-
-    async def one_feed() -> None:
-        gateway = SimpleNamespace(
-            engine=SimpleNamespace(status=status, timeline=[{}], log_after=lambda number: (number, [])),
-            counts=SimpleNamespace(statuses={}, buckets=[]),
-            upstream=SimpleNamespace(loop=asyncio.get_running_loop(), reads=0),
-            connections=set(), in_flight=0, waiting=0,
-        )  # fmt: skip
-        feeds = Feeds(gateway)  # type: ignore[arg-type]
-        leave, sent = asyncio.Event(), []
-
-        async def receive() -> dict[str, str]:
-            await leave.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message: dict[str, object]) -> None:
-            sent.append(message)
-            if len(sent) == 5:
-                leave.set()
-
-        await feeds.serve({"method": "GET"}, receive, send)
-        assert looks >= 4
-        before = looks
-        assert feeds._beat is not None
-        await asyncio.sleep(max(0.0, feeds._beat.when() - asyncio.get_running_loop().time()) + 0.001)
-        assert feeds._beat is None  # the last one found nobody, and there is no other
-        assert looks == before
-
-    asyncio.run(one_feed())
