@@ -42,6 +42,7 @@ from stream_clients import KEY, Clients, Target
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = {"events/s": 0, "tokens/s": 0, "TTFT p50 ms": 1, "TTFT p99 ms": 1, "CPU us": 1, "client %": 0, "failures": 0}
+ADMIN_KEY = "sk-bench-admin"  # /status shows vLLM's command to administrators
 SETTLE = 3.0  # of several API servers the first to be there makes vLLM ready
 RATIOS = ("events/s", "tokens/s", "TTFT p50 ms", "TTFT p99 ms")
 
@@ -121,8 +122,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def get(port: int, path: str) -> bytes:
-    asked = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers={"Authorization": f"Bearer {KEY}"})
+def get(port: int, path: str, key: str = KEY) -> bytes:
+    asked = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers={"Authorization": f"Bearer {key}"})
     with urllib.request.urlopen(asked, timeout=10) as answer:
         return bytes(answer.read())
 
@@ -184,11 +185,12 @@ def main() -> None:
         "readings": {},
     }
     clients, port = Clients(options.clients, options.timeout), free_port()
-    environ = {"SUPERVISOR_VLLM": shlex.join(vllm), "SUPERVISOR_API_KEYS": KEY, "SUPERVISOR_MAX_CONCURRENCY": "1000"}
+    environ = {"SUPERVISOR_VLLM": shlex.join(vllm), "SUPERVISOR_MAX_CONCURRENCY": "1000"}
+    environ |= {"SUPERVISOR_API_KEYS": KEY, "SUPERVISOR_ADMIN_KEYS": ADMIN_KEY}
     command = [sys.executable, "-m", "supervisor", "up", model, "--mode", "http", "--port", str(port), "--", *raw]
     title("each reading")
     with running(command, port, options.startup, **environ) as pid:
-        words = shlex.split(json.loads(get(port, "/status"))["command"])
+        words = shlex.split(json.loads(get(port, "/status", ADMIN_KEY))["command"])
         sides: dict[str, Target] = {"alone": words[words.index("--uds") + 1], "gateway": port}
         compare(sides, pid, clients, options, results)
     if options.tcp:

@@ -108,5 +108,5 @@ class Account(Observer):
 
     def log_after(self, number: int) -> tuple[int, list[str]]:
         """How many lines there were, ever, and those of them behind the first `number` that are kept."""
-        fresh = min(self.count - number, len(self.lines))
+        fresh = max(0, min(self.count - number, len(self.lines)))  # who asks may have counted another run's lines
         return self.count, list(self.lines)[-fresh:] if fresh else []

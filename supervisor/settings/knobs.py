@@ -196,7 +196,13 @@ KNOBS = (
     ),
     Knob("SUPERVISOR_MAX_BODY", "64MiB", size, "the largest request body"),
     Knob("SUPERVISOR_API_KEYS", None, keys, "keys that clients must give, between commas, or @file", secret=True),
-    Knob("SUPERVISOR_ADMIN_KEYS", None, keys, "keys that open vLLM's admin routes as well, the same way", secret=True),
+    Knob(
+        "SUPERVISOR_ADMIN_KEYS",
+        None,
+        keys,
+        "keys that open vLLM's admin routes as well, and show its log and the settings, the same way",
+        secret=True,
+    ),
     Knob("SUPERVISOR_ALLOW_ROUTES", "", routes, "more paths to open, by their beginnings, between commas"),
     Knob(
         "SUPERVISOR_ALLOWED_HOSTS",

@@ -26,10 +26,12 @@ PLANTED = {
     "planted-vllm-key-11": "VLLM_API_KEY",
     "planted'quote\\12": "a password that must be escaped in JSON and in a shell",
     "rpa_planted131313": "RUNPOD_API_KEY",
+    "planted-admin-key-14": "SUPERVISOR_ADMIN_KEYS",
 }
 ENVIRON = {
     "HF_TOKEN": "hf_plantedtoken1",
     "SUPERVISOR_API_KEYS": "planted-key-two, planted-key-three",
+    "SUPERVISOR_ADMIN_KEYS": "planted-admin-key-14",
     "VLLM_API_KEY": "planted-vllm-key-11",
     "OPENAI_API_KEY": "sk-planted4444444",
     "OTLP_TRACES_ENDPOINT": "http://user:planted-password-5@127.0.0.1/",
@@ -91,15 +93,16 @@ def test_a_running_supervisor_shows_no_secret(tmp_path: Path, form: str) -> None
         "SUPERVISOR_ON_FAILURE": "serve",
         "SUPERVISOR_MAX_RESTARTS": "0",
     }
-    key = {"X-API-Key": "planted-key-two"}
+    key = {"X-API-Key": "planted-admin-key-14"}
     with Supervisor("m", *RAW, vllm=FAKE, plan=plan, cwd=tmp_path, environ=environ) as supervisor:
         supervisor.says("-> failed")
         supervisor.says("Initializing with ")
         url = f"http://127.0.0.1:{re.search(r'http://127.0.0.1:([0-9]+)', supervisor.output)[1]}"  # type: ignore[index]
-        seen = [http.get(f"{url}/status", headers=key).text]
+        seen = [http.get(f"{url}/status?after=0", headers=key).text]
         seen.append(http.get(f"{url}/status", headers={"X-API-Key": "sk-planted4444444"}).text)
         seen.append(http.get(f"{url}/v1/models?token=planted-query-token-7", headers=key).text)
         assert "Initializing with" in seen[0]
         assert '"settings"' in seen[0]
+        assert '"log"' in seen[0]
         assert leaks("".join(seen)) == []
         assert leaks(supervisor.output) == []
