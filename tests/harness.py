@@ -88,6 +88,9 @@ def session_of(pid: int) -> list[int]:
     return found
 
 
+FAULT = re.compile(r"Traceback|Exception in|Fatal error|exception was never retrieved")
+
+
 class Supervisor:
     """One run of the `supervisor` command, ended by force when the block is left."""
 
@@ -103,7 +106,11 @@ class Supervisor:
         within: Sequence[str] = (),
     ) -> None:
         """`program` stands for `supervisor up`; `within` is a command that runs the one it is followed by."""
-        more = {"SUPERVISOR_ALLOW_ROUTES": "/fake,/v1/nowhere", **(environ or {})}
+        more = {
+            "SUPERVISOR_ALLOW_ROUTES": "/fake,/v1/nowhere",
+            "SUPERVISOR_ALLOWED_HOSTS": "h,elsewhere",  # in what is written by hand
+            **(environ or {}),
+        }
         if vllm is not None:
             more["SUPERVISOR_VLLM"] = str(vllm)
         if plan is not None:
@@ -150,11 +157,21 @@ class Supervisor:
             self._client.close()
         self.process.kill()
         self.process.wait()
+        if kind is None and not self._reading_ends.is_set():
+            self._reader.join(5)
+            assert not (faults := self.faults()), "\n".join(faults)
         for pid in session_of(self.engine_pid) if self.engine_pid else []:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     # What it says
+
+    def faults(self) -> list[str]:
+        """What only a fault of ours says; vLLM's lines, its tracebacks too, begin with the process that wrote them."""
+        lines = self.output.splitlines()
+        return [
+            "\n".join(lines[at : at + 30]) for at, line in enumerate(lines) if FAULT.search(line) and line[:1] != "("
+        ]
 
     @property
     def output(self) -> str:

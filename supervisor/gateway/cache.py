@@ -35,7 +35,7 @@ ROUTES = {
     "/v1/score": False, "/rerank": False, "/v1/rerank": False, "/v2/rerank": False,
 }  # fmt: skip
 # Headers by which vLLM's answer differs.
-VARYING = frozenset({b"accept", b"content-type", b"endpoint-load-metrics-format", b"origin", b"x-data-parallel-rank"})
+VARYING = frozenset({b"content-type", b"endpoint-load-metrics-format", b"origin", b"x-data-parallel-rank"})
 # An answer that would take more than this share of the memory is not kept.
 LARGEST_SHARE = 1 / 4
 OVERHEAD = 1000  # bytes that an answer takes beside its own, about

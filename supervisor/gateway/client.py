@@ -50,7 +50,6 @@ LEAST_RATE = 100
 # Bytes of a body that our own routes throw away.
 OWN_BODY_LIMIT = 64 * 1024
 HEAD_TOO_SLOW = Refusal(408, "The request's head did not come in time.", code="request_timeout")
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class _Over(Exception):  # no error
@@ -242,14 +241,13 @@ class ClientConnection(HttpToolsProtocol):
         return not self.transport.is_closing()
 
     def look_for_client(self) -> None:
-        """A client that is gone answers bytes with a reset. HTTP has some that mean nothing before an answer (RFC
-        9110, 15.2), and that all clients know."""
-        one = self.answering
-        if isinstance(one, Exchange) and one.body is None and not one.response_complete:
-            if not one.request.http11:
+        """A client that is gone answers bytes with a reset."""
+        if isinstance(self.answering, Exchange):
+            nothing = self.answering.nothing()
+            if nothing is None:
                 self.transport.abort()
                 return
-            self.write(CONTINUE)
+            self.write(nothing)
         self.loop.call_later(GONE_KNOWN_AFTER, self._abort_if_gone)
 
     def _abort_if_gone(self) -> None:

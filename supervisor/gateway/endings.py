@@ -40,6 +40,9 @@ class Body(Protocol):
     def ending(self, refusal: Refusal, path: bytes) -> bytes | None:
         """What ends it well at this moment. None: only a cut tells."""
 
+    def nothing(self) -> bytes:
+        """Bytes without a meaning, which a client that is gone will not take; none where there are no such bytes."""
+
 
 class Plain:
     """Of an answer that is no event stream."""
@@ -56,6 +59,9 @@ class Plain:
 
     def ending(self, refusal: Refusal, path: bytes) -> bytes | None:
         return None
+
+    def nothing(self) -> bytes:
+        return b""
 
 
 PLAIN = Plain()
@@ -106,6 +112,11 @@ class Events:
             return self.dechunker.feed(rest) + events
         return rest + (b"%x\r\n%b\r\n" % (len(events), events) if events else b"") + b"0\r\n\r\n"
 
+    def nothing(self) -> bytes:
+        if self.torn:
+            return b""
+        return b"3\r\n:\n\n\r\n" if self.dechunker is None else b":\n\n"
+
 
 class Tunnel:
     """Of a WebSocket: vLLM's frames."""
@@ -127,6 +138,9 @@ class Tunnel:
         if not self.frames.between:  # within a frame it were part of a message
             return b""
         return close_frame(GOING_AWAY if refusal.code == "shutting_down" else INTERNAL_ERROR, refusal.message)
+
+    def nothing(self) -> bytes:
+        return b""
 
 
 def is_comment(data: bytes) -> bool:

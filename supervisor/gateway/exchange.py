@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # Of a chunked body: bytes of framing that may stand beside it, and as many again for each of its own bytes. A chunk of
 # one byte has five; sixteen thousand of an extension were 15 MB for a body of 1,000 bytes.
 FRAMING_LIMIT, FRAMING_SHARE = 64 * 1024, 8
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 # Bytes of a body that are kept before its turn comes.
 WAITING_LIMIT = 64 * 1024
 BODY_TOO_SLOW = Refusal(408, "The request's body did not come in time.", "request_timeout")
@@ -278,6 +279,13 @@ class Exchange:
     def resume_answer(self) -> None:
         if self.delivering is not None:
             self.delivering.resume()
+
+    def nothing(self) -> bytes | None:
+        """Bytes that mean nothing at this moment (RFC 9110, 15.2, before an answer), and that all clients know. None:
+        this one knows none."""
+        if self.body is not None:
+            return self.body.nothing()
+        return CONTINUE if self.request.http11 else None
 
     def client_gone(self) -> None:
         """Nobody will read the answer: vLLM is told at once, by closing its connection."""

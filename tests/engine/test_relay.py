@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 
-from supervisor.gateway.upstream import Probe, Upstream
+from supervisor.gateway.upstream import Upstream
 from tests.harness import Supervisor, wait_until
 
 CHAT = "/v1/chat/completions"
@@ -591,7 +591,7 @@ def test_a_connection_that_vllm_keeps_open_is_not_closed_under_the_next_request(
     async def ask() -> None:
         server = await asyncio.start_unix_server(serve, tmp_path / "s")
         upstream = Upstream(str(tmp_path / "s"))
-        assert await Probe.get(upstream, "/health") == (200, b"ok")
+        assert await upstream.ask("/health", patience=5) == (200, b"ok")
         assert [connection.transport.is_closing() for connection in upstream.idle] == [False]
         upstream.close()
         server.close()

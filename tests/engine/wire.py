@@ -162,6 +162,7 @@ class _Conversation:
         self.methods = methods
         self.half_close = half_close
         self.probes = probes
+        self.half_closed = False
         self.quiet = quiet
         self.received = b""
         self.answers: list[Answer] = []
@@ -184,9 +185,11 @@ class _Conversation:
                 self.pieces.pop(0)
             if not self.pieces and self.half_close:
                 self.half_close = self.probes = False
+                self.half_closed = True
                 self.connection.shutdown(socket.SHUT_WR)
             done = not self.pieces and finals >= len(self.methods)
-            if done and not self._last_announces_close():
+            # Who has said that no more comes is answered, and then closed on.
+            if done and not self._last_announces_close() and not self.half_closed:
                 if probing:
                     return self._seen("open", without_probe=True)
                 if not self.probes:

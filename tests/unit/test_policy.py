@@ -4,26 +4,54 @@ from __future__ import annotations
 
 import pytest
 
-from supervisor.gateway.heads import REMEMBERED, Latest, Memo, RequestHead, halves, split
+from supervisor.gateway.errors import Refusal
+from supervisor.gateway.http1 import (
+    COMPRESSED,
+    HEAD_TOO_LARGE,
+    NO_HOST,
+    REMEMBERED,
+    TARGET_TOO_LONG,
+    Headers,
+    Latest,
+    Memo,
+    Request,
+    halves,
+    split,
+)
 from supervisor.gateway.policy import (
     ADMIN_ONLY,
     ADMIN_ROUTES,
     CLIENTS_LIMIT,
-    HEAD_TOO_LARGE,
+    FAILURES,
     OPEN_ROUTES,
-    TARGET_TOO_LONG,
+    TOO_MANY_FAILURES,
     UNAUTHORIZED,
-    UNKNOWN_ROUTE,
+    Origins,
     Policy,
     Rate,
     Routes,
-    Verdict,
-    head_limits,
+    is_preflight,
 )
 
 CHAT = b"/v1/chat/completions"
 KEY = [(b"Authorization", b"Bearer one")]
 ADMIN = [(b"X-API-Key", b"root")]
+UNKNOWN_ROUTE = 404
+
+
+def judged(policy: Policy, path: bytes, headers: Headers) -> Refusal | int | None:
+    """The refusal; of a route that is none its status, for its words differ."""
+    refusal = policy.judge(Request(b"POST", path, path, headers)).refusal
+    return UNKNOWN_ROUTE if refusal is not None and refusal.status == UNKNOWN_ROUTE else refusal
+
+
+def rewritten(
+    headers: Headers, target: bytes = b"/x", *, tls: bool = False, **more: bool
+) -> tuple[Request, Refusal | None]:
+    request = Request(b"POST", target, target, headers)
+    for name, value in more.items():
+        setattr(request, name, value)
+    return request, request.rewrite("1.1", tls=tls)
 
 
 @pytest.mark.parametrize(
@@ -40,9 +68,8 @@ ADMIN = [(b"X-API-Key", b"root")]
     ],
 )
 def test_keys(headers: list[tuple[bytes, bytes]], passes: bool) -> None:
-    verdict = Policy(["one", "two"]).judge(CHAT, headers)
-    assert verdict.refusal is (None if passes else UNAUTHORIZED)
-    assert Policy().judge(CHAT, headers).refusal is None
+    assert judged(Policy(["one", "two"]), CHAT, headers) is (None if passes else UNAUTHORIZED)
+    assert judged(Policy(), CHAT, headers) is None
 
 
 @pytest.mark.parametrize(
@@ -71,11 +98,10 @@ def test_keys(headers: list[tuple[bytes, bytes]], passes: bool) -> None:
     ],
 )
 def test_routes(path: bytes, refusal: object) -> None:
-    assert Policy().judge(path, []).refusal is refusal
-    assert Policy(["one"], ["root"]).judge(path, KEY).refusal is refusal
-    assert Policy(["one"], ["root"]).judge(path, ADMIN).refusal is None
-    assert Policy(["one"], ["root"]).judge(path, []).refusal is UNAUTHORIZED
-    assert Policy(["one"], ["root"]).judge(path, [], private=True).refusal is refusal  # a job
+    assert judged(Policy(), path, []) is refusal
+    assert judged(Policy(["one"], ["root"]), path, KEY) is refusal
+    assert judged(Policy(["one"], ["root"]), path, ADMIN) is None
+    assert judged(Policy(["one"], ["root"]), path, []) is UNAUTHORIZED
 
 
 def test_the_two_lists_are_apart() -> None:
@@ -85,10 +111,10 @@ def test_the_two_lists_are_apart() -> None:
 
 def test_admin_keys_alone_leave_the_model_open() -> None:
     policy = Policy([], ["root"])
-    assert policy.judge(CHAT, []).refusal is None
-    assert policy.judge(b"/sleep", []).refusal is ADMIN_ONLY
-    assert policy.judge(b"/sleep", KEY).refusal is ADMIN_ONLY
-    assert policy.judge(b"/sleep", ADMIN).refusal is None
+    assert judged(policy, CHAT, []) is None
+    assert judged(policy, b"/sleep", []) is ADMIN_ONLY
+    assert judged(policy, b"/sleep", KEY) is ADMIN_ONLY
+    assert judged(policy, b"/sleep", ADMIN) is None
 
 
 def test_more_routes_can_be_opened() -> None:
@@ -106,7 +132,9 @@ def test_vllms_root_path_is_taken_off() -> None:
     assert routes.refusal(b"/api/v1/models") is None
     assert routes.refusal(b"/api/sleep") is ADMIN_ONLY
     assert routes.refusal(b"/v1/models") is None
-    assert routes.refusal(b"/apis/v1/models") is UNKNOWN_ROUTE
+    unknown = routes.refusal(b"/apis/v1/models")
+    assert unknown is not None
+    assert unknown.status == UNKNOWN_ROUTE
 
 
 def test_rate() -> None:
@@ -139,10 +167,11 @@ def test_rates_of_ever_new_clients_do_not_fill_the_memory() -> None:
 
 
 def test_limits_of_a_head() -> None:
-    assert head_limits(b"/x", [(b"a", b"b")] * 100) is None
-    assert head_limits(b"/x", [(b"a", b"b")] * 101) is HEAD_TOO_LARGE
-    assert head_limits(b"/x", [(b"a", b"b" * 33_000)]) is HEAD_TOO_LARGE
-    assert head_limits(b"/" * 8193, []) is TARGET_TOO_LONG
+    host = (b"Host", b"h")
+    assert rewritten([host, *[(b"a", b"b")] * 99])[1] is None
+    assert rewritten([host, *[(b"a", b"b")] * 100])[1] is HEAD_TOO_LARGE
+    assert rewritten([host, (b"a", b"b" * 33_000)])[1] is HEAD_TOO_LARGE
+    assert rewritten([host], b"/" * 8193)[1] is TARGET_TOO_LONG
 
 
 # Heads that come again
@@ -201,6 +230,168 @@ def test_the_memo_does_not_grow_for_ever() -> None:
 
 
 def test_a_head_is_written_around_its_length() -> None:
-    head = RequestHead(b"POST", b"/v1/x", b"/v1/x", HEAD[:-2] + b"X-Request-Id: ", Verdict(None))
-    assert head.before + b"99" + head.after == HEAD.replace(b"12", b"99")[:-2] + b"X-Request-Id: "
+    before, after = halves(HEAD[:-2] + b"X-Request-Id: ")
+    assert before + b"99" + after == HEAD.replace(b"12", b"99")[:-2] + b"X-Request-Id: "
     assert halves(b"GET / HTTP/1.1\r\nHost: h\r\n") == (b"GET / HTTP/1.1\r\nHost: h\r\n", b"")
+
+
+# Credentials
+
+
+@pytest.mark.parametrize(
+    ("headers", "passes"),
+    [
+        ([(b"api-key", b"one")], True),  # Azure's spelling
+        ([(b"Authorization", b"Bearer one"), (b"X-API-Key", b"stale")], True),
+        ([(b"X-API-Key", b"stale"), (b"Authorization", b"Bearer one")], True),
+        ([(b"Authorization", b"Bearer stale"), (b"X-API-Key", b"one")], True),
+        ([(b"X-API-Key", b"one"), (b"Authorization", b"Bearer stale")], True),
+        ([(b"X-API-Key", b"stale"), (b"X-API-Key", b"one")], True),
+        ([(b"Sec-WebSocket-Protocol", b"realtime, openai-insecure-api-key.one")], True),
+        ([(b"Sec-WebSocket-Protocol", b"realtime"), (b"Sec-WebSocket-Protocol", b"openai-insecure-api-key.one")], True),
+        ([(b"Sec-WebSocket-Protocol", b"one")], False),
+        ([(b"X-API-Key", b"stale"), (b"api-key", b"older")], False),
+        ([(b"X-API-Key", b"stale")] * 20 + [(b"X-API-Key", b"one")], False),  # nobody has so many
+    ],
+)
+def test_any_one_valid_key_suffices_in_any_order(headers: Headers, passes: bool) -> None:
+    assert judged(Policy(["one"], ["root"]), CHAT, headers) is (None if passes else UNAUTHORIZED)
+
+
+@pytest.mark.parametrize("headers", [[*KEY, *ADMIN], [*ADMIN, *KEY]])
+def test_of_two_keys_the_administrators_counts(headers: Headers) -> None:
+    verdict = Policy(["one"], ["root"]).judge(Request(b"POST", b"/sleep", b"/sleep", headers))
+    assert (verdict.refusal, verdict.admin, verdict.client) == (None, True, b"root")
+
+
+def test_wrong_keys_are_answered_so_often_and_a_valid_one_always() -> None:
+    policy = Policy(["one"])
+    wrong = policy.judge(Request(b"POST", CHAT, CHAT, []))
+    told = [policy.refused(wrong, b"192.0.2.1", 0.0) for _ in range(FAILURES + 2)]
+    assert told == [UNAUTHORIZED] * FAILURES + [TOO_MANY_FAILURES] * 2
+    assert policy.refused(wrong, b"192.0.2.2", 0.0) is UNAUTHORIZED
+    assert policy.refused(policy.judge(Request(b"POST", CHAT, CHAT, KEY)), b"192.0.2.1", 0.0) is None
+    assert policy.refused(wrong, b"192.0.2.1", 60.0) is UNAUTHORIZED
+
+
+@pytest.mark.parametrize(
+    ("path", "near"),
+    [
+        (b"/v1/v1/models", "/v1/models"),
+        (b"/models", "/v1/models"),
+        (b"/chat/completions", "/v1/chat/completions"),
+        (b"/v1/v1/chat/completions/", "/v1/chat/completions"),
+        (b"/api/v1/embeddings", "/v1/embeddings"),
+        (b"/api/tags", None),
+        (b"/v1/files", None),
+        (b"/", None),
+    ],
+)
+def test_a_route_that_is_none_is_told_the_nearest(path: bytes, near: str | None) -> None:
+    refusal = Routes().refusal(path)
+    assert refusal is not None
+    assert (refusal.status, refusal.code) == (404, "route_not_found")
+    assert refusal.message.endswith(f"Did you mean {near}?" if near else "SUPERVISOR_ALLOW_ROUTES opens others.")
+
+
+# DNS rebinding
+
+
+@pytest.mark.parametrize(
+    ("host", "passes"),
+    [
+        (b"localhost", True), (b"LOCALHOST:8000", True), (b"app.localhost:1", True), (b"127.0.0.1:8000", True),
+        (b"127.1.2.3", True), (b"[::1]:8000", True), (b"[::1]", True), (b"192.0.2.7", True), (b"my.host", True),
+        (b"a.inner.example:80", True), (b"inner.example", False), (b"evil.example", False),
+        (b"127.0.0.1.evil.example", False), (b"localhost.evil.example", False), (b"", False), (b"[evil]", False),
+        (b"127.0.0.1@evil.example", False), (b"xinner.example", False),
+    ],
+)  # fmt: skip
+def test_on_loopback_without_keys_only_known_names_are_let_in(host: bytes, passes: bool) -> None:
+    hosts = ["My.Host", "*.inner.example"]
+    refusal = judged(Policy(hosts=hosts), CHAT, [(b"Host", host)])
+    assert refusal is None or (isinstance(refusal, Refusal) and refusal.code == "host_not_allowed")
+    assert (refusal is None) is passes
+    assert judged(Policy(), CHAT, [(b"Host", host)]) is None
+    assert judged(Policy(["one"], hosts=hosts), CHAT, [(b"Host", host), *KEY]) is None
+    # Without a key the model is open where there are admin keys alone.
+    assert (judged(Policy([], ["root"], hosts=hosts), CHAT, [(b"Host", host)]) is None) is passes
+
+
+# What vLLM gets
+
+
+def test_what_vllm_gets_of_a_head() -> None:
+    headers = [
+        (b"Host", b"h"), (b"Sec-WebSocket-Protocol", b"realtime, openai-insecure-api-key.one"),
+        (b"X-Forwarded-Proto", b"https"), (b"Content-Encoding", b"identity"), (b"X-Other", b"1"),
+    ]  # fmt: skip
+    request, refusal = rewritten(headers)
+    assert refusal is None
+    lines = request.written.split(b"\r\n")
+    assert lines == [
+        b"POST /x HTTP/1.1", b"Host: h", b"Sec-WebSocket-Protocol: realtime", b"X-Forwarded-Proto: https",
+        b"Content-Encoding: identity", b"X-Other: 1", b"X-Request-Id: ",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("claimed", [[], [(b"x-forwarded-proto", b"http")]])
+def test_where_we_end_tls_vllm_knows_it_whatever_the_client_says(claimed: Headers) -> None:
+    request, _ = rewritten([(b"Host", b"h"), *claimed], tls=True)
+    assert request.written.lower().count(b"x-forwarded-proto") == 1
+    assert b"X-Forwarded-Proto: https\r\n" in request.written
+
+
+def test_heads_that_are_refused() -> None:
+    assert rewritten([])[1] is NO_HOST
+    assert rewritten([], http11=False)[1] is None
+    for coding in (b"gzip", b"zstd", b"GZIP", b"identity, gzip"):
+        request, refusal = rewritten([(b"Host", b"h"), (b"Content-Encoding", coding)])
+        assert refusal is COMPRESSED
+        assert not request.endless  # its body is read, and the connection goes on
+
+
+# CORS
+
+ASKED = [(b"Origin", b"http://app"), (b"Access-Control-Request-Method", b"POST")]
+
+
+def test_what_a_preflight_is() -> None:
+    assert is_preflight(b"OPTIONS", ASKED)
+    assert not is_preflight(b"POST", ASKED)
+    assert not is_preflight(b"OPTIONS", ASKED[:1])
+    assert not is_preflight(b"OPTIONS", ASKED[1:])
+
+
+@pytest.mark.parametrize(
+    ("origins", "origin", "lines"),
+    [
+        (Origins(), b"http://app", b""),
+        (Origins(["*"]), b"http://app", b"Access-Control-Allow-Origin: *\r\n"),
+        (Origins(["*"]), None, b""),
+        (Origins(["http://app"]), b"http://app", b"Access-Control-Allow-Origin: http://app\r\nVary: Origin\r\n"),
+        (Origins(["http://app"]), b"http://other", b"Vary: Origin\r\n"),
+        (Origins(["http://app"]), None, b"Vary: Origin\r\n"),
+        (
+            Origins(["*"], credentials=True),
+            b"http://app",
+            b"Access-Control-Allow-Origin: http://app\r\nVary: Origin\r\nAccess-Control-Allow-Credentials: true\r\n",
+        ),
+    ],
+)
+def test_what_our_own_answers_tell_a_page(origins: Origins, origin: bytes | None, lines: bytes) -> None:
+    assert origins.lines(origin) == lines
+
+
+def test_preflights() -> None:
+    wanted = [*ASKED, (b"Access-Control-Request-Headers", b"authorization,x-any")]
+    told = dict(Origins(["http://app"]).preflight(wanted) or [])
+    assert told[b"access-control-allow-origin"] == b"http://app"
+    assert told[b"access-control-allow-headers"] == b"authorization,x-any"
+    assert b"POST" in told[b"access-control-allow-methods"]
+    assert Origins(["http://other"]).preflight(wanted) is None
+    assert Origins().preflight(wanted) is None
+    fixed = dict(Origins(["*"], ["GET"], ["x-one"]).preflight(wanted) or [])
+    assert fixed[b"access-control-allow-origin"] == b"*"
+    assert fixed[b"access-control-allow-methods"] == b"GET"
+    assert fixed[b"access-control-allow-headers"] == b"x-one"
