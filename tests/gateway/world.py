@@ -260,7 +260,7 @@ class ScriptedEngine:
         self.world = world
         self.health: int | None = 200  # what /health answers; None: nothing
         self.alive = True
-        self.overrun = False  # its socket takes no more connections
+        self.refusal: Exception | None = None  # what becomes of a connection to it
         self.connections: list[EngineConnection] = []
         self.requests: list[ScriptedRequest] = []
         self.probes: list[ScriptedRequest] = []
@@ -306,8 +306,8 @@ class ScriptedEngine:
     def accepts(self) -> EngineConnection:
         if not self.alive:
             raise ConnectionRefusedError(111, "Connection refused")
-        if self.overrun:
-            raise BlockingIOError(11, "Resource temporarily unavailable")
+        if self.refusal is not None:
+            raise self.refusal
         connection = EngineConnection(self)
         self.connections.append(connection)
         return connection
@@ -323,6 +323,7 @@ class _Loop(Loop):
         connection = self.world.engine.accepts()
         transport = ScriptedTransport(self, protocol_factory(), connection, socket.AF_UNIX)
         transport.connect()
+        await asyncio.sleep(0)  # a turn in which that connection may be lost
         return transport, transport.protocol
 
 
