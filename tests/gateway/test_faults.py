@@ -270,7 +270,7 @@ def test_a_head_that_comes_byte_by_byte_has_the_client_timeout_from_its_first_by
             client.sends(bytes([byte]))
             world.passes(1)
         assert client.statuses == [408]
-        assert 10 <= world.loop.time() <= 13
+        assert 10 <= world.now <= 13
         world.passes(5)
         assert client.closed
 

@@ -46,6 +46,8 @@ CHAT = "/v1/chat/completions"
 DONE = b"data: [DONE]\n\n"
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
 OVER = frozenset({"draining", "stopping", "stopped", "failed"})
+# No clock that a process reads stands at zero.
+BEGINNING = 1000.0
 # What the supervisor asks by itself, which no client's request is.
 PROBES = frozenset({b"/health", b"/metrics"})
 
@@ -316,7 +318,10 @@ class ScriptedEngine:
 class _Loop(Loop):
     """Whoever connects to a unix socket reaches the scripted engine."""
 
-    world: World
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self.world = world
+        self.clock.now = self.clock.limit = BEGINNING
 
     async def create_unix_connection(self, protocol_factory: Any, path: Any = None, **_: Any) -> Any:
         await asyncio.sleep(0)
@@ -380,8 +385,7 @@ class World:
         self.cache = cache
         self.faults_expected = faults_expected
         self.first_state = engine
-        self.loop = _Loop()
-        self.loop.world = self
+        self.loop = _Loop(self)
         self.engine = ScriptedEngine(self)
         self.view = _EngineView()
         self.clients: list[ScriptedClient] = []
@@ -520,6 +524,11 @@ class World:
     def settle(self) -> None:
         if not self._held_up and not self.loop.is_running():
             self.loop.settle()
+
+    @property
+    def now(self) -> float:
+        """Seconds since this world began."""
+        return self.loop.time() - BEGINNING
 
     def passes(self, seconds: float) -> None:
         self.loop.passes(seconds)
