@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import selectors
 import signal
 import time
 from collections import deque
@@ -28,30 +27,9 @@ from supervisor.around.phases import Waterfall
 from supervisor.engine.engine import Engine, Limits
 from supervisor.engine.lifecycle import State
 from supervisor.engine.run import Change, Observer, Run, Traffic
+from tests.clock import Loop
 
 LIMITS = Limits(startup=60.0, terminate=10.0, stall=20.0, restarts=5, window=600.0, stay_when_failed=False)
-
-
-class _Clock(selectors.DefaultSelector):  # type: ignore[misc,valid-type]
-    """When nothing is left to do but to wait for a timer, the time is that timer's, as far as it may go."""
-
-    now = 0.0
-    limit = 0.0
-
-    def select(self, timeout: float | None = None) -> list[Any]:
-        events = super().select(0)
-        if not events and timeout and self.now < self.limit:
-            self.now = min(self.limit, self.now + timeout)
-        return events
-
-
-class _Loop(asyncio.SelectorEventLoop):
-    def __init__(self) -> None:
-        self.clock = _Clock()
-        super().__init__(self.clock)
-
-    def time(self) -> float:
-        return self.clock.now
 
 
 class ScriptedVllm:
@@ -206,7 +184,7 @@ class World:
     """An engine, its front, and whatever is launched. With `slow_launch` each start waits for the test."""
 
     def __init__(self, limits: Limits = LIMITS, *observers: Observer, slow_launch: bool = False) -> None:
-        self.loop = _Loop()
+        self.loop = Loop()
         self.limits = limits
         self.slow_launch = slow_launch
         self.front = Front()
