@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 # Requests that may wait behind the one that is answered, before no more is parsed; and bytes that are parsed at once,
-# which may hold some hundreds of them.
-PIPELINED, SLICE = 8, 16 * 1024
+# which may hold some tens of them. Of a chunked body it is more: where it ends is not known.
+PIPELINED, SLICE, CHUNKED_SLICE = 8, 1024, 16 * 1024
 # Bytes that may wait for the parser before no more is read. Reading on shows when the client goes.
 UNPARSED_LIMIT = 64 * 1024
 # Seconds in which a client that was refused may still send its body, and read why.
@@ -104,6 +104,7 @@ class ClientConnection(HttpToolsProtocol):
         self.head_read = 0  # bytes read since the last head, request, or byte of a body was complete
         self.body_began = 0.0  # when the body that arrives was asked for
         self.body_read = 0  # bytes of it since then
+        self.body_left = 0  # bytes of it that are to come, where its head tells that
         self.active_at = clients.clock  # when the client did something, or was answered, last
         self.stuck_at = 0.0  # since when the client does not take its answer; 0: it does
         self.tunnel: Exchange | None = None  # a WebSocket, or what may become one
@@ -157,7 +158,10 @@ class ClientConnection(HttpToolsProtocol):
                 self._repeat(known, digits, data[end:])
                 return
         before = self.incoming
-        self._parse(data)
+        if key is not None:
+            self._feed(data)  # it is one request, and all of it
+        else:
+            self._parse(data)
         # Of a new request alone: empty lines, which are none, must not stand for the one before.
         new = self.incoming
         if key is None or not self.between or new is before or not isinstance(new, Exchange):
@@ -182,11 +186,18 @@ class ClientConnection(HttpToolsProtocol):
                     self.full = True
                     self.flow.pause_reading()
                 return
-            part = data[at : at + SLICE] if at or len(data) > SLICE else data
+            part = data[at : at + self._slice()]
             at += len(part)
             self._feed(part)
         if self.tunnel is not None and at < len(data):
             self.tunnel.tunnel(data[at:])
+
+    def _slice(self) -> int:
+        """Bytes that are parsed at once."""
+        if self.between or self.in_head:
+            return SLICE
+        chunked = isinstance(self.incoming, Exchange) and self.incoming.request.chunked
+        return CHUNKED_SLICE if chunked else max(self.body_left, SLICE)
 
     def _feed(self, data: bytes) -> None:
         while data and not self.lingering:
@@ -294,24 +305,20 @@ class ClientConnection(HttpToolsProtocol):
             return
         self.advancing = True
         try:
-            while self.answering is None and not self.lingering and not self.transport.is_closing():
-                if self.flow.write_paused:
-                    return
-                if not self.waiting:
-                    if not self.unparsed:
-                        break
+            while not (self.lingering or self.transport.is_closing()):
+                if self.answering is None and self.waiting and not self.flow.write_paused:
+                    self._begin(self.waiting.popleft())
+                elif self.unparsed and len(self.waiting) < PIPELINED:
                     self._parse(b"")
-                    if not self.waiting:
-                        break
-                    continue
-                self._begin(self.waiting.popleft())
+                else:
+                    break
         finally:
             self.advancing = False
         self.active_at = self.clients.clock
         if self.full and len(self.unparsed) <= UNPARSED_LIMIT // 2:
             self.full = False
             self.flow.resume_reading()
-        if self.half_closed and self.answering is None and not self.lingering:
+        if self.half_closed and self.answering is None and not self.waiting and not self.lingering:
             self.transport.close()
 
     def _begin(self, one: Exchange | RequestResponseCycle) -> None:
@@ -427,7 +434,9 @@ class ClientConnection(HttpToolsProtocol):
             request.keep_alive = False  # what comes behind it are frames, whatever vLLM makes of it
         self.headers = []  # what comes now are trailers
         # Its head is read now: how its body is framed must be known before the body comes.
-        self._arrived(Exchange.read(self, self.door, request, version))
+        exchange = Exchange.read(self, self.door, request, version)
+        self.body_left = request.length or 0
+        self._arrived(exchange)
 
     def _leave_to_uvicorn(self, target: bytes, headers: list[tuple[bytes, bytes]]) -> None:
         super().on_message_begin()
@@ -443,6 +452,7 @@ class ClientConnection(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self.head_read = 0
         self.body_read += len(body)
+        self.body_left -= len(body)
         if isinstance(self.incoming, Exchange):
             self.incoming.data_of_request(body)
         elif self.incoming is not None and self.body_read > OWN_BODY_LIMIT:

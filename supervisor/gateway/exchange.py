@@ -69,9 +69,15 @@ class Client(Protocol):
 class Delivering(Protocol):
     """A request on its way to its answer: a `Delivery`, or the cache's."""
 
-    marks: tuple[tuple[str, float], ...]
-    went: bool  # vLLM had it
-    replayed: bool
+    @property
+    def marks(self) -> tuple[tuple[str, float], ...]: ...
+
+    @property
+    def went(self) -> bool:
+        """vLLM had it."""
+
+    @property
+    def replayed(self) -> bool: ...
 
     @property
     def working(self) -> bool:

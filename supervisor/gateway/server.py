@@ -192,7 +192,7 @@ class _Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 cast(Any, gateway.routes),
-                http=cast(Any, self._protocol),
+                http=cast(Any, self.public),
                 ws="none",
                 loop="none",
                 lifespan="off",
@@ -211,11 +211,11 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Generator[None]:
         yield  # the supervisor handles them
 
-    def _protocol(self, **kwargs: Any) -> ClientConnection:
+    def public(self, **kwargs: Any) -> ClientConnection:
         kwargs.pop("_loop", None)
         return ClientConnection(self.gateway.clients, self.gateway.public, **kwargs)
 
-    def _private(self) -> ClientConnection:
+    def private(self) -> ClientConnection:
         gateway, state = self.gateway, self.lifespan.state
         return ClientConnection(
             gateway.clients, gateway.private, config=self.config, server_state=self.server_state, app_state=state
@@ -226,4 +226,4 @@ class _Server(uvicorn.Server):
         private = [listener for listener in sockets or [] if listener.family == socket.AF_UNIX]
         await super().startup([listener for listener in sockets or [] if listener not in private])
         for listener in private:
-            self.servers.append(await asyncio.get_running_loop().create_unix_server(self._private, sock=listener))
+            self.servers.append(await asyncio.get_running_loop().create_unix_server(self.private, sock=listener))

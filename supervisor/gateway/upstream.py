@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from typing import Protocol, cast
 
 import httptools
@@ -30,6 +31,7 @@ from supervisor.gateway.http1 import (
 # vLLM's uvicorn closes an idle connection after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE): leave first.
 IDLE_LIMIT = 4.0
 TOO_MUCH = "vLLM sent more than its answer"
+log = logging.getLogger("supervisor.gateway")
 
 
 class Disconnected(UpstreamError):
@@ -338,21 +340,18 @@ class Upstream:
             return
         task = self.loop.create_task(self._open(sink))
         self.opening.add(task)
-        task.add_done_callback(self._opened)
+        task.add_done_callback(self.opening.discard)
 
     async def _open(self, sink: Sink) -> None:
         try:
             _, connection = await self.loop.create_unix_connection(lambda: UpstreamConnection(self), self.path)
+            connection.sink = connection.receiver = sink
+            sink.connected(connection)
         except OSError as error:
             sink.lost(NotConnected(f"vLLM does not take connections ({error.strerror or error})"))
-            return
-        connection.sink = connection.receiver = sink
-        sink.connected(connection)
-
-    def _opened(self, task: asyncio.Task[None]) -> None:
-        self.opening.discard(task)
-        if not task.cancelled() and (fault := task.exception()) is not None:
-            raise fault  # the loop tells of it
+        except Exception:  # a fault of ours: nobody waits for this task, but somebody for an answer
+            log.exception("no connection to vLLM")
+            sink.lost(UpstreamError("no connection to vLLM could be made"))
 
     def release(self, connection: UpstreamConnection) -> None:
         connection.idle_since = self.loop.time()

@@ -21,7 +21,7 @@ COMPLETIONS = "/v1/completions"
 # vLLM stops a completion after 16 tokens where nobody says otherwise, which no user of these shapes means.
 COMPLETION_TOKENS = 512
 # What the gateway answers itself (gateway/app.py): its settings and its log are not the jobs', and its feed has no end.
-OWN_ROUTES = frozenset({"/ping", "/health", "/status", "/status/events", "/metrics", "/"})
+OWN_ROUTES = frozenset({"/ping", "/health", "/status", "/metrics", "/"})
 # The client's connection is not ours: what belongs to it does not go to vLLM. RunPod's key is no key of vLLM's.
 OWN_HEADERS = frozenset(
     {

@@ -420,7 +420,6 @@ def test_any_name_can_be_a_label(fake: Callable[..., Fake], name: str) -> None:
     one = fake("--served-model-name", name)
     assert one.chat().status_code == 200
 
-
     def metrics() -> dict[str, Sample]:
         families = text_string_to_metric_families(one.http.get("/metrics").text)
         return {sample.name: sample for family in families for sample in family.samples}

@@ -83,7 +83,7 @@ def test_a_streams_first_event_and_its_end(supervisor: Supervisor, client: httpx
 @pytest.mark.parametrize(
     ("name", "path", "body", "status", "note"),
     [
-        ("refused", "/v1/nothing", {}, 403, "route_not_open"),
+        ("refused", "/v1/nothing", {}, 404, "route_not_found"),
         ("large", COMPLETIONS, {"prompt": PROMPT * 100}, 413, "request_too_large"),
         ("bad", COMPLETIONS, {"prompt": PROMPT, "max_tokens": -1}, 400, None),
     ],

@@ -48,7 +48,7 @@ def test_answers_are_counted_by_route_and_status() -> None:
         for name in ("requests_total", "first_byte_seconds_count", "request_seconds_count"):
             assert scrape(f"supervisor_{name}", **good) == 4
             assert scrape(f"supervisor_{name}", route="/v1/nowhere", status="404") == 1
-            assert scrape(f"supervisor_{name}", route="other", status="403") == 1
+            assert scrape(f"supervisor_{name}", route="other", status="404") == 1
         assert scrape("supervisor_event_gap_seconds_count") >= 1
         assert scrape("supervisor_sent_bytes_total") >= len(streamed.content)
         assert scrape("supervisor_received_bytes_total") >= 3 * len(body)

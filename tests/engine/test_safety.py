@@ -51,7 +51,7 @@ def ask(served: Supervisor, path: str, key: str | None = None, **more: object) -
         ("/", 401, 200, 200),
         ("/v1/models", 401, 200, 200),
         ("/fake/echo/x", 401, 200, 200),
-        ("/fake/state", 401, 403, 200),  # not among the open ones
+        ("/fake/state", 401, 404, 200),  # not among the open ones
         ("/sleep", 401, 403, 404),  # the fake has no such route: it was asked
         ("/%73leep", 401, 403, 404),
         ("/collective_rpc", 401, 403, 404),

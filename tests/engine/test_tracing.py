@@ -236,7 +236,7 @@ def test_what_is_refused_says_why(collector: Collector, client: httpx.Client) ->
     server, below = collector.trace_of("refused")
     found = attributes(server)
     assert (server.name, below, server.status.code) == ("POST", [], 0)  # 4xx is no error of the server's
-    assert (found["http.response.status_code"], found["vllm_supervisor.code"]) == (403, "route_not_open")
+    assert (found["http.response.status_code"], found["vllm_supervisor.code"]) == (404, "route_not_found")
     assert not {"http.route", "error.type"} & found.keys()
     client.post(COMPLETIONS, json={"prompt": "x", "max_tokens": -1}, headers=named("bad"))
     server, below = collector.trace_of("bad")

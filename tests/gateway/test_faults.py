@@ -233,7 +233,7 @@ def test_many_refused_requests_behind_a_slow_one_are_all_answered() -> None:
         client = world.client()
         client.sends(post() + CLOSED_ROUTE * 1_500)
         world.engine.request().answers()
-        assert client.statuses == [200, *[403] * 1_500]
+        assert client.statuses == [200, *[404] * 1_500]
         client.asks()
         world.engine.request().answers()
         assert client.statuses[-1] == 200
@@ -433,9 +433,9 @@ def test_a_relayed_answer_whose_end_only_the_close_tells_does_not_look_complete_
 
 
 def test_wrong_keys_are_limited_by_rate() -> None:
-    with World(keys=["right"], rate=10) as world:
+    with World(keys=["right"]) as world:
         client = world.client()
-        for _ in range(30):
+        for _ in range(70):
             client.asks(CHAT, b"{}", "Authorization: Bearer wrong")
         assert client.statuses[0] == 401
         assert client.statuses[-1] == 429

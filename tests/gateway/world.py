@@ -23,6 +23,7 @@ import contextlib
 import gc
 import logging
 import math
+import select
 import socket
 import sys
 from collections import Counter
@@ -31,12 +32,12 @@ from typing import Any, NamedTuple
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from supervisor.gateway.app import Admission, Gateway
-from supervisor.gateway.cache import Cache
+from supervisor.gateway import client as clients
 from supervisor.gateway.exchange import Exchange
+from supervisor.gateway.gate import Admission
 from supervisor.gateway.policy import Policy
-from supervisor.gateway.relay import RelayProtocol
-from supervisor.gateway.server import GatewayServer
+from supervisor.gateway.record import Record
+from supervisor.gateway.server import Gateway
 from supervisor.gateway.upstream import Upstream
 from tests.clock import Loop
 from tests.gateway.messages import Answer, AnswerReader, Malformed, RequestReader
@@ -72,7 +73,6 @@ def get(path: str, *fields: str) -> bytes:
 class Ended(NamedTuple):
     """What the watchers are told of one request."""
 
-    request: object  # the same for one that is told again
     id: bytes
     path: bytes
     status: int
@@ -379,10 +379,9 @@ class World:
         faults_expected: bool = False,
     ) -> None:
         """Times in seconds; `limit` requests run at once, and `waiting` more may wait; `cache` in bytes."""
-        self.options = {"client_timeout": client_timeout, "keep_alive": keep_alive, "hold_timeout": hold_timeout}
+        self.options = {"client_timeout": client_timeout, "keep_alive": keep_alive, "cache_memory": cache}
         self.policy = {"api_keys": keys, "rate": rate, "max_body": max_body, "timeout": request_timeout}
-        self.admission = (limit, waiting)
-        self.cache = cache
+        self.admission = (limit, waiting, hold_timeout)
         self.faults_expected = faults_expected
         self.first_state = engine
         self.loop = _Loop(self)
@@ -402,25 +401,26 @@ class World:
         self.upstream = Upstream("vllm.socket", self.loop)
         policy = Policy(**self.policy)  # type: ignore[arg-type]
         admission = Admission(*self.admission)
-        self.gateway = Gateway(self.upstream, self.view, policy, admission=admission, facts={}, **self.options)  # type: ignore[arg-type]
-        if self.cache:
-            self.gateway.cache = Cache(self.gateway, self.cache)
-        self.gateway.listeners = (self._note,)
-        self.server = GatewayServer(self.gateway, 5)
+        self.gateway = Gateway(self.view, self.upstream, policy, admission, facts={}, **self.options)  # type: ignore[arg-type]
+        self.gateway.watch(self._note)
+        self.server = self.gateway.server
         self.server.config.load()
 
-    def _protocol(self) -> asyncio.Protocol:
+    def _protocol(self, *, private: bool) -> asyncio.Protocol:
         """For one connection of a client's."""
-        return RelayProtocol(config=self.server.config, server_state=self.server.server_state, app_state={})
+        if private:
+            return self.server.private()
+        return self.server.public(config=self.server.config, server_state=self.server.server_state, app_state={})
 
     def watched_by(self, watcher: Callable[[object], None]) -> None:
-        self.gateway.listeners = (watcher, *self.gateway.listeners)
+        for door in (self.gateway.public, self.gateway.private):
+            door.watchers = (watcher, *door.watchers)
 
-    def _note(self, over: Exchange) -> None:
-        self.ended.append(Ended(over, over.request_id, over.path, over.status, over.gone))
+    def _note(self, over: Record) -> None:
+        self.ended.append(Ended(over.request_id, over.request.path, over.status, over.gone))
 
     def _tell_state(self) -> None:
-        self.gateway.engine_changed()
+        self.gateway.gate.changed()
         if not self.engine.alive:
             self.upstream.close()
 
@@ -440,16 +440,16 @@ class World:
     @property
     def active(self) -> int:
         """Requests that were let in, and are not over."""
-        return self.gateway.active
+        return self.gateway.gate.active
 
     @property
     def waiting(self) -> int:
         """Requests that are held for the engine, or wait for their turn."""
-        return len(self.gateway.held) + len(self.gateway.queued)
+        return self.gateway.gate.waiting
 
     @property
     def in_flight(self) -> int:
-        return len(self.gateway.exchanges)
+        return len(self.gateway.present)
 
     @property
     def awaited(self) -> int:
@@ -459,7 +459,7 @@ class World:
     @property
     def connections(self) -> int:
         """Clients' that are open."""
-        return len(self.gateway.connections)
+        return len(self.gateway.clients.connections)
 
     @property
     def requests_in_memory(self) -> int:
@@ -470,6 +470,7 @@ class World:
     # The world
 
     def __enter__(self) -> World:
+        self._poll, clients._poll = clients._poll, _poll
         self._handler = logging.Handler()
         self._handler.emit = self._hear  # type: ignore[method-assign]
         logging.getLogger().addHandler(self._handler)
@@ -492,6 +493,7 @@ class World:
                 task.cancel()
             with contextlib.suppress(AssertionError):
                 self.loop.settle()
+            clients._poll = self._poll
             logging.getLogger().removeHandler(self._handler)
             self.loop.close()
 
@@ -501,7 +503,7 @@ class World:
             client.answers()
         for malformed in self.engine.malformed:
             raise malformed
-        again = [request for request, times in Counter(id(ended.request) for ended in self.ended).items() if times > 1]
+        again = [request for request, times in Counter(ended.id for ended in self.ended).items() if times > 1]
         assert not again, f"{len(again)} requests were told to their watchers more than once"
         assert self.active >= 0
         assert self.faults_expected or not self.faults, "\n\n".join(self.faults)
@@ -552,7 +554,7 @@ class World:
         family = socket.AF_UNIX if private else socket.AF_INET
 
         async def connect() -> None:
-            ScriptedTransport(self.loop, self._protocol(), client, family).connect()
+            ScriptedTransport(self.loop, self._protocol(private=private), client, family).connect()
 
         self.do(connect())
         self.settle()
@@ -580,6 +582,11 @@ class World:
     def told(self, text: str) -> int:
         """How many lines of our log have it."""
         return sum(text in line for line in self.log)
+
+
+def _poll(transport: asyncio.Transport) -> int:
+    """What the system would say of a scripted socket."""
+    return select.POLLRDHUP if isinstance(transport, ScriptedTransport) and transport.far_ended else 0
 
 
 def _plain(status: int) -> bytes:

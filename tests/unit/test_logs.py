@@ -315,14 +315,13 @@ def test_a_first_byte_at_once_is_one() -> None:
     """The loop's clock has whole milliseconds."""
     loop = types.SimpleNamespace(time=lambda: 7.0, call_later=lambda *_: None)
     log = AccessLog(loop, JSON, list)  # type: ignore[arg-type]
-    protocol = types.SimpleNamespace(private=False, address=lambda: b"::1")
-    exchange = types.SimpleNamespace(
-        protocol=protocol, began=7.0, first_at=7.0, method=b"GET", path=b"/", status=200, sent=1, request_id=b"a",
-        note="",
-    )  # fmt: skip
-    log.ended(exchange)  # type: ignore[arg-type]
-    exchange.first_at = 0.0
-    log.ended(exchange)  # type: ignore[arg-type]
+    request = types.SimpleNamespace(method=b"GET", path=b"/")
+    record = types.SimpleNamespace(
+        request=request, client=b"::1", began=7.0, first_at=7.0, ended=7.0, status=200, sent=1, request_id=b"a", note=""
+    )
+    log.ended(record)  # type: ignore[arg-type]
+    record.first_at = 0.0
+    log.ended(record)  # type: ignore[arg-type]
     assert [bool(answer.first) for answer in log.batch] == [True, False]
 
 
