@@ -859,7 +859,7 @@ KNOWN_FAULTS: dict[str, str] = {}
 @pytest.fixture(scope="module")
 def gateway() -> Iterator[Supervisor]:
     # Not on loopback, where only some names are let in as Host.
-    environ = {"SUPERVISOR_ALLOW_ROUTES": "/", "SUPERVISOR_HOST": "0.0.0.0"}  # noqa: S104
+    environ = {"SUPERVISOR_ALLOW_ROUTES": "/", "SUPERVISOR_HOST": "0.0.0.0"}
     with Supervisor("some/model", vllm=UPSTREAM, environ=environ) as supervisor:
         yield supervisor.ready()
 

@@ -1,6 +1,7 @@
 """One request and its answer, with whatever may come between."""
 
-from __future__ import annotations
+from __future__ import itertools
+import annotations
 
 import pytest
 
