@@ -342,7 +342,13 @@ def test_a_client_that_half_closes_and_takes_nothing_is_not_kept_for_ever() -> N
 
 @pytest.mark.parametrize(
     "how",
-    ["its client takes nothing", "its client half-closes", "the shutdown cuts it", "the request timeout ends it"],
+    [
+        "its client takes nothing",
+        "its client half-closes",
+        "its client sends garbage",
+        "the shutdown cuts it",
+        "the request timeout ends it",
+    ],
 )
 def test_an_answer_whose_end_only_the_close_tells_never_looks_complete_when_it_is_not(how: str) -> None:
     with World(client_timeout=10, request_timeout=40) as world:
@@ -356,6 +362,8 @@ def test_an_answer_whose_end_only_the_close_tells_never_looks_complete_when_it_i
             world.passes(15)
         elif how == "its client half-closes":
             client.half_closes()
+        elif how == "its client sends garbage":
+            client.sends(b"\x16\x03\x01 \r\n\r\n")
         elif how == "the shutdown cuts it":
             world.terminates(patience=5)
             world.passes(6)
