@@ -218,8 +218,6 @@ class AnswerReader:
         if latest is not None and not latest.whole:
             latest.whole = latest.left is None and not latest.chunked and not reset
             latest.cut = not latest.whole
-        elif self.data and not reset:
-            raise Malformed(f"the connection ends within a head: {bytes(self.data[:80])!r}")
 
 
 def take_line(data: bytearray) -> bytes | None:

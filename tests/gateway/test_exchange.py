@@ -1,7 +1,8 @@
 """One request and its answer, with whatever may come between."""
 
-from __future__ import itertools
-import annotations
+from __future__ import annotations
+
+import itertools
 
 import pytest
 

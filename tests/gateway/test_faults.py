@@ -313,6 +313,66 @@ def test_a_large_body_that_comes_steadily_has_as_long_as_it_takes() -> None:
         assert client.answer().status == 200
 
 
+# Clients that take nothing, of answers below the mark above which writing pauses
+
+
+def test_a_small_answer_that_its_client_does_not_take_is_not_kept_for_ever() -> None:
+    with World(client_timeout=10, keep_alive=20) as world:
+        client = world.client()
+        client.stops_reading()
+        client.asks()
+        world.engine.request().answers()
+        world.passes(60)
+        assert client.closed
+        assert world.connections == 0
+
+
+def test_a_client_that_half_closes_and_takes_nothing_is_not_kept_for_ever() -> None:
+    with World(client_timeout=10, keep_alive=20) as world:
+        client = world.client()
+        client.stops_reading()
+        client.asks()
+        request = world.engine.request()
+        request.streams(b"data: 1")
+        client.half_closes()
+        world.passes(60)
+        assert request.gone
+        assert world.connections == 0
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "its client takes nothing",
+        "its client half-closes",
+        "its client sends garbage",
+        "the shutdown cuts it",
+        "the request timeout ends it",
+    ],
+)
+def test_an_answer_whose_end_only_the_close_tells_never_looks_complete_when_it_is_not(how: str) -> None:
+    with World(client_timeout=10, request_timeout=40) as world:
+        client = world.client()
+        client.asks()
+        request = world.engine.request()
+        request.sends(b"HTTP/1.1 200 OK\r\n\r\nhalf")
+        if how == "its client takes nothing":
+            client.stops_reading()
+            request.sends(b"x" * 100_000)
+            world.passes(15)
+        elif how == "its client half-closes":
+            client.half_closes()
+        elif how == "its client sends garbage":
+            client.sends(b"\x16\x03\x01 \r\n\r\n")
+        elif how == "the shutdown cuts it":
+            world.terminates(patience=5)
+            world.passes(6)
+        else:
+            world.passes(42)
+        assert client.closed
+        assert client.answers()[0].cut
+
+
 # A client that leaves while more lies behind its request
 
 
@@ -374,6 +434,18 @@ def test_a_client_that_leaves_is_noticed_in_the_midst_of_its_stream() -> None:
         client.leaves()
         world.passes(2)
         assert request.gone
+
+
+@pytest.mark.parametrize("behind", [b"", get("/ping"), post()], ids=["nothing", "our own", "a relayed one"])
+def test_a_client_that_leaves_while_an_answer_of_ours_waits_for_it_to_read_is_no_fault(behind: bytes) -> None:
+    with World() as world:
+        client = world.client()
+        client.stops_reading()
+        client.sends(post() + get("/status") + behind)
+        world.engine.request().answers(200, b"x" * 100_000)
+        client.breaks()
+        world.passes(61)
+        assert (world.active, world.connections) == (0, 0)
 
 
 # The smaller ones

@@ -4,6 +4,8 @@ It keeps asyncio's contract as uvloop does it. There is one read in a turn, of 2
 is paused lies in the kernel, the connection's end included. `pause_writing` is called above 64 KiB that the other end
 has not taken. A write behind `write_eof`, or behind the end, is an error. An exception in a callback reaches the loop's
 handler and ends the connection.
+
+The kernel between them is one whose buffers are full: what the other end does not take stays in the gateway's.
 """
 
 from __future__ import annotations

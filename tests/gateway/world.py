@@ -85,7 +85,8 @@ class ScriptedClient(FarEnd):
         self.world = world
         self._settle = world.settle  # type: ignore[method-assign]
         self.received = bytearray()
-        self.asked: RequestReader | None = RequestReader()
+        self.asked = RequestReader()
+        self.garbage = False  # it has sent something that is no request
         self.reader = AnswerReader(self._method)
         self.malformed: Malformed | None = None
 
@@ -96,14 +97,18 @@ class ScriptedClient(FarEnd):
         self.sends(get(path, *fields))
 
     def sends(self, *pieces: bytes) -> None:
-        if self.asked is not None:
+        if not self.garbage:
             try:
                 for piece in pieces:
                     self.asked.feed(piece)
             except Malformed:  # what it sends may be anything
-                self._methods = [request.method for request in self.asked.messages]
-                self.asked = None
+                self.garbage = True
         super().sends(*pieces)
+
+    @property
+    def targets(self) -> list[bytes]:
+        """What it has asked for."""
+        return [request.target for request in self.asked.messages]
 
     def answers(self) -> list[Answer]:
         if self.malformed is not None:
@@ -147,8 +152,7 @@ class ScriptedClient(FarEnd):
                 self.malformed = error
 
     def _method(self, number: int) -> bytes:
-        methods = [request.method for request in self.asked.messages] if self.asked is not None else self._methods
-        return methods[number] if number < len(methods) else b"GET"
+        return self.asked.messages[number].method if number < len(self.asked.messages) else b"GET"
 
 
 class ScriptedRequest:
@@ -489,13 +493,16 @@ class World:
                 self.settle()
                 self.check()
         finally:
-            for task in asyncio.all_tasks(self.loop):
-                task.cancel()
-            with contextlib.suppress(AssertionError):
-                self.loop.settle()
-            clients._poll = self._poll
-            logging.getLogger().removeHandler(self._handler)
-            self.loop.close()
+            self.close()
+
+    def close(self) -> None:
+        for task in asyncio.all_tasks(self.loop):
+            task.cancel()
+        with contextlib.suppress(AssertionError):
+            self.loop.settle()
+        clients._poll = self._poll
+        logging.getLogger().removeHandler(self._handler)
+        self.loop.close()
 
     def check(self) -> None:
         """What holds in every world at every moment."""
