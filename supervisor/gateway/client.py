@@ -45,6 +45,8 @@ UNPARSED_LIMIT = 64 * 1024
 LINGER = 2.0
 # Seconds until a client that has closed its side is looked at: one that is gone has refused our bytes by then.
 GONE_KNOWN_AFTER = 0.1
+# Seconds without a byte of its answer, after which one that can't be looked at is taken for gone.
+GONE_AFTER = 2.0
 # Bytes in a second that a body has at least, once the client's time for its next bytes has passed.
 LEAST_RATE = 100
 # Bytes of a body that our own routes throw away.
@@ -107,10 +109,12 @@ class ClientConnection(HttpToolsProtocol):
         self.body_left = 0  # bytes of it that are to come, where its head tells that
         self.active_at = clients.clock  # when the client did something, or was answered, last
         self.stuck_at = 0.0  # since when the client does not take its answer; 0: it does
+        self.unsent, self.unsent_at = 0, 0.0  # bytes of answers that the client has not taken, and since when so many
         self.tunnel: Exchange | None = None  # a WebSocket, or what may become one
         self.framing = b""  # of a request that offers another protocol: the header lines that tell its body's length
         self.reading_on = False  # its head is read for the second time
         self.lingering = False  # answered and half closed; whatever still comes is thrown away
+        self.sent, self.sent_at = 0, 0.0  # bytes of the answer, of a client that is half closed, and when the last went
         self.half_closed = False  # the client has said its last word, or is gone
 
     # asyncio's callbacks
@@ -360,20 +364,41 @@ class ClientConnection(HttpToolsProtocol):
         else:
             self._advance()
 
+    def cut(self) -> None:
+        """Closes at once, so that an answer that is under way does not look complete."""
+        if isinstance(self.answering, Exchange) and self.answering.ends_by_close:
+            reset(self.transport)
+        else:
+            self.transport.abort()
+
     # Called each second
 
     def check_time(self, now: float) -> None:
         """Closes what waits for its client for too long."""
         timeout = self.clients.timeout
+        unsent = self.transport.get_write_buffer_size()
+        if unsent != self.unsent:
+            self.unsent, self.unsent_at = unsent, now
+        if unsent and now - self.unsent_at > timeout:
+            self.cut()  # a close would wait for it for ever
+            return
+        one = self.answering
         if self.half_closed or self.flow.read_paused:
             if is_gone(self.transport):
                 self.transport.abort()
                 return
-            if self.flow.read_paused and not self.half_closed and has_hung_up(self.transport):
+            if not self.half_closed and has_hung_up(self.transport):
+                self.half_closed = True
                 self.look_for_client()
-        one = self.answering
+            elif self.half_closed and isinstance(one, Exchange) and one.body is not None and not unsent:
+                # In the midst of what is no stream it can't be asked. vLLM makes such an answer at once.
+                if one.sent != self.sent:
+                    self.sent, self.sent_at = one.sent, now
+                elif now - self.sent_at > GONE_AFTER and not one.nothing():
+                    self.cut()
+                    return
         if self.stuck_at and now - self.stuck_at > timeout:
-            self.transport.abort()
+            self.cut()
         elif isinstance(one, Exchange):
             if one is self.incoming and not one.complete and not self.flow.read_paused:
                 slow = now - self.body_began > timeout + self.body_read / LEAST_RATE
@@ -495,13 +520,13 @@ class ClientConnection(HttpToolsProtocol):
         one = self.answering
         if isinstance(one, Exchange) and one is self.incoming and not one.complete:
             if one.body is not None:
-                self.transport.abort()
+                self.cut()
             else:
                 one.left = -1  # where its body ends nobody knows
                 one.end_now(refusal)
             return
         if one is not None:
-            self.transport.abort()  # an answer is under way: a second one in its midst would corrupt it
+            self.cut()  # an answer is under way: a second one in its midst would corrupt it
             return
         if not self.between and not self.in_head:
             self.linger()  # the rest of a request that was answered early: there is no second answer to it
