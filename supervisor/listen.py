@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import resource
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 from supervisor.settings.sources import Settings, SettingsError
 
 BACKLOG = 2048
+# More are of no use to us, and programs that we start might look at each of them.
+MOST_FILES = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,14 @@ def _listen(host: str, port: int | None) -> socket.socket:
         ) from error
     listener.setblocking(False)
     return listener
+
+
+def raise_file_limit() -> None:
+    """To what the system allows us: each client takes a file descriptor, and each request that runs another."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def on_loopback(host: str) -> bool:

@@ -193,6 +193,7 @@ class Serving(Observer):
             facts=self.facts,
             client_timeout=knobs.client_timeout or math.inf,
             cache_memory=knobs.response_cache or 0,
+            event_keep_alive=knobs.sse_keep_alive,
             certificate=knobs.tls_cert,
             key=knobs.tls_key,
             close_patience=CLOSE_PATIENCE,
@@ -210,6 +211,7 @@ class Serving(Observer):
     async def run(self) -> int:
         settings, listeners = self.settings, self.listeners
         self._listen_for_signals()
+        listen.raise_file_limit()
         for warning in (*settings.warnings, *self.launch.weights.passed_over):
             self.log.warning("%s", warning)
         where = f" on http://{listen.address(listeners.front)}" if listeners.front else ", for RunPod's queue"

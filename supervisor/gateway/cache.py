@@ -310,6 +310,14 @@ class Reader:
         return self.answer.source is not None and self.answer.source.replayed
 
     @property
+    def waits(self) -> bool:
+        return self.answer.source is not None and self.answer.source.waits
+
+    @property
+    def content(self) -> bytes:
+        return self.answer.source.content if self.answer.source is not None else b""
+
+    @property
     def working(self) -> bool:
         return self.answer.source is not None and self.answer.source.working
 
@@ -342,6 +350,8 @@ class Undecided:
     went = False
     replayed = False
     working = False
+    waits = False
+    content = b""
 
     def __init__(self, cache: Cache, exchange: Exchange, head: bytes) -> None:
         self.cache = cache

@@ -8,11 +8,14 @@ answers leave in the order in which the requests came.
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import select
 import socket
 import struct
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import httptools
@@ -20,11 +23,13 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from supervisor.gateway.errors import Refusal
 from supervisor.gateway.exchange import Door, Exchange, Then
+from supervisor.gateway.gate import RETRY_AFTER
 from supervisor.gateway.http1 import (
     HEAD_LIMIT,
     HEAD_TOO_LARGE,
     VERSIONS,
     Latest,
+    Memo,
     Request,
     asks_for_websocket,
     origin_form,
@@ -51,6 +56,10 @@ GONE_AFTER = 2.0
 LEAST_RATE = 100
 # Bytes of a body that our own routes throw away.
 OWN_BODY_LIMIT = 64 * 1024
+# Files that are kept for our own routes, and for vLLM's; and seconds between two words about it.
+RESERVED_FILES, TOLD_EVERY = 64, 600.0
+CROWDED = Refusal(503, "The server has too many connections.", "too_many_connections", RETRY_AFTER)
+log = logging.getLogger("supervisor.gateway")
 HEAD_TOO_SLOW = Refusal(408, "The request's head did not come in time.", code="request_timeout")
 
 
@@ -62,12 +71,20 @@ class Clients:
     """What the connections have in common, and the look that is taken at all of them each second."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, is_own: Callable[[bytes], bool], *, timeout: float, keep_alive: float
+        self,
+        loop: asyncio.AbstractEventLoop,
+        is_own: Callable[[bytes], bool],
+        most_files: int,
+        *,
+        timeout: float,
+        keep_alive: float,
     ) -> None:
         """`is_own`: whether a path is our own; `timeout`: seconds for a client's next bytes, or for it to take ours;
         `keep_alive`: between requests."""
         self.loop = loop
         self.is_own = is_own
+        self.most_files = most_files
+        self.told_at = -math.inf  # of too many of them
         self.timeout = timeout
         self.keep_alive = keep_alive
         self.connections: set[ClientConnection] = set()
@@ -77,6 +94,21 @@ class Clients:
         self.clock = self.loop.time()
         for connection in list(self.connections):
             connection.check_time(self.clock)
+
+    def opened(self, connection: ClientConnection, number: int) -> None:
+        """`number`: of its file, which is the lowest that was free. Before the last are taken, idle clients go, and of
+        new ones only our own routes are served: a load balancer that is not answered would end a healthy server."""
+        self.connections.add(connection)
+        if number < self.most_files - RESERVED_FILES:
+            return
+        idle = sorted((one for one in self.connections if one.is_idle), key=lambda one: one.active_at)
+        for one in idle[:RESERVED_FILES]:
+            one.transport.close()
+        connection.door = replace(connection.door, memo=Memo(), crowded=CROWDED)
+        if self.loop.time() - self.told_at > TOLD_EVERY:
+            self.told_at = self.loop.time()
+            text = "%d files may be open, and nearly all are: new requests are refused. Raise the limit (ulimit -n)."
+            log.warning(text, self.most_files)
 
     def forget_heads(self) -> None:
         """The policy changed."""
@@ -123,7 +155,12 @@ class ClientConnection(HttpToolsProtocol):
         super().connection_made(transport)
         self.write = transport.write
         self.address = self.client[0].encode() if self.client else b""
-        self.clients.connections.add(self)
+        connection = transport.get_extra_info("socket")
+        self.clients.opened(self, connection.fileno() if connection is not None else 0)
+
+    @property
+    def is_idle(self) -> bool:
+        return self.between and self.answering is None and self.incoming is not None
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.clients.connections.discard(self)

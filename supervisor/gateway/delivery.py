@@ -134,6 +134,14 @@ class Delivery:
         """Whether vLLM has all of it, and nobody keeps it from answering."""
         return self.connection is not None and self.complete and not self.connection.response_paused
 
+    @property
+    def waits(self) -> bool:
+        return self.state in (State.WAITING, State.UNSENT, State.LOST) and self in self.gate
+
+    @property
+    def content(self) -> bytes:
+        return b"".join(self.kept or ())
+
     def mark(self, what: str) -> None:
         """`held` for the engine, `waiting` for its turn, `sent` to vLLM, `lost` there; what was before ends."""
         self.marks = (*self.marks, (what, self.gate.loop.time()))

@@ -24,6 +24,7 @@ STREAM_ENDS = (b"data: [DONE]\n\n\r\n", b'"type":"message_stop"}\n\n\r\n')
 # a comment, or what every stream of /v1/responses begins with.
 NO_SIGN = re.compile(rb"(?:[0-9A-Fa-f]+\r\n)?(?::|event: response\.(?:created|in_progress)\b)")
 COMMENT = re.compile(rb"(?:[0-9A-Fa-f]+\r\n)?:")
+COMMENT_CHUNK = b"3\r\n:\n\n\r\n"
 # A comment that keeps a connection alive is small; an event with a token in it is not.
 LARGEST_COMMENT = 64
 
@@ -115,7 +116,32 @@ class Events:
     def nothing(self) -> bytes:
         if self.torn:
             return b""
-        return b"3\r\n:\n\n\r\n" if self.dechunker is None else b":\n\n"
+        return COMMENT_CHUNK if self.dechunker is None else b":\n\n"
+
+
+class Late:
+    """Of an answer that is no stream, whose client was given a stream's head while it waited: it becomes an event."""
+
+    def __init__(self, path: bytes, *, chunked: bool) -> None:
+        self.path = path
+        self.dechunker = Dechunker() if chunked else None
+        self.content = b""
+
+    def feed(self, data: bytes, *, in_chunk: bool) -> bytes:
+        self.content += data if self.dechunker is None else self.dechunker.feed(data)
+        return b""
+
+    def rest(self) -> bytes:
+        one_line = b" ".join(self.content.split(b"\n"))
+        named = self.path.startswith((b"/v1/messages", b"/v1/responses"))
+        events = b"event: error\ndata: %b\n\n" % one_line if named else b"data: %b\n\ndata: [DONE]\n\n" % one_line
+        return b"%x\r\n%b\r\n0\r\n\r\n" % (len(events), events)
+
+    def ending(self, refusal: Refusal, path: bytes) -> bytes:
+        return Events().ending(refusal, path) or b""
+
+    def nothing(self) -> bytes:
+        return COMMENT_CHUNK
 
 
 class Tunnel:

@@ -8,13 +8,14 @@ both ways: whoever can't take more pauses the reading of the other side.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
 from supervisor.gateway.delivery import BROKEN_OFF
-from supervisor.gateway.endings import PLAIN, Body, Events, Plain, Tunnel, is_comment
+from supervisor.gateway.endings import COMMENT_CHUNK, PLAIN, Body, Events, Late, Plain, Tunnel, is_comment
 from supervisor.gateway.errors import Refusal, UpstreamError
 from supervisor.gateway.http1 import WATCHED, Dechunker, Framing, KnownAnswer, Request, ResponseHead
 from supervisor.gateway.record import CLIENT_GONE, Record
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
 # Of a chunked body: bytes of framing that may stand beside it, and as many again for each of its own bytes. A chunk of
 # one byte has five; sixteen thousand of an extension were 15 MB for a body of 1,000 bytes.
 FRAMING_LIMIT, FRAMING_SHARE = 64 * 1024, 8
+# A request for an event stream, in JSON.
+WANTS_EVENTS = re.compile(rb'"stream"\s*:\s*true\b')
+EVENTS_HEAD = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nCache-Control: no-cache\r\n"
+    b"X-Accel-Buffering: no\r\nTransfer-Encoding: chunked\r\n"
+)
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 # Bytes of a body that are kept before its turn comes.
 WAITING_LIMIT = 64 * 1024
@@ -83,6 +90,14 @@ class Delivering(Protocol):
     def working(self) -> bool:
         """Whether vLLM is to make the next byte."""
 
+    @property
+    def waits(self) -> bool:
+        """Whether it is held, or waits for its turn."""
+
+    @property
+    def content(self) -> bytes:
+        """Of one that waits: the request, its head and its body."""
+
     def begin(self) -> None: ...
 
     def write(self, data: bytes) -> None: ...
@@ -116,11 +131,15 @@ class Door:
     max_body: int  # bytes
     private: bool = False
     tls: bool = False
+    keep_alive: float = 0.0  # seconds between two comments to a stream's client that waits; 0: it gets none
+    crowded: Refusal | None = None  # there are too many connections for any request
     watchers: tuple[Callable[[Record], None], ...] = ()  # called with each that is over
 
     def refusal(self, exchange: Exchange) -> Refusal | None:
         """Whether this request may go on: keys, routes, sizes, rates, and whether anybody will answer."""
         verdict = exchange.verdict
+        if self.crowded is not None:
+            return self.crowded
         if verdict.refusal is not None:
             return self.policy.refused(verdict, exchange.client.address, exchange.began)
         if exchange.left < 0:
@@ -149,6 +168,7 @@ class Exchange:
     ends_by_close = False
     early: tuple[bytes, ...] = ()  # frames that came before the WebSocket was there
     status = 0  # of the answer, once there is one
+    alive_at: float | None = None  # when its client, which waits, was last sent a comment
     read_at = 0.0  # when a stream's last bytes came
     first_at = 0.0  # when the answer's first byte went to the client; a stream's first event
     sent = 0  # bytes of the answer's body
@@ -308,7 +328,28 @@ class Exchange:
         if self.request.http11:
             self.client.write(b"HTTP/1.1 %d %b\r\n%b\r\n" % (head.status, head.reason, head.fields))
 
+    def keep_waiting(self, now: float) -> None:
+        """While it is held, or waits for its turn: begins the event stream that its client asked for, and keeps it from
+        being closed on by a proxy. What becomes of the request is then told by an event, and no more by a status."""
+        if self.alive_at is None:
+            if now - self.began < self.door.keep_alive or not self._wants_events():
+                return
+            self.body, self.status = Events(), 200
+            self.client.write(b"%bX-Request-Id: %b\r\n\r\n" % (EVENTS_HEAD, self.request_id))
+        elif self.delivering is None or not self.delivering.waits or now - self.alive_at < self.door.keep_alive:
+            return
+        self.alive_at = now
+        self.client.write(COMMENT_CHUNK)
+
+    def _wants_events(self) -> bool:
+        waits = self.body is None and self.complete and self.delivering is not None and self.delivering.waits
+        return waits and self.request.http11 and WANTS_EVENTS.search(self.delivering.content) is not None  # type: ignore[union-attr]  # it waits
+
     def answer(self, head: ResponseHead) -> None:
+        if self.alive_at is not None:
+            if not head.is_sse or head.framing is not Framing.CHUNKED:
+                self.body = Late(self.request.path, chunked=head.framing is Framing.CHUNKED)
+            return
         self.status = head.status
         lines = [b"HTTP/1.1 %d " % head.status, head.reason, b"\r\n", head.fields, self.more_lines]
         self.body = PLAIN
@@ -335,11 +376,16 @@ class Exchange:
     def _keeps(self) -> bool:
         """Whether the connection may carry another request behind this answer."""
         expects = self.request.expects_continue and not self.complete
-        if self.ends_by_close or expects or self.left < 0 or self.door.gate.closing:
+        if self.ends_by_close or expects or self.left < 0 or self.door.gate.closing or self.door.crowded:
             self.keep_alive = False
         return self.keep_alive
 
     def whole(self, known: KnownAnswer, digits: bytes, body: bytes) -> None:
+        if self.alive_at is not None:
+            self.answer(known.head)
+            self.data(body, in_chunk=False)
+            self.ended()
+            return
         self.status = known.status
         self.body = PLAIN
         self.sent = len(body)
@@ -390,6 +436,9 @@ class Exchange:
         self.client.resume()
 
     def refused(self, refusal: Refusal) -> None:
+        if self.body is not None:
+            self._break_off(refusal)
+            return
         self.status, self.cut, self.ours = refusal.status, refusal.code or "", True
         self.first_at = self.door.time()
         more = self.door.policy.origins.lines(self.request.header(b"origin"))

@@ -89,6 +89,10 @@ class Gate:
         self.queued: dict[Waiting, asyncio.TimerHandle] = {}  # first come, first served
         self.asking: dict[Waiting, asyncio.Task[None]] = {}  # whether the engine lives
 
+    def __contains__(self, one: Waiting) -> bool:
+        """Whether it waits here."""
+        return one in self.held or one in self.queued
+
     @property
     def waiting(self) -> int:
         return len(self.held) + len(self.queued)

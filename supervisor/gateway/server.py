@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import socket
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -49,11 +50,13 @@ class Gateway:
         client_timeout: float = CLIENT_TIMEOUT,
         keep_alive: float = KEEP_ALIVE,
         cache_memory: int = 0,
+        event_keep_alive: float = 0.0,
         certificate: str | None = None,
         key: str | None = None,
         close_patience: int = 5,
     ) -> None:
-        """`facts` never change and are shown at `/status`. `cache_memory` in bytes, 0 for no cache. `certificate` and
+        """`facts` never change and are shown at `/status`. `cache_memory` in bytes, 0 for no cache.
+        `event_keep_alive`: seconds between comments to streams that wait, 0 for none. `certificate` and
         `key`: files, for HTTPS. `close_patience`: seconds for the own routes' last bytes."""
         self.upstream = upstream
         self.loop = upstream.loop
@@ -73,13 +76,22 @@ class Gateway:
             deliver = cache.deliver
             watchers += (cache.ended,)
         common = (self.gate, self.counts, self.new_id, self.loop.time, deliver, self.present)
-        self.public = Door(policy, *common, Memo(), policy.max_body, tls=certificate is not None, watchers=watchers)
+        self.public = Door(
+            policy,
+            *common,
+            Memo(),
+            policy.max_body,
+            tls=certificate is not None,
+            watchers=watchers,
+            keep_alive=event_keep_alive,
+        )
         # Who comes by the private socket is the same user, on this machine. RunPod has asked for its own key; no job is
         # an administrator, though. How large jobs may be, and how many run at once, is the queue's.
         trusting = Policy(routes=policy.routes, elsewhere=policy.elsewhere, timeout=policy.timeout)
         self.private = Door(trusting, *common, Memo(), trusting.max_body, private=True, watchers=watchers)
         self.routes = OwnRoutes(engine, policy, self.gate, self.counts, upstream, self.in_flight, facts, cache)
-        self.clients = Clients(self.loop, self.routes.is_own, timeout=client_timeout, keep_alive=keep_alive)
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.clients = Clients(self.loop, self.routes.is_own, most, timeout=client_timeout, keep_alive=keep_alive)
         self.server = _Server(self, certificate, key, close_patience)
         self._tick()
 
@@ -148,6 +160,8 @@ class Gateway:
         self.loop.call_later(min(TICK, timeout / 4, self.clients.timeout / 4), self._tick)
         oldest = self.loop.time() - timeout
         each([exchange for exchange in self.present if exchange.began < oldest], self._end_late)
+        if self.public.keep_alive:
+            each(self.present, lambda exchange: exchange.keep_waiting(self.loop.time()))
         self.clients.clock = now = self.loop.time()
         each(self.clients.connections, lambda connection: connection.check_time(now))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 
 from tests.gateway.world import CHAT, DONE, STREAM_HEAD, World, chunk, get, post

@@ -101,6 +101,10 @@ class ScriptedSocket:
         self.transport = transport
         self.family = family
         self.resets_on_close = False
+        self.number = 3
+
+    def fileno(self) -> int:
+        return self.number
 
     def getpeername(self) -> Any:
         return ("192.0.2.7", 40000) if self.family != socket.AF_UNIX else ""

@@ -380,10 +380,12 @@ class World:
         limit: int | None = None,
         waiting: int = 100,
         cache: int = 0,
+        event_keep_alive: float = 0.0,
         faults_expected: bool = False,
     ) -> None:
         """Times in seconds; `limit` requests run at once, and `waiting` more may wait; `cache` in bytes."""
         self.options = {"client_timeout": client_timeout, "keep_alive": keep_alive, "cache_memory": cache}
+        self.options["event_keep_alive"] = event_keep_alive
         self.policy = {"api_keys": keys, "rate": rate, "max_body": max_body, "timeout": request_timeout}
         self.admission = (limit, waiting, hold_timeout)
         self.faults_expected = faults_expected
@@ -554,14 +556,16 @@ class World:
 
     # What happens
 
-    def client(self, *, private: bool = False) -> ScriptedClient:
-        """A new connection; `private`: over the socket that only the queue worker can open."""
+    def client(self, *, private: bool = False, file: int = 3) -> ScriptedClient:
+        """A new connection; `private`: over the socket that only the queue worker can open; `file`: its number."""
         client = ScriptedClient(self)
         self.clients.append(client)
         family = socket.AF_UNIX if private else socket.AF_INET
 
         async def connect() -> None:
-            ScriptedTransport(self.loop, self._protocol(private=private), client, family).connect()
+            transport = ScriptedTransport(self.loop, self._protocol(private=private), client, family)
+            transport.socket.number = file
+            transport.connect()
 
         self.do(connect())
         self.settle()
