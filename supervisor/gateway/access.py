@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from supervisor.gateway.record import note
 from supervisor.lines import Form, printable, unmasked
 
 if TYPE_CHECKING:
@@ -75,12 +76,12 @@ class AccessLog:
                 record.request.method,
                 record.request.path,
                 record.status,
-                record.ended - began,
+                record.over_at - began,
                 max(first_at - began, TICK) if first_at else 0.0,
                 record.sent,
                 record.request_id,
-                record.client,
-                record.note,
+                record.address,
+                note(record),
             )
         )
 

@@ -210,13 +210,13 @@ class Recording(Answer):
 
     def whole(self, known: KnownAnswer, digits: bytes, body: bytes) -> None:
         self.answer(known.with_length(digits))
-        self.data(body, in_chunk=False)
+        self.data(body, False)
         self.ended()
 
     def switched(self, head: ResponseHead, data: bytes) -> None:
         raise AssertionError  # never asked for
 
-    def data(self, data: bytes, *, in_chunk: bool) -> None:
+    def data(self, data: bytes, in_chunk: bool) -> None:
         if data:
             self.parts.append((data, in_chunk))
             self.size += len(data)
@@ -293,7 +293,7 @@ class Reader:
         while self.at < len(answer.parts) and not self.paused:
             data, in_chunk = answer.parts[self.at]
             self.at += 1
-            exchange.data(data, in_chunk=in_chunk)
+            exchange.data(data, in_chunk)
         if answer.complete and self.at == len(answer.parts) and not self.paused:
             if answer.lost_by is None:
                 exchange.ended()

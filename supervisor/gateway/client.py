@@ -327,10 +327,11 @@ class ClientConnection(HttpToolsProtocol):
         elif then is Then.RESET:
             reset(self.transport)
         else:
-            self.head_began = self.clients.clock  # of what came meanwhile
-            if not self.full:
+            self.active_at = self.head_began = self.clients.clock  # also of what came meanwhile
+            if self.flow.read_paused and not self.full:
                 self.flow.resume_reading()
-            self._advance()
+            if self.waiting or self.unparsed or self.half_closed:
+                self._advance()
 
     def on_response_complete(self) -> None:
         """uvicorn's cycle is done; it has closed the transport where it is to be."""

@@ -99,7 +99,7 @@ class Counts:
         series = self.answers.get(key)
         if series is None:
             series = self.answers[key] = Series()
-        whole, first = record.ended - record.began, (record.first_at or record.ended) - record.began
+        whole, first = record.over_at - record.began, (record.first_at or record.over_at) - record.began
         series.first.buckets[bisect_left(BOUNDS, first)] += 1
         series.first.seconds += first
         series.whole.buckets[bisect_left(BOUNDS, whole)] += 1

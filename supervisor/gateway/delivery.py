@@ -42,6 +42,8 @@ class State(Enum):
     LOST = "vLLM closed the connection without an answer: does it live?"
     OVER = "answered, refused, or given up by its client"
 
+    __hash__ = object.__hash__  # Enum's is written in Python, and the table is looked at for each request
+
 
 class Event(Enum):
     GO = "the engine may have it"
@@ -55,11 +57,15 @@ class Event(Enum):
     DEAD = "the engine that had it is gone"
     REFUSE = "the gate, a time limit or a size ends it"
 
+    __hash__ = object.__hash__
+
 
 class Delivery:
     """One request. `answered` gets what becomes of it: `answer`, `whole` or `switched`, or else `refused`."""
 
     is_relayed = True
+    is_head = False
+    websocket = False
     # The state of a new one. Kept in the class: what a small request never touches costs it nothing.
     state = State.WAITING
     connection: UpstreamConnection | None = None
@@ -81,9 +87,11 @@ class Delivery:
         self.answered = answered
         self.gate = gate
         self.request = request
-        self.is_head = request.is_head
-        self.websocket = request.websocket
         self.limited = limited
+        if request.is_head:
+            self.is_head = True
+        if request.websocket:
+            self.websocket = True
         self.kept: list[bytes] | None = [head]
 
     # What its client's side calls
@@ -192,12 +200,12 @@ class Delivery:
         self.state = State.OVER
         self.answered.whole(known, digits, body)
 
-    def data(self, data: bytes, *, in_chunk: bool) -> None:
+    def data(self, data: bytes, in_chunk: bool) -> None:
         if self.state is State.DOUBTED:  # error answers are small: nothing bounds them here
             self.pending_body += ((data, in_chunk),)
         elif self.pending is not None:
             self._happens(Event.ANSWER, self.pending)
-            self.answered.data(data, in_chunk=in_chunk)
+            self.answered.data(data, in_chunk)
 
     def ended(self) -> None:
         self.connection = None
@@ -270,7 +278,7 @@ class Delivery:
         head, body, ended = self.pending, self.pending_body, self.pending_ended
         self._pass_on(head)
         for data, in_chunk in body:
-            self.answered.data(data, in_chunk=in_chunk)
+            self.answered.data(data, in_chunk)
         if ended:
             self.answered.ended()
 

@@ -32,7 +32,7 @@ LARGEST_COMMENT = 64
 class Body(Protocol):
     """The body of an answer that has begun."""
 
-    def feed(self, data: bytes, *, in_chunk: bool) -> bytes:
+    def feed(self, data: bytes, in_chunk: bool) -> bytes:
         """What may go to the client now. `in_chunk`: vLLM's bytes so far end within a chunk."""
 
     def rest(self) -> bytes:
@@ -52,7 +52,7 @@ class Plain:
         """`dechunker`: its client speaks HTTP/1.0, and knows no chunks."""
         self.dechunker = dechunker
 
-    def feed(self, data: bytes, *, in_chunk: bool) -> bytes:
+    def feed(self, data: bytes, in_chunk: bool) -> bytes:
         return data if self.dechunker is None else self.dechunker.feed(data)
 
     def rest(self) -> bytes:
@@ -80,7 +80,7 @@ class Events:
         self.latest = b""  # what the client got last
         self.dechunker = dechunker
 
-    def feed(self, data: bytes, *, in_chunk: bool) -> bytes:
+    def feed(self, data: bytes, in_chunk: bool) -> bytes:
         if not (self.partial or in_chunk or self.torn) and data.endswith(EVENT_ENDS):  # nearly always
             self.latest = data
             return data if self.dechunker is None else self.dechunker.feed(data)
@@ -127,7 +127,7 @@ class Late:
         self.dechunker = Dechunker() if chunked else None
         self.content = b""
 
-    def feed(self, data: bytes, *, in_chunk: bool) -> bytes:
+    def feed(self, data: bytes, in_chunk: bool) -> bytes:
         self.content += data if self.dechunker is None else self.dechunker.feed(data)
         return b""
 
@@ -150,7 +150,7 @@ class Tunnel:
     def __init__(self) -> None:
         self.frames = Frames()
 
-    def feed(self, data: bytes, *, in_chunk: bool) -> bytes:
+    def feed(self, data: bytes, in_chunk: bool) -> bytes:
         self.frames.feed(data)
         return data
 

@@ -133,7 +133,7 @@ class Door:
     tls: bool = False
     keep_alive: float = 0.0  # seconds between two comments to a stream's client that waits; 0: it gets none
     crowded: Refusal | None = None  # there are too many connections for any request
-    watchers: tuple[Callable[[Record], None], ...] = ()  # called with each that is over
+    watchers: tuple[Callable[[Record], object], ...] = ()  # called with each that is over
 
     def refusal(self, exchange: Exchange) -> Refusal | None:
         """Whether this request may go on: keys, routes, sizes, rates, and whether anybody will answer."""
@@ -148,7 +148,7 @@ class Door:
             client = verdict.client or exchange.client.address
             if (refusal := self.policy.rate.take(client, exchange.began)) is not None:
                 return refusal
-        return self.gate.refusal(limited=not self.private)
+        return None if self.gate.open else self.gate.refusal(limited=not self.private)
 
 
 class Exchange:
@@ -165,12 +165,14 @@ class Exchange:
     delivering: Delivering | None = None
     body: Body | None = None  # of the answer, once it has begun
     response_complete = False
+    keep_alive = True
     ends_by_close = False
     early: tuple[bytes, ...] = ()  # frames that came before the WebSocket was there
     status = 0  # of the answer, once there is one
     alive_at: float | None = None  # when its client, which waits, was last sent a comment
     read_at = 0.0  # when a stream's last bytes came
     first_at = 0.0  # when the answer's first byte went to the client; a stream's first event
+    over_at = 0.0
     sent = 0  # bytes of the answer's body
     ours = False  # the answer is
     gone = False  # its client is, before the answer's end
@@ -185,7 +187,8 @@ class Exchange:
         self.verdict = verdict
         self.request_id = request_id
         self.began = door.time()
-        self.keep_alive = request.keep_alive
+        if not request.keep_alive:
+            self.keep_alive = False
         self.left = door.max_body  # bytes that the request's body may still have; below 0: it is too large
 
     @classmethod
@@ -215,6 +218,32 @@ class Exchange:
     @property
     def route(self) -> str:
         return self.verdict.route
+
+    # The rest of what is told of it (`Record`)
+
+    @property
+    def address(self) -> bytes:
+        return self.client.address
+
+    @property
+    def private(self) -> bool:
+        return self.door.private
+
+    @property
+    def tls(self) -> bool:
+        return self.door.tls
+
+    @property
+    def went(self) -> bool:
+        return self.delivering is not None and self.delivering.went
+
+    @property
+    def replayed(self) -> bool:
+        return self.delivering is not None and self.delivering.replayed
+
+    @property
+    def marks(self) -> tuple[tuple[str, float], ...]:
+        return self.delivering.marks if self.delivering is not None else ()
 
     @property
     def named(self) -> dict[str, str]:
@@ -383,20 +412,21 @@ class Exchange:
     def whole(self, known: KnownAnswer, digits: bytes, body: bytes) -> None:
         if self.alive_at is not None:
             self.answer(known.head)
-            self.data(body, in_chunk=False)
+            self.data(body, False)
             self.ended()
             return
         self.status = known.status
         self.body = PLAIN
         self.sent = len(body)
-        self.first_at = self.door.time()
-        end = b"\r\n\r\n" if self._keeps() else b"\r\nConnection: close\r\n\r\n"
+        self.first_at = self.over_at = self.door.time()
+        keeps = self._keeps()
+        end = b"\r\n\r\n" if keeps else b"\r\nConnection: close\r\n\r\n"
         self.client.write(b"".join((known.before, digits, known.after, self.request_id, end, body)))
-        self._complete()
+        self._over(Then.KEEP if keeps else self._then())
 
-    def data(self, data: bytes, *, in_chunk: bool) -> None:
+    def data(self, data: bytes, in_chunk: bool) -> None:
         body = self.body
-        data = body.feed(data, in_chunk=in_chunk)  # type: ignore[union-attr]  # it has begun
+        data = body.feed(data, in_chunk)  # type: ignore[union-attr]  # it has begun
         if not data:
             return
         self.sent += len(data)
@@ -425,7 +455,7 @@ class Exchange:
     def switched(self, head: ResponseHead, data: bytes) -> None:
         self.status = head.status
         self.body = Tunnel()
-        self.body.feed(data, in_chunk=False)
+        self.body.feed(data, False)
         self.first_at = self.door.time()
         lines = (b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n", head.fields)
         self.client.write(b"".join((*lines, b"X-Request-Id: ", self.request_id, b"\r\n\r\n", data)))
@@ -492,28 +522,24 @@ class Exchange:
 
     def _complete(self) -> None:
         self.first_at = self.first_at or self.door.time()  # a stream without an event
-        self._over(
-            Then.KEEP if self.keep_alive else Then.LINGER if self.left < 0 or self.request.endless else Then.CLOSE
-        )
+        self._over(self._then())
+
+    def _then(self) -> Then:
+        if self.keep_alive:
+            return Then.KEEP
+        return Then.LINGER if self.left < 0 or self.request.endless else Then.CLOSE
 
     def _over(self, then: Then | None = None) -> None:
         """Once, for each that has begun. None: its client's connection is gone."""
         self.response_complete = True
-        door, delivering = self.door, self.delivering
+        door = self.door
         door.present.discard(self)
-        went = replayed = False
-        marks: tuple[tuple[str, float], ...] = ()
-        if delivering is not None:
-            delivering.abort()
-            went, marks, replayed = delivering.went, delivering.marks, delivering.replayed
-        record = Record(
-            self.request, self.verdict, self.request_id, self.client.address, door.private, door.tls, self.status,
-            self.began, self.first_at, door.time(), self.sent, self.ours, went, marks, self.cut, self.cached, self.gone,
-            replayed,
-        )  # fmt: skip
+        self.over_at = self.over_at or door.time()
+        if self.delivering is not None:
+            self.delivering.abort()
         for watcher in door.watchers:
             try:
-                watcher(record)
+                watcher(self)
             except Exception:  # its fault is not the client's, whose answer is to end well
                 log.exception("a watcher of requests failed", extra=self.named)
         if then is not None:

@@ -110,20 +110,17 @@ class Gate:
         """It goes on, or waits its turn behind those that came before."""
         limit = self.admission.limit
         if limit is None or self.active < limit or not one.limited:
-            self._let_in(one)
+            self.active += 1
+            one.admitted = True
+            if self.open or self.engine.draining:
+                one.go()
+            else:
+                self.hold(one)
         elif len(self.queued) < self.admission.waiting:
             self.queued[one] = self.loop.call_later(self.admission.hold, self._waited_too_long, one)
             one.mark("waiting")
         else:
             one.refuse(self._busy("the server is busy.", 429))
-
-    def _let_in(self, one: Waiting) -> None:
-        self.active += 1
-        one.admitted = True
-        if self.open or self.engine.draining:
-            one.go()
-        else:
-            self.hold(one)
 
     def hold(self, one: Waiting) -> None:
         """Keeps it until the engine is ready."""
@@ -142,7 +139,8 @@ class Gate:
 
     def leave(self, one: Waiting) -> None:
         """It is over, or waits for nothing any more. To leave twice is to leave."""
-        self.forget(one)
+        if self.held or self.queued or self.asking:
+            self.forget(one)
         if not one.admitted:
             return
         one.admitted = False
@@ -150,15 +148,14 @@ class Gate:
         while self.queued and self.active < (self.admission.limit or 0):
             following = next(iter(self.queued))
             self.queued.pop(following).cancel()
-            self._let_in(following)
+            self.admit(following)
 
     def forget(self, one: Waiting) -> None:
         """It no longer waits here."""
-        if self.held or self.queued:
-            timer = self.held.pop(one, None) or self.queued.pop(one, None)
-            if timer is not None:
-                timer.cancel()
-        if self.asking and (task := self.asking.pop(one, None)) is not None:
+        timer = self.held.pop(one, None) or self.queued.pop(one, None) or self.asking.pop(one, None)
+        if timer is not None:
+            timer.cancel()
+        if (task := self.asking.pop(one, None)) is not None:  # who is held may ask as well
             task.cancel()
 
     def _held_too_long(self, one: Waiting) -> None:

@@ -65,9 +65,8 @@ class Gateway:
         self.gate = Gate(engine, upstream, admission, self.counts)
         self.present: set[Exchange] = set()
         self.run, self._requests = os.urandom(10).hex().encode(), 0
-        self._emptied: asyncio.Event | None = None  # there while somebody waits in `drained`
         deliver: Callable[[Exchange, bytes], Delivering] = self._deliver
-        watchers: tuple[Callable[[Record], None], ...] = (self.counts.ended, self._left)
+        watchers: tuple[Callable[[Record], object], ...] = (self.counts.ended,)
         cache = None
         if cache_memory:
             from supervisor.gateway.cache import Cache  # noqa: PLC0415  # for those who want it
@@ -95,7 +94,7 @@ class Gateway:
         self.server = _Server(self, certificate, key, close_patience)
         self._tick()
 
-    def watch(self, watcher: Callable[[Record], None], *, jobs: bool = True) -> None:
+    def watch(self, watcher: Callable[[Record], object], *, jobs: bool = True) -> None:
         """Has it called with each request that is over; `jobs`: with RunPod's, too."""
         self.public.watchers += (watcher,)
         if jobs:
@@ -130,12 +129,9 @@ class Gateway:
     async def drained(self) -> None:
         """Returns when no request is in flight."""
         if self.present:
-            self._emptied = asyncio.Event()
-            await self._emptied.wait()
-
-    def _left(self, record: Record) -> None:
-        if self._emptied is not None and not self.present:
-            self._emptied.set()
+            emptied = asyncio.Event()
+            self.watch(lambda _: None if self.present else emptied.set())
+            await emptied.wait()
 
     def cut(self, explanation: str) -> None:
         """Ends what is still in flight: the drain timeout has passed."""

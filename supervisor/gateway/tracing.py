@@ -104,7 +104,7 @@ class Tracing:
 
     def ended(self, record: Record) -> None:
         """A watcher of the doors."""
-        now = record.ended
+        now = record.over_at
         offset = time.time_ns() - int(now * 1e9)
 
         def unix(at: float) -> int:
@@ -177,7 +177,7 @@ class Tracing:
 
 def parts(record: Record) -> Iterator[tuple[str, float, float, bool]]:
     """What became of it, in order: name of a span, from, to, and whether it was lost with its engine."""
-    marks, began, now = record.marks, record.began, record.ended
+    marks, began, now = record.marks, record.began, record.over_at
     if record.went and (not marks or marks[0][0] == "lost"):
         marks = (("sent", began), *marks)  # at once, which is not worth a mark
     again = False

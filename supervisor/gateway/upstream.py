@@ -49,7 +49,7 @@ class Unanswered(Disconnected):
 class Receiver(Protocol):
     """Who receives the body of an answer. `ended` or `lost` is the last call."""
 
-    def data(self, data: bytes, *, in_chunk: bool) -> None:
+    def data(self, data: bytes, in_chunk: bool) -> None:
         """Raw body bytes, chunk framing and trailers included; `in_chunk`: they end within a chunk."""
 
     def ended(self) -> None: ...
@@ -160,7 +160,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.answered = True
         self.upstream.reads += sink.is_relayed
         if self.tunnel:
-            self.receiver.data(data, in_chunk=False)  # type: ignore[union-attr]  # there is one while there is a sink
+            self.receiver.data(data, False)  # type: ignore[union-attr]  # there is one while there is a sink
             return
         key = None
         if self.in_head and self.request_sent and not self.raw_head:
@@ -188,7 +188,14 @@ class UpstreamConnection(asyncio.Protocol):
                 if self.in_head:
                     key = None  # that of an interim answer
             if data:
-                self._feed_body(data)
+                if self.message_complete:
+                    raise UpstreamError(TOO_MUCH)
+                self.parser.feed_data(data)
+                self.body_read += len(data)
+                if self.message_complete and not self._ends_well(data):
+                    raise UpstreamError(TOO_MUCH)
+                self.previous = data if len(data) >= 4 else (self.previous + data)[-4:]
+                self.receiver.data(data, self.in_chunk)  # type: ignore[union-attr]  # as above
         except httptools.HttpParserCallbackError as error:
             if not isinstance(error.__context__, UpstreamError):
                 raise  # a fault of ours: vLLM's answer is well
@@ -202,16 +209,6 @@ class UpstreamConnection(asyncio.Protocol):
                 if key is not None and (head := self._common(sink)) is not None:
                     self.upstream.heads.learn(key, KnownAnswer(head))
                 self._finish(sink)
-
-    def _feed_body(self, data: bytes) -> None:
-        if self.message_complete:
-            raise UpstreamError(TOO_MUCH)
-        self.parser.feed_data(data)
-        self.body_read += len(data)
-        if self.message_complete and not self._ends_well(data):
-            raise UpstreamError(TOO_MUCH)
-        self.previous = data if len(data) >= 4 else (self.previous + data)[-4:]
-        self.receiver.data(data, in_chunk=self.in_chunk)  # type: ignore[union-attr]  # there is one while there is a sink
 
     def _ends_well(self, data: bytes) -> bool:
         """The parser passes over line ends behind an answer; nothing may lie there."""
@@ -421,7 +418,7 @@ class _Question:
         self.parts.append(body)
         self.ended()
 
-    def data(self, data: bytes, *, in_chunk: bool) -> None:
+    def data(self, data: bytes, in_chunk: bool) -> None:
         self.parts.append(self.dechunker.feed(data) if self.dechunker else data)
 
     def ended(self) -> None:
