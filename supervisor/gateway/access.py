@@ -1,17 +1,20 @@
 """The access log: a line for each relayed request, once its answer is over, with its latency and its first byte's.
 
-The event loop only notes a request's numbers; the log's thread makes the line. No query, header or body is in it.
-RunPod's jobs have a line of their own (queue/worker.py).
+The event loop makes the lines, some at a time. What is the same in many of them is made once, by the one who makes all
+other lines (lines.py): the line of a method, path and status, with gaps for the rest. No query, header or body is in
+it. RunPod's jobs have a line of their own (queue/worker.py).
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from supervisor.lines import Form, printable, unmasked
+from supervisor.lines import Form, clock, iso, printable, unmasked
 
 if TYPE_CHECKING:
     import asyncio
@@ -19,11 +22,14 @@ if TYPE_CHECKING:
     from supervisor.gateway.exchange import Exchange
 
 LOGGER = "supervisor.access"
-FLUSH = 0.2  # seconds: a thread is not woken for each line
+FLUSH = 0.1  # seconds that a line waits for others
+BATCH = 100  # lines that wait at most: making them takes 0.2 ms
+KEPT = 1024  # of each part that comes again
 TICK = 0.0005  # seconds: the loop's clock has whole milliseconds, and no time at all means no first byte
 LONGEST_PATH = 200
 # By the log's level: a 5xx is a warning, and nothing here is an error.
 FROM_STATUS = {"debug": 0, "info": 0, "warning": 500, "error": 1000}
+GAP, NUMBER = "%s", "%d"  # what differs from line to line: text, and what stands in JSON without quotes
 
 
 class Answer(NamedTuple):
@@ -48,77 +54,137 @@ class AccessLog:
         self,
         loop: asyncio.AbstractEventLoop,
         form: Form,
-        later: Callable[[Callable[[], Sequence[str]]], None],
+        put: Callable[[bytes, int], None],
         level: str = "info",
         ours: bytes = b" ",
     ) -> None:
-        """`later` has the log's thread make lines, and write them; above `level` info, those of failures alone. `ours`:
-        how the ids begin that no client made."""
+        """`put` writes lines, so many; above `level` info, those of failures alone. `ours`: how the ids begin that no
+        client made."""
         self.ours = ours
         self.from_status = FROM_STATUS[level]
         self.loop = loop
         self.form = unmasked(form)
         self.mask = form.mask
-        self.later = later
+        self.put = put
         self.batch: list[Answer] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._lines, shape = (self._json, self._json_shape) if form.as_json else (self._text, self._text_shape)
+        self._shape = lru_cache(KEPT)(shape)
+        self._foreign_id = lru_cache(KEPT)(self._masked_id)
 
     def ended(self, exchange: Exchange) -> None:
-        protocol = exchange.protocol
-        if protocol.private or exchange.status < self.from_status:
+        if exchange.protocol.private or exchange.status < self.from_status:
             return
-        if not self.batch:
-            self.loop.call_later(FLUSH, self.flush)
-        began = exchange.began
-        self.batch.append(
-            Answer(
-                time.time(),
-                exchange.method,
-                exchange.path,
-                exchange.status,
-                self.loop.time() - began,
-                max(exchange.first_at - began, TICK) if exchange.first_at else 0.0,
-                exchange.sent,
-                exchange.request_id,
-                protocol.address(),
-                exchange.note,
-            )
-        )
+        self.batch.append(_answer_of(exchange, self.loop.time()))
+        if len(self.batch) >= BATCH:
+            self.flush()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(FLUSH, self._flush_late)
+
+    def _flush_late(self) -> None:
+        self._timer = None
+        self.flush()
 
     def flush(self) -> None:
-        if self.batch:
-            batch, self.batch = self.batch, []
-            self.later(lambda: [self._line(answer) for answer in batch])
+        batch, self.batch = self.batch, []
+        if not batch:
+            return
+        try:
+            self.put("".join(self._lines(batch)).encode("utf-8", "backslashreplace"), len(batch))
+        except Exception:  # a fault here must not be the request's
+            logging.getLogger("supervisor").exception("%d lines of access could not be made", len(batch))
 
-    # In the log's thread
+    def forget(self) -> None:
+        """There are more secrets from now on."""
+        for kept in (self._shape, self._foreign_id, shown_path):
+            kept.cache_clear()
 
-    def _line(self, answer: Answer) -> str:
-        level = "INFO" if answer.status < 500 else "WARNING"
-        path = shown_path(self.mask, answer.path)
-        request_id = answer.request_id.decode("latin-1")
-        if not answer.request_id.startswith(self.ours):
-            request_id = self.mask(request_id)
-        what = f"{answer.method.decode('latin-1')} {path} {answer.status}"
-        if self.form.as_json:
-            return self.form.json(
-                level, LOGGER, what, answer.at, request_id,
-                method=answer.method.decode("latin-1"), path=path, status=answer.status,
-                seconds=round(answer.seconds, 4), first_byte_seconds=round(answer.first, 4) or None,
-                bytes=answer.sent, client=answer.client.decode(), note=answer.note or None,
-            )  # fmt: skip
-        # Of an answer that is not streamed it is the same.
-        first = f", first byte after {answer.first:.3f} s" if 0 < answer.first < answer.seconds - 0.001 else ""
-        note = f", {answer.note}" if answer.note else ""
-        client = f", from {answer.client.decode()}" if answer.client else ""
-        text = f"{what} in {answer.seconds:.3f} s{first}, {_size(answer.sent)}{note}{client}"
-        return self.form.text(level, text, answer.at, request_id)
+    def _text(self, batch: list[Answer]) -> Iterator[str]:
+        for at, method, path, status, seconds, first, sent, request_id, client, note in batch:
+            yield self._shape(method, path, status, client, note) % (
+                clock(int(at)),
+                seconds,
+                # Of an answer that is not streamed it is the same.
+                f", first byte after {first:.3f} s" if 0 < first < seconds - 0.001 else "",
+                _size(sent),
+                self._id(request_id),
+            )
+
+    def _text_shape(self, method: bytes, path: bytes, status: int, client: bytes, note: str) -> str:
+        what = f"{method.decode('latin-1')} {shown_path(self.mask, path)} {status}"
+        note = f", {note}" if note else ""
+        source = f", from {client.decode()}" if client else ""
+        text = f"{_literal(what)} in %.3f s%s, %s{_literal(note)}{_literal(source)} (request %s)"
+        return self.form.text(_level(status), text, 0.0, None).replace(clock(0), GAP, 1) + "\n"
+
+    def _json(self, batch: list[Answer]) -> Iterator[str]:
+        for at, method, path, status, seconds, first, sent, request_id, client, note in batch:
+            yield self._shape(method, path, status, client, note) % (
+                iso(at),
+                self._id(request_id),
+                _number(round(seconds * 10_000)),
+                _number(round(first * 10_000)) if first else "null",
+                sent,
+            )
+
+    def _json_shape(self, method: bytes, path: bytes, status: int, client: bytes, note: str) -> str:
+        verb, place = method.decode("latin-1"), shown_path(self.mask, path)
+        line = self.form.json(
+            _level(status), LOGGER, _literal(f"{verb} {place} {status}"), 0.0, GAP,
+            method=_literal(verb), path=_literal(place), status=status, seconds=NUMBER, first_byte_seconds=NUMBER,
+            bytes=NUMBER, client=_literal(client.decode()), note=_literal(note) if note else None,
+        )  # fmt: skip
+        return line.replace(iso(0.0), GAP, 1).replace(f'"{NUMBER}"', GAP) + "\n"
+
+    def _id(self, request_id: bytes) -> str:
+        # Who has seen one of ours can begin like it.
+        if request_id.startswith(self.ours) and request_id.isalnum():
+            return request_id.decode()
+        return self._foreign_id(request_id)
+
+    def _masked_id(self, request_id: bytes) -> str:
+        shown = self.mask(request_id.decode("latin-1"))
+        return json.dumps(shown)[1:-1] if self.form.as_json else printable(shown)
 
 
-@lru_cache(1024)
+def _answer_of(exchange: Exchange, now: float) -> Answer:
+    began, first_at = exchange.began, exchange.first_at
+    unusual = exchange.marks or exchange.replayed or exchange.cached or exchange.gone or exchange.cut
+    return Answer(
+        time.time(),
+        exchange.method,
+        exchange.path[: LONGEST_PATH + 1],  # what is kept of it is bounded
+        exchange.status,
+        now - began,
+        max(first_at - began, TICK) if first_at else 0.0,
+        exchange.sent,
+        exchange.request_id,
+        exchange.protocol.address(),
+        exchange.note if unusual else "",
+    )
+
+
+def _level(status: int) -> str:
+    return "INFO" if status < 500 else "WARNING"
+
+
+def _literal(text: str) -> str:
+    """As it stands beside gaps."""
+    return text.replace("%", "%%")
+
+
+@lru_cache(KEPT)
 def shown_path(mask: Callable[[str], str], path: bytes) -> str:
     text = printable(mask(path[:LONGEST_PATH].decode("utf-8", "backslashreplace")))
     return text if len(path) <= LONGEST_PATH else f"{text}..."
 
 
+@lru_cache(KEPT)
+def _number(ten_thousandths: int) -> str:
+    return repr(ten_thousandths / 10_000)
+
+
+@lru_cache(KEPT)
 def _size(count: int) -> str:
     for unit in ("B", "kB", "MB"):
         if count < 1000:
