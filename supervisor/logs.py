@@ -73,18 +73,12 @@ class Log(logging.Handler):
         """Tells how many were held back, though their time is not over."""
         self._tell(math.inf)
 
-    def close(self) -> None:
-        self.flush()
-        super().close()
-
     def _tell(self, now: float) -> None:
         self.acquire()
         try:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
+            self._timer = None
             self.put(self._repeated(now))
-            if any(count > ALIKE for _, count, _ in self.repeats.kinds.values()):
+            if self.repeats.kinds:
                 self._tell_later()
         finally:
             self.release()

@@ -7,6 +7,8 @@ stand still as well, and then be taken for hung. So what nobody takes is lost in
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import select
 import stat
@@ -15,6 +17,8 @@ from collections.abc import Callable
 
 # Bytes that may wait for a reader.
 BACKLOG = 8_000_000
+# Bytes that a pipe holds: a busy reader is some ms late, in which 64 kB, the usual size, would be full.
+PIPE = 1 << 18
 # Seconds for a reader to take the last lines.
 LAST_LINES = 1.0
 
@@ -104,7 +108,10 @@ def _opened_again(target: int) -> int | None:
     """
     try:
         if stat.S_ISFIFO(os.fstat(target).st_mode):
-            return os.open(f"/proc/self/fd/{target}", os.O_WRONLY | os.O_NONBLOCK)
+            pipe = os.open(f"/proc/self/fd/{target}", os.O_WRONLY | os.O_NONBLOCK)
+            with contextlib.suppress(OSError):  # this user has large ones enough
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, max(PIPE, fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ)))
+            return pipe
     except OSError:  # another user's, or there is no /proc, or nobody who reads
         pass
     return None

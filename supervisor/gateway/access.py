@@ -60,7 +60,7 @@ class AccessLog:
     ) -> None:
         """`put` writes lines, so many; above `level` info, those of failures alone. `ours`: how the ids begin that no
         client made."""
-        self.ours = ours
+        self.ours = ours  # who has seen one can begin like it: no more than letters and digits are taken for ours
         self.from_status = FROM_STATUS[level]
         self.loop = loop
         self.form = unmasked(form)
@@ -79,14 +79,13 @@ class AccessLog:
         if len(self.batch) >= BATCH:
             self.flush()
         elif self._timer is None:
-            self._timer = self.loop.call_later(FLUSH, self._flush_late)
-
-    def _flush_late(self) -> None:
-        self._timer = None
-        self.flush()
+            self._timer = self.loop.call_later(FLUSH, self.flush)
 
     def flush(self) -> None:
         batch, self.batch = self.batch, []
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if not batch:
             return
         try:
@@ -100,14 +99,17 @@ class AccessLog:
             kept.cache_clear()
 
     def _text(self, batch: list[Answer]) -> Iterator[str]:
+        shape, ours = self._shape, self.ours
         for at, method, path, status, seconds, first, sent, request_id, client, note in batch:
-            yield self._shape(method, path, status, client, note) % (
+            yield shape(method, path, status, client, note) % (
                 clock(int(at)),
                 seconds,
                 # Of an answer that is not streamed it is the same.
                 f", first byte after {first:.3f} s" if 0 < first < seconds - 0.001 else "",
                 _size(sent),
-                self._id(request_id),
+                request_id.decode()
+                if request_id.startswith(ours) and request_id.isalnum()
+                else self._foreign_id(request_id),
             )
 
     def _text_shape(self, method: bytes, path: bytes, status: int, client: bytes, note: str) -> str:
@@ -118,10 +120,13 @@ class AccessLog:
         return self.form.text(_level(status), text, 0.0, None).replace(clock(0), GAP, 1) + "\n"
 
     def _json(self, batch: list[Answer]) -> Iterator[str]:
+        shape, ours = self._shape, self.ours
         for at, method, path, status, seconds, first, sent, request_id, client, note in batch:
-            yield self._shape(method, path, status, client, note) % (
+            yield shape(method, path, status, client, note) % (
                 iso(at),
-                self._id(request_id),
+                request_id.decode()
+                if request_id.startswith(ours) and request_id.isalnum()
+                else self._foreign_id(request_id),
                 _number(round(seconds * 10_000)),
                 _number(round(first * 10_000)) if first else "null",
                 sent,
@@ -135,12 +140,6 @@ class AccessLog:
             bytes=NUMBER, client=_literal(client.decode()), note=_literal(note) if note else None,
         )  # fmt: skip
         return line.replace(iso(0.0), GAP, 1).replace(f'"{NUMBER}"', GAP) + "\n"
-
-    def _id(self, request_id: bytes) -> str:
-        # Who has seen one of ours can begin like it.
-        if request_id.startswith(self.ours) and request_id.isalnum():
-            return request_id.decode()
-        return self._foreign_id(request_id)
 
     def _masked_id(self, request_id: bytes) -> str:
         shown = self.mask(request_id.decode("latin-1"))
@@ -156,7 +155,7 @@ def _answer_of(exchange: Exchange, now: float) -> Answer:
         exchange.path[: LONGEST_PATH + 1],  # what is kept of it is bounded
         exchange.status,
         now - began,
-        max(first_at - began, TICK) if first_at else 0.0,
+        (first_at - began or TICK) if first_at else 0.0,
         exchange.sent,
         exchange.request_id,
         exchange.protocol.address(),
