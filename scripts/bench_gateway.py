@@ -1,13 +1,18 @@
 #!/usr/bin/env python3
 """What the gateway costs beside nginx: CPU per JSON request and per streamed event, rates, latencies, memory.
 
-    .venv/bin/python scripts/bench_gateway.py [--seconds 3] [--rounds 5] [--only nginx,gateway] [--json FILE]
+    .venv/bin/python scripts/bench_gateway.py [--shipped] [--seconds 1] [--rounds 3] [--only NAMES] [--json FILE]
 
 In one run, against the same upstream (scripts/fast_upstream.py): nothing between (direct), nginx with one worker and
 `proxy_buffering off`, the gateway as `supervisor up` runs it, with a key, request ids, metrics and admission on, and
 uvicorn + httpx, which is what people write first. wrk is the client. The proxy has a core of its own where there are
 two; its CPU is its own user and system time, so that the figures hold on a busy machine. nginx and wrk come from
-Debian's packages (nginx-light, wrk).
+Debian's packages (nginx-light, wrk). All of it takes some 2.5 minutes.
+
+`--shipped` takes only the rows that are as it is shipped, access log on, as text and as JSON, beside an nginx that
+writes its own. Each log goes to a pipe that `cat` drains on the client's core, as a container's runtime does: our
+stderr, and nginx's `access_log /dev/stdout`, which is what nginx's own image has. So both pay for handing lines to a
+reader, and neither for what the reader does with them. nginx's format is its default, `combined`, without a buffer.
 """
 
 from __future__ import annotations
@@ -42,6 +47,8 @@ Results = dict[str, dict[str, dict[str, float]]]
 KEY = "a-key-for-the-benchmark"
 EVENTS = 64
 CONNECTIONS = (1, 64, 256)
+ALL = ("direct", "nginx", "gateway", "naive", "nginx-log", "gateway-log", "gateway-json")
+SHIPPED = ("nginx-log", "gateway-log", "gateway-json")
 BODY = {"model": "m", "temperature": 0, "messages": [{"role": "user", "content": "x" * 200}]}
 NGINX = """
 {user}
@@ -91,6 +98,7 @@ class Front:
     name: str
     port: int
     pids: list[int]
+    beside: str = "nginx"  # the front that it is compared with
 
     def cpu(self) -> float:
         return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in self.pids)
@@ -110,11 +118,22 @@ def pinned(core: int, command: list[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def running(command: list[str], core: int, **environ: str) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
+def running(
+    command: list[str], core: int, *, drained: bool = False, **environ: str
+) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
+    """`drained`: its output goes to a pipe, of which only the beginning is kept."""
     log = tempfile.TemporaryFile()  # noqa: SIM115  # closed below, after the process
+    output, reader = log.fileno(), None
+    if drained:
+        reading, output = os.pipe()
+        drain = pinned(0, ["sh", "-c", "head -c 4096; exec cat > /dev/null"])
+        reader = subprocess.Popen(drain, stdin=reading, stdout=log)
+        os.close(reading)
     process = subprocess.Popen(
-        pinned(core, command), env=os.environ | environ, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+        pinned(core, command), env=os.environ | environ, stdout=output, stderr=output, stdin=subprocess.DEVNULL
     )
+    if drained:
+        os.close(output)
     try:
         yield process, log
     finally:
@@ -124,6 +143,9 @@ def running(command: list[str], core: int, **environ: str) -> Iterator[tuple[sub
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        if reader is not None:
+            reader.terminate()  # whoever else holds its pipe
+            reader.wait()
         log.close()
 
 
@@ -147,33 +169,36 @@ def wait_for(port: int, process: subprocess.Popen[bytes], said: IO[bytes]) -> No
 @contextlib.contextmanager
 def nginx(folder: Path, *, logs: bool = False) -> Iterator[Front]:
     port = free_port()
-    name = "nginx, access log" if logs else "nginx"
+    name = "nginx, its log" if logs else "nginx"
     conf = folder / f"nginx{logs}.conf"
     user = "user root;" if os.geteuid() == 0 else ""
-    log = f"{folder}/access.log" if logs else "off"
+    log = "/dev/stdout" if logs else "off"
     conf.write_text(NGINX.format(folder=folder, port=port, user=user, log=log).replace("nginx.pid", f"nginx{logs}.pid"))
-    with running(["nginx", "-c", str(conf), "-e", str(folder / "error.log")], 1) as (process, said):
+    command = ["nginx", "-c", str(conf), "-e", str(folder / "error.log")]
+    with running(command, 1, drained=logs) as (process, said):
         wait_for(port, process, said)
         pids = [child.pid for child in psutil.Process(process.pid).children()]
-        yield Front(name, port, pids)
+        yield Front(name, port, pids, name)
 
 
 @contextlib.contextmanager
-def gateway(folder: Path, name: str = "gateway", **more: str) -> Iterator[Front]:
+def gateway(folder: Path, name: str = "gateway", *, logs: bool = False, **more: str) -> Iterator[Front]:
     """Its access log is off, as nginx's is, unless `more` says otherwise."""
     port = free_port()
     environ = {
         "SUPERVISOR_VLLM": str(folder / "vllm"), "PORT": str(port), "SUPERVISOR_API_KEYS": KEY,
         "SUPERVISOR_MAX_CONCURRENCY": "1000", "PYTHONDONTWRITEBYTECODE": "", "SUPERVISOR_ACCESS_LOG": "false", **more,
     }  # fmt: skip
-    with running([str(Path(sys.prefix) / "bin" / "supervisor"), "up", "m"], 1, **environ) as (process, said):
+    environ |= {"SUPERVISOR_ACCESS_LOG": "true"} if logs else {}
+    command = [str(Path(sys.prefix) / "bin" / "supervisor"), "up", "m"]
+    with running(command, 1, drained=logs, **environ) as (process, said):
         wait_for(port, process, said)
         children = psutil.Process(process.pid).children(recursive=True)
         for child in children:  # the upstream that it started shares the client's core
             with contextlib.suppress(psutil.Error):
                 if "fast_upstream" in " ".join(child.cmdline()):
                     child.cpu_affinity([0])
-        yield Front(name, port, [process.pid])
+        yield Front(name, port, [process.pid], "nginx, its log" if logs else "nginx")
 
 
 @contextlib.contextmanager
@@ -264,9 +289,13 @@ def slow_readers(front: Front, count: int) -> float:
 
 def measure(fronts: list[Front], connections: tuple[int, ...], seconds: int, rounds: int, folder: Path) -> Results:
     """Each reading is taken of one front after the other, several times over, so that the machine's moods cancel out:
-    what stands in the table is the median, and so are the ratios, each taken within one round."""
+    what stands in the table is the median, and so are the ratios, each taken within one round; the least one is behind
+    it in brackets."""
     results: Results = {front.name: {} for front in fronts}
-    print(f"{'':19}{'':8}{'conns':>6}{'per s':>10}{'CPU us':>9}{'x nginx':>9}{'p50 ms':>9}{'p99 ms':>9}{'errors':>8}")
+    print(
+        f"{'':16}{'':7}{'conns':>5}{'per s':>9}{'CPU us':>8}{'x nginx':>14}{'p50 ms':>8}{'x nginx':>14}"
+        f"{'p99 ms':>8}{'x nginx':>14}{'errors':>7}"
+    )
     for kind in ("json", "stream"):
         for count in connections:
             readings: dict[str, list[dict[str, float]]] = {front.name: [] for front in fronts}
@@ -277,14 +306,20 @@ def measure(fronts: list[Front], connections: tuple[int, ...], seconds: int, rou
                 rows = readings[front.name]
                 row = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
                 row["errors"] = sum(row["errors"] for row in rows)
-                if front.pids and "nginx" in readings:
-                    ratios = (a["cpu_us"] / b["cpu_us"] for a, b in zip(rows, readings["nginx"], strict=True))
-                    row["times_nginx"] = statistics.median(ratios)
+                ratios = {}
+                for key in ("cpu_us", "p50_ms", "p99_ms"):
+                    if front.pids and front.beside in readings:
+                        among = [one[key] / other[key] for one, other in zip(rows, readings[front.beside], strict=True)]
+                        row[f"times_nginx_{key}"], row[f"times_nginx_{key}_least"] = (
+                            statistics.median(among),
+                            min(among),
+                        )
+                        ratios[key] = f"{statistics.median(among):.2f} ({min(among):.2f})"
                 results[front.name][f"{kind} {count}"] = row
                 print(
-                    f"{front.name:19}{kind:8}{count:6}{row['per_second']:10.0f}{row['cpu_us']:9.1f}"
-                    f"{row.get('times_nginx', float('nan')):9.2f}{row['p50_ms']:9.2f}{row['p99_ms']:9.2f}"
-                    f"{row['errors']:8.0f}",
+                    f"{front.name:16}{kind:7}{count:5}{row['per_second']:9.0f}{row['cpu_us']:8.1f}"
+                    f"{ratios.get('cpu_us', ''):>14}{row['p50_ms']:8.2f}{ratios.get('p50_ms', ''):>14}"
+                    f"{row['p99_ms']:8.2f}{ratios.get('p99_ms', ''):>14}{row['errors']:7.0f}",
                     flush=True,
                 )
     return results
@@ -302,13 +337,11 @@ def measure_memory(front: Front) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=3, help="for each reading")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--only",
-        help="names between commas, of: direct, nginx, gateway, naive, nginx-log, gateway-log, gateway-json, -hit",
-    )
-    parser.add_argument("--connections", type=lambda text: tuple(map(int, text.split(","))), default=CONNECTIONS)
+    parser.add_argument("--seconds", type=int, default=1, help="for each reading")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shipped", action="store_true", help=f"--only {','.join(SHIPPED)} --connections 64,256")
+    parser.add_argument("--only", help=f"names between commas, of: {', '.join(ALL)}, gateway-hit")
+    parser.add_argument("--connections", type=lambda text: tuple(map(int, text.split(","))))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     for program in ("nginx", "wrk", "taskset"):
@@ -319,13 +352,12 @@ def main() -> None:
         "gateway": gateway,
         "naive": naive,
         "nginx-log": partial(nginx, logs=True),
-        "gateway-log": partial(gateway, name="gateway, text", SUPERVISOR_ACCESS_LOG="true"),
-        "gateway-json": partial(
-            gateway, name="gateway, JSON", SUPERVISOR_ACCESS_LOG="true", SUPERVISOR_LOG_FORMAT="json"
-        ),
+        "gateway-log": partial(gateway, name="gateway, text", logs=True),
+        "gateway-json": partial(gateway, name="gateway, JSON", logs=True, SUPERVISOR_LOG_FORMAT="json"),
         "gateway-hit": partial(gateway, name="gateway, cached", SUPERVISOR_RESPONSE_CACHE="64MiB"),
     }
-    chosen = (arguments.only or "direct,nginx,gateway,naive").split(",")
+    chosen = arguments.only.split(",") if arguments.only else SHIPPED if arguments.shipped else ALL
+    connections = arguments.connections or (CONNECTIONS[1:] if arguments.shipped else CONNECTIONS)
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
     print(machine)
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as running_fronts:
@@ -343,7 +375,7 @@ def main() -> None:
             Front("direct", port, []) if choice == "direct" else running_fronts.enter_context(starts[choice](folder))
             for choice in chosen
         ]
-        results = measure(fronts, arguments.connections, arguments.seconds, arguments.rounds, folder)
+        results = measure(fronts, connections, arguments.seconds, arguments.rounds, folder)
         memory = {front.name: measure_memory(front) for front in fronts if front.name in ("nginx", "gateway")}
     if arguments.json:
         content = {"machine": machine, "fronts": results, "memory": memory}

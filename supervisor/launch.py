@@ -23,6 +23,7 @@ from supervisor.output import Output
 from supervisor.settings import volume
 from supervisor.settings.command import Command, Serving, build
 from supervisor.settings.sources import Settings
+from supervisor.terminal import Terminal
 from supervisor.weights import find, snapshot
 
 # From the spawn on they must not end us, or vLLM would stay. SIGHUP too: when the terminal is closed, vLLM in its own
@@ -83,8 +84,9 @@ class Launch:
         )
         # On a terminal the start is shown below the log; "dumb" ones can't go back a line.
         terminal = all(map(os.isatty, (1, 2))) and settings.environ.get("TERM") != "dumb"
-        self.has_foot = terminal and not self.form.as_json
-        self.stderr = Output(2, self.form.lost)
+        has_foot = terminal and not self.form.as_json
+        self.foot = Terminal(2, self.form.lost) if has_foot else None
+        self.stderr = self.foot or Output(2, self.form.lost)
         self.stdout = self.stderr if terminal else Output(1, self.form.lost)
         self.command = build(settings, str(workspace.socket), str(workspace.temporary))  # as a person may see it
         self.weights = find.Weights("not looked for yet")

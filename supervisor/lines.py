@@ -31,7 +31,7 @@ class Form:
 
     def json(self, level: str, logger: str, message: str, at: float, request: str | None, **more: object) -> str:
         """One object. `at`: Unix time; `more` has no secrets."""
-        line: dict[str, object] = {"time": _iso(at), "level": level, "logger": logger, "message": self.mask(message)}
+        line: dict[str, object] = {"time": iso(at), "level": level, "logger": logger, "message": self.mask(message)}
         if request is not None or self.queue:
             line["requestId"] = request if request is None else self.mask(request)
         return json.dumps(line | more)
@@ -46,7 +46,7 @@ class Form:
         return f"{line}\n".encode()
 
     def text(self, level: str, message: str, at: float, request: str | None) -> str:
-        head = f"{_clock(int(at))} supervisor"
+        head = f"{clock(int(at))} supervisor"
         head += ":" if level == "INFO" else f" {level}:"
         line = self.mask(message if request is None else f"{message} (request {printable(request)})")
         if self.terminal and self.colour:
@@ -92,19 +92,20 @@ def _as_it_is(text: str) -> str:
     return text
 
 
-def _iso(at: float) -> str:
+# The lines of a busy second, and of a busy millisecond, share these.
+
+
+def iso(at: float) -> str:
     """With milliseconds, in UTC."""
-    return f"{_date(int(at))}.{int(at % 1 * 1000):03d}Z"
-
-
-# The lines of a busy second share it.
+    return _iso(int(at * 1000))
 
 
 @lru_cache(4)
-def _clock(second: int) -> str:
+def _iso(milliseconds: int) -> str:
+    second, rest = divmod(milliseconds, 1000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(second))}.{rest:03d}Z"
+
+
+@lru_cache(4)
+def clock(second: int) -> str:
     return time.strftime("%H:%M:%S", time.localtime(second))
-
-
-@lru_cache(4)
-def _date(second: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))

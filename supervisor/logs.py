@@ -1,4 +1,4 @@
-"""Our own log: one line for each event, made (lines.py) and written (output.py) by a thread.
+"""Our own log: one line for each event, made where it happens (lines.py), and written without waiting (output.py).
 
 Every line goes through the mask, so that no secret can reach it, whoever logs. What comes again and again is told a few
 times, then counted.
@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import math
 import re
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 from supervisor.lines import Form
 from supervisor.output import Output
@@ -52,57 +53,60 @@ class Log(logging.Handler):
         self.form = form
         self.output = output
         self.repeats = Repeats()
-        output.idle = self._idle
+        self._timer: threading.Timer | None = None  # while something is held back
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.later(lambda: self._lines(record))
-
-    def later(self, lines: Callable[[], Sequence[str]]) -> None:
-        """Has the output's thread make lines, and write them."""
-        self.output.later(lambda: self._made(lines))
-
-    def close(self) -> None:
-        self.output.close()
-        super().close()
-
-    # In the thread
-
-    def _made(self, lines: Callable[[], Sequence[str]]) -> bytes:
-        again = self._told_again(time.monotonic())  # before what comes now
+        self.put(self._repeated(time.monotonic()))  # before what comes now
         try:
-            found = list(lines())
+            self.put(self._lines(record))
         except Exception as error:  # noqa: BLE001  # a line that can't be made must not be the last one
             text = f"a line was lost ({type(error).__name__}: {error})"
-            found = [self.form.line("ERROR", __name__, text, time.time())]
-        self.output.pause = ALIKE_SECONDS if self.repeats.kinds else None
-        return again + _bytes(found)
+            self.put([self.form.line("ERROR", __name__, text, time.time())])
 
-    def _idle(self, ended: bool) -> bytes:
-        again = self._told_again(math.inf if ended else time.monotonic())
-        self.output.pause = ALIKE_SECONDS if self.repeats.kinds else None
-        return again
+    def put(self, lines: Sequence[str]) -> None:
+        """Lines as they are to be written, but for their ends."""
+        if lines:
+            text = "".join(f"{line}\n" for line in lines)
+            self.output.put(text.encode("utf-8", "backslashreplace"), len(lines))
 
-    def _told_again(self, now: float) -> bytes:
+    def flush(self) -> None:
+        """Tells how many were held back, though their time is not over."""
+        self._tell(math.inf)
+
+    def _tell(self, now: float) -> None:
+        self.acquire()
+        try:
+            self._timer = None
+            self.put(self._repeated(now))
+            if self.repeats.kinds:
+                self._tell_later()
+        finally:
+            self.release()
+
+    def _tell_later(self) -> None:
+        if self._timer is None:
+            self._timer = threading.Timer(ALIKE_SECONDS, lambda: self._tell(time.monotonic()))
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _repeated(self, now: float) -> list[str]:
         """How many were held back, of those kinds whose time is over."""
-        return _bytes(
+        return [
             self.form.line("WARNING", __name__, f"{count} more of these in {ALIKE_SECONDS:g} s: {line}", time.time())
             for line, count in self.repeats.due(now)
-        )
+        ]
 
     def _lines(self, record: logging.LogRecord) -> list[str]:
         message = record.getMessage()
         if record.levelno >= logging.WARNING and not getattr(record, "each", False):
             kind = (record.name, record.levelno, VARYING.sub("#", message))
             if not self.repeats.passes(kind, message, time.monotonic()):
+                self._tell_later()
                 return []
         if record.exc_info:
             message += "\n" + logging.Formatter().formatException(record.exc_info)
         request, fields = getattr(record, "request", None), getattr(record, "fields", {})
         return [self.form.line(record.levelname, record.name, message, record.created, request, **fields)]
-
-
-def _bytes(lines: Iterable[str]) -> bytes:
-    return "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
 
 
 def start(form: Form, level: str, output: Output) -> Log:

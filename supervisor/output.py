@@ -1,123 +1,127 @@
-"""What is written to our stdout or stderr: by a thread, which may have to wait for a reader. Nobody else waits.
+"""What is written to our stdout or stderr: at once where a pipe has room for it, else by a thread, which may have to
+wait for a reader. Nobody else waits.
 
 vLLM logs where it works: were its pipe not read while a terminal stands still (Ctrl-S) or a collector hangs, it would
 stand still as well, and then be taken for hung. So what nobody takes is lost in the end, and how much it was is told.
-
-On a terminal a few lines may stay below the log while it passes: the foot, where `up` shows how far a start is.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
-import queue
 import select
+import stat
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-# What may wait for a reader: lines (or batches of them), and bytes.
-BACKLOG, BACKLOG_BYTES = 10_000, 8_000_000
+# Bytes that may wait for a reader.
+BACKLOG = 8_000_000
+# Bytes that a pipe holds: a busy reader is some ms late, in which 64 kB, the usual size, would be full.
+PIPE = 1 << 18
 # Seconds for a reader to take the last lines.
 LAST_LINES = 1.0
-USUAL_HEIGHT = 24  # where a terminal tells none
-INTERVAL = 0.15  # seconds between two pictures of the foot
-
-Make = Callable[[], bytes]
-Picture = Callable[[], Sequence[str]]
 
 
 class Output:
-    """`put(lines)` from any thread, until `close()`. `show(picture)` until `hide()`: the foot, on a terminal."""
+    """`put(lines)` from any thread, until `close()`."""
 
-    def __init__(self, target: int, lost: Callable[[int], bytes]) -> None:
-        """`target` is a file descriptor; `lost` makes the line that tells how many lines were."""
+    def __init__(self, target: int, lost_line: Callable[[int], bytes]) -> None:
+        """`target` is a file descriptor; `lost_line` makes the line that tells how many lines were lost."""
         self.target = target
-        self.lost_line = lost
+        self.lost_line = lost_line
         self.lost = 0
-        # Called when nothing was put for so many seconds (None: never), and, with True, at the end: more lines.
-        self.pause: float | None = None
-        self.idle: Callable[[bool], bytes] = lambda ended: b""
-        self._waiting: queue.SimpleQueue[tuple[int, Make] | None] = queue.SimpleQueue()
-        self._bytes = 0
-        self._lock = threading.Lock()
-        self._picture: Picture | None = None
-        self._drawn = 0
+        self._pipe = _opened_again(target)
+        self._waiting = bytearray()
+        self._unwritten = 0  # bytes: those that wait, and those in the thread's hands
+        self._closed = False
+        # Reentrant, for whatever the garbage collector comes across may be logged.
+        self._changed = threading.Condition(threading.RLock())
         self._thread = threading.Thread(target=self._run, name=f"output-{target}", daemon=True)
         self._thread.start()
 
     def put(self, lines: bytes, count: int = 1) -> None:
-        """Whole lines, the last line's end included; `count` of them."""
-        self.later(lambda: lines, len(lines), count)
-
-    def later(self, make: Make, size: int = 0, count: int = 1) -> None:
-        """Lines that the thread is to make; `size` in bytes, where it is known."""
-        with self._lock:
-            if self._waiting.qsize() >= BACKLOG or self._bytes > BACKLOG_BYTES:
+        """Whole lines, the last line's end included; `count` of them. Once lines are lost, so are all that follow until
+        what waits is written: one line in their place then tells how many."""
+        with self._changed:
+            if self.lost or self._unwritten + len(lines) > BACKLOG:
                 self.lost += count
-                return
-            self._bytes += size
-        self._waiting.put((size, make))
-
-    def show(self, picture: Picture) -> None:
-        """`picture` is called by the thread, and gives the foot's lines."""
-        self._picture = picture
-        self.later(bytes)
-
-    def hide(self) -> None:
-        self._picture = None
+            else:
+                if not self._unwritten and self._pipe is not None:
+                    lines = lines[_write_now(self._pipe, lines) :]
+                self._waiting += lines
+                self._unwritten += len(lines)
+                if not lines:
+                    return
+            self._changed.notify()
 
     def close(self) -> None:
         """Writes what waits, if somebody reads it."""
-        self.hide()
-        self._waiting.put(None)
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
         self._thread.join(LAST_LINES)
+        with self._changed:
+            if self._pipe is not None:
+                os.close(self._pipe)
+                self._pipe = None
 
     # In the thread
 
     def _run(self) -> None:
         ended = False
         while not ended:
-            data = self._lost()
-            try:
-                item = self._waiting.get(timeout=INTERVAL if self._drawn or self._picture else self.pause)
-                if item is None:
-                    data, ended = data + self.idle(True), True
-                else:
-                    data += item[1]()
-                    with self._lock:
-                        self._bytes -= item[0]
-            except queue.Empty:
-                data += self.idle(False)
-            self._write(self._erased() + data + self._foot())
+            with self._changed:
+                if not self._waiting and not self.lost and not self._closed:
+                    self._changed.wait(self._pause())
+                if self.lost and not self._waiting:
+                    self._waiting += self.lost_line(self.lost)
+                    self._unwritten += len(self._waiting)
+                    self.lost = 0
+                data, self._waiting = self._waiting, bytearray()
+                ended = self._closed and not data
+            self._write(data)
+            with self._changed:
+                self._unwritten -= len(data)
 
-    def _lost(self) -> bytes:
-        if not self.lost:
-            return b""
-        with self._lock:
-            lost, self.lost = self.lost, 0
-        return self.lost_line(lost)
+    def _pause(self) -> float | None:
+        """Seconds after which something is to be written though nobody has put anything."""
+        return None
 
-    def _write(self, data: bytes) -> None:
-        while data:
+    def _write(self, data: bytes | bytearray) -> None:
+        rest = memoryview(data)
+        while rest:
             try:
-                data = data[os.write(self.target, data) :]
+                rest = rest[os.write(self.target, rest) :]
             except BlockingIOError:  # another process made the terminal so, which is one for all of them
                 select.select([], [self.target], [])
             except OSError:
                 return  # nobody reads it any more: vLLM's log must still be taken from it
 
-    def _erased(self) -> bytes:
-        drawn, self._drawn = self._drawn, 0
-        return b"\x1b[%dF\x1b[J" % drawn if drawn else b""
 
-    def _foot(self) -> bytes:
-        picture = self._picture
-        if picture is None:
-            return b""
-        try:
-            height = os.get_terminal_size(self.target).lines or USUAL_HEIGHT
-        except OSError:
-            return b""
-        lines = picture()[-(height // 2) :]
-        self._drawn = len(lines)
-        # Without wrapping, so that a line is a line.
-        return ("\x1b[?7l" + "".join(f"{line}\n" for line in lines) + "\x1b[?7h").encode()
+def _opened_again(target: int) -> int | None:
+    """Returns a second descriptor of a pipe, which does not block; None where there is no such thing.
+
+    O_NONBLOCK belongs to what was opened, which the shell and our children share with us: set on stderr itself it would
+    be set for them. Asking first whether a pipe has room is not enough, since one of them may fill it meanwhile.
+    A file or a disk may take long whatever the flag says, and a terminal is not opened twice: they have the thread.
+    """
+    try:
+        if stat.S_ISFIFO(os.fstat(target).st_mode):
+            pipe = os.open(f"/proc/self/fd/{target}", os.O_WRONLY | os.O_NONBLOCK)
+            with contextlib.suppress(OSError):  # this user has large ones enough
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, max(PIPE, fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ)))
+            return pipe
+    except OSError:  # another user's, or there is no /proc, or nobody who reads
+        pass
+    return None
+
+
+def _write_now(pipe: int, data: bytes) -> int:
+    """Returns how many bytes it took."""
+    try:
+        return os.write(pipe, data)
+    except BlockingIOError:
+        return 0
+    except OSError:  # nobody reads it any more
+        return len(data)

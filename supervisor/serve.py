@@ -83,8 +83,11 @@ def serve(start: Start) -> int:
     async def run() -> int:
         return await Serving(start, lines).run()
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(run())
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(run())
+    finally:
+        lines.flush()
 
 
 class Serving(Observer):
@@ -115,7 +118,7 @@ class Serving(Observer):
         )
         self.account = Account(self.engine)
         self.gateway = self._gateway()
-        self.access = AccessLog(self.loop, start.launch.form, lines.later, self.knobs.log_level, self.gateway.run)
+        self.access = AccessLog(self.loop, start.launch.form, lines.output.put, self.knobs.log_level, self.gateway.run)
         if self.knobs.access_log:
             self.gateway.watch(self.access.ended, jobs=False)
 
@@ -157,12 +160,11 @@ class Serving(Observer):
             """Those of the start; looked for again where they had to be downloaded for it."""
             return launch.weights if launch.weights.folder is not None else weights_of(settings)
 
-        foot = launch.stderr if launch.has_foot else None
         vllm = settings.vllm.version
         found: list[Observer] = [
             self.account,
             self,
-            StartTold(self.lines, foot, colour=launch.form.colour, invitation=invite),
+            StartTold(self.lines, launch.foot, colour=launch.form.colour, invitation=invite),
             PostMortem(settings.cache, mask=launch.mask, vllm=vllm, facts=self.facts, account=self.account),
             *([] if self.headless else [MediaTold(settings, weights)]),
             ReadAhead(lambda: launch.weights, str(settings.option("load_format") or "auto")),
@@ -257,6 +259,7 @@ class Serving(Observer):
             self.log.error("the keys stay as they were: expected %s", error)  # noqa: TRY400  # no bug of ours
             return
         self.launch.mask.add((*api_keys, *admin_keys))
+        self.access.forget()
         self.gateway.set_keys(api_keys, admin_keys)
         told = "keys read again: %d for clients, %d for administrators"
         self.log.info(told, len(api_keys), len(admin_keys))

@@ -1,4 +1,4 @@
-"""How a start is told: below the log of a terminal while it lasts (output.py), as one line elsewhere; and what to do
+"""How a start is told: below the log of a terminal while it lasts (terminal.py), as one line elsewhere; and what to do
 once it serves.
 """
 
@@ -9,7 +9,6 @@ import logging
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 from supervisor import listen
 from supervisor.engine.lifecycle import OVER, State
@@ -17,18 +16,18 @@ from supervisor.engine.run import Change, Observer, Phases, Run
 from supervisor.lines import COLOURS, DIM, PLAIN
 from supervisor.listen import Listeners
 from supervisor.logs import Log
-from supervisor.output import INTERVAL, Output
 from supervisor.settings.command import served_name
 from supervisor.settings.sources import Settings
+from supervisor.terminal import INTERVAL, Terminal
 
 BAR, SPINNER, DONE = "━", "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "✓"
 NAME_WIDTH, BAR_WIDTH = 29, 32
 
 
 class StartTold(Observer):
-    """`foot`: the terminal's output, where there is one; `invitation` is asked for once it serves."""
+    """`foot`: the terminal, where there is one; `invitation` is asked for once it serves."""
 
-    def __init__(self, lines: Log, foot: Output | None, *, colour: bool, invitation: Callable[[], str]) -> None:
+    def __init__(self, lines: Log, foot: Terminal | None, *, colour: bool, invitation: Callable[[], str]) -> None:
         self.log = logging.getLogger("supervisor")
         self.lines = lines
         self.foot = foot
@@ -52,7 +51,7 @@ class StartTold(Observer):
             return
         rows = self.phases.as_rows() if self.phases is not None else []
         if self.foot is not None:
-            self.lines.later(partial(waterfall, rows, running=False, colour=self.colour))
+            self.lines.put(waterfall(rows, running=False, colour=self.colour))
         else:
             told = ", ".join(f"{row['name']} {row['seconds']:.1f} s" for row in rows)
             self.log.info("vLLM's start: %s", told, extra={"fields": {"phases": rows}})
@@ -61,7 +60,7 @@ class StartTold(Observer):
             self.log.info("%s", self.invitation())
 
     def _picture(self) -> Sequence[str]:
-        phases = self.phases  # of the log's thread: it may change meanwhile
+        phases = self.phases  # of the terminal's thread: it may change meanwhile
         if phases is None:
             return ()
         return waterfall(phases.as_rows(), phases.progress, running=True, colour=self.colour)

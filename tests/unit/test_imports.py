@@ -17,11 +17,11 @@ MODULES = {
 # What each room may import of the package. Rooms that have not been looked at yet are not here.
 ARROWS = {
     "engine": {"engine", "bounded", "lines", "output", "settings"},
-    "launch": {"engine", "lines", "output", "settings", "weights"},
+    "launch": {"engine", "lines", "output", "settings", "terminal", "weights"},
     "bounded": set(),
     "listen": {"settings"},
     # Whatever hangs on the core from outside knows the core; it is handed to it by `serve`.
-    "around": {"around", "bounded", "engine", "lines", "listen", "logs", "output", "settings", "weights"},
+    "around": {"around", "bounded", "engine", "lines", "listen", "logs", "settings", "terminal", "weights"},
 }
 # Those that wire the rooms together, and the verbs of the command.
 ABOVE = {"cli", "up", "serve", "fetch", "status", "job", "doctor", "__main__"}

@@ -12,13 +12,16 @@ import types
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from supervisor import logs
 from supervisor import output as output_module
-from supervisor.gateway.access import AccessLog, Answer
-from supervisor.lines import Form, VllmLines
+from supervisor.gateway.access import BATCH, TICK, AccessLog, shown_path
+from supervisor.lines import Form, VllmLines, unmasked
 from supervisor.output import Output
 from supervisor.settings.secrets import Mask
 from tests.harness import wait_until
@@ -37,9 +40,13 @@ class Told:
         self.logger = logging.Logger("supervisor.engine")
         self.logger.addHandler(self.log)
 
+    def size(self) -> int:
+        return os.fstat(self.file.fileno()).st_size
+
     @cached_property
     def lines(self) -> list[str]:
-        self.log.close()
+        self.log.flush()
+        self.log.output.close()
         with self.file:
             self.file.seek(0)
             return self.file.read().decode().splitlines()
@@ -103,25 +110,16 @@ def test_failures_that_are_alike_are_told_ten_times_and_then_counted(text: Told)
     assert lines[-1].endswith("490 more of these in 10 s: vLLM closed the connection after 499 bytes")
 
 
-def test_an_output_that_wakes_often_tells_them_no_sooner(text: Told) -> None:
-    """While a start is shown it wakes six times a second."""
-    woken = threading.Semaphore(0)
-    idle = text.log.output.idle
-
-    def counted(ended: bool) -> bytes:
-        woken.release()
-        return idle(ended)
-
-    text.log.output.idle = counted
+def test_how_many_were_held_back_is_told_though_nothing_else_is_logged(
+    text: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "ALIKE_SECONDS", 0.05)
     for number in range(logs.ALIKE + 5):
         text.logger.warning("vLLM closed the connection after %d bytes", number)
-    text.log.output.show(list)
-    for _ in range(3):
-        assert woken.acquire(timeout=10)
-    text.logger.warning("vLLM closed the connection after %d bytes", 1000)
-    lines = text.lines
-    assert len(lines) == logs.ALIKE + 1
-    assert " 6 more of these" in lines[-1]
+    size = text.size()
+    wait_until(lambda: text.size() > size, "what was held back")
+    assert not text.log.repeats.kinds
+    assert " 5 more of these in 0.05 s: vLLM closed the connection after 14 bytes" in text.lines[-1]
 
 
 def test_after_a_while_they_are_told_again() -> None:
@@ -154,32 +152,123 @@ def test_a_clients_id_can_make_no_line_and_no_colour(text: Told) -> None:
 # Readers
 
 
-def test_a_reader_that_stands_still_costs_lines_and_says_how_many() -> None:
+class Pipe:
+    """An output to a pipe that nobody reads until `read()`."""
+
+    def __init__(self) -> None:
+        self.reading, self.writing = os.pipe()
+        self.output = Output(self.writing, TEXT.lost)
+        self.received = bytearray()
+        self._reader = threading.Thread(target=self._read)
+
+    def _read(self) -> None:
+        while data := os.read(self.reading, 1 << 20):
+            self.received.extend(data)
+
+    def read(self) -> None:
+        self._reader.start()
+
+    def waits(self) -> int:
+        """Bytes."""
+        return self.output._unwritten
+
+    def lost(self) -> list[int]:
+        found = re.findall(rb"supervisor WARNING: (\d+) lines were lost here: nobody read the log\n", self.received)
+        return [int(count) for count in found]
+
+    def __enter__(self) -> Pipe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.output.close()
+        os.close(self.writing)
+        if self._reader.ident is not None:
+            self._reader.join()
+        os.close(self.reading)  # what still waits can go on, into nothing
+
+
+@pytest.fixture
+def pipe() -> Iterator[Pipe]:
+    with Pipe() as pipe:
+        yield pipe
+
+
+LINE = b"x" * 999 + b"\n"
+
+
+def test_a_reader_that_stands_still_costs_lines_and_one_line_says_how_many(pipe: Pipe) -> None:
     """Nobody waits for it: neither who logs nor vLLM's pump."""
-    reading, writing = os.pipe()
-    output = Output(writing, TEXT.lost)
-    line = b"x" * 999 + b"\n"
-    for _ in range(output_module.BACKLOG + 500):
-        output.put(line)
-    assert output.lost > 100
-    received = bytearray()
+    many = output_module.BACKLOG // len(LINE) + 500
+    for _ in range(many):
+        pipe.output.put(LINE)
+    pipe.output.put(b"small\n")  # there would be room for it, but it would stand before the line that counts
+    assert pipe.output.lost > 100
+    pipe.read()
+    wait_until(lambda: not pipe.waits() and not pipe.output.lost, "its having read")
+    pipe.output.put(b"goes on\n")
+    wait_until(lambda: pipe.received.endswith(b"goes on\n"), "the last line")
+    (lost,) = pipe.lost()
+    assert pipe.received.count(LINE) + lost == many + 1
+    assert re.fullmatch(rb"[^\n]* lines were lost here: nobody read the log", pipe.received.splitlines()[-2])
 
-    def read() -> None:
-        while data := os.read(reading, 1 << 20):
-            received.extend(data)
 
-    reader = threading.Thread(target=read)
-    reader.start()
-    wait_until(output._waiting.empty, "its having read")
-    output.put(b"goes on\n")
-    wait_until(lambda: received.endswith(b"goes on\n"), "the last line")
-    output.close()
-    os.close(writing)
-    reader.join()
-    os.close(reading)
-    lost = re.findall(rb"supervisor WARNING: (\d+) lines were lost here: nobody read the log\n", received)
-    assert received.count(line) + sum(map(int, lost)) == output_module.BACKLOG + 500
-    assert received.endswith(b"goes on\n")
+def test_what_waits_is_bounded_in_bytes_and_what_is_lost_is_counted_in_lines_however_they_come(pipe: Pipe) -> None:
+    """The access log hands over a hundred lines in one piece, and vLLM's pump a thousand."""
+    count = 0
+    for number in range(5000):
+        lines = [b"%06d of %06d %b\n" % (line, number, b"x" * 300) for line in range(number % 50 + 1)]
+        pipe.output.put(b"".join(lines), len(lines))
+        count += len(lines)
+        assert pipe.waits() <= output_module.BACKLOG
+    assert pipe.waits() > output_module.BACKLOG - 50 * 400
+    pipe.read()
+    wait_until(pipe.lost, "the line that counts")
+    (lost,) = pipe.lost()
+    assert pipe.received.count(b" of ") + lost == count
+
+
+def test_a_line_longer_than_all_that_may_wait_is_one_that_was_lost(pipe: Pipe) -> None:
+    pipe.read()
+    pipe.output.put(b"x" * output_module.BACKLOG + b"\n")
+    wait_until(pipe.lost, "the line that counts")
+    assert pipe.lost() == [1]
+
+
+def test_lines_that_went_at_once_and_lines_that_waited_come_in_order(pipe: Pipe) -> None:
+    """Some reads are small and late: the pipe is full now and then."""
+    for number in range(100_000):
+        pipe.output.put(b"%d\n" % number)
+        if number == 75_000:
+            assert pipe.waits()
+            pipe.read()
+    wait_until(lambda: pipe.received.endswith(b"\n99999\n"), "the last line")
+    assert [int(line) for line in pipe.received.split()] == list(range(100_000))
+
+
+def test_who_shares_our_stderr_may_still_wait_for_its_reader(pipe: Pipe) -> None:
+    """vLLM, the shell: O_NONBLOCK would be theirs as well."""
+    pipe.output.put(LINE)
+    assert os.get_blocking(pipe.writing)
+    assert os.read(pipe.reading, 4096) == LINE
+    assert not pipe.waits()
+
+
+def test_who_puts_lines_into_a_pipe_with_room_writes_them_itself(pipe: Pipe) -> None:
+    """No thread takes turns with the event loop."""
+    pipe.output.put(LINE)
+    assert os.read(pipe.reading, 4096) == LINE  # would wait for ever, were the thread needed and stopped
+    for _ in range(1000):
+        pipe.output.put(LINE)
+    assert 0 < pipe.waits() < 1000 * len(LINE)
+    pipe.read()
+
+
+def test_where_a_pipe_can_not_be_opened_again_a_thread_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user's, or a system without /proc."""
+    monkeypatch.setattr(output_module.os, "open", lambda *_: os.stat("/nowhere"))  # raises OSError
+    with Pipe() as pipe:
+        pipe.output.put(LINE)
+        assert os.read(pipe.reading, 4096) == LINE
 
 
 def test_an_output_that_does_not_block_loses_nothing() -> None:
@@ -196,25 +285,12 @@ def test_an_output_that_does_not_block_loses_nothing() -> None:
     os.close(reading)
 
 
-def test_its_memory_is_bounded_too() -> None:
-    reading, writing = os.pipe()
-    output = Output(writing, TEXT.lost)
-    for _ in range(1000):
-        output.put(b"x" * 99_999 + b"\n")
-    assert output._bytes < output_module.BACKLOG_BYTES + 200_000
-    os.close(reading)
-    output.close()
-    os.close(writing)
-
-
 def test_a_reader_that_is_gone_or_a_line_that_cant_be_made_is_not_the_end(text: Told) -> None:
-    text.log.later(lambda: [str(1 / 0)])
     text.logger.info("%d", "no number")
     text.logger.info("goes on")
     lines = text.lines
-    assert "a line was lost (ZeroDivisionError" in lines[0]
-    assert "a line was lost (TypeError" in lines[1]
-    assert lines[2].endswith("goes on")
+    assert "a line was lost (TypeError" in lines[0]
+    assert lines[1].endswith("goes on")
 
 
 def test_closing_does_not_wait_for_a_reader_for_long() -> None:
@@ -265,18 +341,58 @@ def test_text_is_vllms_own_bytes_and_on_a_terminal_steps_back_but_for_what_is_wr
 
 # The access log
 
-
-def answer(**more: object) -> Answer:
-    usual = Answer(0.0, b"POST", b"/v1/completions", 200, 1.5, 0.25, 13400, b"abc", b"10.0.0.3", "")
-    return usual._replace(**more)
+# What the loop's clock lacks.
+UNIX = 1.7e9
 
 
-def lines_of(form: Form, *answers: Answer) -> list[str]:
-    found: list[str] = []
-    log = AccessLog(None, form, lambda make: found.extend(make()))  # type: ignore[arg-type]
-    log.batch = list(answers)
-    log.flush()
-    return found
+def record(
+    *,
+    began: float = 7000.0,
+    method: bytes = b"POST",
+    path: bytes = b"/v1/completions",
+    seconds: float = 1.5,
+    first: float = 0.25,
+    client: bytes = b"10.0.0.3",
+    note: str = "",
+    **more: object,
+) -> Any:
+    """A request that is over (gateway/record.py). Times in seconds; `first` is 0 where there was no first byte."""
+    usual = {
+        "status": 200,
+        "sent": 13400,
+        "request_id": b"abc",
+        "gone": False,
+        "cached": "",
+        "marks": (),
+        "replayed": False,
+    }
+    return types.SimpleNamespace(
+        request=types.SimpleNamespace(method=method, path=path), address=client, cut=note, began=began,
+        over_at=began + seconds, first_at=first and (began if first == TICK else began + first), **(usual | more),
+    )  # fmt: skip
+
+
+class Access:
+    """An access log, and what it wrote."""
+
+    def __init__(self, form: Form) -> None:
+        self.told: list[tuple[bytes, int]] = []
+        self.log = AccessLog(None, form, lambda lines, count: self.told.append((lines, count)), ours=b"0c5f")  # type: ignore[arg-type]
+        self.log.unix = lambda: UNIX  # type: ignore[method-assign]
+
+    def lines(self, *records: Any) -> list[str]:
+        self.told.clear()
+        self.log.batch = list(records)
+        self.log.flush()
+        ((data, count),) = self.told
+        lines = data.decode().split("\n")
+        assert count == len(records) == len(lines) - 1
+        assert lines.pop() == ""
+        return lines
+
+
+def lines_of(form: Form, *records: Any) -> list[str]:
+    return Access(form).lines(*records)
 
 
 @pytest.mark.parametrize(
@@ -293,36 +409,140 @@ def lines_of(form: Form, *answers: Answer) -> list[str]:
     ],
 )  # fmt: skip
 def test_a_line_for_each_answer(given: dict[str, object], line: str) -> None:
-    assert lines_of(TEXT, answer(**given))[0][8:] == f" supervisor{line}"
+    assert lines_of(TEXT, record(**given))[0][8:] == f" supervisor{line}"
 
 
 def test_in_json_its_numbers_stand_by_themselves() -> None:
-    content = json.loads(lines_of(JSON, answer())[0])
+    content = json.loads(lines_of(JSON, record())[0])
     assert content["message"] == "POST /v1/completions 200"
     assert (content["logger"], content["requestId"], content["client"]) == ("supervisor.access", "abc", "10.0.0.3")
     assert (content["seconds"], content["first_byte_seconds"], content["bytes"]) == (1.5, 0.25, 13400)
 
 
-def test_a_secret_in_a_clients_id_is_masked() -> None:
-    assert "very-secret-value" not in lines_of(TEXT, answer(request_id=b"very-secret-value"))[0]
+@pytest.mark.parametrize("form", [TEXT, JSON])
+def test_a_secret_in_a_clients_id_is_masked(form: Form) -> None:
+    assert "very-secret-value" not in lines_of(form, record(request_id=b"very-secret-value"))[0]
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_what_becomes_a_secret_later_is_one_from_then_on(form: str) -> None:
+    """Keys are read again on SIGHUP; what is kept of lines before that must not tell them."""
+    mask = Mask({})
+    access = Access(Form(mask, as_json=form == "json"))
+    one = record(path=b"/a-key-of-tomorrow", request_id=b"a-key-of-tomorrow")
+    assert access.lines(one)[0].count("a-key-of-tomorrow") == (2 if form == "text" else 3)
+    mask.add(["a-key-of-tomorrow"])
+    access.log.forget()
+    assert "a-key-of-tomorrow" not in access.lines(one)[0]
+
+
+def documented(form: Form, one: Any) -> str:
+    """The line as docs/logs.md has it, made of all its parts anew."""
+    level = "INFO" if one.status < 500 else "WARNING"
+    path, client, method = shown_path(form.mask, one.request.path), one.address.decode(), one.request.method.decode()
+    at, seconds, first = (
+        one.over_at + UNIX,
+        one.over_at - one.began,
+        one.first_at and (one.first_at - one.began or TICK),
+    )
+    request_id = one.request_id.decode("latin-1")
+    if not re.fullmatch("0c5f[0-9A-Za-z]*", request_id):
+        request_id = form.mask(request_id)
+    what, plain = f"{method} {path} {one.status}", unmasked(form)
+    if form.as_json:
+        return plain.json(
+            level, "supervisor.access", what, at, request_id,
+            method=method, path=path, status=one.status,
+            seconds=round(seconds, 4), first_byte_seconds=round(first, 4) or None,
+            bytes=one.sent, client=client, note=one.cut or None,
+        )  # fmt: skip
+    begun = f", first byte after {first:.3f} s" if 0 < first < seconds - 0.001 else ""
+    parts = [f"{what} in {seconds:.3f} s{begun}", size(one.sent), one.cut, client and f"from {client}"]
+    return plain.text(level, ", ".join(part for part in parts if part), at, request_id)
+
+
+def size(count: int) -> str:
+    unit = next((unit for unit in range(3) if count < 1000 ** (unit + 1)), 3)
+    return f"{count / 1000**unit:.3g} {('B', 'kB', 'MB', 'GB')[unit]}"
+
+
+# Letters that mean something to whoever makes lines by parts, and some that mean nothing.
+ODD = st.sampled_from([
+    "%", "%s", "%d", "%%", '"', "\\", "\n", "\0", "\x1b", "\x85", "é", "00:00:00", "1970-01-01T00:00:00.000Z",
+    "very-secret-value", "sk-0123456789abcdef", "null", "{", "}",
+])  # fmt: skip
+WORDS = st.lists(ODD | st.text(max_size=5), max_size=6).map("".join)
+# Of the loop's clock, which has whole milliseconds.
+SPAN = st.integers(0, 100_000).map(lambda milliseconds: (7_000_000 + milliseconds) / 1000 - 7_000_000 / 1000)
+RECORDS = st.builds(
+    record,
+    began=st.floats(0, 1e9),
+    method=st.sampled_from([b"GET", b"POST", b"M-SEARCH"]),
+    path=WORDS.map(lambda text: b"/" + text.encode()) | st.binary(max_size=300).map(lambda data: b"/" + data),
+    status=st.integers(100, 599),
+    seconds=SPAN,
+    first=SPAN | st.sampled_from([0.0, TICK]),
+    sent=st.integers(0, 10**13),
+    request_id=WORDS.map(lambda text: text.encode("latin-1", "replace"))
+    | WORDS.map(lambda text: b"0c5f" + text.encode()) | st.binary(max_size=30).map(bytes)
+    | st.integers(0, 10**9).map(lambda number: b"0c5f%012d" % number),
+    client=st.sampled_from([b"", b"10.0.0.3", b"::1", b"fe80::1%eth0"]),
+    note=st.sampled_from(["", "1.4 s held, sent again", "client gone"])
+    | WORDS.filter(str.isprintable),  # ours, too
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "form", [TEXT, JSON, QUEUE, Form(MASK, terminal=True)], ids=["text", "JSON", "queue", "terminal"]
+)
+def test_lines_that_are_made_of_kept_parts_are_those_that_are_documented(form: Form) -> None:
+    access = Access(form)  # the same for all, so that it keeps something
+
+    @settings(deadline=None, max_examples=300)
+    @given(st.lists(RECORDS, min_size=1, max_size=4))
+    def made(records: list[Any]) -> None:
+        lines = access.lines(*records, *records)
+        assert lines[: len(records)] == lines[len(records) :]
+        for line, one in zip(lines, records, strict=False):
+            assert line.encode() == documented(form, one).encode("utf-8", "backslashreplace")
+            if form.as_json:
+                assert json.loads(line)["requestId"] == json.loads(documented(form, one))["requestId"]
+
+    made()
 
 
 def test_a_long_path_is_shortened() -> None:
-    assert len(lines_of(TEXT, answer(path=b"/" + b"x" * 8000))[0]) < 400
+    assert len(lines_of(TEXT, record(path=b"/" + b"x" * 8000))[0]) < 400
 
 
 def test_a_first_byte_at_once_is_one() -> None:
     """The loop's clock has whole milliseconds."""
-    loop = types.SimpleNamespace(time=lambda: 7.0, call_later=lambda *_: None)
-    log = AccessLog(loop, JSON, list)  # type: ignore[arg-type]
-    request = types.SimpleNamespace(method=b"GET", path=b"/")
-    record = types.SimpleNamespace(
-        request=request, client=b"::1", began=7.0, first_at=7.0, ended=7.0, status=200, sent=1, request_id=b"a", note=""
+    once, never = lines_of(JSON, record(first=TICK), record(first=0.0))
+    assert json.loads(once)["first_byte_seconds"] == TICK
+    assert json.loads(never)["first_byte_seconds"] is None
+
+
+def test_lines_do_not_wait_for_more_than_a_hundred() -> None:
+    """Made all at once they would hold up the event loop."""
+    timers: list[Any] = []
+    loop = types.SimpleNamespace(
+        time=lambda: 7.0, call_later=lambda *timer: timers.append(timer) or types.SimpleNamespace(cancel=list)
     )
-    log.ended(record)  # type: ignore[arg-type]
-    record.first_at = 0.0
-    log.ended(record)  # type: ignore[arg-type]
-    assert [bool(answer.first) for answer in log.batch] == [True, False]
+    told: list[int] = []
+    log = AccessLog(loop, TEXT, lambda _, count: told.append(count))  # type: ignore[arg-type]
+    for _ in range(2 * BATCH + 1):
+        log.ended(record())
+    assert told == [BATCH, BATCH]
+    timers[-1][1]()
+    assert told == [BATCH, BATCH, 1]
+
+
+def test_a_line_that_cant_be_made_is_no_fault_of_the_requests(caplog: pytest.LogCaptureFixture) -> None:
+    access = Access(TEXT)
+    access.log.batch = [record(client=b"\xff")]
+    access.log.flush()
+    assert not access.told
+    assert "1 lines of access could not be made" in caplog.text
 
 
 # The page
@@ -342,7 +562,7 @@ def test_examples_of_the_page_have_the_keys_that_are_written(example: dict[str, 
     if example["logger"] == "vllm":
         line = VllmLines(form, terminal=False)(b"", str(example["message"])).decode()
     elif example["logger"] == "supervisor.access":
-        line = lines_of(JSON, answer())[0]
+        line = lines_of(JSON, record())[0]
     else:
         told = Told(form)
         fields = {"phases": []} if "phases" in example else {}
