@@ -19,7 +19,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from supervisor.gateway.delivery import KEEP_LIMIT, Answered, Delivery
+from supervisor.gateway.delivery import KEEP_LIMIT, Delivery
 from supervisor.gateway.http1 import Framing, KnownAnswer, Request, ResponseHead
 from supervisor.gateway.policy import ADMIN_ROUTES
 
@@ -44,15 +44,12 @@ HEADER = b"X-Supervisor-Cache: "
 # An engine that dies makes an error event of it, and vLLM's API server ends the stream as if it were well.
 FAILED = re.compile(rb"""(?m)^(?:data: ?\{"error"|event: ?error)|"finish_reason": ?"(?:abort|error)\"""")
 
-Make = Callable[[Answered, Request, bytes, bool], Delivery]
-
 
 class Cache:
     """`deliver` stands where a delivery is made, and makes one for each request that it has nothing to do with."""
 
-    def __init__(self, make: Make, new_id: Callable[[], bytes], memory: int) -> None:
-        """`make(answered, request, head, limited)`; `memory` in bytes."""
-        self.make = make
+    def __init__(self, new_id: Callable[[], bytes], memory: int) -> None:
+        """`memory` in bytes."""
         self.new_id = new_id
         self.memory = memory
         self.largest = memory * LARGEST_SHARE
@@ -72,7 +69,7 @@ class Cache:
             and b"no-store" not in _control(request)
         ):
             return Undecided(self, exchange, head)
-        return self.make(exchange, request, head, not exchange.door.private)
+        return Delivery(exchange, head)
 
     def decide(self, asked: Undecided) -> None:
         """Its body is there: answers it, or sends it on."""
@@ -89,7 +86,7 @@ class Cache:
             self.kept.move_to_end(key)
             self.results["hit"] += 1
             exchange.cached = "cache hit"
-            Reader(kept, exchange, b"hit\r\nAge: %d" % (time.monotonic() - kept.at)).begin()
+            Reader(kept, exchange, b"hit\r\nAge: %d" % (time.monotonic() - kept.at)).read()
         elif not fresh and (recording := self.recordings.get(key)) is not None:
             self.results["shared"] += 1
             exchange.cached = "shared"
@@ -100,7 +97,7 @@ class Cache:
             head = b"%b%b\r\n\r\n%b" % (_written(request, len(body)), self.new_id(), body)
             recording = self.recordings[key] = Recording(self, key, exchange, head)
             recording.join(exchange, b"miss")
-            recording.source.begin()
+            recording.source.begin(True)
 
     def over(self, recording: Recording, kept: Kept | None) -> None:
         """A recording is whole, or was given up."""
@@ -168,13 +165,14 @@ class Recording(Answer):
         self.parts = []
         self.size = 0  # of the body, so far
         self.complete = False
-        self.source = cache.make(self, first.request, head, not first.door.private)
-        self.source.complete = True
+        self.door = first.door
+        self.request = first.request
+        self.source = Delivery(self, head)
 
     def join(self, exchange: Exchange, result: bytes) -> None:
         reader = Reader(self, exchange, result)
         self.readers.append(reader)
-        reader.begin()
+        reader.read()
 
     def left(self, reader: Reader) -> None:
         if reader not in self.readers:
@@ -280,7 +278,7 @@ class Reader:
         exchange.delivering = me
         exchange.more_lines = b"%b%b\r\n" % (HEADER, result)
 
-    def begin(self) -> None:
+    def begin(self, complete: bool) -> None:
         self.read()
 
     def read(self) -> None:
@@ -366,9 +364,9 @@ class Undecided:
         """It stands with a head that came before."""
         return b"".join(self.parts) or self.head[self.head.find(b"\r\n\r\n") + 4 :]
 
-    def begin(self) -> None:
-        self.begun = True
-        if self.complete:
+    def begin(self, complete: bool) -> None:
+        self.begun, self.complete = True, complete
+        if complete:
             self.cache.decide(self)
 
     def write(self, data: bytes) -> None:
@@ -384,13 +382,11 @@ class Undecided:
 
     def go_on(self) -> None:
         exchange = self.exchange
-        delivery = self.cache.make(exchange, exchange.request, self.head, not exchange.door.private)
+        delivery = Delivery(exchange, self.head)
         exchange.delivering = delivery
         for data in self.parts:
             delivery.write(data)
-        if self.complete:
-            delivery.end()
-        delivery.begin()
+        delivery.begin(self.complete)
 
     def release(self) -> None:
         pass

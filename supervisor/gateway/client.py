@@ -60,6 +60,7 @@ OWN_BODY_LIMIT = 64 * 1024
 RESERVED_FILES, TOLD_EVERY = 64, 600.0
 CROWDED = Refusal(503, "The server has too many connections.", "too_many_connections", RETRY_AFTER)
 log = logging.getLogger("supervisor.gateway")
+KEEP = Then.KEEP  # found faster
 HEAD_TOO_SLOW = Refusal(408, "The request's head did not come in time.", code="request_timeout")
 
 
@@ -211,8 +212,16 @@ class ClientConnection(HttpToolsProtocol):
             self.door.memo.learn(key, new.request)
 
     def _repeat(self, request: Request, digits: bytes, body: bytes) -> None:
-        exchange = Exchange.repeated(self, self.door, request, digits, body)
-        self.incoming = self.answering = exchange
+        """A whole request whose head was seen before."""
+        door = self.door
+        request_id = door.new_id()
+        self.incoming = self.answering = exchange = Exchange(self, door, request, request_id)
+        # The body stands with the head: it is sent, and sent again, in one piece with it.
+        exchange.head = b"".join((request.before, digits, request.after, request_id, b"\r\n\r\n", body))
+        exchange.complete = True
+        size = len(body)
+        door.counts.received += size
+        exchange.left -= size
         exchange.start()
 
     def _parse(self, data: bytes) -> None:
@@ -320,18 +329,19 @@ class ClientConnection(HttpToolsProtocol):
 
     def done(self, exchange: Exchange, then: Then) -> None:
         self.answering = None
-        if then is Then.LINGER:
-            self.linger()
-        elif then is Then.CLOSE:
-            self.transport.close()
-        elif then is Then.RESET:
-            reset(self.transport)
-        else:
+        if then is KEEP:
             self.active_at = self.head_began = self.clients.clock  # also of what came meanwhile
             if self.flow.read_paused and not self.full:
                 self.flow.resume_reading()
             if self.waiting or self.unparsed or self.half_closed:
                 self._advance()
+        elif then is Then.LINGER:
+            self.linger()
+        elif then is Then.CLOSE:
+            self.active_at = self.clients.clock
+            self.transport.close()
+        else:
+            reset(self.transport)
 
     def on_response_complete(self) -> None:
         """uvicorn's cycle is done; it has closed the transport where it is to be."""

@@ -95,14 +95,18 @@ class Counts:
 
     def ended(self, record: Record) -> None:
         """One request is over. A watcher of the gateway's doors."""
-        key = record.verdict.route, record.status
+        key = record.request.verdict.route, record.status  # type: ignore[union-attr]  # it was judged
         series = self.answers.get(key)
         if series is None:
             series = self.answers[key] = Series()
-        whole, first = record.over_at - record.began, (record.first_at or record.over_at) - record.began
-        series.first.buckets[bisect_left(BOUNDS, first)] += 1
+        whole = first = record.over_at - record.began
+        at = since = bisect_left(BOUNDS, whole)
+        if 0 < record.first_at != record.over_at:
+            first = record.first_at - record.began
+            since = bisect_left(BOUNDS, first)
+        series.first.buckets[since] += 1
         series.first.seconds += first
-        series.whole.buckets[bisect_left(BOUNDS, whole)] += 1
+        series.whole.buckets[at] += 1
         series.whole.seconds += whole
         self.sent += record.sent
         self.aborted += record.gone and record.first_at > 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
@@ -43,6 +43,9 @@ class State(Enum):
     OVER = "answered, refused, or given up by its client"
 
     __hash__ = object.__hash__  # Enum's is written in Python, and the table is looked at for each request
+
+
+WAITING, SENT, OVER = State.WAITING, State.SENT, State.OVER  # found faster
 
 
 class Event(Enum):
@@ -82,21 +85,24 @@ class Delivery:
     error: UpstreamError | None = None  # what it was lost by
     marks: tuple[tuple[str, float], ...] = ()  # what kept it from going to vLLM at once, and when it went
 
-    def __init__(self, answered: Answered, gate: Gate, request: Request, head: bytes, limited: bool) -> None:
+    def __init__(self, answered: Answered, head: bytes) -> None:
         """`head`: as vLLM gets it; the body may stand with it."""
         self.answered = answered
-        self.gate = gate
-        self.request = request
-        self.limited = limited
-        if request.is_head:
-            self.is_head = True
-        if request.websocket:
-            self.websocket = True
+        self.gate = answered.door.gate
         self.kept: list[bytes] | None = [head]
+        request = answered.request
+        if request.is_head or request.websocket:
+            self.is_head, self.websocket = request.is_head, request.websocket
+
+    @property
+    def limited(self) -> bool:
+        """How many jobs run at once is the queue worker's to keep; the requests of a job's batch wait in vLLM."""
+        return not self.answered.door.private
 
     # What its client's side calls
 
-    def begin(self) -> None:
+    def begin(self, complete: bool) -> None:
+        self.complete = complete
         self.gate.admit(self)
 
     def write(self, data: bytes) -> None:
@@ -123,11 +129,12 @@ class Delivery:
 
     def abort(self) -> None:
         """Its client is gone, or has its answer: vLLM is told, where it is still at work."""
-        self.state = State.OVER
+        self.state = OVER
         if self.connection is not None:
             self.connection.abort()
             self.connection = None
         self.gate.leave(self)
+        self.answered = NOBODY  # each has the other: they would only go when the garbage is looked for
 
     def pause(self) -> None:
         if self.connection is not None:
@@ -157,7 +164,11 @@ class Delivery:
     # What the gate calls
 
     def go(self) -> None:
-        self._happens(Event.GO)
+        if self.state is WAITING:  # as the table has it: the first row is each request's
+            self.state = SENT
+            self._send(None)
+        else:
+            self._happens(Event.GO)
 
     def refuse(self, refusal: Refusal) -> None:
         self._happens(Event.REFUSE, refusal)
@@ -168,7 +179,7 @@ class Delivery:
     # What the connection calls
 
     def connected(self, connection: UpstreamConnection) -> None:
-        if self.state is not State.SENT:
+        if self.state is not SENT:
             connection.abort()
             return
         self.connection = connection
@@ -197,23 +208,25 @@ class Delivery:
 
     def whole(self, known: KnownAnswer, digits: bytes, body: bytes) -> None:
         self.connection = None
-        self.state = State.OVER
+        self.state = OVER
         self.answered.whole(known, digits, body)
 
     def data(self, data: bytes, in_chunk: bool) -> None:
         if self.state is State.DOUBTED:  # error answers are small: nothing bounds them here
             self.pending_body += ((data, in_chunk),)
         elif self.pending is not None:
+            answered = self.answered
             self._happens(Event.ANSWER, self.pending)
-            self.answered.data(data, in_chunk)
+            answered.data(data, in_chunk)
 
     def ended(self) -> None:
         self.connection = None
         if self.state is State.DOUBTED:
             self.pending_ended = True
         elif self.pending is not None:
+            answered = self.answered
             self._happens(Event.ANSWER, self.pending)
-            self.answered.ended()
+            answered.ended()
 
     def lost(self, error: UpstreamError) -> None:
         connection, self.connection = self.connection, None
@@ -275,12 +288,12 @@ class Delivery:
         self.gate.ask(self)
 
     def _believe(self, _: object) -> None:
-        head, body, ended = self.pending, self.pending_body, self.pending_ended
+        answered, head, body, ended = self.answered, self.pending, self.pending_body, self.pending_ended
         self._pass_on(head)
         for data, in_chunk in body:
-            self.answered.data(data, in_chunk)
+            answered.data(data, in_chunk)
         if ended:
-            self.answered.ended()
+            answered.ended()
 
     def _replay(self, _: object) -> None:
         """The answer was the dying engine's."""
@@ -325,12 +338,29 @@ class Delivery:
 
     def _refuse(self, refusal: object) -> None:
         assert isinstance(refusal, Refusal)
+        answered = self.answered
         self.abort()
-        self.answered.refused(refusal)
+        answered.refused(refusal)
+
+
+class Door(Protocol):
+    """Where it came in."""
+
+    @property
+    def gate(self) -> Gate: ...
+
+    @property
+    def private(self) -> bool: ...
 
 
 class Answered(Receiver, Protocol):
     """Who gets the answer: a client's exchange, or a recording of the cache."""
+
+    @property
+    def door(self) -> Door: ...
+
+    @property
+    def request(self) -> Request: ...
 
     @property
     def named(self) -> Mapping[str, str]:
@@ -352,6 +382,7 @@ class Answered(Receiver, Protocol):
         """There will be no answer of vLLM's."""
 
 
+NOBODY = cast("Answered", None)
 _D = Delivery
 TABLE: Mapping[tuple[State, Event], tuple[State, Callable[[Delivery, ResponseHead | Refusal | None], None]]] = {
     (State.WAITING, Event.GO): (State.SENT, _D._send),

@@ -51,6 +51,9 @@ class Then(Enum):
     RESET = "the answer's end is only told by the close, and this one is not whole"
 
 
+KEEP = Then.KEEP  # found faster
+
+
 class Client(Protocol):
     """What an exchange may ask of the connection to its client."""
 
@@ -98,7 +101,8 @@ class Delivering(Protocol):
     def content(self) -> bytes:
         """Of one that waits: the request, its head and its body."""
 
-    def begin(self) -> None: ...
+    def begin(self, complete: bool) -> None:
+        """`complete`: all of the request is there."""
 
     def write(self, data: bytes) -> None: ...
 
@@ -125,7 +129,7 @@ class Door:
     counts: Counts
     new_id: Callable[[], bytes]
     time: Callable[[], float]
-    deliver: Callable[[Exchange, bytes], Delivering]
+    deliver: Callable[[Exchange, bytes], Delivering]  # head, as vLLM gets it
     present: set[Exchange]  # those of all doors
     memo: Memo[Request]
     max_body: int  # bytes
@@ -137,7 +141,7 @@ class Door:
 
     def refusal(self, exchange: Exchange) -> Refusal | None:
         """Whether this request may go on: keys, routes, sizes, rates, and whether anybody will answer."""
-        verdict = exchange.verdict
+        verdict: Verdict = exchange.request.verdict  # type: ignore[assignment]  # it was judged
         if self.crowded is not None:
             return self.crowded
         if verdict.refusal is not None:
@@ -180,11 +184,10 @@ class Exchange:
     cached = ""  # how the cache answered it, in a word
     more_lines = b""  # that the cache adds to the answer's head
 
-    def __init__(self, client: Client, door: Door, request: Request, verdict: Verdict, request_id: bytes) -> None:
+    def __init__(self, client: Client, door: Door, request: Request, request_id: bytes) -> None:
         self.client = client
         self.door = door
         self.request = request
-        self.verdict = verdict
         self.request_id = request_id
         self.began = door.time()
         if not request.keep_alive:
@@ -192,28 +195,20 @@ class Exchange:
         self.left = door.max_body  # bytes that the request's body may still have; below 0: it is too large
 
     @classmethod
-    def repeated(cls, client: Client, door: Door, request: Request, digits: bytes, body: bytes) -> Exchange:
-        """A whole request whose head was seen before."""
-        assert request.verdict is not None
-        exchange = cls(client, door, request, request.verdict, door.new_id())
-        # The body stands with the head: it is sent, and sent again, in one piece with it.
-        exchange.head = b"".join((request.before, digits, request.after, exchange.request_id, b"\r\n\r\n", body))
-        size = len(body)
-        door.counts.received += size
-        exchange.left -= size
-        exchange.complete = True
-        return exchange
-
-    @classmethod
     def read(cls, client: Client, door: Door, request: Request, version: str) -> Exchange:
         """One whose head has just been read; its body is to come."""
         refusal = request.rewrite(version, tls=door.tls)
         if request.verdict is None:
             request.verdict = door.policy.judge(request)
-        exchange = cls(client, door, request, request.verdict, request.client_id or door.new_id())
+        exchange = cls(client, door, request, request.client_id or door.new_id())
         exchange.refusal = refusal
         exchange.left -= request.length or 0
         return exchange
+
+    @property
+    def verdict(self) -> Verdict:
+        assert self.request.verdict is not None
+        return self.request.verdict
 
     @property
     def route(self) -> str:
@@ -254,20 +249,23 @@ class Exchange:
 
     def start(self) -> None:
         """Its turn has come: the answers before it on this connection are complete."""
-        door, request = self.door, self.request
+        door = self.door
         door.present.add(self)
         refusal = self.refusal or door.refusal(self)
         if refusal is not None:
             self.refused(refusal)
             return
-        head = self.head or b"%b%b\r\n\r\n" % (request.written, self.request_id)
+        head = self.head
+        if head:
+            self.head = b""
+        else:
+            head = b"%b%b\r\n\r\n" % (self.request.written, self.request_id)
         self.delivering = delivering = door.deliver(self, head)
-        for data in self.waiting:
-            delivering.write(data)
-        self.waiting = ()
-        if self.complete:
-            delivering.end()
-        delivering.begin()
+        if self.waiting:
+            for data in self.waiting:
+                delivering.write(data)
+            self.waiting = ()
+        delivering.begin(self.complete)
 
     def data_of_request(self, data: bytes) -> None:
         size = len(data)
@@ -422,7 +420,7 @@ class Exchange:
         keeps = self._keeps()
         end = b"\r\n\r\n" if keeps else b"\r\nConnection: close\r\n\r\n"
         self.client.write(b"".join((known.before, digits, known.after, self.request_id, end, body)))
-        self._over(Then.KEEP if keeps else self._then())
+        self._over(KEEP if keeps else self._then())
 
     def data(self, data: bytes, in_chunk: bool) -> None:
         body = self.body

@@ -46,9 +46,12 @@ class Engine(Protocol):
 class Waiting(Protocol):
     """A request that has no answer yet."""
 
-    limited: bool  # it counts among those that may run at once; jobs do not
     admitted: bool  # the gate's own note: it counts among those that run
     generation: int  # of the engine that had it last
+
+    @property
+    def limited(self) -> bool:
+        """It counts among those that may run at once; jobs do not."""
 
     def go(self) -> None:
         """The engine may have it."""

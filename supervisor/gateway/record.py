@@ -17,7 +17,6 @@ class Record(Protocol):
     """One request that is over. Times are the event loop's, in seconds."""
 
     request: Request
-    verdict: Verdict
     request_id: bytes
     status: int  # of the answer; CLIENT_GONE where none had begun
     began: float  # when its head was there
@@ -28,6 +27,9 @@ class Record(Protocol):
     cut: str  # the code of what refused it, or broke it off
     cached: str  # how the cache answered it, in a word
     gone: bool  # its client was, before the answer's end
+
+    @property
+    def verdict(self) -> Verdict: ...
 
     @property
     def address(self) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import resource
@@ -16,12 +17,12 @@ import uvicorn
 from supervisor.gateway.app import EngineView, OwnRoutes
 from supervisor.gateway.client import ClientConnection, Clients
 from supervisor.gateway.counts import Counts
-from supervisor.gateway.delivery import Answered, Delivery
+from supervisor.gateway.delivery import Delivery
 from supervisor.gateway.endings import NO_SIGN, Events
 from supervisor.gateway.errors import Refusal
 from supervisor.gateway.exchange import Delivering, Door, Exchange
 from supervisor.gateway.gate import RETRY_AFTER, Admission, Gate
-from supervisor.gateway.http1 import Memo, Request
+from supervisor.gateway.http1 import Memo
 from supervisor.gateway.policy import ENGINE_ROUTES, Policy
 from supervisor.gateway.upstream import Upstream
 
@@ -64,14 +65,16 @@ class Gateway:
         self.counts = Counts()
         self.gate = Gate(engine, upstream, admission, self.counts)
         self.present: set[Exchange] = set()
-        self.run, self._requests = os.urandom(10).hex().encode(), 0
-        deliver: Callable[[Exchange, bytes], Delivering] = self._deliver
+        # A request's id: of this run, and counted. To read as many random bytes for each would cost as much again.
+        self.run = os.urandom(10).hex().encode()
+        self.new_id = map((self.run + b"%012x").__mod__, itertools.count(1)).__next__
+        deliver: Callable[[Exchange, bytes], Delivering] = Delivery
         watchers: tuple[Callable[[Record], object], ...] = (self.counts.ended,)
         cache = None
         if cache_memory:
             from supervisor.gateway.cache import Cache  # noqa: PLC0415  # for those who want it
 
-            cache = Cache(self._make, self.new_id, cache_memory)
+            cache = Cache(self.new_id, cache_memory)
             deliver = cache.deliver
             watchers += (cache.ended,)
         common = (self.gate, self.counts, self.new_id, self.loop.time, deliver, self.present)
@@ -100,22 +103,11 @@ class Gateway:
         if jobs:
             self.private.watchers += (watcher,)
 
-    def new_id(self) -> bytes:
-        """A request's id: of this run, and counted. To read as many random bytes for each would cost as much again."""
-        self._requests += 1
-        return b"%b%012x" % (self.run, self._requests)
-
     def set_keys(self, api_keys: Iterable[str], admin_keys: Iterable[str]) -> None:
         """From now on these are valid; requests that run are not stopped."""
         self.policy.set_keys(api_keys, admin_keys)
         self.public.memo.forget()
         self.clients.forget_heads()
-
-    def _deliver(self, exchange: Exchange, head: bytes) -> Delivering:
-        return Delivery(exchange, self.gate, exchange.request, head, not exchange.door.private)
-
-    def _make(self, answered: Answered, request: Request, head: bytes, limited: bool) -> Delivery:
-        return Delivery(answered, self.gate, request, head, limited)
 
     # What the rest of the supervisor asks, and tells
 
