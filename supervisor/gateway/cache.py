@@ -20,12 +20,13 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from supervisor.gateway.delivery import KEEP_LIMIT, Delivery
+from supervisor.gateway.door import Delivering
 from supervisor.gateway.http1 import Framing, KnownAnswer, Request, ResponseHead
 from supervisor.gateway.policy import ADMIN_ROUTES
 
 if TYPE_CHECKING:
     from supervisor.gateway.errors import Refusal, UpstreamError
-    from supervisor.gateway.exchange import Delivering, Exchange
+    from supervisor.gateway.exchange import Exchange
     from supervisor.gateway.record import Record
 
 # Whether the body has to ask for it. Of the other routes none is here: /v1/responses keeps a state, audio is a form.
@@ -265,7 +266,7 @@ class Recording(Answer):
         pass
 
 
-class Reader:
+class Reader(Delivering):
     """One client's way through an answer. For its exchange it is a `Delivering`."""
 
     def __init__(self, answer: Answer, exchange: Exchange, result: bytes) -> None:
@@ -274,8 +275,7 @@ class Reader:
         self.went = result == b"miss"
         self.at = 0  # parts of the body that it has
         self.paused = False
-        me: Delivering = self
-        exchange.delivering = me
+        exchange.delivering = self
         exchange.more_lines = b"%b%b\r\n" % (HEADER, result)
 
     def begin(self, complete: bool) -> None:
@@ -299,34 +299,25 @@ class Reader:
                 exchange.lost(answer.lost_by)
 
     @property
-    def marks(self) -> tuple[tuple[str, float], ...]:
+    def marks(self) -> tuple[tuple[str, float], ...]:  # type: ignore[override]
         """What its source went through, it did."""
         return self.answer.source.marks if self.answer.source is not None else ()
 
     @property
-    def replayed(self) -> bool:
+    def replayed(self) -> bool:  # type: ignore[override]
         return self.answer.source is not None and self.answer.source.replayed
 
     @property
-    def waits(self) -> bool:
+    def waits(self) -> bool:  # type: ignore[override]
         return self.answer.source is not None and self.answer.source.waits
 
     @property
-    def content(self) -> bytes:
+    def content(self) -> bytes:  # type: ignore[override]
         return self.answer.source.content if self.answer.source is not None else b""
 
     @property
-    def working(self) -> bool:
+    def working(self) -> bool:  # type: ignore[override]
         return self.answer.source is not None and self.answer.source.working
-
-    def write(self, data: bytes) -> None:
-        raise AssertionError  # the request is there whole
-
-    def end(self) -> None:
-        raise AssertionError
-
-    def release(self) -> None:
-        pass  # it has no connection
 
     def abort(self) -> None:
         self.answer.left(self)
@@ -341,15 +332,8 @@ class Reader:
         self.read()
 
 
-class Undecided:
+class Undecided(Delivering):
     """A request whose body is not there yet. For its exchange it is a `Delivering`, until there is another."""
-
-    marks: tuple[tuple[str, float], ...] = ()
-    went = False
-    replayed = False
-    working = False
-    waits = False
-    content = b""
 
     def __init__(self, cache: Cache, exchange: Exchange, head: bytes) -> None:
         self.cache = cache
@@ -388,17 +372,8 @@ class Undecided:
             delivery.write(data)
         delivery.begin(self.complete)
 
-    def release(self) -> None:
-        pass
-
     def abort(self) -> None:
         self.begun = False
-
-    def pause(self) -> None:
-        pass
-
-    def resume(self) -> None:
-        pass
 
 
 def _control(request: Request) -> bytes:

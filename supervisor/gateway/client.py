@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from supervisor.gateway.door import KEEP, Door, Then
 from supervisor.gateway.errors import Refusal
-from supervisor.gateway.exchange import Door, Exchange, Then
+from supervisor.gateway.exchange import Exchange
 from supervisor.gateway.gate import RETRY_AFTER
 from supervisor.gateway.http1 import (
     HEAD_LIMIT,
@@ -60,7 +61,6 @@ OWN_BODY_LIMIT = 64 * 1024
 RESERVED_FILES, TOLD_EVERY = 64, 600.0
 CROWDED = Refusal(503, "The server has too many connections.", "too_many_connections", RETRY_AFTER)
 log = logging.getLogger("supervisor.gateway")
-KEEP = Then.KEEP  # found faster
 HEAD_TOO_SLOW = Refusal(408, "The request's head did not come in time.", code="request_timeout")
 
 

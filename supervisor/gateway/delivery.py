@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
+from supervisor.gateway.door import Delivering, Door
 from supervisor.gateway.errors import Refusal, UpstreamError
-from supervisor.gateway.gate import RETRY_AFTER, Gate
+from supervisor.gateway.gate import RETRY_AFTER
 from supervisor.gateway.http1 import Framing, KnownAnswer, Request, ResponseHead
 from supervisor.gateway.upstream import Disconnected, NotConnected, Receiver, Unanswered, UpstreamConnection
 
@@ -63,7 +64,7 @@ class Event(Enum):
     __hash__ = object.__hash__
 
 
-class Delivery:
+class Delivery(Delivering):
     """One request. `answered` gets what becomes of it: `answer`, `whole` or `switched`, or else `refused`."""
 
     is_relayed = True
@@ -73,17 +74,14 @@ class Delivery:
     state = State.WAITING
     connection: UpstreamConnection | None = None
     admitted = False
-    went = False  # vLLM had it
     generation = -1
     complete = False  # the request's body is
     kept_size = 0
     resent = False  # because an idle connection turned out closed
-    replayed = False  # because the engine died
     pending: ResponseHead | None = None  # of an answer that is doubted, or whose body has not begun
     pending_body: tuple[tuple[bytes, bool], ...] = ()
     pending_ended = False
     error: UpstreamError | None = None  # what it was lost by
-    marks: tuple[tuple[str, float], ...] = ()  # what kept it from going to vLLM at once, and when it went
 
     def __init__(self, answered: Answered, head: bytes) -> None:
         """`head`: as vLLM gets it; the body may stand with it."""
@@ -106,7 +104,6 @@ class Delivery:
         self.gate.admit(self)
 
     def write(self, data: bytes) -> None:
-        """The request's body, framed."""
         if self.kept is not None:
             self.kept.append(data)
             self.kept_size += len(data)
@@ -118,17 +115,14 @@ class Delivery:
             self.answered.pause_request()
 
     def end(self) -> None:
-        """The whole request is there."""
         self.complete = True
         if self.connection is not None:
             self.connection.request_sent = True
 
     def release(self) -> None:
-        """vLLM is done with it, and its connection may have another's by now."""
         self.connection = None
 
     def abort(self) -> None:
-        """Its client is gone, or has its answer: vLLM is told, where it is still at work."""
         self.state = OVER
         if self.connection is not None:
             self.connection.abort()
@@ -145,16 +139,16 @@ class Delivery:
             self.connection.resume_response()
 
     @property
-    def working(self) -> bool:
+    def working(self) -> bool:  # type: ignore[override]  # a property
         """Whether vLLM has all of it, and nobody keeps it from answering."""
         return self.connection is not None and self.complete and not self.connection.response_paused
 
     @property
-    def waits(self) -> bool:
+    def waits(self) -> bool:  # type: ignore[override]
         return self.state in (State.WAITING, State.UNSENT, State.LOST) and self in self.gate
 
     @property
-    def content(self) -> bytes:
+    def content(self) -> bytes:  # type: ignore[override]
         return b"".join(self.kept or ())
 
     def mark(self, what: str) -> None:
@@ -341,16 +335,6 @@ class Delivery:
         answered = self.answered
         self.abort()
         answered.refused(refusal)
-
-
-class Door(Protocol):
-    """Where it came in."""
-
-    @property
-    def gate(self) -> Gate: ...
-
-    @property
-    def private(self) -> bool: ...
 
 
 class Answered(Receiver, Protocol):

@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from supervisor.gateway.delivery import BROKEN_OFF
+from supervisor.gateway.door import KEEP, Client, Delivering, Door, Then
 from supervisor.gateway.endings import COMMENT_CHUNK, PLAIN, Body, Events, Late, Plain, Tunnel, is_comment
 from supervisor.gateway.errors import Refusal, UpstreamError
 from supervisor.gateway.http1 import WATCHED, Dechunker, Framing, KnownAnswer, Request, ResponseHead
-from supervisor.gateway.record import CLIENT_GONE, Record
+from supervisor.gateway.record import CLIENT_GONE
 
 if TYPE_CHECKING:
-    from supervisor.gateway.counts import Counts
-    from supervisor.gateway.gate import Gate
-    from supervisor.gateway.http1 import Headers, Memo
-    from supervisor.gateway.policy import Policy, Verdict
+    from supervisor.gateway.http1 import Headers
+    from supervisor.gateway.policy import Verdict
 
 # Of a chunked body: bytes of framing that may stand beside it, and as many again for each of its own bytes. A chunk of
 # one byte has five; sixteen thousand of an extension were 15 MB for a body of 1,000 bytes.
@@ -40,119 +36,6 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 WAITING_LIMIT = 64 * 1024
 BODY_TOO_SLOW = Refusal(408, "The request's body did not come in time.", "request_timeout")
 log = logging.getLogger("supervisor.gateway")
-
-
-class Then(Enum):
-    """What becomes of the client's connection behind an answer."""
-
-    KEEP = "the next request may come"
-    CLOSE = "the answer was the last"
-    LINGER = "what still comes of the request is read and thrown away, so that its client reads the answer"
-    RESET = "the answer's end is only told by the close, and this one is not whole"
-
-
-KEEP = Then.KEEP  # found faster
-
-
-class Client(Protocol):
-    """What an exchange may ask of the connection to its client."""
-
-    write: Callable[[bytes], object]
-
-    @property
-    def address(self) -> bytes: ...
-
-    def pause(self) -> None:
-        """The reading of its request."""
-
-    def resume(self) -> None: ...
-
-    def becomes_tunnel(self, exchange: Exchange) -> None:
-        """What it sends from now on are frames, and go to `exchange.tunnel`."""
-
-    def linger(self) -> None:
-        """Reads what still comes, and throws it away, for a while."""
-
-    def done(self, exchange: Exchange, then: Then) -> None: ...
-
-
-class Delivering(Protocol):
-    """A request on its way to its answer: a `Delivery`, or the cache's."""
-
-    @property
-    def marks(self) -> tuple[tuple[str, float], ...]: ...
-
-    @property
-    def went(self) -> bool:
-        """vLLM had it."""
-
-    @property
-    def replayed(self) -> bool: ...
-
-    @property
-    def working(self) -> bool:
-        """Whether vLLM is to make the next byte."""
-
-    @property
-    def waits(self) -> bool:
-        """Whether it is held, or waits for its turn."""
-
-    @property
-    def content(self) -> bytes:
-        """Of one that waits: the request, its head and its body."""
-
-    def begin(self, complete: bool) -> None:
-        """`complete`: all of the request is there."""
-
-    def write(self, data: bytes) -> None: ...
-
-    def end(self) -> None: ...
-
-    def release(self) -> None:
-        """vLLM is done with it."""
-
-    def abort(self) -> None:
-        """Nothing more is wanted of it. To abort twice is to abort."""
-
-    def pause(self) -> None:
-        """Its client takes no more of the answer for now."""
-
-    def resume(self) -> None: ...
-
-
-@dataclass(slots=True)
-class Door:
-    """What the requests of one listener have in common: one for the ports, one for the private socket."""
-
-    policy: Policy
-    gate: Gate
-    counts: Counts
-    new_id: Callable[[], bytes]
-    time: Callable[[], float]
-    deliver: Callable[[Exchange, bytes], Delivering]  # head, as vLLM gets it
-    present: set[Exchange]  # those of all doors
-    memo: Memo[Request]
-    max_body: int  # bytes
-    private: bool = False
-    tls: bool = False
-    keep_alive: float = 0.0  # seconds between two comments to a stream's client that waits; 0: it gets none
-    crowded: Refusal | None = None  # there are too many connections for any request
-    watchers: tuple[Callable[[Record], object], ...] = ()  # called with each that is over
-
-    def refusal(self, exchange: Exchange) -> Refusal | None:
-        """Whether this request may go on: keys, routes, sizes, rates, and whether anybody will answer."""
-        verdict: Verdict = exchange.request.verdict  # type: ignore[assignment]  # it was judged
-        if self.crowded is not None:
-            return self.crowded
-        if verdict.refusal is not None:
-            return self.policy.refused(verdict, exchange.client.address, exchange.began)
-        if exchange.left < 0:
-            return self.policy.too_large()
-        if self.policy.rate is not None:
-            client = verdict.client or exchange.client.address
-            if (refusal := self.policy.rate.take(client, exchange.began)) is not None:
-                return refusal
-        return None if self.gate.open else self.gate.refusal(limited=not self.private)
 
 
 class Exchange:

@@ -18,9 +18,10 @@ from supervisor.gateway.app import EngineView, OwnRoutes
 from supervisor.gateway.client import ClientConnection, Clients
 from supervisor.gateway.counts import Counts
 from supervisor.gateway.delivery import Delivery
+from supervisor.gateway.door import Delivering, Door
 from supervisor.gateway.endings import NO_SIGN, Events
 from supervisor.gateway.errors import Refusal
-from supervisor.gateway.exchange import Delivering, Door, Exchange
+from supervisor.gateway.exchange import Exchange
 from supervisor.gateway.gate import RETRY_AFTER, Admission, Gate
 from supervisor.gateway.http1 import Memo
 from supervisor.gateway.policy import ENGINE_ROUTES, Policy
