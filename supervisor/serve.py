@@ -34,6 +34,7 @@ from supervisor.engine.lifecycle import State
 from supervisor.engine.run import Change, Observer, Traffic
 from supervisor.gateway import tracing
 from supervisor.gateway.access import AccessLog
+from supervisor.gateway.ask import ask
 from supervisor.gateway.counts import Jobs
 from supervisor.gateway.errors import Refusal
 from supervisor.gateway.gate import Admission
@@ -281,7 +282,7 @@ class Serving(Observer):
     # What the engine asks, and tells
 
     async def ask(self, path: str, body: bytes, patience: float) -> tuple[int, bytes] | None:
-        return await self.upstream.ask(path, body, patience=patience)
+        return await ask(self.upstream, path, body, patience=patience)
 
     def traffic(self) -> Traffic:
         return Traffic(*self.gateway.traffic())

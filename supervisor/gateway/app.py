@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from supervisor.gateway import page, told
+from supervisor.gateway.ask import ask
 from supervisor.gateway.gate import Engine, Gate
 from supervisor.gateway.policy import is_preflight
 
@@ -126,7 +127,7 @@ class OwnRoutes:
     async def _vllms_metrics(self) -> bytes:
         if not self.engine.ready:
             return b""
-        answer = await self.upstream.ask("/metrics", patience=METRICS_PATIENCE)
+        answer = await ask(self.upstream, "/metrics", patience=METRICS_PATIENCE)
         return answer[1] if answer is not None and answer[0] == 200 else b""
 
     async def _ping(self, answer: _Answer) -> None:

@@ -64,7 +64,7 @@ class Cache:
         request = exchange.request
         if (
             request.method == b"POST"
-            and exchange.route in ROUTES
+            and exchange.verdict.route in ROUTES
             and request.http11
             and not (request.chunked or request.expects_continue)
             and b"no-store" not in _control(request)
@@ -76,7 +76,7 @@ class Cache:
         """Its body is there: answers it, or sends it on."""
         exchange, body = asked.exchange, asked.body
         request = exchange.request
-        if not _deterministic(body, asked=ROUTES[exchange.route]):
+        if not _deterministic(body, asked=ROUTES[exchange.verdict.route]):
             self.results["bypass"] += 1
             asked.go_on()
             return

@@ -77,27 +77,12 @@ class Exchange:
             self.keep_alive = False
         self.left = door.max_body  # bytes that the request's body may still have; below 0: it is too large
 
-    @classmethod
-    def read(cls, client: Client, door: Door, request: Request, version: str) -> Exchange:
-        """One whose head has just been read; its body is to come."""
-        refusal = request.rewrite(version, tls=door.tls)
-        if request.verdict is None:
-            request.verdict = door.policy.judge(request)
-        exchange = cls(client, door, request, request.client_id or door.new_id())
-        exchange.refusal = refusal
-        exchange.left -= request.length or 0
-        return exchange
+    # The rest of what is told of it (`Record`)
 
     @property
     def verdict(self) -> Verdict:
         assert self.request.verdict is not None
         return self.request.verdict
-
-    @property
-    def route(self) -> str:
-        return self.verdict.route
-
-    # The rest of what is told of it (`Record`)
 
     @property
     def address(self) -> bytes:

@@ -10,6 +10,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import Protocol
 
+from supervisor.gateway.ask import ask
 from supervisor.gateway.counts import Counts
 from supervisor.gateway.errors import Refusal
 from supervisor.gateway.upstream import Upstream
@@ -210,7 +211,7 @@ class Gate:
             await asyncio.sleep(FATE_KNOWN_AFTER)
             if one.generation != self.generation:
                 break
-            answer = await self.upstream.ask("/health", patience=PATIENCE)
+            answer = await ask(self.upstream, "/health", patience=PATIENCE)
             if answer is not None and answer[0] == 200:
                 break
         self.asking.pop(one, None)

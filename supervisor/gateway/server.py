@@ -180,7 +180,7 @@ def _needs_the_engine(exchange: Exchange) -> bool:
     request, delivering = exchange.request, exchange.delivering
     if delivering is None or not delivering.working or request.websocket:
         return False
-    return request.method == b"POST" and exchange.route in ENGINE_ROUTES
+    return request.method == b"POST" and exchange.verdict.route in ENGINE_ROUTES
 
 
 def _ends_with_no_sign(exchange: Exchange) -> bool:

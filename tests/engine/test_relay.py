@@ -17,6 +17,7 @@ import httpx
 import psutil
 import pytest
 
+from supervisor.gateway.ask import ask
 from supervisor.gateway.upstream import Upstream
 from tests.harness import Supervisor, wait_until
 
@@ -588,12 +589,12 @@ def test_a_connection_that_vllm_keeps_open_is_not_closed_under_the_next_request(
         while await reader.readuntil(b"\r\n\r\n"):
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
 
-    async def ask() -> None:
+    async def scenario() -> None:
         server = await asyncio.start_unix_server(serve, tmp_path / "s")
         upstream = Upstream(str(tmp_path / "s"))
-        assert await upstream.ask("/health", patience=5) == (200, b"ok")
+        assert await ask(upstream, "/health", patience=5) == (200, b"ok")
         assert [connection.transport.is_closing() for connection in upstream.idle] == [False]
         upstream.close()
         server.close()
 
-    asyncio.run(ask())
+    asyncio.run(scenario())
