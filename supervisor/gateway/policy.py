@@ -29,6 +29,8 @@ TOO_MANY_FAILURES = Refusal(
 # Keys of one request that are looked at.
 KEYS_LIMIT = 8
 SHOWN_PATH = 100
+# Names by which this machine's loopback is reached, and that nobody can have in the DNS; the last two from containers.
+LOOPBACK_NAMES = frozenset({"localhost", "*.localhost", "host.docker.internal", "host.containers.internal"})
 METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 # vLLM's routes for those who use the model (tests/vllm/test_routes.py compares both lists with vLLM's own). A prefix
 # opens what lies below it as well, unless a longer one closes that again.
@@ -258,7 +260,7 @@ class Policy:
         found = next((value for name, value in headers if name.lower() == b"host"), b"localhost")
         host = found.decode("latin-1").lower()
         name = host.partition("]")[0][1:] if host.startswith("[") else host.partition(":")[0]
-        if name == "localhost" or name.endswith(".localhost") or _is_address(name) or _among(name, self.hosts):
+        if _is_address(name) or _among(name, LOOPBACK_NAMES) or _among(name, self.hosts):
             return None
         text = (
             f"This server has no keys, and is not known as {name[:SHOWN_PATH]}: SUPERVISOR_ALLOWED_HOSTS names others."
