@@ -6,6 +6,7 @@ The wiring alone; each of them has a room of its own. It is imported while vLLM 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 import signal
@@ -203,12 +204,17 @@ class Serving(Observer):
         )
 
     def _origins(self) -> Origins:
-        option = self.settings.option
+        """vLLM's options are lists, written as JSON."""
+        found = {}
+        for name in ("origins", "methods", "headers"):
+            value = self.settings.option(f"allowed_{name}")
+            if value not in (None, ""):
+                found[name] = json.loads(value) if isinstance(value, str) else value
         return Origins(
-            option("allowed_origins") or (),
-            option("allowed_methods") or ("*",),
-            option("allowed_headers") or ("*",),
-            credentials=bool(option("allow_credentials")),
+            found.get("origins", ()),
+            found.get("methods", ("*",)),
+            found.get("headers", ("*",)),
+            credentials=bool(self.settings.option("allow_credentials")),
         )
 
     async def run(self) -> int:

@@ -302,7 +302,8 @@ def test_a_route_that_is_none_is_told_the_nearest(path: bytes, near: str | None)
     [
         (b"localhost", True), (b"LOCALHOST:8000", True), (b"app.localhost:1", True), (b"127.0.0.1:8000", True),
         (b"127.1.2.3", True), (b"[::1]:8000", True), (b"[::1]", True), (b"192.0.2.7", True), (b"my.host", True),
-        (b"a.inner.example:80", True), (b"host.docker.internal:8000", True), (b"inner.example", False), (b"evil.docker.internal", False), (b"evil.example", False),
+        (b"a.inner.example:80", True), (b"host.docker.internal:8000", True), (b"inner.example", False),
+        (b"evil.docker.internal", False), (b"evil.example", False),
         (b"127.0.0.1.evil.example", False), (b"localhost.evil.example", False), (b"", False), (b"[evil]", False),
         (b"127.0.0.1@evil.example", False), (b"xinner.example", False),
     ],
