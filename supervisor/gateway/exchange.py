@@ -336,7 +336,7 @@ class Exchange:
             self._break_off(refusal)
             return
         self.status, self.cut, self.ours = refusal.status, refusal.code or "", True
-        self.first_at = self.door.time()
+        self.first_at = self.over_at = self.door.time()
         more = self.door.policy.origins.lines(self.request.header(b"origin"))
         head, body = refusal.head_and_body(self.request.path, self.request_id, more)
         self.sent = len(body)
