@@ -243,7 +243,7 @@ class Exchange:
     def answer(self, head: ResponseHead) -> None:
         if self.alive_at is not None:
             if not head.is_sse or head.framing is not Framing.CHUNKED:
-                self.body = Late(self.request.path, chunked=head.framing is Framing.CHUNKED)
+                self.body = Late(self._path(), chunked=head.framing is Framing.CHUNKED)
             return
         self.status = head.status
         lines = [b"HTTP/1.1 %d " % head.status, head.reason, b"\r\n", head.fields, self.more_lines]
@@ -267,6 +267,11 @@ class Exchange:
         if not isinstance(self.body, Events):  # vLLM sends a stream's head at once: its first event is waited for
             self.first_at = self.door.time()
         self.client.write(b"".join(lines))
+
+    def _path(self) -> bytes:
+        """As vLLM sees it, below its --root-path: it tells the dialect of errors."""
+        routes = self.door.policy.routes
+        return routes.below_root(self.request.path).encode("latin-1", "replace") if routes.root else self.request.path
 
     def _keeps(self) -> bool:
         """Whether the connection may carry another request behind this answer."""
@@ -338,7 +343,7 @@ class Exchange:
         self.status, self.cut, self.ours = refusal.status, refusal.code or "", True
         self.first_at = self.over_at = self.door.time()
         more = self.door.policy.origins.lines(self.request.header(b"origin"))
-        head, body = refusal.head_and_body(self.request.path, self.request_id, more)
+        head, body = refusal.head_and_body(self._path(), self.request_id, more)
         self.sent = len(body)
         end = b"\r\n" if self._keeps() else b"Connection: close\r\n\r\n"
         self.client.write(head + end + (b"" if self.request.is_head else body))
@@ -371,7 +376,7 @@ class Exchange:
         """Ends an answer that had begun: well, where that can be said, and else so that its client notices."""
         assert self.body is not None
         self.cut = refusal.code or ""
-        ending = self.body.ending(refusal, self.request.path)
+        ending = self.body.ending(refusal, self._path())
         if ending is None:
             self._over(Then.RESET if self.ends_by_close else Then.CLOSE)
             return
