@@ -135,6 +135,14 @@ def test_errors_are_vllms(served: Supervisor, direct: httpx.Client, path: str, b
     assert through.headers["x-request-id"] == ID["X-Request-Id"]
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_redirects_keep_the_scheme_and_host_that_the_client_used(served: Supervisor, scheme: str) -> None:
+    """A proxy before us ends TLS, and says so; where we end it, the gateway does."""
+    headers = {"Host": "localhost:1234"} | ({"X-Forwarded-Proto": "https"} if scheme == "https" else {})
+    answer = served.client.post(f"{CHAT}/", json=greedy(), headers=headers)
+    assert (answer.status_code, answer.headers["location"]) == (307, f"{scheme}://localhost:1234{CHAT}")
+
+
 def test_openai_client(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model="demo", messages=[{"role": "user", "content": "What are you?"}], temperature=0
