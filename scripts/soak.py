@@ -12,9 +12,13 @@ and freezes vLLM's processes meanwhile. At the end every request must be account
     ended      a stream that had begun and ended with an error event and its proper end
     refused    an error in the client's dialect (502, 503, 429)
 
+Beside them, with --rascals, are clients with bad manners: they leave, say no more and still listen, pipeline hundreds
+of requests, do not read, send a head byte by byte, or garbage. Of theirs, only what HTTP owes them is accounted for.
+
 Anything else is a fault of ours: `cut` (a stream that stops without an end, a connection that closes without an answer)
 and `hung` (no answer within --patience). The exit code is 0 only where there is none of them, where the supervisor left
-with 0, and where no process, shared memory or folder of its own is left. Bounded in time and count; loopback only.
+with 0, logged no traceback, stayed below 150 MB, and where no process, shared memory or folder of its own is left.
+Bounded in time and count; loopback only.
 """
 
 from __future__ import annotations
@@ -50,6 +54,10 @@ FAULTS = {
 }
 
 
+MOST_MEMORY = 150_000_000
+TRACEBACK = re.compile(r"^(?!\().*(?:Traceback|Exception in|Fatal error|never retrieved)", re.M)
+
+
 @dataclass
 class Account:
     """What became of the requests; `wrong` keeps the first few that should not be."""
@@ -58,6 +66,8 @@ class Account:
     wrong: list[str] = field(default_factory=list)
     slowest: float = 0.0
     faults: Counter[str] = field(default_factory=Counter)
+    misdeeds: Counter[str] = field(default_factory=Counter)
+    memory: int = 0  # bytes of the supervisor, at most
 
     def add(self, outcome: str, seconds: float, what: str) -> None:
         self.outcomes[outcome] += 1
@@ -144,6 +154,101 @@ class Client:
         return ("whole" if any(choice["finish_reason"] for choice in last["choices"]) else "cut"), "stream"
 
 
+class Rascal(Client):
+    """Does what no client should, again and again, on a connection of its own each time."""
+
+    async def run(self, over: asyncio.Event) -> None:
+        misdeeds = {
+            "leaves": self._leaves, "says no more": self._says_no_more, "pipelines": self._pipelines,
+            "does not read": self._does_not_read, "sends slowly": self._sends_slowly, "sends garbage": self._garbage,
+        }  # fmt: skip
+        while not over.is_set() and self.account.total < MOST_REQUESTS:
+            name = self.rng.choice(list(misdeeds))
+            began = time.monotonic()
+            try:
+                async with asyncio.timeout(self.patience):
+                    self.streams = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 16)
+                    outcome = await misdeeds[name]()
+            except TimeoutError:
+                outcome = "hung"
+            except (OSError, asyncio.IncompleteReadError, ValueError) as error:
+                outcome, name = "cut", f"{name}: {error!r}"
+            self._close()
+            self.account.misdeeds[name.partition(":")[0]] += 1
+            if outcome:
+                self.account.add(outcome, time.monotonic() - began, name)
+
+    def _request(self, *, tokens: int, stream: bool) -> bytes:
+        question = [{"role": "user", "content": f"Hello {self.rng.random()}"}]
+        content = json.dumps(
+            {"model": self.model, "messages": question, "stream": stream, "max_tokens": tokens}
+        ).encode()
+        return (
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: soak\r\nContent-Type: application/json\r\n"
+            b'X-Fake: {"token_interval": 0.01}\r\nContent-Length: %d\r\n\r\n%b' % (len(content), content)
+        )
+
+    async def _leaves(self) -> str:
+        assert self.streams is not None
+        request = self._request(tokens=500, stream=self.rng.random() < 0.5)
+        self.streams[1].write(request[: self.rng.choice((len(request), self.rng.randrange(len(request))))])
+        await asyncio.sleep(self.rng.uniform(0, 0.3))
+        if self.rng.random() < 0.5:
+            self.streams[1].transport.abort()
+        return ""
+
+    async def _says_no_more(self) -> str:
+        assert self.streams is not None
+        reader, writer = self.streams
+        writer.write(self._request(tokens=20, stream=False))
+        writer.write_eof()
+        while (head := (await reader.readuntil(b"\r\n\r\n")).lower()).startswith(b"http/1.1 1"):
+            pass
+        length = re.search(rb"content-length: (\d+)", head)
+        if length is None:
+            raise ValueError("no length")
+        await reader.readexactly(int(length[1]))
+        if await reader.read():
+            raise ValueError("more than its answer")
+        return "whole" if b" 200 " in head[:16] else "refused"
+
+    async def _pipelines(self) -> str:
+        assert self.streams is not None
+        reader, writer = self.streams
+        count = self.rng.choice((20, 300, 1000))
+        writer.write(b"GET /v1/nowhere HTTP/1.1\r\nHost: soak\r\n\r\n" * count)
+        for _ in range(count):
+            head = await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(int(re.search(rb"Content-Length: (\d+)", head)[1]))  # type: ignore[index]
+        return "refused"
+
+    async def _does_not_read(self) -> str:
+        assert self.streams is not None
+        self.streams[1].write(self._request(tokens=2000, stream=True) * 3)
+        self.streams[1].transport.pause_reading()
+        await asyncio.sleep(self.rng.uniform(0, 1))
+        return ""
+
+    async def _sends_slowly(self) -> str:
+        assert self.streams is not None
+        for byte in self._request(tokens=1, stream=False)[: self.rng.randrange(60)]:
+            self.streams[1].write(bytes([byte]))
+            await asyncio.sleep(0.005)
+        return ""
+
+    async def _garbage(self) -> str:
+        assert self.streams is not None
+        garbage = self.rng.choice((
+            self.rng.randbytes(300), b"GET / HTTP/9.9\r\n\r\n", b"A: " * 30_000, b"\r\n" * 1000,
+            self._request(tokens=3, stream=True) + b"\x16\x03\x01", b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\n\r\n",
+        ))  # fmt: skip
+        self.streams[1].write(garbage)
+        with contextlib.suppress(TimeoutError, OSError):
+            async with asyncio.timeout(0.5):
+                await self.streams[0].read()
+        return ""
+
+
 async def chunks(reader: asyncio.StreamReader):  # type: ignore[no-untyped-def]  # noqa: ANN201
     while size := int((await reader.readuntil(b"\r\n")).split(b";")[0], 16):
         yield await reader.readexactly(size)
@@ -167,6 +272,7 @@ class Run:
             "SUPERVISOR_STALL_TIMEOUT": str(arguments.stall),
             "SUPERVISOR_HOLD_TIMEOUT": str(arguments.patience),
             "SUPERVISOR_RESPONSE_CACHE": arguments.cache,
+            "SUPERVISOR_ALLOWED_HOSTS": "soak",
             "FAKE_VLLM_PLAN": '[{"shm": 1}]',
         }
         with self.log.open("wb") as log:
@@ -208,6 +314,7 @@ class Run:
             if pid is None:
                 raise SystemExit(f"soak: no process {target!r} to {fault}")
             os.kill(pid, signal_number)
+            account.memory = max(account.memory, psutil.Process(self.process.pid).memory_info().rss)
             account.faults[fault] += 1
             await self.until("starting -> ready", arguments.patience, number + 1)
 
@@ -219,13 +326,18 @@ def report(run: Run, account: Account, seconds: float, code: int, log: str | Non
         print(f"  {outcome:8} {account.outcomes[outcome]}")
     faults = ", ".join(f"{count} x {fault}" for fault, count in account.faults.items())
     print(f"{run.text().count('starting -> ready') - 1} restarts: {faults}")
+    if account.misdeeds:
+        print("misdeeds: " + ", ".join(f"{count} x {misdeed}" for misdeed, count in account.misdeeds.items()))
+    traceback = TRACEBACK.search(run.text())
+    print(f"memory {account.memory / 1e6:.0f} MB; tracebacks: {traceback[0] if traceback else 'none'}")
     for line in account.wrong:
         print(f"  {line}")
     left = [path.name for path in run.log.parent.iterdir() if path != run.log]
     print(f"exit code {code}; left behind: {', '.join(left) or 'nothing'}")
     if log:
         Path(log).write_text(run.text())
-    return not account.outcomes["cut"] and not account.outcomes["hung"] and code == 0 and not left and account.total > 0
+    wrong = account.outcomes["cut"] or account.outcomes["hung"] or code or left or traceback
+    return not wrong and account.total > 0 and account.memory < MOST_MEMORY
 
 
 async def soak(arguments: argparse.Namespace, folder: Path) -> bool:
@@ -242,6 +354,9 @@ async def soak(arguments: argparse.Namespace, folder: Path) -> bool:
             for _ in range(arguments.clients):
                 client = Client(port, model, account, arguments.patience, random.Random(rng.random()))
                 group.create_task(client.run(over))
+            for _ in range(arguments.rascals):
+                rascal = Rascal(port, model, account, arguments.patience, random.Random(rng.random()))
+                group.create_task(rascal.run(over))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(arguments.seconds):
                     await run.break_things(arguments, account, rng)
@@ -259,6 +374,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=300, help="how long it goes on at most")
     parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--rascals", type=int, default=0, help="clients with bad manners, beside them")
     parser.add_argument("--crashes", type=int, default=10_000, help="at most so many faults")
     parser.add_argument("--pause", type=float, default=3, help="at most so many seconds between two faults")
     parser.add_argument("--patience", type=float, default=60, help="a request that takes longer hangs")
