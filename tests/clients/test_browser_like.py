@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.clients.programs import BROWSER, MODEL, PAGE, PROMPT, Clients
-from tests.clients.test_clients import said, waiting
+from tests.clients.test_clients import held_up, said, waiting
 from tests.harness import Supervisor, wait_until
 
 pytestmark = pytest.mark.slow
@@ -141,10 +141,11 @@ def test_while_it_loads_preflights_are_answered_at_once_and_a_page_reads_why_it_
 @NOT_READ
 def test_a_page_is_held_through_a_start(clients: Clients, open_to_pages: Supervisor) -> None:
     expected = said(open_to_pages)
-    clients.ask(BROWSER, open_to_pages, key=KEY, origin=ORIGIN)
-    with Supervisor(MODEL, plan={"load_seconds": 2}, environ=ALLOWED) as served:
-        asking = clients.begin(BROWSER, with_key(served), "streamed", key=KEY, origin=ORIGIN)
+    with Supervisor(MODEL, plan={"load_seconds": 3}, environ=ALLOWED) as served:
+        go_on = held_up(with_key(served))
+        asking = clients.begin(BROWSER, served, "streamed", key=KEY, origin=ORIGIN)
         waiting(served, 1)
+        go_on()
         assert asking.told().text == expected
         served.engine()
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 
+import psutil
 import pytest
 
 from tests.clients.programs import (
@@ -190,18 +193,32 @@ def test_an_engine_that_dies_in_mid_stream_is_an_error_and_no_end(
 # While it loads
 
 
+def held_up(served: Supervisor) -> Callable[[], None]:
+    """Its load stands still until what this returns is called."""
+
+    def core() -> int | None:
+        pid = served.client.get("/status").json().get("pid")
+        family = psutil.Process(pid).children(recursive=True) if pid else []
+        return next((one.pid for one in family if one.name().startswith("VLLM::EngineCor")), None)
+
+    found = wait_until(core, "the engine's process")
+    assert isinstance(found, int)
+    os.kill(found, signal.SIGSTOP)
+    assert served.client.get("/status").json()["state"] == "starting"
+    return lambda: os.kill(found, signal.SIGCONT)
+
+
 def waiting(served: Supervisor, count: int) -> None:
     wait_until(lambda: served.client.get("/status").json()["waiting"] == count, f"{count} requests to wait")
 
 
 def test_a_request_is_held_through_a_start(clients: Clients, keyed: Supervisor) -> None:
     expected = said(keyed)
-    for client in CLIENTS:  # what they do only once would cost them the start
-        clients.ask(client, keyed, key=KEY)
-    with Supervisor(MODEL, plan={"load_seconds": 4}) as served:
+    with Supervisor(MODEL, plan={"load_seconds": 3}) as served:
+        go_on = held_up(served)
         under_way = [(client, what, clients.begin(client, served, what)) for client, what in EVERYTHING]
         waiting(served, len(under_way))
-        served.ready()
+        go_on()
         for client, what, asking in under_way:
             assert asking.told().text == expected, (client, what)
         served.engine()
@@ -209,11 +226,10 @@ def test_a_request_is_held_through_a_start(clients: Clients, keyed: Supervisor) 
 
 def test_comments_while_it_loads_are_understood(clients: Clients, keyed: Supervisor) -> None:
     expected = said(keyed)
-    for client in CLIENTS:
-        clients.ask(client, keyed, key=KEY)
     # Of the last one the error would be passed over.
     streams = [(client, what) for client, what in STREAMS if client is not HOSTED_VLLM]
-    with Supervisor(MODEL, plan={"load_seconds": 4}, environ={"SUPERVISOR_SSE_KEEP_ALIVE": "1"}) as served:
+    with Supervisor(MODEL, plan={"load_seconds": 3}, environ={"SUPERVISOR_SSE_KEEP_ALIVE": "1"}) as served:
+        go_on = held_up(served)
         well = [(client, what, clients.begin(client, served, what)) for client, what in streams]
         # What vLLM answers with a 404 then comes as an event.
         unknown = [(client, what, clients.begin(client, served, what, model="another")) for client, what in streams]
@@ -222,8 +238,10 @@ def test_comments_while_it_loads_are_understood(clients: Clients, keyed: Supervi
             head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n" % len(body)
             by_hand.send(head + body)
             waiting(served, len(well) + len(unknown) + 1)
-            comments = by_hand.until(b"data: ")
-            assert comments.count(b"3\r\n:\n\n\r\n") >= 2
+            for _ in range(2):
+                by_hand.until(b"3\r\n:\n\n\r\n")
+            go_on()
+            by_hand.until(b"data: ")
         for client, what, asking in well:
             assert asking.told().text == expected, (client, what)
         for client, what, asking in unknown:

@@ -15,7 +15,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from tests.clients.programs import ANTHROPIC, ANTHROPIC_NPM, MODEL, OPENAI, PROMPT, TOKENS, Client, Clients
-from tests.clients.test_clients import raised, said, waiting
+from tests.clients.test_clients import held_up, raised, said, waiting
 from tests.harness import Supervisor, events, wait_until
 
 pytestmark = pytest.mark.slow
@@ -153,9 +153,11 @@ def test_a_client_that_has_said_its_last_word_gets_its_answer(served: Supervisor
 
 
 def test_it_gets_it_also_where_it_was_held_through_a_start() -> None:
-    with Supervisor(MODEL, plan={"load_seconds": 2}) as loading, loading.connect() as client:
+    with Supervisor(MODEL, plan={"load_seconds": 3}) as loading, loading.connect() as client:
+        go_on = held_up(loading)
         client.send(asked(stream=True)).socket.shutdown(socket.SHUT_WR)
         waiting(loading, 1)
+        go_on()
         assert client.rest().endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
         loading.engine()
 
