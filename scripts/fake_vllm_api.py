@@ -65,6 +65,8 @@ class Options:
     access_log: bool
     log_stats: bool
     sse_keep_alive: int  # seconds; 0: no comments
+    root_path: str
+    allowed_origins: list[str]
     headless: bool
     ranks: JSON  # nnodes, rank, master_addr, master_port
 
@@ -106,6 +108,10 @@ def read_options(args: list[str], reject: Iterable[str]) -> Options:
             usage_error(f"argument {name}: invalid int value: '{text}'")
         return int(text)
 
+    try:
+        origins = json.loads(one("--allowed-origins", "[]"))
+    except ValueError as problem:
+        usage_error(f"argument --allowed-origins: {problem}")
     model = positionals[0] if positionals else one("--model", "Qwen/Qwen3-0.6B")
     return Options(
         model=model,
@@ -120,6 +126,8 @@ def read_options(args: list[str], reject: Iterable[str]) -> Options:
         access_log="--disable-uvicorn-access-log" not in flags,
         log_stats="--disable-log-stats" not in flags,
         sse_keep_alive=number("--sse-keep-alive-interval", 0),
+        root_path=one("--root-path", "").rstrip("/"),
+        allowed_origins=origins,
         headless="--headless" in flags,
         ranks={
             "nnodes": number("--nnodes", 1),
@@ -426,6 +434,7 @@ def label(value: str) -> str:
 WORDS = ["the ", "naïve ", "model ", "日本 ", "says ", "🙂 ", "and ", "Füße ", "token ", "Ωmega ", 'a "quote" ', "é\n"]
 ESCAPED = [json.dumps(word, ensure_ascii=False)[1:-1].encode() for word in WORDS]
 MARK = "@word@"
+NUMBER, QUOTED_NUMBER = b"@number@", b'"@number@"'
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 KEPT_ALIVE = ("/v1/chat/completions", "/v1/completions")  # vLLM's other streams have no comments
@@ -448,6 +457,11 @@ def sse(data: JSON, event: str = "") -> bytes:
 
 def named(kind: str, **data: object) -> bytes:
     return sse({"type": kind, **data}, kind)
+
+
+def counted(kind: str, **data: object) -> bytes:
+    """An event of /v1/responses. Each has its number in the stream, which is put in when it goes out."""
+    return named(kind, **data, sequence_number=NUMBER.decode()).replace(QUOTED_NUMBER, NUMBER)
 
 
 @dataclass
@@ -533,19 +547,28 @@ def anthropic(asked: Asked) -> Answer:
 
 
 def responses(asked: Asked) -> Answer:
-    content = [{"type": "output_text", "text": asked.text, "annotations": []}]
-    item = {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed", "content": content}
+    place: JSON = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
+    part = {"type": "output_text", "text": asked.text, "annotations": [], "logprobs": []}
+    item = {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed", "content": [part]}
     whole = {"id": asked.ident, "object": "response", "created_at": asked.created, "model": asked.model}
-    whole |= {"status": "completed", "output": [item]}
-    begun = {**whole, "status": "in_progress", "output": []}
-    whole["usage"] = {"input_tokens": asked.prompt_tokens, "output_tokens": asked.count}
+    whole |= {"parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "error": None}
+    begun: JSON = {**whole, "status": "in_progress", "output": []}
+    usage: JSON = {"input_tokens": asked.prompt_tokens, "input_tokens_details": {"cached_tokens": 0}}
+    usage |= {"output_tokens": asked.count, "output_tokens_details": {"reasoning_tokens": 0}}
+    usage["total_tokens"] = asked.prompt_tokens + asked.count
+    whole |= {"status": "completed", "output": [item], "usage": usage}
+    no_item, no_part = {**item, "status": "in_progress", "content": []}, {**part, "text": ""}
     return Answer(
         whole=whole,
-        greeting=named("response.created", response=begun) + named("response.in_progress", response=begun),
-        opening=b"",
-        word=named("response.output_text.delta", item_id="msg_1", output_index=0, content_index=0, delta=MARK),
-        closing=named("response.completed", response=whole),
-        dead=named("error", code="500", message=ENGINE_DEAD),
+        greeting=counted("response.created", response=begun) + counted("response.in_progress", response=begun),
+        opening=counted("response.output_item.added", output_index=0, item=no_item)
+        + counted("response.content_part.added", **place, part=no_part),
+        word=counted("response.output_text.delta", **place, logprobs=[], delta=MARK),
+        closing=counted("response.output_text.done", **place, logprobs=[], text=asked.text)
+        + counted("response.content_part.done", **place, part=part)
+        + counted("response.output_item.done", output_index=0, item=item)
+        + counted("response.completed", response=whole),
+        dead=counted("error", code="500", message=ENGINE_DEAD, param=None),
     )
 
 
@@ -576,6 +599,7 @@ class Stream:
         self.to_read = max(0, self.faults.prefill_steps)  # steps of the prefill
         self.pace = self.faults.prefill_seconds / (self.to_read + 1)
         self.due = self.wrote_at + self.pace
+        self.events = 0  # that were counted
         self.cutting: asyncio.Task[None] | None = None
         self.done: asyncio.Future[bool] = server.loop.create_future()  # True: all words are out; False: no engine
 
@@ -584,6 +608,12 @@ class Stream:
 
     def framed(self, data: bytes) -> bytes:
         return b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data
+
+    def numbered(self, data: bytes) -> bytes:
+        while NUMBER in data:
+            data = data.replace(NUMBER, b"%d" % self.events, 1)
+            self.events += 1
+        return data
 
     def step(self, now: float) -> None:
         """The engine has read a piece of the prompt, or made one more token."""
@@ -605,8 +635,8 @@ class Stream:
                 self.written()
                 continue
             if self.sent == 1 and self.answer.opening:
-                self.connection.write(self.framed(self.answer.opening))
-            data = self.prefix + word + (b"\xff\xfe" if self.faults.binary else b"") + self.suffix
+                self.connection.write(self.framed(self.numbered(self.answer.opening)))
+            data = self.prefix + word + (b"\xff\xfe" if self.faults.binary else b"") + self.numbered(self.suffix)
             if self.faults.split_utf8 and (wide := re.search(rb"[\xc0-\xff]", word)):
                 self.cutting = self.server.loop.create_task(self.write_cut(data, len(self.prefix) + wide.end()))
             else:
@@ -897,6 +927,9 @@ class Server:
 
     async def handle(self, request: Request) -> bool:
         """Answer one request; False: the connection can't be used again."""
+        root = self.options.root_path
+        if root and request.path.startswith(root + "/"):
+            request.path = request.path[len(root) :]
         try:
             faults = self.faults(request)
             request.close |= faults.close_connection_after_response
@@ -930,6 +963,9 @@ class Server:
             self.answers[path if path in ROUTES else "none", request.method, status] += 1
         if self.options.request_id_headers and (ident := request.header("x-request-id")):
             headers = [*headers, ("x-request-id", ident)]
+        if (origin := request.header("origin")) and (allowed := self.options.allowed_origins):
+            named = "*" if "*" in allowed else origin if origin in allowed else ""
+            headers = [*headers, *([("access-control-allow-origin", named)] if named else []), ("vary", "Origin")]
         request.connection.head(status, [*headers, *([("connection", "close")] if request.close else [])], request)
 
     def respond(
@@ -998,6 +1034,15 @@ class Server:
         answer = {"count": len(tokens), "max_model_len": self.options.max_model_len, "tokens": tokens}
         self.respond(request, 200, {**answer, "token_strs": None})
 
+    async def count_tokens(self, request: Request) -> None:
+        """Of Anthropic's API."""
+        body = await request.json()
+        self.model_of(body)
+        if body.get("messages") is None:
+            raise bad_request("Field required: messages", "messages")
+        words = f"{texts(body.get('system'))} {texts(body['messages'])}".split()
+        self.respond(request, 200, {"input_tokens": max(1, len(words))})
+
     def understand(self, request: Request, body: JSON) -> tuple[Asked, Answer]:
         shape, prefix, source = DIALECTS[unquote(request.path)]
         model, prompt = self.model_of(body), texts(body.get(source))
@@ -1036,7 +1081,7 @@ class Server:
                 framing = [("transfer-encoding", "chunked")] if stream.chunked else []
                 self.start_answer(request, 200, [("content-type", "text/event-stream; charset=utf-8"), *framing])
                 if answer.greeting:
-                    connection.write(stream.framed(answer.greeting))
+                    connection.write(stream.framed(stream.numbered(answer.greeting)))
                 if (seconds := self.options.sse_keep_alive) and unquote(request.path) in KEPT_ALIVE:
                     keeping_alive = self.loop.create_task(stream.keep_alive(seconds))
             self.engine.add(stream)
@@ -1054,7 +1099,7 @@ class Server:
             self.engine.drop(stream)
         self.finished += complete
         if stream.streamed:
-            connection.write(stream.framed(answer.closing if complete else answer.dead))
+            connection.write(stream.framed(stream.numbered(answer.closing if complete else answer.dead)))
             connection.write(b"0\r\n\r\n" if stream.chunked else b"")
         elif complete:
             self.respond(request, 200, answer.whole)
@@ -1187,6 +1232,7 @@ ROUTES: dict[str, dict[str, Handler]] = {
     "/metrics": {"GET": Server.metrics, "HEAD": Server.metrics},
     "/tokenize": {"POST": Server.tokenize},
     **{path: {"POST": Server.generate} for path in DIALECTS},
+    "/v1/messages/count_tokens": {"POST": Server.count_tokens},
     "/v1/realtime": {"GET": Server.realtime},
     "/fake/echo": {"ANY": Server.echo},
     "/fake/raw": {"ANY": Server.raw},

@@ -29,6 +29,7 @@ SLOW = {
     "tests/engine/test_strangers.py": 1.5,
 }
 TOGETHER = {  # by fixture
+    "clients": 60.0,
     "endpoint": 35.0,
     "hub": 15.0,
     "bench": 15.0,

@@ -1,6 +1,8 @@
-"""nginx as it stands in front of others: one worker, nothing buffered, kept-alive connections to a unix socket.
+"""nginx as it stands in front of others: one worker, nothing buffered, kept-alive connections to a unix socket; or as
+it does by itself.
 
 with nginx_before("/run/vllm.sock", folder) as port: ...
+with plain_nginx_before(8000, folder) as port: ...
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,32 @@ http {{
 }}
 """
 
+# What most have: all but the places where it may write is nginx's own default.
+PLAIN = """
+daemon off;
+worker_processes 1;
+{user}
+pid {folder}/pid;
+error_log {folder}/error.log info;
+events {{ worker_connections 256; }}
+http {{
+    access_log off;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    server {{
+        listen 127.0.0.1:{port}{listen};
+        {server}
+        location / {{
+            proxy_pass http://127.0.0.1:{upstream};
+            {location}
+        }}
+    }}
+}}
+"""
+
 
 def program() -> str:
     """nginx's path. Without it, the tests that need it are skipped, loudly; where we could have installed it, fail."""
@@ -76,11 +104,28 @@ def program() -> str:
 @contextlib.contextmanager
 def nginx_before(upstream: str, folder: Path) -> Iterator[int]:
     """Runs nginx in front of the unix socket, with all its files in `folder`; gives the port."""
+    with _running(CONFIGURATION, folder, upstream=upstream) as port:
+        yield port
+
+
+@contextlib.contextmanager
+def plain_nginx_before(
+    upstream: int, folder: Path, *location: str, tls: Mapping[str, str] | None = None
+) -> Iterator[int]:
+    """Runs nginx in front of the port. `location`: lines of its location; `tls`: what `self_signed` gave, for HTTPS."""
+    server = "" if tls is None else "ssl_certificate {SUPERVISOR_TLS_CERT}; ssl_certificate_key {SUPERVISOR_TLS_KEY};"
+    values = {"listen": "" if tls is None else " ssl", "server": server.format_map(tls or {})}
+    with _running(PLAIN, folder, upstream=upstream, location=" ".join(location), **values) as port:
+        yield port
+
+
+@contextlib.contextmanager
+def _running(template: str, folder: Path, **values: object) -> Iterator[int]:
     configuration = folder / "nginx.conf"
     with socket.create_server(("127.0.0.1", 0)) as listening:  # nginx takes it over: no other can have its port
         port = listening.getsockname()[1]
         user = "user root;" if os.geteuid() == 0 else ""  # another could not open the unix socket
-        configuration.write_text(CONFIGURATION.format(folder=folder, upstream=upstream, port=port, user=user))
+        configuration.write_text(template.format(folder=folder, port=port, user=user, **values))
         process = subprocess.Popen(
             [program(), "-p", folder, "-c", configuration, "-e", folder / "error.log"],
             env={"NGINX": f"{listening.fileno()};"},

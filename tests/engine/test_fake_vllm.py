@@ -272,6 +272,57 @@ def test_other_dialects(shared: Fake, path: str, body: dict[str, Any], last: str
     assert last in streamed.text.strip().splitlines()[-1]
 
 
+def test_the_events_of_a_response_are_numbered_and_stand_around_its_text(shared: Fake) -> None:
+    whole = shared.http.post("/v1/responses", json={"input": "one two", "max_output_tokens": 3}).json()
+    usage = {"input_tokens": 2, "output_tokens": 3, "total_tokens": 5}
+    assert {name: whole["usage"][name] for name in usage} == usage
+    text = shared.http.post("/v1/responses", json={"input": "one two", "max_output_tokens": 3, "stream": True}).text
+    events = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]
+    assert [event["type"].removeprefix("response.") for event in events] == [
+        "created", "in_progress", "output_item.added", "content_part.added", *["output_text.delta"] * 3,
+        "output_text.done", "content_part.done", "output_item.done", "completed",
+    ]  # fmt: skip
+    assert [event["sequence_number"] for event in events] == list(range(11))
+    assert "".join(event["delta"] for event in events[4:7]) == whole["output"][0]["content"][0]["text"]
+    assert events[-1]["response"]["usage"] == whole["usage"]
+
+
+def test_the_error_event_of_a_response_has_the_next_number(fake: Callable[..., Fake]) -> None:
+    one = fake()
+    body, fault = {"input": "x", "stream": True}, {"X-Fake": json.dumps({"die_after_tokens": 2})}
+    text = one.http.post("/v1/responses", json=body, headers=fault).text
+    events = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]
+    assert events[-1]["type"] == "error"
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+
+
+def test_anthropics_tokens_are_counted(shared: Fake) -> None:
+    asked = {"messages": HELLO["messages"], "system": "be brief"}
+    answer = shared.http.post("/v1/messages/count_tokens", json=asked)
+    assert (answer.status_code, answer.json()) == (200, {"input_tokens": 4})
+    assert shared.http.post("/v1/messages/count_tokens", json={}).status_code == 400
+
+
+def test_a_root_path_is_taken_off(fake: Callable[..., Fake]) -> None:
+    one = fake("--root-path", "/llm")
+    for path in ("/llm/v1/models", "/v1/models", "/llm/fake/status/200"):
+        assert one.http.get(path).status_code == 200
+    assert one.http.get("/llmv1/models").status_code == 404
+    assert one.http.post("/llm/v1/completions", json={"prompt": "x"}).json()["choices"][0]["text"]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "seen"), [('["http://a.example"]', "http://a.example"), ('["*"]', "*"), ("[]", None)]
+)
+def test_a_page_of_an_allowed_origin_may_read_the_answer(
+    fake: Callable[..., Fake], allowed: str, seen: str | None
+) -> None:
+    one = fake("--allowed-origins", allowed)
+    answer = one.http.get("/v1/models", headers={"Origin": "http://a.example"})
+    assert answer.headers.get("access-control-allow-origin") == seen
+    assert "access-control-allow-origin" not in one.http.get("/v1/models").headers
+
+
 @pytest.mark.parametrize(
     ("method", "path", "content", "status", "says"),
     [

@@ -4,12 +4,13 @@
     SUPERVISOR_VLLM="PYTHON tests/engine/websocket_vllm.py" supervisor up m
 
 `/v1/realtime` sends back what it gets, texts and bytes, under the subprotocol that was asked for; the text `close CODE
-REASON` ends it with that code; `flood N` sends N messages of 64 KiB; `half a frame` dies in the middle of one; a first
-header `x-refuse` is answered with 403.
+REASON` ends it with that code; `headers` is answered with those that came, in JSON; `flood N` sends N messages of
+64 KiB; `half a frame` dies in the middle of one; a first header `x-refuse` is answered with 403.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -35,6 +36,10 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
                 _, code, reason = text.split(" ", 2)
                 await send({"type": "websocket.close", "code": int(code), "reason": reason})
                 return
+            if text == "headers":
+                headers = [[part.decode("latin-1") for part in header] for header in scope["headers"]]
+                await send({"type": "websocket.send", "text": json.dumps(headers)})
+                continue
             if text == "half a frame":
                 # Behind uvicorn's back: a frame of 100 bytes, of which 10 come.
                 connection = send.__self__.transport.get_extra_info("socket")

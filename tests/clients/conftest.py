@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.clients.programs import Clients
+
+
+@pytest.fixture(scope="session")
+def clients() -> Iterator[Clients]:
+    clients = Clients()
+    yield clients
+    clients.stop()
