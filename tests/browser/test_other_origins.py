@@ -65,7 +65,6 @@ def asked(browser: Any, page_at: str, served: Supervisor, path: str, key: str, b
     return found
 
 
-@pytest.mark.xfail(strict=True, reason="supervisor/serve.py takes ALLOWED_ORIGINS, which is JSON, for a list")
 def test_a_page_of_an_allowed_origin_asks_with_its_key(browser: Any, port: int, served: Supervisor) -> None:  # noqa: F811
     page = f"http://127.0.0.1:{port}/"
     status, text = asked(browser, page, served, "/v1/chat/completions", KEY, BODY)

@@ -18,9 +18,6 @@ pytestmark = pytest.mark.slow
 KEY, ORIGIN, ELSEWHERE = "the-right-key", "http://app.example", "http://elsewhere.example"
 ALLOWED = {"ALLOWED_ORIGINS": f'["{ORIGIN}"]', "SUPERVISOR_API_KEYS": KEY}
 
-# What `Origins` is made of.
-NOT_READ = pytest.mark.xfail(strict=True, reason="supervisor/serve.py takes ALLOWED_ORIGINS, which is JSON, for a list")
-
 
 def with_key(served: Supervisor) -> Supervisor:
     served.client.headers["Authorization"] = f"Bearer {KEY}"
@@ -40,7 +37,6 @@ def preflight(served: Supervisor, path: str, origin: str = ORIGIN) -> httpx.Resp
     return httpx.options(f"http://127.0.0.1:{served.port}{path}", headers={"Origin": origin, **asked})
 
 
-@NOT_READ
 @pytest.mark.parametrize("what", ["whole", "streamed", "responses"])
 def test_a_page_of_an_allowed_origin_gets_its_answer(clients: Clients, open_to_pages: Supervisor, what: str) -> None:
     told = clients.ask(BROWSER, open_to_pages, what, key=KEY, origin=ORIGIN)
@@ -48,7 +44,6 @@ def test_a_page_of_an_allowed_origin_gets_its_answer(clients: Clients, open_to_p
     assert told.log == ["OPTIONS 204", "POST 200"]
 
 
-@NOT_READ
 def test_it_may_list_the_models(clients: Clients, open_to_pages: Supervisor) -> None:
     told = clients.ask(BROWSER, open_to_pages, "models", key=KEY, origin=ORIGIN)
     assert (told.text, told.log) == (MODEL, ["OPTIONS 204", "GET 200"])
@@ -68,14 +63,12 @@ def test_another_origin_can_not_read_what_it_gets_without_asking(clients: Client
     assert (told.log, told.pieces) == (["GET 200"], [])
 
 
-@NOT_READ
 @pytest.mark.parametrize("path", ["/status", "/metrics", "/ping", "/health", "/v1/models"])
 def test_a_page_may_look_at_our_own_routes(clients: Clients, open_to_pages: Supervisor, path: str) -> None:
     told = clients.ask(PAGE, open_to_pages, "look", base=path, key=KEY, origin=ORIGIN)
     assert (told.text, told.log) == ("200", ["OPTIONS 204", "GET 200"])
 
 
-@NOT_READ
 @pytest.mark.parametrize("path", ["/status", "/metrics"])
 def test_it_reads_that_these_need_a_key(clients: Clients, open_to_pages: Supervisor, path: str) -> None:
     assert clients.ask(PAGE, open_to_pages, "look", base=path, key="", origin=ORIGIN).text == "401"
@@ -84,7 +77,6 @@ def test_it_reads_that_these_need_a_key(clients: Clients, open_to_pages: Supervi
 # Refusals can be read
 
 
-@NOT_READ
 @pytest.mark.parametrize(
     ("more", "name", "status", "says"),
     [
@@ -106,7 +98,6 @@ def test_a_page_reads_why_it_is_refused(
     assert says in told.error.message
 
 
-@NOT_READ
 def test_a_page_reads_that_it_is_busy(clients: Clients) -> None:
     limits = {"SUPERVISOR_MAX_CONCURRENCY": "1", "SUPERVISOR_MAX_WAITING": "0"}
     with Supervisor(MODEL, environ=ALLOWED | limits) as served:
@@ -121,7 +112,6 @@ def test_a_page_reads_that_it_is_busy(clients: Clients) -> None:
         served.engine()
 
 
-@NOT_READ
 def test_while_it_loads_preflights_are_answered_at_once_and_a_page_reads_why_it_waited_in_vain(
     clients: Clients,
 ) -> None:
@@ -138,7 +128,6 @@ def test_while_it_loads_preflights_are_answered_at_once_and_a_page_reads_why_it_
         with_key(served).engine()
 
 
-@NOT_READ
 def test_a_page_is_held_through_a_start(clients: Clients, open_to_pages: Supervisor) -> None:
     expected = said(open_to_pages)
     with Supervisor(MODEL, plan={"load_seconds": 3}, environ=ALLOWED) as served:
@@ -153,7 +142,6 @@ def test_a_page_is_held_through_a_start(clients: Clients, open_to_pages: Supervi
 # Preflights
 
 
-@NOT_READ
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/status", "/", "/sleep", "/no/such/route"])
 def test_a_preflight_needs_no_key_whatever_the_path(open_to_pages: Supervisor, path: str) -> None:
     answer = preflight(open_to_pages, path)
@@ -167,7 +155,6 @@ def test_a_preflight_needs_no_key_whatever_the_path(open_to_pages: Supervisor, p
     assert "access-control-allow-origin" not in refused.headers
 
 
-@NOT_READ
 def test_preflights_cost_nothing_of_the_rate() -> None:
     with Supervisor(MODEL, environ={**ALLOWED, "SUPERVISOR_RATE_LIMIT": "2"}) as served:
         with_key(served.ready())

@@ -75,12 +75,6 @@ def test_while_it_loads_our_own_routes_below_the_root_path_answer_at_once() -> N
 
 
 # What becomes of it: an Anthropic client takes a stream that broke off for a short answer.
-BY_ITS_PATH = pytest.mark.xfail(
-    strict=True, reason="supervisor/gateway/exchange.py and errors.py look for /v1/messages at the path's beginning"
-)
-
-
-@BY_ITS_PATH
 @pytest.mark.parametrize("client", [ANTHROPIC, ANTHROPIC_NPM], ids=str)
 def test_below_the_root_path_errors_are_in_the_routes_dialect(
     clients: Clients, below: Supervisor, client: Client
@@ -90,7 +84,6 @@ def test_below_the_root_path_errors_are_in_the_routes_dialect(
     assert "The engine stopped" in told.error.message
 
 
-@BY_ITS_PATH
 def test_below_the_root_path_refusals_are_in_the_routes_dialect() -> None:
     with Supervisor(MODEL, environ=ROOT | {"SUPERVISOR_API_KEYS": KEY}) as served:
         served.ready()
