@@ -80,6 +80,7 @@ class Start:
 
 def serve(start: Start) -> int:
     """Until it is told to stop, or has failed; returns the exit code."""
+    listen.raise_file_limit()
     lines = logs.start(start.launch.form, start.settings.knobs.log_level, start.launch.stderr)
 
     async def run() -> int:
@@ -220,7 +221,6 @@ class Serving(Observer):
     async def run(self) -> int:
         settings, listeners = self.settings, self.listeners
         self._listen_for_signals()
-        listen.raise_file_limit()
         for warning in (*settings.warnings, *self.launch.weights.passed_over):
             self.log.warning("%s", warning)
         where = f" on http://{listen.address(listeners.front)}" if listeners.front else ", for RunPod's queue"
