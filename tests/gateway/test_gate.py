@@ -311,11 +311,15 @@ def test_what_a_state_of_the_engine_means_for_whom(place: Place, state: str) -> 
     assert place.gate.closing == (state in OVER)
 
 
-def test_of_many_that_are_refused_none_is_let_in_by_the_one_before(place: Place) -> None:
+@pytest.mark.parametrize("state", ["draining", "stopping"])
+def test_of_many_that_are_refused_each_is_told_once_and_none_is_let_in_by_the_one_before(
+    place: Place, state: str
+) -> None:
     place.make(limit=1)
     everybody = [place.comes(str(number)) for number in range(20)]
-    place.engine_is("stopping")
-    assert [one.last for one in everybody] == ["refused"] * 20
+    place.engine_is(state)
+    place.passes(2 * HOLD)
+    assert [one.told for one in everybody] == [["held", "refused"], *[["waiting", "refused"]] * 19]
     assert place.went == []
     assert place.load == (0, 0)
 
@@ -394,6 +398,17 @@ def test_an_engine_that_becomes_well_is_asked_no_further(place: Place) -> None:
     place.health = 200
     place.passes(FATE_KNOWN_AFTER)
     assert (place.questions, one.told) == (4, ["go", "alive"])
+
+
+def test_of_an_engine_that_drains_and_lives_nobody_says_that_it_is_dead(place: Place) -> None:
+    place.engine_is("ready")
+    place.engine_is("draining")
+    job = place.comes("job", limited=False)
+    place.gate.ask(job)
+    place.engine_is("draining")
+    assert job.told == ["go"]
+    place.passes(FATE_KNOWN_AFTER + 0.1)
+    assert job.told == ["go", "alive"]
 
 
 def test_who_leaves_asks_no_more(place: Place) -> None:
