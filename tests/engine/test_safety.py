@@ -200,6 +200,44 @@ def test_slow_loris_takes_no_place_from_others(impatient: Supervisor) -> None:
 # TLS
 
 
+# Open files
+
+
+def crowd(served: Supervisor, count: int) -> list[socket.socket]:
+    """Clients that have connected, and are known to be there, for each has had an answer."""
+    found = []
+    for _ in range(count):
+        found.append(socket.create_connection(("127.0.0.1", served.port), timeout=10))
+        found[-1].sendall(b"GET /ping HTTP/1.1\r\nHost: h\r\n\r\n")
+        assert found[-1].recv(4096).startswith(b"HTTP/1.1 200")
+        found[-1].sendall(b"P")  # no idle one, which would be closed for the next
+    return found
+
+
+def test_of_too_many_clients_the_last_are_told_so_and_health_checks_are_answered() -> None:
+    with Supervisor("some/model", within=("bash", "-c", 'ulimit -n 192; exec "$@"', "bash")) as served:
+        served.ready()
+        clients = crowd(served, 120)
+        assert ask(served, "/ping").status_code == 200
+        answer = ask(served, "/v1/models")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "too_many_connections")
+        assert answer.headers["Retry-After"] == "5"
+        for client in clients:
+            client.close()
+        wait_until(lambda: ask(served, "/v1/models").status_code == 200, "the next client is served")
+        assert served.output.count("files may be open, and nearly all are") == 1
+
+
+@pytest.mark.xfail(strict=True, reason="the gateway reads the limit before it is raised to what the system allows")
+def test_there_may_be_as_many_clients_as_the_system_allows_files() -> None:
+    with Supervisor("some/model", within=("bash", "-c", 'ulimit -Sn 192; exec "$@"', "bash")) as served:
+        served.ready()
+        clients = crowd(served, 150)
+        assert ask(served, "/v1/models").status_code == 200
+        for client in clients:
+            client.close()
+
+
 def test_tls(tmp_path: Path) -> None:
     with Supervisor("some/model", environ=self_signed(tmp_path)) as served:
         port = int(served.says(r"ready: https://127\.0\.0\.1:(\d+)")[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -13,6 +14,7 @@ import jsonschema
 import pytest
 import yaml
 
+from supervisor.gateway.delivery import TABLE, Delivery, Event, State
 from supervisor.settings import catalogue
 from supervisor.settings.aliases import ALIASES, OWNED
 from supervisor.settings.knobs import KNOBS
@@ -65,6 +67,82 @@ def test_config_yaml_uncommented_is_valid() -> None:
     for knob in KNOBS:
         if knob.field not in ("api_keys", "admin_keys"):  # their files are not there
             knob.read(str(own[knob.field]))
+
+
+# Tables that stand in the code as well
+
+
+def tables(page: str, *columns: str) -> list[list[str]]:
+    """The rows of the tables of this page that have these columns."""
+    found, inside = [], False
+    for line in (ROOT / "docs" / page).read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        if cells == list(columns):
+            inside = True
+        elif not cells:
+            inside = False
+        elif inside and not line.startswith("| ---"):
+            found.append(cells)
+    return found
+
+
+# What the page calls an action of the delivery's table.
+ACTIONS = {
+    Delivery._send: "it is sent",
+    Delivery._send_afresh: "it is sent on a new connection",
+    Delivery._pass_on: "its client gets the answer as it comes",
+    Delivery._suspect: "the answer is kept back, and the engine is asked",
+    Delivery._hold: "it is held, and the engine is asked",
+    Delivery._give_up: "502, or 503 where the engine's end is known",
+    Delivery._believe: "its client gets what was kept back",
+    Delivery._replay: "the answer is thrown away; the next engine gets the request, once",
+    Delivery._try_again: "it is sent again: the socket was overrun",
+    Delivery._refuse: "its client is told why",
+}
+
+
+def test_the_page_of_faults_has_the_table_of_the_delivery() -> None:
+    told = {}
+    for states, event, action, after in tables("faults.md", "it is", "when", "then", "and it is"):
+        for state in states.split(", "):
+            told[state, event.partition(":")[0]] = (after, action)
+    assert told == {
+        (state.name, event.name): (after.name, ACTIONS[action]) for (state, event), (after, action) in TABLE.items()
+    }
+
+
+def test_the_page_of_faults_says_what_each_state_and_event_is() -> None:
+    assert {row[0]: row[1] for row in tables("faults.md", "it is", "that is")} == {
+        state.name: state.value for state in State
+    }
+    events = [row[1].split(": ", 1) for row in tables("faults.md", "it is", "when", "then", "and it is")]
+    assert {event[0]: event[1] for event in events if len(event) > 1} == {event.name: event.value for event in Event}
+
+
+def refusals() -> set[tuple[int, str]]:
+    """(status, code) of all that the code makes; where either is decided there, each that it may be, with each."""
+    found = set()
+    for path in (ROOT / "supervisor").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Refusal":
+                codes = [*node.args[2:3], *(keyword.value for keyword in node.keywords if keyword.arg == "code")]
+                words = {inner.value for code in codes for inner in ast.walk(code) if isinstance(inner, ast.Constant)}
+                status = node.args[0].value if isinstance(node.args[0], ast.Constant) else None
+                found |= {(status, word) for word in (words & CODES if status is None else words or {"none"})}
+    return found
+
+
+# Whose status is decided in the call (gate.py).
+CODES = {"too_many_requests", "server_busy"}
+
+
+def test_each_of_our_own_errors_is_told_with_its_status() -> None:
+    rows = tables("operations.md", "status", "code", "meaning", "what to do")
+    told = {(int(status), code.strip("`")) for status, code, *_ in rows}
+    assert {pair for pair in told if pair[1] not in CODES} == {pair for pair in refusals() if pair[1] not in CODES}
+    assert {pair for pair in told if pair[1] in CODES} == {(429, "too_many_requests"), (503, "server_busy")}
+    assert {pair[1] for pair in refusals()} >= CODES
+    assert len(told) == len(rows)
 
 
 # What is generated
