@@ -157,7 +157,8 @@ class ClientConnection(RequestReader):
 
     def resume(self) -> None:
         self.flow.resume_reading()
-        self.body_began, self.body_read = self.loop.time(), 0
+        self.active_at = self.body_began = self.loop.time()
+        self.body_read = 0
 
     def becomes_tunnel(self, exchange: Exchange) -> None:
         self.tunnel = exchange
@@ -287,7 +288,7 @@ class ClientConnection(RequestReader):
         if self.stuck_at and now - self.stuck_at > timeout:
             self.cut()
         elif isinstance(one, Exchange):
-            if one is self.incoming and not one.complete and not self.flow.read_paused:
+            if one is self.incoming and one.is_awaited and not self.flow.read_paused:
                 slow = now - self.body_began > timeout + self.body_read / LEAST_RATE
                 if slow or now - self.active_at > timeout:
                     one.refuse_late()

@@ -77,6 +77,7 @@ class Delivery(Delivering):
     generation = -1
     complete = False  # the request's body is
     kept_size = 0
+    lost_before = False  # with its engine, and not sent again yet
     resent = False  # because an idle connection turned out closed
     pending: ResponseHead | None = None  # of an answer that is doubted, or whose body has not begun
     pending_body: tuple[tuple[bytes, bool], ...] = ()
@@ -256,6 +257,10 @@ class Delivery(Delivering):
     def _send(self, _: object) -> None:
         if self.marks:
             self.mark("sent")
+        if self.lost_before:
+            self.lost_before = False
+            self.replayed = True
+            self.gate.counts.replayed += 1
         self.went = True
         self.generation = self.gate.generation
         self.gate.upstream.send(self, fresh=self.replayed or self.resent or self.error is not None)
@@ -298,13 +303,9 @@ class Delivery(Delivering):
         if self.replayed or self.kept is None:
             self._refuse(LOST_TWICE if self.replayed else BROKEN_OFF)
         else:
-            self._count_replay()
+            self.lost_before = True
+            self.mark("lost")
             self.gate.resume(self)
-
-    def _count_replay(self) -> None:
-        self.replayed = True
-        self.mark("lost")
-        self.gate.counts.replayed += 1
 
     def _hold(self, _: object) -> None:
         """vLLM closed the connection before it answered: what becomes of the request depends on the engine's fate."""
@@ -313,7 +314,8 @@ class Delivery(Delivering):
             self._refuse(gate.unavailable())
             return
         if self.state is State.LOST:
-            self._count_replay()
+            self.lost_before = True
+            self.mark("lost")
         log.warning("%s: its request is held", self.error, extra=self.answered.named)
         gate.hold(self)
         if gate.open:  # its death may not be known yet

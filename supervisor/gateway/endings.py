@@ -15,9 +15,13 @@ from supervisor.gateway.http1 import Dechunker
 
 # An event that is larger than this passes in pieces.
 PARTIAL_LIMIT = 64 * 1024
-# The end of a chunk that ends an event.
+# The end of a chunk that ends an event: as vLLM's do, and any.
+USUAL_ENDS = (b"}\n\n\r\n", b"]\n\n\r\n")
 EVENT_ENDS = (b"\n\n\r\n", b"\r\n\r\n\r\n")
-LONGEST_END = 6
+# A chunk of a line end and no more looks like one, with the end of its size.
+NO_ENDS = (b"1\r\n\n\r\n", b"2\r\n\r\n\r\n")
+LONGEST_END = 7
+LINE_ENDS = re.compile(rb"[\r\n]+")
 # The last event of a stream, by the dialect of its route.
 STREAM_ENDS = (b"data: [DONE]\n\n\r\n", b'"type":"message_stop"}\n\n\r\n')
 # A piece of an event stream (the size of its chunk may stand before) that vLLM's API server makes without the engine:
@@ -81,16 +85,16 @@ class Events:
         self.dechunker = dechunker
 
     def feed(self, data: bytes, in_chunk: bool) -> bytes:
-        if not (self.partial or in_chunk or self.torn) and data.endswith(EVENT_ENDS):  # nearly always
+        if not (self.partial or in_chunk or self.torn) and data.endswith(USUAL_ENDS):  # nearly always
             self.latest = data
             return data if self.dechunker is None else self.dechunker.feed(data)
         if self.torn:
             # The end of an event may come in pieces.
             self.latest = data if len(data) >= LONGEST_END else (self.latest + data)[-LONGEST_END:]
-            self.torn = in_chunk or not self.latest.endswith(EVENT_ENDS)
+            self.torn = in_chunk or not _ends_event(self.latest)
         else:
             data = self.partial + data
-            if in_chunk or not data.endswith(EVENT_ENDS):
+            if in_chunk or not _ends_event(data):
                 if len(data) < PARTIAL_LIMIT:
                     self.partial = data
                     return b""
@@ -132,7 +136,7 @@ class Late:
         return b""
 
     def rest(self) -> bytes:
-        one_line = b" ".join(self.content.split(b"\n"))
+        one_line = LINE_ENDS.sub(b" ", self.content)
         named = self.path.startswith((b"/v1/messages", b"/v1/responses"))
         events = b"event: error\ndata: %b\n\n" % one_line if named else b"data: %b\n\ndata: [DONE]\n\n" % one_line
         return b"%x\r\n%b\r\n0\r\n\r\n" % (len(events), events)
@@ -161,7 +165,7 @@ class Tunnel:
         return close_frame(INTERNAL_ERROR, "The engine closed the connection.")
 
     def ending(self, refusal: Refusal, path: bytes) -> bytes:
-        if not self.frames.between:  # within a frame it were part of a message
+        if self.frames.closed or not self.frames.between:  # within a frame it were part of a message
             return b""
         return close_frame(GOING_AWAY if refusal.code == "shutting_down" else INTERNAL_ERROR, refusal.message)
 
@@ -174,6 +178,10 @@ def is_comment(data: bytes) -> bool:
     return len(data) <= LARGEST_COMMENT and COMMENT.match(data) is not None
 
 
+def _ends_event(data: bytes) -> bool:
+    return data.endswith(EVENT_ENDS) and not data.endswith(NO_ENDS)
+
+
 def _whole_events(data: bytes) -> bytes:
     """The chunks at the beginning of `data` up to the last that ends an event; what follows is dropped."""
     at = whole = 0
@@ -183,6 +191,6 @@ def _whole_events(data: bytes) -> bytes:
         if size == 0 or end > len(data):
             break
         at = end
-        if data[:at].endswith(EVENT_ENDS):
+        if _ends_event(data[:at]):
             whole = at
     return data[:whole]

@@ -201,6 +201,12 @@ class Exchange:
         if self.delivering is not None:
             self.delivering.resume()
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether its client is to go on with its body. One that waits for a 100 is not, while it is held."""
+        held = self.request.expects_continue and self.delivering is not None and self.delivering.waits
+        return not (self.complete or held)
+
     def nothing(self) -> bytes | None:
         """Bytes that mean nothing at this moment (RFC 9110, 15.2, before an answer), and that all clients know. None:
         this one knows none."""

@@ -39,5 +39,5 @@ class Frames:
 
 
 def close_frame(code: int, reason: str) -> bytes:
-    payload = code.to_bytes(2) + reason.encode()[:_REASON_LIMIT]
+    payload = code.to_bytes(2) + reason.encode()[:_REASON_LIMIT].decode(errors="ignore").encode()
     return bytes((0x80 | _CLOSE, len(payload))) + payload

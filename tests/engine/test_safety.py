@@ -228,7 +228,6 @@ def test_of_too_many_clients_the_last_are_told_so_and_health_checks_are_answered
         assert served.output.count("files may be open, and nearly all are") == 1
 
 
-@pytest.mark.xfail(strict=True, reason="the gateway reads the limit before it is raised to what the system allows")
 def test_there_may_be_as_many_clients_as_the_system_allows_files() -> None:
     with Supervisor("some/model", within=("bash", "-c", 'ulimit -Sn 192; exec "$@"', "bash")) as served:
         served.ready()

@@ -349,7 +349,6 @@ def test_a_stream_that_has_ended_by_itself_has_no_error(route: str, behind: byte
     assert chunks.content.endswith(ROUTES[route] + b"\n\n") == (route != "/v1/responses")
 
 
-@pytest.mark.xfail(strict=True, reason="a chunk that is a line end and no more is taken for the end of an event")
 @pytest.mark.parametrize("eol", [b"\n", b"\r\n"])
 def test_a_lone_line_end_in_a_chunk_of_its_own_ends_no_event(eol: bytes) -> None:
     body = Events()
@@ -410,7 +409,6 @@ def test_a_late_answer_becomes_one_event(
     assert json.loads(data) == {"error": content}
 
 
-@pytest.mark.xfail(strict=True, reason="a carriage return is a line end in an event stream, too, and stays in the line")
 def test_a_late_answer_with_windows_line_ends_becomes_one_event() -> None:
     body = Late(b"/v1/completions", chunked=False)
     body.feed(b'{\r\n"error": 1\r\n}', in_chunk=False)
@@ -509,14 +507,12 @@ def test_nothing_is_added_behind_vllms_own_close(frames: list[Frame], cuts: list
     assert body.rest() == b""
 
 
-@pytest.mark.xfail(strict=True, reason="a second close frame is sent where vLLM had sent its own (RFC 6455, 5.5.1)")
 def test_a_websocket_that_vllm_has_closed_is_not_closed_again() -> None:
     body = Tunnel()
     body.feed(Frame(8, b"\x03\xe8").written(), in_chunk=False)
     assert body.ending(STOPPED, b"/v1/realtime") == b""
 
 
-@pytest.mark.xfail(strict=True, reason="a long reason is cut within a character, and such a frame fails the connection")
 def test_the_reason_of_a_close_is_text_however_long_it_is() -> None:
     ending = Tunnel().ending(Refusal(503, 100 * "é", "engine_stopped"), b"/v1/realtime")
     read_frames(ending)[0].payload[2:].decode()
