@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import httptools
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from supervisor.gateway.endings import LARGEST_COMMENT, PARTIAL_LIMIT, Events, Late, Plain, Tunnel, is_comment
@@ -28,7 +28,7 @@ ROUTES = {
     "/v1/messages": MESSAGE_STOP,
     "/v1/responses": b'data: {"type":"response.completed"}',
 }
-often = settings(max_examples=200, deadline=None, derandomize=True)
+often = settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
 def chunk(data: bytes, extension: bytes = b"") -> bytes:
