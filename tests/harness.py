@@ -88,6 +88,7 @@ def session_of(pid: int) -> list[int]:
     return found
 
 
+RECORD = re.compile(r"\(|\{|\d\d:\d\d:\d\d |(?:DEBUG|INFO|WARNING|ERROR|CRITICAL)\b")
 FAULT = re.compile(r"Traceback|Exception in|Fatal error|exception was never retrieved")
 
 
@@ -167,11 +168,15 @@ class Supervisor:
     # What it says
 
     def faults(self) -> list[str]:
-        """What only a fault of ours says; vLLM's lines, its tracebacks too, begin with the process that wrote them."""
+        """What only a fault of ours says. vLLM's records begin with the process that wrote them, or with a level."""
+        found, vllms = [], False
         lines = self.output.splitlines()
-        return [
-            "\n".join(lines[at : at + 30]) for at, line in enumerate(lines) if FAULT.search(line) and line[:1] != "("
-        ]
+        for at, line in enumerate(lines):
+            if RECORD.match(line):
+                vllms = not line[0].isdigit() and line[0] != "{"
+            if FAULT.search(line) and not vllms:
+                found.append("\n".join(lines[at : at + 30]))
+        return found
 
     @property
     def output(self) -> str:

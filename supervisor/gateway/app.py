@@ -99,7 +99,8 @@ class OwnRoutes:
             verdict = self.policy.identify(scope["headers"])
             address = scope["client"][0].encode() if scope["client"] else b""
             if (refusal := self.policy.refused(verdict, address, self.gate.loop.time())) is not None:
-                await answer.json(refusal.status, {"error": refusal.message})
+                again = [(b"retry-after", b"%d" % refusal.retry_after)] if refusal.retry_after else []
+                await answer.json(refusal.status, {"error": refusal.message}, again)
                 return
         if path == b"/metrics":
             await self._metrics(answer)

@@ -108,7 +108,6 @@ class Counts:
         series.first.seconds += first
         series.whole.buckets[at] += 1
         series.whole.seconds += whole
-        self.sent += record.sent
         self.aborted += record.gone and record.first_at > 0
 
     def gap(self, seconds: float) -> None:

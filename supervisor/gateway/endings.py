@@ -18,9 +18,11 @@ PARTIAL_LIMIT = 64 * 1024
 # The end of a chunk that ends an event: as vLLM's do, and any.
 USUAL_ENDS = (b"}\n\n\r\n", b"]\n\n\r\n")
 EVENT_ENDS = (b"\n\n\r\n", b"\r\n\r\n\r\n")
-# A chunk of a line end and no more looks like one, with the end of its size.
-NO_ENDS = (b"1\r\n\n\r\n", b"2\r\n\r\n\r\n")
-LONGEST_END = 7
+# A chunk of a line end and no more looks like one, with the end of its size: it is one where the chunk before it ends
+# with a line end, too.
+LINE_END_ALONE = (b"1\r\n\n\r\n", b"2\r\n\r\n\r\n")
+SECOND_LINE_END = (b"\n\r\n1\r\n\n\r\n", b"\r\n\r\n2\r\n\r\n\r\n")
+LONGEST_END = 12
 LINE_ENDS = re.compile(rb"[\r\n]+")
 # The last event of a stream, by the dialect of its route.
 STREAM_ENDS = (b"data: [DONE]\n\n\r\n", b'"type":"message_stop"}\n\n\r\n')
@@ -179,7 +181,7 @@ def is_comment(data: bytes) -> bool:
 
 
 def _ends_event(data: bytes) -> bool:
-    return data.endswith(EVENT_ENDS) and not data.endswith(NO_ENDS)
+    return data.endswith(EVENT_ENDS) and (not data.endswith(LINE_END_ALONE) or data.endswith(SECOND_LINE_END))
 
 
 def _whole_events(data: bytes) -> bytes:

@@ -306,7 +306,9 @@ class Exchange:
         data = body.feed(data, in_chunk)  # type: ignore[union-attr]  # it has begun
         if not data:
             return
-        self.sent += len(data)
+        size = len(data)
+        self.sent += size
+        self.door.counts.sent += size
         self.client.write(data)
         if type(body) is Events and not is_comment(data):
             now = self.door.time()
@@ -394,6 +396,7 @@ class Exchange:
     def _send(self, data: bytes) -> None:
         if data:
             self.sent += len(data)
+            self.door.counts.sent += len(data)
             self.first_at = self.first_at or self.door.time()
             self.client.write(data)
 

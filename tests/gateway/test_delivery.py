@@ -302,9 +302,10 @@ def test_what_can_not_be_sent_again_is_told_by_what_is_known_of_the_engine(ready
 def test_a_doubted_answer_that_is_kept_is_replaced_once() -> None:
     scene = Scene().is_in(S.DOUBTED)
     scene.delivery.fate(alive=False)
-    assert (scene.delivery.replayed, scene.counts.replayed) == (True, 1)
+    assert (scene.delivery.replayed, scene.counts.replayed) == (False, 0)
     scene.delivery.go()
     scene.connects()
+    assert (scene.delivery.replayed, scene.counts.replayed) == (True, 1)
     scene.delivery.head(head(500))
     scene.delivery.fate(alive=False)
     assert scene.delivery.state is S.OVER

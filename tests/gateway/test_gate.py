@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from supervisor.gateway import gate
 from supervisor.gateway.counts import Counts
 from supervisor.gateway.errors import Refusal
 from supervisor.gateway.gate import FATE_KNOWN_AFTER, PATIENCE, QUESTIONS, RETRY_AFTER, Admission, Gate
@@ -78,13 +79,13 @@ class Place:
         self.went: list[str] = []  # in order
         self.questions = 0
         self.health: int | None = 200  # None: no answer
-        self.upstream = SimpleNamespace(loop=self.loop, ask=self._ask)
+        self.upstream = SimpleNamespace(loop=self.loop)
         self.make(limit=None)
 
     def make(self, *, limit: int | None, waiting: int = 100) -> None:
         self.gate = Gate(self.engine, self.upstream, Admission(limit, waiting, HOLD), self.counts)  # type: ignore[arg-type]
 
-    async def _ask(self, path: str, *, patience: float) -> tuple[int, bytes] | None:
+    async def ask(self, upstream: object, path: str, *, patience: float) -> tuple[int, bytes] | None:
         assert path == "/health"
         self.questions += 1
         if self.health is None:
@@ -112,8 +113,9 @@ class Place:
 
 
 @pytest.fixture
-def place() -> Iterator[Place]:
+def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     place = Place()
+    monkeypatch.setattr(gate, "ask", place.ask)
     faults: list[Any] = []
     place.loop.set_exception_handler(lambda _, context: faults.append(context))
     yield place
