@@ -851,7 +851,14 @@ def short(value: object) -> str:
 # The tests
 
 # Seen or not, as the chance is: nginx sends such a request again where its connection to the upstream was a kept one.
-MAY_DIFFER = {"answer closed in the head": [("upstream", "request", "request request")]}
+MAY_DIFFER = {
+    "answer closed in the head": [("upstream", "request", "request request")],
+    # nginx's answer to the second request, which nobody waits for, is sometimes there in time.
+    "pipelined behind one to the end": [
+        ("answer framing", "close", "chunked"), ("answers", "1", "2"), ("end", "closed", "open"),
+        ("upstream", "request", "request request"),
+    ],
+}  # fmt: skip
 # What the gateway does wrong, by case, until it is mended.
 KNOWN_FAULTS: dict[str, str] = {}
 

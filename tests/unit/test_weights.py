@@ -430,7 +430,7 @@ def files(tmp_path: Path) -> list[Path]:
 def test_the_weights_are_in_the_page_cache(files: list[Path]) -> None:
     reading = Prefetch(files)
     wait_until(lambda: not any(thread.is_alive() for thread in reading.threads), "all to be read")
-    assert [cached(path) for path in files] == [1.0] * len(files)
+    assert min(cached(path) for path in files) > 0.99  # a machine that is short of memory takes some back
     assert reading.bytes == len(files) * 4 << 20
 
 
