@@ -95,12 +95,12 @@ class Cache:
         else:
             self.results["miss"] += 1
             # Its id is in vLLM's answer, and may come to others: so it is none that a client made.
-            head = b"%b%b\r\n\r\n%b" % (_written(request, len(body)), self.new_id(), body)
+            head = request.again(b"%d" % len(body), self.new_id(), body)
             recording = self.recordings[key] = Recording(self, key, exchange, head)
             recording.join(exchange, b"miss")
             recording.source.begin(True)
 
-    def over(self, recording: Recording, kept: Kept | None) -> None:
+    def over(self, recording: Recording, kept: Kept | None = None) -> None:
         """A recording is whole, or was given up."""
         if self.recordings.get(recording.key) is recording:
             del self.recordings[recording.key]
@@ -133,13 +133,11 @@ class Answer:
     parts: list[tuple[bytes, bool]]
     complete = True
     lost_by: UpstreamError | None = None
-    source: Delivery | None = None
+    source: Delivering = Delivering()  # what produces it
 
-    def pace(self) -> None:
-        """A reader stands still, or goes on."""
+    def pace(self) -> None: ...  # a reader stands still, or goes on
 
-    def left(self, reader: Reader) -> None:
-        """A reader has all of it, or its client is gone."""
+    def left(self, reader: Reader) -> None: ...  # it has all of it, or its client is gone
 
 
 class Kept(Answer):
@@ -181,10 +179,14 @@ class Recording(Answer):
         self.readers.remove(reader)
         if not self.readers and not self.complete:
             self.complete = True
-            self.cache.over(self, None)
+            self.cache.over(self)
             self.source.abort()
         else:
             self.pace()
+
+    def _go_on(self) -> None:
+        for reader in list(self.readers):
+            reader.read()
 
     def pace(self) -> None:
         """It goes on while one of the readers can."""
@@ -194,18 +196,13 @@ class Recording(Answer):
             else:
                 self.source.resume()
 
-    def _read(self) -> None:
-        for reader in list(self.readers):
-            reader.read()
-
     # Answered
 
-    def interim(self, head: ResponseHead) -> None:
-        pass
+    def interim(self, head: ResponseHead) -> None: ...  # of one client
 
     def answer(self, head: ResponseHead) -> None:
         self.head = head.for_others()
-        self._read()
+        self._go_on()
 
     def whole(self, known: KnownAnswer, digits: bytes, body: bytes) -> None:
         self.answer(known.with_length(digits))
@@ -219,13 +216,13 @@ class Recording(Answer):
         if data:
             self.parts.append((data, in_chunk))
             self.size += len(data)
-        self._read()
+        self._go_on()
         if self.size > self.cache.largest:
             self._let_go()
 
     def _let_go(self) -> None:
         """Too large to be kept: nobody joins any more, and what all have read goes."""
-        self.cache.over(self, None)
+        self.cache.over(self)
         read = min((reader.at for reader in self.readers), default=len(self.parts))
         del self.parts[:read]
         for reader in self.readers:
@@ -236,17 +233,16 @@ class Recording(Answer):
         body = b"".join(data for data, _ in self.parts)
         head = self.head
         assert head is not None
-        whole = head.status == 200 and head.framing is not Framing.CLOSE and self.size == len(body)
-        whole = whole and FAILED.search(body) is None
-        self.cache.over(self, Kept(head, body) if whole else None)
+        is_whole = head.status == 200 and head.framing is not Framing.CLOSE and self.size == len(body)
+        self.cache.over(self, Kept(head, body) if is_whole and FAILED.search(body) is None else None)
         self.source.release()
         self.source.abort()
-        self._read()
+        self._go_on()
 
     def lost(self, error: UpstreamError) -> None:
         self._give_up()
         self.lost_by = error
-        self._read()
+        self._go_on()
 
     def refused(self, refusal: Refusal) -> None:
         self._give_up()
@@ -255,15 +251,13 @@ class Recording(Answer):
 
     def _give_up(self) -> None:
         self.complete = True
-        self.cache.over(self, None)
+        self.cache.over(self)
         self.source.release()
         self.source.abort()
 
-    def pause_request(self) -> None:
-        pass  # it is there whole
+    def pause_request(self) -> None: ...  # it is there whole
 
-    def resume_request(self) -> None:
-        pass
+    def resume_request(self) -> None: ...
 
 
 class Reader(Delivering):
@@ -273,13 +267,9 @@ class Reader(Delivering):
         self.answer = answer
         self.exchange = exchange
         self.went = result == b"miss"
-        self.at = 0  # parts of the body that it has
-        self.paused = False
+        self.at, self.paused = 0, False  # parts of the body that it has; whether its client takes no more for now
         exchange.delivering = self
         exchange.more_lines = b"%b%b\r\n" % (HEADER, result)
-
-    def begin(self, complete: bool) -> None:
-        self.read()
 
     def read(self) -> None:
         """Passes on what there is, as far as the client takes it."""
@@ -301,23 +291,23 @@ class Reader(Delivering):
     @property
     def marks(self) -> tuple[tuple[str, float], ...]:  # type: ignore[override]
         """What its source went through, it did."""
-        return self.answer.source.marks if self.answer.source is not None else ()
+        return self.answer.source.marks
 
     @property
     def replayed(self) -> bool:  # type: ignore[override]
-        return self.answer.source is not None and self.answer.source.replayed
+        return self.answer.source.replayed
 
     @property
     def waits(self) -> bool:  # type: ignore[override]
-        return self.answer.source is not None and self.answer.source.waits
+        return self.answer.source.waits
 
     @property
     def content(self) -> bytes:  # type: ignore[override]
-        return self.answer.source.content if self.answer.source is not None else b""
+        return self.answer.source.content
 
     @property
     def working(self) -> bool:  # type: ignore[override]
-        return self.answer.source is not None and self.answer.source.working
+        return self.answer.source.working
 
     def abort(self) -> None:
         self.answer.left(self)
@@ -383,11 +373,6 @@ def _control(request: Request) -> bytes:
         .lower()
         .replace(b" ", b"")
     )
-
-
-def _written(request: Request, length: int) -> bytes:
-    """Its head for vLLM, up to the id. One that came before had another length then."""
-    return b"%b%d%b" % (request.before, length, request.after) if request.before else request.written
 
 
 def _key(exchange: Exchange, body: bytes) -> bytes:

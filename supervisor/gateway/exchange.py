@@ -12,15 +12,14 @@ import re
 from typing import TYPE_CHECKING
 
 from supervisor.gateway.delivery import BROKEN_OFF
-from supervisor.gateway.door import KEEP, Client, Delivering, Door, Then
+from supervisor.gateway.door import KEEP, Client, Door, Then
 from supervisor.gateway.endings import COMMENT_CHUNK, PLAIN, Body, Events, Late, Plain, Tunnel, is_comment
 from supervisor.gateway.errors import Refusal, UpstreamError
 from supervisor.gateway.http1 import WATCHED, Dechunker, Framing, KnownAnswer, Request, ResponseHead
-from supervisor.gateway.record import CLIENT_GONE
+from supervisor.gateway.record import CLIENT_GONE, Record
 
 if TYPE_CHECKING:
     from supervisor.gateway.http1 import Headers
-    from supervisor.gateway.policy import Verdict
 
 # Of a chunked body: bytes of framing that may stand beside it, and as many again for each of its own bytes. A chunk of
 # one byte has five; sixteen thousand of an extension were 15 MB for a body of 1,000 bytes.
@@ -38,10 +37,9 @@ BODY_TOO_SLOW = Refusal(408, "The request's body did not come in time.", "reques
 log = logging.getLogger("supervisor.gateway")
 
 
-class Exchange:
+class Exchange(Record):
     """One relayed request. For the delivery it is who gets the answer (`Answered`)."""
 
-    # The state of a new one. Kept in the class: what a small request never touches costs it nothing.
     refusal: Refusal | None = None  # of its head, which is read before its turn comes
     head = b""  # of one that came before, as vLLM gets it, with its body
     complete = False  # its body is there
@@ -49,22 +47,13 @@ class Exchange:
     waiting_size = 0
     received = 0  # bytes of a chunked body
     framing = 0  # bytes of chunks that are not the body's
-    delivering: Delivering | None = None
     body: Body | None = None  # of the answer, once it has begun
     response_complete = False
     keep_alive = True
     ends_by_close = False
     early: tuple[bytes, ...] = ()  # frames that came before the WebSocket was there
-    status = 0  # of the answer, once there is one
     alive_at: float | None = None  # when its client, which waits, was last sent a comment
     read_at = 0.0  # when a stream's last bytes came
-    first_at = 0.0  # when the answer's first byte went to the client; a stream's first event
-    over_at = 0.0
-    sent = 0  # bytes of the answer's body
-    ours = False  # the answer is
-    gone = False  # its client is, before the answer's end
-    cut = ""  # the code of what refused it, or broke it off
-    cached = ""  # how the cache answered it, in a word
     more_lines = b""  # that the cache adds to the answer's head
 
     def __init__(self, client: Client, door: Door, request: Request, request_id: bytes) -> None:
@@ -76,42 +65,6 @@ class Exchange:
         if not request.keep_alive:
             self.keep_alive = False
         self.left = door.max_body  # bytes that the request's body may still have; below 0: it is too large
-
-    # The rest of what is told of it (`Record`)
-
-    @property
-    def verdict(self) -> Verdict:
-        assert self.request.verdict is not None
-        return self.request.verdict
-
-    @property
-    def address(self) -> bytes:
-        return self.client.address
-
-    @property
-    def private(self) -> bool:
-        return self.door.private
-
-    @property
-    def tls(self) -> bool:
-        return self.door.tls
-
-    @property
-    def went(self) -> bool:
-        return self.delivering is not None and self.delivering.went
-
-    @property
-    def replayed(self) -> bool:
-        return self.delivering is not None and self.delivering.replayed
-
-    @property
-    def marks(self) -> tuple[tuple[str, float], ...]:
-        return self.delivering.marks if self.delivering is not None else ()
-
-    @property
-    def named(self) -> dict[str, str]:
-        """For a line of log that is about it."""
-        return {"request": self.request_id.decode("latin-1")}
 
     # From the client
 

@@ -103,6 +103,11 @@ class Request:
             self.before, self.after = halves(self.written)
         return common
 
+    def again(self, digits: bytes, request_id: bytes, body: bytes) -> bytes:
+        """What vLLM gets of another request with this head: `digits` of its length, and its body."""
+        before, after = (self.before, self.after) if self.before else halves(self.written)
+        return b"".join((before, digits, after, request_id, b"\r\n\r\n", body))
+
     def rewrite(self, version: str, *, tls: bool) -> Refusal | None:  # noqa: PLR0911  # a rule each
         """Writes what vLLM gets. A refusal where HTTP leaves no honest way to pass it on; `tls`: it came so."""
         refusal = self._limits() if version in VERSIONS else UNKNOWN_VERSION
