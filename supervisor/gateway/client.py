@@ -212,8 +212,8 @@ class ClientConnection(RequestReader):
     def _begin(self, one: Exchange | RequestResponseCycle) -> None:
         self.answering = one
         self.active_at = self.clients.clock
+        self.body_began, self.body_read = self.loop.time(), 0
         if isinstance(one, Exchange):
-            self.body_began, self.body_read = self.loop.time(), 0
             one.start()
         else:
             super()._start_asgi_task(one, self.app)
@@ -288,17 +288,20 @@ class ClientConnection(RequestReader):
         if self.stuck_at and now - self.stuck_at > timeout:
             self.cut()
         elif isinstance(one, Exchange):
-            if one is self.incoming and one.is_awaited and not self.flow.read_paused:
-                slow = now - self.body_began > timeout + self.body_read / LEAST_RATE
-                if slow or now - self.active_at > timeout:
-                    one.refuse_late()
+            if one is self.incoming and one.is_awaited and not self.flow.read_paused and self._body_is_slow(now):
+                one.refuse_late()
         elif one is not None:
             pass  # our own routes take no time of their client's
         elif self.between:
             if now - self.active_at > self.clients.keep_alive:
                 self.transport.close()
-        elif now - (self.head_began if self.in_head else self.active_at) > timeout:
+        elif now - self.head_began > timeout if self.in_head else self._body_is_slow(now):
             self.refuse_without_a_request(HEAD_TOO_SLOW)
+
+    def _body_is_slow(self, now: float) -> bool:
+        """Of a request that is answered already as well: it is read to its end, but not for ever."""
+        timeout = self.clients.timeout
+        return now - self.active_at > timeout or now - self.body_began > timeout + self.body_read / LEAST_RATE
 
     # uvicorn's seams
 

@@ -52,6 +52,7 @@ class Exchange(Record):
     keep_alive = True
     ends_by_close = False
     early: tuple[bytes, ...] = ()  # frames that came before the WebSocket was there
+    wants_events: bool | None = None  # whether its body asks for a stream, where that was looked at
     alive_at: float | None = None  # when its client, which waits, was last sent a comment
     read_at = 0.0  # when a stream's last bytes came
     more_lines = b""  # that the cache adds to the answer's head
@@ -185,19 +186,18 @@ class Exchange(Record):
     def keep_waiting(self, now: float) -> None:
         """While it is held, or waits for its turn: begins the event stream that its client asked for, and keeps it from
         being closed on by a proxy. What becomes of the request is then told by an event, and no more by a status."""
+        silent = now - (self.alive_at or self.began)
+        if silent < self.door.keep_alive or self.delivering is None or not (self.complete and self.delivering.waits):
+            return
         if self.alive_at is None:
-            if now - self.began < self.door.keep_alive or not self._wants_events():
+            if self.wants_events is None:  # it is looked at once
+                self.wants_events = self.request.http11 and WANTS_EVENTS.search(self.delivering.content) is not None
+            if not self.wants_events:
                 return
             self.body, self.status = Events(), 200
             self.client.write(b"%bX-Request-Id: %b\r\n\r\n" % (EVENTS_HEAD, self.request_id))
-        elif self.delivering is None or not self.delivering.waits or now - self.alive_at < self.door.keep_alive:
-            return
         self.alive_at = now
         self.client.write(COMMENT_CHUNK)
-
-    def _wants_events(self) -> bool:
-        waits = self.body is None and self.complete and self.delivering is not None and self.delivering.waits
-        return waits and self.request.http11 and WANTS_EVENTS.search(self.delivering.content) is not None  # type: ignore[union-attr]  # it waits
 
     def answer(self, head: ResponseHead) -> None:
         if self.alive_at is not None:
@@ -247,7 +247,8 @@ class Exchange(Record):
             return
         self.status = known.status
         self.body = PLAIN
-        self.sent = len(body)
+        self.sent = size = len(body)
+        self.door.counts.sent += size
         self.first_at = self.over_at = self.door.time()
         keeps = self._keeps()
         end = b"\r\n\r\n" if keeps else b"\r\nConnection: close\r\n\r\n"

@@ -685,3 +685,17 @@ def test_what_still_runs_when_the_patience_is_over_is_ended_or_cut() -> None:
         assert all(request.gone for request in world.engine.requests)
         assert world.connections == 0
         assert is_idle(world)
+
+
+def test_bytes_are_counted_as_they_go() -> None:
+    """An alert looks at whether there are any."""
+    with World() as world:
+        client = world.client()
+        for size in (100, 50):  # the second head is one that came before
+            client.asks()
+            world.engine.request().answers(200, b"x" * size)
+        assert world.sent_bytes == 150
+        client.asks()
+        request = world.engine.request()
+        request.streams(b"data: {}", b"data: {}")
+        assert world.sent_bytes == 150 + 2 * len(chunk(b"data: {}\n\n"))

@@ -34,3 +34,25 @@ def test_a_client_that_stops_when_it_may_go_on_is_too_slow_in_the_end() -> None:
         client.sends(HEAD + b"\r\n" + b"x" * 100_000)
         world.passes(62)
         assert client.statuses == [408]
+
+
+def test_the_body_of_a_request_that_is_refused_already_is_not_read_for_ever() -> None:
+    with World(keys=["right"], client_timeout=10) as world:
+        client = world.client()
+        client.sends(HEAD + b"\r\n")
+        assert client.statuses == [401]
+        for _ in range(40):
+            client.sends(b"x")
+            world.passes(1)
+        assert client.closed
+
+
+def test_the_body_of_one_of_our_own_routes_neither() -> None:
+    with World(client_timeout=10) as world:
+        client = world.client()
+        client.sends(b"POST /ping HTTP/1.1\r\nHost: x\r\nContent-Length: 2000\r\n\r\n")
+        assert client.statuses == [200]
+        for _ in range(40):
+            client.sends(b"x")
+            world.passes(1)
+        assert client.closed

@@ -7,6 +7,7 @@ import resource
 
 import pytest
 
+from supervisor.gateway import exchange
 from tests.gateway.world import CHAT, DONE, World, post
 
 STREAM = b'{"messages": [], "stream": true}'
@@ -95,6 +96,20 @@ def test_who_asked_for_no_stream_gets_no_comment(sent: bytes) -> None:
         client.sends(sent)
         world.passes(50)
         assert client.statuses == []
+
+
+def test_the_body_of_one_that_waits_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with World(engine="starting", event_keep_alive=10) as world:
+        looks: list[bytes] = []
+
+        class Pattern:
+            def search(self, data: bytes) -> None:
+                looks.append(data)
+
+        monkeypatch.setattr(exchange, "WANTS_EVENTS", Pattern())
+        world.client().asks(CHAT, b"{}")
+        world.passes(100)
+        assert len(looks) == 1
 
 
 def test_it_is_off_unless_asked_for() -> None:

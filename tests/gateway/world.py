@@ -458,6 +458,11 @@ class World:
         return len(self.gateway.present)
 
     @property
+    def sent_bytes(self) -> int:
+        """Of answers' bodies, to all clients."""
+        return self.gateway.counts.sent
+
+    @property
     def awaited(self) -> int:
         """Requests whose next byte vLLM owes, by which a hang is told."""
         return len(self.gateway.traffic()[0])
