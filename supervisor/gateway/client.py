@@ -329,7 +329,7 @@ class ClientConnection(RequestReader):
             if one.body is not None:
                 self.cut()
             else:
-                one.left = -1  # where its body ends nobody knows
+                one.unwanted = True  # where its body ends nobody knows
                 one.end_now(refusal)
             return
         if one is not None:

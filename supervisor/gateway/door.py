@@ -112,7 +112,8 @@ class Door:
             return self.crowded
         if verdict.refusal is not None:
             return self.policy.refused(verdict, exchange.client.address, exchange.began)
-        if exchange.left < 0:
+        if exchange.left < 0 or exchange.unwanted:
+            exchange.unwanted = True
             return self.policy.too_large()
         if self.policy.rate is not None:
             client = verdict.client or exchange.client.address

@@ -45,6 +45,7 @@ class Exchange(Record):
     complete = False  # its body is there
     waiting: tuple[bytes, ...] = ()  # its body, as far as it came before its turn
     waiting_size = 0
+    unwanted = False  # what still comes of the request: it is read, and thrown away
     received = 0  # bytes of a chunked body
     framing = 0  # bytes of chunks that are not the body's
     body: Body | None = None  # of the answer, once it has begun
@@ -65,7 +66,7 @@ class Exchange(Record):
         self.began = door.time()
         if not request.keep_alive:
             self.keep_alive = False
-        self.left = door.max_body  # bytes that the request's body may still have; below 0: it is too large
+        self.left = door.max_body  # bytes that the request's body may still have
 
     # From the client
 
@@ -108,11 +109,11 @@ class Exchange(Record):
         """So many bytes of a chunked body came, its framing included."""
         self.framing += size
         if self.framing - self.received > FRAMING_LIMIT + FRAMING_SHARE * self.received:
-            self.left = -1
             self._too_much()
 
     def _too_much(self) -> None:
         """A chunked body tells its size only as it comes. One whose turn has not come is refused when it has."""
+        self.unwanted = True
         if self.response_complete:
             self.client.linger()  # refused for another reason: nobody reads all of it to be polite
         elif self in self.door.present:
@@ -235,7 +236,7 @@ class Exchange(Record):
     def _keeps(self) -> bool:
         """Whether the connection may carry another request behind this answer."""
         expects = self.request.expects_continue and not self.complete
-        if self.ends_by_close or expects or self.left < 0 or self.door.gate.closing or self.door.crowded:
+        if self.ends_by_close or expects or self.unwanted or self.door.gate.closing or self.door.crowded:
             self.keep_alive = False
         return self.keep_alive
 
@@ -278,7 +279,7 @@ class Exchange(Record):
         self.delivering.release()
         self._send(self.body.rest())
         if isinstance(self.body, Tunnel):
-            self.left = -1  # what the client still sends, its own close among it, is read and thrown away
+            self.unwanted = True  # what the client still sends, its own close among it
         self._complete()
 
     def lost(self, error: UpstreamError) -> None:
@@ -322,7 +323,7 @@ class Exchange(Record):
 
     def refuse_late(self) -> None:
         """The client does not go on with its body."""
-        self.left = -1  # nobody waits for the rest
+        self.unwanted = True
         self.end_now(BODY_TOO_SLOW)
 
     def end_now(self, refusal: Refusal) -> None:
@@ -344,7 +345,7 @@ class Exchange(Record):
             return
         self._send(ending)
         if isinstance(self.body, Tunnel):
-            self.left = -1
+            self.unwanted = True
         self._complete()
 
     def _send(self, data: bytes) -> None:
@@ -361,7 +362,7 @@ class Exchange(Record):
     def _then(self) -> Then:
         if self.keep_alive:
             return Then.KEEP
-        return Then.LINGER if self.left < 0 or self.request.endless else Then.CLOSE
+        return Then.LINGER if self.unwanted or self.request.endless else Then.CLOSE
 
     def _over(self, then: Then | None = None) -> None:
         """Once, for each that has begun. None: its client's connection is gone."""
