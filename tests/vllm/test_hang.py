@@ -52,7 +52,7 @@ def is_silent(client: RawClient) -> bool:
 def frozen_stream(supervisor: Supervisor, path: str, body: dict[str, object]) -> Iterator[RawClient]:
     """A stream whose engine is stopped in its midst. It may be over too soon for that, and is then begun again."""
     engine = part(supervisor, "VLLM::EngineCore")
-    for _ in range(20):
+    for _ in range(300):  # on a busy machine a stream of some tokens is mostly over before its reader is awake
         with sent(supervisor, json.dumps(body).encode(), path) as client:
             client.until(b"data: ")
             os.kill(engine, signal.SIGSTOP)
