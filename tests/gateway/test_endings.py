@@ -28,7 +28,7 @@ ROUTES = {
     "/v1/messages": MESSAGE_STOP,
     "/v1/responses": b'data: {"type":"response.completed"}',
 }
-often = settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+often = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
 def chunk(data: bytes, extension: bytes = b"") -> bytes:
