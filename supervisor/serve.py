@@ -284,6 +284,7 @@ class Serving(Observer):
             self.log.exception("no traces are sent")
         if self.traces is not None:
             self.gateway.watch(self.traces.ended)
+            tracing.log.info("traces go to %s", tracing.endpoint(settings.environ))  # from the next request on
 
     # What the engine asks, and tells
 

@@ -70,7 +70,6 @@ def start(environ: Mapping[str, str], resource: Mapping[str, str], mask: Callabl
         return None
     logging.getLogger("opentelemetry").handlers = [_Sparing()]
     logging.getLogger("opentelemetry").propagate = False
-    log.info("traces go to %s", endpoint(environ))
     return Tracing(provider, mask)
 
 
