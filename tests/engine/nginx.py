@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 # Where nothing hides what nginx makes of a request by itself: limits far away, nothing repaired or left out for safety.
-CONFIGURATION = """
+PLACES = """
 daemon off;
 worker_processes 1;
 {user}
@@ -32,6 +32,10 @@ http {{
     fastcgi_temp_path {folder}/fastcgi;
     uwsgi_temp_path {folder}/uwsgi;
     scgi_temp_path {folder}/scgi;
+"""
+CONFIGURATION = (
+    PLACES
+    + """\
     client_max_body_size 0;
     client_header_buffer_size 64k;
     large_client_header_buffers 16 256k;
@@ -62,22 +66,12 @@ http {{
     }}
 }}
 """
+)
 
 # What most have: all but the places where it may write is nginx's own default.
-PLAIN = """
-daemon off;
-worker_processes 1;
-{user}
-pid {folder}/pid;
-error_log {folder}/error.log info;
-events {{ worker_connections 256; }}
-http {{
-    access_log off;
-    client_body_temp_path {folder}/body;
-    proxy_temp_path {folder}/proxy;
-    fastcgi_temp_path {folder}/fastcgi;
-    uwsgi_temp_path {folder}/uwsgi;
-    scgi_temp_path {folder}/scgi;
+PLAIN = (
+    PLACES
+    + """\
     server {{
         listen 127.0.0.1:{port}{listen};
         {server}
@@ -88,6 +82,7 @@ http {{
     }}
 }}
 """
+)
 
 
 def program() -> str:

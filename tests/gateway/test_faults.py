@@ -519,3 +519,13 @@ def test_an_error_that_nobody_expects_of_a_connection_ends_its_request_and_is_to
         assert client.answer().status in (500, 502, 503)
         assert world.active == 0
         assert any("a fault of the loop's" in fault for fault in world.faults)
+
+
+def test_our_own_routes_say_when_to_come_again() -> None:
+    with World(keys=["right"]) as world:
+        client = world.client()
+        for _ in range(70):
+            client.gets("/status", "Authorization: Bearer wrong")
+        first, last = client.answers()[0], client.answers()[-1]
+        assert (first.status, first.header(b"retry-after")) == (401, None)
+        assert (last.status, last.header(b"retry-after")) == (429, b"60")

@@ -14,28 +14,11 @@ from supervisor.gateway.counts import Counts
 from supervisor.gateway.errors import Refusal
 from supervisor.gateway.gate import FATE_KNOWN_AFTER, PATIENCE, QUESTIONS, RETRY_AFTER, Admission, Gate
 from tests.clock import Loop
+from tests.gateway.world import OVER, EngineView
 
 HOLD = 30.0
 # States in which nobody new can be answered.
-OVER = frozenset({"draining", "stopping", "stopped", "failed"})
 STATES = ("starting", "ready", "restarting", "draining", "stopping", "stopped", "failed")
-
-
-class Engine:
-    state = "starting"
-    explanation = "The engine loads."
-
-    @property
-    def ready(self) -> bool:
-        return self.state == "ready"
-
-    @property
-    def over(self) -> bool:
-        return self.state in OVER
-
-    @property
-    def draining(self) -> bool:
-        return self.state == "draining"
 
 
 class One:
@@ -74,7 +57,7 @@ class One:
 class Place:
     def __init__(self) -> None:
         self.loop = Loop()
-        self.engine = Engine()
+        self.engine = EngineView()
         self.counts = Counts()
         self.went: list[str] = []  # in order
         self.questions = 0
@@ -218,7 +201,7 @@ def test_what_is_held_too_long_is_told_why(place: Place) -> None:
     place.passes(HOLD + 0.1)
     assert one.refusal is not None
     assert (one.refusal.status, one.refusal.code) == (503, "engine_unavailable")
-    assert one.refusal.message.startswith("The engine loads. The request waited 30 s")
+    assert one.refusal.message.startswith("The engine is starting. The request waited 30 s")
     place.engine_is("ready")
     assert one.told == ["held", "refused"]
 

@@ -336,7 +336,7 @@ class _Loop(Loop):
         return transport, transport.protocol
 
 
-class _EngineView:
+class EngineView:
     """What the gateway may know of the engine: the state that the test gave it."""
 
     timeline: Sequence[Mapping[str, object]] = ()
@@ -392,7 +392,7 @@ class World:
         self.first_state = engine
         self.loop = _Loop(self)
         self.engine = ScriptedEngine(self)
-        self.view = _EngineView()
+        self.view = EngineView()
         self.clients: list[ScriptedClient] = []
         self.faults: list[str] = []
         self.log: list[str] = []

@@ -132,9 +132,8 @@ FOR_TYPES = {
     ("told", "app"): "what may be asked of the engine is declared where most of it is asked",
 }
 GATEWAY = {module.split(".")[2]: module for module in MODULES if room(module) == "gateway"}
-# In lines. `LONG`: those that are to be cut.
+# In lines.
 LONGEST_FILE, LONGEST_ROOM = 400, 2_900
-LONG: set[str] = set()
 
 
 def within(modules: set[str]) -> set[str]:
@@ -179,15 +178,7 @@ def test_the_gateway_imports_of_the_package_only_lines_and_the_version(file: str
             assert {name.name for name in node.names} == {"__version__"}
 
 
-@pytest.mark.parametrize(
-    "file",
-    [
-        pytest.param(file, marks=pytest.mark.xfail(strict=True, reason="to be cut into two ideas"))
-        if file in LONG
-        else file
-        for file in sorted(GATEWAY)
-    ],
-)
+@pytest.mark.parametrize("file", sorted(GATEWAY))
 def test_no_file_of_the_gateway_is_long(file: str) -> None:
     assert len(MODULES[GATEWAY[file]].read_text().splitlines()) <= LONGEST_FILE
 
