@@ -116,7 +116,7 @@ def test_an_answer_of_500_is_not_believed_of_a_dying_engine(mortal: Supervisor) 
     before = ready_times(mortal)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         for restart in range(3):
-            slow = fault(prefill_seconds=0.5)
+            slow = fault(prefill_seconds=1.0)
             waiting = [pool.submit(mortal.client.post, CHAT, json=chat(), headers=slow) for _ in range(4)]
             wait_until(lambda: state_of(mortal)["running"] == 4, "four running requests")
             os.kill(state_of(mortal)["engine_pid"], signal.SIGKILL)
