@@ -37,7 +37,7 @@ raise SystemExit(main())
 DRIVER_HANGS = r"GPU's driver did not answer"
 WEIGHTS_HANG = r"weights.*did not answer|waiting for.*weights"
 # Seconds: the longest answer of /ping; the supervisor's end after vLLM's; until an engine serves again.
-QUICK, LEAVES, SERVES_AGAIN = 0.5, 5.0, 15.0
+QUICK, LEAVES, SERVES_AGAIN = 2.0, 5.0, 15.0  # where something that hangs is waited for, it is for ever
 ASKED = 50
 
 
@@ -85,7 +85,7 @@ def pinging(supervisor: Supervisor) -> Iterator[Pings]:
     port = supervisor.port
 
     def ask() -> None:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=4 * QUICK, verify=False) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=2 * QUICK, verify=False) as client:
             while not over.is_set() or len(pings.found) < ASKED:
                 began, status = time.monotonic(), 0
                 with contextlib.suppress(httpx.HTTPError):
