@@ -22,7 +22,6 @@ from supervisor.gateway.door import KEEP, Door, Then
 from supervisor.gateway.errors import Refusal
 from supervisor.gateway.exchange import Exchange
 from supervisor.gateway.gate import RETRY_AFTER
-from supervisor.gateway.http1 import Memo
 from supervisor.gateway.reader import OWN_BODY_LIMIT, PIPELINED, UNPARSED_LIMIT, RequestReader
 
 if TYPE_CHECKING:
@@ -75,7 +74,7 @@ class Clients:
         idle = sorted((one for one in self.connections if one.is_idle), key=lambda one: one.active_at)
         for one in idle[:RESERVED_FILES]:
             one.transport.close()
-        connection.door = replace(connection.door, memo=Memo(), crowded=CROWDED)
+        connection.door = replace(connection.door, crowded=CROWDED)
         if self.loop.time() - self.told_at > TOLD_EVERY:
             self.told_at = self.loop.time()
             text = "%d files may be open, and nearly all are: new requests are refused. Raise the limit (ulimit -n)."
@@ -84,7 +83,7 @@ class Clients:
     def forget_heads(self) -> None:
         """The policy changed."""
         for connection in self.connections:
-            connection.latest = None
+            connection.heads.forget()
 
 
 class ClientConnection(RequestReader):

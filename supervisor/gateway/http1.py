@@ -316,57 +316,8 @@ REMEMBERED = 256
 
 _LENGTH = b"ength: "  # of Content-Length, in both spellings that clients have
 _BEFORE = b"\r\ncontent-l"
-MOST_DIGITS = 9
 
 Head = TypeVar("Head")
-
-
-class Latest(Generic[Head]):
-    """The last head with a length on one connection, which is most likely the next one, too: found without `split`."""
-
-    __slots__ = ("known", "prefix", "start", "suffix")
-
-    def __init__(self, key: bytes, known: Head) -> None:
-        self.start = key.find(_LENGTH) + len(_LENGTH)
-        self.prefix = key[: self.start]
-        self.suffix = key[self.start :]
-        self.known = known
-
-    def read(self, data: bytes) -> tuple[int, bytes] | None:
-        """Where the head ends, and its length's digits, if this is the same head again."""
-        if data.startswith(self.prefix):
-            stop = data.find(b"\r", self.start)
-            digits = data[self.start : stop]
-            if data.startswith(self.suffix, stop) and digits.isdigit() and len(digits) <= MOST_DIGITS:
-                return stop + len(self.suffix), digits
-        return None
-
-
-def split(data: bytes) -> tuple[int, bytes, bytes] | None:
-    """The head at the beginning of `data`: where it ends, its bytes without the length's digits, and the digits."""
-    end = data.find(b"\r\n\r\n", 0, LARGEST) + 4
-    if end < 4:
-        return None
-    at = data.find(_LENGTH, 0, end)
-    if at < 0:
-        return end, data[:end], b""
-    at += len(_LENGTH)
-    stop = data.find(b"\r\n", at)
-    digits = data[at:stop]
-    if data[at - len(_LENGTH) - len(_BEFORE) : at - len(_LENGTH)].lower() != _BEFORE:
-        return None
-    if not digits.isdigit() or len(digits) > MOST_DIGITS:
-        return None
-    return end, data[:at] + data[stop:end], digits
-
-
-def halves(head: bytes) -> tuple[bytes, bytes]:
-    """A head's lines before and after the length's digits; all of it where there is no length."""
-    found = head.lower().find(b"\r\ncontent-length: ")
-    if found < 0:
-        return head, b""
-    at = found + len(b"\r\ncontent-length: ")
-    return head[:at], head[head.find(b"\r\n", at) :]
 
 
 class Memo(Generic[Head]):
@@ -381,6 +332,70 @@ class Memo(Generic[Head]):
             self.known.clear()
         self.known[key] = head
 
+
+class Repeats(Generic[Head]):
+    """Finds the heads of one connection that came before, on it or on another one."""
+
+    __slots__ = ("after", "at", "before", "key", "latest", "memo")
+
+    def __init__(self, memo: Memo[Head]) -> None:
+        self.memo = memo
+        self.key: bytes | None = None  # of what was looked for last and not found, where it may be learnt
+        self.forget()
+
     def forget(self) -> None:
-        """The policy changed."""
-        self.known.clear()
+        self.latest: Head | None = None  # most likely the next one, too: it is found without `split`
+        self.before, self.at, self.after = b"", 0, b""  # its bytes around the length's digits, and where these are
+
+    def find(self, data: bytes) -> tuple[Head, bytes, bytes] | None:
+        """What is known of it, its length's digits, and its body, where `data` is one whole message."""
+        if self.latest is not None and data.startswith(self.before):
+            stop = data.find(b"\r", self.at)
+            if data.startswith(self.after, stop):
+                end = stop + len(self.after)
+                digits = data[self.at : stop]
+                if digits == b"%d" % (len(data) - end):
+                    return self.latest, digits, data[end:]
+        self.key = None
+        if (found := split(data)) is None:
+            return None
+        key, digits, body = found
+        if (known := self.memo.get(key)) is None:
+            self.key = key
+            return None
+        if digits:
+            self.latest, self.at = known, key.find(_LENGTH) + len(_LENGTH)
+            self.before, self.after = key[: self.at], key[self.at :]
+        return known, digits, body
+
+    def learn(self, head: Head) -> None:
+        """What `find` did not know."""
+        if self.key is not None:
+            self.memo.learn(self.key, head)
+
+
+def split(data: bytes) -> tuple[bytes, bytes, bytes] | None:
+    """Its head without the digits of its length, the digits, and the body, where `data` is one whole message."""
+    end = data.find(b"\r\n\r\n", 0, LARGEST) + 4
+    if end < 4:
+        return None
+    at = data.find(_LENGTH, 0, end)
+    if at < 0:
+        return (data, b"", b"") if end == len(data) else None
+    at += len(_LENGTH)
+    stop = data.find(b"\r\n", at)
+    digits = data[at:stop]
+    if data[at - len(_LENGTH) - len(_BEFORE) : at - len(_LENGTH)].lower() != _BEFORE:
+        return None
+    if digits != b"%d" % (len(data) - end):
+        return None
+    return data[:at] + data[stop:end], digits, data[end:]
+
+
+def halves(head: bytes) -> tuple[bytes, bytes]:
+    """A head's lines before and after the length's digits; all of it where there is no length."""
+    found = head.lower().find(b"\r\ncontent-length: ")
+    if found < 0:
+        return head, b""
+    at = found + len(b"\r\ncontent-length: ")
+    return head[:at], head[head.find(b"\r\n", at) :]

@@ -19,11 +19,10 @@ from supervisor.gateway.http1 import (
     HEAD_LIMIT,
     HEAD_TOO_LARGE,
     VERSIONS,
-    Latest,
+    Repeats,
     Request,
     asks_for_websocket,
     origin_form,
-    split,
 )
 from supervisor.gateway.policy import is_preflight
 
@@ -55,7 +54,7 @@ class RequestReader(HttpToolsProtocol):
         self.answering: Exchange | RequestResponseCycle | None = None
         self.waiting: deque[Exchange | RequestResponseCycle] = deque()  # for their turn
         self.incoming: Exchange | RequestResponseCycle | None = None  # whose body is arriving
-        self.latest: Latest[Request] | None = None
+        self.heads: Repeats[Request] = Repeats(door.memo)
         self.unparsed = b""  # what came behind more requests than may wait
         self.full = False  # and no more of it is read
         self.between = True  # whole requests: the parser expects a new one
@@ -89,31 +88,21 @@ class RequestReader(HttpToolsProtocol):
         if not self.between or self.answering is not None or self.unparsed or self.flow.write_paused:
             self._parse(data)
             return
-        key = None
-        if self.latest is not None and (same := self.latest.read(data)) is not None:
-            end, digits = same
-            if len(data) == end + int(digits):
-                self._repeat(self.latest.known, digits, data[end:])
-                return
-        elif (found := split(data)) is not None:
-            end, key, digits = found
-            if len(data) != end + (int(digits) if digits else 0):
-                key = None
-            elif (known := self.door.memo.get(key)) is not None:
-                self.latest = Latest(key, known) if digits else None
-                self._repeat(known, digits, data[end:])
-                return
-        before = self.incoming
-        if key is not None:
-            self._feed(data)  # it is one request, and all of it
-        else:
+        found = self.heads.find(data)
+        if found is not None:
+            self._repeat(*found)
+            return
+        key, before = self.heads.key, self.incoming
+        if key is None:
             self._parse(data)
-        # Of a new request alone: empty lines, which are none, must not stand for the one before.
+            return
+        self._feed(data)  # it is one request, and all of it
         new = self.incoming
-        if key is None or not self.between or new is before or not isinstance(new, Exchange):
+        # Of a new request alone: empty lines, which are none, must not stand for the one before.
+        if not self.between or new is before or not isinstance(new, Exchange):
             return
         if new.refusal is None and new.request.repeats():
-            self.door.memo.learn(key, new.request)
+            self.heads.learn(new.request)
 
     def _repeat(self, request: Request, digits: bytes, body: bytes) -> None:
         """A whole request whose head was seen before."""

@@ -21,10 +21,9 @@ from supervisor.gateway.http1 import (
     ANSWER_HEAD_LIMIT,
     Framing,
     KnownAnswer,
-    Latest,
     Memo,
+    Repeats,
     ResponseHead,
-    split,
 )
 
 # vLLM's uvicorn closes an idle connection after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE): leave first.
@@ -89,7 +88,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.sink: Sink | None = None
         self.receiver: Receiver | None = None  # of the body: the sink, or whom it has named
         self.tunnel = False  # a WebSocket: no HTTP any more
-        self.latest: Latest[KnownAnswer] | None = None
+        self.heads: Repeats[KnownAnswer] = Repeats(upstream.heads)
         self.reused = False
         self.idle_since = 0.0
         self.response_paused = False
@@ -161,31 +160,20 @@ class UpstreamConnection(asyncio.Protocol):
         if self.tunnel:
             self.receiver.data(data, False)  # type: ignore[union-attr]  # there is one while there is a sink
             return
-        key = None
-        if self.in_head and self.request_sent and not self.raw_head:
-            known: KnownAnswer | None = None
-            end, digits = 0, b""
-            if self.latest is not None and (same := self.latest.read(data)) is not None:
-                known = self.latest.known
-                end, digits = same
-            elif (found := split(data)) is not None:
-                end, key, digits = found
-                known = self.upstream.heads.get(key) if digits else None
-                if known is not None:
-                    self.latest = Latest(key, known)
-            if known is not None and len(data) == end + int(digits) and not sink.is_head:
-                self.sink = self.receiver = None
-                self.answered = self.request_sent = False
-                self.upstream.release(self)
-                sink.whole(known, digits, data[end:])
-                return
+        alone = self.in_head and self.request_sent and not self.raw_head
+        if alone and (found := self.heads.find(data)) is not None and not sink.is_head:
+            self.sink = self.receiver = None
+            self.answered = self.request_sent = False
+            self.upstream.release(self)
+            sink.whole(*found)
+            return
         try:
             while self.in_head and data:
                 data = self._feed_head(data, sink)
                 if self.sink is not sink or self.tunnel:
                     return
                 if self.in_head:
-                    key = None  # that of an interim answer
+                    alone = False  # there was an interim answer
             if data:
                 if self.message_complete:
                     raise UpstreamError(TOO_MUCH)
@@ -205,8 +193,8 @@ class UpstreamConnection(asyncio.Protocol):
             self._fail(str(error))
         else:
             if self.message_complete and self.sink is sink:
-                if key is not None and (head := self._common(sink)) is not None:
-                    self.upstream.heads.learn(key, KnownAnswer(head))
+                if alone and (head := self._common(sink)) is not None:
+                    self.heads.learn(KnownAnswer(head))
                 self._finish(sink)
 
     def _ends_well(self, data: bytes) -> bool:

@@ -12,8 +12,8 @@ from supervisor.gateway.http1 import (
     REMEMBERED,
     TARGET_TOO_LONG,
     Headers,
-    Latest,
     Memo,
+    Repeats,
     Request,
     halves,
     split,
@@ -180,26 +180,34 @@ HEAD = b"POST /v1/x HTTP/1.1\r\nHost: h\r\nContent-Length: 12\r\nX-Last: 1\r\n\r
 SAME = HEAD.replace(b"12", b"")
 
 
+BODY = b"x" * 12
+GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
+
+
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
-        (HEAD, (len(HEAD), SAME, b"12")),
-        (HEAD + b"x" * 12, (len(HEAD), SAME, b"12")),
-        (HEAD.replace(b"12", b"7"), (len(HEAD) - 1, SAME, b"7")),
-        (
-            HEAD.replace(b"Content-Length", b"content-length"),
-            (len(HEAD), SAME.replace(b"Content-L", b"content-l"), b"12"),
-        ),
-        (b"GET / HTTP/1.1\r\nHost: h\r\n\r\n", (27, b"GET / HTTP/1.1\r\nHost: h\r\n\r\n", b"")),
+        (HEAD + BODY, (SAME, b"12", BODY)),
+        (HEAD.replace(b"12", b"7") + b"x" * 7, (SAME, b"7", b"x" * 7)),
+        (HEAD.replace(b"12", b"0"), (SAME, b"0", b"")),
+        (HEAD.replace(b"-Length", b"-length") + BODY, (SAME.replace(b"-Length", b"-length"), b"12", BODY)),
+        (HEAD.replace(b"Content-L", b"content-l") + BODY, (SAME.replace(b"Content-L", b"content-l"), b"12", BODY)),
+        (GET, (GET, b"", b"")),
+        # Not one whole message.
+        (HEAD, None),
         (HEAD[:-1], None),
         (b"", None),
-        (HEAD.replace(b"12", b"1x"), None),
-        (HEAD.replace(b"12", b"-1"), None),
-        (HEAD.replace(b"12", b"1234567890"), None),
-        (HEAD.replace(b"12", b""), None),
-        (HEAD.replace(b"12", b" 12"), None),
-        (HEAD.replace(b"Content-Length", b"X-Length"), None),
-        (b"POST / HTTP/1.1\r\nX-Content-Length: 5\r\n\r\n", None),
+        (HEAD + BODY[:-1], None),
+        (HEAD + BODY + b"y", None),
+        (GET + GET, None),
+        # Not a common one.
+        (HEAD.replace(b"12", b"1x") + BODY, None),
+        (HEAD.replace(b"12", b"-1") + BODY, None),
+        (HEAD.replace(b"12", b"012") + BODY, None),
+        (HEAD.replace(b"12", b"") + BODY, None),
+        (HEAD.replace(b"12", b" 12") + BODY, None),
+        (HEAD.replace(b"Content-Length", b"X-Length") + BODY, None),
+        (b"POST / HTTP/1.1\r\nX-Content-Length: 5\r\n\r\n12345", None),
         (b"POST /?length: 5 HTTP/1.1\r\n\r\n", None),
         (b"GET / HTTP/1.1\r\nX: " + b"y" * 5000 + b"\r\n\r\n", None),
     ],
@@ -209,15 +217,30 @@ def test_split(data: bytes, expected: object) -> None:
 
 
 def test_the_latest_head_is_found_again_whatever_its_length() -> None:
-    end, key, _ = split(HEAD) or (0, b"", b"")
-    latest: Latest[str] = Latest(key, "it")
-    assert latest.read(HEAD + b"body") == (end, b"12")
-    assert latest.read(HEAD.replace(b"12", b"12345")) == (end + 3, b"12345")
+    repeats: Repeats[str] = Repeats(Memo())
+    assert repeats.find(HEAD + BODY) is None
+    repeats.learn("it")
+    for size in (12, 12, 12345, 0):
+        body = b"y" * size
+        assert repeats.find(HEAD.replace(b"12", b"%d" % size) + body) == ("it", b"%d" % size, body)
     for other in (
-        HEAD.replace(b"X-Last", b"X-Lost"), HEAD.replace(b"12", b""), HEAD.replace(b"12", b"1x"), HEAD[:-1], b"",
-        HEAD.replace(b"12", b"1234567890"), HEAD.replace(b"Host: h", b"Host: g"), HEAD.replace(b"12", b"-2"),
+        HEAD.replace(b"X-Last", b"X-Lost") + BODY, HEAD.replace(b"12", b"") + BODY, HEAD.replace(b"12", b"1x") + BODY,
+        HEAD + BODY[:-1], HEAD[:-1], b"", HEAD.replace(b"Host: h", b"Host: g") + BODY, HEAD + BODY + BODY,
+        HEAD.replace(b"12", b"-2") + BODY, HEAD.replace(b"12", b"012") + BODY,
     ):  # fmt: skip
-        assert latest.read(other) is None
+        assert repeats.find(other) is None
+    assert repeats.find(HEAD + BODY) is not None
+    repeats.forget()
+    repeats.memo.known.clear()
+    assert repeats.find(HEAD + BODY) is None
+
+
+def test_what_is_no_whole_message_is_not_learnt() -> None:
+    repeats: Repeats[str] = Repeats(Memo())
+    assert repeats.find(HEAD + BODY) is None
+    assert repeats.find(HEAD) is None
+    repeats.learn("it")
+    assert repeats.memo.known == {}
 
 
 def test_the_memo_does_not_grow_for_ever() -> None:
@@ -225,8 +248,6 @@ def test_the_memo_does_not_grow_for_ever() -> None:
     for number in range(3 * REMEMBERED):
         memo.learn(b"%d" % number, number)
     assert len(memo.known) <= REMEMBERED
-    memo.forget()
-    assert memo.known == {}
 
 
 def test_a_head_is_written_around_its_length() -> None:
