@@ -6,7 +6,7 @@ import asyncio
 
 from supervisor.gateway.errors import UpstreamError
 from supervisor.gateway.http1 import Dechunker, Framing, KnownAnswer, ResponseHead
-from supervisor.gateway.upstream import Upstream, UpstreamConnection
+from supervisor.gateway.upstream import Sink, Upstream, UpstreamConnection
 
 
 async def ask(upstream: Upstream, path: str, body: bytes = b"", *, patience: float) -> tuple[int, bytes] | None:
@@ -24,12 +24,8 @@ async def ask(upstream: Upstream, path: str, body: bytes = b"", *, patience: flo
             question.connection.abort()
 
 
-class _Question:
+class _Question(Sink):
     """The sink of `ask`."""
-
-    is_head = False
-    is_relayed = False
-    websocket = False
 
     def __init__(self, path: str, body: bytes, answer: asyncio.Future[tuple[int, bytes]]) -> None:
         self.path = path
@@ -55,9 +51,6 @@ class _Question:
         self.status = head.status
         self.dechunker = Dechunker() if head.framing is Framing.CHUNKED else None
 
-    def switched(self, head: ResponseHead, data: bytes) -> None:
-        raise AssertionError  # never asked for
-
     def whole(self, known: KnownAnswer, digits: bytes, body: bytes) -> None:
         self.status = known.status
         self.parts.append(body)
@@ -75,9 +68,3 @@ class _Question:
         self.connection = None
         if not self.answer.done():
             self.answer.set_exception(error)
-
-    def pause_request(self) -> None:
-        pass
-
-    def resume_request(self) -> None:
-        pass

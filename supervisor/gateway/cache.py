@@ -19,7 +19,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from supervisor.gateway.delivery import KEEP_LIMIT, Delivery
+from supervisor.gateway.delivery import KEEP_LIMIT, Answered, Delivery
 from supervisor.gateway.door import Delivering
 from supervisor.gateway.http1 import Framing, KnownAnswer, Request, ResponseHead
 from supervisor.gateway.policy import ADMIN_ROUTES
@@ -150,7 +150,7 @@ class Kept(Answer):
         self.size = len(head.fields) + len(body) + OVERHEAD
 
 
-class Recording(Answer):
+class Recording(Answer, Answered):
     """An answer as it comes. For its delivery it is who gets it (`Answered`)."""
 
     source: Delivery
@@ -159,7 +159,7 @@ class Recording(Answer):
         self.cache = cache
         self.key = key
         self.epoch = cache.epoch
-        self.named: Mapping[str, str] = first.named
+        self.first = first
         self.readers: list[Reader] = []
         self.parts = []
         self.size = 0  # of the body, so far
@@ -167,6 +167,10 @@ class Recording(Answer):
         self.door = first.door
         self.request = first.request
         self.source = Delivery(self, head)
+
+    @property
+    def named(self) -> Mapping[str, str]:
+        return self.first.named
 
     def join(self, exchange: Exchange, result: bytes) -> None:
         reader = Reader(self, exchange, result)
@@ -198,8 +202,6 @@ class Recording(Answer):
 
     # Answered
 
-    def interim(self, head: ResponseHead) -> None: ...  # of one client
-
     def answer(self, head: ResponseHead) -> None:
         self.head = head.for_others()
         self._go_on()
@@ -208,9 +210,6 @@ class Recording(Answer):
         self.answer(known.with_length(digits))
         self.data(body, False)
         self.ended()
-
-    def switched(self, head: ResponseHead, data: bytes) -> None:
-        raise AssertionError  # never asked for
 
     def data(self, data: bytes, in_chunk: bool) -> None:
         if data:
@@ -254,10 +253,6 @@ class Recording(Answer):
         self.cache.over(self)
         self.source.release()
         self.source.abort()
-
-    def pause_request(self) -> None: ...  # it is there whole
-
-    def resume_request(self) -> None: ...
 
 
 class Reader(Delivering):

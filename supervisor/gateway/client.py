@@ -91,8 +91,6 @@ class ClientConnection(RequestReader):
 
     def __init__(self, clients: Clients, door: Door, **kwargs: Any) -> None:
         super().__init__(clients, door, **kwargs)
-        self.write: Callable[[bytes], object] = None  # type: ignore[assignment]  # the transport's
-        self.address = b""
         self.advancing = False
         self.body_began = 0.0  # when the body that arrives was asked for
         self.stuck_at = 0.0  # since when the client does not take its answer; 0: it does

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
@@ -17,7 +17,7 @@ from supervisor.gateway.door import Delivering, Door
 from supervisor.gateway.errors import Refusal, UpstreamError
 from supervisor.gateway.gate import RETRY_AFTER
 from supervisor.gateway.http1 import Framing, KnownAnswer, Request, ResponseHead
-from supervisor.gateway.upstream import Disconnected, NotConnected, Receiver, Unanswered, UpstreamConnection
+from supervisor.gateway.upstream import Disconnected, NotConnected, Receiver, Sink, Unanswered, UpstreamConnection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -64,12 +64,41 @@ class Event(Enum):
     __hash__ = object.__hash__
 
 
-class Delivery(Delivering):
+class Answered(Receiver):
+    """Who gets the answer: a client's exchange, or a recording of the cache."""
+
+    door: Door
+    request: Request
+
+    @property
+    def named(self) -> Mapping[str, str]:
+        """Its request's id, for a line of log."""
+        raise NotImplementedError
+
+    def interim(self, head: ResponseHead) -> None:
+        """A 1xx."""
+
+    def answer(self, head: ResponseHead) -> None:
+        """Its body follows by `data`, and its end by `ended` or `lost`."""
+        raise NotImplementedError
+
+    def whole(self, known: KnownAnswer, digits: bytes, body: bytes) -> None:
+        """All of an answer at once, its head one that was seen before."""
+        raise NotImplementedError
+
+    def switched(self, head: ResponseHead, data: bytes) -> None:
+        """A WebSocket is open; `data` may hold its first frames."""
+        raise NotImplementedError
+
+    def refused(self, refusal: Refusal) -> None:
+        """There will be no answer of vLLM's."""
+        raise NotImplementedError
+
+
+class Delivery(Delivering, Sink):
     """One request. `answered` gets what becomes of it: `answer`, `whole` or `switched`, or else `refused`."""
 
     is_relayed = True
-    is_head = False
-    websocket = False
     # The state of a new one. Kept in the class: what a small request never touches costs it nothing.
     state = State.WAITING
     connection: UpstreamConnection | None = None
@@ -337,35 +366,6 @@ class Delivery(Delivering):
         answered = self.answered
         self.abort()
         answered.refused(refusal)
-
-
-class Answered(Receiver, Protocol):
-    """Who gets the answer: a client's exchange, or a recording of the cache."""
-
-    @property
-    def door(self) -> Door: ...
-
-    @property
-    def request(self) -> Request: ...
-
-    @property
-    def named(self) -> Mapping[str, str]:
-        """Its request's id, for a line of log."""
-
-    def interim(self, head: ResponseHead) -> None:
-        """A 1xx."""
-
-    def answer(self, head: ResponseHead) -> None:
-        """Its body follows by `data`, and its end by `ended` or `lost`."""
-
-    def whole(self, known: KnownAnswer, digits: bytes, body: bytes) -> None:
-        """All of an answer at once, its head one that was seen before."""
-
-    def switched(self, head: ResponseHead, data: bytes) -> None:
-        """A WebSocket is open; `data` may hold its first frames."""
-
-    def refused(self, refusal: Refusal) -> None:
-        """There will be no answer of vLLM's."""
 
 
 NOBODY = cast("Answered", None)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from supervisor.gateway.counts import Counts
     from supervisor.gateway.errors import Refusal
     from supervisor.gateway.exchange import Exchange
     from supervisor.gateway.gate import Gate
-    from supervisor.gateway.http1 import Memo, Request
+    from supervisor.gateway.heads import Memo
+    from supervisor.gateway.http1 import Request
     from supervisor.gateway.policy import Policy, Verdict
     from supervisor.gateway.record import Record
 
@@ -29,26 +30,29 @@ class Then(Enum):
 KEEP = Then.KEEP  # found faster
 
 
-class Client(Protocol):
+class Client:
     """What an exchange may ask of the connection to its client."""
 
     write: Callable[[bytes], object]
-
-    @property
-    def address(self) -> bytes: ...
+    address = b""
 
     def pause(self) -> None:
         """The reading of its request."""
+        raise NotImplementedError
 
-    def resume(self) -> None: ...
+    def resume(self) -> None:
+        raise NotImplementedError
 
     def becomes_tunnel(self, exchange: Exchange) -> None:
         """What it sends from now on are frames, and go to `exchange.tunnel`."""
+        raise NotImplementedError
 
     def linger(self) -> None:
         """Reads what still comes, and throws it away, for a while."""
+        raise NotImplementedError
 
-    def done(self, exchange: Exchange, then: Then) -> None: ...
+    def done(self, exchange: Exchange, then: Then) -> None:
+        raise NotImplementedError
 
 
 class Delivering:

@@ -7,7 +7,6 @@ tells that it is not whole.
 from __future__ import annotations
 
 import re
-from typing import Protocol
 
 from supervisor.gateway.errors import Refusal
 from supervisor.gateway.frames import GOING_AWAY, INTERNAL_ERROR, Frames, close_frame
@@ -35,56 +34,46 @@ COMMENT_CHUNK = b"3\r\n:\n\n\r\n"
 LARGEST_COMMENT = 64
 
 
-class Body(Protocol):
-    """The body of an answer that has begun."""
+class Body:
+    """The body of an answer that has begun: of one that is no event stream, and no WebSocket."""
 
-    def feed(self, data: bytes, in_chunk: bool) -> bytes:
-        """What may go to the client now. `in_chunk`: vLLM's bytes so far end within a chunk."""
-
-    def rest(self) -> bytes:
-        """What was kept back, once all of it is there."""
-
-    def ending(self, refusal: Refusal, path: bytes) -> bytes | None:
-        """What ends it well at this moment. None: only a cut tells."""
-
-    def nothing(self) -> bytes:
-        """Bytes without a meaning, which a client that is gone will not take; none where there are no such bytes."""
-
-
-class Plain:
-    """Of an answer that is no event stream."""
+    __slots__ = ("dechunker",)
 
     def __init__(self, dechunker: Dechunker | None = None) -> None:
         """`dechunker`: its client speaks HTTP/1.0, and knows no chunks."""
         self.dechunker = dechunker
 
     def feed(self, data: bytes, in_chunk: bool) -> bytes:
+        """What may go to the client now. `in_chunk`: vLLM's bytes so far end within a chunk."""
         return data if self.dechunker is None else self.dechunker.feed(data)
 
     def rest(self) -> bytes:
+        """What was kept back, once all of it is there."""
         return b""
 
     def ending(self, refusal: Refusal, path: bytes) -> bytes | None:
+        """What ends it well at this moment. None: only a cut tells."""
         return None
 
     def nothing(self) -> bytes:
+        """Bytes without a meaning, which a client that is gone will not take; none where there are no such bytes."""
         return b""
 
 
-PLAIN = Plain()
+PLAIN = Body()
 
 
-class Events:
+class Events(Body):
     """Of an event stream in chunks. Half an event is of no use to its client, and a stream that stops there could not
     be ended well: so it gets whole ones, unless one is too large to be kept."""
 
-    __slots__ = ("dechunker", "latest", "partial", "torn")
+    __slots__ = ("latest", "partial", "torn")
 
     def __init__(self, dechunker: Dechunker | None = None) -> None:
+        super().__init__(dechunker)
         self.partial = b""  # bytes that end within an event, and that the client has not got
         self.torn = False  # the client has half an event, and maybe half a chunk
         self.latest = b""  # what the client got last
-        self.dechunker = dechunker
 
     def feed(self, data: bytes, in_chunk: bool) -> bytes:
         if not (self.partial or in_chunk or self.torn) and data.endswith(USUAL_ENDS):  # nearly always
@@ -125,16 +114,16 @@ class Events:
         return COMMENT_CHUNK if self.dechunker is None else b":\n\n"
 
 
-class Late:
+class Late(Body):
     """Of an answer that is no stream, whose client was given a stream's head while it waited: it becomes an event."""
 
     def __init__(self, path: bytes, *, chunked: bool) -> None:
+        super().__init__(Dechunker() if chunked else None)
         self.path = path
-        self.dechunker = Dechunker() if chunked else None
         self.content = b""
 
     def feed(self, data: bytes, in_chunk: bool) -> bytes:
-        self.content += data if self.dechunker is None else self.dechunker.feed(data)
+        self.content += super().feed(data, in_chunk)
         return b""
 
     def rest(self) -> bytes:
@@ -150,7 +139,7 @@ class Late:
         return COMMENT_CHUNK
 
 
-class Tunnel:
+class Tunnel(Body):
     """Of a WebSocket: vLLM's frames."""
 
     def __init__(self) -> None:
@@ -170,9 +159,6 @@ class Tunnel:
         if self.frames.closed or not self.frames.between:  # within a frame it were part of a message
             return b""
         return close_frame(GOING_AWAY if refusal.code == "shutting_down" else INTERNAL_ERROR, refusal.message)
-
-    def nothing(self) -> bytes:
-        return b""
 
 
 def is_comment(data: bytes) -> bool:

@@ -11,9 +11,9 @@ import logging
 import re
 from typing import TYPE_CHECKING
 
-from supervisor.gateway.delivery import BROKEN_OFF
+from supervisor.gateway.delivery import BROKEN_OFF, Answered
 from supervisor.gateway.door import KEEP, Client, Door, Then
-from supervisor.gateway.endings import COMMENT_CHUNK, PLAIN, Body, Events, Late, Plain, Tunnel, is_comment
+from supervisor.gateway.endings import COMMENT_CHUNK, PLAIN, Body, Events, Late, Tunnel, is_comment
 from supervisor.gateway.errors import Refusal, UpstreamError
 from supervisor.gateway.http1 import WATCHED, Dechunker, Framing, KnownAnswer, Request, ResponseHead
 from supervisor.gateway.record import CLIENT_GONE, Record
@@ -37,7 +37,7 @@ BODY_TOO_SLOW = Refusal(408, "The request's body did not come in time.", "reques
 log = logging.getLogger("supervisor.gateway")
 
 
-class Exchange(Record):
+class Exchange(Record, Answered):
     """One relayed request. For the delivery it is who gets the answer (`Answered`)."""
 
     refusal: Refusal | None = None  # of its head, which is read before its turn comes
@@ -218,7 +218,7 @@ class Exchange(Record):
             if head.is_sse:
                 self.body = Events(dechunker)
             elif dechunker is not None:
-                self.body = Plain(dechunker)
+                self.body = Body(dechunker)
         elif head.framing is Framing.CLOSE and not self.request.is_head:
             self.ends_by_close = True
         if not head.has_request_id:

@@ -1,25 +1,26 @@
 """The bytes of a client's connection, made into requests.
 
 It is uvicorn's httptools protocol with the parser's callbacks replaced. A head that came before is not read again
-(http1.py). Requests for our own paths are handed back to uvicorn, which runs the ASGI app; every other request becomes
+(heads.py). Requests for our own paths are handed back to uvicorn, which runs the ASGI app; every other request becomes
 an `Exchange`.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from supervisor.gateway.door import Client
 from supervisor.gateway.errors import Refusal
 from supervisor.gateway.exchange import Exchange
+from supervisor.gateway.heads import Repeats
 from supervisor.gateway.http1 import (
     HEAD_LIMIT,
     HEAD_TOO_LARGE,
     VERSIONS,
-    Repeats,
     Request,
     asks_for_websocket,
     origin_form,
@@ -28,7 +29,7 @@ from supervisor.gateway.policy import is_preflight
 
 if TYPE_CHECKING:
     from supervisor.gateway.client import Clients
-    from supervisor.gateway.door import Client, Door
+    from supervisor.gateway.door import Door
 
 FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 # Requests that may wait behind the one that is answered, before no more is parsed; and bytes that are parsed at once,
@@ -44,7 +45,7 @@ class _Over(Exception):  # no error
     """Ends the parser's reading."""
 
 
-class RequestReader(HttpToolsProtocol):
+class RequestReader(HttpToolsProtocol, Client):
     """`arrived` is called with each request whose head is there; its body follows."""
 
     def __init__(self, clients: Clients, door: Door, **kwargs: Any) -> None:
@@ -70,9 +71,6 @@ class RequestReader(HttpToolsProtocol):
         self.lingering = False  # answered and half closed; whatever still comes is thrown away
 
     def arrived(self, one: Exchange | RequestResponseCycle) -> None:
-        raise NotImplementedError
-
-    def linger(self) -> None:
         raise NotImplementedError
 
     def refuse_without_a_request(self, refusal: Refusal) -> None:
@@ -108,7 +106,7 @@ class RequestReader(HttpToolsProtocol):
         """A whole request whose head was seen before."""
         door = self.door
         request_id = door.new_id()
-        self.incoming = self.answering = exchange = Exchange(cast("Client", self), door, request, request_id)
+        self.incoming = self.answering = exchange = Exchange(self, door, request, request_id)
         # The body stands with the head: it is sent, and sent again, in one piece with it.
         exchange.head = b"".join((request.before, digits, request.after, request_id, b"\r\n\r\n", body))
         exchange.complete = True
@@ -234,7 +232,7 @@ class RequestReader(HttpToolsProtocol):
         door = self.door
         refusal = request.rewrite(version, tls=door.tls)
         request.verdict = door.policy.judge(request)
-        exchange = Exchange(cast("Client", self), door, request, request.client_id or door.new_id())
+        exchange = Exchange(self, door, request, request.client_id or door.new_id())
         exchange.refusal = refusal
         self.body_left = request.length or 0
         exchange.left -= self.body_left

@@ -23,7 +23,7 @@ from supervisor.gateway.endings import NO_SIGN, Events
 from supervisor.gateway.errors import Refusal
 from supervisor.gateway.exchange import Exchange
 from supervisor.gateway.gate import RETRY_AFTER, Admission, Gate
-from supervisor.gateway.http1 import Memo
+from supervisor.gateway.heads import Memo
 from supervisor.gateway.policy import ENGINE_ROUTES, Policy
 from supervisor.gateway.upstream import Upstream
 

@@ -12,17 +12,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from typing import Protocol, cast
+from typing import cast
 
 import httptools
 
 from supervisor.gateway.errors import UpstreamError
+from supervisor.gateway.heads import Memo, Repeats
 from supervisor.gateway.http1 import (
     ANSWER_HEAD_LIMIT,
     Framing,
     KnownAnswer,
-    Memo,
-    Repeats,
     ResponseHead,
 )
 
@@ -44,39 +43,47 @@ class Unanswered(Disconnected):
     """Not a byte of an answer came: on a connection that had been idle, vLLM most likely never saw the request."""
 
 
-class Receiver(Protocol):
+class Receiver:
     """Who receives the body of an answer. `ended` or `lost` is the last call."""
 
     def data(self, data: bytes, in_chunk: bool) -> None:
         """Raw body bytes, chunk framing and trailers included; `in_chunk`: they end within a chunk."""
+        raise NotImplementedError
 
-    def ended(self) -> None: ...
+    def ended(self) -> None:
+        raise NotImplementedError
 
-    def lost(self, error: UpstreamError) -> None: ...
+    def lost(self, error: UpstreamError) -> None:
+        raise NotImplementedError
 
     def pause_request(self) -> None:
         """vLLM takes no more of the request body for now."""
 
-    def resume_request(self) -> None: ...
+    def resume_request(self) -> None:
+        """It takes more."""
 
 
-class Sink(Receiver, Protocol):
+class Sink(Receiver):
     """Who sends one request, and receives its answer, or names somebody else for its body (`connection.receiver`)."""
 
-    is_head: bool
-    is_relayed: bool  # a client's, not one of our own questions
-    websocket: bool  # asked for
+    is_head = False
+    is_relayed = False  # a client's, not one of our own questions
+    websocket = False  # asked for
 
-    def connected(self, connection: UpstreamConnection) -> None: ...
+    def connected(self, connection: UpstreamConnection) -> None:
+        raise NotImplementedError
 
     def head(self, head: ResponseHead) -> None:
         """Also for each 1xx; the last call carries the final status."""
+        raise NotImplementedError
 
     def switched(self, head: ResponseHead, data: bytes) -> None:
         """A WebSocket is open; what comes of it follows by `data`, and its end by `ended`."""
+        raise NotImplementedError
 
     def whole(self, known: KnownAnswer, digits: bytes, body: bytes) -> None:
         """Instead of all the others: a whole answer, whose head was seen before."""
+        raise NotImplementedError
 
 
 class UpstreamConnection(asyncio.Protocol):

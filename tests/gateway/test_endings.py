@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from supervisor.gateway.endings import LARGEST_COMMENT, PARTIAL_LIMIT, Events, Late, Plain, Tunnel, is_comment
+from supervisor.gateway.endings import LARGEST_COMMENT, PARTIAL_LIMIT, Body, Events, Late, Tunnel, is_comment
 from supervisor.gateway.errors import Refusal
 from supervisor.gateway.frames import GOING_AWAY, INTERNAL_ERROR
 from supervisor.gateway.http1 import Dechunker
@@ -366,7 +366,7 @@ def test_a_lone_line_end_in_a_chunk_of_its_own_ends_no_event(eol: bytes) -> None
 @given(data=st.binary(max_size=300), cuts=st.lists(st.integers(0, 10**7), max_size=5))
 @often
 def test_what_is_no_stream_passes_and_can_only_be_cut(data: bytes, cuts: list[int]) -> None:
-    plain, old = Plain(), Plain(Dechunker())
+    plain, old = Body(), Body(Dechunker())
     raw = (chunk(data) if data else b"") + b"0\r\n\r\n"
     pieces = pieces_of(raw, cuts)
     assert b"".join(plain.feed(piece, in_chunk=False) for piece in pieces) == raw

@@ -13,15 +13,13 @@ from hypothesis import HealthCheck, assume, event, example, given, settings
 from hypothesis import strategies as st
 
 from supervisor.gateway.errors import Refusal
+from supervisor.gateway.heads import Memo, Repeats, split
 from supervisor.gateway.http1 import (
     COMPRESSED,
     HOP_BY_HOP,
-    Memo,
-    Repeats,
     Request,
     asks_for_websocket,
     origin_form,
-    split,
 )
 from supervisor.gateway.policy import Verdict
 from tests.gateway.messages import RequestReader

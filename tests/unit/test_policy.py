@@ -5,18 +5,14 @@ from __future__ import annotations
 import pytest
 
 from supervisor.gateway.errors import Refusal
+from supervisor.gateway.heads import REMEMBERED, Memo, Repeats, halves, split
 from supervisor.gateway.http1 import (
     COMPRESSED,
     HEAD_TOO_LARGE,
     NO_HOST,
-    REMEMBERED,
     TARGET_TOO_LONG,
     Headers,
-    Memo,
-    Repeats,
     Request,
-    halves,
-    split,
 )
 from supervisor.gateway.policy import (
     ADMIN_ONLY,

@@ -1,0 +1,102 @@
+"""Heads that come again are not read again.
+
+A client's requests repeat their heads, and so do vLLM's answers, but for the Content-Length. What the strict parser
+made of a head is kept under its own bytes, less the digits of the length; the next one that is the same, byte for byte,
+is written from that, and half of a small request's price is saved (docs/performance.md). What is read for the first
+time, and everything unusual, goes through the parser: chunked and large bodies, pipelining, `Expect`, upgrades.
+"""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+# A larger head is no common one.
+LARGEST = 4096
+# Heads that are remembered. Clients that put something new into each (a trace's id) fill it, and it is emptied.
+REMEMBERED = 256
+
+_LENGTH = b"ength: "  # of Content-Length, in both spellings that clients have
+_BEFORE = b"\r\ncontent-l"
+
+Head = TypeVar("Head")
+
+
+class Memo(Generic[Head]):
+    """Heads by what `split` left of them."""
+
+    def __init__(self) -> None:
+        self.known: dict[bytes, Head] = {}
+        self.get = self.known.get
+
+    def learn(self, key: bytes, head: Head) -> None:
+        if len(self.known) >= REMEMBERED:
+            self.known.clear()
+        self.known[key] = head
+
+
+class Repeats(Generic[Head]):
+    """Finds the heads of one connection that came before, on it or on another one."""
+
+    __slots__ = ("after", "at", "before", "key", "latest", "memo")
+
+    def __init__(self, memo: Memo[Head]) -> None:
+        self.memo = memo
+        self.key: bytes | None = None  # of what was looked for last and not found, where it may be learnt
+        self.forget()
+
+    def forget(self) -> None:
+        self.latest: Head | None = None  # most likely the next one, too: it is found without `split`
+        self.before, self.at, self.after = b"", 0, b""  # its bytes around the length's digits, and where these are
+
+    def find(self, data: bytes) -> tuple[Head, bytes, bytes] | None:
+        """What is known of it, its length's digits, and its body, where `data` is one whole message."""
+        if self.latest is not None and data.startswith(self.before):
+            stop = data.find(b"\r", self.at)
+            if data.startswith(self.after, stop):
+                end = stop + len(self.after)
+                digits = data[self.at : stop]
+                if digits == b"%d" % (len(data) - end):
+                    return self.latest, digits, data[end:]
+        self.key = None
+        if (found := split(data)) is None:
+            return None
+        key, digits, body = found
+        if (known := self.memo.get(key)) is None:
+            self.key = key
+            return None
+        if digits:
+            self.latest, self.at = known, key.find(_LENGTH) + len(_LENGTH)
+            self.before, self.after = key[: self.at], key[self.at :]
+        return known, digits, body
+
+    def learn(self, head: Head) -> None:
+        """What `find` did not know."""
+        if self.key is not None:
+            self.memo.learn(self.key, head)
+
+
+def split(data: bytes) -> tuple[bytes, bytes, bytes] | None:
+    """Its head without the digits of its length, the digits, and the body, where `data` is one whole message."""
+    end = data.find(b"\r\n\r\n", 0, LARGEST) + 4
+    if end < 4:
+        return None
+    at = data.find(_LENGTH, 0, end)
+    if at < 0:
+        return (data, b"", b"") if end == len(data) else None
+    at += len(_LENGTH)
+    stop = data.find(b"\r\n", at)
+    digits = data[at:stop]
+    if data[at - len(_LENGTH) - len(_BEFORE) : at - len(_LENGTH)].lower() != _BEFORE:
+        return None
+    if digits != b"%d" % (len(data) - end):
+        return None
+    return data[:at] + data[stop:end], digits, data[end:]
+
+
+def halves(head: bytes) -> tuple[bytes, bytes]:
+    """A head's lines before and after the length's digits; all of it where there is no length."""
+    found = head.lower().find(b"\r\ncontent-length: ")
+    if found < 0:
+        return head, b""
+    at = found + len(b"\r\ncontent-length: ")
+    return head[:at], head[head.find(b"\r\n", at) :]
