@@ -11,6 +11,7 @@ import operator
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,7 @@ class Option:
         return max(int(bound) + 1, 8)
 
 
+@lru_cache(4096)  # a start asks for it some thousand times
 def key_of(name: str) -> str:
     """`--max-model-len`, however it is written -> `max_model_len`."""
     return name.removeprefix("--").replace("-", "_").lower()
@@ -139,6 +141,7 @@ class Catalogue:
         return self.by_key.get(key) or next((row for row in self.by_key.values() if name in row.also), None)
 
 
+@lru_cache(4)
 def parse(text: str) -> Catalogue:
     """A catalogue file's text. Raises ValueError where it is none."""
     content: dict[str, Any] = json.loads(text)

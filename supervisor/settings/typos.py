@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping
+from functools import cached_property
 
 from supervisor.settings.aliases import FORMER, SAGEMAKER
 from supervisor.settings.catalogue import Catalogue
@@ -47,10 +48,14 @@ class Names:
 
     def __init__(self, known: Iterable[str]) -> None:
         self.known = set(known)
-        self.by_start: dict[str, set[str]] = {}
+
+    @cached_property
+    def by_start(self) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
         for name in self.known:
             for word in name.split("_"):
-                self.by_start.setdefault(word[:4], set()).add(name)
+                found.setdefault(word[:4], set()).add(name)
+        return found
 
     def meant(self, name: str) -> str | None:
         """The known name that `name` is most probably meant to be."""
