@@ -2,7 +2,7 @@
 
 The event loop makes the lines, some at a time. What is the same in many of them is made once, by the one who makes all
 other lines (lines.py): the line of a method, path and status, with gaps for the rest. No query, header or body is in
-it. RunPod's jobs have a line of their own (queue/worker.py).
+it. RunPod's jobs have a line of their own (queue/delivery.py).
 """
 
 from __future__ import annotations

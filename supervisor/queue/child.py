@@ -153,7 +153,7 @@ class QueueWorker:
 
     async def _once(self) -> int:
         self.child = subprocess.Popen(  # noqa: ASYNC220  # a thread waits for it, as for vLLM
-            [sys.executable, *SAFELY, "supervisor.queue.worker"],
+            [sys.executable, *SAFELY, "supervisor.queue.sdk"],
             env=self.environ,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

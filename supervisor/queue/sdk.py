@@ -1,16 +1,23 @@
-"""The runpod SDK (1.12), with its faults contained. Importing this imports the SDK: 2 s.
+"""The queue worker, a child of the supervisor: the runpod SDK (1.12) with its loops replaced. Importing this imports
+the SDK: 2 s, while vLLM loads.
 
-What is replaced, and why; `tests/queue/test_sdk.py` fails when a new SDK no longer has the fault, or moves the seam:
+The SDK starts the worker, tells RunPod that it lives and which jobs it has (a process of its own), and knows RunPod's
+addresses and the key. What is replaced, and why; `tests/queue/test_sdk.py` fails when a new SDK no longer has the
+fault, or moves the seam:
 
 | seam | fault |
 | --- | --- |
-| `rp_scale.get_job` | asks again at once after 401, refused, 204: 1000s per second; loses jobs without `input` |
-| the same | a job that waits to be begun counts twice: half-full looks full, and the SDK sleeps for 1 s |
-| `rp_scale.get_stop_signals` | a line of log per second where there is no stop channel; a queued job can't be stopped |
-| `rp_job.stream_result`, `rp_job.send_result` | a 429, a reset, a timeout or a lone surrogate loses the data |
-| `rp_scale.JobScaler.run` | its own drain waits for long polls, and drops a job that they still bring |
+| `rp_scale.JobScaler.run`: the loops | asks again at once after 401, refused, 204: 1000s per second |
+| the same | a job that can't be read, or comes without `input`, loses all that came with it |
+| the same | begins a job up to 0.1 s late; half-full looks full, and then it sleeps for 1 s |
+| the same | a line of log per second where there is no stop channel; a queued job can't be stopped |
+| the same | its drain waits for long polls, and drops a job that they still bring |
+| the same: posts | a 429, a reset, a timeout or a lone surrogate loses the data; an error becomes a Python repr |
 | `cpuinfo` | imported for a debugger, it runs several programs: 1 s |
 | `os.fork` | the heartbeat's process outlives the worker and keeps it alive for RunPod |
+
+The supervisor writes the engine's state to our standard input, a word per line; its end means that the supervisor is
+gone. The queue is joined when the engine is ready, or has failed for good: then each job gets the diagnosis.
 """
 
 # ruff: noqa: E402
@@ -21,28 +28,28 @@ import contextlib
 import ctypes
 import json
 import os
-import random
 import signal
 import sys
 import time
 import types
-from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 import aiohttp
-import tenacity
 
 # For a debugger that nobody asked for, the SDK's import asks several programs about the CPU: 1 s of work.
 sys.modules.setdefault("cpuinfo", types.SimpleNamespace(get_cpu_info=lambda: {"brand_raw": ""}))  # type: ignore[arg-type]
 
 import runpod
+from runpod.http_client import AsyncClientSession
 from runpod.serverless.modules import rp_http, rp_job, rp_scale
+from runpod.serverless.modules.worker_state import JobsProgress
 
-from supervisor.queue.jobs import JSON, JobError
-from supervisor.queue.report import tell
-
-if TYPE_CHECKING:
-    from supervisor.queue.worker import Run, Worker
+from supervisor.queue.delivery import SHUT_DOWN, Delivery, NotTaken, RunPod
+from supervisor.queue.errors import JSON
+from supervisor.queue.shapes import Reader
+from supervisor.queue.taken import Taken, apart
+from supervisor.queue.worker import Answer, Client, tell
 
 T = TypeVar("T")
 
@@ -55,60 +62,41 @@ ENDING = frozenset({"draining", "expire", "gone"})
 LAST_WORDS = 3.0
 # Seconds. RunPod holds a poll for up to half a minute; the SDK gives up after 90.
 POLL_TIMEOUT = aiohttp.ClientTimeout(total=85, sock_connect=10)
-POST_TIMEOUT = aiohttp.ClientTimeout(total=60, sock_connect=10)
 # An answer without a job that comes sooner than this was no long poll: the next one waits, longer each time.
 INSTANT = 0.5
 SLOWEST_POLL = 10.0
-# A result or chunk is sent again for so long.
-PATIENCE = 90.0
-FIRST_PAUSE = 0.2
-# Nothing but these is worth another try.
-TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})
-# What RunPod takes as one chunk.
-CHUNK_BYTES = 1_000_000
-# As the SDK sends them: RunPod is used to it.
-POST_HEADERS = {"charset": "utf-8", "Content-Type": "application/x-www-form-urlencoded"}
 
 
-class NotTaken(Exception):
-    """RunPod did not take a POST; `transient`: it may take the same one later."""
+class Orders:
+    """The supervisor's words on standard input: `wait()` for the next ones before there is an event loop, then
+    `follow`. `latest` is what holds now."""
 
-    def __init__(self, reason: str, *, transient: bool) -> None:
-        super().__init__(reason)
-        self.transient = transient
+    def __init__(self) -> None:
+        self.latest = "starting"
+        self._rest = b""
 
+    def wait(self) -> str:
+        self._read()
+        return self.latest
 
-def serve(worker: Worker, jobs: int) -> None:
-    """Joins the queue, with up to `jobs` at once; returns when the supervisor has said to end and all is reported."""
-    link = Link(worker, jobs)
-    # mypy sees no types in the SDK; tests/queue/test_sdk.py checks that all of these are there.
-    rp_scale.get_job = link.take
-    rp_scale.get_stop_signals = link.stops
-    rp_job.stream_result = link.post_chunk
-    rp_job.send_result = link.post_result
-    run = rp_scale.JobScaler.run
-    rp_scale.JobScaler.run = lambda scaler: link.run(run(scaler))
-    os.register_at_fork(after_in_child=_die_with_parent)
-    runpod.serverless.start(
-        {
-            "handler": worker.handle,
-            "return_aggregate_stream": True,
-            # A change would stop the intake until all jobs are done; a pause is `Link.take` waiting.
-            # And it counts a job that waits to be begun twice, and sleeps for 1 s when it thinks that it is full: it is
-            # told more than that comes to, and `Link.take` keeps the limit.
-            "concurrency_modifier": lambda _: 2 * jobs + 1,
-        }
-    )
+    def follow(self, heard: Callable[[str], object]) -> None:
+        loop = asyncio.get_running_loop()
 
+        def readable() -> None:
+            self._read()
+            if self.latest == "gone":
+                loop.remove_reader(0)
+            heard(self.latest)
 
-def _die_with_parent() -> None:
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        loop.add_reader(0, readable)
 
-
-def encode(content: JSON) -> bytes:
-    """A lone surrogate, which a model can write and JSON can carry, is no UTF-8."""
-    return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
+    def _read(self) -> None:
+        data = os.read(0, 4096)
+        *words, self._rest = (self._rest + data).split(b"\n")
+        if words:
+            self.latest = words[-1].decode()
+        if not data:
+            self.latest = "gone"
 
 
 class Pace:
@@ -136,70 +124,127 @@ class Pace:
 
 
 class Link:
-    """Between the SDK's loops and RunPod."""
+    """Between RunPod and the gateway: takes jobs while there is room for them, and sees each delivered."""
 
-    def __init__(self, worker: Worker, jobs: int) -> None:
-        self.worker = worker
+    def __init__(self, orders: Orders, client: Client, reader: Reader, jobs: int) -> None:
+        """`jobs`: that may run at once."""
+        self.orders = orders
+        self.client = client
+        self.reader = reader
         self.jobs = jobs
-        self.polls: set[asyncio.Task[Any]] = set()
-        self.receiving: set[asyncio.Task[Any]] = set()  # of these: jobs are on their way, and must not be dropped
-        self.taking = Pace("taking jobs")
-        self.stopping = Pace("stop channel")
-        self.joined = asyncio.Event()
-        self.order = worker.orders.latest
+        self.order = orders.latest
+        self.running: dict[str, tuple[Delivery, asyncio.Task[None]]] = {}
+        self.poll: asyncio.Task[Any] | None = None  # for jobs, while none is on its way
+        self.receiving = False  # jobs are on their way, and must not be dropped
+        self.changed = asyncio.Event()  # an order came, a job ended, a poll
+        self.delivered_one = False
+        self.session: aiohttp.ClientSession = None  # type: ignore[assignment]  # set by `run`, before any use
+        self.runpod: RunPod = None  # type: ignore[assignment]  # as well
 
-    # The worker's life
-
-    async def run(self, loops: Coroutine[Any, Any, None]) -> None:
-        """In place of `JobScaler.run`: the SDK's loops, until the supervisor ends them."""
-        running = asyncio.create_task(loops)
+    async def run(self) -> None:
+        """Until the supervisor wants the end and every job that was taken is reported, whatever poll is open."""
         loop = asyncio.get_running_loop()
         # The SDK's handler would end its loops with a job on its way to them. `docker stop` does not reach us anyway.
         loop.add_signal_handler(signal.SIGTERM, self.heard, "draining")
-        self.worker.orders.follow(self.heard)
-        self.heard(self.worker.orders.latest)
-        ending = asyncio.create_task(self._drained())
-        await asyncio.wait({running, ending}, return_when=asyncio.FIRST_COMPLETED)
-        running.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await running
-        await self.worker.client.close()
+        self.orders.follow(self.heard)
+        self.heard(self.orders.latest)
+        async with AsyncClientSession() as self.session, asyncio.TaskGroup() as group:
+            self.runpod = RunPod(self.session, rp_http.JOB_DONE_URL, rp_http.JOB_STREAM_URL)
+            loops = [group.create_task(self._take()), group.create_task(self._hear_stops())]
+            await self._until(lambda: self.order in ENDING and not self.running and not self.receiving)
+            for task in loops:
+                task.cancel()
+        await self.client.close()
 
     def heard(self, order: str) -> None:
         """The engine's state changed, or the supervisor ends."""
-        if order in JOINED:
-            self.joined.set()
-        else:
-            self.joined.clear()
-            for poll in self.polls - self.receiving:  # nothing is taken that could not be done
-                poll.cancel()
+        self.order = order
+        if order not in JOINED and self.poll is not None:
+            self.poll.cancel()  # nothing is taken that could not be done
         if order in ("expire", "gone"):
-            self.worker.expire()  # their failure is still reported
+            for delivery, _ in self.running.values():
+                delivery.answer.stop(SHUT_DOWN)  # its failure is still reported
         if order == "gone":
             asyncio.get_running_loop().call_later(LAST_WORDS, os._exit, 1)
-        self.order = order
-        self.worker.changed.set()
+        self.changed.set()
 
-    async def _drained(self) -> None:
-        """Returns when the supervisor wants the end, no poll is open, and every job that was taken is reported."""
-        while self.order not in ENDING or self.polls or self.worker.runs:
-            self.worker.changed.clear()
-            await self.worker.changed.wait()
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            self.changed.clear()
+            await self.changed.wait()
 
-    async def _poll(self, pace: Pace, poll: Callable[[], Coroutine[Any, Any, T | None]]) -> T | None:
-        """One long poll that `heard` may cancel, no sooner than its pace allows. None without an answer."""
-        task = asyncio.create_task(self._paced(pace, poll))
-        self.polls.add(task)
-        try:
-            await asyncio.wait({task})
-            return None if task.cancelled() else task.result()
-        finally:
-            task.cancel()
-            self.polls.discard(task)
-            self.receiving.discard(task)
-            self.worker.changed.set()
+    # Jobs
 
-    async def _paced(self, pace: Pace, poll: Callable[[], Coroutine[Any, Any, T | None]]) -> T | None:
+    async def _take(self) -> None:
+        pace = Pace("taking jobs")
+        while True:
+            await self._until(lambda: self.order in JOINED and len(self.running) < self.jobs)
+            poll = self.poll = asyncio.create_task(self._paced(pace, self._ask_for_jobs))
+            await asyncio.wait({poll})
+            self.poll = None
+            for taken in (None if poll.cancelled() else poll.result()) or []:
+                # Not one that we have already: RunPod took us for dead, and gave it out again.
+                if taken.job_id not in self.running:
+                    self._begin(taken)
+            self.receiving = False
+            self.changed.set()
+
+    async def _ask_for_jobs(self) -> list[Taken] | None:
+        body = await self._ask(rp_job._job_get_url(self.jobs - len(self.running)), receives_jobs=True)
+        if body is None:
+            return None
+        jobs, nameless = await asyncio.to_thread(apart, body)
+        if nameless:
+            tell(f"{nameless} jobs came without an id: nobody can be told", "ERROR")
+        return jobs
+
+    def _begin(self, taken: Taken) -> None:
+        tell(job={"id": taken.job_id, "outcome": "taken"})
+        JobsProgress().add(taken.job_id)
+        delivery = Delivery(Answer(taken, self.client, self.reader), self.runpod, self._first)
+        task = asyncio.create_task(delivery.run())
+        self.running[taken.job_id] = delivery, task
+        task.add_done_callback(lambda task: self._over(taken.job_id, task))
+
+    def _over(self, job_id: str, task: asyncio.Task[None]) -> None:
+        del self.running[job_id]
+        JobsProgress().remove(job_id)
+        self.changed.set()
+        error = None if task.cancelled() else task.exception()
+        if error is not None:  # a fault of ours: RunPod gives the job out again
+            tell(f"the job is lost: {type(error).__name__}: {error}", "ERROR", job_id=job_id)
+
+    async def _first(self) -> JSON | None:
+        """What RunPod's first result since vLLM's start tells beside its output: its job waited for all of this."""
+        if self.delivered_one:
+            return None
+        self.delivered_one = True
+        start = await self.client.start_of_engine()
+        if start is None:
+            return None
+        phases = ", ".join(f"{row['name']} {row['seconds']:.1f} s" for row in start["phases"])
+        tell(f"the first job since vLLM's start ({start['seconds']:.1f} s: {phases})")
+        return {"cold_start": start}
+
+    # Those that nobody waits for any more
+
+    async def _hear_stops(self) -> None:
+        pace, url = Pace("stop channel"), rp_job._job_stop_url()
+        while url is not None:
+            for job_id in await self._paced(pace, lambda: self._ask_for_stops(url)) or []:
+                if (found := self.running.get(job_id)) is not None:
+                    found[1].cancel()
+
+    async def _ask_for_stops(self, url: str) -> list[str] | None:
+        body = await self._ask(url)
+        content = json.loads(body) if body else None
+        ids = content.get("jobsToStop") if isinstance(content, dict) else None
+        return [job_id for job_id in ids or [] if isinstance(job_id, str)] or None
+
+    # Polls
+
+    async def _paced(self, pace: Pace, poll: Callable[[], Awaitable[T | None]]) -> T | None:
+        """A long poll, no sooner than its pace allows. None without an answer."""
         await asyncio.sleep(pace.delay())
         began = time.monotonic()
         try:
@@ -215,155 +260,49 @@ class Link:
             pace.bad()
         return answer
 
-    # In place of the SDK's functions
-
-    async def take(self, session: aiohttp.ClientSession, count: int) -> list[JSON] | None:
-        """`rp_scale.get_job`: as many jobs as there is room for, once the engine can do them."""
-        while not self.joined.is_set() or len(self.worker.runs) >= self.jobs:
-            self.worker.changed.clear()
-            await self.worker.changed.wait()
-        room = min(count, self.jobs - len(self.worker.runs))
-        jobs = await self._poll(self.taking, lambda: self._ask_for_jobs(session, room)) or []
-        # One that we have already: RunPod took us for dead, and gave it out again.
-        jobs = [job for job in jobs if job["id"] not in self.worker.runs]
-        for job in jobs:
-            self.worker.begin(job)
-        return jobs
-
-    async def _ask_for_jobs(self, session: aiohttp.ClientSession, count: int) -> list[JSON] | None:
-        async with session.get(rp_job._job_get_url(count), timeout=POLL_TIMEOUT) as response:
+    async def _ask(self, url: str, *, receives_jobs: bool = False) -> bytes | None:
+        """RunPod's key follows no redirect."""
+        async with self.session.get(url, timeout=POLL_TIMEOUT, allow_redirects=False) as response:
             if response.status in (204, 400):  # 400: FlashBoot, says the SDK
                 return None
             if response.status != 200:
                 raise NotTaken(f"RunPod answers {response.status}", transient=True)
-            self.receiving |= {task for task in self.polls if task is asyncio.current_task()}
-            body = await response.read()
-        try:
-            content = json.loads(body) if body else None
-        except RecursionError:
-            raise NotTaken("a job came that is nested too deeply to be read", transient=False) from None
-        found = content if isinstance(content, list) else [content]
-        jobs = [job for job in found if isinstance(job, dict) and isinstance(job.get("id"), str) and job["id"]]
-        if len(jobs) < len(found) and content is not None:
-            tell(f"{len(found) - len(jobs)} jobs came without an id: nobody can be told", "ERROR")
-        for job in jobs:
-            job.setdefault("input", {})  # left out by RunPod where it is empty
-        return jobs
+            if receives_jobs:
+                self.receiving, self.poll = True, None
+            return await response.read()
 
-    async def stops(self, session: aiohttp.ClientSession) -> list[str]:
-        """`rp_scale.get_stop_signals`: ids of jobs that nobody waits for any more."""
-        ids = await self._poll(self.stopping, lambda: self._ask_for_stops(session)) or []
-        for job_id in ids:
-            self.worker.cancel(job_id)  # the SDK knows it only from when it is at work on it
-        return ids
 
-    async def _ask_for_stops(self, session: aiohttp.ClientSession) -> list[str] | None:
-        url = rp_job._job_stop_url()
-        assert url is not None  # or the SDK does not ask
-        async with session.get(url, timeout=POLL_TIMEOUT) as response:
-            if response.status == 204:
-                return None
-            if response.status != 200:
-                raise NotTaken(f"RunPod answers {response.status}", transient=True)
-            content = json.loads(await response.read())
-        ids = content.get("jobsToStop") if isinstance(content, dict) else None
-        return [job_id for job_id in ids or [] if isinstance(job_id, str)]
+def _die_with_parent() -> None:
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
-    async def post_chunk(self, session: aiohttp.ClientSession, content: JSON, job: JSON) -> None:
-        """`rp_job.stream_result`. A chunk that can't be delivered fails the job: a stream with a gap is worse."""
-        run = self.worker.runs.get(job["id"])
-        template = rp_http.JOB_STREAM_URL
-        if run is None or not run.as_list or "://" not in template:  # in the Hub's tests nobody listens to streams
+
+async def _never(_: object) -> None:
+    """The SDK wants a handler; its loops, which would call it, are replaced."""
+
+
+def main() -> None:
+    del sys.argv[1:]  # the SDK reads them, abbreviations included
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the supervisor
+    orders = Orders()
+    while orders.latest not in JOINED:
+        if orders.latest in ENDING:
             return
-        body = encode(content)
-        if not run.streams and len(body) > CHUNK_BYTES:
-            return  # RunPod would refuse it as a chunk; the result has it
-        run.sequence += 1
-        try:
-            await self._post(session, template, body, run, f"{run.attempt}/{run.sequence}", stream=False)
-        except NotTaken as error:
-            tell(f"a chunk could not be delivered: {error}", "ERROR", job_id=run.job_id)
-            run.fail(
-                JobError(f"A part of the stream could not be delivered to RunPod ({error}).", 502, "upstream_error")
-            )
+        orders.wait()
+    reader = Reader(
+        os.environ["SUPERVISOR_QUEUE_MODEL"],
+        llm=os.environ.get("SUPERVISOR_QUEUE_SHAPE") == "llm",
+        root=os.environ.get("SUPERVISOR_QUEUE_ROOT", ""),
+    )
+    link = Link(orders, Client(os.environ["SUPERVISOR_QUEUE_SOCKET"]), reader, int(os.environ["SUPERVISOR_QUEUE_JOBS"]))
+    # mypy sees no types in the SDK; tests/queue/test_sdk.py checks that these are there.
+    rp_scale.JobScaler.run = lambda _: link.run()
+    os.register_at_fork(after_in_child=_die_with_parent)
+    runpod.serverless.start({"handler": _never})
+    # All is reported. Python's own way out of so many modules takes half a second that the drain may not have.
+    sys.stdout.flush()
+    os._exit(0)
 
-    async def post_result(
-        self, session: aiohttp.ClientSession, content: JSON, job: JSON, is_stream: bool = False
-    ) -> None:
-        """`rp_job.send_result`."""
-        run = self.worker.runs[job["id"]]
-        stream = is_stream and run.as_list
-        if not run.as_list and content.get("output"):  # the object itself, as of a handler that is no generator
-            content = {"output": content["output"][0]}
-        bodies = [content]
-        self.worker.done += 1
-        if self.worker.done == 1 and (start := await self.worker.client.start_of_engine()) is not None:
-            # The first job waited for all of this. Should RunPod not like what it does not know: once more, without.
-            bodies.insert(0, {**content, "metadata": {"cold_start": start}})
-            phases = ", ".join(f"{row['name']} {row['seconds']:.1f} s" for row in start["phases"])
-            tell(f"the first job since vLLM's start ({start['seconds']:.1f} s: {phases})", job_id=run.job_id)
-        try:
-            await self._post_result(session, bodies, run, stream=stream)
-        except NotTaken as error:
-            run.tell("undelivered", str(error), "ERROR")
-            return
-        if run.error is not None:
-            # Of a 4xx no words: vLLM's quote what the user sent.
-            why = run.error.message if run.error.status >= 500 else run.error.kind
-            run.tell("failed", f"{run.error.status}, {why}", "WARNING")
-        else:
-            run.tell("completed")
 
-    async def _post_result(self, session: aiohttp.ClientSession, bodies: list[JSON], run: Run, *, stream: bool) -> None:
-        """The first of them that RunPod takes; if none, an error. Raises NotTaken."""
-        refused: NotTaken | None = None
-        for number, content in enumerate(bodies):
-            key = f"{run.attempt}/again" if number else run.attempt  # chunks have numbers there
-            try:
-                return await self._post(session, rp_http.JOB_DONE_URL, encode(content), run, key, stream=stream)
-            except NotTaken as error:
-                if error.transient:
-                    raise
-                refused = error
-        # Too large, most likely. An error is small, and says more to who waits than an empty result.
-        run.error = JobError(f"RunPod did not take the result ({refused}).", 502, "upstream_error")
-        body = encode({"error": run.error.text})
-        await self._post(session, rp_http.JOB_DONE_URL, body, run, f"{run.attempt}/error", stream=stream)
-        return None
-
-    async def _post(
-        self, session: aiohttp.ClientSession, template: str, body: bytes, run: Run, key: str, *, stream: bool
-    ) -> None:
-        """Until RunPod has taken it, in order: the next one waits for this. Raises NotTaken."""
-        job_id, what = run.job_id, "result" if template == rp_http.JOB_DONE_URL else "chunk"
-        url = template.replace("$ID", job_id)
-        url += f"{'&' if '?' in url else '?'}isStream={'true' if stream else 'false'}"
-        # After a reset nobody knows whether it was taken; who knows this header does.
-        headers = {**POST_HEADERS, "X-Request-ID": job_id, "Idempotency-Key": key}
-
-        async def once() -> None:
-            try:
-                async with session.post(url, data=body, headers=headers, timeout=POST_TIMEOUT) as response:
-                    if response.status >= 400:
-                        transient = response.status in TRANSIENT
-                        run.posts[f"{what} {'failed' if transient else 'refused'}"] += 1
-                        raise NotTaken(f"RunPod answers {response.status}", transient=transient)
-                    await response.read()
-                    run.posts[f"{what} taken"] += 1
-            except (aiohttp.ClientError, OSError, TimeoutError) as error:
-                run.posts[f"{what} failed"] += 1
-                raise NotTaken(f"{error or type(error).__name__}", transient=True) from error
-
-        try:
-            return await once()  # without tenacity, which costs a sixth of the worker's time on every chunk
-        except NotTaken as error:
-            if not error.transient:
-                raise
-        await asyncio.sleep(random.uniform(0, FIRST_PAUSE))  # noqa: S311
-        retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception(lambda error: isinstance(error, NotTaken) and error.transient),
-            wait=tenacity.wait_random_exponential(multiplier=0.1, max=5),
-            stop=tenacity.stop_after_delay(PATIENCE),
-            reraise=True,
-        )
-        await retrying(once)
+if __name__ == "__main__":  # the SDK's heartbeat is a process that imports this file again, from Python 3.14 on
+    main()

@@ -1,9 +1,7 @@
-"""The runpod SDK's worker, as a child of the supervisor: takes RunPod's jobs and asks the gateway for their answers.
+"""One RunPod job's answer, as it is read from the gateway's private socket: whole, as a stream, or as a batch of these.
 
-The supervisor writes the engine's state to our standard input, a word per line; its end means that the supervisor is
-gone. The SDK is imported while vLLM loads, and joins the queue when the engine is ready (or has failed for good: then
-each job gets the diagnosis). Reading vLLM's answer and posting it to RunPod go on side by side: what arrives while a
-chunk is being posted becomes the next chunk.
+A task of its own reads it, so that it is never held up by a POST to RunPod, nor left open by a cancel; what arrives
+while a chunk is being posted becomes the next chunk. Who posts is delivery.py.
 """
 
 from __future__ import annotations
@@ -11,74 +9,42 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import os
-import signal
-import sys
+import re
 import time
-from collections import Counter
-from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
 
+from supervisor.queue.errors import JSON, JobError
 from supervisor.queue.events import CHUNK_LIMIT, Events
-from supervisor.queue.jobs import JSON, Job, JobError, Reader, Request, batch_result
-from supervisor.queue.report import tell
+from supervisor.queue.shapes import Job, Reader, Request, batch_result
+from supervisor.queue.taken import Taken
 
 # Seconds from the end of one chunk's POST to the next one: some tokens gather, and nobody reads faster.
 CHUNK_GAP = 0.05
 # RunPod's limits on a result, with room for what is around it.
 RESULT_LIMIT, SYNC_RESULT_LIMIT = 10_000_000 - 50_000, 20_000_000 - 50_000
 ERROR_LIMIT = 1_000_000
-# Seconds; the SDK begins a job that it has within 0.1 s.
-FORGOTTEN_AFTER = 5.0
 START_PATIENCE = 1.0
 # Of one batch, at once; the rest of it waits its turn here instead of in vLLM.
 BATCH_CONCURRENCY = 100
-SHUT_DOWN = JobError(
-    "The worker was shut down before this job was done (SUPERVISOR_DRAIN_TIMEOUT). Please send it again.",
-    503,
-    "service_unavailable",
-    code="shutting_down",
+# An event that says that the answer is broken off: the gateway's, and vLLM's own, by the dialects of both. It begins a
+# line, as no text of a model's can: line ends and quotes are escaped there.
+BROKEN = re.compile(
+    r'^data: ?(?=\{"error")(.*)$|^event: ?error\r?\ndata: ?(.*)$|^data:.*"finish_reason": ?"(?:abort|error)"', re.M
 )
 CUT = JobError(
     "The engine stopped in the middle of this answer. Please send the job again.", 503, "service_unavailable"
 )
-
-
-class Orders:
-    """The supervisor's words on standard input: `wait()` for the next ones before there is an event loop, then
-    `follow`. `latest` is what holds now."""
-
-    def __init__(self) -> None:
-        self.latest = "starting"
-        self._rest = b""
-
-    def wait(self) -> str:
-        self._read()
-        return self.latest
-
-    def follow(self, changed: Any) -> None:
-        loop = asyncio.get_running_loop()
-
-        def readable() -> None:
-            self._read()
-            if self.latest == "gone":
-                loop.remove_reader(0)
-            changed(self.latest)
-
-        loop.add_reader(0, readable)
-
-    def _read(self) -> None:
-        data = os.read(0, 4096)
-        *words, self._rest = (self._rest + data).split(b"\n")
-        if words:
-            self.latest = words[-1].decode()
-        if not data:
-            self.latest = "gone"
-
-
 START = Request("GET", "/status")
+MODELS = Request("GET", "/v1/models")
+
+
+def tell(message: str = "", level: str = "INFO", *, job_id: str | None = None, job: JSON | None = None) -> None:
+    """A line for the supervisor, which logs and counts (queue/child.py), in the shape of the SDK's own: `requestId` is
+    the job's. `job`: `{"id", "outcome": "taken"}`, or how it ended with its seconds and POSTs."""
+    line = {"requestId": job_id, "message": message, "level": level}
+    print(json.dumps(line | ({"job": job} if job is not None else {})), flush=True)
 
 
 class Client:
@@ -104,98 +70,82 @@ class Client:
         headers = {"X-Request-Id": request_id, **dict(request.headers)}
         return self._session.request(request.method, url, data=request.body, headers=headers)
 
+    async def look(self, request: Request) -> Any:
+        """A small answer's JSON; None without one within a second."""
+        try:
+            async with asyncio.timeout(START_PATIENCE), self.ask(request, "worker") as response:
+                return await response.json()
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
+            return None
+
     async def start_of_engine(self) -> JSON | None:
         """How long vLLM's latest start took, phase by phase."""
-        try:
-            async with asyncio.timeout(START_PATIENCE), self.ask(START, "start") as response:
-                phases = (await response.json())["phases"]
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError):
+        status = await self.look(START)
+        phases = status.get("phases") if isinstance(status, dict) else None
+        if not phases:
             return None
         return {"seconds": round(sum(row["seconds"] for row in phases), 3), "phases": phases}
+
+    async def longest(self) -> int | None:
+        """How many tokens the model can take, its prompt's and its own."""
+        models = await self.look(MODELS)
+        rows = models.get("data") if isinstance(models, dict) else None
+        found = rows[0].get("max_model_len") if rows and isinstance(rows[0], dict) else None
+        return found if isinstance(found, int) else None
 
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
 
 
-class Run:
-    """One job. A task of its own reads the answer, so that it is never held up by a POST, nor left open by a cancel.
+class Answer:
+    """Of one job. `chunk` gives a stream's text as it comes; once there is none, `object` or `error` is set."""
 
-    `pieces()` gives what the SDK has to post: chunks of text of an event stream, or the one object.
-    """
-
-    def __init__(self, job_id: str, client: Client, reader: Reader, content: object) -> None:
-        self.job_id = job_id
+    def __init__(self, taken: Taken, client: Client, reader: Reader) -> None:
+        self.job_id = taken.job_id
         self.client = client
         self.reader = reader
-        self.events = Events()
+        self.as_list = True  # RunPod's clients get a list of what came, or the object itself
+        self.streams = False
         self.object: object = None
         self.error: JobError | None = None
-        self.as_list = True
-        self.streams = False
-        self.cancelled = False
-        self.unwanted = False  # RunPod says that nobody waits for it
-        self.began = time.monotonic()
         self.first_at = 0.0  # when vLLM's first bytes came
-        self.posts: Counter[str] = Counter()  # "chunk taken": how many, and so on
-        self.told = False  # how it ended
-        self.attempt = os.urandom(4).hex()  # RunPod may give the same job out again
-        self.sequence = 0  # of the chunks posted
+        self._events = Events()
         self._size = 0
-        self._limit = SYNC_RESULT_LIMIT if job_id.startswith("sync-") else RESULT_LIMIT
+        self._limit = SYNC_RESULT_LIMIT if self.job_id.startswith("sync-") else RESULT_LIMIT
         self._arrived = asyncio.Event()
-        self._task = asyncio.create_task(self._read(content), name=f"job {job_id}")
+        self._task = asyncio.create_task(self._read(taken), name=f"job {self.job_id}")
 
-    def cancel(self) -> None:
-        """vLLM hears of it at once: the connection is closed."""
-        self.cancelled = True
-        self._task.cancel()
-
-    def tell(self, outcome: str, reason: str = "", level: str = "INFO") -> None:
-        """How it ended: a line of log, and what the supervisor counts."""
-        if self.told:
-            return
-        self.told = True
-        seconds = time.monotonic() - self.began
-        line = f"job {outcome} after {seconds:.2f} s"
-        if self.first_at:
-            line += f", first bytes after {self.first_at - self.began:.3f} s"
-        count = self.posts.total()
-        line += f", {count} POST{'s' * (count != 1)}" + (f": {reason}" if reason else "")
-        job = {"id": self.job_id, "outcome": outcome, "seconds": round(seconds, 4), "posts": self.posts}
-        tell(line, level, job_id=self.job_id, job=job)
-
-    def fail(self, error: JobError) -> None:
-        """Ends it with an error, whatever vLLM would still say."""
+    def stop(self, error: JobError | None = None) -> None:
+        """vLLM hears of it at once: the connection is closed. `error`: why there is no answer, whatever came of it."""
         self.error = self.error or error
         self._task.cancel()
+        self._arrived.set()
 
-    async def pieces(self) -> AsyncIterator[object]:
-        """Raises JobError."""
-        posted_at = 0.0
+    async def chunk(self, since: float) -> str:
+        """The next piece of a stream, "" where no more comes; `since`: when the one before was posted, 0 for none."""
         while True:
             ended = self._task.done()
-            if self.error is not None:
-                raise self.error
-            if self.cancelled:
-                raise asyncio.CancelledError
-            gap = posted_at + CHUNK_GAP - time.monotonic()
-            if self.events.buffer and gap > 0 and not ended and len(self.events.buffer) < CHUNK_LIMIT:
+            gap = since + CHUNK_GAP - time.monotonic()
+            if self._events.buffer and gap > 0 and not ended and len(self._events.buffer) < CHUNK_LIMIT:
                 await asyncio.wait({self._task}, timeout=gap)
-            elif text := self.events.cut(ended=ended):
-                yield text
-                posted_at = time.monotonic()
+            elif text := self._events.cut(ended=ended):
+                if (broken := BROKEN.search(text)) is not None:
+                    self.error = self.error or JobError.of_event(broken[1] or broken[2] or "")
+                return text
             elif ended:
-                break
+                return ""
             else:
                 self._arrived.clear()
                 await self._arrived.wait()
-        if not self.streams:
-            yield self.object
 
-    async def _read(self, content: object) -> None:
+    async def _read(self, taken: Taken) -> None:
         try:
-            job = self.reader.read(content)
+            if taken.error is not None:
+                raise taken.error
+            if self.reader.longest is None:
+                self.reader.longest = await self.client.longest()
+            job = self.reader.read(taken.content)
             self.as_list = job.as_list
             if job.batch:
                 self.object = batch_result(self.reader.model, await self._batch(job.batch))
@@ -210,6 +160,7 @@ class Run:
             self._arrived.set()
 
     async def _batch(self, items: tuple[Job | JobError, ...]) -> list[object]:
+        """Raises JobError where all failed for the engine's sake: what is the same for all is the job's."""
         turn = asyncio.Semaphore(BATCH_CONCURRENCY)
 
         async def one(number: int, item: Job | JobError) -> object:
@@ -219,29 +170,34 @@ class Run:
                 async with turn:
                     return await self._single(item, f"{self.job_id}-{number}", stream=False)
             except Exception as error:  # noqa: BLE001  # it does not sink the others
-                return {"error": _as_job_error(error).message}
+                return _as_job_error(error)
 
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one(number, item)) for number, item in enumerate(items)]
-        return [task.result() for task in tasks]
+        results = [task.result() for task in tasks]
+        failed = [result for result in results if isinstance(result, JobError) and result.status >= 500]
+        if len(failed) == len(results):
+            raise failed[0]
+        return [result.item if isinstance(result, JobError) else result for result in results]
 
     async def _single(self, job: Job, request_id: str, *, stream: bool) -> object:
         assert job.request is not None
         async with self.client.ask(job.request, request_id) as response:
             if response.status >= 400:
-                raise JobError.of_answer(response.status, await _beginning(response))
+                raise JobError.of_answer(response.status, await _beginning(response), job.request.path)
             if stream and response.content_type == "text/event-stream":
                 self.streams = True
                 async for data in response.content.iter_any():
                     # As it grows in JSON: quotes, backslashes and line ends are two bytes there.
                     self._check(len(data) + data.count(b'"') + data.count(b"\\") + data.count(b"\n"))
                     self.first_at = self.first_at or time.monotonic()
-                    self.events.feed(data)
+                    self._events.feed(data)
                     self._arrived.set()
                 return None
             body = bytearray()
             async for data in response.content.iter_any():
                 self._check(len(data))
+                self.first_at = self.first_at or time.monotonic()
                 body += data
             self._size -= len(body)  # counted again as it is posted
             return _result(bytes(body), response.content_type, job)
@@ -284,86 +240,9 @@ def _result(body: bytes, content_type: str, job: Job) -> object:
             answer = json.loads(body, parse_constant=lambda _: None)  # NaN, which is no JSON
         except ValueError as error:
             raise JobError(f"The answer is no JSON ({error}).", 502, "upstream_error") from None
-        if isinstance(answer, dict) and answer.get("error"):  # the SDK would make a Python repr of it
+        if isinstance(answer, dict) and answer.get("error"):
             raise JobError.of_answer(502, body)
         return job.shape(answer) if job.shape is not None and isinstance(answer, dict) else answer
     if content_type.startswith("text/") or not body:
         return body.decode("utf-8", "replace")
     return {"content_type": content_type, "base64": base64.b64encode(body).decode()}
-
-
-class Worker:
-    """What the SDK's worker is given: the handler, and the state of the supervisor. See `queue/sdk.py`."""
-
-    def __init__(self, orders: Orders, client: Client, reader: Reader) -> None:
-        self.orders = orders
-        self.client = client
-        self.reader = reader
-        self.runs: dict[str, Run] = {}
-        self.changed = asyncio.Event()  # a job ended, among others
-        self.done = 0  # jobs
-
-    def begin(self, job: JSON) -> None:
-        """A job was taken: its request goes out at once, the SDK gets to it up to 0.1 s later."""
-        tell(job={"id": job["id"], "outcome": "taken"})
-        self.runs[job["id"]] = Run(job["id"], self.client, self.reader, job.get("input"))
-
-    async def handle(self, job: JSON) -> AsyncIterator[object]:
-        """The SDK's handler, a generator. Never raises, or the SDK would post a traceback."""
-        if job["id"] not in self.runs:
-            self.begin(job)
-        run = self.runs[job["id"]]
-        task = asyncio.current_task()
-        assert task is not None
-        # Not `finally`: a generator that is cancelled while its chunk is being posted is left as it stands.
-        task.add_done_callback(lambda _: self._over(run))
-        try:
-            async for piece in run.pieces():
-                yield piece
-        except JobError as error:
-            yield {"error": error.text}
-
-    def _over(self, run: Run) -> None:
-        run.cancel()
-        run.tell("cancelled" if run.unwanted else "undelivered")
-        if self.runs.get(run.job_id) is run:
-            del self.runs[run.job_id]
-        self.changed.set()
-
-    def cancel(self, job_id: str) -> None:
-        """RunPod says that nobody waits for it any more."""
-        if run := self.runs.get(job_id):
-            run.unwanted = True
-            run.cancel()
-            # Where the SDK's task is stopped before its first step, nobody else would ever forget it.
-            asyncio.get_running_loop().call_later(FORGOTTEN_AFTER, self._over, run)
-
-    def expire(self) -> None:
-        for run in list(self.runs.values()):
-            run.fail(SHUT_DOWN)
-
-
-def main() -> None:
-    del sys.argv[1:]  # the SDK reads them, abbreviations included
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the supervisor
-    from supervisor.queue import sdk  # noqa: PLC0415  # 2 s, while vLLM loads
-
-    orders = Orders()
-    while orders.latest not in sdk.JOINED:
-        if orders.latest in sdk.ENDING:
-            return
-        orders.wait()
-    reader = Reader(
-        os.environ["SUPERVISOR_QUEUE_MODEL"],
-        llm=os.environ.get("SUPERVISOR_QUEUE_SHAPE") == "llm",
-        root=os.environ.get("SUPERVISOR_QUEUE_ROOT", ""),
-    )
-    worker = Worker(orders, Client(os.environ["SUPERVISOR_QUEUE_SOCKET"]), reader)
-    sdk.serve(worker, int(os.environ["SUPERVISOR_QUEUE_JOBS"]))
-    # All is reported. Python's own way out of so many modules takes half a second that the drain may not have.
-    sys.stdout.flush()
-    os._exit(0)
-
-
-if __name__ == "__main__":  # the SDK's heartbeat is a process that imports this file again, from Python 3.14 on
-    main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,7 +13,9 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request as HttpRequest
 
 from supervisor.gateway.app import OWN_PATHS
-from supervisor.queue.jobs import OWN_ROUTES, Job, JobError, Reader, Request, batch_result, llm_result
+from supervisor.queue.errors import JobError
+from supervisor.queue.runpod_llm import result as llm_result
+from supervisor.queue.shapes import OWN_ROUTES, Job, Reader, Request, batch_result
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "hi"}]
@@ -545,8 +548,8 @@ LLM_CASES = (
         llm(messages=HI, n=3, temperature=0),
     ),
     Case(
-        "nothing-streams-and-best-of-is-gone",
-        {"mode": "chat", "messages": HI, "stream": True, "stream_options": {"include_usage": True}, "best_of": 2},
+        "nothing-streams-and-a-best-of-of-one-asks-for-nothing",
+        {"mode": "chat", "messages": HI, "stream": True, "stream_options": {"include_usage": True}, "best_of": 1},
         CHAT,
         llm(messages=HI),
     ),
@@ -650,6 +653,112 @@ def test_the_result_says_its_mode(content: object, mode: str) -> None:
     shape = READER.read(content).shape
     assert shape is not None
     assert shape({})["mode"] == mode
+
+
+# Limits, and fields of old
+
+
+@pytest.mark.parametrize("longest", [None, 400, 2048])
+@pytest.mark.parametrize("given", [None, 16, 400, 401, 1_000_000_000, True, "7"])
+@pytest.mark.parametrize("within", ["beside", "sampling_params"])
+def test_a_limit_fits_the_model(longest: int | None, given: object, within: str) -> None:
+    """null is none; ours is what the model can take at most; one beyond that is as much as there is room for."""
+    reader = Reader("demo", longest=longest)
+    limit = {"max_tokens": given} if within == "beside" else {"sampling_params": {"max_tokens": given}}
+    if given is None:
+        expected: object = min(512, longest or 512)
+    else:
+        expected = min(given, longest) if type(given) is int and longest else given
+    assert body_of(one({"prompt": "a", **limit}, reader))["max_tokens"] == expected
+    assert body_of(one({"mode": "complete", "prompt": "a", **limit}, reader))["max_tokens"] == expected
+    chat = body_of(one({"messages": HI, **limit}, reader))
+    assert chat.get("max_tokens") == (None if given is None else expected)
+
+
+def test_no_limit_is_two() -> None:
+    reader = Reader("demo", longest=400)
+    body = body_of(one({"messages": HI, "max_completion_tokens": 5000}, reader))
+    assert body["max_completion_tokens"] == 400
+    assert "max_tokens" not in body
+
+
+def test_what_is_passed_on_as_it_is_has_the_limit_that_was_sent() -> None:
+    reader = Reader("demo", longest=400)
+    sent = {"prompt": "a", "max_tokens": 5000}
+    assert body_of(one({"openai_route": COMPLETIONS, "openai_input": sent}, reader)) == ours(**sent)
+
+
+OLD = {
+    "guided_json": ("json", SCHEMA),
+    "guided_regex": ("regex", "[0-9]+"),
+    "guided_choice": ("choice", ["a", "b"]),
+    "guided_grammar": ("grammar", "root ::= x"),
+    "guided_json_object": ("json_object", True),
+    "guided_whitespace_pattern": ("whitespace_pattern", "[ ]"),
+}
+
+
+@pytest.mark.parametrize("name", OLD)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        lambda given: {"messages": HI, **given},
+        lambda given: {"prompt": "a", "sampling_params": given},
+        lambda given: {"mode": "json", "messages": HI, **given},
+        lambda given: {"openai_route": CHAT, "openai_input": {"messages": HI, **given}},
+        lambda given: {"route": CHAT, "body": {"messages": HI, **given}},
+    ],
+    ids=["beside", "sampling", "llm", "openai", "route"],
+)
+def test_a_constraint_of_old_is_one_of_today(
+    name: str, shape: Callable[[dict[str, object]], dict[str, object]]
+) -> None:
+    """vLLM passes over what it does not know: the answer would not be constrained, and nobody told."""
+    new, value = OLD[name]
+    body = body_of(one(shape({name: value})))
+    assert body["structured_outputs"] == {new: value}
+    assert name not in body
+    assert "response_format" not in body
+
+
+def test_several_constraints_are_vllms_to_judge() -> None:
+    body = body_of(one({"prompt": "a", "guided_regex": "x", "structured_outputs": {"choice": ["x"]}}))
+    assert body["structured_outputs"] == {"choice": ["x"], "regex": "x"}
+
+
+@pytest.mark.parametrize("nothing", [{"guided_json": None}, {"best_of": 1}, {"best_of": 3, "n": 3}, {"best_of": None}])
+def test_a_field_of_old_that_asks_for_nothing_is_left_out(nothing: dict[str, object]) -> None:
+    body = body_of(one({"prompt": "a", **nothing}))
+    assert body.keys() <= {"prompt", "model", "max_tokens", "n"}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"best_of": 2}, "ask for `n` answers"),
+        ({"best_of": 4, "n": 2}, "ask for `n` answers"),
+        ({"early_stopping": True}, "leave it out"),
+        ({"guided_decoding_backend": "outlines"}, "STRUCTURED_OUTPUTS_CONFIG"),
+        ({"guided_regex": "x", "structured_outputs": {"regex": "y"}}, "is there twice"),
+        ({"guided_regex": "x", "structured_outputs": "y"}, "must be an object"),
+    ],
+)
+def test_a_field_that_is_gone_is_told(given: dict[str, object], words: str) -> None:
+    for content in ({"prompt": "a", **given}, {"mode": "chat", "messages": HI, **given}):
+        with pytest.raises(JobError, match=words) as caught:
+            one(content)
+        assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("yes", [True, "true", "True"])
+def test_a_chat_template_may_be_asked_for_in_words(yes: object) -> None:
+    assert one({"prompt": "a", "apply_chat_template": yes}).path == CHAT
+
+
+def test_sampling_params_may_be_json_text() -> None:
+    assert body_of(one({"prompt": "a", "sampling_params": '{"n": 2}'}))["n"] == 2
+    with pytest.raises(JobError, match="sampling_params must be an object"):
+        one({"prompt": "a", "sampling_params": "{n"})
 
 
 # A batch
@@ -774,7 +883,8 @@ WRONG = (
     Wrong("list", [{"prompt": "a"}], NO_OBJECT),
     Wrong("unknown", {"question": "hi"}, NONE_OF),
     Wrong("only-sampling-params", {"sampling_params": {"n": 1}}, NONE_OF),
-    Wrong("only-mode", {"mode": "chat"}, NONE_OF),
+    Wrong("only-mode", {"mode": "chat"}, "mode chat needs messages.", "messages"),
+    Wrong("only-mode-json", {"mode": "json"}, "mode json needs messages or prompt.", "messages"),
     Wrong("empty-openai-input", {"openai_input": {}}, NONE_OF),
     Wrong(
         "openai-input-no-json",

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -321,77 +321,45 @@ def test_the_version_is_the_one_that_is_known(sdk: Any) -> None:
 
 
 def test_seam_of_the_loops(sdk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`JobScaler` takes the functions that are set in its module, calls them so, and runs what stands for `run`."""
+    """`JobScaler.start` runs what stands for `run` in the class, on a loop of its own, and ends with it."""
     calls = []
-    stopped = asyncio.Event()
 
-    async def get_job(session: object, count: int) -> list[dict[str, Any]]:
-        calls.append(("get_job", session, count))
-        await stopped.wait()
-        scaler.kill_worker()
-        return [{"id": "1", "input": {}}]
+    async def run_instead(scaler: object) -> None:
+        calls.append((scaler, asyncio.get_running_loop()))
 
-    async def get_stop_signals(session: object) -> list[str]:
-        calls.append(("get_stop_signals", session))
-        stopped.set()
-        return []
-
-    async def handler(job: dict[str, Any]) -> str:
-        calls.append(("handler", job["id"]))
-        return "x"
-
-    async def send_result(session: object, content: object, job: object, is_stream: bool = False) -> None:
-        calls.append(("send_result", session, content, is_stream))
-
-    monkeypatch.setattr(sdk.rp_job, "JOB_GET_URL", "http://runpod/job-take/w?gpu=x")  # or it asks for no stops
-    run = sdk.rp_scale.JobScaler.run
-    assert inspect.iscoroutinefunction(run)
-    monkeypatch.setattr(sdk.rp_scale, "get_job", get_job)
-    monkeypatch.setattr(sdk.rp_scale, "get_stop_signals", get_stop_signals)
-    monkeypatch.setattr(sdk.rp_job, "send_result", send_result)
-    monkeypatch.setattr(sdk.rp_scale.JobScaler, "run", lambda scaler: run_instead(run(scaler)))
+    assert inspect.iscoroutinefunction(sdk.rp_scale.JobScaler.run)
+    monkeypatch.setattr(sdk.rp_scale.JobScaler, "run", run_instead)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-
-    async def run_instead(loops: Any) -> None:
-        calls.append(("run",))
-        await loops
-
-    scaler = sdk.rp_scale.JobScaler({"handler": handler, "concurrency_modifier": lambda _: 3})
+    scaler = sdk.rp_scale.JobScaler({"handler": sdk._never})
     scaler.start()
-    session = calls[1][1]
-    assert hasattr(session, "post")
-    assert calls == [
-        ("run",),
-        ("get_job", session, 3),
-        ("get_stop_signals", session),
-        ("handler", "1"),
-        ("send_result", session, {"output": "x"}, False),
-    ]
+    assert [scaler for scaler, _ in calls] == [scaler]
 
 
-def test_seam_of_the_posts(sdk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[Any, ...]] = []
+def test_seam_of_the_session(sdk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has RunPod's key, and as many connections as are wanted."""
+    monkeypatch.setenv("RUNPOD_AI_API_KEY", "key")
 
-    async def stream_result(session: object, content: object, job: object) -> None:
-        calls.append(("stream_result", session, content, job))
+    async def look() -> None:
+        async with sdk.AsyncClientSession() as session:
+            assert session.headers["Authorization"] == "key"
+            assert session.connector.limit == 0
 
-    async def send_result(session: object, content: object, job: object, is_stream: bool = False) -> None:
-        calls.append(("send_result", session, content, job, is_stream))
+    asyncio.run(look())
 
-    async def handler(job: object) -> AsyncIterator[str]:
-        yield "x"
 
-    for replacement in (stream_result, send_result):
-        original = inspect.signature(getattr(sdk.rp_job, replacement.__name__))
-        assert len(original.parameters) == len(inspect.signature(replacement).parameters)
-        monkeypatch.setattr(sdk.rp_job, replacement.__name__, replacement)
-    job = {"id": "1", "input": {}}
-    asyncio.run(sdk.rp_job.handle_job("session", {"handler": handler, "return_aggregate_stream": True}, job))
-    assert calls == [
-        ("stream_result", "session", {"output": "x"}, job),
-        ("send_result", "session", {"output": ["x"]}, job, True),
-    ]
+def test_seam_of_the_heartbeat(sdk: Any) -> None:
+    """What it tells of is what is in here."""
+    progress = sdk.JobsProgress()
+    progress.add("1")
+    progress.add("2")
+    assert set(progress.get_job_list().split(",")) == {"1", "2"}
+    progress.remove("1")
+    progress.remove("1")
+    assert progress.get_job_list() == "2"
+    progress.remove("2")
+    assert sdk.JobsProgress() is progress
+    assert progress.get_job_list() is None
 
 
 def test_seam_of_the_addresses(sdk: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from typing import Any
 
 import psutil
@@ -111,7 +112,9 @@ def test_a_batch(endpoint: Supervisor, runpod: RunPod) -> None:
     assert first["choices"][0]["message"]["role"] == "assistant"
     assert second["choices"][0]["text"]
     assert "nonsense" in third["error"]
+    assert (third["status"], third["type"]) == (400, "invalid_request_error")
     assert "other" in fourth["error"]
+    assert fourth["status"] == 404
     assert fifth["object"] == "chat.completion"
 
 
@@ -168,7 +171,7 @@ def test_no_more_jobs_are_taken_than_may_run(endpoint: Supervisor, runpod: RunPo
         ({"openai_route": "no path"}, 400, "must be a path"),
         ({**HELLO, "model": "other"}, 404, "other"),
         ({"openai_route": CHAT, "openai_input": {**HELLO, "model": "other", "stream": True}}, 404, "other"),
-        ({"route": "/v1/models/nowhere/at/all"}, 404, "Not Found"),
+        ({"route": "/v1/models/nowhere/at/all"}, 404, "no route /v1/models/nowhere/at/all: it is for another task"),
         ({"route": "/nowhere"}, 404, "There is no route /nowhere here."),
         ({"route": "/sleep", "body": {"level": 1}}, 403, "needs an admin key"),  # no job is an administrator
         ({"route": "/status"}, 403, "/status is the supervisor's own"),
@@ -320,7 +323,10 @@ def test_a_crash_with_jobs_under_way(endpoint: Supervisor, runpod: RunPod) -> No
     wait_until(lambda: running(endpoint) == 2 and runpod.job(stream)["chunks"], "both")
     os.kill(endpoint.client.get("/fake/state").json()["engine_pid"], signal.SIGKILL)
     assert runpod.result(whole)["status"] == "COMPLETED"
-    output = text_of(runpod.result(stream)["output"])
+    cut = runpod.result(stream)
+    assert cut["status"] == "FAILED"
+    assert json.loads(cut["error"])["status"] in (500, 503)  # vLLM's own word for it, or ours
+    output = text_of([chunk["output"] for chunk in runpod.job(stream)["chunks"]])
     assert output.endswith("data: [DONE]\n\n")
     assert '"error"' in output
     assert endpoint.client.get("/status").json()["mode"] == "queue"
@@ -359,6 +365,8 @@ def test_an_engine_that_failed_for_good_tells_each_job_why() -> None:
             assert "no memory left for the KV cache" in error["message"]
             assert "GPU_MEMORY_UTILIZATION" in error["message"]
             assert runpod.failed(faulty())["status"] == 503
+            batch = runpod.failed({"requests": [HELLO, HELLO]})  # the same for all of them
+            assert (batch["status"], batch["message"]) == (503, error["message"])
             supervisor.signal(signal.SIGTERM)
             assert supervisor.exit_code() == 3
 
@@ -370,7 +378,7 @@ def the_worker(supervisor: Supervisor) -> psutil.Process:
     (found,) = [
         child
         for child in psutil.Process(supervisor.process.pid).children()
-        if "supervisor.queue.worker" in child.cmdline()
+        if "supervisor.queue.sdk" in child.cmdline()
     ]
     return found
 
@@ -399,6 +407,26 @@ def test_sigterm_lets_jobs_finish_and_reports_those_that_do_not() -> None:
             status = runpod.status(job)
             assert status["status"] == "FAILED"
             assert "SUPERVISOR_DRAIN_TIMEOUT" in json.loads(status["error"])["message"]
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["once", "twice"])
+def test_it_leaves_with_its_last_job_whatever_poll_is_open(again: bool) -> None:
+    """The poll for stops was opened anew each second, and then waited for: 20 s of a GPU at each scale-down. A second
+    signal ends what still runs."""
+    with RunPod("--hold", "60") as runpod, in_queue_mode(runpod) as supervisor:
+        supervisor.ready()
+        joined(runpod)
+        job = runpod.run(faulty({"max_tokens": 5000 if again else 30}, token_interval=0.1))
+        wait_until(lambda: runpod.job(job)["chunks"], "the stream")
+        supervisor.signal(signal.SIGTERM)
+        supervisor.says("ready -> draining")
+        if again:
+            supervisor.signal(signal.SIGTERM)
+        assert runpod.result(job)["status"] == ("FAILED" if again else "COMPLETED")
+        over = time.monotonic()
+        assert supervisor.exit_code() == (128 + signal.SIGTERM if again else 0)
+        assert time.monotonic() - over < 5  # 1 s of it ours; of the poll it were 55
+        assert [entry for entry in runpod.log("job-stop") if entry["status"] is None]  # it was open
 
 
 def test_sigterm_while_it_loads() -> None:

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlencode
 
-JSON = dict[str, Any]
+from supervisor.queue import old_fields, runpod_llm
+from supervisor.queue.errors import JSON, JobError
+
 DEFAULT_ROUTE = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 # vLLM stops a completion after 16 tokens where nobody says otherwise, which no user of these shapes means.
@@ -29,60 +31,10 @@ OWN_HEADERS = frozenset(
         "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade",
     }
 )  # fmt: skip
-# Fields of the short shape that are for the worker and not for vLLM; worker-vllm before 2026 read the last three.
-WORKER_FIELDS = frozenset(
-    {
-        "messages", "prompt", "sampling_params", "apply_chat_template",
-        "max_batch_size", "min_batch_size", "batch_size_growth_factor",
-    }
-)  # fmt: skip
-# Of an error; vLLM's may quote all that was sent.
-LONGEST_MESSAGE = 4000
-# What runpod-LLM assumed where a request says nothing.
-LLM_DEFAULTS = {"temperature": 0.7, "top_p": 1.0, "max_tokens": 512}
-LLM_MODES = {"chat": "chat", "complete": "complete", "completion": "complete", "json": "json"}
-LLM_MARKS = frozenset({"mode", "json_schema", "schema", "regex", "guided_regex"})
-# Its own fields. `best_of` is gone from vLLM; a batch's answer is one object, so nothing streams.
-LLM_FIELDS = LLM_MARKS | WORKER_FIELDS | {"best_of", "stream", "stream_options", "requests"}
+# Fields of the short shape that are for the worker and not for vLLM.
+WORKER_FIELDS = frozenset({"messages", "prompt", "sampling_params", "apply_chat_template", *old_fields.BATCHES})
+LIMITS = ("max_tokens", "max_completion_tokens")
 SHAPES = "openai_route, route, messages, prompt, mode, requests"
-
-
-class JobError(Exception):
-    """Why a job fails, as an OpenAI error object with the HTTP status beside it."""
-
-    def __init__(
-        self,
-        message: str,
-        status: int = 400,
-        kind: str = "invalid_request_error",
-        param: object = None,
-        code: object = None,
-    ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.status = status
-        self.kind = kind
-        self.param = param
-        self.code = code
-
-    @property
-    def text(self) -> str:
-        content = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
-        return json.dumps({**content, "status": self.status}, ensure_ascii=False)
-
-    @classmethod
-    def of_answer(cls, status: int, body: bytes) -> JobError:
-        """From what vLLM or the gateway answered: OpenAI's shape, Anthropic's, FastAPI's, or plain text."""
-        try:
-            content = json.loads(body)
-        except ValueError:
-            content = None
-        error = content.get("error", content.get("detail")) if isinstance(content, dict) else None
-        if isinstance(error, dict) and isinstance(error.get("message"), str):
-            kind = error.get("type") or "error"
-            return cls(error["message"][:LONGEST_MESSAGE], status, str(kind), error.get("param"), error.get("code"))
-        text = error if isinstance(error, str) else body.decode("utf-8", "replace").strip() or "no further word"
-        return cls(f"HTTP {status}: {text[:LONGEST_MESSAGE]}", status, "upstream_error")
 
 
 class Request(NamedTuple):
@@ -107,14 +59,15 @@ class Job:
     as_list: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reader:
     """Reads inputs. `model` is put where a body names none; `llm`: `messages` alone means runpod-LLM's shape; `root`:
-    vLLM's --root-path, below which a route is the same one."""
+    vLLM's --root-path, below which a route is the same one; `longest`: tokens that the model can take, once known."""
 
     model: str
     llm: bool = False
     root: str = ""
+    longest: int | None = None
 
     def read(self, content: object) -> Job:
         """Raises JobError, which says what is wrong with the input."""
@@ -154,9 +107,10 @@ class Reader:
             return Job(self._request("GET", content["openai_route"]))
         if content.get("route"):
             return Job(self._route(content))
-        if "messages" not in content and "prompt" not in content:
+        marked = any(content.get(mark) is not None for mark in runpod_llm.MARKS)
+        if "messages" not in content and "prompt" not in content and not marked:
             raise JobError(f"The job's input has none of: {SHAPES}.")
-        if any(content.get(mark) is not None for mark in LLM_MARKS) or (llm and "sampling_params" not in content):
+        if marked or (llm and "sampling_params" not in content):
             return self._llm(content)
         return Job(self._short(content))
 
@@ -215,53 +169,52 @@ class Reader:
             except ValueError as error:
                 raise JobError(f"{name} is text that is no JSON ({error}).", param=name) from None
         if isinstance(content, dict):
-            content = self._with_model(content)
+            content = old_fields.renamed(self._with_model(content))
         # Half of a surrogate pair, of an emoji that a client cut: vLLM's tokenizer would take offence.
         return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
 
     def _with_model(self, body: JSON) -> JSON:
         return body if body.get("model") else {**body, "model": self.model}
 
-    # worker-vllm's short shape
+    # The short shapes of both
 
     def _short(self, content: JSON) -> Request:
+        """worker-vllm's."""
         beside = {name: value for name, value in content.items() if name not in WORKER_FIELDS}
-        body = {**beside, **_sampling(content)}
+        body = self._within_the_model({**beside, **_sampling(content)})
         messages, prompt = content.get("messages"), content.get("prompt")
-        if not messages and isinstance(prompt, str) and content.get("apply_chat_template") in (True, "true"):
+        as_chat = str(content.get("apply_chat_template")).lower() == "true"
+        if not messages and isinstance(prompt, str) and as_chat:
             messages = [{"role": "user", "content": prompt}]
         if messages:
             return self._request("POST", DEFAULT_ROUTE, self._json_body({"messages": messages, **body}, "input"))
         if prompt is None:
             raise JobError("messages is empty, and there is no prompt.", param="messages")
-        body.setdefault("max_tokens", COMPLETION_TOKENS)
+        body.setdefault("max_tokens", self._completion_tokens)
         return self._request("POST", COMPLETIONS, self._json_body({"prompt": prompt, **body}, "input"))
 
-    # runpod-LLM's shape
-
     def _llm(self, content: JSON) -> Job:
-        asked = str(content.get("mode") or ("chat" if not _wants_json(content) else "json")).lower()
-        mode = LLM_MODES.get(asked)
-        if mode is None:
-            raise JobError(f"mode {asked!r} is not one of: {', '.join(LLM_MODES)}.", param="mode")
-        messages, prompt = content.get("messages"), content.get("prompt")
-        given = {**content, **_sampling(content)}
-        body = {name: value for name, value in given.items() if name not in LLM_FIELDS and value is not None}
-        body = {**LLM_DEFAULTS, **body}
-        if mode == "json":
-            body.update(_constraint(content))
-        if mode == "complete" or not messages:
-            if prompt is None:
-                wanted = "prompt" if mode == "complete" else "messages" if mode == "chat" else "messages or prompt"
-                raise JobError(f"mode {mode} needs {wanted}.", param=wanted.split(maxsplit=1)[0])
-            if mode == "chat":
-                body["messages"], route = [{"role": "user", "content": prompt}], DEFAULT_ROUTE
-            else:
-                body["prompt"], route = prompt, COMPLETIONS
-        else:
-            body["messages"], route = messages, DEFAULT_ROUTE
+        mode, body = runpod_llm.body(content, _sampling(content))
+        body = self._within_the_model({"max_tokens": self._completion_tokens, **body})
+        route = DEFAULT_ROUTE if "messages" in body else COMPLETIONS
         request = self._request("POST", route, self._json_body(body, "input"))
-        return Job(request, shape=lambda answer: llm_result(answer, mode), as_list=False)
+        return Job(request, shape=lambda answer: runpod_llm.result(answer, mode), as_list=False)
+
+    @property
+    def _completion_tokens(self) -> int:
+        """What nobody asked for must not be more than the model can take."""
+        return min(COMPLETION_TOKENS, self.longest or COMPLETION_TOKENS)
+
+    def _within_the_model(self, body: JSON) -> JSON:
+        """A limit of null is none, and one beyond the model's own means as many as there is room for: vLLM takes its
+        own length for that, and refuses more."""
+        for name in LIMITS:
+            limit = body.get(name)
+            if limit is None:
+                body.pop(name, None)
+            elif type(limit) is int and self.longest is not None and limit > self.longest:
+                body[name] = self.longest
+        return body
 
 
 def _unstreamed(item: JSON) -> JSON:
@@ -280,59 +233,12 @@ def _unstreamed(item: JSON) -> JSON:
 
 def _sampling(content: JSON) -> JSON:
     sampling = content.get("sampling_params") or {}
+    if isinstance(sampling, str):  # as openai_input may be
+        with contextlib.suppress(ValueError, RecursionError):
+            sampling = json.loads(sampling)
     if not isinstance(sampling, dict):
         raise JobError("sampling_params must be an object.", param="sampling_params")
     return sampling
-
-
-def _wants_json(content: JSON) -> bool:
-    return any(content.get(name) for name in ("json_schema", "schema", "regex", "guided_regex"))
-
-
-def _constraint(content: JSON) -> JSON:
-    schema = content.get("json_schema") or content.get("schema")
-    if isinstance(schema, str):
-        try:
-            schema = json.loads(schema)
-        except ValueError as error:
-            raise JobError(f"The schema is text that is no JSON ({error}).", param="json_schema") from None
-    if schema:
-        if not isinstance(schema, dict):
-            raise JobError("The schema must be an object.", param="json_schema")
-        if isinstance(schema.get("schema"), dict) and "type" not in schema:  # OpenAI's {"name", "schema"}
-            return {"response_format": {"type": "json_schema", "json_schema": {"name": "result", **schema}}}
-        return {"response_format": {"type": "json_schema", "json_schema": {"name": "result", "schema": schema}}}
-    if pattern := content.get("regex") or content.get("guided_regex"):
-        return {"structured_outputs": {"regex": pattern}}
-    if content.get("response_format") or content.get("structured_outputs"):  # said in vLLM's own words
-        return {}
-    return {"response_format": {"type": "json_object"}}
-
-
-def llm_result(answer: JSON, mode: str) -> JSON:
-    """An OpenAI answer as runpod-LLM's clients know it: `mode`, three counts of tokens, and in json mode the value."""
-    choices = []
-    for index, choice in enumerate(answer.get("choices") or []):
-        kept: JSON = {"index": choice.get("index", index), "finish_reason": choice.get("finish_reason")}
-        if "message" in choice:
-            message = choice["message"] or {}
-            kept["message"] = {"role": message.get("role", "assistant"), "content": message.get("content")}
-            if message.get("tool_calls"):  # beside them vLLM says "" where a call is required
-                kept["message"] |= {"content": message.get("content") or None, "tool_calls": message["tool_calls"]}
-            text = message.get("content")
-        else:
-            text = kept["text"] = choice.get("text")
-        if mode == "json":
-            try:
-                value = json.loads(text or "")
-                json.dumps(value, allow_nan=False)  # Python reads NaN, and 1e999 as infinity; RunPod does not
-                kept["json"] = value
-            except (ValueError, RecursionError) as error:
-                kept["json_parse_error"] = str(error)
-        choices.append(kept)
-    usage = answer.get("usage") or {}
-    counts = {name: usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
-    return {"id": answer.get("id"), "model": answer.get("model"), "mode": mode, "choices": choices, "usage": counts}
 
 
 def batch_result(model: str, results: list[object]) -> JSON:

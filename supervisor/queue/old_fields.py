@@ -1,0 +1,48 @@
+"""What the clients of both older workers send, and vLLM's server has under another name now, or no more.
+
+vLLM passes over what it does not know, so that a constraint would be lost without a word: a field is renamed where that
+is exact, has no effect where its value asks for nothing, and fails the job otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from supervisor.queue.errors import JSON, JobError
+
+# Of worker-vllm until July 2026, for each request: how many tokens it posted at once.
+BATCHES = ("max_batch_size", "min_batch_size", "batch_size_growth_factor")
+# What is in `structured_outputs` now, by its name there.
+CONSTRAINTS = {
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "guided_json_object": "json_object",
+    "guided_whitespace_pattern": "whitespace_pattern",
+}
+# What is gone: values that ask for nothing, and what to do instead.
+GONE: dict[str, tuple[tuple[Any, ...], str]] = {
+    "best_of": ((1,), "ask for `n` answers, with `logprobs` to choose by"),
+    "early_stopping": ((False,), "a beam search has no such end any more: leave it out"),
+    "guided_decoding_backend": (("", "auto"), "the server's STRUCTURED_OUTPUTS_CONFIG names the backend"),
+}
+
+
+def renamed(body: JSON) -> JSON:
+    """The body of a request as vLLM reads it today. Raises JobError."""
+    for name, (neutral, instead) in GONE.items():
+        value = body.get(name)
+        if value is not None and value not in neutral and not (name == "best_of" and value == body.get("n")):
+            raise JobError(f"vLLM has no {name} any more: {instead}.", param=name)
+    constraints = {new: body[old] for old, new in CONSTRAINTS.items() if body.get(old) not in (None, False)}
+    kept = {name: value for name, value in body.items() if name not in CONSTRAINTS and name not in GONE}
+    if not constraints:
+        return kept
+    given = kept.get("structured_outputs")
+    if given is not None and not isinstance(given, dict):
+        raise JobError("structured_outputs must be an object.", param="structured_outputs")
+    twice = sorted(constraints.keys() & (given or {}).keys())
+    if twice:
+        raise JobError(f"structured_outputs.{twice[0]} is there twice, once as guided_{twice[0]}.", param=twice[0])
+    return {**kept, "structured_outputs": {**(given or {}), **constraints}}

@@ -1,0 +1,231 @@
+"""How a job ends, without RunPod, the SDK or a gateway: each cell of the table, and what is posted on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from supervisor.queue import delivery as deliveries
+from supervisor.queue.delivery import SHUT_DOWN, TABLE, Delivery, Event, NotTaken, Outcome, State
+from supervisor.queue.errors import JobError
+
+REFUSED, DOWN = NotTaken("RunPod answers 400", transient=False), NotTaken("RunPod answers 502", transient=True)
+BROKEN = JobError("The engine stopped.", 503, "service_unavailable")
+
+
+class Scripted:
+    """An answer whose chunks are known; `error` is there once they are through, as of a stream that breaks off."""
+
+    job_id = "j"
+    as_list = True
+    first_at = 0.0
+
+    def __init__(self, *chunks: str, whole: object = None, error: JobError | None = None, hangs: bool = False) -> None:
+        self.chunks = list(chunks)
+        self.object = whole
+        self.streams = whole is None
+        self.later = error
+        self.error: JobError | None = None
+        self.hangs = hangs
+        self.stopped = asyncio.Event()
+
+    async def chunk(self, since: float) -> str:
+        if self.error is None and self.chunks:
+            return self.chunks.pop(0)
+        if self.hangs:
+            await self.stopped.wait()
+        self.error = self.error or self.later
+        return ""
+
+    def stop(self, error: JobError | None = None) -> None:
+        self.error = self.error or error
+        self.stopped.set()
+
+
+class Listener:
+    """RunPod: what it got, and what it says to each POST, in order; then it takes all."""
+
+    done, stream, listens = "done", "stream", True
+
+    def __init__(self, *says: NotTaken | None) -> None:
+        self.says = list(says)
+        self.got: list[tuple[str, dict[str, Any]]] = []
+        self.keys: list[str] = []
+
+    async def post(self, template: str, job_id: str, body: bytes, key: str, *, stream: bool) -> None:
+        assert job_id == "j"
+        self.keys.append(key.partition("/")[2])
+        if self.says and (error := self.says.pop(0)) is not None:
+            raise error
+        self.got.append((template, json.loads(body)))
+
+
+async def nothing() -> dict[str, Any] | None:
+    return None
+
+
+@pytest.fixture(autouse=True)
+def _little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deliveries, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(deliveries, "PATIENCE", 0.0)
+
+
+def deliver(
+    answer: Callable[[], Scripted],
+    runpod: Listener,
+    meanwhile: Callable[[asyncio.Task[None], Delivery], None] | None = None,
+    first: Callable[[], Awaitable[dict[str, Any] | None]] = nothing,
+) -> Delivery:
+    async def all_of_it() -> Delivery:
+        one = Delivery(answer(), runpod, first)  # type: ignore[arg-type]
+        task = asyncio.create_task(one.run())
+        if meanwhile is not None:
+            await asyncio.sleep(0)
+            meanwhile(task, one)
+        await task
+        return one
+
+    return asyncio.run(all_of_it())
+
+
+@pytest.fixture
+def ends(capsys: pytest.CaptureFixture[str]) -> Callable[[], tuple[str, str]]:
+    """Its outcome and its line of log; there must be one."""
+
+    def read() -> tuple[str, str]:
+        said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        (last,) = [line for line in said if "job" in line]
+        return last["job"]["outcome"], last["message"]
+
+    return read
+
+
+Ends = Callable[[], tuple[str, str]]
+
+
+def test_every_cell_of_the_table() -> None:
+    """What is not in it can't be: while an answer comes no result is posted, and an error is the last word."""
+    expected = {
+        State.ANSWERING: {Event.ANSWERED, Event.FAILED, Event.UNWANTED},
+        State.RESULT: {Event.TAKEN, Event.REFUSED, Event.UNDELIVERED, Event.UNWANTED},
+        State.ERROR: {Event.TAKEN, Event.REFUSED, Event.UNDELIVERED, Event.UNWANTED},
+        State.OVER: set(),
+    }
+    for state, event in itertools.product(State, Event):
+        assert ((state, event) in TABLE) == (event in expected[state])
+    for (state, event), (following, outcome) in TABLE.items():
+        assert (following is State.OVER) == (outcome is not None)
+        if event is Event.UNWANTED:
+            assert outcome is Outcome.CANCELLED
+        if outcome is Outcome.COMPLETED:
+            assert (state, event) == (State.RESULT, Event.TAKEN)
+
+
+def test_a_stream_is_posted_as_it_comes_and_once_more_as_a_whole(ends: Ends) -> None:
+    runpod = Listener()
+    deliver(lambda: Scripted("a", "b"), runpod)
+    assert runpod.got == [("stream", {"output": "a"}), ("stream", {"output": "b"}), ("done", {"output": ["a", "b"]})]
+    assert runpod.keys == ["1", "2", ""]
+    assert ends()[0] == "completed"
+
+
+def test_a_stream_that_breaks_off_is_a_failed_job_with_all_that_came(ends: Ends) -> None:
+    runpod = Listener()
+    deliver(lambda: Scripted("a", 'data: {"error": 1}', error=BROKEN), runpod)
+    assert [kind for kind, _ in runpod.got] == ["stream", "stream", "done"]
+    assert json.loads(runpod.got[-1][1]["error"])["status"] == 503
+    outcome, line = ends()
+    assert outcome == "failed"
+    assert line.endswith(": 503, The engine stopped.")
+
+
+def test_a_whole_answer_is_a_chunk_and_a_result(ends: Ends) -> None:
+    runpod = Listener()
+    deliver(lambda: Scripted(whole={"id": 1}), runpod)
+    assert runpod.got == [("stream", {"output": {"id": 1}}), ("done", {"output": [{"id": 1}]})]
+    assert ends()[0] == "completed"
+
+
+def test_runpod_llms_is_the_object_itself(ends: Ends) -> None:
+    runpod = Listener()
+
+    def answer() -> Scripted:
+        one = Scripted(whole={"id": 1})
+        one.as_list = False
+        return one
+
+    deliver(answer, runpod)
+    assert runpod.got == [("done", {"output": {"id": 1}})]
+    assert ends()[0] == "completed"
+
+
+@pytest.mark.parametrize("says", [(REFUSED,), (DOWN, DOWN)])
+def test_a_chunk_that_can_not_be_delivered_fails_the_job(ends: Ends, says: tuple[NotTaken, ...]) -> None:
+    runpod = Listener(None, *says)
+    one = deliver(lambda: Scripted("a", "b", "c"), runpod)
+    assert runpod.got[0] == ("stream", {"output": "a"})
+    assert [kind for kind, _ in runpod.got] == ["stream", "done"]
+    assert "could not be delivered" in json.loads(runpod.got[1][1]["error"])["message"]
+    assert one.answer.error is not None
+    assert ends()[0] == "failed"
+
+
+def test_a_result_that_is_refused_becomes_an_error(ends: Ends) -> None:
+    runpod = Listener(None, REFUSED)
+    deliver(lambda: Scripted("a"), runpod)
+    assert "did not take the result (RunPod answers 400)" in json.loads(runpod.got[-1][1]["error"])["message"]
+    assert runpod.keys == ["1", "", "error"]
+    assert ends()[0] == "failed"
+
+
+@pytest.mark.parametrize("says", [(None, DOWN, DOWN), (None, REFUSED, REFUSED)])
+def test_what_nobody_takes_is_undelivered(ends: Ends, says: tuple[NotTaken | None, ...]) -> None:
+    deliver(lambda: Scripted("a"), Listener(*says))
+    outcome, line = ends()
+    assert outcome == "undelivered"
+    assert "RunPod answers" in line
+
+
+def test_what_is_taken_at_the_second_try_is_delivered_under_one_key(ends: Ends) -> None:
+    runpod = Listener(DOWN, None, DOWN)
+    one = deliver(lambda: Scripted("a"), runpod)
+    assert runpod.keys == ["1", "1", "", ""]
+    assert one.posts == {"chunk failed": 1, "chunk taken": 1, "result failed": 1, "result taken": 1}
+    assert ends()[0] == "completed"
+
+
+def test_what_runpod_does_not_know_is_left_out_at_the_second_try(ends: Ends) -> None:
+    async def start() -> dict[str, Any]:
+        return {"cold_start": {"seconds": 1.0}}
+
+    runpod = Listener(None, REFUSED)
+    deliver(lambda: Scripted("a"), runpod, first=start)
+    assert runpod.got[-1] == ("done", {"output": ["a"]})
+    assert runpod.keys == ["1", "", "again"]
+    assert ends()[0] == "completed"
+
+
+def test_one_that_nobody_waits_for_is_cancelled(ends: Ends) -> None:
+    runpod = Listener()
+    one = deliver(lambda: Scripted("a", hangs=True), runpod, lambda task, _: task.cancel())
+    assert [kind for kind, _ in runpod.got] == ["stream"]
+    assert one.answer.stopped.is_set()  # type: ignore[attr-defined]  # the scripted one
+    assert ends()[0] == "cancelled"
+
+
+def test_one_whose_time_is_over_is_told_so(ends: Ends) -> None:
+    runpod = Listener()
+    deliver(lambda: Scripted("a", hangs=True), runpod, lambda _, one: one.answer.stop(SHUT_DOWN))
+    assert json.loads(runpod.got[-1][1]["error"])["code"] == "shutting_down"
+    assert ends()[0] == "failed"
+
+
+def test_no_word_of_a_clients_mistake_is_in_the_log(ends: Ends) -> None:
+    """vLLM's quote what was sent."""
+    deliver(lambda: Scripted(error=JobError("no such thing as SECRET", 400)), Listener())
+    assert ends()[1].endswith(": 400, invalid_request_error")
