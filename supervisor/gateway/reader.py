@@ -77,23 +77,18 @@ class RequestReader(HttpToolsProtocol, Client):
         raise NotImplementedError
 
     def data_received(self, data: bytes) -> None:
-        if self.lingering:
-            return
-        if self.tunnel is not None:
-            self.tunnel.tunnel(data)
-            return
-        self.active_at = self.clients.clock
-        if not self.between or self.answering is not None or self.unparsed or self.flow.write_paused:
-            self._parse(data)
+        if self.answering is not None or not self.between or self.lingering or self.unparsed or self.flow.write_paused:
+            self._more(data)
             return
         found = self.heads.find(data)
         if found is not None:
             self._repeat(*found)
             return
-        key, before = self.heads.key, self.incoming
-        if key is None:
+        self.active_at = self.clients.clock
+        if self.heads.key is None:
             self._parse(data)
             return
+        before = self.incoming
         self._feed(data)  # it is one request, and all of it
         new = self.incoming
         # Of a new request alone: empty lines, which are none, must not stand for the one before.
@@ -101,6 +96,16 @@ class RequestReader(HttpToolsProtocol, Client):
             return
         if new.refusal is None and new.request.repeats():
             self.heads.learn(new.request)
+
+    def _more(self, data: bytes) -> None:
+        """Of a request, or behind one."""
+        if self.lingering:
+            return
+        if self.tunnel is not None:
+            self.tunnel.tunnel(data)
+        else:
+            self.active_at = self.clients.clock
+            self._parse(data)
 
     def _repeat(self, request: Request, digits: bytes, body: bytes) -> None:
         """A whole request whose head was seen before."""

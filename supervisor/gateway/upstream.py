@@ -162,17 +162,17 @@ class UpstreamConnection(asyncio.Protocol):
         if sink is None:  # nobody asked: a late answer must never reach the next request
             self.transport.abort()
             return
-        self.answered = True
         self.upstream.reads += sink.is_relayed
-        if self.tunnel:
-            self.receiver.data(data, False)  # type: ignore[union-attr]  # there is one while there is a sink
-            return
         alone = self.in_head and self.request_sent and not self.raw_head
         if alone and (found := self.heads.find(data)) is not None and not sink.is_head:
             self.sink = self.receiver = None
-            self.answered = self.request_sent = False
+            self.request_sent = False
             self.upstream.release(self)
             sink.whole(*found)
+            return
+        self.answered = True
+        if self.tunnel:
+            self.receiver.data(data, False)  # type: ignore[union-attr]  # there is one while there is a sink
             return
         try:
             while self.in_head and data:
@@ -247,7 +247,7 @@ class UpstreamConnection(asyncio.Protocol):
             if head.status == 101:
                 if not sink.websocket:
                     raise UpstreamError("vLLM switched protocols unasked")
-                self.tunnel = True
+                self.tunnel, self.in_head = True, False
                 sink.switched(head, data[end:])
                 return b""
             sent = self.request_sent
