@@ -15,7 +15,6 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
 from supervisor.gateway.door import Delivering, Door
 from supervisor.gateway.errors import Refusal, UpstreamError
-from supervisor.gateway.gate import RETRY_AFTER
 from supervisor.gateway.http1 import Framing, KnownAnswer, Request, ResponseHead
 from supervisor.gateway.upstream import Disconnected, NotConnected, Receiver, Sink, Unanswered, UpstreamConnection
 
@@ -29,8 +28,12 @@ DOUBTED = frozenset({500, 503})
 BROKEN_OFF = Refusal(
     503, "The engine stopped in the middle of this answer. Please send the request again.", "engine_stopped"
 )
+# Without a Retry-After: it is most likely what stops engines.
 LOST_TWICE = Refusal(
-    503, "The engine stopped twice while it worked on this request.", "engine_stopped", retry_after=RETRY_AFTER
+    503,
+    "The engine stopped twice while it worked on this request, which may be why. It is not tried again; look at it "
+    "before you send it once more.",
+    "engine_stopped_twice",
 )
 log = logging.getLogger("supervisor.gateway")
 
@@ -358,8 +361,11 @@ class Delivery(Delivering, Sink):
     def _give_up(self, _: object) -> None:
         """vLLM had the request, and lives, and gave no answer."""
         log.warning("%s", self.error, extra=self.answered.named)
-        ready = self.gate.engine.ready
-        self._refuse(Refusal(502, f"{self.error}.", "engine_no_answer") if ready else self.gate.unavailable())
+        if self.gate.engine.ready:
+            again = ", for the second time" if self.replayed else ""
+            self._refuse(Refusal(502, f"{self.error}{again}.", "engine_no_answer"))
+        else:
+            self._refuse(LOST_TWICE if self.replayed else self.gate.unavailable())
 
     def _refuse(self, refusal: object) -> None:
         assert isinstance(refusal, Refusal)

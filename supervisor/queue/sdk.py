@@ -179,6 +179,8 @@ class Link:
         pace = Pace("taking jobs")
         while True:
             await self._until(lambda: self.order in JOINED and len(self.running) < self.jobs)
+            if self.reader.longest is None and self.order == "ready":
+                self.reader.longest = await self.client.longest()
             poll = self.poll = asyncio.create_task(self._paced(pace, self._ask_for_jobs))
             await asyncio.wait({poll})
             self.poll = None

@@ -143,8 +143,6 @@ class Answer:
         try:
             if taken.error is not None:
                 raise taken.error
-            if self.reader.longest is None:
-                self.reader.longest = await self.client.longest()
             job = self.reader.read(taken.content)
             self.as_list = job.as_list
             if job.batch:

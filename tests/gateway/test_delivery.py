@@ -299,6 +299,16 @@ def test_what_can_not_be_sent_again_is_told_by_what_is_known_of_the_engine(ready
     assert (scene.refusal.status, scene.refusal.code) == (status, code)
 
 
+@pytest.mark.parametrize("ready", [True, False])
+def test_one_that_was_sent_again_is_not_invited_a_third_time(ready: bool) -> None:
+    scene = Scene().is_in(S.SENT)
+    scene.delivery.replayed = True
+    scene.engine.ready = ready
+    scene.happens(E.GONE)
+    assert scene.refusal.retry_after is None
+    assert ("for the second time" if ready else "stopped twice") in scene.refusal.message
+
+
 def test_a_doubted_answer_that_is_kept_is_replaced_once() -> None:
     scene = Scene().is_in(S.DOUBTED)
     scene.delivery.fate(alive=False)
