@@ -39,7 +39,7 @@ from typing import Any
 
 import aiohttp
 
-from supervisor.queue.child import simulated
+from supervisor.local_runpod.child import environment as simulated
 
 ROOT = Path(__file__).resolve().parent.parent
 SUPERVISOR = ROOT / ".venv" / "bin" / "supervisor"
@@ -73,7 +73,7 @@ class RunPod:
 
     def __init__(self, latency: float) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "supervisor.queue.simulator", "--port", "0", "--with-parent"],
+            [sys.executable, "-m", "supervisor.local_runpod.simulator", "--port", "0", "--with-parent"],
             cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert self.process.stdout is not None

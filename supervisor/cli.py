@@ -114,7 +114,7 @@ def ask(parsed: argparse.Namespace, given: Arguments) -> int:
 
         return examine.show(given, os.environ, as_json=parsed.json)
     if parsed.verb == "job":
-        from supervisor import job  # noqa: PLC0415
+        from supervisor.local_runpod import job  # noqa: PLC0415
 
         return job.run(parsed.job, parsed.url, os.environ, stream=parsed.stream)
     from supervisor import status  # noqa: PLC0415

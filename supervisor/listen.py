@@ -11,6 +11,7 @@ from pathlib import Path
 from supervisor.settings.sources import Settings, SettingsError
 
 BACKLOG = 2048
+LOOPBACK = "127.0.0.1"
 # More are of no use to us, and programs that we start might look at each of them.
 MOST_FILES = 65_536
 
@@ -37,7 +38,8 @@ def bind(settings: Settings) -> Listeners:
     health = [_listen(knobs.host, knobs.port_health)] if knobs.port_health not in (None, knobs.port) else []
     if settings.mode == "queue":
         if not settings.environ.get("RUNPOD_WEBHOOK_GET_JOB"):
-            return Listeners(tuple(health), simulator=_listen(knobs.host, knobs.port))
+            # Whatever SUPERVISOR_HOST says: it is a tool for who sits here, and shows each job to whoever asks.
+            return Listeners(tuple(health), simulator=_listen(LOOPBACK, knobs.port))
         if not settings.asked_for("PORT"):
             return Listeners(tuple(health))
     return Listeners((_listen(knobs.host, knobs.port), *health))

@@ -51,7 +51,8 @@ from supervisor.settings.values import BadValue
 from supervisor.weights.find import Weights
 
 if TYPE_CHECKING:
-    from supervisor.queue.child import Queue
+    from supervisor.local_runpod.child import LocalRunPod
+    from supervisor.queue.child import QueueWorker
 
 # The own routes and clients' last bytes, after the last relayed request is done.
 CLOSE_PATIENCE = 5
@@ -109,7 +110,8 @@ class Serving(Observer):
         self.multinode = Multinode(cluster, self.knobs.drain_timeout) if cluster is not None else None
         self.headless = self.multinode if cluster is not None and cluster.headless else None
         self.traces: tracing.Tracing | None = None
-        self.queue: Queue | None = None
+        self.worker: QueueWorker | None = None
+        self.runpod: LocalRunPod | None = None
         self.upstream = Upstream(str(start.launch.workspace.socket), self.loop)
         self.facts = self._facts()
         first = [start.first]
@@ -156,8 +158,7 @@ class Serving(Observer):
         settings, launch, listeners = self.settings, self.launch, self.listeners
 
         def invite() -> str:
-            simulator = self.queue.simulator if self.queue is not None else None
-            return invitation(settings, listeners, simulator.url if simulator is not None else "")
+            return invitation(settings, listeners, self.runpod.url if self.runpod is not None else "")
 
         def weights() -> Weights:
             """Those of the start; looked for again where they had to be downloaded for it."""
@@ -231,16 +232,13 @@ class Serving(Observer):
         async with asyncio.TaskGroup() as group:
             tracing_starts = group.create_task(self._trace()) if tracing.endpoint(settings.environ) else None
             if settings.mode == "queue":
-                from supervisor.queue.child import Queue  # noqa: PLC0415  # in that mode only
-
-                jobs = self.gateway.counts.jobs = Jobs()
-                self.queue = Queue.start(settings, listeners.simulator, str(private), served_name(settings), jobs)
-                group.create_task(self.queue.worker.run())
+                self._join_queue(group, str(private))
             group.create_task(self.gateway.run_on(sockets))
             code = await self.engine.run(self, self._observers())
-            if self.queue is not None:
-                await self.queue.worker.finish(LAST_REPORTS, LAST_REPORTS)
-                self.queue.stop()
+            if self.worker is not None:
+                await self.worker.finish(LAST_REPORTS, LAST_REPORTS)
+            if self.runpod is not None:
+                self.runpod.stop()
             self.gateway.stop()
             if tracing_starts is not None:
                 tracing_starts.cancel()
@@ -249,6 +247,26 @@ class Serving(Observer):
             self.traces.close()
         self.upstream.close()
         return code
+
+    def _join_queue(self, group: asyncio.TaskGroup, address: str) -> None:
+        """`address`: of the gateway's private socket. Outside of RunPod a simulated one stands for it."""
+        from supervisor.queue.child import QueueWorker, environment  # noqa: PLC0415  # in that mode only
+
+        settings, environ = self.settings, dict(self.settings.environ)
+        if self.listeners.simulator is not None:
+            from supervisor.local_runpod.child import LocalRunPod  # noqa: PLC0415  # as above
+
+            self.runpod = LocalRunPod(self.listeners.simulator, [key for keys in settings.keys for key in keys.values])
+            environ |= self.runpod.environment()
+            group.create_task(self.runpod.run())
+        jobs = self.gateway.counts.jobs = Jobs()
+        environ = environment(
+            environ, address, served_name(settings), settings.knobs.max_concurrency or 1,
+            # Who names the model as runpod-LLM does has clients who know its answers.
+            llm=settings.model.source.endswith("LLM_MODEL"), root=str(settings.option("root_path") or ""),
+        )  # fmt: skip
+        self.worker = QueueWorker(environ, jobs)
+        group.create_task(self.worker.run())
 
     def _listen_for_signals(self) -> None:
         for number in SIGNALS:
@@ -300,9 +318,9 @@ class Serving(Observer):
         patience = self.knobs.drain_timeout
         try:
             async with asyncio.timeout(patience):
-                if self.queue is not None:
+                if self.worker is not None:
                     reserve = min(LAST_REPORTS, patience / 4)
-                    await self.queue.worker.finish(patience - reserve, reserve)
+                    await self.worker.finish(patience - reserve, reserve)
                 await self.gateway.drained()
         except TimeoutError:
             limit = f"{patience:g} s (SUPERVISOR_DRAIN_TIMEOUT)"
@@ -313,8 +331,8 @@ class Serving(Observer):
 
     def changed(self, change: Change) -> None:
         self.gateway.gate.changed()
-        if self.queue is not None and change.state in TOLD:
-            self.queue.worker.tell(change.state.value)
+        if self.worker is not None and change.state in TOLD:
+            self.worker.tell(change.state.value)
 
     def removed(self) -> None:
         self.upstream.close()

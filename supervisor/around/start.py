@@ -69,9 +69,10 @@ class StartTold(Observer):
 def invitation(settings: Settings, listeners: Listeners, simulator: str) -> str:
     """What to do now that it serves: the URL, and a line to paste."""
     chat = {"messages": [{"role": "user", "content": "What are you?"}]}
+    key = ' -H "Authorization: Bearer $KEY"' if any(keys.values for keys in settings.keys) else ""
     if simulator:
         job = shlex.quote(json.dumps({"input": chat}))
-        request = f"{simulator}/runsync -H 'Content-Type: application/json' -d {job}"
+        request = f"{simulator}/runsync{key} -H 'Content-Type: application/json' -d {job}"
         return f"ready: a simulated RunPod endpoint, {simulator}\n  curl {request}"
     if settings.cluster is not None and settings.cluster.headless:
         return f"ready: {settings.cluster.name}; rank 0, at {settings.cluster.leader}, serves"
@@ -79,7 +80,6 @@ def invitation(settings: Settings, listeners: Listeners, simulator: str) -> str:
         return f"ready: up to {settings.knobs.max_concurrency} of RunPod's jobs at once"
     url = listen.url(listeners.gateway[0], "https" if settings.knobs.tls_cert else "http")
     body = shlex.quote(json.dumps({"model": served_name(settings), **chat}))
-    key = ' -H "Authorization: Bearer $KEY"' if settings.knobs.api_keys else ""
     return f"ready: {url}\n  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d {body}"
 
 

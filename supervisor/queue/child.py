@@ -11,18 +11,16 @@ import json
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import IO, Any, Protocol
 
 from supervisor.bounded import Call
 from supervisor.engine.child import how_it_ended
-from supervisor.settings.sources import Settings
+from supervisor.settings.secrets import SECRET_NAME
 
 # Seconds before a worker that died is started again: the first, the longest; after so long it counts as healthy.
 FIRST_RESTART, SLOWEST_RESTART, HEALTHY_AFTER = 0.5, 30.0, 60.0
@@ -34,6 +32,21 @@ SAFELY = ("-P", "-m")
 LEVELS = frozenset({"NOTSET", "TRACE", "DEBUG", "INFO", "WARN", "ERROR"})
 
 
+# What the worker is given besides RunPod's own variables, beside a hundred packages that are not ours.
+NEEDED = frozenset({
+    "PATH", "HOME", "USER", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "SSL_CERT_FILE",
+    "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY",
+})  # fmt: skip
+RUNPODS_KEY = "RUNPOD_AI_API_KEY"
+
+
+def _is_needed(name: str) -> bool:
+    """The only secret is the key by which RunPod knows the worker."""
+    if name.startswith("RUNPOD_"):
+        return name == RUNPODS_KEY or SECRET_NAME.search(name) is None
+    return name.upper() in NEEDED or name.startswith("PYTHON")
+
+
 def environment(
     environ: Mapping[str, str], address: str, model: str, jobs: int, *, llm: bool, root: str = ""
 ) -> dict[str, str]:
@@ -41,7 +54,7 @@ def environment(
 
     The SDK reads most of these while it is imported, and has no other way to be told.
     """
-    found = dict(environ)
+    found = {name: value for name, value in environ.items() if _is_needed(name)}
     # By default it logs every token, and at INFO three lines for each job, beside ours. RunPod sets RUNPOD_DEBUG_LEVEL;
     # a level that it does not know ends its import.
     if found.get("RUNPOD_LOG_LEVEL") not in LEVELS:
@@ -70,60 +83,56 @@ def environment(
     }
 
 
-def simulated(url: str) -> dict[str, str]:
-    """What RunPod would set, for a worker of the simulator at `url` (`http://127.0.0.1:8000/v2/local`)."""
-    return {
-        "RUNPOD_POD_ID": "local",
-        "RUNPOD_ENDPOINT_ID": "local",
-        "RUNPOD_AI_API_KEY": "local",
-        "RUNPOD_PING_INTERVAL": "4000",
-        "RUNPOD_WEBHOOK_GET_JOB": f"{url}/job-take/$ID?gpu=local",
-        "RUNPOD_WEBHOOK_POST_OUTPUT": f"{url}/job-done/$RUNPOD_POD_ID/$ID?gpu=local",
-        "RUNPOD_WEBHOOK_POST_STREAM": f"{url}/job-stream/$RUNPOD_POD_ID/$ID?gpu=local",
-        "RUNPOD_WEBHOOK_PING": f"{url}/ping/$RUNPOD_POD_ID?gpu=local",
-    }
-
-
-class Simulator:
-    """RunPod's side of the queue, as a process beside us, on a socket that is bound already."""
-
-    def __init__(self, listener: socket.socket) -> None:
-        host, port = listener.getsockname()[:2]
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v2/local"
-        self.child = subprocess.Popen(
-            [sys.executable, *SAFELY, "supervisor.queue.simulator", "--fd", str(listener.fileno()), "--with-parent"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            pass_fds=[listener.fileno()],
-            process_group=0,
-        )
-
-    def stop(self) -> None:
-        """When nobody is left to post to it."""
-        self.child.terminate()
-        self.child.wait()
-
-
 class Counts(Protocol):
     """Who counts jobs."""
 
     def report(self, job: JSON) -> None:
-        """What the worker tells of one (`queue/worker.py`)."""
+        """What the worker tells of one (queue/delivery.py)."""
 
     def worker_died(self) -> None: ...
 
 
-class QueueWorker:
+class Kept:
+    """A child that is started again when it dies, later each time, until it is to leave."""
+
+    def __init__(self) -> None:
+        self.log = logging.getLogger("supervisor.queue")
+        self.child: subprocess.Popen[bytes] | None = None
+        self.leaving = asyncio.Event()
+        self.ended = asyncio.Event()
+
+    async def once(self) -> int:
+        """Starts it, as `child`, and returns with its exit code."""
+        raise NotImplementedError
+
+    def died(self, how: str, again: float) -> None:
+        raise NotImplementedError
+
+    async def run(self) -> None:
+        delay = FIRST_RESTART
+        while not self.leaving.is_set():
+            began = time.monotonic()
+            code = await self.once()
+            if self.leaving.is_set():
+                break
+            if time.monotonic() - began > HEALTHY_AFTER:
+                delay = FIRST_RESTART
+            self.died(how_it_ended(code), delay)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay):
+                    await self.leaving.wait()
+            delay = min(delay * 2, SLOWEST_RESTART)
+        self.ended.set()
+
+
+class QueueWorker(Kept):
     """`run()` keeps it alive until `finish()`; `tell()` passes on the engine's state."""
 
     def __init__(self, environ: Mapping[str, str], counts: Counts) -> None:
+        super().__init__()
         self.environ = environ
         self.counts = counts
-        self.log = logging.getLogger("supervisor.queue")
         self.word = "starting"
-        self.child: subprocess.Popen[bytes] | None = None
-        self._ended = asyncio.Event()
-        self._leaving = asyncio.Event()
 
     def tell(self, word: str) -> None:
         """starting, ready, restarting, failed; draining: take nothing more, and leave when all is done; expire: fail
@@ -133,25 +142,11 @@ class QueueWorker:
             with contextlib.suppress(OSError):  # it is dead, or about to be: the next one is told
                 os.write(self.child.stdin.fileno(), f"{word}\n".encode())
 
-    async def run(self) -> None:
-        delay = FIRST_RESTART
-        while not self._leaving.is_set():
-            began = time.monotonic()
-            code = await self._once()
-            if self._leaving.is_set():
-                break
-            if time.monotonic() - began > HEALTHY_AFTER:
-                delay = FIRST_RESTART
-            ended = how_it_ended(code)
-            self.counts.worker_died()
-            self.log.error("the queue worker ended (%s), the jobs it had are lost: again in %.1f s", ended, delay)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(delay):
-                    await self._leaving.wait()
-            delay = min(delay * 2, SLOWEST_RESTART)
-        self._ended.set()
+    def died(self, how: str, again: float) -> None:
+        self.counts.worker_died()
+        self.log.error("the queue worker ended (%s), the jobs it had are lost: again in %.1f s", how, again)
 
-    async def _once(self) -> int:
+    async def once(self) -> int:
         self.child = subprocess.Popen(  # noqa: ASYNC220  # a thread waits for it, as for vLLM
             [sys.executable, *SAFELY, "supervisor.queue.sdk"],
             env=self.environ,
@@ -193,12 +188,12 @@ class QueueWorker:
 
     async def finish(self, patience: float, reserve: float) -> None:
         """Lets it end its jobs for `patience` seconds, then has it report the others as failed for `reserve` more."""
-        self._leaving.set()
+        self.leaving.set()
         for word, seconds in (("draining", patience), ("expire", reserve)):
             self.tell(word)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
-                    await self._ended.wait()
+                    await self.ended.wait()
                     return
         if self.child is not None:
             self.log.warning("the queue worker did not end: killed")
@@ -225,32 +220,3 @@ def _read(stream: IO[bytes] | None, loop: asyncio.AbstractEventLoop, heard: Call
     with stream, contextlib.suppress(RuntimeError):  # the loop is gone
         while line := stream.readline(LONGEST_LINE):
             loop.call_soon_threadsafe(heard, line.decode("utf-8", "replace").rstrip())
-
-
-@dataclass(frozen=True, slots=True)
-class Queue:
-    """What runs beside the gateway in queue mode: the worker, and outside of RunPod its simulator."""
-
-    worker: QueueWorker
-    simulator: Simulator | None
-
-    @classmethod
-    def start(
-        cls,
-        settings: Settings,
-        simulated_on: socket.socket | None,
-        address: str,
-        model: str,
-        counts: Counts,
-    ) -> Queue:
-        """The simulator takes over `simulated_on`; the worker asks the gateway at the unix socket `address`."""
-        simulator = Simulator(simulated_on) if simulated_on is not None else None
-        environ = {**settings.environ, **(simulated(simulator.url) if simulator is not None else {})}
-        # Who names the model as runpod-LLM does has clients who know its answers.
-        llm = settings.model.source.endswith("LLM_MODEL")
-        jobs, root = settings.knobs.max_concurrency or 1, str(settings.option("root_path") or "")
-        return cls(QueueWorker(environment(environ, address, model, jobs, llm=llm, root=root), counts), simulator)
-
-    def stop(self) -> None:
-        if self.simulator is not None:
-            self.simulator.stop()

@@ -12,6 +12,8 @@ BALANCER_REQUEST = 330.0  # seconds that the load balancer gives a request
 BALANCER_BODY = 30_000_000  # bytes
 
 # The port that SageMaker asks for. It sets it where containers share an endpoint; entrypoint.sh does so elsewhere.
+# One of these is on each machine of RunPod's.
+RUNPODS = ("RUNPOD_ENDPOINT_ID", "RUNPOD_POD_ID")
 SAGEMAKER_PORT = "SAGEMAKER_BIND_TO_PORT"
 SAGEMAKER_MODEL = Path("/opt/ml/model")  # what it has fetched from S3
 

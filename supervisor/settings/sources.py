@@ -506,6 +506,12 @@ class _Gathering:
     def _mode(self, asked: object) -> str:
         """http or queue. RunPod's load balancer may give its workers a queue's address as well."""
         if asked in ("http", "queue"):
+            on_runpod = next((name for name in platform.RUNPODS if self.environ.get(name)), None)
+            if asked == "queue" and on_runpod and not self.environ.get("RUNPOD_WEBHOOK_GET_JOB"):
+                self.problems.append(
+                    f"SUPERVISOR_MODE=queue on RunPod ({on_runpod} is set) needs RUNPOD_WEBHOOK_GET_JOB, which RunPod "
+                    "sets on queue endpoints alone: make it one, or serve HTTP with SUPERVISOR_MODE=http"
+                )
             return str(asked)
         queue = self.environ.get("RUNPOD_WEBHOOK_GET_JOB") and not platform.balanced(self.environ)
         return "queue" if queue else "http"

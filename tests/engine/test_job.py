@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from supervisor import job
+from supervisor.local_runpod import job
 from tests.harness import SUPERVISOR, Supervisor, clean_environment, http, wait_until
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from supervisor.queue.child import simulated
+from supervisor.local_runpod.child import environment as simulated
 from tests.harness import ROOT, Supervisor, wait_until
 
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
@@ -22,7 +22,16 @@ class RunPod:
 
     def __init__(self, *arguments: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "supervisor.queue.simulator", "--port", "0", "--with-parent", *arguments],
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "supervisor.local_runpod.simulator",
+                "--port",
+                "0",
+                "--with-parent",
+                *arguments,
+            ],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
+from supervisor.local_runpod.queue import CHUNK_BYTES
 from supervisor.queue import events
 from supervisor.queue.events import CHUNK_LIMIT, EVENT_LIMIT, Events
-from supervisor.queue.simulated import CHUNK_BYTES
 
 ENDS = ("\n\n", "\r\n\r\n")
 # Of 1, 2, 3 and 4 bytes.

@@ -20,8 +20,8 @@ from typing import Any
 import httpx
 import pytest
 
-from supervisor.queue.simulated import Queue, State
-from supervisor.queue.simulator import Handed
+from supervisor.local_runpod.queue import Queue, State
+from supervisor.local_runpod.simulator import Handed
 from tests.harness import ROOT, wait_until
 
 pytestmark = pytest.mark.slow
@@ -36,7 +36,7 @@ class Simulator:
     def __init__(self, *arguments: str, lost_after: float = 60) -> None:
         options = ["--port", "0", "--hold", str(HOLD), "--lost-after", str(lost_after), "--with-parent", *arguments]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "supervisor.queue.simulator", *options],
+            [sys.executable, "-m", "supervisor.local_runpod.simulator", *options],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -616,7 +616,7 @@ def test_it_leaves_with_its_parent() -> None:
 
 def test_a_port_that_is_taken(simulator: Simulator) -> None:
     port = simulator.root.rpartition(":")[2]
-    command = [sys.executable, "-m", "supervisor.queue.simulator", "--port", port]
+    command = [sys.executable, "-m", "supervisor.local_runpod.simulator", "--port", port]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10, check=False)
     assert ended.returncode == 1
     assert ended.stderr == f"simulator: cannot listen on 127.0.0.1:{port}: Address already in use\n"

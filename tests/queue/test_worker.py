@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
@@ -593,6 +595,73 @@ def test_a_machine_without_its_gpus_is_reported_and_left() -> None:
         assert "importing vLLM" not in supervisor.output
         (ping,) = runpod.log("ping")
         assert "status=unhealthy&check=gpu&reason=RunPod+gave+99+GPUs" in ping["target"]
+
+
+BAD = {
+    "nested": '{"input": {"prompt": ' + "[" * 1500 + "]" * 1500 + "}}",
+    "a long number": '{"input": {"prompt": "a", "seed": ' + "9" * 5000 + "}}",
+}
+
+
+def test_a_job_that_can_not_be_read_fails_and_harms_no_other(endpoint: Supervisor, runpod: RunPod) -> None:
+    """Taken at once: the whole take was lost, without a word of any of them."""
+    runpod.fault("job-take-batch", "delay", seconds=0.5, times=1)  # so that they wait for one take
+    first = runpod.run({**HELLO, "max_tokens": 2})
+    bad = {
+        why: runpod.http.post(f"{runpod.url}/run", content=body, headers={"Content-Type": "application/json"})
+        for why, body in BAD.items()
+    }
+    last = runpod.run({**HELLO, "max_tokens": 2})
+    for job in (first, last):
+        assert runpod.result(job)["status"] == "COMPLETED"
+    for why, answer in bad.items():
+        status = runpod.result(answer.json()["id"])
+        assert status["status"] == "FAILED", why
+        assert json.loads(status["error"])["status"] == 400
+    endpoint.says("2 POSTs|1 POST")
+
+
+def test_a_simulated_runpod_that_dies_is_started_again() -> None:
+    with Supervisor("m", "--mode", "queue") as supervisor:
+        url = supervisor.says(r"ready: a simulated RunPod endpoint, (http://\S+)", 20)[1]
+        (simulator,) = [
+            child
+            for child in psutil.Process(supervisor.process.pid).children()
+            if "supervisor.local_runpod.simulator" in child.cmdline()
+        ]
+        simulator.kill()
+        supervisor.says(r"the simulated RunPod ended \(killed by SIGKILL\), its jobs are lost: again in 0.5 s")
+        job = httpx.post(
+            f"{url}/runsync", json={"input": {**HELLO, "max_tokens": 2}}, timeout=30
+        )  # and waits meanwhile
+        assert job.json()["status"] == "COMPLETED"
+        children = psutil.Process(supervisor.process.pid).children()
+        assert not [child for child in children if child.status() == psutil.STATUS_ZOMBIE]
+
+
+def test_a_simulated_runpod_is_for_this_machine_and_asks_for_the_keys_that_there_are() -> None:
+    environ = {"SUPERVISOR_HOST": "0.0.0.0", "SUPERVISOR_API_KEYS": "key-of-a-client"}
+    with Supervisor("m", "--mode", "queue", environ=environ) as supervisor:
+        said = supervisor.says(
+            r"ready: a simulated RunPod endpoint, (http://127.0.0.1:\d+/v2/local)\n  (curl .+)\n", 20
+        )
+        base = said[1].removesuffix("/v2/local")
+        for path in ("/v2/local/health", "/log", "/workers", "/v2/local/job-take/local", "/v2/local//job-take/local"):
+            assert httpx.get(base + path).status_code == 401
+        for path in ("/v2/local/run", "/faults", "/v2/local/job-done/local/1"):
+            assert httpx.post(base + path, json={}).status_code == 401
+        pasted = subprocess.run(
+            ["bash", "-c", said[2]], capture_output=True, text=True, timeout=60, check=True,
+            env={**os.environ, "KEY": "key-of-a-client"},
+        )  # fmt: skip
+        assert json.loads(pasted.stdout)["status"] == "COMPLETED"
+        command = [sys.executable, "-m", "supervisor", "job", json.dumps(HELLO), "--url", base]
+        asks = partial(subprocess.run, command, capture_output=True, text=True, timeout=60, check=False)
+        sent = asks(env={**os.environ, **environ})
+        assert (sent.returncode, sent.stderr) == (0, "")
+        without = asks()
+        assert without.returncode == 1
+        assert "SUPERVISOR_API_KEYS" in without.stderr
 
 
 def test_outside_of_runpod_a_simulated_one_is_started() -> None:

@@ -21,6 +21,7 @@ ARROWS = {
     "launch": {"engine", "lines", "output", "settings", "terminal", "weights"},
     "bounded": set(),
     "listen": {"settings"},
+    "queue": {"queue", "bounded", "engine", "settings"},
     # Whatever hangs on the core from outside knows the core; it is handed to it by `serve`.
     "around": {"around", "bounded", "engine", "lines", "listen", "logs", "settings", "terminal", "weights"},
 }
@@ -81,7 +82,34 @@ def test_the_gateway_knows_the_engine_by_a_protocol_of_its_own() -> None:
         assert not {other for other in imported(module) if room(other) in {"engine", "launch"}}, module
 
 
-@pytest.mark.parametrize("name", ["engine", "around", "gateway"])
+def test_the_core_knows_no_runpod_on_a_laptop() -> None:
+    for module in MODULES:
+        if room(module) not in {"local_runpod", *ABOVE}:
+            assert not {other for other in imported(module) if room(other) == "local_runpod"}, module
+
+
+def test_of_the_queue_only_the_child_knows_more_than_http() -> None:
+    """It keeps a process alive, with the engine room's words for how one ended."""
+    beyond = {
+        (module, other)
+        for module in MODULES
+        if room(module) == "queue"
+        for other in imported(module)
+        if room(other) != "queue"
+    }
+    assert {module for module, _ in beyond} == {"supervisor.queue.child"}
+    assert {other for _, other in beyond} == {
+        "supervisor.bounded", "supervisor.engine.child", "supervisor.settings.secrets",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "most"), [("queue", 1600), ("local_runpod", 1300)])
+def test_a_room_does_not_grow(name: str, most: int) -> None:
+    files = {module: len(path.read_text().splitlines()) for module, path in MODULES.items() if room(module) == name}
+    assert sum(files.values()) <= most
+
+
+@pytest.mark.parametrize("name", ["engine", "around", "gateway", "queue", "local_runpod"])
 def test_there_is_no_circle(name: str) -> None:
     """Imports for types count, but for the gateway's (FOR_TYPES)."""
     left = {

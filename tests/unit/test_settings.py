@@ -502,3 +502,11 @@ def test_an_unknown_version_is_dumped_once_and_cached(tmp_path: Path, monkeypatc
     monkeypatch.undo()
     with pytest.raises(VllmError, match=r"9\.9\.8"):
         catalogue.load(Vllm(("vllm",), "9.9.8", None), tmp_path)
+
+
+@pytest.mark.parametrize("variable", ["RUNPOD_ENDPOINT_ID", "RUNPOD_POD_ID"])
+def test_on_runpod_a_queue_without_its_address_is_no_simulated_one(tmp_path: Path, variable: str) -> None:
+    """It would be taken for a worker that has nothing to do."""
+    found = problems(tmp_path, **{variable: "x", "SUPERVISOR_MODE": "queue"})
+    (problem,) = [each for each in found if "RUNPOD_WEBHOOK_GET_JOB" in each]
+    assert f"{variable} is set" in problem

@@ -16,6 +16,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from supervisor import status
+from supervisor.settings.knobs import keys
+from supervisor.settings.values import BadValue
 
 # Of one question; /stream waits up to a second for news.
 PATIENCE = 30.0
@@ -36,7 +38,7 @@ def run(given: str, url: str | None, environ: Mapping[str, str], *, stream: bool
         job = read(given)
         if stream:
             job["input"] = streaming(job["input"])
-        return _run(Endpoint(url or find(environ)), job, stream=stream)
+        return _run(Endpoint(url or find(environ), _key(environ)), job, stream=stream)
     except (JobError, status.StatusError) as error:
         print(f"supervisor: {error}", file=sys.stderr)
         return FAILED
@@ -60,6 +62,15 @@ def read(given: str) -> dict[str, Any]:
     if not isinstance(job, dict):
         raise JobError('the job must be an object, such as {"input": {"prompt": "Once upon"}} (docs/jobs.md)')
     return job if "input" in job else {"input": job}
+
+
+def _key(environ: Mapping[str, str]) -> str:
+    """The first of the supervisor's, where it has some: the simulated RunPod asks for one, too."""
+    given = environ.get("SUPERVISOR_API_KEYS") or environ.get("SUPERVISOR_ADMIN_KEYS")
+    try:
+        return keys(given).values[0] if given else ""
+    except BadValue as error:
+        raise JobError(f"SUPERVISOR_API_KEYS: expected {error}") from None
 
 
 def streaming(content: Any) -> Any:
@@ -89,7 +100,7 @@ def find(environ: Mapping[str, str]) -> str:
 class Endpoint:
     """`http://127.0.0.1:8000`, or with the path of an endpoint, `/v2/local`."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, key: str = "") -> None:
         parts = urlsplit(url if "://" in url else f"http://{url}")
         try:
             wrong = parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0
@@ -99,6 +110,7 @@ class Endpoint:
             raise JobError(f"--url {url}: expected an address such as http://127.0.0.1:8000")
         self.url = url
         self.path = parts.path.rstrip("/") or "/v2/local"
+        self.headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self.connection = kind(parts.netloc, timeout=PATIENCE)
 
@@ -106,7 +118,7 @@ class Endpoint:
         """The answer's object. Raises JobError where there is none."""
         body = None if content is None else json.dumps(content).encode()
         try:
-            self.connection.request(method, self.path + path, body, {"Content-Type": "application/json"})
+            self.connection.request(method, self.path + path, body, self.headers)
             answer = self.connection.getresponse()
             text = answer.read()
         except (OSError, http.client.HTTPException) as error:
@@ -118,7 +130,9 @@ class Endpoint:
         if answer.status == 200 and isinstance(found, dict):
             return found
         why = found.get("error") if isinstance(found, dict) else None
-        if answer.status in (401, 403, 404) and not isinstance(why, str):
+        if answer.status == 401:
+            raise JobError(f"{self.url} asks for a key: set SUPERVISOR_API_KEYS to one of its keys")
+        if answer.status in (403, 404) and not isinstance(why, str):
             raise JobError(f"{self.url} is no queue's endpoint (status {answer.status}): {START}")
         raise JobError(f"{self.url} refuses it (status {answer.status}): {readable(why)}")
 

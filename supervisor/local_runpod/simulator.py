@@ -1,8 +1,8 @@
 """RunPod's side of the queue on a laptop, over HTTP: what workers poll and post to, what clients ask, and faults.
 
-    python -m supervisor.queue.simulator --port 8000
+    python -m supervisor.local_runpod.simulator --port 8000
 
-`docs/simulator.md` lists the routes. What jobs go through is in `simulated.py`; here are HTTP, faults and the log.
+`docs/simulator.md` lists the routes. What jobs go through is in `queue.py`; here are HTTP, faults and the log.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from hmac import compare_digest
 from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
@@ -35,7 +37,8 @@ from starlette.routing import Mount, Route
 from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from supervisor.queue.simulated import JOB_BYTES, Job, Queue, State, parse
+from supervisor.local_runpod.child import CLIENTS_KEYS, WORKERS_KEY
+from supervisor.local_runpod.queue import JOB_BYTES, Job, Queue, State, parse
 
 LOG_LENGTH = 20_000
 DROPPED_FOR = 120.0
@@ -187,6 +190,24 @@ class Handed(Response):
                 self.undo()
 
         await super().__call__(scope, receive, watched)
+
+
+class Guarded:
+    """Asks workers for the worker's key, and everybody else for one of the clients', where there are any."""
+
+    def __init__(self, app: Starlette, clients: Sequence[str], worker: str) -> None:
+        self.app = app
+        self.clients = clients
+        self.worker = [worker] if worker else []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            known = self.worker if scope["path"].split("/")[3:4] in [[name] for name in PLATFORM] else self.clients
+            given = Headers(scope=scope).get("authorization", "").removeprefix("Bearer ").encode()
+            if known and sum(compare_digest(given, key.encode()) for key in known) == 0:
+                await reply({"error": "a valid key is needed: 'Authorization: Bearer KEY'"}, 401)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 class Simulator:
@@ -518,7 +539,9 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m supervisor.queue.simulator", description="RunPod's queue on a laptop.")
+    parser = argparse.ArgumentParser(
+        "python -m supervisor.local_runpod.simulator", description="RunPod's queue on a laptop."
+    )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0: any free one (default: 8000)")
     parser.add_argument("--fd", type=int, help="a socket that is bound already, instead of host and port")
@@ -540,9 +563,13 @@ def main(given: Sequence[str] | None = None) -> None:
         listener = _listen(options.host, options.port) if options.fd is None else socket.socket(fileno=options.fd)
     except OSError as error:
         sys.exit(f"simulator: cannot listen on {options.host}:{options.port}: {error.strerror}")
+    # A job is read as RunPod hands it on: how deep and how long its values may be is the worker's to bear.
+    sys.setrecursionlimit(20_000)
+    sys.set_int_max_str_digits(0)
     app = Simulator(Queue(options.hold, options.lost_after)).app(options.endpoint)
+    clients = [key for key in os.environ.get(CLIENTS_KEYS, "").split(",") if key]
     config = uvicorn.Config(
-        app,
+        Guarded(app, clients, os.environ.get(WORKERS_KEY, "")),
         http=WireProtocol,
         ws="none",
         loop="asyncio",  # it writes at once, so that a closed connection shows in the write

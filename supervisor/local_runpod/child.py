@@ -1,0 +1,78 @@
+"""The simulated RunPod beside a supervisor in queue mode: a child on a socket that is bound already, kept alive."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from supervisor.bounded import Call
+from supervisor.queue.child import SAFELY, Kept
+
+# In the simulator's environment, where no list of processes shows them.
+CLIENTS_KEYS, WORKERS_KEY = "LOCAL_RUNPOD_KEYS", "LOCAL_RUNPOD_WORKER_KEY"
+
+
+def environment(url: str, key: str = "local") -> dict[str, str]:
+    """What RunPod would set, for a worker of the simulator at `url` (`http://127.0.0.1:8000/v2/local`)."""
+    return {
+        "RUNPOD_POD_ID": "local",
+        "RUNPOD_ENDPOINT_ID": "local",
+        "RUNPOD_AI_API_KEY": key,
+        "RUNPOD_PING_INTERVAL": "4000",
+        "RUNPOD_WEBHOOK_GET_JOB": f"{url}/job-take/$ID?gpu=local",
+        "RUNPOD_WEBHOOK_POST_OUTPUT": f"{url}/job-done/$RUNPOD_POD_ID/$ID?gpu=local",
+        "RUNPOD_WEBHOOK_POST_STREAM": f"{url}/job-stream/$RUNPOD_POD_ID/$ID?gpu=local",
+        "RUNPOD_WEBHOOK_PING": f"{url}/ping/$RUNPOD_POD_ID?gpu=local",
+    }
+
+
+class LocalRunPod(Kept):
+    """`run()` keeps it alive until `stop()`. Its jobs are lost with it; whoever asks meanwhile waits for the next."""
+
+    def __init__(self, listener: socket.socket, keys: Sequence[str]) -> None:
+        """`keys`: one of them is asked of clients, where there are any."""
+        super().__init__()
+        host, port = listener.getsockname()[:2]
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v2/local"
+        self.listener = listener
+        self.keys = keys
+        self.workers_key = secrets.token_hex(16)
+
+    def environment(self) -> dict[str, str]:
+        """For the queue worker."""
+        return environment(self.url, self.workers_key)
+
+    def died(self, how: str, again: float) -> None:
+        self.log.error("the simulated RunPod ended (%s), its jobs are lost: again in %.1f s", how, again)
+
+    async def once(self) -> int:
+        self.child = subprocess.Popen(  # noqa: ASYNC220  # a thread waits for it, as for vLLM
+            [sys.executable, *SAFELY, "supervisor.local_runpod.simulator", "--fd", str(self.listener.fileno()),
+             "--with-parent"],
+            env={
+                **{name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TZ") if name in os.environ},
+                CLIENTS_KEYS: ",".join(self.keys),
+                WORKERS_KEY: self.workers_key,
+            },
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[self.listener.fileno()],
+            process_group=0,
+        )  # fmt: skip
+        child = self.child
+        try:
+            return await Call(child.wait)
+        finally:
+            self.child = None
+            assert child.stdin is not None
+            child.stdin.close()
+
+    def stop(self) -> None:
+        """When nobody is left to post to it."""
+        self.leaving.set()
+        if self.child is not None:
+            self.child.terminate()
