@@ -55,6 +55,7 @@ ZERO_MEANS_UNSET: dict[str, str] = {
     "MAX_NUM_BATCHED_TOKENS": "worker-vllm's templates write 0 for 'not set', and vLLM can't run with it",
 }
 
+_PREEMPTION = "vLLM has no such option any more: it recomputes what it preempts"
 _BATCHES = "answers are not collected into batches any more: streams are passed on event by event"
 # Variables that the templates and pages of worker-vllm and runpod-LLM name, and that do nothing here -> what to do.
 FORMER: dict[str, str] = {
@@ -62,12 +63,19 @@ FORMER: dict[str, str] = {
     "DEFAULT_BATCH_SIZE": _BATCHES,
     "DEFAULT_MIN_BATCH_SIZE": _BATCHES,
     "DEFAULT_BATCH_SIZE_GROWTH_FACTOR": _BATCHES,
+    "BATCH_SIZE_GROWTH_FACTOR": _BATCHES,
+    "MIN_BATCH_SIZE": _BATCHES,
     "RAW_OPENAI_OUTPUT": "OpenAI routes always give OpenAI's format",
     "SPECULATIVE_METHOD": 'set SPECULATIVE_CONFIG, such as {"method": "ngram", "num_speculative_tokens": 5}',
     "SPECULATIVE_MODEL": 'set SPECULATIVE_CONFIG, such as {"model": "...", "num_speculative_tokens": 5}',
     "NUM_SPECULATIVE_TOKENS": 'set SPECULATIVE_CONFIG, such as {"method": "ngram", "num_speculative_tokens": 5}',
     "NGRAM_PROMPT_LOOKUP_MIN": 'set SPECULATIVE_CONFIG, such as {"method": "ngram", "prompt_lookup_min": 2}',
     "NGRAM_PROMPT_LOOKUP_MAX": 'set SPECULATIVE_CONFIG, such as {"method": "ngram", "prompt_lookup_max": 4}',
+    "PREEMPTION_CHECK_PERIOD": _PREEMPTION,
+    "PREEMPTION_CPU_CAPACITY": _PREEMPTION,
+    "TENSORIZER_URI": 'set LOAD_FORMAT=tensorizer and MODEL_LOADER_EXTRA_CONFIG, such as {"tensorizer_uri": "..."}',
+    "VLLM_NIGHTLY": "it is an argument of another image's build: build this one on the vLLM that you want",
+    "WORKER_CUDA_VERSION": "the image has one CUDA: build it on another one",
     "TRANSFORMERS_VERSION": "vLLM's image brings its own transformers: build an image on another version",
     "VLLM_VERSION": "it is an argument of the image's build: docker build --build-arg VLLM_VERSION=...",
     "LLM_ALLOW_ANY": "one model is served: set MODEL, and start another worker for another model",

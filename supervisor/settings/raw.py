@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from supervisor.settings.aliases import OWNED
 from supervisor.settings.catalogue import Catalogue, Option, key_of
 from supervisor.settings.removed import REMOVED
+from supervisor.settings.respelled import respelled
 from supervisor.settings.typos import nearest
 from supervisor.settings.values import BadValue
 
@@ -94,7 +95,8 @@ class RawArguments:
             for value in values:
                 option.check(value)
         except BadValue as error:
-            self._problem(f"{name} {' '.join(values)}", f"expected {error}")
+            today = respelled(option.variable, values[0]) if len(values) == 1 else None
+            self._problem(f"{name} {' '.join(values)}", f"expected {error}" if today is None else f"write {today!r}")
             return
         several = option.kind in ("list", "append")
         shown = name if option.kind == "append" else option.variable

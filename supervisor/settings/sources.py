@@ -24,6 +24,7 @@ from supervisor.settings.catalogue import Catalogue, Option
 from supervisor.settings.knobs import KNOBS, SHORT_KEY, Keys, Knob, Knobs
 from supervisor.settings.raw import Given, RawArguments
 from supervisor.settings.removed import REMOVED
+from supervisor.settings.respelled import NGRAM, respelled
 from supervisor.settings.secrets import MASK, SHORTEST_SECRET, Mask
 from supervisor.settings.values import BadValue, read_bool
 from supervisor.settings.vllm import Vllm, VllmError, find
@@ -457,7 +458,14 @@ class _Gathering:
             names = (key.upper(), *(ALIASES.get(key.upper(), ()) if key == option.key else ()))
             found += self._candidates(names, key)
         kept: list[tuple[str, Any]] = []
+        if option.variable == "SPEC_METHOD":
+            found += [(f"{source}={NGRAM}", "ngram") for source, given in self._drafts() if given == NGRAM]
+        elif option.variable == "SPEC_MODEL":
+            found = [(source, given) for source, given in found if given != NGRAM]
         for source, given in found:
+            if (today := respelled(option.variable, given)) is not None:
+                self.warnings.append(f"{source}={given} is read as {today}, which is how vLLM has it today")
+                given = today  # noqa: PLW2901  # the same, as it is written now
             auto = platform.computed(option.variable, given, self.environ)
             if option.variable in ZERO_MEANS_UNSET and str(given).strip() == "0":
                 self.warnings.append(f"{source}=0 is taken for not set: {ZERO_MEANS_UNSET[option.variable]}")
@@ -477,6 +485,9 @@ class _Gathering:
                 except BadValue as error:
                     self._bad(option.opposite.upper(), given, source, error)
         return kept
+
+    def _drafts(self) -> list[tuple[str, Any]]:
+        return self._candidates(("SPEC_MODEL", *ALIASES["SPEC_MODEL"]), "spec_model")
 
     def _also(self, catalogue: Catalogue) -> list[str]:
         """Keys that name an option in another way."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from supervisor.settings.command import build
-from supervisor.settings.sources import Arguments, Settings, gather
+from supervisor.settings.sources import Arguments, Settings, SettingsError, gather
 
 TEMPLATES: dict[str, Any] = json.loads((Path(__file__).parent / "templates.json").read_text())
 VLLM_TEMPLATE, LLM_TEMPLATE = TEMPLATES["worker-vllm template"], TEMPLATES["runpod-LLM template"]
@@ -122,3 +122,49 @@ def test_a_zero_that_means_unset_says_so(folder: Path) -> None:
 @pytest.mark.parametrize("value", ["None", "none", ""])
 def test_no_quantization(folder: Path, value: str) -> None:
     assert read(folder, MODEL="m", QUANTIZATION=value).options == ()
+
+
+@pytest.mark.parametrize(
+    ("variable", "old", "today"),
+    [
+        ("LIMIT_MM_PER_PROMPT", "image=10,video=0", '{"image": 10, "video": 0}'),
+        ("LIMIT_MM_PER_PROMPT", "image=1", '{"image": 1}'),
+        ("LIMIT_MM_PER_PROMPT", "image: 2, audio: 3", '{"image": 2, "audio": 3}'),
+        ("COMPILATION_CONFIG", "3", '{"mode": 3}'),
+    ],
+)
+def test_a_value_as_it_was_written_once(folder: Path, variable: str, old: str, today: str) -> None:
+    settings = read(folder, MODEL="m", **{variable: old})
+    (setting,) = [setting for _, setting in settings.options if setting.name == variable]
+    assert setting.value == today
+    assert f"environment {variable}={old} is read as {today}, which is how vLLM has it today" in settings.warnings
+    with pytest.raises(SettingsError, match="write '"):
+        read(folder, MODEL="m", VLLM_EXTRA_ARGS=f"--{variable.lower().replace('_', '-')} '{old}'")
+    settings = read(folder, MODEL="m", **{variable: today})
+    assert not [warning for warning in settings.warnings if variable in warning]
+
+
+@pytest.mark.parametrize("wrong", ["image=ten", "image", "10", "image=1;video=2", "=1"])
+def test_what_was_never_a_limit_stays_wrong(folder: Path, wrong: str) -> None:
+    with pytest.raises(SettingsError, match="LIMIT_MM_PER_PROMPT"):
+        read(folder, MODEL="m", LIMIT_MM_PER_PROMPT=wrong)
+
+
+def test_the_draft_by_ngrams_was_once_the_name_of_a_model(folder: Path) -> None:
+    settings = read(folder, MODEL="m", SPECULATIVE_MODEL="[ngram]", NUM_SPECULATIVE_TOKENS="5")
+    values = {setting.name: setting.value for _, setting in settings.options}
+    assert values.get("SPEC_METHOD") == "ngram"
+    assert "SPEC_MODEL" not in values
+    draft = read(folder, MODEL="m", SPECULATIVE_MODEL="org/draft")
+    assert {setting.name: setting.value for _, setting in draft.options}["SPEC_MODEL"] == "org/draft"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "MIN_BATCH_SIZE", "BATCH_SIZE_GROWTH_FACTOR", "PREEMPTION_CHECK_PERIOD", "PREEMPTION_CPU_CAPACITY",
+        "WORKER_CUDA_VERSION", "VLLM_NIGHTLY", "TENSORIZER_URI",
+    ],
+)  # fmt: skip
+def test_what_older_workers_read_beside_their_templates_is_told_of(folder: Path, name: str) -> None:
+    assert [warning for warning in read(folder, MODEL="m", **{name: "1"}).warnings if warning.startswith(name)]
