@@ -481,6 +481,8 @@ def _knob_schema(knob: Knob) -> dict[str, Any]:
         "read_bool": ["boolean", "string"],
         "seconds": ["number"],
         "count": ["integer"],
+        "some": ["integer"],
+        "ratio": ["number"],
         "port": ["integer"],
         "size": ["integer", "string"],
     }
@@ -533,7 +535,7 @@ def hub(options: Catalogue) -> str:
             rows.append(_hub_option(options.by_key[row.variable.lower()], row, row.variable not in advanced_after))
     for name in HUB_KNOBS:
         (knob,) = [knob for knob in KNOBS if knob.variable == name]
-        kind = "number" if knob.read.__name__ in ("seconds", "count") else "string"
+        kind = "number" if knob.read.__name__ in ("seconds", "count", "some", "ratio") else "string"
         rows.append(_hub_row(name, kind, _title(name.removeprefix("SUPERVISOR_")), knob.meaning, advanced=True))
     rows.append(
         _hub_row("RUNPOD_INIT_TIMEOUT", "number", "Init timeout", PASSED_ON["RUNPOD_INIT_TIMEOUT"], advanced=True)

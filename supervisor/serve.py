@@ -260,10 +260,12 @@ class Serving(Observer):
             environ |= self.runpod.environment()
             group.create_task(self.runpod.run())
         jobs = self.gateway.counts.jobs = Jobs()
+        batches = (self.knobs.job_batch_size, self.knobs.job_min_batch_size, self.knobs.job_batch_growth)
         environ = environment(
             environ, address, served_name(settings), settings.knobs.max_concurrency or 1,
             # Who names the model as runpod-LLM does has clients who know its answers.
             llm=settings.model.source.endswith("LLM_MODEL"), root=str(settings.option("root_path") or ""),
+            tokens=" ".join(map(str, batches)) if self.knobs.job_output == "tokens" else "",
         )  # fmt: skip
         self.worker = QueueWorker(environ, jobs)
         group.create_task(self.worker.run())

@@ -48,7 +48,7 @@ def _is_needed(name: str) -> bool:
 
 
 def environment(
-    environ: Mapping[str, str], address: str, model: str, jobs: int, *, llm: bool, root: str = ""
+    environ: Mapping[str, str], address: str, model: str, jobs: int, *, llm: bool, root: str = "", tokens: str = ""
 ) -> dict[str, str]:
     """What the worker is started with: RunPod's own variables, made safe for the SDK, and the gateway's address.
 
@@ -80,6 +80,7 @@ def environment(
         "SUPERVISOR_QUEUE_JOBS": str(jobs),
         "SUPERVISOR_QUEUE_SHAPE": "llm" if llm else "",
         "SUPERVISOR_QUEUE_ROOT": root,
+        "SUPERVISOR_QUEUE_TOKENS": tokens,
     }
 
 

@@ -159,9 +159,10 @@ class Delivery:
         """A chunk that can't be delivered fails the job: a stream with a gap is worse."""
         answer, since = self.answer, 0.0
         try:
-            while text := await answer.chunk(since):
-                self.chunks.append(text)
-                await self._chunk(text)
+            while pieces := await answer.chunk(since):
+                for piece in pieces:
+                    self.chunks.append(piece)
+                    await self._chunk(piece)
                 since = time.monotonic()
             if answer.error is None and not answer.streams and answer.as_list:
                 self.chunks.append(answer.object)

@@ -49,6 +49,7 @@ from supervisor.queue.delivery import SHUT_DOWN, Delivery, NotTaken, RunPod
 from supervisor.queue.errors import JSON
 from supervisor.queue.shapes import Reader
 from supervisor.queue.taken import Taken, apart
+from supervisor.queue.tokens import Batches
 from supervisor.queue.worker import Answer, Client, tell
 
 T = TypeVar("T")
@@ -291,10 +292,12 @@ def main() -> None:
         if orders.latest in ENDING:
             return
         orders.wait()
+    batches = os.environ.get("SUPERVISOR_QUEUE_TOKENS", "").split()
     reader = Reader(
         os.environ["SUPERVISOR_QUEUE_MODEL"],
         llm=os.environ.get("SUPERVISOR_QUEUE_SHAPE") == "llm",
         root=os.environ.get("SUPERVISOR_QUEUE_ROOT", ""),
+        tokens=Batches(int(batches[0]), int(batches[1]), float(batches[2])) if batches else None,
     )
     link = Link(orders, Client(os.environ["SUPERVISOR_QUEUE_SOCKET"]), reader, int(os.environ["SUPERVISOR_QUEUE_JOBS"]))
     # mypy sees no types in the SDK; tests/queue/test_sdk.py checks that these are there.

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlencode
 
-from supervisor.queue import old_fields, runpod_llm
+from supervisor.queue import old_fields, runpod_llm, tokens
 from supervisor.queue.errors import JSON, JobError
+from supervisor.queue.tokens import Batches
 
 DEFAULT_ROUTE = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -34,6 +35,8 @@ OWN_HEADERS = frozenset(
 # Fields of the short shape that are for the worker and not for vLLM.
 WORKER_FIELDS = frozenset({"messages", "prompt", "sampling_params", "apply_chat_template", *old_fields.BATCHES})
 LIMITS = ("max_tokens", "max_completion_tokens")
+# Each event of a stream tells how many tokens there are so far.
+COUNTED: JSON = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
 SHAPES = "openai_route, route, messages, prompt, mode, requests"
 
 
@@ -57,6 +60,7 @@ class Job:
     shape: Callable[[JSON], JSON] | None = None
     batch: tuple[Job | JobError, ...] = ()
     as_list: bool = True
+    tokens: Batches | None = None  # a stream is given in worker-vllm's batches
 
 
 @dataclass(slots=True)
@@ -68,6 +72,7 @@ class Reader:
     llm: bool = False
     root: str = ""
     longest: int | None = None
+    tokens: Batches | None = None  # the short shape's answers are worker-vllm's of old
 
     def read(self, content: object) -> Job:
         """Raises JobError, which says what is wrong with the input."""
@@ -112,7 +117,10 @@ class Reader:
             raise JobError(f"The job's input has none of: {SHAPES}.")
         if marked or (llm and "sampling_params" not in content):
             return self._llm(content)
-        return Job(self._short(content))
+        if self.tokens is None:
+            return Job(self._short(content))
+        batches = self.tokens.of(content)
+        return Job(self._short({**content, **COUNTED} if _streams(content) else content), tokens.whole, tokens=batches)
 
     # Any route
 
@@ -229,6 +237,10 @@ def _unstreamed(item: JSON) -> JSON:
             rest = {name: value for name, value in inner.items() if name != "stream_options"}
             whole[name] = {**rest, "stream": False}
     return whole
+
+
+def _streams(content: JSON) -> bool:
+    return bool({**content, **_sampling(content)}.get("stream"))
 
 
 def _sampling(content: JSON) -> JSON:

@@ -11,6 +11,7 @@ import base64
 import json
 import re
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import aiohttp
@@ -19,6 +20,7 @@ from supervisor.queue.errors import JSON, JobError
 from supervisor.queue.events import CHUNK_LIMIT, Events
 from supervisor.queue.shapes import Job, Reader, Request, batch_result
 from supervisor.queue.taken import Taken
+from supervisor.queue.tokens import Tokens
 
 # Seconds from the end of one chunk's POST to the next one: some tokens gather, and nobody reads faster.
 CHUNK_GAP = 0.05
@@ -99,7 +101,7 @@ class Client:
 
 
 class Answer:
-    """Of one job. `chunk` gives a stream's text as it comes; once there is none, `object` or `error` is set."""
+    """Of one job. `chunk` gives a stream as it comes; once there is none, `object` or `error` is set."""
 
     def __init__(self, taken: Taken, client: Client, reader: Reader) -> None:
         self.job_id = taken.job_id
@@ -113,6 +115,7 @@ class Answer:
         self._events = Events()
         self._size = 0
         self._limit = SYNC_RESULT_LIMIT if self.job_id.startswith("sync-") else RESULT_LIMIT
+        self._tokens: Tokens | None = None
         self._arrived = asyncio.Event()
         self._task = asyncio.create_task(self._read(taken), name=f"job {self.job_id}")
 
@@ -122,8 +125,8 @@ class Answer:
         self._task.cancel()
         self._arrived.set()
 
-    async def chunk(self, since: float) -> str:
-        """The next piece of a stream, "" where no more comes; `since`: when the one before was posted, 0 for none."""
+    async def chunk(self, since: float) -> Sequence[object]:
+        """The next pieces of a stream, none where no more comes. `since`: when the last one was posted, 0: none was."""
         while True:
             ended = self._task.done()
             gap = since + CHUNK_GAP - time.monotonic()
@@ -132,9 +135,10 @@ class Answer:
             elif text := self._events.cut(ended=ended):
                 if (broken := BROKEN.search(text)) is not None:
                     self.error = self.error or JobError.of_event(broken[1] or broken[2] or "")
-                return text
+                if pieces := [text] if self._tokens is None else self._tokens.feed(text):
+                    return pieces
             elif ended:
-                return ""
+                return self._tokens.rest() if self._tokens is not None else ()
             else:
                 self._arrived.clear()
                 await self._arrived.wait()
@@ -145,6 +149,7 @@ class Answer:
                 raise taken.error
             job = self.reader.read(taken.content)
             self.as_list = job.as_list
+            self._tokens = Tokens(job.tokens) if job.tokens is not None else None
             if job.batch:
                 self.object = batch_result(self.reader.model, await self._batch(job.batch))
             else:

@@ -21,6 +21,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "SUPERVISOR_STARTUP_TIMEOUT": ("VLLM_STARTUP_TIMEOUT",),
     "SUPERVISOR_REQUEST_TIMEOUT": ("REQUEST_TIMEOUT",),
     "SUPERVISOR_MAX_CONCURRENCY": ("MAX_CONCURRENCY",),
+    "SUPERVISOR_JOB_BATCH_SIZE": ("DEFAULT_BATCH_SIZE",),
+    "SUPERVISOR_JOB_MIN_BATCH_SIZE": ("DEFAULT_MIN_BATCH_SIZE", "MIN_BATCH_SIZE"),
+    "SUPERVISOR_JOB_BATCH_GROWTH": ("DEFAULT_BATCH_SIZE_GROWTH_FACTOR", "BATCH_SIZE_GROWTH_FACTOR"),
     # vLLM would ask for it at its own socket as well, and refuse the queue's jobs.
     "SUPERVISOR_API_KEYS": ("VLLM_API_KEY",),
 }
@@ -56,15 +59,9 @@ ZERO_MEANS_UNSET: dict[str, str] = {
 }
 
 _PREEMPTION = "vLLM has no such option any more: it recomputes what it preempts"
-_BATCHES = "answers are not collected into batches any more: streams are passed on event by event"
 # Variables that the templates and pages of worker-vllm and runpod-LLM name, and that do nothing here -> what to do.
 FORMER: dict[str, str] = {
     "BASE_PATH": "set HF_HOME for the models, and SUPERVISOR_CACHE_DIR for caches",
-    "DEFAULT_BATCH_SIZE": _BATCHES,
-    "DEFAULT_MIN_BATCH_SIZE": _BATCHES,
-    "DEFAULT_BATCH_SIZE_GROWTH_FACTOR": _BATCHES,
-    "BATCH_SIZE_GROWTH_FACTOR": _BATCHES,
-    "MIN_BATCH_SIZE": _BATCHES,
     "RAW_OPENAI_OUTPUT": "OpenAI routes always give OpenAI's format",
     "SPECULATIVE_METHOD": 'set SPECULATIVE_CONFIG, such as {"method": "ngram", "num_speculative_tokens": 5}',
     "SPECULATIVE_MODEL": 'set SPECULATIVE_CONFIG, such as {"model": "...", "num_speculative_tokens": 5}',

@@ -38,6 +38,22 @@ def count(text: str) -> int:
     return int(text)
 
 
+def some(text: str) -> int:
+    if not count(text):
+        raise BadValue("a whole number from 1 on, such as 5")
+    return int(text)
+
+
+def ratio(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value < 1e6:
+        raise BadValue("a number from 1 on, such as 3")
+    return value
+
+
 def port(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
         raise BadValue("a port from 1 to 65535, such as 8000 (0: any free one)")
@@ -183,6 +199,15 @@ KNOBS = (
     Knob("SUPERVISOR_HOLD_TIMEOUT", "120", seconds, "seconds that a request may wait for an engine that is starting"),
     Knob("SUPERVISOR_DRAIN_TIMEOUT", "30", seconds, "seconds that running requests may go on after SIGTERM"),
     Knob("SUPERVISOR_MAX_CONCURRENCY", None, count, "how many requests may run at once; unset: no limit (queue: 30)"),
+    Knob(
+        "SUPERVISOR_JOB_OUTPUT",
+        "openai",
+        choice("openai", "tokens"),
+        "what a job with messages or a prompt gives: OpenAI's JSON, or tokens as worker-vllm did until July 2026",
+    ),
+    Knob("SUPERVISOR_JOB_BATCH_SIZE", "50", some, "of tokens: pieces of text in a chunk of a stream, at most ..."),
+    Knob("SUPERVISOR_JOB_MIN_BATCH_SIZE", "1", some, "... and at first ..."),
+    Knob("SUPERVISOR_JOB_BATCH_GROWTH", "3", ratio, "... and how many times as many each time"),
     Knob("SUPERVISOR_MAX_WAITING", "1000", count, "how many more may wait for their turn, before a 429"),
     Knob(
         "SUPERVISOR_REQUEST_TIMEOUT", "3600", seconds, "seconds that a request may take, answer included (0: no limit)"
@@ -251,6 +276,10 @@ class Knobs:
     hold_timeout: float
     drain_timeout: float
     max_concurrency: int | None
+    job_output: str
+    job_batch_size: int
+    job_min_batch_size: int
+    job_batch_growth: float
     max_waiting: int
     request_timeout: float
     client_timeout: float

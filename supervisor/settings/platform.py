@@ -100,6 +100,13 @@ def warnings(
                 f"RunPod's load balancer takes bodies of up to 30 MB, less than SUPERVISOR_MAX_BODY={size:.0f} bytes: "
                 "send larger files by URL"
             )
+    if values.get("SUPERVISOR_JOB_OUTPUT", ("openai", ""))[0] != "tokens":
+        found += [
+            f"{values[name][1].removeprefix('environment ')} has no effect: streams are passed on event by event, and "
+            "only SUPERVISOR_JOB_OUTPUT=tokens collects them into batches"
+            for name in ("SUPERVISOR_JOB_BATCH_SIZE", "SUPERVISOR_JOB_MIN_BATCH_SIZE", "SUPERVISOR_JOB_BATCH_GROWTH")
+            if name in values and values[name][1] != "default"
+        ]
     host = str(values.get("SUPERVISOR_HOST", ("127.0.0.1", ""))[0])
     local = host in LOOPBACK or host.startswith("127.")
     keys = values.get("SUPERVISOR_API_KEYS", (None, ""))[0]

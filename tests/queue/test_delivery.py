@@ -34,13 +34,13 @@ class Scripted:
         self.hangs = hangs
         self.stopped = asyncio.Event()
 
-    async def chunk(self, since: float) -> str:
+    async def chunk(self, since: float) -> list[str]:
         if self.error is None and self.chunks:
-            return self.chunks.pop(0)
+            return [self.chunks.pop(0)]
         if self.hangs:
             await self.stopped.wait()
         self.error = self.error or self.later
-        return ""
+        return []
 
     def stop(self, error: JobError | None = None) -> None:
         self.error = self.error or error
