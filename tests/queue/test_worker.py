@@ -334,6 +334,53 @@ def test_a_crash_with_jobs_under_way(endpoint: Supervisor, runpod: RunPod) -> No
     assert endpoint.client.get("/status").json()["mode"] == "queue"
 
 
+@pytest.mark.slow  # four crashes, and as many starts
+def test_a_stream_that_the_engine_breaks_off_is_failed_everywhere() -> None:
+    """It was COMPLETED, with half a text: nobody who does not read the events would have known."""
+    faults: list[dict[str, object]] = [
+        {"die_after_tokens": 3, "how": "engine"}, {"die_after_tokens": 3, "how": "api"},
+        {"die_after_tokens": 3, "how": "exit:0"}, {"freeze_after_tokens": 3},
+    ]  # fmt: skip
+    environ = {"SUPERVISOR_STALL_TIMEOUT": "1"}
+    with RunPod("--hold", "2") as runpod, in_queue_mode(runpod, environ=environ) as supervisor:
+        for number, fault in enumerate(faults, 1):
+            wait_until(lambda: supervisor.client.get("/ping").status_code == 200, "an engine", 20)
+            job = runpod.run(faulty({"max_tokens": 30}, token_interval=0.05, **fault))
+            status = runpod.result(job)
+            assert status["status"] == "FAILED", fault
+            assert json.loads(status["error"])["status"] in (500, 503), fault
+            streamed = text_of([chunk["output"] for chunk in runpod.job(job)["chunks"]])
+            assert streamed.count("data: ") >= 4, fault
+            assert '"error"' in streamed, fault
+            assert streamed.endswith("data: [DONE]\n\n"), fault
+            supervisor.says(rf"job failed after .*: 50\d, .* \(request {job}\)")
+            assert Scrape(supervisor)("supervisor_jobs_total", outcome="failed") == number  # the log is told after it
+        assert Scrape(supervisor)("supervisor_jobs_total") == len(faults)
+
+
+@pytest.mark.slow  # 200 jobs and a crash
+def test_of_two_hundred_jobs_each_ends_as_it_should() -> None:
+    """Every tenth is cancelled, and every tenth streams when its engine is killed."""
+    environ = {"SUPERVISOR_MAX_CONCURRENCY": "200"}
+    with RunPod("--hold", "2") as runpod, in_queue_mode(runpod, environ=environ) as supervisor:
+        supervisor.ready()
+        stream = faulty({"max_tokens": 3000}, token_interval=0.05)
+        whole = {"route": CHAT, "body": {**HELLO, "max_tokens": 40}, "headers": stream["headers"]}
+        kinds = ["CANCELLED", "FAILED", *["COMPLETED"] * 8] * 20
+        jobs = {runpod.run(whole if kind == "COMPLETED" else stream): kind for kind in kinds}
+        streams = [job for job, kind in jobs.items() if kind != "COMPLETED"]
+        wait_until(lambda: all(runpod.job(job)["chunks"] for job in streams), "all streams", 30)
+        for job in (job for job in streams if jobs[job] == "CANCELLED"):
+            runpod.http.post(f"{runpod.url}/cancel/{job}")
+        os.kill(supervisor.client.get("/fake/state").json()["engine_pid"], signal.SIGKILL)
+        assert {job: runpod.result(job, 60)["status"] for job in jobs} == jobs
+        wait_until(lambda: Scrape(supervisor)("supervisor_jobs_total") == len(jobs), "all to be counted")
+        scrape = Scrape(supervisor)
+        counted = {"completed": 160, "failed": 20, "cancelled": 20, "lost": 0, "undelivered": 0}
+        assert {each: scrape("supervisor_jobs_total", outcome=each) for each in OUTCOMES} == counted
+        wait_until(lambda: running(supervisor) == 0, "an idle engine")
+
+
 @pytest.mark.slow  # waits for two pings, a start of five seconds, and an open poll
 def test_nothing_is_taken_while_it_restarts_and_pings_go_on() -> None:
     with RunPod("--hold", "2") as runpod:
