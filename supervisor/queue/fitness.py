@@ -60,9 +60,7 @@ def report(environ: Mapping[str, str], name: str, reason: str) -> None:
         return
     url = address.replace("$RUNPOD_POD_ID", environ.get("RUNPOD_POD_ID", ""))
     query = urllib.parse.urlencode({"status": "unhealthy", "check": name, "reason": reason[:LONGEST_REASON]})
-    request = urllib.request.Request(  # noqa: S310  # checked above
-        f"{url}{'&' if '?' in url else '?'}{query}",
-        headers={"Authorization": environ.get("RUNPOD_AI_API_KEY", "")},
-    )
+    request = urllib.request.Request(f"{url}{'&' if '?' in url else '?'}{query}")  # noqa: S310  # checked above
+    request.add_unredirected_header("Authorization", environ.get("RUNPOD_AI_API_KEY", ""))
     with contextlib.suppress(urllib.error.URLError, OSError):
         urllib.request.urlopen(request, timeout=REPORT_TIMEOUT).close()  # noqa: S310

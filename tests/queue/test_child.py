@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import aiohttp
 import pytest
 
+from supervisor.queue import fitness
 from supervisor.queue.child import environment
 from supervisor.queue.delivery import NotTaken, RunPod
 
@@ -34,34 +35,54 @@ def test_the_worker_has_no_secret_but_its_own() -> None:
     assert "secret" not in str(found)
 
 
+class Elsewhere(HTTPServer):
+    """Sends everybody on once; `asked` has each path, and the key that came with it."""
+
+    def __init__(self, status: int) -> None:
+        asked = self.asked = []  # type: ignore[var-annotated]
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:  # http.server's name
+                asked.append((self.path.partition("?")[0], self.headers["Authorization"]))
+                self.rfile.read(int(self.headers["Content-Length"] or 0))
+                self.send_response(200 if self.path == "/elsewhere" else status)
+                self.send_header("Location", f"http://localhost:{server.server_port}/elsewhere")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            do_POST = do_GET
+
+            def log_message(self, *_: object) -> None: ...
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def __enter__(self) -> Elsewhere:
+        self.thread = threading.Thread(target=self.serve_forever, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.thread.join()
+        self.server_close()
+
+
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
-def test_runpods_key_follows_no_redirect(status: int) -> None:
-    asked: list[str] = []
-
-    class Elsewhere(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:  # http.server's name
-            asked.append(self.path)
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(status)
-            self.send_header("Location", f"http://localhost:{server.server_port}/elsewhere")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        do_GET = do_POST
-
-        def log_message(self, *_: object) -> None: ...
-
-    async def post() -> None:
-        base = f"http://127.0.0.1:{server.server_port}/done/$ID"
+def test_a_result_follows_no_redirect(status: int) -> None:
+    async def post(base: str) -> None:
         async with aiohttp.ClientSession(headers={"Authorization": "the-workers-key"}) as session:
             await RunPod(session, base, base).post(base, "j", b"{}", "k", stream=False)
 
-    with HTTPServer(("127.0.0.1", 0), Elsewhere) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
+    with Elsewhere(status) as server:
         with pytest.raises(NotTaken, match=str(status)) as caught:
-            asyncio.run(post())
-        server.shutdown()
-        thread.join()
-    assert not caught.value.transient
-    assert asked == ["/done/j?isStream=false"]
+            asyncio.run(post(f"{server.url}/done/$ID"))
+        assert not caught.value.transient
+        assert server.asked == [("/done/j", "the-workers-key")]
+
+
+def test_the_key_stays_where_an_unfit_machine_is_reported() -> None:
+    with Elsewhere(302) as server:
+        fitness.report({**RUNPODS, "RUNPOD_WEBHOOK_PING": f"{server.url}/ping"}, "gpu", "it fell off the bus")
+        assert server.asked == [("/ping", "the-workers-key"), ("/elsewhere", None)]
