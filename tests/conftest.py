@@ -9,10 +9,15 @@ Those of tests/vllm are another matter: they share one vLLM (`--dist loadscope`)
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
+
+# What is collected stays until the end: nobody need look for garbage in it, neither meanwhile (a twelfth of that time)
+# nor in each test.
+gc.disable()
 
 # Seconds, about, of a test in these files; where tests share something, what all of them take.
 SLOW = {
@@ -69,6 +74,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     count = getattr(config, "workerinput", {}).get("workercount", 1)
     if count > 1 and not any(item.get_closest_marker("vllm") for item in items):
         items[:] = dealt(items, count)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def dealt(items: Iterable[pytest.Item], count: int) -> list[pytest.Item]:
