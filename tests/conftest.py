@@ -45,6 +45,8 @@ TOGETHER = {  # by fixture
     "queue": 8.0,
     "caching": 9.0,
     "supervisor": 6.0,
+    "counted": 4.0,
+    "starting": 3.0,
     "gateway": 4.0,
     "guarded": 3.0,
     "told": 3.0,

@@ -23,6 +23,15 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor]:
         yield supervisor.ready()
 
 
+@pytest.fixture(scope="session")
+def starting() -> Iterator[Supervisor]:
+    """One whose vLLM loads for longer than any test takes, and which holds requests for a moment."""
+    environ = {"SUPERVISOR_HOLD_TIMEOUT": "0.3"}
+    with Supervisor("m", plan=[{"load_seconds": 600}], environ=environ) as supervisor:
+        supervisor.says("loading weights")
+        yield supervisor
+
+
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
     """`supervisor ARGUMENTS` in this process, for a tenth of what a process costs."""
