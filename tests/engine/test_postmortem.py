@@ -19,7 +19,7 @@ from supervisor.around import postmortem
 from supervisor.around.machine import Machine
 from supervisor.around.postmortem import KEPT, PostMortem, block
 from supervisor.settings.secrets import Mask
-from tests.harness import Supervisor
+from tests.harness import Supervisor, session_of
 
 SECRETS = {
     "HF_TOKEN": "hf_plantedtoken1",
@@ -104,19 +104,28 @@ def test_only_the_last_few_stay(tmp_path: Path) -> None:
     assert left[:-1] == old[1:]
 
 
-@pytest.mark.parametrize("how", ["full", "read-only"])
-def test_a_disk_that_takes_nothing_costs_a_line(tmp_path: Path, how: str) -> None:
-    cache = "/proc/nowhere" if how == "read-only" else str(tmp_path)
-    within = ("bash", "-c", 'ulimit -f 0; exec "$@"', "bash") if how == "full" else ()
-    environ = {"HOME": str(tmp_path), "SUPERVISOR_CACHE_DIR": cache}
-    with Supervisor("m", within=within, environ=environ) as supervisor:
+def test_a_full_disk_costs_a_line_and_no_request(tmp_path: Path) -> None:
+    """No file can grow by a byte (`ulimit -f 0`): post-mortem, notes and caches are lost, the requests are not."""
+    full = ("bash", "-c", 'ulimit -f 0; exec "$@"', "bash")
+    environ = {"HOME": str(tmp_path), "SUPERVISOR_CACHE_DIR": str(tmp_path)}
+    with Supervisor("m", within=full, environ=environ) as supervisor:
         supervisor.ready()
         os.kill(supervisor.engine(), signal.SIGKILL)
-        supervisor.says(rf"  bundle: +could not be written to {cache}/postmortem \(.+\)\n")
-        supervisor.says(r"(?s)restarting -> starting.*starting -> ready")
+        assert supervisor.client.post("/v1/completions", json={"prompt": "x"}).status_code == 200
+        supervisor.says(rf"  bundle: +could not be written to {tmp_path}/postmortem \(.+\)\n")
         supervisor.engine_pid = supervisor.client.get("/status").json()["pid"]
+        supervisor.signal(signal.SIGTERM)
+        assert supervisor.exit_code() == 0
+        assert session_of(supervisor.engine()) == []
         assert "Traceback" not in supervisor.output
-    assert how != "full" or [path for path in bundles(tmp_path) if path.stat().st_size == 0] == []
+    assert [path for path in bundles(tmp_path) if path.stat().st_size == 0] == []
+
+
+def test_a_folder_that_can_not_be_written_costs_a_line() -> None:
+    assert re.search(
+        r"\n  bundle: +could not be written to /proc/nowhere/postmortem \(.+\)$",
+        mortem(Path("/proc/nowhere")).report(failure()),
+    )
 
 
 def failure(**more: Any) -> dict[str, Any]:
