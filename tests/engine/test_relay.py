@@ -307,6 +307,9 @@ def test_slow_vllm_pauses_the_client(running: Supervisor) -> None:
         with pytest.raises(TimeoutError):
             raw.send(b"x" * 50_000_000)
         assert process.memory_info().rss - before < 20_000_000
+        # Its end would lie behind what nobody reads, and the request stay.
+        raw.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    wait_until(lambda: running.client.get("/status").json()["in_flight"] == 0, "the end of the request")
 
 
 def stands_still(process: psutil.Process) -> bool:

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from tests.engine.test_relay import CHAT, chat, get, post
-from tests.harness import RawClient, Supervisor, self_signed, wait_until
+from tests.harness import RawClient, Supervisor, http, self_signed, wait_until
 
 SLOW = "0.4"  # seconds: SUPERVISOR_CLIENT_TIMEOUT of the tests of slow clients
 
@@ -237,7 +237,7 @@ def test_tls(tmp_path: Path) -> None:
             assert client.post("/fake/sink", content=body).json()["body_len"] == len(body)
             served.engine_pid = client.get("/status").json()["pid"]
         with pytest.raises(httpx.TransportError):
-            httpx.get(f"http://127.0.0.1:{port}/ping")
+            http.get(f"http://127.0.0.1:{port}/ping")
 
 
 def test_a_certificate_that_is_none_is_told_before_anything_starts(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def test_of_one_that_serves_with_keys_and_on_a_port_that_nobody_told(ask: Ask, t
 
 
 def test_on_a_terminal_it_is_a_table(running: Supervisor) -> None:
+    wait_until(lambda: running.client.get("/status").json()["in_flight"] == 0, "what the test before it has left")
     done = subprocess.run(
         ["script", "-qec", f"stty cols 60; {SUPERVISOR} status", "/dev/null"],
         env=clean_environment(TMPDIR=str(Path(running.socket).parent.parent), TERM="xterm"),
