@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
@@ -76,6 +77,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     count = getattr(config, "workerinput", {}).get("workercount", 1)
     if count > 1 and not any(item.get_closest_marker("vllm") for item in items):
         items[:] = dealt(items, count)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Where slow tests are left out, a file of slow ones alone is not even read."""
+    if "not slow" in config.getoption("markexpr") and collection_path.suffix == ".py":
+        return True if "\npytestmark = pytest.mark.slow" in collection_path.read_text() else None
+    return None
 
 
 def pytest_collection_finish() -> None:

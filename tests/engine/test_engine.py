@@ -41,11 +41,15 @@ def state(supervisor: Supervisor) -> str:
 
 
 def test_with_a_warm_up_it_is_ready_when_the_model_has_answered() -> None:
+    """Without our access log vLLM's own is back, and tells it."""
     with Supervisor("m", environ={"SUPERVISOR_WARM_UP": "true", "SUPERVISOR_ACCESS_LOG": "false"}) as supervisor:
         supervisor.ready()
         assert supervisor.client.get("/status").json()["phases"][-1]["name"] == "warming up"
         before = supervisor.output.partition("starting -> ready")[0]
-        assert '"POST /v1/completions HTTP/1.1" 200' in before
+        assert before.count('"POST /v1/completions HTTP/1.1" 200') == 1
+        supervisor.client.post(CHAT, json=chat())
+        supervisor.says(r'INFO: .*"POST /v1/chat/completions HTTP/1.1" 200')
+        assert "supervisor: POST" not in supervisor.output
 
 
 @pytest.mark.slow

@@ -149,13 +149,6 @@ def test_a_request_that_waited_and_was_sent_again_says_so(tmp_path: Path) -> Non
         assert PROMPT not in supervisor.output
 
 
-def test_without_ours_vllms_own_is_back() -> None:
-    with Supervisor("m", environ={"SUPERVISOR_ACCESS_LOG": "false"}).ready() as supervisor:
-        supervisor.client.post(COMPLETIONS, json={"prompt": "x"})
-        supervisor.says(r'INFO: .*"POST /v1/completions HTTP/1.1" 200')
-        assert "supervisor: POST" not in supervisor.output
-
-
 # A terminal
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
 from collections.abc import Iterator
 
 import httpx
@@ -109,18 +107,6 @@ def test_an_answer_that_we_cut_is_no_clients_doing() -> None:
         scrape = Scrape(supervisor)
         assert scrape("supervisor_requests_total", route="/fake", status="200") == 1
         assert scrape("supervisor_requests_aborted_total") == 0
-
-
-def test_what_a_crash_does_is_counted() -> None:
-    with Supervisor("m") as supervisor:
-        supervisor.ready()
-        os.kill(supervisor.engine(), signal.SIGKILL)
-        assert supervisor.client.post(CHAT, json=chat()).status_code == 200
-        supervisor.engine_pid = supervisor.client.get("/status").json()["pid"]
-        scrape = Scrape(supervisor)
-        assert scrape("supervisor_engine_restarts_total") == 1
-        assert scrape("supervisor_requests_held_total") + scrape("supervisor_requests_replayed_total") >= 1
-        assert scrape("supervisor_engine_transitions_total", **{"from": "restarting", "to": "starting"}) == 1
 
 
 def test_without_an_engine_they_are_ours_alone(starting: Supervisor) -> None:

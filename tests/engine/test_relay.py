@@ -283,15 +283,15 @@ def test_client_gone_before_the_answer_aborts(running: Supervisor) -> None:
 
 
 def test_slow_client_pauses_vllm(running: Supervisor) -> None:
-    """50 MB for a client that does not read: the supervisor takes in what fits its buffers, and loses none of it."""
+    """30 MB for a client that does not read: the supervisor takes in what fits its buffers, and loses none of it."""
     process = psutil.Process(running.process.pid)
     before = process.memory_info().rss
     with running.connect() as raw:
-        raw.send(get("/fake/bytes?n=50000000&chunk=65536&framing=length")).until(b"\r\n\r\n")
+        raw.send(get("/fake/bytes?n=30000000&chunk=65536&framing=length")).until(b"\r\n\r\n")
         wait_until(lambda: stands_still(process), "the stream to stand still", 60)
         assert process.memory_info().rss - before < 20_000_000
         received = len(raw.received)
-        while received < 50_000_000:
+        while received < 30_000_000:
             data = raw.socket.recv(1 << 20)
             assert data, received
             received += len(data)
