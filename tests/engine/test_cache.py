@@ -17,7 +17,7 @@ import pytest
 
 from supervisor.gateway.cache import ROUTES, _deterministic
 from supervisor.gateway.policy import OPEN_ROUTES
-from tests.harness import Supervisor, wait_until
+from tests.harness import Supervisor, http, wait_until
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 RESULT = "x-supervisor-cache"
@@ -265,7 +265,7 @@ def test_who_asks_without_reading_has_no_heap_of_answers_made_for_it(caching: Su
 def together(supervisor: Supervisor, body: object, count: int, headers: dict[str, str]) -> list[httpx.Response]:
     url = f"http://127.0.0.1:{supervisor.port}{COMPLETIONS}"
     with concurrent.futures.ThreadPoolExecutor(count) as pool:
-        return list(pool.map(lambda _: httpx.post(url, json=body, headers=headers, timeout=30), range(count)))
+        return list(pool.map(lambda _: http.post(url, json=body, headers=headers), range(count)))
 
 
 @pytest.mark.parametrize("stream", [pytest.param(False, marks=pytest.mark.slow), True])
@@ -284,7 +284,7 @@ def test_those_who_ask_at_once_share_one_generation(caching: Supervisor, stream:
 
 def streaming(supervisor: Supervisor, body: object, **headers: str) -> httpx.Response:
     """One whose first event has come."""
-    client = httpx.Client(base_url=f"http://127.0.0.1:{supervisor.port}", timeout=30)
+    client = httpx.Client(base_url=f"http://127.0.0.1:{supervisor.port}", timeout=30, verify=False)
     answer = client.send(client.build_request("POST", COMPLETIONS, json=body, headers=headers), stream=True)
     answer.extensions["mine"] = client, answer.iter_raw()
     answer.extensions["begun"] = next(answer.extensions["mine"][1])
@@ -330,12 +330,12 @@ def test_one_that_grows_too_large_is_let_go_as_it_is_read(caching: Supervisor) -
     process = psutil.Process(caching.process.pid)
     before = process.memory_info().rss
     url, headers = f"http://127.0.0.1:{caching.port}", {"Authorization": "Bearer one"}
-    with httpx.stream("POST", url + COMPLETIONS, json=body, headers=headers) as first:
+    with http.stream("POST", url + COMPLETIONS, json=body, headers=headers) as first:
         pieces = first.iter_raw()
         size = sum(len(next(pieces)) for _ in range(20))
         while size < 1_000_000:
             size += len(next(pieces))
-        with httpx.stream("POST", url + COMPLETIONS, json=body, headers=headers) as second:
+        with http.stream("POST", url + COMPLETIONS, json=body, headers=headers) as second:
             assert second.headers[RESULT] == "miss"  # too late to join
         size += sum(map(len, pieces))
     assert size > 5_000_000
@@ -430,7 +430,7 @@ def test_random_comings_and_goings_leave_nothing_behind(caching: Supervisor) -> 
     lock = threading.Lock()
 
     def client(seed: int) -> None:
-        with httpx.Client(base_url=f"http://127.0.0.1:{caching.port}", timeout=30) as http:
+        with httpx.Client(base_url=f"http://127.0.0.1:{caching.port}", timeout=30, verify=False) as http:
             for turn in range(8):
                 which = (seed * 7 + turn * 3) % 4
                 headers = {"Authorization": "Bearer one", **fault(token_interval=0.004)}

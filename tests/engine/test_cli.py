@@ -1,4 +1,6 @@
-"""The command as a user types it: what bad input is answered with, and what `explain` shows."""
+"""The command as a user types it: what bad input is answered with, and what `explain` shows.
+
+Most of it is called in this process (`asked`); what only a process shows is run as one (`run`)."""
 
 from __future__ import annotations
 
@@ -9,11 +11,15 @@ import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from supervisor import __version__
+from supervisor.listen import bind
+from supervisor.settings.sources import Arguments, SettingsError, gather
+from tests.engine.conftest import Call
 from tests.harness import DEMO, FAKE, ROOT, SUPERVISOR, clean_environment
 
 
@@ -30,6 +36,21 @@ def run(*arguments: str, cwd: Path, vllm: str | None = str(FAKE), **environ: str
         stdin=subprocess.DEVNULL,
         check=False,
     )
+
+
+Asked = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def asked(call: Call, tmp_path: Path) -> Asked:
+    """As `run`, with the test's own folder as the working folder."""
+
+    def asked(*arguments: str, vllm: str | None = str(FAKE), **environ: str) -> subprocess.CompletedProcess[str]:
+        if vllm is not None:
+            environ["SUPERVISOR_VLLM"] = vllm
+        return call(*arguments, cwd=tmp_path, **{"PORT": "0"} | environ)
+
+    return asked
 
 
 @pytest.mark.parametrize(
@@ -50,10 +71,10 @@ def run(*arguments: str, cwd: Path, vllm: str | None = str(FAKE), **environ: str
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_2(
-    tmp_path: Path, arguments: list[str], environ: dict[str, str], expected: str
+    asked: Asked, arguments: list[str], environ: dict[str, str], expected: str
 ) -> None:
     verb = "explain" if "--bogus" in arguments else "up"  # both read the settings by the same way
-    done = run(verb, *arguments, cwd=tmp_path, **environ)
+    done = asked(verb, *arguments, **environ)
     assert done.returncode == 2
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
@@ -62,16 +83,16 @@ def test_bad_input_is_one_clear_line_and_exit_2(
 
 
 @pytest.mark.parametrize("arguments", [["upp"], [], ["--bogus"]])
-def test_unknown_verb(tmp_path: Path, arguments: list[str]) -> None:
-    done = run(*arguments, cwd=tmp_path)
+def test_unknown_verb(asked: Asked, arguments: list[str]) -> None:
+    done = asked(*arguments)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert "supervisor --help" in done.stderr
 
 
 @pytest.mark.parametrize("flag", ["--version", "-V"])
-def test_version_is_one_line_and_needs_no_verb(tmp_path: Path, flag: str) -> None:
-    done = run(flag, cwd=tmp_path, vllm=None)
+def test_version_is_one_line_and_needs_no_verb(asked: Asked, flag: str) -> None:
+    done = asked(flag, vllm=None)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"supervisor {__version__}\n", "")
 
 
@@ -86,9 +107,9 @@ def test_version_imports_nothing_that_is_heavy(tmp_path: Path) -> None:
     assert not {"yaml", "rich", "asyncio", "psutil", "uvicorn", "ssl"} & set(imported.split())
 
 
-def test_malformed_config_names_file_and_line(tmp_path: Path) -> None:
+def test_malformed_config_names_file_and_line(asked: Asked, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("supervisor:\nbroken: [1\n")
-    done = run("up", cwd=tmp_path)
+    done = asked("up")
     assert done.returncode == 2
     assert "config.yaml is not valid YAML at line 3" in done.stderr
     assert len(done.stderr.splitlines()) <= 2  # and the model, which the file could not name
@@ -98,20 +119,20 @@ PROGRAM = "#!/bin/sh\ntouch ran\necho vllm 0.32.0\n"
 
 
 @pytest.mark.parametrize("verb", ["up", "explain", "doctor", "fetch"])
-def test_no_verb_runs_what_a_config_yaml_that_nobody_named_names(tmp_path: Path, verb: str) -> None:
+def test_no_verb_runs_what_a_config_yaml_that_nobody_named_names(asked: Asked, tmp_path: Path, verb: str) -> None:
     (tmp_path / "program").write_text(PROGRAM)
     (tmp_path / "program").chmod(0o755)
     (tmp_path / "config.yaml").write_text(f"supervisor: {{vllm: {tmp_path}/program}}\n")
-    done = run(verb, "m", cwd=tmp_path, vllm=None)
+    done = asked(verb, "m", vllm=None)
     assert done.returncode == (1 if verb == "doctor" else 2)
     assert "config.yaml supervisor.vllm is not obeyed" in done.stdout + done.stderr
     assert "set SUPERVISOR_VLLM" in done.stdout + done.stderr
     assert not (tmp_path / "ran").exists()
 
 
-def test_another_programs_config_yaml_is_passed_over_with_a_warning(tmp_path: Path) -> None:
+def test_another_programs_config_yaml_is_passed_over_with_a_warning(asked: Asked, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("trainer: {max_steps: 3}\nmodel: gpt\n")
-    done = run("explain", "m", cwd=tmp_path)
+    done = asked("explain", "m")
     assert done.returncode == 0
     assert "warning: config.yaml in this folder is not read: it has no `supervisor:` section" in done.stdout
     assert shlex.split(done.stdout.splitlines()[-1])[1:3] == ["serve", "m"]
@@ -129,11 +150,12 @@ def test_port_in_use_names_the_variable(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("host", ["203.0.113.7", "no.such.host.invalid", "::ffff:zz"])
-def test_an_address_that_is_not_ours(tmp_path: Path, host: str) -> None:
-    done = run("up", "m", "--host", host, cwd=tmp_path)
-    assert done.returncode == 2
-    assert "SUPERVISOR_HOST" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_an_address_that_is_not_ours(host: str) -> None:
+    settings = gather(Arguments(model="m", host=host), clean_environment(SUPERVISOR_VLLM=str(FAKE), PORT="0"))
+    with pytest.raises(SettingsError) as caught:
+        bind(settings)
+    (problem,) = caught.value.problems
+    assert "SUPERVISOR_HOST" in problem
 
 
 def test_missing_vllm_says_what_to_run(tmp_path: Path) -> None:
@@ -156,11 +178,11 @@ def test_missing_vllm_says_what_to_run(tmp_path: Path) -> None:
     ]
 
 
-def test_a_vllm_that_is_no_program(tmp_path: Path) -> None:
+def test_a_vllm_that_is_no_program(asked: Asked, tmp_path: Path) -> None:
     broken = tmp_path / "vllm"
     broken.write_text("#!/no/such/interpreter\n")
     broken.chmod(0o755)
-    done = run("up", "m", cwd=tmp_path, vllm=str(broken))
+    done = asked("up", "m", vllm=str(broken))
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert "Traceback" not in done.stderr
@@ -176,9 +198,9 @@ def test_the_readmes_example_of_wrong_settings_is_what_comes_out(tmp_path: Path)
 # explain
 
 
-def test_explain_shows_every_setting_with_its_source(tmp_path: Path) -> None:
+def test_explain_shows_every_setting_with_its_source(asked: Asked, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("supervisor:\nmax_model_len: 4096\n")
-    done = run("explain", "m", cwd=tmp_path, MAX_MODEL_LEN="8192", HOST="0.0.0.0", MAX_NUM_SEQS="4")
+    done = asked("explain", "m", MAX_MODEL_LEN="8192", HOST="0.0.0.0", MAX_NUM_SEQS="4")
     assert done.returncode == 0
     rows = {line.split()[0]: line for line in done.stdout.splitlines() if line}
     assert "8192" in rows["MAX_MODEL_LEN"]
@@ -208,9 +230,9 @@ def test_explain_on_a_terminal_folds_what_is_long_but_not_the_command(tmp_path: 
     assert shlex.split(command)[-2:] == ["--seed", "7"]
 
 
-def test_explain_of_wrong_settings_tells_all_at_once_and_exits_2(tmp_path: Path) -> None:
+def test_explain_of_wrong_settings_tells_all_at_once_and_exits_2(asked: Asked) -> None:
     environ = {"MAX_NUM_SEQS": "x", "DTYPE": "y", "PORT": "z", "MAX_MODEL_LENGTH": "1"}
-    done = run("explain", "m", "--json", cwd=tmp_path, **environ)
+    done = asked("explain", "m", "--json", **environ)
     assert done.returncode == 2
     content = json.loads(done.stdout)
     assert [problem.partition("=")[0] for problem in content["problems"]] == ["PORT", "DTYPE", "MAX_NUM_SEQS"]
@@ -218,8 +240,8 @@ def test_explain_of_wrong_settings_tells_all_at_once_and_exits_2(tmp_path: Path)
     assert len(done.stderr.splitlines()) == 4
 
 
-def test_explain_as_json(tmp_path: Path) -> None:
-    content = json.loads(run("explain", str(DEMO), "--json", cwd=tmp_path).stdout)
+def test_explain_as_json(asked: Asked) -> None:
+    content = json.loads(asked("explain", str(DEMO), "--json").stdout)
     settings = {row["name"]: row for row in content["settings"]}
     assert settings["MODEL"]["source"] == "command line"
     assert settings["SERVED_MODEL_NAME"] == {

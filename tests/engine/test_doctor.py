@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import shlex
 import socket
 import struct
@@ -22,16 +23,15 @@ from typing import Any
 
 import pytest
 
-from supervisor import cli
 from supervisor.around.gpus import gpus as survey
 from supervisor.around.machine import Machine
 from supervisor.doctor import machine, model
 from supervisor.doctor.checks import CHECKS
-from supervisor.doctor.examine import admit, examine, show
+from supervisor.doctor.examine import admit, examine
 from supervisor.doctor.patient import FAIL, OK, WARN, Patient, Row
 from supervisor.settings.sources import Arguments
 from supervisor.weights import estimate
-from tests.engine.test_cli import run
+from tests.engine.conftest import Call
 from tests.harness import DEMO, FAKE, ROOT, SUPERVISOR, Supervisor, clean_environment, http
 
 GB = 1_000_000_000
@@ -74,12 +74,16 @@ def rows(text: str) -> dict[str, dict[str, str]]:
     return found
 
 
+Doctor = Callable[..., dict[str, dict[str, str]]]
+
+
 @pytest.fixture
-def doctor(tmp_path: Path, hub: Hub) -> Callable[..., dict[str, dict[str, str]]]:
+def doctor(tmp_path: Path, hub: Hub, call: Call) -> Doctor:
+    """`supervisor doctor --json`, in this process."""
+
     def ask(*arguments: str, **environ: str) -> dict[str, dict[str, str]]:
-        given = {"HOME": str(tmp_path), "HF_ENDPOINT": hub.url} | environ
-        vllm = given.pop("SUPERVISOR_VLLM", str(FAKE))
-        done = run("doctor", *(arguments or ("org/tiny",)), "--json", cwd=tmp_path, vllm=vllm, **given)
+        given = {"PORT": "0", "SUPERVISOR_VLLM": str(FAKE), "HOME": str(tmp_path), "HF_ENDPOINT": hub.url} | environ
+        done = call("doctor", *(arguments or ("org/tiny",)), "--json", cwd=tmp_path, **given)
         assert done.stderr == ""
         found = rows(done.stdout)
         assert done.returncode == any(row["verdict"] == FAIL for row in found.values())
@@ -88,30 +92,11 @@ def doctor(tmp_path: Path, hub: Hub) -> Callable[..., dict[str, dict[str, str]]]
     return ask
 
 
-@pytest.fixture
-def asked(
-    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., dict[str, dict[str, str]]]:
-    """As `doctor`, in this process, which takes a tenth of the time."""
-    monkeypatch.chdir(tmp_path)
-
-    def ask(*arguments: str, **environ: str) -> dict[str, dict[str, str]]:
-        more = {"PORT": "0", "SUPERVISOR_VLLM": str(FAKE), "HOME": str(tmp_path), "HF_ENDPOINT": hub.url}
-        _, given = cli.arguments(["doctor", *(arguments or ("org/tiny",)), "--json"])
-        code = show(given, clean_environment(**more | environ), as_json=True)
-        said = capsys.readouterr()
-        assert said.err == ""
-        found = rows(said.out)
-        assert code == any(row["verdict"] == FAIL for row in found.values())
-        return found
-
-    return ask
-
-
 def patient(folder: Path, *arguments: str, gpus: object = None, **environ: str) -> Patient:
     """Of a machine whose files are in `folder`."""
     given = Arguments(model=arguments[0] if arguments else None if "MODEL" in environ else str(DEMO))
-    told = {"HOME": str(folder), "PATH": os.environ["PATH"], "SUPERVISOR_VLLM": str(FAKE), "PORT": "0", **environ}
+    told = {"HOME": str(folder), "PATH": os.environ["PATH"], "PORT": "0", **environ}
+    told.setdefault("SUPERVISOR_VLLM", a_vllm(folder / "its vllm", "'12.8'"))
     found = admit(given, told, Machine(folder), patience=60)
     return dataclasses.replace(found, ask_gpus=lambda: gpus)
 
@@ -134,7 +119,7 @@ def a_vllm(folder: Path, cuda: str, *more: str) -> str:
                   f"{site}/vllm-0.32.0.dist-info/METADATA": "", "bin/vllm": "#!/bin/sh\n"}
          | {f"{site}/{name}": "" for name in more})  # fmt: skip
     (folder / "bin/vllm").chmod(0o755)
-    return str(folder / "bin/vllm")
+    return shlex.quote(str(folder / "bin/vllm"))
 
 
 def a_torch(folder: Path, cuda: str) -> Path:
@@ -156,7 +141,7 @@ def an_environment(folder: Path, script: str = "#!{python}\n", *, system: bool =
 # As a whole
 
 
-def test_a_machine_that_is_well(doctor: Callable[..., dict[str, dict[str, str]]], tmp_path: Path) -> None:
+def test_a_machine_that_is_well(doctor: Doctor, tmp_path: Path) -> None:
     found = doctor(SUPERVISOR_VLLM=a_vllm(tmp_path, "None"), HF_TOKEN="hf_member")
     assert {row["check"]: row for row in found.values() if row["verdict"] != OK} == {}
     assert "the token is member's" in found["hub"]["found"]
@@ -165,15 +150,15 @@ def test_a_machine_that_is_well(doctor: Callable[..., dict[str, dict[str, str]]]
     assert set(found) >= {"settings", "vllm", "packages", "gpu", "shm", "memory", "files", "port", "cache", "clock"}
 
 
-def test_text_for_pipes_and_a_table_for_terminals(tmp_path: Path, hub: Hub) -> None:
-    environ = {"HOME": str(tmp_path), "HF_ENDPOINT": hub.url, "MAX_NUM_SEQS": "many"}
-    done = run("doctor", "org/tiny", cwd=tmp_path, **environ)
+def test_text_for_pipes_and_a_table_for_terminals(call: Call, tmp_path: Path, hub: Hub) -> None:
+    environ = {"HOME": str(tmp_path), "HF_ENDPOINT": hub.url, "MAX_NUM_SEQS": "many", "SUPERVISOR_VLLM": str(FAKE)}
+    done = call("doctor", "org/tiny", cwd=tmp_path, PORT="0", **environ)
     assert done.returncode == 1
     assert "fail settings     MAX_NUM_SEQS=many (environment MAX_NUM_SEQS): expected a whole number" in done.stdout
     assert all(re.match(r"(ok|warn|fail) +\w+ ", line) for line in done.stdout.splitlines())
     shown = subprocess.run(
         ["script", "-qec", f"stty cols 80; {SUPERVISOR} doctor org/tiny", "/dev/null"],
-        env=clean_environment(SUPERVISOR_VLLM=str(FAKE), TERM="xterm", **environ),
+        env=clean_environment(TERM="xterm", **environ),
         cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in shown.stdout.replace("\r", "").splitlines()]
@@ -183,10 +168,11 @@ def test_text_for_pipes_and_a_table_for_terminals(tmp_path: Path, hub: Hub) -> N
     assert shown.returncode == 1
 
 
-def test_no_secret_is_shown(tmp_path: Path, hub: Hub) -> None:
+def test_no_secret_is_shown(call: Call, tmp_path: Path, hub: Hub) -> None:
     environ = {"HF_TOKEN": "planted-token-1", "SUPERVISOR_API_KEYS": "planted-key-2", "DTYPE": "planted-key-2"}
+    environ |= {"HOME": str(tmp_path), "HF_ENDPOINT": hub.url, "SUPERVISOR_VLLM": str(FAKE), "PORT": "0"}
     for more in ((), ("--json",)):
-        done = run("doctor", "org/tiny", *more, cwd=tmp_path, HOME=str(tmp_path), HF_ENDPOINT=hub.url, **environ)
+        done = call("doctor", "org/tiny", *more, cwd=tmp_path, **environ)
         assert "planted" not in done.stdout + done.stderr
         assert "refuses the token" in done.stdout
 
@@ -215,7 +201,7 @@ def test_a_vllm_that_takes_long_to_be_asked(tmp_path: Path) -> None:
 # What can be real
 
 
-def test_a_port_that_is_taken(doctor: Callable[..., dict[str, dict[str, str]]], tmp_path: Path) -> None:
+def test_a_port_that_is_taken(doctor: Doctor, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -224,10 +210,8 @@ def test_a_port_that_is_taken(doctor: Callable[..., dict[str, dict[str, str]]], 
     assert "in use" in row["found"]
 
 
-def test_a_port_that_is_taken_by_a_supervisor(doctor: Callable[..., dict[str, dict[str, str]]], tmp_path: Path) -> None:
-    with Supervisor("m", environ={"TMPDIR": str(tmp_path)}) as served:
-        served.ready().engine()
-        row = doctor(PORT=str(served.port), TMPDIR=str(tmp_path))["port"]
+def test_a_port_that_is_taken_by_a_supervisor(doctor: Doctor, running: Supervisor) -> None:
+    row = doctor(PORT=str(running.port), TMPDIR=str(Path(running.socket).parent.parent))["port"]
     assert row["verdict"] == WARN
     assert "a supervisor runs here: ready since" in row["found"]
 
@@ -245,11 +229,21 @@ def mounted(tmp_path: Path, hub: Hub, mounts: str, **environ: str) -> dict[str, 
     return rows(done.stdout)
 
 
+def test_a_small_shm(tmp_path: Path, hub: Hub) -> None:
+    row = mounted(tmp_path, hub, "mount -t tmpfs -o size=64m x /dev/shm", CUDA_VISIBLE_DEVICES="0,1")["shm"]
+    assert row["verdict"] == FAIL
+    assert "has 64 MiB" in row["found"]
+    assert "--shm-size=8g" in row["remedy"]
+
+
 @pytest.mark.parametrize(("megabytes", "gpus", "verdict"), [(64, "0,1", FAIL), (64, "0", WARN), (2000, "0,1", OK)])
-def test_a_small_shm(tmp_path: Path, hub: Hub, megabytes: int, gpus: str, verdict: str) -> None:
-    found = mounted(tmp_path, hub, f"mount -t tmpfs -o size={megabytes}m x /dev/shm", CUDA_VISIBLE_DEVICES=gpus)
-    assert found["shm"]["verdict"] == verdict
-    assert verdict == OK or "--shm-size=8g" in found["shm"]["remedy"]
+def test_what_size_of_shm_is_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, megabytes: int, gpus: str, verdict: str
+) -> None:
+    monkeypatch.setattr(machine, "disk", lambda _: {"total": megabytes << 20})
+    found = patient(tmp_path, CUDA_VISIBLE_DEVICES=gpus)
+    found.machine.shm.mkdir(parents=True, exist_ok=True)
+    assert machine.shared_memory(found).verdict == verdict
 
 
 def test_folders_that_can_not_be_written_and_a_disk_that_is_too_small(tmp_path: Path, hub: Hub) -> None:
@@ -268,8 +262,13 @@ def test_folders_that_can_not_be_written_and_a_disk_that_is_too_small(tmp_path: 
     assert found["downloads"]["verdict"] == found["temporary"]["verdict"] == FAIL
 
 
-def test_few_files(tmp_path: Path, hub: Hub) -> None:
-    found = mounted(tmp_path, hub, "ulimit -Sn 1024")
+def test_few_files(doctor: Doctor) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+    try:
+        found = doctor()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert found["files"]["verdict"] == WARN
     assert "--ulimit nofile" in found["files"]["remedy"]
 
@@ -289,17 +288,15 @@ def test_few_files(tmp_path: Path, hub: Hub) -> None:
         ("org/gated", "hf_member", "model", OK, "may be downloaded"),
     ],
 )
-def test_the_hub(
-    asked: Callable[..., dict[str, dict[str, str]]], name: str, token: str, check: str, verdict: str, said: str
-) -> None:
-    row = asked(name, HF_TOKEN=token)[check]
+def test_the_hub(doctor: Doctor, name: str, token: str, check: str, verdict: str, said: str) -> None:
+    row = doctor(name, HF_TOKEN=token)[check]
     assert (row["verdict"], said in row["found"]) == (verdict, True), row
 
 
 @pytest.mark.parametrize(("model", "verdict"), [("org/tiny", FAIL), (str(DEMO), WARN)])
-def test_a_hub_that_does_not_answer(asked: Callable[..., dict[str, dict[str, str]]], model: str, verdict: str) -> None:
+def test_a_hub_that_does_not_answer(doctor: Doctor, model: str, verdict: str) -> None:
     """A failure only where something has to come from there."""
-    row = asked(model, HF_ENDPOINT="http://127.0.0.1:9")["hub"]
+    row = doctor(model, HF_ENDPOINT="http://127.0.0.1:9")["hub"]
     assert row["verdict"] == verdict
     assert "HF_ENDPOINT" in row["remedy"]
 
@@ -316,7 +313,7 @@ def test_a_hub_that_takes_the_question_and_says_nothing(tmp_path: Path, monkeypa
     assert "timed out" in row.text
 
 
-def test_nothing_is_asked_offline(doctor: Callable[..., dict[str, dict[str, str]]], hub: Hub) -> None:
+def test_nothing_is_asked_offline(doctor: Doctor, hub: Hub) -> None:
     before = http.get(f"{hub.url}/stand-in").json()["requests"]
     assert doctor(str(DEMO), HF_HUB_OFFLINE="1")["hub"]["verdict"] == OK
     assert http.get(f"{hub.url}/stand-in").json()["requests"] == before
@@ -343,7 +340,7 @@ def test_where_the_weights_come_from(
     assert (found["disk"].verdict, said in found["disk"].text) == (verdict, True), found["disk"]
 
 
-def test_a_token_that_no_header_takes_is_not_shown(doctor: Callable[..., dict[str, dict[str, str]]]) -> None:
+def test_a_token_that_no_header_takes_is_not_shown(doctor: Doctor) -> None:
     row = doctor(HF_TOKEN="planted\x7f\u2603-token")["hub"]
     assert row["verdict"] == FAIL
     assert "planted" not in json.dumps(row)
@@ -351,12 +348,10 @@ def test_a_token_that_no_header_takes_is_not_shown(doctor: Callable[..., dict[st
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ahead", "verdict"), [(0, OK), (-100, WARN), (100, WARN), (-4000, FAIL), (4000, FAIL)])
-def test_a_clock_that_is_wrong(
-    asked: Callable[..., dict[str, dict[str, str]]], hub: Hub, ahead: int, verdict: str
-) -> None:
+def test_a_clock_that_is_wrong(doctor: Doctor, hub: Hub, ahead: int, verdict: str) -> None:
     http.post(f"{hub.url}/stand-in", json={"clock": ahead})
     try:
-        assert asked()["clock"]["verdict"] == verdict
+        assert doctor()["clock"]["verdict"] == verdict
     finally:
         http.post(f"{hub.url}/stand-in", json={"clock": 0})
 

@@ -24,7 +24,7 @@ import psutil
 import pytest
 
 from tests.engine.stand_ins import STAND_INS, Watched, missing
-from tests.harness import Supervisor, session_of, wait_until
+from tests.harness import Supervisor, http, session_of, wait_until
 
 COMPLETIONS = "/v1/completions"
 # A machine with NVIDIA's driver, as far as anybody looks.
@@ -120,7 +120,7 @@ def answers_ping(supervisor: Supervisor, seconds: float = 3.0) -> int:
     """The status of /ping, as soon as the port is there; it must not be long in coming."""
     port = int(str(wait_until(lambda: listening(supervisor), "the port")))
     try:
-        return httpx.get(f"http://127.0.0.1:{port}/ping", timeout=seconds).status_code
+        return http.get(f"http://127.0.0.1:{port}/ping", timeout=seconds).status_code
     except httpx.TimeoutException:
         raise AssertionError(f"the port accepts, and /ping is not answered in {seconds:g} s") from None
 

@@ -6,13 +6,15 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from supervisor import status
 from supervisor.local_runpod import job
+from tests.engine.conftest import Call
 from tests.harness import SUPERVISOR, Supervisor, clean_environment, http, wait_until
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -28,11 +30,8 @@ def queue(folder: Path) -> Iterator[str]:
     """The address of its simulator."""
     with Supervisor("m", "--mode", "queue", environ={"TMPDIR": str(folder)}) as supervisor:
         url = supervisor.says(r"ready: a simulated RunPod endpoint, (\S+)\n", 20)[1]
-        whole = subprocess.run(
-            [str(SUPERVISOR), "status", "--json"], env=clean_environment(TMPDIR=str(folder)),
-            capture_output=True, text=True, timeout=20, check=True,
-        )  # fmt: skip
-        supervisor.engine_pid = json.loads(whole.stdout)["pid"]
+        (found,) = status.here({"TMPDIR": str(folder)})
+        supervisor.engine_pid = found["pid"]
         yield url
 
 
@@ -40,15 +39,20 @@ def command(*arguments: str) -> list[str]:
     return [str(SUPERVISOR), "job", *arguments]
 
 
-def send(folder: Path, *arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments), env=clean_environment(TMPDIR=str(folder)), input=given,
-        capture_output=True, text=True, timeout=30, check=False,
-    )  # fmt: skip
+Send = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def send(call: Call) -> Send:
+    def send(folder: Path, *arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
+        """To the supervisors whose TMPDIR is `folder`."""
+        return call("job", *arguments, cwd=folder, given=given, TMPDIR=str(folder))
+
+    return send
 
 
 @pytest.mark.parametrize("how", ["json", "whole job", "file", "stdin"])
-def test_a_job(queue: str, folder: Path, tmp_path: Path, how: str) -> None:
+def test_a_job(send: Send, queue: str, folder: Path, tmp_path: Path, how: str) -> None:
     text = json.dumps({"input": CHAT} if how == "whole job" else CHAT)
     (tmp_path / "job.json").write_text(text)
     argument = {"file": str(tmp_path / "job.json"), "stdin": "-"}.get(how, text)
@@ -58,7 +62,7 @@ def test_a_job(queue: str, folder: Path, tmp_path: Path, how: str) -> None:
     assert answer["choices"][0]["message"]["content"]
 
 
-def test_by_url(queue: str, folder: Path, tmp_path: Path) -> None:
+def test_by_url(send: Send, queue: str, folder: Path, tmp_path: Path) -> None:
     for url in (queue, queue.partition("/v2/")[0], queue.partition("://")[2].partition("/v2/")[0]):
         assert send(tmp_path, json.dumps(CHAT), "--url", url).returncode == 0
 
@@ -74,7 +78,7 @@ def test_by_url(queue: str, folder: Path, tmp_path: Path) -> None:
     ],
     ids=["chat", "prompt", "openai", "anthropic", "responses"],
 )
-def test_a_stream_is_the_text(queue: str, folder: Path, content: dict[str, Any]) -> None:
+def test_a_stream_is_the_text(send: Send, queue: str, folder: Path, content: dict[str, Any]) -> None:
     done = send(folder, json.dumps(content), "--stream")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("\n")
@@ -83,7 +87,7 @@ def test_a_stream_is_the_text(queue: str, folder: Path, content: dict[str, Any])
 
 
 @pytest.mark.parametrize("more", [(), ("--stream",)])
-def test_a_job_that_fails(queue: str, folder: Path, more: tuple[str, ...]) -> None:
+def test_a_job_that_fails(send: Send, queue: str, folder: Path, more: tuple[str, ...]) -> None:
     done = send(folder, json.dumps({**CHAT, "model": "nobody"}), *more)
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
@@ -114,18 +118,16 @@ def test_an_interrupt_that_python_dropped_is_noticed_at_the_next_look() -> None:
         job._follow(job.Endpoint("http://127.0.0.1:9"), "id", [signal.SIGINT], stream=True)
 
 
-def test_where_no_job_can_go(tmp_path: Path) -> None:
+def test_where_no_job_can_go(send: Send, running: Supervisor, tmp_path: Path) -> None:
     done = send(tmp_path, json.dumps(CHAT))
     assert (done.returncode, done.stdout) == (1, "")
     assert "no supervisor runs here: start one with `supervisor up MODEL --mode queue`" in done.stderr
-    with Supervisor("m", environ={"TMPDIR": str(tmp_path)}) as supervisor:
-        supervisor.ready().engine()
-        done = send(tmp_path, json.dumps(CHAT))
-        assert done.returncode == 1
-        assert "serves HTTP, and takes no jobs: start one with" in done.stderr
-        done = send(tmp_path, json.dumps(CHAT), "--url", f"http://127.0.0.1:{supervisor.port}")
-        assert done.returncode == 1
-        assert "--mode queue" in done.stderr
+    done = send(Path(running.socket).parent.parent, json.dumps(CHAT))
+    assert done.returncode == 1
+    assert "serves HTTP, and takes no jobs: start one with" in done.stderr
+    done = send(tmp_path, json.dumps(CHAT), "--url", f"http://127.0.0.1:{running.port}")
+    assert done.returncode == 1
+    assert "--mode queue" in done.stderr
     for url in ("ftp://x", "http://", "http://127.0.0.1:1", "http://127.0.0.1:notaport"):
         done = send(tmp_path, json.dumps(CHAT), "--url", url)
         assert done.returncode == 1

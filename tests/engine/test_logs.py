@@ -9,13 +9,17 @@ import pty
 import re
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
+from supervisor.around.start import waterfall
+from supervisor.launch import Launch
+from supervisor.settings.sources import Arguments, gather
 from tests.harness import FAKE, SUPERVISOR, Supervisor, clean_environment, wait_until
 
 COMPLETIONS = "/v1/completions"
@@ -145,13 +149,6 @@ def test_a_request_that_waited_and_was_sent_again_says_so(tmp_path: Path) -> Non
         assert PROMPT not in supervisor.output
 
 
-def test_without_ours_vllms_own_is_back() -> None:
-    with Supervisor("m", environ={"SUPERVISOR_ACCESS_LOG": "false"}).ready() as supervisor:
-        supervisor.client.post(COMPLETIONS, json={"prompt": "x"})
-        supervisor.says(r'INFO: .*"POST /v1/completions HTTP/1.1" 200')
-        assert "supervisor: POST" not in supervisor.output
-
-
 # A terminal
 
 
@@ -253,15 +250,39 @@ def test_a_terminal_that_stands_still_holds_up_nobody() -> None:
             assert client.post(COMPLETIONS, json={"prompt": "x"}).status_code == 200
 
 
-@pytest.mark.parametrize("environ", [{"TERM": "dumb"}, {"SUPERVISOR_LOG_FORMAT": "json"}], ids=str)
-def test_there_is_no_foot_where_it_would_be_noise(environ: dict[str, str]) -> None:
-    with Terminal("m", **environ).read() as terminal:
-        terminal.shows("vLLM's start: asking the hub")
-        terminal.shows("ready: http")
-        assert "\x1b[J" not in terminal.raw
+@pytest.fixture
+def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Launch]]:
+    """Makes one that is in a terminal, and starts nothing."""
+    with contextlib.ExitStack() as stack:
+
+        def launch(**environ: str) -> Launch:
+            monkeypatch.setattr(os, "isatty", lambda _: True)
+            environ = clean_environment(SUPERVISOR_VLLM=str(FAKE), PORT="0", TERM="xterm") | environ
+            workspace: Any = SimpleNamespace(socket=tmp_path / "vllm.sock", temporary=tmp_path)
+            guard: Any = None
+            made = Launch(gather(Arguments(model="m"), environ), workspace, guard, {})
+            stack.callback(made.close)
+            return made
+
+        yield launch
 
 
-def test_without_colours_the_foot_has_none() -> None:
-    with Terminal("m", NO_COLOR="1").read() as terminal:
-        terminal.shows("✓ importing vLLM")
-        assert not re.search(r"\x1b\[\d*m", terminal.raw)
+@pytest.mark.parametrize(
+    ("environ", "has_foot"),
+    [({}, True), ({"TERM": "dumb"}, False), ({"SUPERVISOR_LOG_FORMAT": "json"}, False)],
+    ids=str,
+)
+def test_there_is_no_foot_where_it_would_be_noise(
+    launch: Callable[..., Launch], environ: dict[str, str], has_foot: bool
+) -> None:
+    assert (launch(**environ).foot is not None) is has_foot
+
+
+@pytest.mark.parametrize(("environ", "colour"), [({}, True), ({"NO_COLOR": "1"}, False)], ids=str)
+def test_without_colours_the_foot_has_none(
+    launch: Callable[..., Launch], environ: dict[str, str], colour: bool
+) -> None:
+    form = launch(**environ).form
+    for running in (True, False):
+        (line,) = waterfall([{"name": "importing vLLM", "seconds": 1.0}], running=running, colour=form.colour)
+        assert bool(re.search(r"\x1b\[\d*m", line)) is colour

@@ -19,7 +19,8 @@ import pytest
 
 from supervisor.gateway.counts import Counts
 from supervisor.gateway.page import HTML, wanted
-from supervisor.gateway.told import FOR_EVERYBODY, LONGEST_LINE, TRANSITIONS, lines_seen, told
+from supervisor.gateway.policy import Policy
+from supervisor.gateway.told import FOR_EVERYBODY, LONGEST_LINE, TRANSITIONS, lines_seen, sees_all, told
 from supervisor.status import _Private
 from tests.engine.test_relay import CHAT, chat
 from tests.harness import Supervisor, wait_until
@@ -305,56 +306,47 @@ class Asked:
         assert [self.get(path, key).status_code for path in ("/status", "/status?after=0", "/")] == [401] * 3
 
 
-def test_without_any_key_everybody_sees_everything(tmp_path: Path) -> None:
-    with Asked(tmp_path) as asked:
-        asked.shows_everything()
-        asked.shows_everything("whatever")
-        asked.shows_everything_privately()
+def test_without_any_key_everybody_sees_everything(running: Supervisor) -> None:
+    for headers in ({}, {"X-API-Key": "whatever"}):
+        status = running.client.get("/status", headers=headers).json()
+        assert "serve some/model --uds " in status["command"]
+        assert status["settings"]
+        assert any(STARTED in line for line in running.client.get("/status?after=0", headers=headers).json()["log"])
 
 
-def test_with_api_keys_and_admin_keys_administrators_see_everything(tmp_path: Path) -> None:
-    with Asked(tmp_path, SUPERVISOR_API_KEYS=API_KEY, SUPERVISOR_ADMIN_KEYS=ADMIN_KEY) as asked:
-        asked.shows_everything(ADMIN_KEY)
-        asked.shows_the_rest(API_KEY)
-        asked.refuses()
-        asked.refuses("another-key")
-        asked.shows_everything_privately()
-
-
-def test_with_api_keys_alone_nobody_is_an_administrator_but_over_the_private_socket(tmp_path: Path) -> None:
-    with Asked(tmp_path, SUPERVISOR_API_KEYS=API_KEY) as asked:
-        asked.shows_the_rest(API_KEY)
-        asked.refuses()
-        asked.shows_everything_privately()
-
-
-def test_with_admin_keys_alone_everybody_sees_what_a_plain_key_would(tmp_path: Path) -> None:
-    with Asked(tmp_path, SUPERVISOR_ADMIN_KEYS=ADMIN_KEY) as asked:
-        asked.shows_everything(ADMIN_KEY)
-        asked.shows_the_rest()
-        asked.shows_the_rest("another-key")
-        asked.shows_everything_privately()
-
-
-def test_keys_that_are_read_again_decide_from_then_on(tmp_path: Path) -> None:
+def test_administrators_see_everything_and_others_the_rest(tmp_path: Path) -> None:
     keys = tmp_path / "admins"
     keys.write_text("old-admin-key\n")
     with Asked(tmp_path, SUPERVISOR_API_KEYS=API_KEY, SUPERVISOR_ADMIN_KEYS=f"@{keys}") as asked:
         asked.shows_everything("old-admin-key")
-        keys.write_text("new-admin-key\n")
+        asked.shows_the_rest(API_KEY)
+        asked.refuses()
+        asked.refuses(ADMIN_KEY)
+        asked.shows_everything_privately()
+        keys.write_text(f"{ADMIN_KEY}\n")
         asked.served.signal(signal.SIGHUP)
         asked.served.says("keys read again")
         asked.refuses("old-admin-key")
-        asked.shows_everything("new-admin-key")
+        asked.shows_everything(ADMIN_KEY)
 
 
-# Its end
-
-
-def test_what_polls_holds_nothing_up(tmp_path: Path) -> None:
-    with Supervisor("m") as served:
-        served.ready().engine()
-        poll(served)  # its connection stays open
-        served.signal(signal.SIGTERM)
-        assert served.exit_code(5) == 0
-        assert "Traceback" not in served.output
+@pytest.mark.parametrize(
+    ("api_keys", "admin_keys", "given", "full"),
+    [
+        ([], [], "", True),
+        ([], [], "whatever", True),
+        ([API_KEY], [ADMIN_KEY], ADMIN_KEY, True),
+        ([API_KEY], [ADMIN_KEY], API_KEY, False),
+        # With API keys alone nobody is an administrator.
+        ([API_KEY], [], API_KEY, False),
+        # With an administrator's alone everybody is what a plain key would make of them.
+        ([], [ADMIN_KEY], ADMIN_KEY, True),
+        ([], [ADMIN_KEY], "", False),
+        ([], [ADMIN_KEY], "another-key", False),
+    ],
+)
+def test_who_sees_everything(api_keys: list[str], admin_keys: list[str], given: str, full: bool) -> None:
+    policy = Policy(api_keys, admin_keys)
+    headers = [(b"x-api-key", given.encode())] if given else []
+    assert sees_all(policy, headers, private=False) is full
+    assert sees_all(policy, headers, private=True)

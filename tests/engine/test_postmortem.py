@@ -19,7 +19,7 @@ from supervisor.around import postmortem
 from supervisor.around.machine import Machine
 from supervisor.around.postmortem import KEPT, PostMortem, block
 from supervisor.settings.secrets import Mask
-from tests.harness import Supervisor
+from tests.harness import Supervisor, session_of
 
 SECRETS = {
     "HF_TOKEN": "hf_plantedtoken1",
@@ -72,20 +72,6 @@ def test_a_crash_leaves_a_bundle_and_a_block_without_secrets(tmp_path: Path) -> 
     assert "signal 9" in shown
 
 
-def test_a_start_that_fails_for_good_leaves_one_before_the_end(tmp_path: Path) -> None:
-    environ = {"SUPERVISOR_CACHE_DIR": str(tmp_path), **SECRETS}
-    with Supervisor("m", plan=[{"die_at_start": {"log": LOG, "code": 1}}], environ=environ) as supervisor:
-        assert supervisor.exit_code() == 3
-        assert "planted" not in supervisor.output
-        assert supervisor.output.index("post-mortem, to be pasted") < supervisor.output.index("-> failed")
-        assert supervisor.output.splitlines()[-1].count("restarting -> failed") == 1
-    (path,) = bundles(tmp_path)
-    content = json.loads(path.read_text())
-    assert content["exit_code"] == 1
-    assert "planted" not in path.read_text()
-    assert any("is not a model" in line for line in content["log"])
-
-
 @pytest.mark.slow
 def test_only_the_last_few_stay(tmp_path: Path) -> None:
     environ = {"SUPERVISOR_CACHE_DIR": str(tmp_path), "SUPERVISOR_MAX_RESTARTS": "9"}
@@ -104,19 +90,28 @@ def test_only_the_last_few_stay(tmp_path: Path) -> None:
     assert left[:-1] == old[1:]
 
 
-@pytest.mark.parametrize("how", ["full", "read-only"])
-def test_a_disk_that_takes_nothing_costs_a_line(tmp_path: Path, how: str) -> None:
-    cache = "/proc/nowhere" if how == "read-only" else str(tmp_path)
-    within = ("bash", "-c", 'ulimit -f 0; exec "$@"', "bash") if how == "full" else ()
-    environ = {"HOME": str(tmp_path), "SUPERVISOR_CACHE_DIR": cache}
-    with Supervisor("m", within=within, environ=environ) as supervisor:
+def test_a_full_disk_costs_a_line_and_no_request(tmp_path: Path) -> None:
+    """No file can grow by a byte (`ulimit -f 0`): post-mortem, notes and caches are lost, the requests are not."""
+    full = ("bash", "-c", 'ulimit -f 0; exec "$@"', "bash")
+    environ = {"HOME": str(tmp_path), "SUPERVISOR_CACHE_DIR": str(tmp_path)}
+    with Supervisor("m", within=full, environ=environ) as supervisor:
         supervisor.ready()
         os.kill(supervisor.engine(), signal.SIGKILL)
-        supervisor.says(rf"  bundle: +could not be written to {cache}/postmortem \(.+\)\n")
-        supervisor.says(r"(?s)restarting -> starting.*starting -> ready")
+        assert supervisor.client.post("/v1/completions", json={"prompt": "x"}).status_code == 200
+        supervisor.says(rf"  bundle: +could not be written to {tmp_path}/postmortem \(.+\)\n")
         supervisor.engine_pid = supervisor.client.get("/status").json()["pid"]
+        supervisor.signal(signal.SIGTERM)
+        assert supervisor.exit_code() == 0
+        assert session_of(supervisor.engine()) == []
         assert "Traceback" not in supervisor.output
-    assert how != "full" or [path for path in bundles(tmp_path) if path.stat().st_size == 0] == []
+    assert [path for path in bundles(tmp_path) if path.stat().st_size == 0] == []
+
+
+def test_a_folder_that_can_not_be_written_costs_a_line() -> None:
+    assert re.search(
+        r"\n  bundle: +could not be written to /proc/nowhere/postmortem \(.+\)$",
+        mortem(Path("/proc/nowhere")).report(failure()),
+    )
 
 
 def failure(**more: Any) -> dict[str, Any]:
@@ -144,6 +139,12 @@ def test_out_of_memory_kills_and_limits_are_told(tmp_path: Path) -> None:
 def test_a_secret_behind_an_option_is_masked(tmp_path: Path) -> None:
     found = mortem(tmp_path).gather(failure(argv=("vllm", "--api-key", "unheard-of", "--hf-token=unheard-of")))
     assert "unheard-of" not in json.dumps(found)
+
+
+def test_of_vllms_lines_a_bundle_has_all_but_the_secrets(tmp_path: Path) -> None:
+    found = mortem(tmp_path, **SECRETS).gather(failure(log=LOG))
+    assert "planted" not in json.dumps(found)
+    assert any("is not a model" in line for line in found["log"])
 
 
 def test_a_driver_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

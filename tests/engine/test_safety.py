@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from tests.engine.test_relay import CHAT, chat, get, post
-from tests.harness import RawClient, Supervisor, self_signed, wait_until
+from tests.harness import RawClient, Supervisor, http, self_signed, wait_until
 
 SLOW = "0.4"  # seconds: SUPERVISOR_CLIENT_TIMEOUT of the tests of slow clients
 
@@ -107,19 +107,6 @@ def test_keys_are_read_again_on_sighup_and_the_old_ones_are_void(guarded: Superv
     assert ask(guarded, "/v1/models", "second-key-2").status_code == 200
 
 
-def test_the_rate_of_each_key() -> None:
-    environ = {"SUPERVISOR_API_KEYS": "one-key-1,two-key-2", "SUPERVISOR_RATE_LIMIT": "5"}
-    with Supervisor("some/model", environ=environ) as served:
-        served.says("supervisor: ready: http")
-        answers = [ask(served, "/v1/models", "one-key-1") for _ in range(6)]
-        assert [answer.status_code for answer in answers] == [200] * 5 + [429]
-        assert answers[-1].json()["error"]["type"] == "rate_limit_error"
-        assert 1 <= int(answers[-1].headers["retry-after"]) <= 12
-        assert ask(served, "/v1/models", "two-key-2").status_code == 200
-        assert ask(served, "/status", "one-key-1").status_code == 200  # what is ours costs nothing
-        assert ask(served, "/v1/models", "one-key-1").status_code == 429
-
-
 # Heads
 
 
@@ -190,14 +177,11 @@ def test_an_answer_that_takes_long_is_no_slow_client(impatient: Supervisor) -> N
 
 
 def test_slow_loris_takes_no_place_from_others(impatient: Supervisor) -> None:
-    held = [RawClient(impatient.port).send(b"POST /v1/x HTTP/1.1\r\nHost: h\r\n") for _ in range(200)]
+    held = [RawClient(impatient.port).send(b"POST /v1/x HTTP/1.1\r\nHost: h\r\n") for _ in range(60)]
     assert impatient.client.get("/v1/models").status_code == 200
     for raw in held:
         assert raw.answer().status == 408
         raw.socket.close()
-
-
-# TLS
 
 
 # Open files
@@ -237,6 +221,9 @@ def test_there_may_be_as_many_clients_as_the_system_allows_files() -> None:
             client.close()
 
 
+# TLS
+
+
 def test_tls(tmp_path: Path) -> None:
     with Supervisor("some/model", environ=self_signed(tmp_path)) as served:
         port = int(served.says(r"ready: https://127\.0\.0\.1:(\d+)")[1])
@@ -250,7 +237,7 @@ def test_tls(tmp_path: Path) -> None:
             assert client.post("/fake/sink", content=body).json()["body_len"] == len(body)
             served.engine_pid = client.get("/status").json()["pid"]
         with pytest.raises(httpx.TransportError):
-            httpx.get(f"http://127.0.0.1:{port}/ping")
+            http.get(f"http://127.0.0.1:{port}/ping")
 
 
 def test_a_certificate_that_is_none_is_told_before_anything_starts(tmp_path: Path) -> None:
@@ -273,6 +260,3 @@ def test_a_model_that_takes_images_from_anywhere_warns_once_at_the_start(tmp_pat
         served.ready()
         served.says("the model takes images and videos by URL, .*Set ALLOWED_MEDIA_DOMAINS")
         assert served.output.count("ALLOWED_MEDIA_DOMAINS") == 1
-    with Supervisor(str(tmp_path), environ={"ALLOWED_MEDIA_DOMAINS": "images.example.com"}) as served:
-        served.ready()
-        assert "takes images" not in served.output

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.test_cli import run
+from tests.engine.conftest import Call
 from tests.harness import FAKE, Supervisor, http
 
 # By what they look like, or by the name that they stand beside. All are longer than six characters.
@@ -56,15 +56,15 @@ def leaks(text: str) -> list[str]:
     [("explain", "m"), ("explain", "m", "--json"), ("explain", "m", "--port", "bad"), ("up", "m", "--port", "bad")],
     ids=" ".join,
 )
-def test_explain_and_problems_show_no_secret(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+def test_explain_and_problems_show_no_secret(call: Call, tmp_path: Path, arguments: tuple[str, ...]) -> None:
     (tmp_path / "config.yaml").write_text(CONFIG)
-    done = run(*arguments, *RAW, cwd=tmp_path, **ENVIRON)
+    done = call(*arguments, *RAW, cwd=tmp_path, SUPERVISOR_VLLM=str(FAKE), **ENVIRON)
     assert done.returncode == (2 if "bad" in arguments else 0), done.stderr
     assert "****" in done.stdout or "bad" in arguments
     assert leaks(done.stdout + done.stderr) == []
 
 
-def test_wrong_values_that_hold_secrets_are_told_without_them(tmp_path: Path) -> None:
+def test_wrong_values_that_hold_secrets_are_told_without_them(call: Call, tmp_path: Path) -> None:
     wrong = {name: f"{{{value}" for name, value in ENVIRON.items() if value.startswith("{")}
     wrong |= {
         "MAX_NUM_SEQS": "hf_plantedtoken1",
@@ -75,7 +75,7 @@ def test_wrong_values_that_hold_secrets_are_told_without_them(tmp_path: Path) ->
         "SUPERVISOR_API_KEYS_": "planted-key-two",
         "SUPERVISOR_EXTRA_ARGS": "--hf-token hf_plantedraw10 --api-key planted-in-yaml-9 --seed sk-planted4444444",
     }
-    done = run("explain", "m", cwd=tmp_path, **(ENVIRON | wrong))
+    done = call("explain", "m", cwd=tmp_path, SUPERVISOR_VLLM=str(FAKE), **(ENVIRON | wrong))
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) >= len(wrong)
     assert leaks(done.stdout + done.stderr) == []

@@ -8,29 +8,31 @@ import re
 import signal
 import socket
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.engine.conftest import Call
 from tests.harness import SUPERVISOR, Supervisor, clean_environment, self_signed, wait_until
 from tests.queue.conftest import RunPod, in_queue_mode
 
 HELLO = {"messages": [{"role": "user", "content": "hi"}]}
 
 
-def ask(folder: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Of the supervisors whose TMPDIR is `folder`."""
-    return subprocess.run(
-        [str(SUPERVISOR), "status", *arguments],
-        env=clean_environment(TMPDIR=str(folder), **environ),
-        capture_output=True,
-        text=True,
-        timeout=20,
-        check=False,
-    )
+Ask = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_of_one_that_serves_with_keys_and_on_a_port_that_nobody_told(tmp_path: Path) -> None:
+@pytest.fixture
+def ask(call: Call) -> Ask:
+    def ask(folder: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        """Of the supervisors whose TMPDIR is `folder`."""
+        return call("status", *arguments, cwd=folder, TMPDIR=str(folder), **environ)
+
+    return ask
+
+
+def test_of_one_that_serves_with_keys_and_on_a_port_that_nobody_told(ask: Ask, tmp_path: Path) -> None:
     with Supervisor("some/model", environ={"TMPDIR": str(tmp_path), "SUPERVISOR_API_KEYS": "secret-key"}) as served:
         served.ready()
         done = ask(tmp_path)
@@ -50,14 +52,13 @@ def test_of_one_that_serves_with_keys_and_on_a_port_that_nobody_told(tmp_path: P
         assert served.client.get("/status").status_code == 401
 
 
-def test_on_a_terminal_it_is_a_table(tmp_path: Path) -> None:
-    with Supervisor("some/model", environ={"TMPDIR": str(tmp_path)}) as served:
-        served.ready().engine()
-        done = subprocess.run(
-            ["script", "-qec", f"stty cols 60; {SUPERVISOR} status", "/dev/null"],
-            env=clean_environment(TMPDIR=str(tmp_path), TERM="xterm"),
-            capture_output=True, text=True, timeout=20, check=True, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+def test_on_a_terminal_it_is_a_table(running: Supervisor) -> None:
+    wait_until(lambda: running.client.get("/status").json()["in_flight"] == 0, "what the test before it has left")
+    done = subprocess.run(
+        ["script", "-qec", f"stty cols 60; {SUPERVISOR} status", "/dev/null"],
+        env=clean_environment(TMPDIR=str(Path(running.socket).parent.parent), TERM="xterm"),
+        capture_output=True, text=True, timeout=20, check=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).rstrip() for line in done.stdout.replace("\r", "").splitlines()]
     rows = {line.split()[0]: line.split(None, 1)[1] for line in lines if line and not line.startswith(" ")}
     assert rows["state"] == "ready"
@@ -67,7 +68,7 @@ def test_on_a_terminal_it_is_a_table(tmp_path: Path) -> None:
     assert max(map(len, lines)) <= 60
 
 
-def test_of_one_that_loads_and_then_restarts(tmp_path: Path) -> None:
+def test_of_one_that_loads_and_then_restarts(ask: Ask, tmp_path: Path) -> None:
     plan = [{"load_seconds": 60}, {"load_seconds": 60}]
     with Supervisor("m", plan=plan, environ={"TMPDIR": str(tmp_path)}) as served:
         served.engine()
@@ -81,13 +82,13 @@ def test_of_one_that_loads_and_then_restarts(tmp_path: Path) -> None:
         served.engine_pid = None
 
 
-def test_of_none(tmp_path: Path) -> None:
+def test_of_none(ask: Ask, tmp_path: Path) -> None:
     done = ask(tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("supervisor: none runs here")
 
 
-def test_what_a_killed_one_left_is_passed_over(tmp_path: Path) -> None:
+def test_what_a_killed_one_left_is_passed_over(ask: Ask, tmp_path: Path) -> None:
     (tmp_path / "supervisor-left").mkdir()
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(tmp_path / "supervisor-left" / "gateway.sock"))
@@ -95,7 +96,7 @@ def test_what_a_killed_one_left_is_passed_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("url", ["ftp://x", "http://", "127.0.0.1:1", "http://127.0.0.1:notaport"])
-def test_a_url_that_does_not_answer(tmp_path: Path, url: str) -> None:
+def test_a_url_that_does_not_answer(ask: Ask, tmp_path: Path, url: str) -> None:
     done = ask(tmp_path, "--url", url)
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
@@ -103,7 +104,7 @@ def test_a_url_that_does_not_answer(tmp_path: Path, url: str) -> None:
     assert url in line
 
 
-def test_in_queue_mode_with_a_certificate_jobs_are_done_and_it_is_asked_as_ever(tmp_path: Path) -> None:
+def test_in_queue_mode_with_a_certificate_jobs_are_done_and_it_is_asked_as_ever(ask: Ask, tmp_path: Path) -> None:
     environ = {"TMPDIR": str(tmp_path), **self_signed(tmp_path)}
     with RunPod("--hold", "5") as runpod, in_queue_mode(runpod, environ=environ) as served:
         served.says("ready: https")

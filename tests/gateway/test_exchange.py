@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.gateway.messages import Answer
 from tests.gateway.world import CHAT, DONE, STREAM_HEAD, World, chunk, get, post
 
 WEBSOCKET = (
@@ -340,6 +341,25 @@ def test_who_leaves_while_it_waits_makes_room() -> None:
         assert world.waiting == 1
         world.engine.request().answers()
         assert world.engine.request().body == b"2"
+
+
+def test_each_key_has_a_rate_of_its_own() -> None:
+    with World(keys=["one", "two"], rate=5) as world:
+
+        def asked(path: str, key: str) -> Answer:
+            client = world.client()
+            client.gets(path, f"X-API-Key: {key}")
+            if world.engine.waits:
+                world.engine.request().answers()
+            return client.answer()
+
+        answers = [asked("/v1/models", "one") for _ in range(6)]
+        assert [answer.status for answer in answers] == [200] * 5 + [429]
+        assert b"rate_limit_error" in answers[-1].body
+        assert 1 <= int(answers[-1].header(b"retry-after") or 0) <= 12
+        assert asked("/v1/models", "two").status == 200
+        assert asked("/status", "one").status == 200  # what is ours costs nothing
+        assert asked("/v1/models", "one").status == 429
 
 
 # An engine that dies

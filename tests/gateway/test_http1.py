@@ -24,7 +24,7 @@ from supervisor.gateway.http1 import (
 from supervisor.gateway.policy import Verdict
 from tests.gateway.messages import RequestReader
 
-often = settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+often = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 # What a request is routed, framed and known by stays, even where `Connection` names it: without it vLLM would read
 # another request than we did.
 STAYS = {b"content-encoding", b"content-length", b"expect", b"host", b"sec-websocket-protocol", b"x-forwarded-proto",

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,7 @@ def test_the_page_of_faults_says_what_each_state_and_event_is() -> None:
     assert {event[0]: event[1] for event in events if len(event) > 1} == {event.name: event.value for event in Event}
 
 
+@cache
 def refusals() -> set[tuple[int, str]]:
     """(status, code) of all that the code makes; where either is decided there, each that it may be, with each."""
     found = set()

@@ -494,7 +494,7 @@ def test_lines_that_are_made_of_kept_parts_are_those_that_are_documented() -> No
     forms = [TEXT, JSON, QUEUE, Form(MASK, terminal=True)]
     kept = [(form, Access(form)) for form in forms]  # the same for all examples, so that they keep something
 
-    @settings(deadline=None, max_examples=250, derandomize=True)
+    @settings(deadline=None, max_examples=100, derandomize=True)
     @given(st.lists(RECORDS, min_size=1, max_size=4))
     def made(records: list[Any]) -> None:
         for form, access in kept:
