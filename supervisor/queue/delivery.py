@@ -151,9 +151,8 @@ class Delivery:
             except asyncio.CancelledError:
                 event = Event.UNWANTED
             self.state, outcome = TABLE[self.state, event]
-        self.answer.stop()
         assert outcome is not None
-        self._tell(outcome)
+        self.end(outcome)
 
     async def _answering(self) -> Event:
         """A chunk that can't be delivered fails the job: a stream with a gap is worse."""
@@ -232,8 +231,10 @@ class Delivery:
         )
         return await retrying(once)
 
-    def _tell(self, outcome: Outcome) -> None:
-        """A line of log, and what the supervisor counts."""
+    def end(self, outcome: Outcome) -> None:
+        """The last of it: a line of log, and what the supervisor counts."""
+        self.state = State.OVER
+        self.answer.stop()
         level = {Outcome.FAILED: "WARNING", Outcome.UNDELIVERED: "ERROR"}.get(outcome, "INFO")
         seconds = time.monotonic() - self.began
         line = f"job {outcome.value} after {seconds:.2f} s"

@@ -45,7 +45,7 @@ from runpod.http_client import AsyncClientSession
 from runpod.serverless.modules import rp_http, rp_job, rp_scale
 from runpod.serverless.modules.worker_state import JobsProgress
 
-from supervisor.queue.delivery import SHUT_DOWN, Delivery, NotTaken, RunPod
+from supervisor.queue.delivery import SHUT_DOWN, Delivery, NotTaken, Outcome, RunPod
 from supervisor.queue.errors import JSON
 from supervisor.queue.shapes import Reader
 from supervisor.queue.taken import Taken, apart
@@ -210,12 +210,14 @@ class Link:
         task.add_done_callback(lambda task: self._over(taken.job_id, task))
 
     def _over(self, job_id: str, task: asyncio.Task[None]) -> None:
-        del self.running[job_id]
+        delivery, _ = self.running.pop(job_id)
         JobsProgress().remove(job_id)
         self.changed.set()
-        error = None if task.cancelled() else task.exception()
-        if error is not None:  # a fault of ours: RunPod gives the job out again
-            tell(f"the job is lost: {type(error).__name__}: {error}", "ERROR", job_id=job_id)
+        if task.cancelled():  # before its first step
+            delivery.end(Outcome.CANCELLED)
+        elif (error := task.exception()) is not None:  # a fault of ours: RunPod gives the job out again
+            delivery.why = f"{type(error).__name__}: {error}"
+            delivery.end(Outcome.UNDELIVERED)
 
     async def _first(self) -> JSON | None:
         """What RunPod's first result since vLLM's start tells beside its output: its job waited for all of this."""
