@@ -98,7 +98,7 @@ def notices(supervisor: Supervisor, each_second: Callable[[], object] = lambda: 
             each_second()
             due += 1
         time.sleep(0.02)
-    assert time.monotonic() > began + stall - 0.3, "noticed too early"
+    assert time.monotonic() > began + 0.9 * stall - 0.3, "noticed too early"  # on a busy machine we come late ourselves
 
 
 def is_replaced(supervisor: Supervisor) -> None:
