@@ -600,8 +600,9 @@ def test_a_constraint_of_old_holds(runpod: RunPod) -> None:
 @pytest.mark.breaks_vllm
 def test_a_stream_of_an_engine_that_is_killed_is_failed(served: Supervisor, runpod: RunPod) -> None:
     job = runpod.run({"prompt": "Once upon", "max_tokens": 2000, "ignore_eos": True, "stream": True})
-    wait_until(lambda: runpod.job(job)["chunks"], "the stream")
-    (core,) = [pid for pid in session_of(served.engine()) if psutil.Process(pid).name().startswith("VLLM::Engine")]
+    wait_until(lambda: runpod.job(job)["chunks"], "the stream", 60)
+    session = served.client.get("/status").json()["pid"]  # of today's vLLM: others broke one before
+    (core,) = [pid for pid in session_of(session) if psutil.Process(pid).name().startswith("VLLM::Engine")]
     os.kill(core, signal.SIGKILL)
     status = runpod.result(job, 60)
     assert status["status"] == "FAILED"
