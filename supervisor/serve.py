@@ -262,10 +262,10 @@ class Serving(Observer):
         jobs = self.gateway.counts.jobs = Jobs()
         batches = (self.knobs.job_batch_size, self.knobs.job_min_batch_size, self.knobs.job_batch_growth)
         environ = environment(
-            environ, address, served_name(settings), settings.knobs.max_concurrency or 1,
+            environ, socket=address, model=served_name(settings), jobs=self.knobs.max_concurrency or 1,
             # Who names the model as runpod-LLM does has clients who know its answers.
             llm=settings.model.source.endswith("LLM_MODEL"), root=str(settings.option("root_path") or ""),
-            tokens=" ".join(map(str, batches)) if self.knobs.job_output == "tokens" else "",
+            batches=batches if self.knobs.job_output == "tokens" else None,
         )  # fmt: skip
         self.worker = QueueWorker(environ, jobs)
         group.create_task(self.worker.run())
@@ -334,7 +334,7 @@ class Serving(Observer):
     def changed(self, change: Change) -> None:
         self.gateway.gate.changed()
         if self.worker is not None and change.state in TOLD:
-            self.worker.tell(change.state.value)
+            self.worker.say(change.state.value)
 
     def removed(self) -> None:
         self.upstream.close()

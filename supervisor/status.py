@@ -13,9 +13,9 @@ import stat
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from supervisor.engine.workspace import is_ours, temporary_folder, workspaces
 from supervisor.settings.knobs import keys
@@ -111,54 +111,53 @@ def here(environ: Mapping[str, str], silent: list[str] | None = None) -> Iterato
         if not is_ours(path, stat.S_IFSOCK):
             continue
         try:
-            yield _ask(_Private(path), {})
+            yield _ask(path)
         except (ConnectionRefusedError, FileNotFoundError, PermissionError):
             continue
         except (OSError, http.client.HTTPException, StatusError) as error:
             if silent is not None:
-                silent.append(f"the supervisor at {path} does not answer ({why(error)})")
+                reason = getattr(error, "strerror", None) or error or type(error).__name__
+                silent.append(f"the supervisor at {path} does not answer ({reason})")
 
 
 def _at(url: str, environ: Mapping[str, str]) -> dict[str, Any]:
+    import httpx  # noqa: PLC0415  # 0.2 s that the health check need not pay
+
+    from supervisor import asking  # noqa: PLC0415  # as above
+
     given = environ.get("SUPERVISOR_API_KEYS")
     try:
-        connection = _connection(url)
-    except (ValueError, http.client.InvalidURL):
-        raise StatusError(f"--url {url}: expected an address such as http://127.0.0.1:8000") from None
-    try:
-        return _ask(connection, {"Authorization": f"Bearer {keys(given).values[0]}"} if given else {})
+        key = f"Bearer {keys(given).values[0]}" if given else ""
     except BadValue as error:
         raise StatusError(f"SUPERVISOR_API_KEYS: expected {error}") from None
-    except (OSError, http.client.HTTPException) as error:
-        raise StatusError(f"{url} does not answer ({why(error)})") from None
-
-
-def _connection(url: str) -> http.client.HTTPConnection:
-    """Raises ValueError or InvalidURL."""
-    parts = urlsplit(url if "://" in url else f"http://{url}")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(url)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    return kind(parts.netloc, timeout=PATIENCE)
-
-
-def why(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error) or type(error).__name__
-
-
-def _ask(connection: http.client.HTTPConnection, headers: dict[str, str]) -> dict[str, Any]:
-    """Raises StatusError where what answers is no supervisor."""
     try:
-        connection.request("GET", "/status", headers=headers)
+        with asking.client(url, PATIENCE, authorization=key) as client:
+            answer = client.get("/status")
+    except ValueError:
+        raise StatusError(f"--url {url}: expected an address such as http://127.0.0.1:8000") from None
+    except httpx.HTTPError as error:
+        raise StatusError(f"{url} does not answer ({asking.why(error)})") from None
+    return _read(answer.status_code, answer.content)
+
+
+def _ask(path: Path) -> dict[str, Any]:
+    """Over its private socket. Not with httpx, whose import takes seven times as long as all the rest of this."""
+    connection = _Private(path)
+    try:
+        connection.request("GET", "/status")
         answer = connection.getresponse()
-        body = answer.read()
+        return _read(answer.status, answer.read())
     finally:
         connection.close()
-    if answer.status == http.client.UNAUTHORIZED:
+
+
+def _read(code: int, body: bytes) -> dict[str, Any]:
+    """Raises StatusError where what answers is no supervisor."""
+    if code == HTTPStatus.UNAUTHORIZED:
         raise StatusError("it asks for a key: set SUPERVISOR_API_KEYS to one of its keys")
     try:
         status: dict[str, Any] = json.loads(body)
         text(status)
     except (ValueError, KeyError, TypeError):
-        raise StatusError(f"what answers is no supervisor (status {answer.status})") from None
+        raise StatusError(f"what answers is no supervisor (status {code})") from None
     return status

@@ -81,7 +81,7 @@ def _caches(settings: Settings) -> Caches | None:
 
 
 def _fit(settings: Settings, folder: Path) -> bool:
-    from supervisor.queue import fitness  # noqa: PLC0415  # in queue mode only
+    from supervisor.around import fitness  # noqa: PLC0415  # in queue mode only
 
     found = fitness.check(settings.environ, folder)
     if found is None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 
-from supervisor.bounded import Call
-from supervisor.queue.child import SAFELY, Kept
+from supervisor.kept import Kept
 
 # In the simulator's environment, where no list of processes shows them.
 CLIENTS_KEYS, WORKERS_KEY = "LOCAL_RUNPOD_KEYS", "LOCAL_RUNPOD_WORKER_KEY"
@@ -35,44 +33,24 @@ class LocalRunPod(Kept):
 
     def __init__(self, listener: socket.socket, keys: Sequence[str]) -> None:
         """`keys`: one of them is asked of clients, where there are any."""
-        super().__init__()
         host, port = listener.getsockname()[:2]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v2/local"
-        self.listener = listener
-        self.keys = keys
         self.workers_key = secrets.token_hex(16)
+        environ = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TZ") if name in os.environ}
+        environ |= {CLIENTS_KEYS: ",".join(keys), WORKERS_KEY: self.workers_key}
+        program = ["supervisor.local_runpod.simulator", "--fd", str(listener.fileno()), "--with-parent"]
+        super().__init__(program, environ, self._died, files=[listener.fileno()])
 
     def environment(self) -> dict[str, str]:
         """For the queue worker."""
         return environment(self.url, self.workers_key)
-
-    def died(self, how: str, again: float) -> None:
-        self.log.error("the simulated RunPod ended (%s), its jobs are lost: again in %.1f s", how, again)
-
-    async def once(self) -> int:
-        self.child = subprocess.Popen(  # noqa: ASYNC220  # a thread waits for it, as for vLLM
-            [sys.executable, *SAFELY, "supervisor.local_runpod.simulator", "--fd", str(self.listener.fileno()),
-             "--with-parent"],
-            env={
-                **{name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TZ") if name in os.environ},
-                CLIENTS_KEYS: ",".join(self.keys),
-                WORKERS_KEY: self.workers_key,
-            },
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            pass_fds=[self.listener.fileno()],
-            process_group=0,
-        )  # fmt: skip
-        child = self.child
-        try:
-            return await Call(child.wait)
-        finally:
-            self.child = None
-            assert child.stdin is not None
-            child.stdin.close()
 
     def stop(self) -> None:
         """When nobody is left to post to it."""
         self.leaving.set()
         if self.child is not None:
             self.child.terminate()
+
+    def _died(self, how: str, again: float) -> None:
+        log = logging.getLogger("supervisor.queue")
+        log.error("the simulated RunPod ended (%s), its jobs are lost: again in %.1f s", how, again)

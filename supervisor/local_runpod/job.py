@@ -6,16 +6,16 @@ By /run and /stream, not by /runsync: so the job's id is known from the first mo
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from supervisor import status
+import httpx
+
+from supervisor import asking, status
 from supervisor.settings.knobs import keys
 from supervisor.settings.values import BadValue
 
@@ -101,40 +101,31 @@ class Endpoint:
     """`http://127.0.0.1:8000`, or with the path of an endpoint, `/v2/local`."""
 
     def __init__(self, url: str, key: str = "") -> None:
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        try:
-            wrong = parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0
-        except ValueError:
-            wrong = True
-        if wrong:
-            raise JobError(f"--url {url}: expected an address such as http://127.0.0.1:8000")
         self.url = url
-        self.path = parts.path.rstrip("/") or "/v2/local"
-        self.headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self.connection = kind(parts.netloc, timeout=PATIENCE)
+        try:
+            self.client = asking.client(url, PATIENCE, authorization=f"Bearer {key}" if key else "")
+        except ValueError:
+            raise JobError(f"--url {url}: expected an address such as http://127.0.0.1:8000") from None
+        if self.client.base_url.path == "/":
+            self.client.base_url = self.client.base_url.join("/v2/local")
 
     def ask(self, method: str, path: str, content: object = None) -> dict[str, Any]:
         """The answer's object. Raises JobError where there is none."""
-        body = None if content is None else json.dumps(content).encode()
         try:
-            self.connection.request(method, self.path + path, body, self.headers)
-            answer = self.connection.getresponse()
-            text = answer.read()
-        except (OSError, http.client.HTTPException) as error:
-            self.connection.close()
-            raise JobError(f"{self.url} does not answer ({status.why(error)})") from None
+            answer = self.client.request(method, path, content=None if content is None else json.dumps(content))
+        except httpx.HTTPError as error:
+            raise JobError(f"{self.url} does not answer ({asking.why(error)})") from None
         found: Any = None
         with contextlib.suppress(ValueError):
-            found = json.loads(text)
-        if answer.status == 200 and isinstance(found, dict):
+            found = answer.json()
+        if answer.status_code == 200 and isinstance(found, dict):
             return found
         why = found.get("error") if isinstance(found, dict) else None
-        if answer.status == 401:
+        if answer.status_code == 401:
             raise JobError(f"{self.url} asks for a key: set SUPERVISOR_API_KEYS to one of its keys")
-        if answer.status in (403, 404) and not isinstance(why, str):
-            raise JobError(f"{self.url} is no queue's endpoint (status {answer.status}): {START}")
-        raise JobError(f"{self.url} refuses it (status {answer.status}): {readable(why)}")
+        if answer.status_code in (403, 404) and not isinstance(why, str):
+            raise JobError(f"{self.url} is no queue's endpoint (status {answer.status_code}): {START}")
+        raise JobError(f"{self.url} refuses it (status {answer.status_code}): {readable(why)}")
 
 
 def _run(endpoint: Endpoint, job: Mapping[str, Any], *, stream: bool) -> int:
@@ -151,7 +142,6 @@ def _run(endpoint: Endpoint, job: Mapping[str, Any], *, stream: bool) -> int:
     try:
         return _follow(endpoint, where, pressed, stream=stream)
     except KeyboardInterrupt:
-        endpoint.connection.close()  # an answer may be under way on it
         endpoint.ask("POST", f"/cancel/{where}")
         print("supervisor: the job was cancelled", file=sys.stderr)
         raise

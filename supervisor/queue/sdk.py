@@ -26,6 +26,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import io
 import json
 import os
 import signal
@@ -66,38 +67,12 @@ POLL_TIMEOUT = aiohttp.ClientTimeout(total=85, sock_connect=10)
 # An answer without a job that comes sooner than this was no long poll: the next one waits, longer each time.
 INSTANT = 0.5
 SLOWEST_POLL = 10.0
+STDIN = io.FileIO(0, closefd=False)
 
 
-class Orders:
-    """The supervisor's words on standard input: `wait()` for the next ones before there is an event loop, then
-    `follow`. `latest` is what holds now."""
-
-    def __init__(self) -> None:
-        self.latest = "starting"
-        self._rest = b""
-
-    def wait(self) -> str:
-        self._read()
-        return self.latest
-
-    def follow(self, heard: Callable[[str], object]) -> None:
-        loop = asyncio.get_running_loop()
-
-        def readable() -> None:
-            self._read()
-            if self.latest == "gone":
-                loop.remove_reader(0)
-            heard(self.latest)
-
-        loop.add_reader(0, readable)
-
-    def _read(self) -> None:
-        data = os.read(0, 4096)
-        *words, self._rest = (self._rest + data).split(b"\n")
-        if words:
-            self.latest = words[-1].decode()
-        if not data:
-            self.latest = "gone"
+def next_order() -> str:
+    """The supervisor's next word on standard input. Byte by byte: what is behind it is for the next call."""
+    return STDIN.readline().decode().strip() or "gone"
 
 
 class Pace:
@@ -127,13 +102,12 @@ class Pace:
 class Link:
     """Between RunPod and the gateway: takes jobs while there is room for them, and sees each delivered."""
 
-    def __init__(self, orders: Orders, client: Client, reader: Reader, jobs: int) -> None:
-        """`jobs`: that may run at once."""
-        self.orders = orders
+    def __init__(self, order: str, client: Client, reader: Reader, jobs: int) -> None:
+        """`order`: the supervisor's latest word; `jobs`: that may run at once."""
+        self.order = order
         self.client = client
         self.reader = reader
         self.jobs = jobs
-        self.order = orders.latest
         self.running: dict[str, tuple[Delivery, asyncio.Task[None]]] = {}
         self.poll: asyncio.Task[Any] | None = None  # for jobs, while none is on its way
         self.receiving = False  # jobs are on their way, and must not be dropped
@@ -147,8 +121,7 @@ class Link:
         loop = asyncio.get_running_loop()
         # The SDK's handler would end its loops with a job on its way to them. `docker stop` does not reach us anyway.
         loop.add_signal_handler(signal.SIGTERM, self.heard, "draining")
-        self.orders.follow(self.heard)
-        self.heard(self.orders.latest)
+        loop.add_reader(0, lambda: self.heard(next_order()))
         async with AsyncClientSession() as self.session, asyncio.TaskGroup() as group:
             self.runpod = RunPod(self.session, rp_http.JOB_DONE_URL, rp_http.JOB_STREAM_URL)
             loops = [group.create_task(self._take()), group.create_task(self._hear_stops())]
@@ -166,6 +139,7 @@ class Link:
             for delivery, _ in self.running.values():
                 delivery.answer.stop(SHUT_DOWN)  # its failure is still reported
         if order == "gone":
+            asyncio.get_running_loop().remove_reader(0)
             asyncio.get_running_loop().call_later(LAST_WORDS, os._exit, 1)
         self.changed.set()
 
@@ -289,19 +263,15 @@ async def _never(_: object) -> None:
 def main() -> None:
     del sys.argv[1:]  # the SDK reads them, abbreviations included
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the supervisor
-    orders = Orders()
-    while orders.latest not in JOINED:
-        if orders.latest in ENDING:
+    order = "starting"
+    while order not in JOINED:
+        if order in ENDING:
             return
-        orders.wait()
-    batches = os.environ.get("SUPERVISOR_QUEUE_TOKENS", "").split()
-    reader = Reader(
-        os.environ["SUPERVISOR_QUEUE_MODEL"],
-        llm=os.environ.get("SUPERVISOR_QUEUE_SHAPE") == "llm",
-        root=os.environ.get("SUPERVISOR_QUEUE_ROOT", ""),
-        tokens=Batches(int(batches[0]), int(batches[1]), float(batches[2])) if batches else None,
-    )
-    link = Link(orders, Client(os.environ["SUPERVISOR_QUEUE_SOCKET"]), reader, int(os.environ["SUPERVISOR_QUEUE_JOBS"]))
+        order = next_order()
+    about = json.loads(os.environ["SUPERVISOR_QUEUE"])  # serve.py
+    batches = Batches(*about["batches"]) if about["batches"] else None
+    reader = Reader(about["model"], llm=about["llm"], root=about["root"], tokens=batches)
+    link = Link(order, Client(about["socket"]), reader, about["jobs"])
     # mypy sees no types in the SDK; tests/queue/test_sdk.py checks that these are there.
     rp_scale.JobScaler.run = lambda _: link.run()
     os.register_at_fork(after_in_child=_die_with_parent)

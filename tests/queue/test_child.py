@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import aiohttp
 import pytest
 
-from supervisor.queue import fitness
+from supervisor.around import fitness
 from supervisor.queue.child import environment
 from supervisor.queue.delivery import NotTaken, RunPod
 
@@ -28,7 +28,7 @@ SECRETS = {
 
 def test_the_worker_has_no_secret_but_its_own() -> None:
     needed = {"PATH": "/bin", "HOME": "/root", "TZ": "UTC", "https_proxy": "http://proxy", "SSL_CERT_FILE": "/ca.pem"}
-    found = environment({**RUNPODS, **SECRETS, **needed}, "/gateway.sock", "m", 3, llm=False)
+    found = environment({**RUNPODS, **SECRETS, **needed}, socket="/gateway.sock", jobs=3)
     assert found.items() >= needed.items()
     assert found["RUNPOD_AI_API_KEY"] == "the-workers-key"
     assert not found.keys() & SECRETS.keys()
@@ -85,4 +85,4 @@ def test_a_result_follows_no_redirect(status: int) -> None:
 def test_the_key_stays_where_an_unfit_machine_is_reported() -> None:
     with Elsewhere(302) as server:
         fitness.report({**RUNPODS, "RUNPOD_WEBHOOK_PING": f"{server.url}/ping"}, "gpu", "it fell off the bus")
-        assert server.asked == [("/ping", "the-workers-key"), ("/elsewhere", None)]
+        assert server.asked == [("/ping", "the-workers-key")]

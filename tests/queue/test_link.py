@@ -68,8 +68,8 @@ def sdk() -> Any:
 
 
 def link_of(sdk: Any, posts: Posts, jobs: int = 3) -> Any:
-    link = sdk.Link(SimpleNamespace(latest="ready", follow=lambda _: None), Client(), Reader("m"), jobs)
-    link.order, link.runpod = "ready", posts
+    link = sdk.Link("ready", Client(), Reader("m"), jobs)
+    link.runpod = posts
     return link
 
 

@@ -1,0 +1,33 @@
+"""An HTTP client for what is asked seldom: `supervisor job`, `status --url`, the doctor, a machine that is not fit."""
+
+from __future__ import annotations
+
+import re
+
+import httpx
+
+from supervisor.listen import on_loopback
+
+
+def client(url: str, patience: float, *, authorization: str = "") -> httpx.Client:
+    """`http://` may be left out. Proxies that the environment names are not for this machine's own addresses; a key
+    goes to no other host. Raises ValueError where it is no address, or the key has characters that no header may."""
+    if not (authorization.isascii() and authorization.isprintable()):
+        raise ValueError("a key has characters that it may not have")
+    try:
+        address = httpx.URL(url if "://" in url else f"http://{url}")
+    except httpx.InvalidURL as error:
+        raise ValueError(str(error)) from None
+    if address.scheme not in ("http", "https") or not address.host or address.port == 0:
+        raise ValueError(f"{url} is no address")
+    return httpx.Client(
+        base_url=address.copy_with(query=None, fragment=None),
+        headers={"Authorization": authorization} if authorization else {},
+        timeout=patience,
+        trust_env=address.host != "localhost" and not on_loopback(address.host),
+    )
+
+
+def why(error: Exception) -> str:
+    """In a word or two why nobody answered: `Connection refused`."""
+    return re.sub(r"^\[Errno -?\d+\] ", "", str(getattr(error, "strerror", None) or error)) or type(error).__name__

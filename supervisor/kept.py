@@ -1,0 +1,103 @@
+"""Programs of ours beside vLLM, each a child that is started again when it dies: the queue worker, a simulated RunPod.
+
+Each is told what it needs through its standard input, a word per line; that this ends is how it learns of our death.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import IO
+
+from supervisor.bounded import Call
+from supervisor.engine.child import how_it_ended
+from supervisor.engine.session import Session
+
+# Seconds before one that died is started again: the first, the longest; after so long it counts as healthy.
+FIRST_RESTART, SLOWEST_RESTART, HEALTHY_AFTER = 0.5, 30.0, 60.0
+LAST_LINES = 2.0
+LONGEST_LINE = 64 * 1024
+
+
+class Kept:
+    """`run()` keeps it alive until `leaving` is set and it is gone."""
+
+    def __init__(
+        self,
+        program: Sequence[str],
+        environ: Mapping[str, str],
+        died: Callable[[str, float], object],
+        heard: tuple[Callable[[str], object], ...] = (),
+        files: Sequence[int] = (),
+    ) -> None:
+        """`program`: a module of ours and its arguments. `died` is told how it ended, and in how many seconds it is
+        started again; `heard` gets the lines of its stdout, and of its stderr; `files` are given to it."""
+        # -P: without the current folder among the places to import from, where a user may have a `queue.py`.
+        self.command = [sys.executable, "-P", "-m", *program]
+        self.environ = environ
+        self.died = died
+        self.heard = heard
+        self.files = files
+        self.word = ""
+        self.child: subprocess.Popen[bytes] | None = None
+        self.leaving = asyncio.Event()
+        self.ended = asyncio.Event()
+
+    def say(self, word: str) -> None:
+        """To it, and first of all to each that comes after it."""
+        self.word = word
+        if self.child is not None and self.child.stdin is not None:
+            with contextlib.suppress(OSError):  # it is dead, or about to be: the next one is told
+                os.write(self.child.stdin.fileno(), f"{word}\n".encode())
+
+    async def run(self) -> None:
+        delay = FIRST_RESTART
+        while not self.leaving.is_set():
+            began = time.monotonic()
+            code = await self._once()
+            if self.leaving.is_set():
+                break
+            if time.monotonic() - began > HEALTHY_AFTER:
+                delay = FIRST_RESTART
+            self.died(how_it_ended(code), delay)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay):
+                    await self.leaving.wait()
+            delay = min(delay * 2, SLOWEST_RESTART)
+        self.ended.set()
+
+    async def _once(self) -> int:
+        output = subprocess.PIPE if self.heard else subprocess.DEVNULL
+        child = self.child = subprocess.Popen(  # noqa: ASYNC220  # a thread waits for it, as for vLLM
+            self.command, env=self.environ, stdin=subprocess.PIPE, stdout=output,
+            stderr=subprocess.PIPE if self.heard else None, pass_fds=self.files,
+            start_new_session=True,  # Ctrl-C is for the supervisor
+        )  # fmt: skip
+        session = Session.led_by(child.pid)
+        if self.word:
+            self.say(self.word)
+        loop = asyncio.get_running_loop()
+        streams = zip(filter(None, (child.stdout, child.stderr)), self.heard, strict=True)
+        readers = [asyncio.ensure_future(Call(partial(_read, stream, loop, heard))) for stream, heard in streams]
+        try:
+            await Call(partial(os.waitid, os.P_PID, child.pid, os.WEXITED | os.WNOWAIT))
+        finally:
+            self.child = None
+            await Call(session.remove)  # a process of its own would go on, as if it were still there
+            assert child.stdin is not None
+            child.stdin.close()
+            if readers:
+                await asyncio.wait(readers, timeout=LAST_LINES)
+        return child.wait()
+
+
+def _read(stream: IO[bytes], loop: asyncio.AbstractEventLoop, heard: Callable[[str], object]) -> None:
+    with stream, contextlib.suppress(RuntimeError):  # the loop is gone
+        while line := stream.readline(LONGEST_LINE):
+            loop.call_soon_threadsafe(heard, line.decode("utf-8", "replace").rstrip())
