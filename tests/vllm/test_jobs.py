@@ -15,6 +15,8 @@ import openai
 import psutil
 import pytest
 
+from supervisor.queue.shapes import Job, Reader
+from supervisor.queue.tokens import Batches, Tokens
 from tests.harness import Supervisor, events, session_of, wait_until
 from tests.queue.conftest import RunPod
 from tests.vllm.test_serving import CHAT, WEATHER, timeless
@@ -598,6 +600,31 @@ def test_a_constraint_of_old_holds(runpod: RunPod) -> None:
 
 
 @pytest.mark.breaks_vllm
+@pytest.mark.parametrize("content", [{"prompt": "Once upon"}, {"messages": QUESTION}], ids=["prompt", "chat"])
+def test_worker_vllms_output_of_old(served: Supervisor, content: dict[str, object]) -> None:
+    """As the worker makes it of vLLM's answers; tests/queue/test_tokens.py has the way through RunPod."""
+    reader = Reader("demo", tokens=Batches(most=8, least=1, growth=2))
+
+    def asked(**more: object) -> tuple[Job, Any]:
+        job = reader.read({**content, "sampling_params": COLD, **more})
+        assert job.request is not None
+        answer = served.client.post(job.request.path, content=job.request.body, headers=list(job.request.headers))
+        assert answer.status_code == 200, answer.text
+        return job, answer
+
+    job, answer = asked()
+    assert job.shape is not None
+    (choice,), usage = job.shape(answer.json()).values()
+    assert usage == {"input": answer.json()["usage"]["prompt_tokens"], "output": 20}
+    job, answer = asked(stream=True)
+    assert job.tokens is not None
+    tokens = Tokens(job.tokens)
+    batches: list[Any] = [*tokens.feed(answer.text), *tokens.rest()]
+    assert ["".join(piece for batch in batches for piece in batch["choices"][0]["tokens"])] == choice["tokens"]
+    assert [len(batch["choices"][0]["tokens"]) for batch in batches][:4] == [1, 2, 4, 8]
+    assert batches[-1]["usage"] == usage
+
+
 def test_a_stream_of_an_engine_that_is_killed_is_failed(served: Supervisor, runpod: RunPod) -> None:
     job = runpod.run({"prompt": "Once upon", "max_tokens": 2000, "ignore_eos": True, "stream": True})
     wait_until(lambda: runpod.job(job)["chunks"], "the stream", 60)
