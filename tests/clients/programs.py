@@ -23,9 +23,9 @@ import pytest
 from tests.harness import ROOT, Supervisor, clean_environment
 
 HERE = Path(__file__).parent
-# The folder that scripts/setup_clients fills, and the command.
+# The folder that scripts/setup_clients fills, and the command, which is given from ROOT.
 PROGRAMS: dict[str, tuple[Path, Sequence[str | Path]]] = {
-    "python": (ROOT / ".clients", (ROOT / ".clients" / "bin" / "python", HERE / "with_python.py")),
+    "python": (ROOT / ".clients", (ROOT / ".clients" / "bin" / "python", "-m", "tests.clients.with_python")),
     "npm": (HERE / "node_modules", ("node", HERE / "with_npm.mjs")),
 }
 PROMPT, MODEL, TOKENS = "Who are you, and what is it that you do?", "some/model", 12
@@ -100,8 +100,9 @@ class Program:
         # litellm would read a list of prices from the network.
         environ = clean_environment(LITELLM_LOCAL_MODEL_COST_MAP="True")
         self.process = subprocess.Popen(
-            [*map(str, command)], env=environ, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=1
-        )
+            [*map(str, command)], env=environ, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            bufsize=1,
+        )  # fmt: skip
         self.asked: dict[int, Asking] = {}
         self.ids = itertools.count()
         assert self.process.stdout is not None
