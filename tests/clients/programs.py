@@ -1,4 +1,5 @@
-"""Clients as a user has them, each in the program of its language (with_python.py, with_npm.mjs).
+"""Clients as a user has them, each in the program of its language (with_python.py, with_npm.mjs) or, where packages
+can't live with the others, in one of theirs (with_langchain.py).
 
     clients.ask(OPENAI, served, "streamed").text
 
@@ -23,9 +24,13 @@ import pytest
 from tests.harness import ROOT, Supervisor, clean_environment
 
 HERE = Path(__file__).parent
-# The folder that scripts/setup_clients fills, and the command.
+# The folder that scripts/setup_clients fills, and the command, which is given from ROOT.
 PROGRAMS: dict[str, tuple[Path, Sequence[str | Path]]] = {
-    "python": (ROOT / ".clients", (ROOT / ".clients" / "bin" / "python", HERE / "with_python.py")),
+    "python": (ROOT / ".clients", (ROOT / ".clients" / "bin" / "python", "-m", "tests.clients.with_python")),
+    "langchain": (
+        ROOT / ".clients-langchain",
+        (ROOT / ".clients-langchain" / "bin" / "python", "-m", "tests.clients.with_langchain"),
+    ),
     "npm": (HERE / "node_modules", ("node", HERE / "with_npm.mjs")),
 }
 PROMPT, MODEL, TOKENS = "Who are you, and what is it that you do?", "some/model", 12
@@ -57,6 +62,10 @@ ANTHROPIC_NPM = Client("@anthropic-ai/sdk", "npm", "anthropic", base="", whats=(
 AI = Client("ai", "npm", "ai")
 BROWSER = Client("openai in a browser", "npm", "browser")
 PAGE = Client("a page", "npm", "page", base="", whats=("look",))
+# Of RunPod's queue: `base` is what stands before the endpoint's id.
+CHAT_RUNPOD = Client("ChatRunPod", "langchain", "chat", base="/v2", whats=("whole", "streamed", "counted"))
+RUNPOD_LLM = Client("LangChain's RunPod", "langchain", "llm", base="/v2")
+RUNPOD_CHAT_MODEL = Client("RunPodChatModel", "langchain", "another_chat", base="/v2")
 CLIENTS = (OPENAI, ANTHROPIC, LANGCHAIN, LITELLM, HOSTED_VLLM, OPENAI_NPM, ANTHROPIC_NPM, AI)
 
 
@@ -100,8 +109,9 @@ class Program:
         # litellm would read a list of prices from the network.
         environ = clean_environment(LITELLM_LOCAL_MODEL_COST_MAP="True")
         self.process = subprocess.Popen(
-            [*map(str, command)], env=environ, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=1
-        )
+            [*map(str, command)], env=environ, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            bufsize=1,
+        )  # fmt: skip
         self.asked: dict[int, Asking] = {}
         self.ids = itertools.count()
         assert self.process.stdout is not None

@@ -1,12 +1,7 @@
-"""The clients from Python, as a program of their own: a line of JSON for each request, and one for each answer
-(tests/clients/programs.py)."""
+"""The clients from Python, as a program of their own."""
 
 from __future__ import annotations
 
-import json
-import sys
-import threading
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import litellm
@@ -14,10 +9,9 @@ from anthropic import Anthropic
 from langchain_openai import ChatOpenAI
 from openai import AzureOpenAI, OpenAI
 
-litellm.suppress_debug_info = True
+from tests.clients.answering import Asked, Client, Pieces, serve
 
-Asked = dict[str, Any]
-Pieces = Iterator[str]
+litellm.suppress_debug_info = True
 
 
 class ErrorEvent(Exception):
@@ -106,7 +100,7 @@ def with_litellm(asked: Asked) -> Pieces:
         yield answer.choices[0].message.content
 
 
-CLIENTS: dict[str, Callable[[Asked], Pieces]] = {
+CLIENTS: dict[str, Client] = {
     "openai": with_openai,
     "azure": with_azure,
     "anthropic": with_anthropic,
@@ -116,41 +110,5 @@ CLIENTS: dict[str, Callable[[Asked], Pieces]] = {
 }
 
 
-def described(error: Exception) -> dict[str, Any]:
-    response = getattr(error, "response", None)
-    headers = {} if response is None else {name.lower(): value for name, value in response.headers.items()}
-    names = [one.__name__ for one in type(error).__mro__ if issubclass(one, Exception)]
-    return {
-        "names": names,
-        "status": getattr(error, "status_code", None),
-        "message": str(error),
-        "headers": headers,
-    }
-
-
-def answer(asked: Asked) -> None:
-    pieces: list[str] = []
-    error = None
-    try:
-        for piece in CLIENTS[asked["client"]](asked):
-            if piece:
-                pieces.append(piece)
-                tell({"id": asked["id"], "piece": piece})
-    except Exception as caught:  # noqa: BLE001  # whatever it raises is what the test looks at
-        error = described(caught)
-    tell({"id": asked["id"], "pieces": pieces, "error": error})
-
-
-telling = threading.Lock()
-
-
-def tell(content: dict[str, Any]) -> None:
-    with telling:
-        sys.stdout.write(json.dumps(content) + "\n")
-        sys.stdout.flush()
-
-
 if __name__ == "__main__":
-    tell({"ready": True})
-    for line in sys.stdin:
-        threading.Thread(target=answer, args=(json.loads(line),)).start()
+    serve(CLIENTS)
