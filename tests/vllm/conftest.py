@@ -33,13 +33,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def runpod() -> Iterator[RunPod]:
+def simulated() -> Iterator[RunPod]:
     with RunPod() as found:
         yield found
 
 
 @pytest.fixture(scope="session")
-def served(runpod: RunPod) -> Iterator[Supervisor]:
+def served(simulated: RunPod) -> Iterator[Supervisor]:
     """In queue mode, with a port beside: HTTP and jobs go to the same vLLM."""
     assert VLLM.exists(), (
         "the real vLLM is missing: run scripts/setup, or leave these tests out with scripts/test --quick"
@@ -50,12 +50,18 @@ def served(runpod: RunPod) -> Iterator[Supervisor]:
         "SUPERVISOR_RESTART_WINDOW": "0.05",
         "SUPERVISOR_STALL_TIMEOUT": "15",
         "SUPERVISOR_HOLD_TIMEOUT": str(START),
-        **runpod.environment(),
+        **simulated.environment(),
     }
     # As a newcomer starts it: without a word on the model or on where vLLM is.
     with Supervisor(vllm=None, program=(ROOT / "scripts" / "up",), environ=environ) as supervisor:
         supervisor.engine()
         yield supervisor.ready(START)
+
+
+@pytest.fixture(scope="session")
+def runpod(simulated: RunPod, served: Supervisor) -> RunPod:
+    """With a worker that is there: a test that is run by itself asks for it, too."""
+    return simulated
 
 
 @pytest.fixture(scope="session")
