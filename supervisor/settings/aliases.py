@@ -52,29 +52,58 @@ OWNED: dict[str, str] = {
 # Owned by name, and yet nothing to warn of: the gateway's own port, and a token that reaches vLLM as it is.
 OWNED_AND_READ = frozenset({"PORT", "HF_TOKEN", f"{SAGEMAKER}PORT"})
 
+_ZERO = "worker-vllm read 0 as 'not set', and vLLM can't run with it"
 # A zero that means "not set", by variable -> the reason that is told.
 ZERO_MEANS_UNSET: dict[str, str] = {
-    # Templates that were written when this was worker-vllm's default; vLLM refuses to start with it.
-    "MAX_NUM_BATCHED_TOKENS": "worker-vllm's templates write 0 for 'not set', and vLLM can't run with it",
+    "MAX_CPU_LORAS": _ZERO,
+    "MAX_MODEL_LEN": _ZERO,
+    "MAX_NUM_BATCHED_TOKENS": _ZERO,
+    "MAX_PARALLEL_LOADING_WORKERS": _ZERO,
+    "NUM_GPU_BLOCKS_OVERRIDE": _ZERO,
+    "SPEC_TOKENS": _ZERO,
 }
 
+_FOLDERS = "set HF_HOME for the models, and SUPERVISOR_CACHE_DIR for caches"
+_OPENAI = "OpenAI routes always give OpenAI's format"
+_OWN_VLLM = "only the changed vLLM of worker-vllm 0.2 read it"
+_TENSORIZER = 'set LOAD_FORMAT=tensorizer and MODEL_LOADER_EXTRA_CONFIG, such as {"tensorizer_uri": "..."}'
 _PREEMPTION = "vLLM has no such option any more: it recomputes what it preempts"
 # Variables that the templates and pages of worker-vllm and runpod-LLM name, and that do nothing here -> what to do.
 FORMER: dict[str, str] = {
-    "BASE_PATH": "set HF_HOME for the models, and SUPERVISOR_CACHE_DIR for caches",
-    "RAW_OPENAI_OUTPUT": "OpenAI routes always give OpenAI's format",
+    "BASE_PATH": _FOLDERS,
+    "MODEL_BASE_PATH": _FOLDERS,
+    "MODEL_CACHE_ENABLE": _FOLDERS,
+    "RAW_OPENAI_OUTPUT": _OPENAI,
+    "ALLOW_OPENAI_FORMAT": _OPENAI,
     "SPECULATIVE_METHOD": 'set SPECULATIVE_CONFIG, such as {"method": "ngram", "num_speculative_tokens": 5}',
     "SPECULATIVE_MODEL": 'set SPECULATIVE_CONFIG, such as {"model": "...", "num_speculative_tokens": 5}',
     "NUM_SPECULATIVE_TOKENS": 'set SPECULATIVE_CONFIG, such as {"method": "ngram", "num_speculative_tokens": 5}',
     "NGRAM_PROMPT_LOOKUP_MIN": 'set SPECULATIVE_CONFIG, such as {"method": "ngram", "prompt_lookup_min": 2}',
     "NGRAM_PROMPT_LOOKUP_MAX": 'set SPECULATIVE_CONFIG, such as {"method": "ngram", "prompt_lookup_max": 4}',
+    "SPECULATIVE_QUANTIZATION": 'set SPECULATIVE_CONFIG, such as {"method": "draft_model", "quantization": "awq"}',
+    "SPECULATIVE_MODEL_REVISION": 'set SPECULATIVE_CONFIG, such as {"method": "draft_model", "revision": "main"}',
+    "SPECULATIVE_ENFORCE_EAGER": 'set SPECULATIVE_CONFIG, such as {"method": "draft_model", "enforce_eager": true}',
     "PREEMPTION_CHECK_PERIOD": _PREEMPTION,
     "PREEMPTION_CPU_CAPACITY": _PREEMPTION,
-    "TENSORIZER_URI": 'set LOAD_FORMAT=tensorizer and MODEL_LOADER_EXTRA_CONFIG, such as {"tensorizer_uri": "..."}',
+    "TENSORIZE": _TENSORIZER,
+    "TENSORIZE_MODEL": _TENSORIZER,
+    "TENSORIZER_NUM_GPUS": _TENSORIZER,
+    "TENSORIZER_URI": _TENSORIZER,
+    "USE_TENSOR_PARALLEL": "set TENSOR_PARALLEL_SIZE to the number of GPUs, or to auto",
+    "USE_QUANTIZATION": "set QUANTIZATION, where the model does not say how it is quantized",
+    "USE_HF_CHAT_TEMPLATE": "a job's messages always go through the model's chat template",
+    "USE_FULL_METRICS": "/metrics has them",
+    "ENABLE_MULTIMODAL": "nothing to set: vLLM finds out what the model takes",
+    "DOWNLOAD_7B_MODEL": "set MODEL to the model's name",
+    "DOWNLOAD_13B_MODEL": "set MODEL to the model's name",
+    "HF_TRANSFER": "nothing to set: nothing reads it",
+    "VLLM_CPU_FRACTION": _OWN_VLLM,
+    "VLLM_N_CPUS": _OWN_VLLM,
     "VLLM_NIGHTLY": "it is an argument of another image's build: build this one on the vLLM that you want",
     "WORKER_CUDA_VERSION": "the image has one CUDA: build it on another one",
     "TRANSFORMERS_VERSION": "vLLM's image brings its own transformers: build an image on another version",
     "VLLM_VERSION": "it is an argument of the image's build: docker build --build-arg VLLM_VERSION=...",
+    "VLLM_BASE_URL": "nothing to set: vLLM is reached through a private unix socket",
     "LLM_ALLOW_ANY": "one model is served: set MODEL, and start another worker for another model",
     "TRT_LLM_ENGINE_DIR": "this runs vLLM",
 }

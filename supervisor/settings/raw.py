@@ -91,12 +91,15 @@ class RawArguments:
         if not values and option.kind != "optional":
             self._problem(name, "a value is missing")
             return
+        today = respelled(option, values[0]) if len(values) == 1 else None
         try:
+            if today is not None:
+                self._problem(f"{name} {values[0]}", f"write {today!r}")
+                return
             for value in values:
                 option.check(value)
         except BadValue as error:
-            today = respelled(option.variable, values[0]) if len(values) == 1 else None
-            self._problem(f"{name} {' '.join(values)}", f"expected {error}" if today is None else f"write {today!r}")
+            self._problem(f"{name} {' '.join(values)}", f"expected {error}")
             return
         several = option.kind in ("list", "append")
         shown = name if option.kind == "append" else option.variable

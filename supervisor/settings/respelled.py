@@ -6,6 +6,8 @@ import json
 import re
 from collections.abc import Callable, Mapping
 
+from supervisor.settings.catalogue import Option
+
 PAIR = re.compile(r"\s*(\w+)\s*[=:]\s*(\d+)\s*")
 # vLLM's draft by n-grams had this for its model's name; it has a method of its own now.
 NGRAM = "[ngram]"
@@ -19,17 +21,32 @@ def _counts(text: str) -> str | None:
 
 
 def _level(text: str) -> str | None:
-    """`3`: a level of compilation, which has a name in an object now."""
-    return json.dumps({"mode": int(text)}) if re.fullmatch(r"[0-3]", text.strip()) else None
+    """`3`, or `{"level": 3}`: vLLM's level of compilation, which is the `mode` of an object now."""
+    try:
+        given = {"level": int(text)} if re.fullmatch(r"[0-3]", text.strip()) else json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(given, dict) or "level" not in given:
+        return None
+    level = given.pop("level")
+    return json.dumps({"mode": level} | given)  # of both, vLLM took `mode`
+
+
+def _lora_dtype(text: str) -> str | None:
+    """`float32`, which worker-vllm's templates offer: adapters have the model's own type then."""
+    return "auto" if text.strip().lower() == "float32" else None
 
 
 READERS: Mapping[str, Callable[[str], str | None]] = {
     "LIMIT_MM_PER_PROMPT": _counts,
     "COMPILATION_CONFIG": _level,
+    "LORA_DTYPE": _lora_dtype,
 }
 
 
-def respelled(variable: str, given: object) -> str | None:
-    """What is to be written today, where it is written otherwise. `variable`: of the option."""
-    read = READERS.get(variable)
-    return read(str(given)) if read is not None and not isinstance(given, bool) else None
+def respelled(option: Option, given: object) -> str | None:
+    """What is to be written today, where it is written otherwise and the installed vLLM does not know that."""
+    read = READERS.get(option.variable)
+    if read is None or isinstance(given, bool) or given in option.choices:
+        return None
+    return read(json.dumps(given) if isinstance(given, dict) else str(given))

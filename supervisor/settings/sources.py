@@ -463,7 +463,7 @@ class _Gathering:
         elif option.variable == "SPEC_MODEL":
             found = [(source, given) for source, given in found if given != NGRAM]
         for source, given in found:
-            if (today := respelled(option.variable, given)) is not None:
+            if (today := respelled(option, given)) is not None:
                 self.warnings.append(f"{source}={given} is read as {today}, which is how vLLM has it today")
                 given = today  # noqa: PLW2901  # the same, as it is written now
             auto = platform.computed(option.variable, given, self.environ)

@@ -17,8 +17,9 @@ from supervisor.settings.removed import REMOVED, REMOVED_ENVIRONMENT
 
 # Variables that Kubernetes makes for each service of a namespace, whatever its name: VLLM_PORT=tcp://10.0.0.1:8000.
 SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT_\d+_(TCP|UDP)(_|$)")
-# Put before a known name by those who remember another tool's way.
-PREFIXES = ("VLLM_", "LLM_", "SUPERVISOR_", "ENGINE_", "VLLM_ARG_")
+# Put before a known name by those who remember another tool's way. worker-vllm had one of its own for a while.
+WORKER = "VLLM_RUNPOD_"
+PREFIXES = ("VLLM_", "LLM_", "SUPERVISOR_", "ENGINE_", "VLLM_ARG_", WORKER)
 # Words that are easily forgotten, or added.
 FILLERS = frozenset({"NUM", "MAX", "MEMORY", "SIZE", "NAME", "ENABLE", "CODE", "CALL", "COUNT", "PATH", "FILE"})
 NEAR = 0.8
@@ -30,10 +31,12 @@ ELSEWHERE = {
     "HF_MODEL_ID": "MODEL",
     "MODEL_ID": "MODEL",
     "MODEL_PATH": "MODEL",
+    "CONCURRENCY_MODIFIER": "SUPERVISOR_MAX_CONCURRENCY",
     "HF_API_TOKEN": "HF_TOKEN",
     "HUGGINGFACE_TOKEN": "HF_TOKEN",
     "HUGGING_FACE_TOKEN": "HF_TOKEN",
     "NUM_GPUS": "TENSOR_PARALLEL_SIZE",
+    "NUM_GPU_SHARD": "TENSOR_PARALLEL_SIZE",
     "NUM_SHARD": "TENSOR_PARALLEL_SIZE",
     "QUANTIZE": "QUANTIZATION",
 }
@@ -120,6 +123,6 @@ def unread(environ: Mapping[str, str], read: Collection[str], catalogue: Catalog
             lines.append(f"{name} has no effect in vLLM {catalogue.version}: {REMOVED_ENVIRONMENT[name]}")
         elif meant := known.meant(name) or (own.meant(name) if name.startswith("VLLM_") else None):
             lines.append(f"{name} has no effect: nothing reads it; did you mean {meant}?")
-        elif name.startswith(("SUPERVISOR_", SAGEMAKER)):
+        elif name.startswith(("SUPERVISOR_", SAGEMAKER, WORKER)):
             lines.append(f"{name} has no effect: there is no such setting (`supervisor explain` shows those there are)")
     return lines

@@ -133,6 +133,14 @@ def test_no_quantization(folder: Path, value: str) -> None:
         ("LIMIT_MM_PER_PROMPT", "image=1", '{"image": 1}'),
         ("LIMIT_MM_PER_PROMPT", "image: 2, audio: 3", '{"image": 2, "audio": 3}'),
         ("COMPILATION_CONFIG", "3", '{"mode": 3}'),
+        ("COMPILATION_CONFIG", '{"level": 3}', '{"mode": 3}'),
+        (
+            "COMPILATION_CONFIG",
+            '{"level": 0, "cudagraph_capture_sizes": [1]}',
+            '{"mode": 0, "cudagraph_capture_sizes": [1]}',
+        ),
+        ("COMPILATION_CONFIG", '{"level": 0, "mode": 3}', '{"mode": 3}'),
+        ("LORA_DTYPE", "float32", "auto"),
     ],
 )
 def test_a_value_as_it_was_written_once(folder: Path, variable: str, old: str, today: str) -> None:
@@ -170,3 +178,9 @@ def test_the_draft_by_ngrams_was_once_the_name_of_a_model(folder: Path) -> None:
 )  # fmt: skip
 def test_what_older_workers_read_beside_their_templates_is_told_of(folder: Path, name: str) -> None:
     assert [warning for warning in read(folder, MODEL="m", **{name: "1"}).warnings if warning.startswith(name)]
+
+
+def test_a_level_of_compilation_in_the_file(folder: Path) -> None:
+    (folder / "config.yaml").write_text("supervisor:\nmodel: m\ncompilation_config:\n  level: 3\n")
+    (option,) = [setting for _, setting in read(folder).options if setting.name == "COMPILATION_CONFIG"]
+    assert option.value == '{"mode": 3}'
