@@ -29,7 +29,7 @@ from supervisor.doctor import machine, model
 from supervisor.doctor.checks import CHECKS
 from supervisor.doctor.examine import admit, examine
 from supervisor.doctor.patient import FAIL, OK, WARN, Patient, Row
-from supervisor.settings.sources import Arguments
+from supervisor.settings.settings import Arguments
 from supervisor.weights import estimate
 from tests.engine.conftest import Call
 from tests.harness import DEMO, FAKE, ROOT, SUPERVISOR, Supervisor, clean_environment, http

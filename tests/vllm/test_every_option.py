@@ -16,10 +16,10 @@ import pytest
 import yaml
 
 from supervisor.settings import catalogue as catalogues
-from supervisor.settings.aliases import OWNED
 from supervisor.settings.catalogue import Option
 from supervisor.settings.command import build
-from supervisor.settings.sources import Arguments, SettingsError, gather
+from supervisor.settings.names import OWNED
+from supervisor.settings.settings import Arguments, SettingsError, gather
 from supervisor.settings.vllm import PINNED
 from tests.vllm.conftest import VLLM
 
