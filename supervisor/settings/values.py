@@ -7,6 +7,7 @@ capitals) is brought into vLLM's form.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import math
@@ -53,7 +54,7 @@ def clean(given: Any, *, template: bool = False) -> Any:
         if pattern.search(text):
             raise BadValue(f"a value; this one has a placeholder like {form}, which nothing has filled in")
     if len(text) > 1 and text[0] in QUOTES and text[0] == text[-1] and text[0] not in text[1:-1]:
-        raise BadValue("a value; this one stands in quotes, which are a part of it (docker's --env-file keeps them)")
+        raise BadValue("the value alone; it stands in quotes, which are a part of it (docker's --env-file keeps them)")
     return text
 
 
@@ -177,6 +178,10 @@ def _checked_json(given: object, text: str) -> str:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
+        for instead in (text.replace("'", '"'), text.replace("\\", "")):  # Python's quotes; a shell's, in compose
+            with contextlib.suppress(json.JSONDecodeError):
+                json.loads(instead)
+                raise BadValue(f"JSON: write {instead}") from None
         raise BadValue(f'JSON, such as {{"key": "value"}} ({error.msg} at character {error.pos + 1})') from None
     if not isinstance(value, dict | list):
         raise BadValue('a JSON object, such as {"key": "value"}')
