@@ -195,7 +195,12 @@ def _knob(
         )
         return unset
     read = report.setting(
-        knob.variable, found, lambda given: knob.read(str(given)), secret=knob.secret, template=knob.template
+        knob.variable,
+        found,
+        lambda given: knob.read(str(given)),
+        secret=knob.secret,
+        template=knob.template,
+        command=knob.is_program,
     )
     return read or Setting(knob.variable, None, found[0].source, secret=knob.secret)
 

@@ -117,12 +117,13 @@ class Report:
         read: Callable[[Any], object],
         *,
         secret: bool = False,
-        template: bool = False,
+        **own: bool,
     ) -> Setting | None:
-        """What the first of the sources says; None where that can't be read, which is a problem then."""
+        """What the first of the sources says; None where that can't be read, which is a problem then. `own`: see
+        `values.clean`."""
         (source, given), *others = found
         try:
-            value = read(clean(given, template=template))
+            value = read(clean(given, **own))
         except BadValue as error:
             self.problems.append(f"{name}={MASK if secret else self.shown(given)} ({source}): expected {error}")
             return None

@@ -38,22 +38,23 @@ PLACEHOLDERS = (
 QUOTES = ("'", '"')
 
 
-def clean(given: Any, *, template: bool = False) -> Any:
-    """A value as it was meant, from whatever source: without white space around it. `template`: its braces are its own.
+def clean(given: Any, *, template: bool = False, command: bool = False) -> Any:
+    """A value as it was meant, from whatever source: without white space around it. `template`: its braces are its own;
+    `command`: so are its quotes.
 
     Raises BadValue for what somebody else was to fill in, or to take out of its quotes.
     """
     if isinstance(given, list | tuple):
-        return [clean(item, template=template) for item in given]
+        return [clean(item, template=template, command=command) for item in given]
     if isinstance(given, dict):
-        return {key: clean(value, template=template) for key, value in given.items()}
+        return {key: clean(value, template=template, command=command) for key, value in given.items()}
     if not isinstance(given, str):
         return given
     text = given.strip()
     for pattern, form in PLACEHOLDERS[1:] if template else PLACEHOLDERS:
         if pattern.search(text):
             raise BadValue(f"a value; this one has a placeholder like {form}, which nothing has filled in")
-    if len(text) > 1 and text[0] in QUOTES and text[0] == text[-1] and text[0] not in text[1:-1]:
+    if not command and len(text) > 1 and text[0] in QUOTES and text[0] == text[-1] and text[0] not in text[1:-1]:
         raise BadValue("the value alone; it stands in quotes, which are a part of it (docker's --env-file keeps them)")
     return text
 

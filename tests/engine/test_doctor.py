@@ -325,7 +325,6 @@ def test_nothing_is_asked_offline(doctor: Doctor, hub: Hub) -> None:
     [
         ("org/tiny", {"HF_HUB_OFFLINE": "1"}, FAIL, "is not here, and HF_HUB_OFFLINE is set"),
         ("org/tiny", {}, OK, "are free in"),
-        ("org/model:Q4_K_M", {}, OK, "left to vLLM"),
         (str(DEMO), {}, OK, "the folder"),
         (str(DEMO / "model.safetensors"), {}, OK, "the folder"),
     ],
