@@ -81,7 +81,7 @@ class Option:
         if self.kind in ("pair", "switch"):
             return read_bool(given)
         if self.kind in ("list", "append"):
-            return tuple(self._read_item(item, ITEM_READERS) for item in items(given))
+            return tuple(self._read_item(clean(item), ITEM_READERS) for item in items(given))
         if self.type == "json" and isinstance(self.default, list) and not str(given).lstrip().startswith(("[", "{")):
             return json.dumps(items(given))  # ALLOWED_ORIGINS=https://a,https://b
         return self._read_item(given, READERS)

@@ -185,6 +185,29 @@ def batches_of_tokens(asked: Asked) -> Iterator[str]:
         )
 
 
+def heads(asked: Asked) -> Iterator[str]:
+    """Of a model that is here: vLLM deals its attention's heads out among the GPUs."""
+    parts = asked.number("TENSOR_PARALLEL_SIZE")
+    if parts <= 1:
+        return
+    config = within(DISK_PATIENCE, partial(_json, Path(str(asked.value("MODEL"))) / "config.json"))
+    row = config if isinstance(config, dict) else {}
+    inner = row.get("text_config")
+    count = row.get("num_attention_heads", inner.get("num_attention_heads") if isinstance(inner, dict) else None)
+    if isinstance(count, int) and count % parts:
+        fits = max(size for size in range(1, int(parts)) if count % size == 0)
+        yield (
+            f"{asked.named('TENSOR_PARALLEL_SIZE')}: the model's {count} heads of attention can't be shared out among so "
+            f"many GPUs: set TENSOR_PARALLEL_SIZE={fits}"
+        )
+
+
+def adapters_in_memory(asked: Asked) -> Iterator[str]:
+    most, kept = asked.number("MAX_LORAS") or 1, asked.number("MAX_CPU_LORAS")
+    if kept and kept < most:
+        yield f"{asked.named('MAX_CPU_LORAS')}: expected at least MAX_LORAS, which is {most:g}"
+
+
 def drafts(asked: Asked) -> Iterator[str]:
     """vLLM's own rule: a draft by n-grams, by a part of the model, or by another model, which has to be named."""
     given = asked.value("SPECULATIVE_CONFIG")
@@ -292,7 +315,8 @@ def vllms_port(asked: Asked) -> Iterator[str]:
 Rule = Callable[[Asked], Iterator[str]]
 # vLLM does not start with these, or nobody would be served.
 PROBLEMS: tuple[Rule, ...] = (
-    tls, a_queue_on_runpod, hub, names, tool_parser, adapters, files, batches_of_tokens, drafts,
+    tls, a_queue_on_runpod, hub, names, tool_parser, adapters, adapters_in_memory, files,
+    batches_of_tokens, drafts, heads,
 )  # fmt: skip
 # It starts, and somebody may wonder.
 WARNINGS: tuple[Rule, ...] = (

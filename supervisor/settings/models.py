@@ -3,6 +3,7 @@ use instead, before anything is downloaded."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -14,69 +15,77 @@ from supervisor.settings.vllm import Vllm
 # Seconds for a disk to tell whether something is there. A network volume may hang.
 DISK_PATIENCE = 3.0
 STORES = ("s3", "gs", "az")  # vLLM reads from these itself
-NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
-SCHEME = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]*)://(?P<rest>.*)", re.DOTALL)
-HUB = re.compile(
-    r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://(?:models/)?|hf\.co/|huggingface\.co/)"
-    r"(?P<name>[\w.-]+/[\w.-]+?)(?:\.git)?(?:/(?:tree|resolve|blob)/(?P<revision>[^/?#]+))?(?:[/?#].*)?",
-    re.ASCII,
-)
-REVISION = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)@(?P<revision>[\w./-]+)", re.ASCII)
-# Of Ollama's kind, and of llama.cpp's: `org/name:Q4_K_M`.
-TAGGED = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?):(?P<tag>[\w.-]+)", re.ASCII)
-QUANTIZED = re.compile(r"(?i)(ud-)?(i?q\d|tq\d|bf?16|f16|f32|mxfp4)\w*")
 EXPECTED = "a folder that is there, or a name such as org/model"
 NO_GGUF = (
     "weights that vLLM {version} can read, and it has no GGUF (since 0.24 a plugin has it): take the model's "
     "safetensors, install the plugin beside vLLM, or take a vLLM before 0.24"
 )
+NAME = re.compile(r"(?!models--)[\w.-]+(/[\w.-]+)?", re.ASCII)
+STORED = re.compile(rf"({'|'.join(STORES)})://.+", re.DOTALL)
+# Ollama's form, and llama.cpp's: `org/name:Q4_K_M`.
+QUANTIZED = re.compile(r"[\w.-]+/[\w.-]+:(ud-)?(i?q\d|tq\d|bf?16|f16|f32|mxfp4)\w*", re.ASCII | re.I)
+# What people write for a model's name, and what to say of it. The first that fits speaks.
+INSTEAD: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern, re.ASCII | re.DOTALL), told)
+    for pattern, told in (
+        (
+            r"(?:https?://(?:www\.)?|hf://(?:models/)?)?(?:huggingface\.co/|hf\.co/|(?<=hf://)|(?<=hf://models/))"
+            r"(?P<name>[\w.-]+/[\w.-]+?(?::[\w.-]+)?)(?:\.git)?(?:/(?:tree|resolve|blob)/main)?/?(?:[?#].*)?",
+            "the model's name alone: set MODEL={name}",
+        ),
+        (
+            r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<name>[\w.-]+/[\w.-]+)/(?:tree|resolve|blob)/"
+            r"(?P<revision>[^/?#]+).*",
+            "the model's name alone: set MODEL={name} and REVISION={revision}",
+        ),
+        (
+            r"https?://(?:www\.)?modelscope\.(?:cn|ai)/models/(?P<name>[\w.-]+/[\w.-]+)(?:[/?#].*)?",
+            "the model's name alone: set MODEL={name} and VLLM_USE_MODELSCOPE=true",
+        ),
+        (r"file://(?P<name>/.*)", "a folder without a scheme: set MODEL={name}"),
+        (r"[\w+.-]+://.*", f"{EXPECTED}, or an address such as s3://bucket/model ({', '.join(STORES)})"),
+        (
+            r"(?P<name>[\w.-]+(?:/[\w.-]+)?)@(?P<revision>[\w./-]+)",
+            "the revision apart: set MODEL={name} and REVISION={revision}",
+        ),
+        # As the hub's cache calls its folders; with too many slashes; with Windows' own.
+        (
+            r"(?:.*/)?models--(?P<org>[\w.-]+?)--(?P<name>[\w.-]+)/?",
+            f"{EXPECTED}: for the hub's model set MODEL={{org}}/{{name}}",
+        ),
+        (
+            r"/?(?P<org>[\w.-]+)[/\\]+(?P<name>[\w.-]+)/*",
+            f"{EXPECTED}: for the hub's model set MODEL={{org}}/{{name}}",
+        ),
+        (
+            r"[\w.-]+(?:/[\w.-]+)?:[\w.-]+",
+            "a name of the hub, such as Qwen/Qwen3-0.6B; this looks like Ollama's",
+        ),
+        (r".*", EXPECTED),
+    )
+)
 
 
 def read(name: str, vllm: Vllm | None, catalogue: Catalogue | None) -> str:
     """The model as vLLM is to have it. Raises BadValue."""
-    if (hub := HUB.fullmatch(name)) is not None:
-        more = f" and REVISION={hub['revision']}" if hub["revision"] not in (None, "main") else ""
-        raise BadValue(f"the model's name alone: set MODEL={hub['name']}{more}")
-    if (address := SCHEME.fullmatch(name)) is not None:
-        if address["scheme"] == "file":
-            raise BadValue(f"a folder without its scheme: set MODEL={address['rest']}")
-        if address["scheme"] not in STORES or not address["rest"]:
-            raise BadValue(f"{EXPECTED}, or an address such as s3://bucket/model ({', '.join(STORES)})")
-        return name
-    path = Path(name).expanduser() if not name.startswith("~") or _home(name) else Path(name)
     is_path = name.startswith(("/", "./", "../", "~"))
-    there = within(DISK_PATIENCE, path.exists) if is_path or not NAME.fullmatch(name) else None
-    if (name.lower().endswith(".gguf") and (is_path or "/" in name)) or _is_quantized(name):
-        if vllm is not None and catalogue is not None and not can_read(vllm, catalogue, "gguf"):
-            raise BadValue(NO_GGUF.format(version=vllm.version))
-        return str(path) if is_path else name
-    if is_path and there is False:  # a disk that hangs is the launch's to wait for
-        raise BadValue(EXPECTED)
-    if is_path or there:
-        return str(path) if is_path else name
-    if NAME.fullmatch(name):
-        return name
-    if (revised := REVISION.fullmatch(name)) is not None:
-        raise BadValue(f"the revision apart: set MODEL={revised['name']} and REVISION={revised['revision']}")
-    if TAGGED.fullmatch(name) is not None:
-        raise BadValue("a name of the hub, such as Qwen/Qwen3-0.6B; this looks like Ollama's")
-    raise BadValue(EXPECTED)
+    path = os.path.normpath(os.path.expanduser(name)) if is_path else name  # noqa: PTH111  # ~nobody stays as it is
+    there = within(DISK_PATIENCE, Path(path).exists) if is_path or not NAME.fullmatch(name) else False
+    known = STORED.fullmatch(name) or NAME.fullmatch(name) or QUANTIZED.fullmatch(name)
+    is_gguf = name.lower().endswith(".gguf") and "/" in name
+    if there is not False or (known and not is_path) or (is_gguf and not is_path):  # a hanging disk: the launch waits
+        if (is_gguf or QUANTIZED.fullmatch(name)) and not _reads_gguf(vllm, catalogue):
+            raise BadValue(NO_GGUF.format(version=vllm.version if vllm else ""))
+        return path
+    for pattern, told in INSTEAD:
+        if (found := pattern.fullmatch(name)) is not None:
+            raise BadValue(told.format(**found.groupdict()))
+    raise AssertionError(name)
 
 
-def _home(name: str) -> bool:
-    try:
-        Path(name).expanduser()
-    except RuntimeError:  # ~nobody
-        return False
-    return True
-
-
-def _is_quantized(name: str) -> bool:
-    tagged = TAGGED.fullmatch(name)
-    return tagged is not None and "/" in tagged["name"] and QUANTIZED.fullmatch(tagged["tag"]) is not None
-
-
-def can_read(vllm: Vllm, catalogue: Catalogue, what: str) -> bool:
-    """Whether the installed vLLM knows a format of weights, or a kind of quantization; True where nobody knows."""
+def _reads_gguf(vllm: Vllm | None, catalogue: Catalogue | None) -> bool:
+    """True where nobody knows."""
+    if vllm is None or catalogue is None:
+        return True
     known = [option.names for option in catalogue.by_key.values() if option.key in ("load_format", "quantization")]
-    return not any(known) or any(what in names for names in known) or vllm.has_plugins
+    return not any(known) or any("gguf" in names for names in known) or vllm.has_plugins

@@ -78,11 +78,12 @@ class Settings:
 
 def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     """Reads every source. Raises SettingsError with all problems at once."""
-    named = _named_file(arguments, environ)
+    prefix = prefixes(environ)
+    named = _named_file(arguments, environ, prefix)
     file = config_file.read(named[0].given.strip(), named[0].source) if named else config_file.read_unnamed()
     report = Report(_mask(environ, file), list(file.problems), list(file.warnings))
     environ = environment.cleaned(environ, report)
-    sources = Sources(arguments, environ, file)
+    sources = Sources(arguments, environ, prefix, file)
 
     first, *others = KNOBS
     asked_mode = _knob(first, sources, report)
@@ -110,7 +111,7 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
         derived = {variable: Found(*row) for variable, row in spread.items()}
         chosen, raw = options.resolve(catalogue, sources, report, beneath=beneath, derived=derived, raw=raw)
         _known(options.keys(catalogue), file.content, file, report)
-        report.warnings += typos.unread(environ, _names(catalogue, environ), catalogue)
+        report.warnings += typos.unread(environ, _names(catalogue, prefix), catalogue)
         environ = environment.for_vllm(environ, catalogue, report)
 
     values = {setting.name: setting.value for _, setting in (*chosen, *raw)}
@@ -119,7 +120,7 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
         mode = "http"  # rank 0 takes the jobs
     if int(values.get("NNODES") or 1) < 2:
         chosen = _of_one_machine(chosen, environ, report, told_so=cluster is not None)
-    every = (*(setting for _, setting in (*chosen, *raw)), *own)
+    every = (*(setting for _, setting in (*chosen, *raw)), *own, *([model] if model else []))
     asked = checks.Asked(
         mode, environ, in_file | {each.name: (each.value, each.source) for each in every}, vllm, catalogue
     )
@@ -147,10 +148,10 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     )
 
 
-def _named_file(arguments: Arguments, environ: Mapping[str, str]) -> list[Found]:
+def _named_file(arguments: Arguments, environ: Mapping[str, str], prefix: tuple[str, ...]) -> list[Found]:
     """Every source that names the file of settings, the one that wins first."""
     asked = [Found("command line --config", arguments.config)] if (arguments.config or "").strip() else []
-    return [*asked, *variables(environ, ("SUPERVISOR_CONFIG",))]
+    return [*asked, *variables(environ, prefix, ("SUPERVISOR_CONFIG",))]
 
 
 def _mask(environ: Mapping[str, str], file: ConfigFile) -> Mask:
@@ -294,8 +295,8 @@ def _of_one_machine(chosen: Options, environ: Mapping[str, str], report: Report,
     )
 
 
-def _names(catalogue: Catalogue, environ: Mapping[str, str]) -> set[str]:
+def _names(catalogue: Catalogue, prefix: tuple[str, ...]) -> set[str]:
     """The variables that something here reads."""
     ours = {"MODEL", "SUPERVISOR_CONFIG", *(knob.variable for knob in KNOBS), *map(str.upper, options.keys(catalogue))}
     ours |= {alias for name in ours & ALIASES.keys() for alias in ALIASES[name]}
-    return {"HF_TOKEN", "SUPERVISOR_IMAGE"} | {prefix + name for prefix in prefixes(environ) for name in ours}
+    return {"HF_TOKEN", "SUPERVISOR_IMAGE"} | {each + name for each in prefix for name in ours}

@@ -6,6 +6,7 @@ its source. What is found wrong is collected in a `Report`, so that all of it is
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -64,6 +65,7 @@ class Sources:
 
     arguments: Arguments
     environ: Mapping[str, str]
+    prefixes: tuple[str, ...]  # that a variable's name may have
     file: ConfigFile
 
     def find(
@@ -71,7 +73,7 @@ class Sources:
     ) -> list[Found]:
         """`names`: of variables; `key`: in config.yaml, a `knob` in its section. `blank`: white space is a value."""
         found = [Found("command line" if key == "model" else f"command line --{key}", argument)] if argument else []
-        found += variables(self.environ, names, blank=blank)
+        found += variables(self.environ, self.prefixes, names, blank=blank)
         content, section = (self.file.knobs, "supervisor.") if knob else (self.file.content, "")
         if content.get(key) not in (None, ""):
             found.append(Found(f"{self.file.label} {section}{key}", content[key]))
@@ -82,12 +84,14 @@ def prefixes(environ: Mapping[str, str]) -> tuple[str, ...]:
     return ("", SAGEMAKER) if any(name.startswith(SAGEMAKER) for name in environ) else ("",)
 
 
-def variables(environ: Mapping[str, str], names: Collection[str], *, blank: bool = False) -> list[Found]:
+def variables(
+    environ: Mapping[str, str], prefixes: Collection[str], names: Collection[str], *, blank: bool = False
+) -> list[Found]:
     """Those that are set, the one that wins first. A blank secret is somebody's mistake: taken for "not set", it would
     leave the door open."""
-    every = [prefix + name for prefix in prefixes(environ) for name in names]
-    given = [(name, environ.get(name, "")) for name in every]
-    return [Found(f"environment {name}", text) for name, text in given if (text if blank else text.strip())]
+    every = [prefix + name for prefix in prefixes for name in names]
+    given = [(name, environ[name]) for name in every if environ.get(name)]
+    return [Found(f"environment {name}", text) for name, text in given if blank or text.strip()]
 
 
 @dataclass(slots=True)
@@ -125,6 +129,8 @@ class Report:
         try:
             value = read(clean(given, **own))
         except BadValue as error:
+            if re.search(r"\s#", str(given)):
+                error = BadValue(f"{error}; docker's --env-file keeps what stands behind a #")
             self.problems.append(f"{name}={MASK if secret else self.shown(given)} ({source}): expected {error}")
             return None
         return Setting(name, value, source, self.overrode(others, secret=secret), secret)

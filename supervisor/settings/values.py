@@ -34,8 +34,12 @@ PLACEHOLDERS = (
     (re.compile(r"\$\{[A-Za-z_]\w*(\W.*)?\}", re.DOTALL), "${NAME}"),  # shells, compose
     (re.compile(r"\$\([A-Za-z_]\w*\)"), "$(NAME)"),  # Kubernetes, where there is no such variable
     (re.compile(r"^\$[A-Z_][A-Z0-9_]*$"), "$NAME"),
+    (re.compile(r"^%[A-Za-z_]\w*%$"), "%NAME%"),  # Windows
+    (re.compile(r"^\{[A-Z_][A-Z0-9_]*\}$"), "{NAME}"),
+    (re.compile(r"^<[^<>]+>$"), "<NAME>"),  # a page's example, for a person to fill in
 )
-QUOTES = ("'", '"')
+QUOTES = {"'": "'", '"': '"', "`": "`", "\u201c": "\u201d", "\u2018": "\u2019"}  # the last two are a word processor's
+INVISIBLE = "\ufeff\u200b\u2060"  # that a copy from a page may have at its ends, and that are no white space to Python
 
 
 def clean(given: Any, *, template: bool = False, command: bool = False) -> Any:
@@ -50,11 +54,12 @@ def clean(given: Any, *, template: bool = False, command: bool = False) -> Any:
         return {key: clean(value, template=template, command=command) for key, value in given.items()}
     if not isinstance(given, str):
         return given
-    text = given.strip()
+    text = given.strip().strip(INVISIBLE).strip()
     for pattern, form in PLACEHOLDERS[1:] if template else PLACEHOLDERS:
         if pattern.search(text):
             raise BadValue(f"a value; this one has a placeholder like {form}, which nothing has filled in")
-    if not command and len(text) > 1 and text[0] in QUOTES and text[0] == text[-1] and text[0] not in text[1:-1]:
+    end = QUOTES.get(text[:1])
+    if not command and end and len(text) > 1 and text[-1] == end and not set(text[1:-1]) & {text[0], end}:
         raise BadValue("the value alone; it stands in quotes, which are a part of it (docker's --env-file keeps them)")
     return text
 

@@ -50,6 +50,7 @@ def lora(folder: Path, name: str, rank: object) -> str:
             {"SPECULATIVE_CONFIG": '{"num_speculative_tokens": 3}'},
             "it names neither a method, such as ngram, nor a model",
         ),
+        ({"MAX_LORAS": "4", "MAX_CPU_LORAS": "2"}, "expected at least MAX_LORAS, which is 4"),
         ({"HF_ENDPOINT": "hf-mirror.com"}, "expected an address such as https://hf-mirror.com"),
         (
             {"SUPERVISOR_EXTRA_ARGS": "-p 8000:8000"},
@@ -87,6 +88,17 @@ def test_what_fails_after_minutes_is_told_now(folder: Path, environ: dict[str, s
 )
 def test_what_works_together_is_not_told(folder: Path, environ: dict[str, str]) -> None:
     assert read(folder, **environ).warnings == ()
+
+
+@pytest.mark.parametrize("config", [{"num_attention_heads": 14}, {"text_config": {"num_attention_heads": 14}}])
+def test_heads_that_gpus_can_not_share(folder: Path, config: dict[str, object]) -> None:
+    (folder / "local").mkdir()
+    (folder / "local" / "config.json").write_text(json.dumps(config))
+    vllm = {"SUPERVISOR_VLLM": str(folder.parent / "vllm/bin/vllm")}
+    with pytest.raises(SettingsError, match=r"14 heads of attention .* set TENSOR_PARALLEL_SIZE=2"):
+        gather(Arguments(model="./local"), vllm | {"TENSOR_PARALLEL_SIZE": "4"})
+    assert gather(Arguments(model="./local"), vllm | {"TENSOR_PARALLEL_SIZE": "7"}).warnings == ()
+    assert read(folder, TENSOR_PARALLEL_SIZE="4").warnings == ()  # the hub's: nobody has looked
 
 
 def test_the_rank_of_a_local_adapter(folder: Path) -> None:

@@ -62,13 +62,18 @@ VALUES = {
 IN_FILES = {variable for variable in VALUES if variable.lower() in CATALOGUE.by_key} - {"MODEL", "PORT", "HF_TOKEN"}
 TOLD = re.compile("stands in quotes|has a placeholder")
 AROUND = ["{}\n", "{}\r\n", "{}\r", " {}\t", "\n{}"]
+COPIED = ["\ufeff{}", "{}\u00a0", "\u200b{}\u200b\n"]
 QUOTED = ['"{}"', "'{}'", '"{}"\n', " '{}' "]
+ODD_QUOTES = ["\u201c{}\u201d", "\u2018{}\u2019", "`{}`"]
 PLACEHOLDERS = {
     "${{X}}": "${NAME}",
     "${{X:-{}}}": "${NAME}",
     "$(X)": "$(NAME)",
     "{{{{ X }}}}": "{{ NAME }}",
     "$X": "$NAME",
+    "%X%": "%NAME%",
+    "{{X}}": "{NAME}",
+    "<your value>": "<NAME>",
 }
 
 
@@ -95,14 +100,14 @@ def problems(folder: Path, **environ: str) -> list[str]:
 def test_white_space_around_a_value_is_none_of_it(folder: Path, variable: str) -> None:
     value = VALUES[variable]
     meant = effective(read(folder, **{variable: value}))
-    for form in AROUND:
+    for form in (*AROUND, *COPIED):
         settings = read(folder, **{variable: form.format(value)})
         assert effective(settings) == meant, repr(form)
 
 
 @pytest.mark.parametrize("variable", VALUES)
 def test_a_value_in_quotes_is_told_with_who_keeps_them(folder: Path, variable: str) -> None:
-    for form in QUOTED:
+    for form in (*QUOTED, *ODD_QUOTES):
         if form.strip()[0] in VALUES[variable]:
             continue
         (problem,) = problems(folder, **{variable: form.format(VALUES[variable])})
@@ -180,6 +185,18 @@ def test_what_only_looks_a_little_like_it_stays(given: str) -> None:
     assert clean(given) == given
 
 
+@pytest.mark.parametrize("given", ['"a","b"', "'a' 'b'", "[\"'a'\"]", "a,${X}"])
+def test_each_item_of_a_list_is_looked_at(folder: Path, given: str) -> None:
+    (problem,) = problems(folder, SERVED_MODEL_NAME=given)
+    assert TOLD.search(problem)
+
+
+@pytest.mark.parametrize("variable", ["MODEL", "MAX_NUM_SEQS", "DTYPE", "PORT", "SUPERVISOR_HOLD_TIMEOUT"])
+def test_a_comment_behind_a_value_is_told(folder: Path, variable: str) -> None:
+    (problem,) = problems(folder, **{variable: f"{VALUES[variable]}  # as before"})
+    assert "docker's --env-file keeps what stands behind a #" in problem
+
+
 def test_values_of_lists_and_objects_are_cleaned_too() -> None:
     assert clean([" a\n", {"b": "c "}, 7, True]) == ["a", {"b": "c"}, 7, True]
     with pytest.raises(BadValue, match="placeholder"):
@@ -253,8 +270,15 @@ def test_names_and_stores_pass(folder: Path, name: str) -> None:
         ("ftp://a/b", "s3://bucket/model"),
         ("file:///models/a", "set MODEL=/models/a"),
         ("my model", "a folder that is there"),
-        ("org//model", "a folder that is there"),
-        ("org/model/", "a folder that is there"),
+        ("org//model", "set MODEL=org/model"),
+        ("org/model/", "set MODEL=org/model"),
+        ("/org/model", "set MODEL=org/model"),
+        ("org\\model", "set MODEL=org/model"),
+        ("models--org--model", "set MODEL=org/model"),
+        ("/no/such/hub/models--org--my-model", "set MODEL=org/my-model"),
+        ("hf.co/org/model-GGUF:Q4_K_M", "set MODEL=org/model-GGUF:Q4_K_M"),
+        ("https://www.modelscope.cn/models/org/model/summary", "set MODEL=org/model and VLLM_USE_MODELSCOPE=true"),
+        ("/no/such/folder/at-all", "a folder that is there"),
         ("org/model:Q4_K_M", "it has no GGUF"),
         ("org/model:UD-IQ2_XXS", "it has no GGUF"),
         ("org/model/file.Q4_K_M.gguf", "it has no GGUF"),
