@@ -197,7 +197,7 @@ def heads(asked: Asked) -> Iterator[str]:
     if isinstance(count, int) and count % parts:
         fits = max(size for size in range(1, int(parts)) if count % size == 0)
         yield (
-            f"{asked.named('TENSOR_PARALLEL_SIZE')}: the model's {count} heads of attention can't be shared out among so "
+            f"{asked.named('TENSOR_PARALLEL_SIZE')}: the model's {count} heads of attention can't be shared among so "
             f"many GPUs: set TENSOR_PARALLEL_SIZE={fits}"
         )
 
