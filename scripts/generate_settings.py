@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from supervisor.settings import catalogue as catalogues
+from supervisor.settings import knobs
 from supervisor.settings.catalogue import BOUNDS, Catalogue, Option
 from supervisor.settings.knobs import KNOBS, Knob
 from supervisor.settings.names import ALIASES, FORMER, OWNED, REMOVED, REMOVED_ENVIRONMENT, SAGEMAKER, ZERO_MEANS_UNSET
 from supervisor.settings.options import ZERO
 from supervisor.settings.platform import SAGEMAKER_PORT
 from supervisor.settings.platform import defaults as platform_defaults
+from supervisor.settings.values import read_bool
 from supervisor.settings.vllm import PINNED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -485,15 +487,15 @@ def schema(options: Catalogue) -> str:
 
 def _knob_schema(knob: Knob) -> dict[str, Any]:
     kinds = {
-        "read_bool": ["boolean", "string"],
-        "seconds": ["number"],
-        "count": ["integer"],
-        "some": ["integer"],
-        "ratio": ["number"],
-        "port_number": ["integer"],
-        "size": ["integer", "string"],
+        read_bool: ["boolean", "string"],
+        knobs.seconds: ["number"],
+        knobs.count: ["integer"],
+        knobs.some: ["integer"],
+        knobs.ratio: ["number"],
+        knobs.port_number: ["integer"],
+        knobs.size: ["integer", "string"],
     }
-    kind = kinds.get(knob.read.__name__, ["string"])
+    kind = kinds.get(knob.read, ["string"])
     found: dict[str, Any] = {"type": [*kind, "null"], "description": knob.meaning}
     if knob.default:
         found["default"] = json.loads(knob.default) if kind in (["number"], ["integer"]) else knob.default
@@ -542,7 +544,7 @@ def hub(options: Catalogue) -> str:
             rows.append(_hub_option(options.by_key[row.variable.lower()], row, row.variable not in advanced_after))
     for name in HUB_KNOBS:
         (knob,) = [knob for knob in KNOBS if knob.variable == name]
-        kind = "number" if knob.read.__name__ in ("seconds", "count", "some", "ratio") else "string"
+        kind = "number" if knob.read in (knobs.seconds, knobs.count, knobs.some, knobs.ratio) else "string"
         rows.append(_hub_row(name, kind, _title(name.removeprefix("SUPERVISOR_")), knob.meaning, advanced=True))
     rows.append(
         _hub_row("RUNPOD_INIT_TIMEOUT", "number", "Init timeout", PASSED_ON["RUNPOD_INIT_TIMEOUT"], advanced=True)
