@@ -93,7 +93,7 @@ class Policy:
         return cls(times["executionTimeout"], times["ttl"], bool(given.get("lowPriority")))
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class Job:
     id: str
     request: dict[str, Any]
@@ -107,12 +107,9 @@ class Job:
     gone: bool = False  # its TTL or retention is over: nobody can ask for it any more
     retries: int = 0
     result: dict[str, Any] = field(default_factory=dict)  # `output` and `error`, where there are any
-    chunks: list[dict[str, Any]] = field(default_factory=list)  # at, bytes, key, isStream, output
+    chunks: list[Any] = field(default_factory=list)  # the `output` of each
     read: int = 0  # chunks that /stream has given out
-    posts: list[dict[str, Any]] = field(default_factory=list)  # on job-done: at, bytes, isStream, status
     keys: set[str | None] = field(default_factory=set)
-    duplicates: int = 0
-    late: int = 0
     changed: Pulse = field(default_factory=Pulse)
     timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
 
@@ -143,9 +140,7 @@ class Job:
 @dataclass(slots=True)
 class Worker:
     seen: float = 0.0
-    ping: dict[str, Any] | None = None
-    unhealthy: list[dict[str, Any]] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
+    is_unhealthy: bool = False  # by its last ping
     stops: list[str] = field(default_factory=list)  # jobs that it must stop and was not told yet
     told: Pulse = field(default_factory=Pulse)
 
@@ -204,7 +199,7 @@ class Queue:
         busy = {job.worker for job in self.jobs.values() if job.state is State.IN_PROGRESS}
         oldest = time.monotonic() - self.hold - FORGOTTEN_AFTER
         known = {name: worker for name, worker in self.workers.items() if worker.seen > oldest}
-        unhealthy = {name for name, worker in known.items() if worker.ping and _is_unhealthy(worker.ping["params"])}
+        unhealthy = {name for name, worker in known.items() if worker.is_unhealthy}
         ready = known.keys() - unhealthy
         return {
             "jobs": {
@@ -257,35 +252,26 @@ class Queue:
         return ids
 
     def ping(self, name: str, params: dict[str, str]) -> None:
-        worker = self.worker(name)
-        worker.ping = {"at": time.monotonic(), "params": params}
-        if _is_unhealthy(params):
-            worker.unhealthy.append(worker.ping)
+        self.worker(name).is_unhealthy = params.get("status") == "unhealthy"
         for named in params.get("job_id", "").split(","):
             job = self.jobs.get(named)
             if job and job.state is State.IN_PROGRESS and job.worker == name:
                 self._arm(job, "lost", self.lost_after, self._lost)
 
-    def chunk(self, worker: str, job: Job, body: bytes, key: str | None, *, is_stream: bool) -> int:
+    def chunk(self, worker: str, job: Job, body: bytes, key: str | None) -> int:
         """Stores a part of the output; returns the status of the answer."""
-        if self._is_ignored(worker, job, key):
+        if self.ignores(worker, job, key):
             return 200
         if len(body) > CHUNK_BYTES or (content := _content(body)) is None or "output" not in content:
             return 400
         job.keys.add(key)
-        noted = {"at": time.monotonic(), "bytes": len(body), "key": key, "isStream": is_stream}
-        job.chunks.append(noted | {"output": content["output"]})
+        job.chunks.append(content["output"])
         job.changed.beat()
         return 200
 
-    def result(self, worker: str, job: Job, body: bytes, key: str | None, *, is_stream: bool) -> int:
+    def result(self, worker: str, job: Job, body: bytes, key: str | None) -> int:
         """Stores progress or ends the job; returns the status of the answer."""
-        status = self._result(worker, job, body, key)
-        job.posts.append({"at": time.monotonic(), "bytes": len(body), "isStream": is_stream, "status": status})
-        return status
-
-    def _result(self, worker: str, job: Job, body: bytes, key: str | None) -> int:
-        if self._is_ignored(worker, job, key):
+        if self.ignores(worker, job, key):
             return 200
         if len(body) > JOB_BYTES[job.sync]:
             job.result = {}
@@ -305,15 +291,12 @@ class Queue:
             self._end(job, State.FAILED if "error" in job.result else State.COMPLETED)
         return 200
 
-    def _is_ignored(self, worker: str, job: Job, key: str | None) -> bool:
-        """Whether the job has this post already, or waits for none from this worker. Both are counted."""
-        if key is not None and key in job.keys:
-            job.duplicates += 1
-            return True
-        if job.state is not State.IN_PROGRESS or job.worker != worker:
-            job.late += 1
-            return True
-        return False
+    def ignores(self, worker: str, job: Job, key: str | None) -> bool:
+        """Whether the job has this post already, or waits for none from this worker."""
+        return self.has(job, key) or job.state is not State.IN_PROGRESS or job.worker != worker
+
+    def has(self, job: Job, key: str | None) -> bool:
+        return key is not None and key in job.keys
 
     # What a job goes through
 
@@ -385,10 +368,6 @@ class Queue:
         for name in names:
             if timer := job.timers.pop(name, None):
                 timer.cancel()
-
-
-def _is_unhealthy(params: dict[str, str]) -> bool:
-    return params.get("status") == "unhealthy"
 
 
 def _content(body: bytes) -> dict[str, Any] | None:

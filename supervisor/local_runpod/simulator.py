@@ -1,8 +1,9 @@
-"""RunPod's side of the queue on a laptop, over HTTP: what workers poll and post to, what clients ask, and faults.
+"""RunPod's side of the queue on a laptop, over HTTP: what workers poll and post to, and what clients ask.
 
     python -m supervisor.local_runpod.simulator --port 8000
 
-`docs/simulator.md` lists the routes. What jobs go through is in `queue.py`; here are HTTP, faults and the log.
+`docs/simulator.md` lists the routes. What jobs go through is in `queue.py`; here is HTTP. `scripts/fake_runpod` is this
+one with faults on request, limits of rates, and a log.
 """
 
 from __future__ import annotations
@@ -15,13 +16,10 @@ import logging
 import os
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from hmac import compare_digest
 from typing import Any
@@ -33,28 +31,21 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
-from starlette.routing import Mount, Route
+from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from supervisor.local_runpod.child import CLIENTS_KEYS, WORKERS_KEY
 from supervisor.local_runpod.queue import JOB_BYTES, Job, Queue, State, parse
 
-LOG_LENGTH = 20_000
-DROPPED_FOR = 120.0
 # How long /stream waits for a chunk.
 STREAM_WAIT = 1.0
 # For /runsync?wait=, in milliseconds.
 WAIT, WAIT_LEAST, WAIT_MOST = 90_000, 1000, 300_000
-# Requests in any ten seconds; other routes have no limit.
-RATE_SECONDS = 10.0
-RATES = {"run": 1000, "runsync": 2000, "status": 2000, "stream": 2000, "openai": 2000, "cancel": 100}
 # Connections of workers rest between polls and posts; uvicorn's five seconds would reset them under a post.
 KEEP_ALIVE = 120
 
 PLATFORM = ("job-take", "job-take-batch", "job-stop", "job-stream", "job-done", "ping")
-FAULTS = ("status", "reset", "accept-reset", "drop", "delay", "empty")
-
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -63,78 +54,8 @@ def reply(content: object, status: int = 200) -> Response:
     return Response(json.dumps(content).encode(), status, media_type="application/json")
 
 
-@dataclass
-class Fault:
-    """What goes wrong `on` a route: `times` times (None: always), once `after` requests have passed it."""
-
-    on: str
-    do: str
-    status: int = 500
-    seconds: float = 0.0
-    times: int | None = None
-    after: int = 0
-    passed: int = 0
-    acted: int = 0
-
-    @classmethod
-    def read(cls, given: Any) -> Fault:
-        """ValueError or TypeError says what is wrong."""
-        names = {"on", "do", "status", "seconds", "times", "after"}
-        if not isinstance(given, dict) or given.keys() - names:
-            raise ValueError(f"a fault is an object with the keys {', '.join(sorted(names))}")
-        fault = cls(**given)
-        if fault.on not in (*PLATFORM, "*"):
-            raise ValueError(f"`on` is one of {', '.join(PLATFORM)}, *")
-        if fault.do not in FAULTS:
-            raise ValueError(f"`do` is one of {', '.join(FAULTS)}")
-        if not 200 <= fault.status <= 599 or fault.seconds < 0 or fault.after < 0 or (fault.times or 0) < 0:
-            raise ValueError("a number is out of range")
-        return fault
-
-    def acts(self, what: str) -> bool:
-        """Counts a request, and says whether it is hit."""
-        if self.on not in (what, "*") or (self.times is not None and self.acted >= self.times):
-            return False
-        if self.passed < self.after:
-            self.passed += 1
-            return False
-        self.acted += 1
-        return True
-
-
-@dataclass
-class Entry:
-    """One request of a worker. `status` is None while it has no answer, and when it never gets one."""
-
-    seq: int
-    at: float
-    what: str
-    method: str
-    target: str
-    headers: dict[str, str]
-    body_bytes: int = 0
-    status: int | None = None
-    fault: str | None = None
-
-
-@dataclass(slots=True)
-class Window:
-    """At most `limit` requests in any ten seconds."""
-
-    limit: int
-    times: deque[float] = field(default_factory=deque)
-
-    def admits(self, now: float) -> bool:
-        while self.times and self.times[0] <= now - RATE_SECONDS:
-            self.times.popleft()
-        if len(self.times) >= self.limit:
-            return False
-        self.times.append(now)
-        return True
-
-
 class WireProtocol(HttpToolsProtocol):
-    """Requests carry their transport, for faults need to reset it and polls to know whether it is closed."""
+    """Requests carry their transport, for polls need to know whether it is closed."""
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -162,18 +83,6 @@ async def unless_left(request: Request, waiting_for: Coroutine[Any, Any, None]) 
     finally:
         leaving.cancel()
         waiting.cancel()
-
-
-class Reset(Response):
-    """No answer: the connection ends in a TCP reset."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        transport = scope["state"]["transport"]
-        if not transport.is_closing():
-            linger = struct.pack("ii", 1, 0)  # for no time at all: then closing is a reset
-            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            transport.abort()
-        await has_left(receive)  # else uvicorn would miss the answer
 
 
 class Handed(Response):
@@ -211,44 +120,39 @@ class Guarded:
 
 
 class Simulator:
-    """The app of one endpoint."""
+    """The app of one endpoint. `routes` and `route` are what scripts/fake_runpod does more in."""
 
     def __init__(self, queue: Queue) -> None:
         self.queue = queue
-        self.faults: list[Fault] = []
-        self.log: deque[Entry] = deque(maxlen=LOG_LENGTH)
-        self.requests = 0
-        self.windows = {route: Window(limit) for route, limit in RATES.items()}
 
     def app(self, endpoint: str) -> Starlette:
-        platform, client = self._platform, self._client
-        routes = [
-            platform("job-take", "/{worker}", partial(self.take, False)),
-            platform("job-take-batch", "/{worker}", partial(self.take, True)),
-            platform("job-stop", "/{worker}", self.stop),
-            platform("job-stream", "/{worker}/{job}", partial(self.post, self.queue.chunk), "POST"),
-            platform("job-done", "/{worker}/{job}", partial(self.post, self.queue.result), "POST"),
-            platform("ping", "/{worker}", self.ping),
-            client("run", "", self.run, "POST"),
-            client("runsync", "", self.runsync, "POST"),
-            client("status", "/{job}", self.status, "GET", "POST"),
-            client("stream", "/{job}", self.stream, "GET", "POST"),
-            client("cancel", "/{job}", self.cancel, "POST"),
-            client("retry", "/{job}", self.retry, "POST"),
-            client("purge-queue", "", self.purge, "POST"),
-            client("health", "", self.health, "GET"),
-            client("openai", "/{path:path}", self.openai, "GET", "POST", "PUT", "PATCH", "DELETE"),
-        ]
         return Starlette(
-            routes=[
-                Mount(f"/v2/{endpoint}", routes=routes),
-                Route("/faults", self.change_faults, methods=["GET", "POST", "DELETE"]),
-                Route("/log", self.show_log),
-                Route("/jobs/{job}", self.show_job),
-                Route("/workers", self.show_workers),
-            ],
-            exception_handlers={HTTPException: _as_json, ClientDisconnect: _as_nothing},
+            routes=self.routes(endpoint),
+            exception_handlers={HTTPException: as_json, ClientDisconnect: _as_nothing},
         )
+
+    def routes(self, endpoint: str) -> list[BaseRoute]:
+        routes = [
+            self.route("job-take", "/{worker}", partial(self.take, False), "GET"),
+            self.route("job-take-batch", "/{worker}", partial(self.take, True), "GET"),
+            self.route("job-stop", "/{worker}", self.stop, "GET"),
+            self.route("job-stream", "/{worker}/{job}", partial(self.post, self.queue.chunk), "POST"),
+            self.route("job-done", "/{worker}/{job}", partial(self.post, self.queue.result), "POST"),
+            self.route("ping", "/{worker}", self.ping, "GET"),
+            self.route("run", "", self.run, "POST"),
+            self.route("runsync", "", self.runsync, "POST"),
+            self.route("status", "/{job}", self.status, "GET", "POST"),
+            self.route("stream", "/{job}", self.stream, "GET", "POST"),
+            self.route("cancel", "/{job}", self.cancel, "POST"),
+            self.route("retry", "/{job}", self.retry, "POST"),
+            self.route("purge-queue", "", self.purge, "POST"),
+            self.route("health", "", self.health, "GET"),
+            self.route("openai", "/{path:path}", self.openai, "GET", "POST", "PUT", "PATCH", "DELETE"),
+        ]
+        return [Mount(f"/v2/{endpoint}", routes=routes)]
+
+    def route(self, what: str, path: str, handler: Endpoint, *methods: str) -> Route:
+        return Route(f"/{what}{path}", handler, methods=methods)
 
     def _job(self, request: Request) -> Job:
         job = self.queue.jobs.get(request.path_params["job"])
@@ -258,41 +162,22 @@ class Simulator:
 
     # The platform's side
 
-    def _platform(self, what: str, path: str, handler: Endpoint, method: str = "GET") -> Route:
-        """Logs, and lets faults act before the handler gets the request."""
-
-        async def endpoint(request: Request) -> Response:
-            self.requests += 1
-            path, query = (request.scope[part].decode("latin-1") for part in ("raw_path", "query_string"))
-            target = f"{path}?{query}" if query else path
-            entry = Entry(self.requests, time.monotonic(), what, request.method, target, dict(request.headers))
-            self.log.append(entry)
-            worker = self.queue.worker(request.path_params["worker"])
-            worker.seen = entry.at
-            worker.counts[what] += 1
-            entry.body_bytes = len(await request.body())
-            fault = next((fault for fault in self.faults if fault.acts(what)), None)
-            entry.fault = fault.do if fault else None
-            try:
-                response = await (_suffer(fault, request, handler) if fault else handler(request))
-            except HTTPException as error:  # an answer, too: it must be logged
-                response = await _as_json(request, error)
-            if not isinstance(response, Reset):
-                entry.status = response.status_code
-            return response
-
-        return Route(f"/{what}{path}", endpoint, methods=[method])
+    def _worker(self, request: Request) -> str:
+        """The one that asks: it was heard of."""
+        name = str(request.path_params["worker"])
+        self.queue.worker(name).seen = time.monotonic()
+        return name
 
     async def take(self, batch: bool, request: Request) -> Response:
-        size = _number(request, "batch_size", 1, 1, 10_000) if batch else 1
-        jobs = await self.queue.take(request.path_params["worker"], size, partial(is_gone, request))
+        size = number_in(request, "batch_size", 1, 1, 10_000) if batch else 1
+        jobs = await self.queue.take(self._worker(request), size, partial(is_gone, request))
         if not jobs:
             return Response(status_code=204)
         deliveries = [job.delivery() for job in jobs]
         return Handed(deliveries if batch else deliveries[0], partial(self.queue.put_back, jobs))
 
     async def stop(self, request: Request) -> Response:
-        worker = request.path_params["worker"]
+        worker = self._worker(request)
         ids = await self.queue.stops(worker, partial(is_gone, request))
         if not ids:
             return Response(status_code=204)
@@ -300,31 +185,18 @@ class Simulator:
 
     async def post(self, store: Callable[..., int], request: Request) -> Response:
         body, key = await request.body(), request.headers.get("idempotency-key")
-        is_stream = request.query_params.get("isStream") == "true"
-        status = store(request.path_params["worker"], self._job(request), body, key, is_stream=is_stream)
+        status = store(self._worker(request), self._job(request), body, key)
         return reply({} if status == 200 else {"error": "too large, or not the JSON object that is expected"}, status)
 
     async def ping(self, request: Request) -> Response:
-        self.queue.ping(request.path_params["worker"], dict(request.query_params))
+        self.queue.ping(self._worker(request), dict(request.query_params))
         return reply({})
 
     # The client's side
 
-    def _client(self, route: str, path: str, handler: Endpoint, *methods: str) -> Route:
-        """Answers 429 when there are more requests than the route takes."""
-        window = self.windows.get(route)
-
-        async def endpoint(request: Request) -> Response:
-            is_free = route == "openai" and request.method != "POST"
-            if window and not is_free and not window.admits(time.monotonic()):
-                raise HTTPException(429, f"more than {window.limit} requests to /{route} in {RATE_SECONDS:g} s")
-            return await handler(request)
-
-        return Route(f"/{route}{path}", endpoint, methods=list(methods))
-
     async def _submit(self, request: Request, *, sync: bool) -> Job:
         try:
-            return self.queue.submit(await _json(request, JOB_BYTES[sync]), sync=sync)
+            return self.queue.submit(await read_json(request, JOB_BYTES[sync]), sync=sync)
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
 
@@ -332,7 +204,7 @@ class Simulator:
         return reply((await self._submit(request, sync=False)).view())
 
     async def runsync(self, request: Request) -> Response:
-        wait = _number(request, "wait", WAIT, WAIT_LEAST, WAIT_MOST) / 1000
+        wait = number_in(request, "wait", WAIT, WAIT_LEAST, WAIT_MOST) / 1000
         job = await self._submit(request, sync=True)
         await job.changed.until(lambda: job.over, wait)
         if job.gone:
@@ -346,7 +218,7 @@ class Simulator:
         job = self._job(request)
         await job.changed.until(lambda: job.over or len(job.chunks) > job.read, STREAM_WAIT)
         self._job(request)  # which may have expired
-        chunks = [{"output": chunk["output"]} for chunk in job.chunks[job.read :]]
+        chunks = [{"output": chunk} for chunk in job.chunks[job.read :]]
         job.read = len(job.chunks)
         error = {"error": job.result["error"]} if "error" in job.result else {}
         return reply({"status": job.state, "stream": chunks, **error})
@@ -373,7 +245,7 @@ class Simulator:
     async def openai(self, request: Request) -> Response:
         wrapped: dict[str, Any] = {"openai_route": f"/{request.path_params['path']}"}
         if await request.body():
-            wrapped["openai_input"] = await _json(request, JOB_BYTES[False])
+            wrapped["openai_input"] = await read_json(request, JOB_BYTES[False])
         job = self.queue.submit({"input": wrapped}, sync=False)
         body = wrapped.get("openai_input")
         streams = isinstance(body, dict) and bool(body.get("stream"))
@@ -391,57 +263,8 @@ class Simulator:
         """After a stream: the job is over, or its client has left."""
         self.queue.cancel(job)
 
-    # For tests and the curious
 
-    async def change_faults(self, request: Request) -> Response:
-        if request.method == "DELETE":
-            self.faults.clear()
-        elif request.method == "POST":
-            try:
-                self.faults.append(Fault.read(await _json(request, JOB_BYTES[False])))
-            except (ValueError, TypeError) as error:
-                raise HTTPException(400, str(error)) from None
-        return reply([vars(fault) for fault in self.faults])
-
-    async def show_log(self, request: Request) -> Response:
-        since = _number(request, "since", 0, 0, sys.maxsize)
-        return reply([vars(entry) for entry in self.log if entry.seq > since])
-
-    async def show_job(self, request: Request) -> Response:
-        job = self._job(request)
-        first = job.chunks[0]["at"] if job.chunks else None
-        timeline = {"created": job.created, "taken": job.taken, "first_chunk": first, "done": job.done}
-        shown = {"id": job.id, "state": job.state, "input": job.request["input"], "timeline": timeline, **job.result}
-        names = ("worker", "retries", "chunks", "posts", "duplicates", "late")
-        return reply(shown | {name: getattr(job, name) for name in names})
-
-    async def show_workers(self, request: Request) -> Response:
-        return reply(
-            {
-                name: {"seen": each.seen, "ping": each.ping, "unhealthy": each.unhealthy, "counts": each.counts}
-                for name, each in self.queue.workers.items()
-            }
-        )
-
-
-async def _suffer(fault: Fault, request: Request, handler: Endpoint) -> Response:
-    match fault.do:
-        case "status":
-            return Response(status_code=fault.status)
-        case "empty":
-            return Response(status_code=204)
-        case "delay":
-            await asyncio.sleep(fault.seconds)
-            return await handler(request)
-        case "accept-reset":
-            with contextlib.suppress(HTTPException):  # a refusal gets lost like any answer
-                await handler(request)
-        case "drop":
-            await unless_left(request, asyncio.sleep(DROPPED_FOR))
-    return Reset()
-
-
-async def _json(request: Request, limit: int) -> Any:
+async def read_json(request: Request, limit: int) -> Any:
     body = await request.body()
     if len(body) > limit:
         raise HTTPException(413, f"the body is larger than {limit} bytes")
@@ -451,7 +274,7 @@ async def _json(request: Request, limit: int) -> Any:
         raise HTTPException(400, f"the body is not JSON: {error}") from None
 
 
-def _number(request: Request, name: str, default: int, least: int, most: int) -> int:
+def number_in(request: Request, name: str, default: int, least: int, most: int) -> int:
     try:
         value = int(request.query_params.get(name, default))
     except ValueError:
@@ -461,7 +284,7 @@ def _number(request: Request, name: str, default: int, least: int, most: int) ->
     return value
 
 
-async def _as_json(request: Request, error: Exception) -> Response:
+async def as_json(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return reply({"error": error.detail}, error.status_code)
 
@@ -481,7 +304,7 @@ async def _text_of(job: Job) -> AsyncIterator[bytes]:
         waiting = job.chunks[read:]
         if waiting:
             read += len(waiting)
-            yield "".join(_text(chunk["output"]) for chunk in waiting).encode(errors="replace")
+            yield "".join(_text(chunk) for chunk in waiting).encode(errors="replace")
         elif job.over:
             return
         else:
@@ -538,10 +361,8 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m supervisor.local_runpod.simulator", description="RunPod's queue on a laptop."
-    )
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="RunPod's queue on a laptop.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0: any free one (default: 8000)")
     parser.add_argument("--fd", type=int, help="a socket that is bound already, instead of host and port")
@@ -549,11 +370,11 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--hold", type=float, default=20.0, help="seconds for which an empty poll stays open (20)")
     parser.add_argument("--lost-after", type=float, default=40.0, help="seconds without a ping that names the job (40)")
     parser.add_argument("--with-parent", action="store_true", help="leave when standard input ends")
-    return parser.parse_args(given)
+    return parser.parse_args()
 
 
-def main(given: Sequence[str] | None = None) -> None:
-    options = _arguments(given)
+def main(made: type[Simulator] = Simulator) -> None:
+    options = _arguments()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
     if options.with_parent:
@@ -566,7 +387,7 @@ def main(given: Sequence[str] | None = None) -> None:
     # A job is read as RunPod hands it on: how deep and how long its values may be is the worker's to bear.
     sys.setrecursionlimit(20_000)
     sys.set_int_max_str_digits(0)
-    app = Simulator(Queue(options.hold, options.lost_after)).app(options.endpoint)
+    app = made(Queue(options.hold, options.lost_after)).app(options.endpoint)
     clients = [key for key in os.environ.get(CLIENTS_KEYS, "").split(",") if key]
     config = uvicorn.Config(
         Guarded(app, clients, os.environ.get(WORKERS_KEY, "")),

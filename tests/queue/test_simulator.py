@@ -1,4 +1,7 @@
-"""RunPod's side as a process of its own, between the real SDK's client and a worker of a few lines."""
+"""RunPod's side as a process of its own, between the real SDK's client and a worker of a few lines.
+
+It is scripts/fake_runpod: the simulator of the product, with faults and a log.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ import pytest
 
 from supervisor.local_runpod.queue import Queue, State
 from supervisor.local_runpod.simulator import Handed
-from tests.harness import ROOT, wait_until
+from tests.harness import FAKE_RUNPOD, ROOT, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -31,13 +34,12 @@ numbers = itertools.count(1)
 
 
 class Simulator:
-    """A running simulator. Leaving the block ends it."""
+    """A running fake. Leaving the block ends it."""
 
     def __init__(self, *arguments: str, lost_after: float = 60) -> None:
         options = ["--port", "0", "--hold", str(HOLD), "--lost-after", str(lost_after), "--with-parent", *arguments]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "supervisor.local_runpod.simulator", *options],
-            cwd=ROOT,
+            [sys.executable, FAKE_RUNPOD, *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
