@@ -240,13 +240,14 @@ def test_jobs_that_could_not_be_written_go_back_to_the_front() -> None:
     async def scenario() -> None:
         queue = Queue(hold=1, lost_after=60)
         jobs = [queue.submit({"input": number}, sync=False) for number in range(3)]
-        taken = await queue.take("w", 2, lambda: False)
+        worker = queue.worker("w")
+        taken = await queue.take(worker, 2)
         assert taken == jobs[:2]
         closed = SimpleNamespace(is_closing=lambda: True)
         handed = Handed([job.delivery() for job in taken], partial(queue.put_back, taken))
         await handed({"type": "http", "state": {"transport": closed}}, nothing, nothing)
         assert [job.state for job in jobs] == [State.IN_QUEUE] * 3
-        assert await queue.take("w", 3, lambda: False) == jobs
+        assert await queue.take(worker, 3) == jobs
 
     async def nothing(*_: object) -> Any:
         return None
@@ -621,7 +622,8 @@ def test_a_port_that_is_taken(simulator: Simulator) -> None:
     command = [sys.executable, "-m", "supervisor.local_runpod.simulator", "--port", port]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10, check=False)
     assert ended.returncode == 1
-    assert ended.stderr == f"simulator: cannot listen on 127.0.0.1:{port}: Address already in use\n"
+    assert ended.stderr.startswith("simulator: cannot listen: Address already in use")
+    assert port in ended.stderr
 
 
 # The SDK's client
