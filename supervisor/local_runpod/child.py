@@ -7,9 +7,11 @@ import os
 import secrets
 import socket
 from collections.abc import Sequence
+from functools import partial
 
 from supervisor.kept import Kept
 
+LOG = logging.getLogger("supervisor.queue")
 # In the simulator's environment, where no list of processes shows them.
 CLIENTS_KEYS, WORKERS_KEY = "LOCAL_RUNPOD_KEYS", "LOCAL_RUNPOD_WORKER_KEY"
 
@@ -39,7 +41,8 @@ class LocalRunPod(Kept):
         environ = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TZ") if name in os.environ}
         environ |= {CLIENTS_KEYS: ",".join(keys), WORKERS_KEY: self.workers_key}
         program = ["supervisor.local_runpod.simulator", "--fd", str(listener.fileno()), "--with-parent"]
-        super().__init__(program, environ, self._died, files=[listener.fileno()])
+        died = partial(LOG.error, "the simulated RunPod ended (%s), its jobs are lost: again in %.1f s")
+        super().__init__(program, environ, died, files=[listener.fileno()])
 
     def environment(self) -> dict[str, str]:
         """For the queue worker."""
@@ -50,7 +53,3 @@ class LocalRunPod(Kept):
         self.leaving.set()
         if self.child is not None:
             self.child.terminate()
-
-    def _died(self, how: str, again: float) -> None:
-        log = logging.getLogger("supervisor.queue")
-        log.error("the simulated RunPod ended (%s), its jobs are lost: again in %.1f s", how, again)

@@ -9,21 +9,21 @@ import contextlib
 import json
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from supervisor import asking, status
-from supervisor.settings.knobs import keys
-from supervisor.settings.values import BadValue
 
 # Of one question; /stream waits up to a second for news.
 PATIENCE = 30.0
 FAILED = 1
 WAITING = ("IN_QUEUE", "IN_PROGRESS")
 START = "start one with `supervisor up MODEL --mode queue`"
+# The simulated RunPod asks for one of these, too.
+KEYS = ("SUPERVISOR_API_KEYS", "SUPERVISOR_ADMIN_KEYS")
 # Where an input says whether the answer is to stream: the first of these that it has, else the input itself.
 BODIES = ("openai_input", "body")
 
@@ -38,7 +38,7 @@ def run(given: str, url: str | None, environ: Mapping[str, str], *, stream: bool
         job = read(given)
         if stream:
             job["input"] = streaming(job["input"])
-        return _run(Endpoint(url or find(environ), _key(environ)), job, stream=stream)
+        return _run(Endpoint(url or find(environ), status.authorization(environ, *KEYS)), job, stream=stream)
     except (JobError, status.StatusError) as error:
         print(f"supervisor: {error}", file=sys.stderr)
         return FAILED
@@ -62,15 +62,6 @@ def read(given: str) -> dict[str, Any]:
     if not isinstance(job, dict):
         raise JobError('the job must be an object, such as {"input": {"prompt": "Once upon"}} (docs/jobs.md)')
     return job if "input" in job else {"input": job}
-
-
-def _key(environ: Mapping[str, str]) -> str:
-    """The first of the supervisor's, where it has some: the simulated RunPod asks for one, too."""
-    given = environ.get("SUPERVISOR_API_KEYS") or environ.get("SUPERVISOR_ADMIN_KEYS")
-    try:
-        return keys(given).values[0] if given else ""
-    except BadValue as error:
-        raise JobError(f"SUPERVISOR_API_KEYS: expected {error}") from None
 
 
 def streaming(content: Any) -> Any:
@@ -100,10 +91,10 @@ def find(environ: Mapping[str, str]) -> str:
 class Endpoint:
     """`http://127.0.0.1:8000`, or with the path of an endpoint, `/v2/local`."""
 
-    def __init__(self, url: str, key: str = "") -> None:
+    def __init__(self, url: str, authorization: str = "") -> None:
         self.url = url
         try:
-            self.client = asking.client(url, PATIENCE, authorization=f"Bearer {key}" if key else "")
+            self.client = asking.client(url, PATIENCE, authorization=authorization)
         except ValueError:
             raise JobError(f"--url {url}: expected an address such as http://127.0.0.1:8000") from None
         if self.client.base_url.path == "/":
@@ -183,47 +174,32 @@ class Text:
     def take(self, chunk: object) -> None:
         if not isinstance(chunk, str):
             return  # a whole answer: it is in the result
-        *events, self.rest = (self.rest + chunk).split("\n\n")
-        for event in events:
-            for line in event.splitlines():
-                if line.startswith("data:") and line != "data: [DONE]":
-                    with contextlib.suppress(ValueError):
-                        self._event(json.loads(line.removeprefix("data:")))
+        *lines, self.rest = (self.rest + chunk).split("\n")
+        for line in lines:
+            with contextlib.suppress(ValueError):  # [DONE], which is no JSON
+                event = json.loads(line.removeprefix("data:")) if line.startswith("data:") else None
+                if isinstance(event, dict):
+                    self._event(event)
 
-    def _event(self, event: Any) -> None:
-        if isinstance(event, dict) and event.get("error"):
-            self.error = event["error"]
-        for said in _said(event):
-            self.written = True
-            print(said, end="", flush=True)
-
-
-def _said(event: Any) -> Iterator[str]:
-    """The text in an event of OpenAI's chats, completions and responses, and of Anthropic's messages."""
-    if not isinstance(event, dict):
-        return
-    deltas = [event.get("delta")]
-    for choice in event.get("choices") or ():
-        deltas += [choice.get("text"), choice.get("delta")]
-    for delta in deltas:
-        if isinstance(delta, dict):
-            delta = delta.get("content") or delta.get("text")  # noqa: PLW2901
-        if isinstance(delta, str) and delta:
-            yield delta
+    def _event(self, event: Mapping[str, Any]) -> None:
+        """Of OpenAI's chats, completions and responses, and of Anthropic's messages."""
+        self.error = event.get("error") or self.error
+        choices = event.get("choices") or ()
+        for said in (event.get("delta"), *(choice.get("text") or choice.get("delta") for choice in choices)):
+            text = said.get("content") or said.get("text") if isinstance(said, dict) else said
+            if isinstance(text, str) and text:
+                self.written = True
+                print(text, end="", flush=True)
 
 
 def readable(error: object) -> str:
     """The message of an error, which may be an object, or its JSON as text (docs/jobs.md)."""
+    found = error
     if isinstance(error, str):
-        try:
+        with contextlib.suppress(ValueError):
             found = json.loads(error)
-        except ValueError:
-            return error
-        return readable(found) if isinstance(found, dict) else error
-    if not isinstance(error, dict):
+    if not isinstance(found, dict):
         return str(error or "it does not say why")
-    message = error.get("message") or error.get("error_message")
-    if not message:
-        return json.dumps(error)
-    status_code = error.get("status") or error.get("code")
+    message = found.get("message") or found.get("error_message") or json.dumps(found)
+    status_code = found.get("status") or found.get("code")
     return f"{message} (status {status_code})" if status_code else str(message)
