@@ -22,8 +22,7 @@ PATIENCE = 30.0
 FAILED = 1
 WAITING = ("IN_QUEUE", "IN_PROGRESS")
 START = "start one with `supervisor up MODEL --mode queue`"
-# The simulated RunPod asks for one of these, too.
-KEYS = ("SUPERVISOR_API_KEYS", "SUPERVISOR_ADMIN_KEYS")
+KEYS = ("SUPERVISOR_API_KEYS", "SUPERVISOR_ADMIN_KEYS")  # the simulated RunPod asks for one of these, too
 # Where an input says whether the answer is to stream: the first of these that it has, else the input itself.
 BODIES = ("openai_input", "body")
 
@@ -47,16 +46,15 @@ def run(given: str, url: str | None, environ: Mapping[str, str], *, stream: bool
 def read(given: str) -> dict[str, Any]:
     """A job, from JSON itself, a file, or standard input. What has no `input` is taken for one."""
     text = given
-    if given == "-":
-        text = sys.stdin.read()
-    elif not given.lstrip().startswith(("{", "[")):
-        try:
-            text = Path(given).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise JobError(f"{given} can't be read ({why}): expected a file, JSON, or - for standard input") from None
     try:
+        if given == "-":
+            text = sys.stdin.read()
+        elif not given.lstrip().startswith(("{", "[")):
+            text = Path(given).read_text()
         job = json.loads(text)
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise JobError(f"{given} can't be read ({why}): expected a file, JSON, or - for standard input") from None
     except (ValueError, RecursionError) as error:
         raise JobError(f"the job is not JSON: {error}") from None
     if not isinstance(job, dict):
@@ -100,10 +98,10 @@ class Endpoint:
         if self.client.base_url.path == "/":
             self.client.base_url = self.client.base_url.join("/v2/local")
 
-    def ask(self, method: str, path: str, content: object = None) -> dict[str, Any]:
+    def ask(self, method: str, path: str, content: str | None = None) -> dict[str, Any]:
         """The answer's object. Raises JobError where there is none."""
         try:
-            answer = self.client.request(method, path, content=None if content is None else json.dumps(content))
+            answer = self.client.request(method, path, content=content)
         except httpx.HTTPError as error:
             raise JobError(f"{self.url} does not answer ({asking.why(error)})") from None
         found: Any = None
@@ -120,8 +118,7 @@ class Endpoint:
 
 
 def _run(endpoint: Endpoint, job: Mapping[str, Any], *, stream: bool) -> int:
-    sent = endpoint.ask("POST", "/run", job)
-    where = str(sent.get("id"))
+    where = str(endpoint.ask("POST", "/run", json.dumps(job)).get("id"))
     pressed: list[int] = []
 
     def interrupted(number: int, _: object) -> None:
@@ -141,15 +138,14 @@ def _run(endpoint: Endpoint, job: Mapping[str, Any], *, stream: bool) -> int:
 def _follow(endpoint: Endpoint, where: str, pressed: Sequence[int], *, stream: bool) -> int:
     """Reads its chunks until it is over; /stream answers when there is news."""
     text = Text()
-    while True:
+    news: dict[str, Any] = {"status": "IN_QUEUE"}
+    while news.get("status") in WAITING or news.get("stream"):
         if pressed:
             raise KeyboardInterrupt
         news = endpoint.ask("GET", f"/stream/{where}")
-        if stream:
-            for chunk in news.get("stream") or ():
+        for chunk in news.get("stream") or ():
+            if stream:
                 text.take(chunk.get("output"))
-        if news.get("status") not in WAITING and not news.get("stream"):
-            break
     result = endpoint.ask("GET", f"/status/{where}")
     if stream and text.written:
         print(flush=True)
@@ -158,8 +154,7 @@ def _follow(endpoint: Endpoint, where: str, pressed: Sequence[int], *, stream: b
         print(f"supervisor: the job failed: {readable(said)}", file=sys.stderr)
         return FAILED
     if not text.written:
-        output = result.get("output")
-        print(json.dumps(output, ensure_ascii=False, indent=2 if sys.stdout.isatty() else None))
+        print(json.dumps(result.get("output"), ensure_ascii=False, indent=2 if sys.stdout.isatty() else None))
     return 0
 
 
@@ -176,8 +171,8 @@ class Text:
             return  # a whole answer: it is in the result
         *lines, self.rest = (self.rest + chunk).split("\n")
         for line in lines:
-            with contextlib.suppress(ValueError):  # [DONE], which is no JSON
-                event = json.loads(line.removeprefix("data:")) if line.startswith("data:") else None
+            with contextlib.suppress(ValueError):  # no data, or [DONE]
+                event = json.loads(line.removeprefix("data:"))
                 if isinstance(event, dict):
                     self._event(event)
 

@@ -22,8 +22,8 @@ CHUNK_BYTES = 1_000_000
 # By whether the job came through /runsync: requests and results alike.
 JOB_BYTES = {False: 10_000_000, True: 20_000_000}
 RETENTION = {False: 30 * 60.0, True: 60.0}
-EXECUTION_TIMEOUT = 600.0
-TTL = 24 * 3600.0
+# Where a request says nothing else. Its times are milliseconds.
+POLICY = {"executionTimeout": 600_000, "ttl": 24 * 3_600_000, "lowPriority": False}
 DELIVERED = ("input", "webhook", "policy", "s3Config")  # of a request, to the worker
 RESULT = ("output", "metadata", "error")  # of a worker, to the client; whether RunPod keeps metadata is not known
 LOST = "job timed out after 1 retries"
@@ -45,22 +45,19 @@ class Refused(Exception):
     """What was sent is not taken; the text says why."""
 
 
-class Pulse:
-    """Wakes all who wait for a change. There is no flag: who waits looks again."""
-
-    def __init__(self) -> None:
-        self._event = asyncio.Event()
+class Pulse(asyncio.Event):
+    """Wakes all who wait for a change. It is never left set: who waits looks again."""
 
     def beat(self) -> None:
-        self._event.set()  # those who wait are on their way already, so it can be cleared at once
-        self._event.clear()
+        self.set()  # those who wait are on their way already, so it can be cleared at once
+        self.clear()
 
     async def until(self, condition: Callable[[], object], seconds: float | None = None) -> None:
         """Returns when the condition holds, or after `seconds`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while not condition():
-                    await self._event.wait()
+                    await self.wait()
 
 
 @dataclass(slots=True, eq=False)
@@ -77,10 +74,7 @@ class Job:
     id: str
     request: dict[str, Any]
     sync: bool
-    # Of the request's `policy`
-    low_priority: bool
-    execution_timeout: float
-    ttl: float
+    policy: dict[str, Any]
     created: float = field(default_factory=time.monotonic)
     state: State = State.IN_QUEUE
     taken: float | None = None
@@ -99,18 +93,14 @@ class Job:
         return self.state not in (State.IN_QUEUE, State.IN_PROGRESS)
 
     def delivery(self) -> dict[str, Any]:
-        """As a worker gets it. An empty input is left out, as the platform does."""
-        kept = {name: self.request[name] for name in DELIVERED if name in self.request}
-        if kept["input"] == {}:
-            del kept["input"]
-        return {"id": self.id, **kept}
+        """As a worker gets it. An empty object is left out, as the platform does with an input."""
+        return {"id": self.id} | {name: self.request[name] for name in DELIVERED if self.request.get(name, {}) != {}}
 
     def view(self) -> dict[str, Any]:
         """As a client sees it."""
         shown: dict[str, Any] = {"id": self.id, "status": self.state}
         if self.taken is not None and self.worker is not None:
-            shown["delayTime"] = round((self.taken - self.created) * 1000)
-            shown["workerId"] = self.worker.name
+            shown |= {"delayTime": round((self.taken - self.created) * 1000), "workerId": self.worker.name}
             if self.done is not None:
                 shown["executionTime"] = round((self.done - self.taken) * 1000)
         if self.retries:
@@ -137,17 +127,14 @@ class Queue:
         """Raises Refused if the request is not one."""
         if not isinstance(request, dict) or "input" not in request:
             raise Refused("the body must be an object with the key `input`")
-        policy = {} if request.get("policy") is None else request["policy"]
-        if not isinstance(policy, dict):
+        given = request.get("policy")
+        if not isinstance(given, dict | None):
             raise Refused("policy must be an object")
-        job = Job(
-            f"{'sync-' if sync else ''}{uuid.uuid4()}-u1",
-            request,
-            sync,
-            low_priority=bool(policy.get("lowPriority")),
-            execution_timeout=_seconds(policy, "executionTimeout", EXECUTION_TIMEOUT),
-            ttl=_seconds(policy, "ttl", TTL),
-        )
+        policy = POLICY | (given or {})
+        for name in ("executionTimeout", "ttl"):
+            if type(policy[name]) not in (int, float) or not 0 < policy[name] < 1e15:
+                raise Refused(f"policy.{name} must be a number of milliseconds")
+        job = Job(f"{'sync-' if sync else ''}{uuid.uuid4()}-u1", request, sync, policy)
         self.jobs[job.id] = job
         self._enqueue(job)
         return job
@@ -163,8 +150,7 @@ class Queue:
             raise Refused("only jobs that are FAILED or TIMED_OUT can be retried")
         self.retried += 1
         job.created, job.read, job.retries = time.monotonic(), 0, 0
-        job.chunks.clear()
-        job.keys.clear()
+        job.chunks, job.keys = [], set()
         self._enqueue(job)
 
     def purge(self) -> int:
@@ -233,7 +219,7 @@ class Queue:
         """Stores a part of the output; Refused where it is none."""
         if self.ignores(worker, job, key):
             return
-        if len(body) > CHUNK_BYTES or "output" not in (content := _content(body)):
+        if len(body) > CHUNK_BYTES or "output" not in (content := parse(body, dict)):
             raise Refused(f"a chunk is an object with the key `output`, of {CHUNK_BYTES} bytes at most")
         job.keys.add(key)
         job.chunks.append(content["output"])
@@ -247,7 +233,7 @@ class Queue:
             job.result = {}
             self._enter(job, State.COMPLETED)  # without output, which is what users of the platform have seen
             raise Refused("the result is too large")
-        content = _content(body)
+        content = parse(body, dict)
         job.keys.add(key)
         job.result = {name: content[name] for name in RESULT if content.get(name) is not None}
         if content.get("status") == "IN_PROGRESS":
@@ -267,14 +253,14 @@ class Queue:
             timer.cancel()
         job.ends.clear()
         job.state, now = state, time.monotonic()
-        to_live = job.created + job.ttl - now
+        to_live = job.created + job.policy["ttl"] / 1000 - now
         match state:
             case State.IN_QUEUE:
                 self._arm(job, self._expire, to_live)
             case State.IN_PROGRESS:
                 job.taken = now
                 self._arm(job, self._expire, to_live)
-                self._arm(job, self._time_out, job.execution_timeout)
+                self._arm(job, self._time_out, job.policy["executionTimeout"] / 1000)
                 self._arm(job, self._lose, self.lost_after)
             case State.EXPIRED:
                 del self.jobs[job.id]
@@ -292,7 +278,7 @@ class Queue:
         """In its place, even if it comes again: the oldest first, those of low priority last."""
         job.taken, job.done, job.worker, job.result = None, None, None, {}
         self._enter(job, State.IN_QUEUE)
-        bisect.insort(self._waiting, job, key=lambda job: (job.low_priority, job.created))
+        bisect.insort(self._waiting, job, key=lambda job: (bool(job.policy["lowPriority"]), job.created))
         self._arrived.beat()
 
     def _stop(self, job: Job, state: State) -> None:
@@ -320,28 +306,16 @@ class Queue:
             self._enqueue(job)
 
 
-def parse(text: bytes) -> Any:
-    """What the JSON says, whatever its content type; Refused if it is none (NaN is none)."""
+def parse(text: bytes, kind: type = object) -> Any:
+    """What the JSON says, whatever its content type; Refused if it is none (NaN is none), or not of that kind."""
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        found = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise Refused(f"the body is not JSON: {error}") from None
+    if not isinstance(found, kind):
+        raise Refused("the body is not the JSON that is expected")
+    return found
 
 
 def _no_constant(name: str) -> object:
     raise ValueError(f"{name} is not JSON")
-
-
-def _content(body: bytes) -> dict[str, Any]:
-    content = parse(body)
-    if not isinstance(content, dict):
-        raise Refused("the body must be an object")
-    return content
-
-
-def _seconds(policy: dict[str, Any], name: str, default: float) -> float:
-    """One of its times, which are milliseconds."""
-    value = policy.get(name, default * 1000)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise Refused(f"policy.{name} must be a number of milliseconds")
-    return value / 1000

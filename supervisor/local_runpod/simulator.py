@@ -2,8 +2,7 @@
 
     python -m supervisor.local_runpod.simulator --port 8000
 
-`docs/simulator.md` lists the routes. What jobs go through is in `queue.py`; here is HTTP. `scripts/fake_runpod` is this
-one with faults on request, limits of rates, and a log.
+`docs/simulator.md` has the routes, `queue.py` what jobs go through; `scripts/fake_runpod` puts faults around all this.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from hmac import compare_digest
-from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -36,12 +34,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from supervisor.local_runpod.child import CLIENTS_KEYS, WORKERS_KEY
 from supervisor.local_runpod.queue import JOB_BYTES, Job, Queue, Refused, State, Worker, parse
 
-# How long /stream waits for a chunk.
-STREAM_WAIT = 1.0
-# How often it is looked whether a client of /openai that waits has left.
-LEAVING_LOOK = 0.5
-# For /runsync?wait=, in milliseconds.
-WAIT, WAIT_LEAST, WAIT_MOST = 90_000, 1000, 300_000
+# How long /stream waits for a chunk, and how often it is looked whether a client of /openai has left.
+STREAM_WAIT, LEAVING_LOOK = 1.0, 0.5
 # Connections of workers rest between polls and posts; uvicorn's five seconds would reset them under a post.
 KEEP_ALIVE = 120
 # The workers' routes; all others are the clients'.
@@ -64,10 +58,7 @@ class WireProtocol(HttpToolsProtocol):
 
 
 class Handed(Response):
-    """Something that must not get lost: `undo` is called if the connection is closed when it is written.
-
-    Between the handler and this nothing else happens, so what a poller that has left would get is there for the next.
-    """
+    """Something that must not get lost: `undo` is called if the connection is closed when it is written."""
 
     def __init__(self, content: object, undo: Callable[[], object]) -> None:
         super().__init__(json.dumps(content).encode(), media_type="application/json")
@@ -76,6 +67,7 @@ class Handed(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def watched(message: Message) -> None:
             await send(message)
+            # Nothing else has happened since it was taken: what a poller that has left would get is there for the next.
             if message["type"] == "http.response.start" and scope["state"]["transport"].is_closing():
                 self.undo()
 
@@ -111,7 +103,7 @@ class Simulator:
         return Starlette(routes=self.routes(endpoint), exception_handlers=handlers)
 
     def routes(self, endpoint: str) -> list[BaseRoute]:
-        routes = [
+        own = [
             self.route("job-take", "/{worker}", partial(self.take, batch=False), "GET"),
             self.route("job-take-batch", "/{worker}", partial(self.take, batch=True), "GET"),
             self.route("job-stop", "/{worker}", self.stop, "GET"),
@@ -128,7 +120,7 @@ class Simulator:
             self.route("health", "", self.health, "GET"),
             self.route("openai", "/{path:path}", self.openai, "GET", "POST", "PUT", "PATCH", "DELETE"),
         ]
-        return [Mount(f"/v2/{endpoint}", routes=routes)]
+        return [Mount(f"/v2/{endpoint}", routes=own)]
 
     def route(self, what: str, path: str, handler: Endpoint, *methods: str) -> Route:
         return Route(f"/{what}{path}", handler, methods=methods)
@@ -173,7 +165,7 @@ class Simulator:
         return reply(self.queue.submit(await read_json(request), sync=False).view())
 
     async def runsync(self, request: Request) -> Response:
-        wait = number_in(request, "wait", WAIT, WAIT_LEAST, WAIT_MOST) / 1000
+        wait = number_in(request, "wait", 90_000, 1000, 300_000) / 1000
         job = self.queue.submit(await read_json(request, JOB_BYTES[True]), sync=True)
         await job.changed.until(lambda: job.over, wait)
         if job.state is State.EXPIRED:
@@ -204,11 +196,9 @@ class Simulator:
         return reply(self.queue.health())
 
     async def openai(self, request: Request) -> Response:
-        content: dict[str, Any] = {"openai_route": f"/{request.path_params['path']}"}
-        if await request.body():
-            content["openai_input"] = await read_json(request)
+        body = await read_json(request) if await request.body() else None
+        content = {"openai_route": f"/{request.path_params['path']}"} | ({} if body is None else {"openai_input": body})
         job = self.queue.submit({"input": content}, sync=False)
-        body = content.get("openai_input")
         streams = isinstance(body, dict) and bool(body.get("stream"))
 
         def begun() -> bool:
@@ -217,14 +207,14 @@ class Simulator:
         while not begun() and not await request.is_disconnected():
             await job.changed.until(begun, LEAVING_LOOK)
         if streams and job.chunks:
-            abandoned = BackgroundTask(self._abandon, job)
-            return StreamingResponse(_text_of(job), media_type="text/event-stream", background=abandoned)
+            ending = BackgroundTask(self._end_stream, job)
+            return StreamingResponse(_text_of(job), media_type="text/event-stream", background=ending)
         if streams:
-            await self._abandon(job)
+            await self._end_stream(job)
         return _whole(job, "text/event-stream" if streams else "text/plain")
 
-    async def _abandon(self, job: Job) -> None:
-        """The end of a stream: the job is over, or its client has left."""
+    async def _end_stream(self, job: Job) -> None:
+        """The job is over, or its client has left."""
         self.queue.cancel(job)
 
 
@@ -236,7 +226,7 @@ async def read_json(request: Request, limit: int = JOB_BYTES[False]) -> Any:
 
 
 def number_in(request: Request, name: str, default: int, least: int, most: int) -> int:
-    """One of the query."""
+    """A number of the query."""
     text = request.query_params.get(name, str(default))
     if not text.isdecimal() or not least <= int(text) <= most:
         raise Refused(f"{name} must be a whole number from {least} to {most}")
@@ -282,7 +272,7 @@ def _whole(job: Job, text_type: str) -> Response:
 
 
 class Server(uvicorn.Server):
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+    def handle_exit(self, sig: int, frame: object) -> None:
         """At once: nothing in here outlives the process, so there is nothing to wait for, open polls included."""
         os._exit(0)
 
@@ -293,7 +283,7 @@ def _leave_with_parent() -> None:
     os._exit(0)
 
 
-def _arguments() -> argparse.Namespace:
+def main(make: type[Simulator] = Simulator) -> None:
     parser = argparse.ArgumentParser(description="RunPod's queue on a laptop.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0: any free one (default: 8000)")
@@ -302,23 +292,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--hold", type=float, default=20.0, help="seconds for which an empty poll stays open (20)")
     parser.add_argument("--lost-after", type=float, default=40.0, help="seconds without a ping that names the job (40)")
     parser.add_argument("--with-parent", action="store_true", help="leave when standard input ends")
-    return parser.parse_args()
-
-
-def _listen(host: str, port: int) -> int:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=2048).detach()
-    except OSError as error:
-        sys.exit(f"simulator: cannot listen: {error.strerror}")
-
-
-def _keys(name: str) -> list[str]:
-    return [key for key in os.environ.get(name, "").split(",") if key]
-
-
-def main(make: type[Simulator] = Simulator) -> None:
-    options = _arguments()
+    options = parser.parse_args()
     if options.with_parent:
         threading.Thread(target=_leave_with_parent, daemon=True).start()
     # Made of its number, a socket asks for its protocol, which `create_server` and uvicorn leave out: asyncio turns
@@ -328,20 +302,25 @@ def main(make: type[Simulator] = Simulator) -> None:
     # A job is read as RunPod hands it on: how deep and how long its values may be is the worker's to bear.
     sys.setrecursionlimit(20_000)
     sys.set_int_max_str_digits(0)
-    app = make(Queue(options.hold, options.lost_after)).app(options.endpoint)
+    clients, workers = (list(filter(None, os.environ.get(name, "").split(","))) for name in (CLIENTS_KEYS, WORKERS_KEY))
     config = uvicorn.Config(
-        Guarded(app, _keys(CLIENTS_KEYS), _keys(WORKERS_KEY)),
+        Guarded(make(Queue(options.hold, options.lost_after)).app(options.endpoint), clients, workers),
         http=WireProtocol,
         ws="none",
         loop="asyncio",  # it writes at once, so that a closed connection shows in the write
-        lifespan="off",
         log_config=None,
-        access_log=False,
         timeout_keep_alive=KEEP_ALIVE,
     )
     host, port = listener.getsockname()[:2]
     print(f"simulator: http://{host}:{port}/v2/{options.endpoint}", flush=True)
     Server(config).run(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> int:
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).detach()
+    except OSError as error:
+        sys.exit(f"simulator: cannot listen: {error.strerror}")
 
 
 if __name__ == "__main__":
