@@ -325,6 +325,41 @@ def test_lost_jobs_come_once_more_and_then_fail() -> None:
         assert simulator.status(job)["error"] == "job timed out after 1 retries"
 
 
+def test_a_job_that_comes_again_takes_its_old_place() -> None:
+    async def scenario() -> None:
+        queue = Queue(hold=1, lost_after=60)
+        worker = queue.worker("w")
+        first, second, third = (queue.submit({"input": number}, sync=False) for number in range(3))
+        low = queue.submit({"input": 3, "policy": {"lowPriority": True}}, sync=False)
+        assert await queue.take(worker, 2) == [first, second]
+        queue.put_back([second])
+        queue.put_back([first])
+        queue.put_back([third])  # which was not handed out
+        assert await queue.take(worker, 9) == [first, second, third, low]
+        queue.result(worker, first, b'{"error": "no"}', "1")
+        assert first.state is State.FAILED
+        late = queue.submit({"input": 4}, sync=False)
+        queue.retry(first)  # as if it were new
+        assert await queue.take(worker, 9) == [late, first]
+
+    asyncio.run(scenario())
+
+
+def test_a_job_that_is_gone_does_not_come_back() -> None:
+    async def scenario() -> None:
+        queue = Queue(hold=1, lost_after=60)
+        worker = queue.worker("w")
+        job = queue.submit({"input": 1, "policy": {"ttl": 20}}, sync=False)
+        taken = await queue.take(worker, 1)
+        assert await queue.stops(worker) == [job.id]
+        assert (job.state, queue.jobs) == (State.EXPIRED, {})
+        queue.put_back(taken)
+        assert job.state is State.EXPIRED
+        assert not job.ends
+
+    asyncio.run(scenario())
+
+
 # Posts
 
 
@@ -615,6 +650,18 @@ def test_it_leaves_with_its_parent() -> None:
         simulator.run()
         simulator.process.stdin.close()
         assert simulator.process.wait(10) == 0
+
+
+def test_the_simulator_of_the_product_has_no_faults() -> None:
+    command = [sys.executable, "-m", "supervisor.local_runpod.simulator", "--port", "0", "--with-parent"]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[1]
+        assert httpx.get(f"{url}/health").json()["jobs"]["inQueue"] == 0
+        for path in ("faults", "log", "workers", "jobs/x"):
+            assert httpx.get(f"{url.rpartition('/v2/')[0]}/{path}").status_code == 404
+        process.terminate()
+        assert process.wait(10) == 0
 
 
 def test_a_port_that_is_taken(simulator: Simulator) -> None:
