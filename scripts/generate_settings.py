@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from supervisor.settings import catalogue as catalogues
-from supervisor.settings.aliases import ALIASES, FORMER, OWNED, SAGEMAKER, ZERO_MEANS_UNSET
 from supervisor.settings.catalogue import BOUNDS, Catalogue, Option
 from supervisor.settings.knobs import KNOBS, Knob
+from supervisor.settings.names import ALIASES, FORMER, OWNED, REMOVED, REMOVED_ENVIRONMENT, SAGEMAKER, ZERO_MEANS_UNSET
+from supervisor.settings.options import ZERO
 from supervisor.settings.platform import SAGEMAKER_PORT
 from supervisor.settings.platform import defaults as platform_defaults
-from supervisor.settings.removed import REMOVED, REMOVED_ENVIRONMENT
 from supervisor.settings.vllm import PINNED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -263,6 +263,13 @@ def docs(options: Catalogue) -> str:
         "Names in `config.yaml` have hyphens or underscores, as you like. The supervisor's own stand under `supervisor:`,",
         "in lower case and without `SUPERVISOR_`. Choices may be written in any capitals.",
         "",
+        "White space around a value is none of it, a newline behind it included. A value that still stands in quotes (as",
+        "docker's `--env-file` hands it over), or that has a placeholder which nothing has filled in (`${X}`, `$(X)`,",
+        "`{{ X }}`, `$X`), is refused by its name, whatever setting it is for, secrets and the hub's variables among them;",
+        "only a chat template may have `{{ }}`. Of the variables that vLLM and the hub's client read themselves",
+        "(`VLLM_*`, `HF_*` ...) one that is set to nothing is not passed on, and `true` and `false` are made numbers where",
+        "vLLM wants a number.",
+        "",
         "## The supervisor's own",
         "",
         "| variable | default | meaning |",
@@ -298,7 +305,7 @@ def docs(options: Catalogue) -> str:
         "| variable | instead |",
         "| --- | --- |",
         *(f"| `{name}` | {_cell(text)} |" for name, text in FORMER.items()),
-        *(f"| `{name}=0` | not set: {_cell(text)} |" for name, text in ZERO_MEANS_UNSET.items()),
+        *(f"| `{name}=0` | not set: {_cell(ZERO)} |" for name in sorted(ZERO_MEANS_UNSET)),
         "",
         "## Options that the supervisor sets itself",
         "",
@@ -483,7 +490,7 @@ def _knob_schema(knob: Knob) -> dict[str, Any]:
         "count": ["integer"],
         "some": ["integer"],
         "ratio": ["number"],
-        "port": ["integer"],
+        "port_number": ["integer"],
         "size": ["integer", "string"],
     }
     kind = kinds.get(knob.read.__name__, ["string"])

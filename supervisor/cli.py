@@ -9,7 +9,7 @@ import sys
 from typing import NoReturn
 
 from supervisor import __version__
-from supervisor.settings.sources import Arguments, Settings, SettingsError, gather
+from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
 
 EXIT_SETTINGS = 2
 # Verbs that need no valid settings: they ask a supervisor that runs, or tell what is wrong with them.

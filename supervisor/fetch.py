@@ -7,9 +7,9 @@ import sys
 
 from supervisor.engine.workspace import temporary_folder
 from supervisor.launch import fetch_command, python, weights_of
+from supervisor.settings import environment as environments
 from supervisor.settings import volume
-from supervisor.settings.command import child_environment
-from supervisor.settings.sources import Settings, SettingsError
+from supervisor.settings.settings import Settings, SettingsError
 
 EXIT_CANNOT = 3
 
@@ -29,6 +29,7 @@ def fetch(settings: Settings) -> int:
         raise SettingsError(["the download runs in vLLM's Python, which is not to be found: set SUPERVISOR_VLLM"])
     command = fetch_command(settings, weights)
     folder = str(temporary_folder(settings.environ) / f"vllm-supervisor-{os.getuid()}")
-    environ = volume.hub_environment(settings.volume, settings.environ, folder) | child_environment(settings)
+    environ = volume.hub_environment(settings.volume, settings.environ, folder)
+    environ |= environments.environment(settings.environ)
     sys.stdout.flush()
     os.execvpe(command[0], command, environ)  # noqa: S606

@@ -22,7 +22,7 @@ from supervisor.lines import Form
 from supervisor.output import Output
 from supervisor.settings import volume
 from supervisor.settings.command import Command, Serving, build
-from supervisor.settings.sources import Settings
+from supervisor.settings.settings import Settings
 from supervisor.terminal import Terminal
 from supervisor.weights import find, snapshot
 

@@ -8,7 +8,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from supervisor.settings.sources import Settings, SettingsError
+from supervisor.settings.settings import Settings, SettingsError
 
 BACKLOG = 2048
 LOOPBACK = "127.0.0.1"

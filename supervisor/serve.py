@@ -46,7 +46,7 @@ from supervisor.launch import SIGNALS, Launch, weights_of
 from supervisor.listen import Listeners
 from supervisor.settings import demo, explain
 from supervisor.settings.command import served_name
-from supervisor.settings.sources import Settings
+from supervisor.settings.settings import Settings
 from supervisor.settings.values import BadValue
 from supervisor.weights.find import Weights
 

@@ -17,7 +17,7 @@ from supervisor.engine.guard import Guard
 from supervisor.engine.workspace import Workspace, clean_leftovers, temporary_folder
 from supervisor.launch import SIGNALS, Launch
 from supervisor.listen import bind
-from supervisor.settings.sources import Settings, SettingsError
+from supervisor.settings.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
     from supervisor.around.caches import Caches

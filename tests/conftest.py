@@ -36,6 +36,7 @@ SLOW = {
 }
 TOGETHER = {  # by fixture
     "clients": 60.0,
+    "cloud": 3.0,
     "endpoint": 35.0,
     "hub": 5.0,
     "bench": 15.0,

@@ -14,7 +14,7 @@ from supervisor.bounded import Call
 from supervisor.engine.lifecycle import State
 from supervisor.engine.run import Change, Observer, Run
 from supervisor.settings import config_file
-from supervisor.settings.sources import Settings
+from supervisor.settings.settings import Settings
 from supervisor.weights import modalities
 from supervisor.weights.find import Weights
 

@@ -17,7 +17,7 @@ from supervisor.lines import COLOURS, DIM, PLAIN
 from supervisor.listen import Listeners
 from supervisor.logs import Log
 from supervisor.settings.command import served_name
-from supervisor.settings.sources import Settings
+from supervisor.settings.settings import Settings
 from supervisor.terminal import INTERVAL, Terminal
 
 BAR, SPINNER, DONE = "━", "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "✓"

@@ -17,7 +17,7 @@ from supervisor import listen, status
 from supervisor.around.machine import amount, disk, nearest
 from supervisor.doctor.patient import FAIL, OK, UTILIZATION, WARN, Patient, Row
 from supervisor.settings import catalogue, vllm, volume
-from supervisor.settings.sources import SettingsError
+from supervisor.settings.settings import SettingsError
 
 # From NVIDIA's CUDA Toolkit Release Notes, the columns for Linux. "CUDA Toolkit and Minimum Required Driver Version for
 # CUDA Minor Version Compatibility": the oldest driver that the whole of a major version runs with. (The editions for

@@ -21,7 +21,7 @@ from supervisor.engine.workspace import temporary_folder
 from supervisor.launch import weights_of
 from supervisor.settings import platform, vllm, volume
 from supervisor.settings.secrets import Mask
-from supervisor.settings.sources import Settings
+from supervisor.settings.settings import Settings
 from supervisor.weights import find, snapshot
 from supervisor.weights.hub import Answer, Hub
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from supervisor.settings.values import ITEM_READERS, READERS, BadValue, items, read_bool, read_choice
+from supervisor.settings.values import ITEM_READERS, READERS, BadValue, clean, items, read_bool, read_choice
 from supervisor.settings.vllm import Vllm, VllmError
 
 FLAGS = Path(__file__).parent / "flags"
@@ -45,6 +45,7 @@ class Option:
     off: tuple[str, ...] = ()  # names that switch a pair off, besides --no-x
     none: bool = False  # vLLM takes the text `None` for no value
     bounds: tuple[tuple[str, float], ...] = ()
+    names: tuple[str, ...] = ()  # what else a text may be, unless a plugin knows more
 
     @property
     def key(self) -> str:
@@ -57,6 +58,11 @@ class Option:
         return self.key.upper()
 
     @property
+    def is_template(self) -> bool:
+        """Whether it is a program with braces of its own."""
+        return self.key == "chat_template"
+
+    @property
     def opposite(self) -> str | None:
         """The key that a pair `--enable-x` would have as `--disable-x`, and the other way round."""
         word, _, rest = self.key.partition("_")
@@ -65,8 +71,9 @@ class Option:
 
     def is_unset(self, given: object) -> bool:
         """vLLM takes the text `None` for no value; where that is the default as well, it is as if nothing was said."""
-        return given in ("", None) or (
-            given in ("None", "none", "null") and self.default is None and given not in self.choices
+        word = given.strip() if isinstance(given, str) else given
+        return word in ("", None) or (
+            word in ("None", "none", "null") and self.default is None and word not in self.choices
         )
 
     def read(self, given: object) -> object:
@@ -81,6 +88,7 @@ class Option:
 
     def check(self, text: str) -> None:
         """One value as it stands on vLLM's command line. Raises BadValue."""
+        clean(text, template=self.is_template)
         if self.none and text in ("", "None"):
             return
         read = self._read_item(text, READERS)
@@ -134,6 +142,7 @@ class Catalogue:
     version: str
     by_key: Mapping[str, Option]
     environment: frozenset[str] = frozenset()
+    switches: frozenset[str] = frozenset()  # of these, the ones that are yes or no by a number
 
     def find(self, key: str) -> Option | None:
         """The option of that key, under any of its long names."""
@@ -157,12 +166,12 @@ def parse(text: str) -> Catalogue:
             tuple(row.get("off", ())),
             row.get("none", False),
             tuple((name, row[name]) for name in BOUNDS if name in row),
+            tuple(row.get("names", ())),
         )
         for row in content["options"]
     ]
-    return Catalogue(
-        content["version"], {option.key: option for option in options}, frozenset(content.get("environment", ()))
-    )
+    environment, switches = (frozenset(content.get(name, ())) for name in ("environment", "switches"))
+    return Catalogue(content["version"], {option.key: option for option in options}, environment, switches)
 
 
 def load(vllm: Vllm, cache: Path) -> Catalogue:

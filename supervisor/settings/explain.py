@@ -7,7 +7,7 @@ import sys
 
 from supervisor.settings.command import build
 from supervisor.settings.secrets import MASK
-from supervisor.settings.sources import Setting, Settings, SettingsError
+from supervisor.settings.settings import Setting, Settings, SettingsError
 
 # The real ones are made at start, private to each run.
 SOCKET, FOLDER = "/tmp/supervisor-XXXXXXXX/vllm.sock", "/tmp/supervisor-XXXXXXXX/tmp"  # noqa: S108  # shown, not used

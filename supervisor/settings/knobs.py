@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
-from supervisor.settings.values import BadValue, read_bool
+from supervisor.settings.values import BadValue, clean, read_bool
 
 
 def seconds(text: str) -> float:
@@ -54,7 +55,7 @@ def ratio(text: str) -> float:
     return value
 
 
-def port(text: str) -> int:
+def port_number(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
         raise BadValue("a port from 1 to 65535, such as 8000 (0: any free one)")
     return int(text)
@@ -83,14 +84,6 @@ class Keys:
         return keys(f"@{self.file}") if self.file else self
 
 
-# What a key has of a template that was not filled in -> how such placeholders are written.
-PLACEHOLDERS = (
-    (re.compile(r"\{\{.*\}\}"), "{{ NAME }}"),  # Helm, RunPod's secrets, GitHub's
-    (re.compile(r"\$\{[A-Za-z_]\w*(\W.*)?\}"), "${NAME}"),  # shells, compose
-    (re.compile(r"\$\([A-Za-z_]\w*\)"), "$(NAME)"),  # Kubernetes, where there is no such variable
-    (re.compile(r"^\$[A-Z_][A-Z0-9_]*$"), "$NAME"),
-)
-QUOTES = ("'", '"')
 # A key with less can be tried out. Such a one is told, and holds.
 SHORT_KEY = 8  # characters
 
@@ -111,17 +104,8 @@ def keys(value: str) -> Keys:
     if not all(key.isascii() and key.isprintable() for key in found):
         raise BadValue("keys of printable ASCII characters, such as key1,key2")
     for key in (value.strip(), *found):
-        _as_written(key)
+        clean(key)
     return Keys(found, file)
-
-
-def _as_written(key: str) -> None:
-    """Raises BadValue for what somebody else was to fill in, or to take out of its quotes: no client would have it."""
-    for pattern, form in PLACEHOLDERS:
-        if pattern.search(key):
-            raise BadValue(f"keys, such as key1,key2; one has a placeholder like {form}, which nothing has filled in")
-    if len(key) > 1 and key[0] in QUOTES and key[0] == key[-1]:
-        raise BadValue("keys, such as key1,key2; one stands in quotes, which would be a part of it: leave them out")
 
 
 def routes(value: str) -> tuple[str, ...]:
@@ -162,6 +146,7 @@ class Knob:
     meaning: str
     secret: bool = False
     is_program: bool = False  # it names one to run
+    template: bool = False  # braces in it may be its own
 
     @property
     def field(self) -> str:
@@ -169,132 +154,128 @@ class Knob:
         return self.variable.removeprefix("SUPERVISOR_").lower()
 
 
-KNOBS = (
-    Knob(
+def knob(variable: str, default: str | None, read: Callable[[str], object], meaning: str, **more: bool) -> Any:
+    return field(metadata={"knob": Knob(variable, default, read, meaning, **more)})
+
+
+@dataclass(frozen=True, slots=True)
+class Knobs:
+    """The supervisor's own settings: each one's row, and its value. Times in seconds."""
+
+    mode: str = knob(
         "SUPERVISOR_MODE", "auto", choice("auto", "http", "queue"), "what to serve: HTTP, or RunPod's queue"
-    ),  # stays first
-    Knob("SUPERVISOR_HOST", "127.0.0.1", text, "where the gateway listens (in the image: 0.0.0.0)"),
-    Knob("PORT", "8000", port, "the gateway's port"),
-    Knob("PORT_HEALTH", None, port, "a second port for health checks"),
-    Knob("SUPERVISOR_VLLM", None, text, "the command that stands for `vllm`", is_program=True),
-    Knob("SUPERVISOR_EXTRA_ARGS", "", words, "appended to vLLM's command line as it is"),
-    Knob("SUPERVISOR_STARTUP_TIMEOUT", "1200", seconds, "seconds until vLLM must be ready"),
-    Knob(
+    )
+    host: str = knob("SUPERVISOR_HOST", "127.0.0.1", text, "where the gateway listens (in the image: 0.0.0.0)")
+    port: int = knob("PORT", "8000", port_number, "the gateway's port")
+    port_health: int | None = knob("PORT_HEALTH", None, port_number, "a second port for health checks")
+    vllm: str | None = knob("SUPERVISOR_VLLM", None, text, "the command that stands for `vllm`", is_program=True)
+    extra_args: tuple[str, ...] = knob(
+        "SUPERVISOR_EXTRA_ARGS", "", words, "appended to vLLM's command line as it is", template=True
+    )
+    startup_timeout: float = knob("SUPERVISOR_STARTUP_TIMEOUT", "1200", seconds, "seconds until vLLM must be ready")
+    warm_up: bool = knob(
         "SUPERVISOR_WARM_UP", "false", read_bool, "whether the model has to answer a first request before it is ready"
-    ),
-    Knob(
+    )
+    stall_timeout: float = knob(
         "SUPERVISOR_STALL_TIMEOUT",
         "120",
         seconds,
         "seconds without progress, with work in flight, until vLLM is hung; 0: never",
-    ),
-    Knob("SUPERVISOR_MAX_RESTARTS", "5", count, "how often vLLM is started again ..."),
-    Knob("SUPERVISOR_RESTART_WINDOW", "600", seconds, "... within so many seconds, before it is given up"),
-    Knob(
+    )
+    max_restarts: int = knob("SUPERVISOR_MAX_RESTARTS", "5", count, "how often vLLM is started again ...")
+    restart_window: float = knob(
+        "SUPERVISOR_RESTART_WINDOW", "600", seconds, "... within so many seconds, before it is given up"
+    )
+    on_failure: str = knob(
         "SUPERVISOR_ON_FAILURE",
         "exit",
         choice("exit", "serve"),
         "then: leave with 3 or 4, or stay and tell why (queue: serve)",
-    ),
-    Knob("SUPERVISOR_HOLD_TIMEOUT", "120", seconds, "seconds that a request may wait for an engine that is starting"),
-    Knob("SUPERVISOR_DRAIN_TIMEOUT", "30", seconds, "seconds that running requests may go on after SIGTERM"),
-    Knob("SUPERVISOR_MAX_CONCURRENCY", None, count, "how many requests may run at once; unset: no limit (queue: 30)"),
-    Knob(
+    )
+    hold_timeout: float = knob(
+        "SUPERVISOR_HOLD_TIMEOUT", "120", seconds, "seconds that a request may wait for an engine that is starting"
+    )
+    drain_timeout: float = knob(
+        "SUPERVISOR_DRAIN_TIMEOUT", "30", seconds, "seconds that running requests may go on after SIGTERM"
+    )
+    max_concurrency: int | None = knob(
+        "SUPERVISOR_MAX_CONCURRENCY", None, count, "how many requests may run at once; unset: no limit (queue: 30)"
+    )
+    job_output: str = knob(
         "SUPERVISOR_JOB_OUTPUT",
         "openai",
         choice("openai", "tokens"),
         "what a job with messages or a prompt gives: OpenAI's JSON, or tokens as worker-vllm did until July 2026",
-    ),
-    Knob("SUPERVISOR_JOB_BATCH_SIZE", "50", some, "of tokens: pieces of text in a chunk of a stream, at most ..."),
-    Knob("SUPERVISOR_JOB_MIN_BATCH_SIZE", "1", some, "... and at first ..."),
-    Knob("SUPERVISOR_JOB_BATCH_GROWTH", "3", ratio, "... and how many times as many each time"),
-    Knob("SUPERVISOR_MAX_WAITING", "1000", count, "how many more may wait for their turn, before a 429"),
-    Knob(
+    )
+    job_batch_size: int = knob(
+        "SUPERVISOR_JOB_BATCH_SIZE", "50", some, "of tokens: pieces of text in a chunk of a stream, at most ..."
+    )
+    job_min_batch_size: int = knob("SUPERVISOR_JOB_MIN_BATCH_SIZE", "1", some, "... and at first ...")
+    job_batch_growth: float = knob(
+        "SUPERVISOR_JOB_BATCH_GROWTH", "3", ratio, "... and how many times as many each time"
+    )
+    max_waiting: int = knob(
+        "SUPERVISOR_MAX_WAITING", "1000", count, "how many more may wait for their turn, before a 429"
+    )
+    request_timeout: float = knob(
         "SUPERVISOR_REQUEST_TIMEOUT", "3600", seconds, "seconds that a request may take, answer included (0: no limit)"
-    ),
-    Knob("SUPERVISOR_CLIENT_TIMEOUT", "60", seconds, "seconds for a client's next bytes, or for it to take ours"),
-    Knob(
+    )
+    client_timeout: float = knob(
+        "SUPERVISOR_CLIENT_TIMEOUT", "60", seconds, "seconds for a client's next bytes, or for it to take ours"
+    )
+    sse_keep_alive: float = knob(
         "SUPERVISOR_SSE_KEEP_ALIVE",
         "0",
         seconds,
         "seconds between comments in a stream whose request is held or queued; its status is 200 then; 0: none",
-    ),
-    Knob("SUPERVISOR_MAX_BODY", "64MiB", size, "the largest request body"),
-    Knob("SUPERVISOR_API_KEYS", None, keys, "keys that clients must give, between commas, or @file", secret=True),
-    Knob(
+    )
+    max_body: int = knob("SUPERVISOR_MAX_BODY", "64MiB", size, "the largest request body")
+    api_keys: Keys | None = knob(
+        "SUPERVISOR_API_KEYS", None, keys, "keys that clients must give, between commas, or @file", secret=True
+    )
+    admin_keys: Keys | None = knob(
         "SUPERVISOR_ADMIN_KEYS",
         None,
         keys,
         "keys that open vLLM's admin routes as well, and show its log and the settings, the same way",
         secret=True,
-    ),
-    Knob("SUPERVISOR_ALLOW_ROUTES", "", routes, "more paths to open, by their beginnings, between commas"),
-    Knob(
+    )
+    allow_routes: tuple[str, ...] = knob(
+        "SUPERVISOR_ALLOW_ROUTES", "", routes, "more paths to open, by their beginnings, between commas"
+    )
+    allowed_hosts: tuple[str, ...] = knob(
         "SUPERVISOR_ALLOWED_HOSTS",
         "",
         hosts,
         "hosts that clients may name, on loopback without keys, beside localhost and addresses: a.example,*.b.example",
-    ),
-    Knob("SUPERVISOR_RATE_LIMIT", None, count, "requests per minute and key (or address, where there are no keys)"),
-    Knob(
+    )
+    rate_limit: int | None = knob(
+        "SUPERVISOR_RATE_LIMIT", None, count, "requests per minute and key (or address, where there are no keys)"
+    )
+    response_cache: int | None = knob(
         "SUPERVISOR_RESPONSE_CACHE",
         None,
         size,
         "memory for answers that would come out the same (temperature 0, or a seed), such as 256MiB; unset: none",
-    ),
-    Knob("SUPERVISOR_TLS_CERT", None, text, "a certificate's file: HTTPS instead of HTTP"),
-    Knob("SUPERVISOR_TLS_KEY", None, text, "its private key's file"),
-    Knob("SUPERVISOR_LOG_FORMAT", "text", choice("text", "json"), "our own log lines: text or json"),
-    Knob("SUPERVISOR_LOG_LEVEL", "info", choice("debug", "info", "warning", "error"), "our own log's level"),
-    Knob("SUPERVISOR_ACCESS_LOG", "true", read_bool, "a line for each answer, in place of vLLM's own"),
-    Knob(
+    )
+    tls_cert: str | None = knob("SUPERVISOR_TLS_CERT", None, text, "a certificate's file: HTTPS instead of HTTP")
+    tls_key: str | None = knob("SUPERVISOR_TLS_KEY", None, text, "its private key's file")
+    log_format: str = knob("SUPERVISOR_LOG_FORMAT", "text", choice("text", "json"), "our own log lines: text or json")
+    log_level: str = knob(
+        "SUPERVISOR_LOG_LEVEL", "info", choice("debug", "info", "warning", "error"), "our own log's level"
+    )
+    access_log: bool = knob(
+        "SUPERVISOR_ACCESS_LOG", "true", read_bool, "a line for each answer, in place of vLLM's own"
+    )
+    volume: str | None = knob(
         "SUPERVISOR_VOLUME",
         None,
         text,
         "a disk that outlives the container, for downloads and caches (found on RunPod)",
-    ),
-    Knob("SUPERVISOR_CACHE_DIR", None, text, "a folder for caches alone (on the volume, where there is one)"),
-)
+    )
+    cache_dir: str | None = knob(
+        "SUPERVISOR_CACHE_DIR", None, text, "a folder for caches alone (on the volume, where there is one)"
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class Knobs:
-    """The values of the table above. Times in seconds."""
-
-    mode: str
-    host: str
-    port: int
-    port_health: int | None
-    vllm: str | None
-    extra_args: tuple[str, ...]
-    startup_timeout: float
-    warm_up: bool
-    stall_timeout: float
-    max_restarts: int
-    restart_window: float
-    on_failure: str
-    hold_timeout: float
-    drain_timeout: float
-    max_concurrency: int | None
-    job_output: str
-    job_batch_size: int
-    job_min_batch_size: int
-    job_batch_growth: float
-    max_waiting: int
-    request_timeout: float
-    client_timeout: float
-    sse_keep_alive: float
-    max_body: int
-    api_keys: Keys | None
-    admin_keys: Keys | None
-    allow_routes: tuple[str, ...]
-    allowed_hosts: tuple[str, ...]
-    rate_limit: int | None
-    response_cache: int | None
-    tls_cert: str | None
-    tls_key: str | None
-    log_format: str
-    log_level: str
-    access_log: bool
-    volume: str | None
-    cache_dir: str | None
+KNOBS: tuple[Knob, ...] = tuple(each.metadata["knob"] for each in fields(Knobs))

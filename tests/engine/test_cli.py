@@ -18,7 +18,7 @@ import pytest
 
 from supervisor import __version__
 from supervisor.listen import bind
-from supervisor.settings.sources import Arguments, SettingsError, gather
+from supervisor.settings.settings import Arguments, SettingsError, gather
 from tests.engine.conftest import Call
 from tests.harness import DEMO, FAKE, ROOT, SUPERVISOR, clean_environment
 

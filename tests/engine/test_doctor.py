@@ -29,7 +29,7 @@ from supervisor.doctor import machine, model
 from supervisor.doctor.checks import CHECKS
 from supervisor.doctor.examine import admit, examine
 from supervisor.doctor.patient import FAIL, OK, WARN, Patient, Row
-from supervisor.settings.sources import Arguments
+from supervisor.settings.settings import Arguments
 from supervisor.weights import estimate
 from tests.engine.conftest import Call
 from tests.harness import DEMO, FAKE, ROOT, SUPERVISOR, Supervisor, clean_environment, http
@@ -325,7 +325,6 @@ def test_nothing_is_asked_offline(doctor: Doctor, hub: Hub) -> None:
     [
         ("org/tiny", {"HF_HUB_OFFLINE": "1"}, FAIL, "is not here, and HF_HUB_OFFLINE is set"),
         ("org/tiny", {}, OK, "are free in"),
-        ("org/model:Q4_K_M", {}, OK, "left to vLLM"),
         (str(DEMO), {}, OK, "the folder"),
         (str(DEMO / "model.safetensors"), {}, OK, "the folder"),
     ],

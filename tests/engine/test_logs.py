@@ -19,7 +19,7 @@ import pytest
 
 from supervisor.around.start import waterfall
 from supervisor.launch import Launch
-from supervisor.settings.sources import Arguments, gather
+from supervisor.settings.settings import Arguments, gather
 from tests.harness import FAKE, SUPERVISOR, Supervisor, clean_environment, wait_until
 
 COMPLETIONS = "/v1/completions"

@@ -13,7 +13,7 @@ import pytest
 from supervisor.serve import elsewhere
 from supervisor.settings import explain
 from supervisor.settings.command import build
-from supervisor.settings.sources import Arguments, Settings, SettingsError, gather
+from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
 
 # As an Instant Cluster of RunPod sets them (docs.runpod.io/instant-clusters/configuration), on its second machine.
 RUNPOD = {

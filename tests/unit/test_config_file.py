@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from supervisor.settings import explain
-from supervisor.settings.sources import Arguments, Settings, SettingsError, gather
+from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
 from tests.unit.test_settings import argv, problems, read
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -319,7 +319,7 @@ def test_pyyaml_is_imported_only_where_there_is_a_file_to_look_into(
     if text is not None:
         (folder / "config.yaml").write_text(text)
     program = (
-        "import sys; from supervisor.settings.sources import Arguments, gather; "
+        "import sys; from supervisor.settings.settings import Arguments, gather; "
         f"gather(Arguments(model='m'), {{'SUPERVISOR_VLLM': {str(folder.parent / 'vllm/bin/vllm')!r}}}); "
         "print('yaml' in sys.modules)"
     )

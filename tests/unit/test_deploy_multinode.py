@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from supervisor.serve import CLOSE_PATIENCE, TERMINATE_PATIENCE
-from supervisor.settings.sources import Arguments, Settings, gather
+from supervisor.settings.settings import Arguments, Settings, gather
 
 FOLDER = Path(__file__).resolve().parents[2] / "deploy" / "kubernetes-multinode"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))

@@ -17,9 +17,9 @@ import yaml
 
 from supervisor.gateway.delivery import TABLE, Delivery, Event, State
 from supervisor.settings import catalogue
-from supervisor.settings.aliases import ALIASES, OWNED
 from supervisor.settings.knobs import KNOBS
-from supervisor.settings.sources import Arguments, gather
+from supervisor.settings.names import ALIASES, OWNED
+from supervisor.settings.settings import Arguments, gather
 from supervisor.settings.vllm import PINNED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -210,13 +210,20 @@ def test_every_key_of_the_hub_is_read(folder: Path) -> None:
         "SPECULATIVE_CONFIG": '{"method": "ngram"}',
         "SUPERVISOR_EXTRA_ARGS": "--seed 1",
     }
-    values |= {"LIMIT_MM_PER_PROMPT": '{"image": 1}', "GPU_MEMORY_UTILIZATION": "0.5", "SUPERVISOR_LOG_LEVEL": "debug"}
+    values |= {"QUANTIZATION": "awq", "LOAD_FORMAT": "safetensors", "TOOL_CALL_PARSER": "hermes"}
+    values |= {
+        "REASONING_PARSER": "qwen3",
+        "LIMIT_MM_PER_PROMPT": '{"image": 1}',
+        "GPU_MEMORY_UTILIZATION": "0.5",
+        "SUPERVISOR_LOG_LEVEL": "debug",
+    }
     for key, row in ROWS.items():
         if key in NOT_OURS:
             continue
         choices = [option["value"] for option in row.get("options", []) if option["value"]]
         value = values.get(key) or (choices[0] if choices else "true" if key.startswith("ENABLE") else "7")
-        settings = gather(Arguments(), {"MODEL": "m"} | where(folder) | {key: value})
+        needed = {"ENABLE_LORA": "true", "TOOL_CALL_PARSER": "hermes"}
+        settings = gather(Arguments(), {"MODEL": "m"} | where(folder) | needed | {key: value})
         found = [settings.model, *settings.knob_settings, *(setting for _, setting in settings.options)]
         assert f"environment {key}" in [setting.source for setting in found], key
         assert not [line for line in settings.warnings if key in line and "prefix" not in line], key

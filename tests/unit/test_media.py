@@ -18,7 +18,7 @@ from supervisor.doctor import model as doctor
 from supervisor.doctor.patient import WARN, Patient, Row
 from supervisor.engine.lifecycle import State
 from supervisor.engine.run import Change, Run
-from supervisor.settings.sources import Arguments, Settings, gather
+from supervisor.settings.settings import Arguments, Settings, gather
 from supervisor.weights.find import Weights
 from supervisor.weights.hub import Hub
 from supervisor.weights.modalities import kinds, read

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from supervisor.settings import platform
-from supervisor.settings.sources import Arguments, Settings, SettingsError, gather
+from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
 
 QUEUE = {"RUNPOD_ENDPOINT_ID": "e", "RUNPOD_POD_ID": "p", "RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1/"}
 BALANCER = {"RUNPOD_ENDPOINT_ID": "e", "RUNPOD_POD_ID": "p", "PORT_HEALTH": "8001"}

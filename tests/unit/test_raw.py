@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from supervisor.settings.command import build
-from supervisor.settings.sources import Arguments, Settings, SettingsError, gather
+from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
 
 
 def read(folder: Path, raw: str, **environ: str) -> Settings:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from supervisor.settings.command import build
-from supervisor.settings.sources import Arguments, Settings, SettingsError, gather
+from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
 
 TEMPLATES: dict[str, Any] = json.loads((Path(__file__).parent / "templates.json").read_text())
 VLLM_TEMPLATE, LLM_TEMPLATE = TEMPLATES["worker-vllm template"], TEMPLATES["runpod-LLM template"]
@@ -37,10 +37,12 @@ VALUES = {
     "MODEL_LOADER_EXTRA_CONFIG": '{"a": 1}',
     "NUM_SPECULATIVE_TOKENS": "5",
     "QUANTIZATION": "awq",
+    "REASONING_PARSER": "qwen3",
     "REQUEST_TIMEOUT": "300",
     "SPECULATIVE_CONFIG": '{"method": "ngram"}',
     "SPECULATIVE_METHOD": "ngram",
     "TOKENIZER_NAME": "a/b",
+    "TOOL_CALL_PARSER": "hermes",
     "VLLM_CONFIG_FILE": "vllm.yaml",
     "VLLM_EXTRA_ARGS": "--seed 3",
     "VLLM_STARTUP_TIMEOUT": "300",

@@ -11,11 +11,10 @@ import pytest
 
 from supervisor.settings import catalogue as catalogues
 from supervisor.settings import typos
-from supervisor.settings.aliases import ALIASES, FORMER
 from supervisor.settings.catalogue import FLAGS, Catalogue, Option, parse
 from supervisor.settings.knobs import KNOBS
-from supervisor.settings.removed import REMOVED, REMOVED_ENVIRONMENT
-from supervisor.settings.sources import Arguments, Settings, gather
+from supervisor.settings.names import ALIASES, ELSEWHERE, FORMER, OWNED, REMOVED, REMOVED_ENVIRONMENT
+from supervisor.settings.settings import Arguments, Settings, gather
 
 CATALOGUE = parse((FLAGS / "0.32.0.json").read_text())
 READ = {option.variable for option in CATALOGUE.by_key.values()} | {knob.variable for knob in KNOBS}
@@ -73,13 +72,47 @@ def test_other_programs_variables_are_none_of_our_business() -> None:
         ("SUPERVISOR_MODEL", "MODEL"),
         ("MODEL_NAMES", "MODEL_NAME"),
         ("MAX_CONCURENCY", "MAX_CONCURRENCY"),
-        ("HF_MODEL_ID", "MODEL"),
-        ("NUM_SHARD", "TENSOR_PARALLEL_SIZE"),
     ],
 )
 def test_near_misses_are_told(written: str, meant: str) -> None:
     (line,) = told(**{written: "1"})
     assert line == f"{written} has no effect: nothing reads it; did you mean {meant}?"
+
+
+@pytest.mark.parametrize(
+    ("written", "line"),
+    [
+        ("NUM_SHARD", "it is TGI's; set TENSOR_PARALLEL_SIZE"),
+        ("MAX_TOTAL_TOKENS", "it is TGI's; set MAX_MODEL_LEN"),
+        ("MAX_BATCH_PREFILL_TOKENS", "it is TGI's; set MAX_NUM_BATCHED_TOKENS"),
+        ("OPTION_TENSOR_PARALLEL_DEGREE", "it is LMI's; set TENSOR_PARALLEL_SIZE"),
+        ("OPTION_MAX_MODEL_LEN", "it is LMI's; set MAX_MODEL_LEN"),
+        ("OPTION_DTYPE", "it is LMI's; set DTYPE"),
+        ("OPTION_ROLLING_BATCH", "it is LMI's; there is nothing to set"),
+        ("OLLAMA_CONTEXT_LENGTH", "it is Ollama's; set MAX_MODEL_LEN"),
+        ("NUM_CTX", "it is Ollama's; set MAX_MODEL_LEN"),
+        ("LLAMA_ARG_CTX_SIZE", "it is llama.cpp's; set MAX_MODEL_LEN"),
+        ("N_GPU_LAYERS", "it is llama.cpp's; there is nothing to set"),
+        ("MEM_FRACTION_STATIC", "it is SGLang's; set GPU_MEMORY_UTILIZATION"),
+        ("CONTEXT_LENGTH", "it is SGLang's; set MAX_MODEL_LEN"),
+        ("TP_SIZE", "it is SGLang's; set TENSOR_PARALLEL_SIZE"),
+        ("TP", "set TENSOR_PARALLEL_SIZE"),
+        ("HF_MODEL_ID", "set MODEL"),
+        ("MAX_SEQ_LEN", "set MAX_MODEL_LEN"),
+        ("VLLM_ARGS", "set SUPERVISOR_EXTRA_ARGS"),
+        ("VLLM_SERVE_ARGS", "set SUPERVISOR_EXTRA_ARGS"),
+        ("HUGGINGFACE_HUB_TOKEN", "set HF_TOKEN"),
+        ("VLLM_HOST", OWNED["host"]),
+        ("VLLM_USER_V1", "vLLM 0.32.0 reads no such variable, unless a plugin does"),
+    ],
+)
+def test_names_of_other_servers_are_told_with_what_to_set_here(written: str, line: str) -> None:
+    assert told(**{written: "1"}) == [f"{written} has no effect: {line}"]
+
+
+def test_all_that_is_to_be_set_instead_is_there() -> None:
+    assert {ours for _, ours in ELSEWHERE.values()} - {""} <= READ
+    assert not ELSEWHERE.keys() & READ
 
 
 def test_a_name_of_ours_that_is_like_no_other_is_told_too() -> None:
@@ -101,9 +134,10 @@ def test_kubernetes_makes_variables_for_services_of_any_name() -> None:
 
 
 def test_vllms_own_variables_are_checked_against_those_it_reads() -> None:
-    (line,) = told(VLLM_USE_DEEPGEMM="1", VLLM_LOGGING_LEVEL="INFO", VLLM_OF_A_PLUGIN="1")
-    assert "VLLM_USE_DEEPGEMM" in line
-    assert "did you mean VLLM_USE_DEEP_GEMM?" in line
+    near, unknown = told(VLLM_USE_DEEPGEMM="1", VLLM_LOGGING_LEVEL="INFO", VLLM_OF_A_PLUGIN="1")
+    assert "VLLM_USE_DEEPGEMM" in near
+    assert "did you mean VLLM_USE_DEEP_GEMM?" in near
+    assert unknown == "VLLM_OF_A_PLUGIN has no effect: vLLM 0.32.0 reads no such variable, unless a plugin does"
 
 
 HISTORY = json.loads((Path(__file__).parent / "vllm_history.json").read_text())

@@ -210,3 +210,9 @@ def test_the_headers_for_a_collector_hold_keys() -> None:
 @pytest.mark.parametrize("name", ["MAX_NUM_BATCHED_TOKENS", "TOKENIZER", "KEYBOARD_LAYOUT", "MONKEY", "SPEC_TOKENS"])
 def test_variables_that_only_sound_like_it_hold_none(name: str) -> None:
     assert Mask({name: "131072-abc"})("131072-abc") == "131072-abc"
+
+
+@pytest.mark.parametrize("given", ["{'image': 4}", '{\\"image\\": 4}'])
+def test_json_in_other_quotes_is_told_as_it_should_be_written(given: str) -> None:
+    with pytest.raises(BadValue, match=r'JSON: write \{"image": 4\}'):
+        OPTIONS["limit_mm_per_prompt"].read(given)

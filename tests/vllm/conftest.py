@@ -58,6 +58,20 @@ def served(simulated: RunPod) -> Iterator[Supervisor]:
         yield supervisor.ready(START)
 
 
+def link_to(served: Supervisor, folder: Path) -> Path:
+    """-> a `vllm` for a second supervisor: at once there, for its socket is a link to that of the one which serves."""
+    vllm = folder / "vllm"
+    vllm.write_text(
+        "#!/bin/sh\n"
+        'if [ "$1" = --version ]; then echo 0.32.0; exit; fi\n'
+        'while [ "$1" != --uds ]; do shift; done\n'
+        f'ln -s {served.socket} "$2"\n'
+        "exec sleep 10000\n"
+    )  # fmt: skip
+    vllm.chmod(0o755)
+    return vllm
+
+
 @pytest.fixture(scope="session")
 def runpod(simulated: RunPod, served: Supervisor) -> RunPod:
     """With a worker that is there: a test that is run by itself asks for it, too."""

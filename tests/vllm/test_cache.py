@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import concurrent.futures
 from collections.abc import Iterator
-from pathlib import Path
 
 import anthropic
 import openai
 import pytest
 
 from tests.harness import Supervisor
+from tests.vllm.conftest import link_to
 
 pytestmark = pytest.mark.vllm
 RESULT = "x-supervisor-cache"
@@ -19,16 +19,8 @@ ASKED = [{"role": "user", "content": "Tell me of the sea."}]
 
 @pytest.fixture(scope="module")
 def caching(served: Supervisor, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor]:
-    """A second supervisor, for the same engine: its `vllm` is a link to the socket of the first one's."""
-    vllm = Path(tmp_path_factory.mktemp("vllm")) / "vllm"
-    vllm.write_text(
-        "#!/bin/sh\n"
-        'if [ "$1" = --version ]; then echo 0.32.0; exit; fi\n'
-        'while [ "$1" != --uds ]; do shift; done\n'
-        f'ln -s {served.socket} "$2"\n'
-        "exec sleep 10000\n"
-    )  # fmt: skip
-    vllm.chmod(0o755)
+    """A second supervisor, for the same engine."""
+    vllm = link_to(served, tmp_path_factory.mktemp("vllm"))
     environ = {"SUPERVISOR_RESPONSE_CACHE": "10MB", "MODEL": "demo"}
     with Supervisor(vllm=vllm, environ=environ) as supervisor:
         yield supervisor.ready()

@@ -16,10 +16,10 @@ import pytest
 import yaml
 
 from supervisor.settings import catalogue as catalogues
-from supervisor.settings.aliases import OWNED
 from supervisor.settings.catalogue import Option
 from supervisor.settings.command import build
-from supervisor.settings.sources import Arguments, SettingsError, gather
+from supervisor.settings.names import OWNED
+from supervisor.settings.settings import Arguments, SettingsError, gather
 from supervisor.settings.vllm import PINNED
 from tests.vllm.conftest import VLLM
 
@@ -52,10 +52,18 @@ SAMPLES: dict[str, object] = {
     "lora_modules": [{"name": "a", "path": "b"}, {"name": "c", "path": "d,e f"}],
     "middleware": ["a.b", "c.d"],
     "grpc_port": 5001,
+    "load_format": "safetensors",
+    "quantization": "awq",
+    "reasoning_parser": "qwen3",
+    "tool_call_parser": "hermes",
+    "speculative_config": {"method": "ngram"},
 }
 # Options that mean something in company alone: what is set beside them. A rank above 0 has another command, and is
 # tests/unit/test_cluster.py's.
 COMPANY = {
+    "enable_auto_tool_choice": {"TOOL_CALL_PARSER": "hermes"},
+    "lora_modules": {"ENABLE_LORA": "true"},
+    "max_num_batched_tokens": {"MAX_NUM_SEQS": "1"},
     "nnodes": {"TENSOR_PARALLEL_SIZE": "7", "MASTER_ADDR": "h"},
     "master_addr": {"NNODES": "2", "TENSOR_PARALLEL_SIZE": "2"},
     "master_port": {"NNODES": "2", "TENSOR_PARALLEL_SIZE": "2", "MASTER_ADDR": "h"},
@@ -76,6 +84,12 @@ def sample(option: Option, folder: Path) -> object:
     """A value that is not the default, as one would write it in YAML."""
     if option.key in SAMPLES:
         return SAMPLES[option.key]
+    if option.key == "allowed_local_media_path":
+        return str(folder)
+    if option.key in ("chat_template", "tool_parser_plugin", "reasoning_parser_plugin"):
+        file = folder / "a.file"
+        file.touch()
+        return str(file)
     if option.key == "config":
         file = folder / "vllm.yaml"
         file.write_text("max-num-seqs: 7\n")
@@ -138,11 +152,11 @@ def ways(option: Option, value: object, folder: Path) -> list[Row]:
     rows.append(Row(option, "command line", out(raw, **company)))
     if option.kind == "list" and isinstance(value, list):
         as_json = {option.variable: json.dumps(value)}
-        rows.append(Row(option, "environment, JSON", out(plain, **as_json)))
+        rows.append(Row(option, "environment, JSON", out(plain, **company, **as_json)))
         if all(isinstance(item, str) for item in value):
-            rows.append(Row(option, "environment, spaces", out(plain, **{option.variable: " ".join(value)})))
+            rows.append(Row(option, "environment, spaces", out(plain, **company, **{option.variable: " ".join(value)})))
     if option.kind == "pair" and option.opposite:
-        rows.append(Row(option, "opposite", out(plain, **{option.opposite.upper(): str(not value).lower()})))
+        rows.append(Row(option, "opposite", out(plain, **company, **{option.opposite.upper(): str(not value).lower()})))
     return rows
 
 
@@ -165,7 +179,9 @@ def test_every_option_by_every_way_is_what_vllm_would_parse(tmp_path: Path, monk
             continue
         value = sample(option, tmp_path)
         beside = [
-            word for key, text in COMPANY.get(option.key, {}).items() for word in (OPTIONS[key.lower()].name, text)
+            word
+            for key, text in COMPANY.get(option.key, {}).items()
+            for word in (reference(OPTIONS[key.lower()], text == "true" or text))
         ]
         whole = ["m", *beside, *reference(option, value)]
         rows += [Row(option, "without", ["m", *beside]), Row(option, "reference", whole)]

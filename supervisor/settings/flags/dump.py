@@ -45,6 +45,15 @@ TYPES = {
     "human_readable_int_or_auto": "human_int_or_auto",
 }
 
+# What else a text may be, where the parser takes any: vLLM's own names, to which plugins may add others. By the option,
+# where vLLM keeps them.
+NAMES = {
+    "--load-format": ("vllm.model_executor.model_loader", "_LOAD_FORMAT_TO_MODEL_LOADER"),
+    "--quantization": ("vllm.model_executor.layers.quantization", "QUANTIZATION_METHODS"),
+    "--reasoning-parser": ("vllm.reasoning", "ReasoningParserManager"),
+    "--tool-call-parser": ("vllm.tool_parsers", "ToolParserManager"),
+}
+
 DEPRECATED = re.compile(r"^\W*deprecated\b|\bdeprecated:|\bis deprecated\b", re.IGNORECASE)
 
 # Those that vLLM writes out before its parser sees them: -O3, -O=3 and -O 3.
@@ -164,6 +173,35 @@ def bounds() -> dict[str, dict[str, float]]:
     return {field: limits[0] for field, limits in found.items() if len(limits) == 1}
 
 
+def known_names(option_name: str) -> list[str]:
+    """Empty where this vLLM keeps them elsewhere."""
+    try:
+        module, name = NAMES[option_name]
+        found = getattr(importlib.import_module(module), name)
+        return sorted(found.list_registered() if hasattr(found, "list_registered") else found)
+    except (KeyError, ImportError, AttributeError, TypeError):
+        return []
+
+
+def switches(variables: dict[str, Callable[[], Any]]) -> list[str]:
+    """Variables that are a number to vLLM and mean yes or no: of a word, such as `false`, it dies."""
+    found = []
+    for name, look in variables.items():
+
+        def read(text: str, name: str = name, look: Callable[[], Any] = look) -> str:
+            os.environ[name] = text
+            try:
+                return repr(look())
+            except ValueError:
+                return "error"
+            finally:
+                del os.environ[name]
+
+        if name.startswith("VLLM_") and [read(text) for text in ("0", "1", "no")] == ["False", "True", "error"]:
+            found.append(name)
+    return sorted(found)
+
+
 def turns_off(parser: argparse.ArgumentParser, action: argparse.Action, name: str) -> bool:
     """Whether this name of a pair is the one for false: --no-x, and since 0.33 also --disable-x of --enable-x."""
     namespace = argparse.Namespace()
@@ -191,6 +229,8 @@ def option(parser: argparse.ArgumentParser, action: argparse.Action, limits: dic
             row["choices"] = [choice for choice in action.choices if str(choice) != "None"]
         if row["kind"] == "value" and takes_none(action):
             row["none"] = True
+    if known := known_names(row["name"]):
+        row["names"] = known
     if row.get("type") in ("int", "float", "human_int", "human_int_or_auto"):
         row |= limits
     default = sorted(action.default) if isinstance(action.default, set | frozenset) else action.default
@@ -216,6 +256,7 @@ def catalogue() -> dict[str, Any]:
     return {
         "version": release(),
         "environment": sorted(name for name in variables if name.startswith("VLLM_")),
+        "switches": switches(variables),
         "options": sorted(rows, key=lambda row: str(row["name"])),
     }
 
@@ -231,6 +272,7 @@ def main() -> None:
     rows = ",\n".join("  " + json.dumps(row) for row in found["options"])
     print(f'{{"version": {json.dumps(found["version"])},')
     print(f'"environment": {json.dumps(found["environment"])},')
+    print(f'"switches": {json.dumps(found["switches"])},')
     print(f'"options": [\n{rows}\n]}}')
 
 

@@ -1,0 +1,300 @@
+"""What can't work together, or not here, told before anything starts: a table of rules.
+
+Each of the problems fails vLLM as well, but only after it has imported itself, and often after it has loaded the model:
+minutes of a GPU. A rule yields what is wrong, with what to set.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from supervisor.bounded import within
+from supervisor.settings import platform
+from supervisor.settings.catalogue import Catalogue
+from supervisor.settings.knobs import SHORT_KEY, Keys
+from supervisor.settings.models import DISK_PATIENCE
+from supervisor.settings.secrets import SHORTEST_SECRET
+from supervisor.settings.typos import nearest
+from supervisor.settings.vllm import Vllm
+
+GONE = {
+    "bitsandbytes": ", which an older one had",
+    "gguf": ": since 0.24 a plugin has it",
+}
+LORA_RANK = 16  # vLLM's default of MAX_LORA_RANK
+# Of parsers and templates, vLLM's own folder has some, by their names alone.
+PATH = re.compile(r"[/\\]|\.(jinja2?|j2|txt|tmpl)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """All that was asked for. `values`: variable -> (value, where it came from)."""
+
+    mode: str
+    environ: Mapping[str, str]
+    values: Mapping[str, tuple[Any, str]]
+    vllm: Vllm | None = None
+    catalogue: Catalogue | None = None
+
+    def value(self, variable: str) -> Any:
+        return self.values.get(variable, (None, ""))[0]
+
+    def source(self, variable: str) -> str:
+        return self.values.get(variable, (None, ""))[1]
+
+    def number(self, variable: str) -> float:
+        text = str(self.value(variable))
+        return float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else 0.0
+
+    def named(self, variable: str) -> str:
+        """With its value and its source, as a problem begins."""
+        value = self.value(variable)
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        return f"{variable}={str(shown).lower() if isinstance(shown, bool) else shown} ({self.source(variable)})"
+
+
+def is_missing(path: str) -> bool:
+    """Whether it surely is not there; a disk that does not answer may have it."""
+    return within(DISK_PATIENCE, Path(path).exists) is False
+
+
+# Problems
+
+
+def tls(asked: Asked) -> Iterator[str]:
+    cert, key = asked.value("SUPERVISOR_TLS_CERT"), asked.value("SUPERVISOR_TLS_KEY")
+    if key and not cert:
+        yield "SUPERVISOR_TLS_KEY is set without SUPERVISOR_TLS_CERT, such as /tls/tls.crt"
+    elif cert:
+        import ssl  # noqa: PLC0415  # 10 ms that most starts need not pay
+
+        try:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key)
+        except OSError as error:
+            yield (
+                f"SUPERVISOR_TLS_CERT={cert}, SUPERVISOR_TLS_KEY={key or ''}: expected a certificate and its key in "
+                f"PEM, such as /tls/tls.crt and /tls/tls.key ({error.strerror or error})"
+            )
+
+
+def a_queue_on_runpod(asked: Asked) -> Iterator[str]:
+    """A simulated one would be taken for a worker that has nothing to do, and be paid for."""
+    on_runpod = next((name for name in platform.RUNPODS if asked.environ.get(name)), None)
+    if asked.value("SUPERVISOR_MODE") == "queue" and on_runpod and not asked.environ.get("RUNPOD_WEBHOOK_GET_JOB"):
+        yield (
+            f"SUPERVISOR_MODE=queue on RunPod ({on_runpod} is set) needs RUNPOD_WEBHOOK_GET_JOB, which RunPod sets on "
+            "queue endpoints alone: make it one, or serve HTTP with SUPERVISOR_MODE=http"
+        )
+
+
+def tool_parser(asked: Asked) -> Iterator[str]:
+    if asked.value("ENABLE_AUTO_TOOL_CHOICE") and not asked.value("TOOL_CALL_PARSER"):
+        yield (
+            f"{asked.named('ENABLE_AUTO_TOOL_CHOICE')}: it needs TOOL_CALL_PARSER, the model's own, such as hermes for "
+            "Qwen"
+        )
+
+
+def names(asked: Asked) -> Iterator[str]:
+    """vLLM has no bitsandbytes any more, nor GGUF; parsers come and go. Plugins may know more."""
+    if asked.catalogue is None or asked.vllm is None or asked.value("TOOL_PARSER_PLUGIN"):
+        return
+    for option in asked.catalogue.by_key.values():
+        given = asked.value(option.variable)
+        if not option.names or not given or str(given).lower() in ("none", *map(str.lower, option.names)):
+            continue
+        if asked.value("REASONING_PARSER_PLUGIN") or asked.vllm.has_plugins:
+            continue
+        hint = GONE.get(str(given).lower()) or nearest(str(given).lower(), option.names)
+        yield (
+            f"{asked.named(option.variable)}: vLLM {asked.vllm.version} has none of that name{hint}; it has "
+            f"{', '.join(option.names)}"
+        )
+
+
+def adapters(asked: Asked) -> Iterator[str]:
+    modules = asked.value("LORA_MODULES") or ()
+    if modules and not asked.value("ENABLE_LORA"):
+        yield f"{asked.named('LORA_MODULES')}: adapters need ENABLE_LORA=true"
+    most = asked.number("MAX_LORA_RANK") or LORA_RANK
+    for module in modules:
+        name, path = adapter(str(module))
+        if not path.startswith(("/", "./", "../", "~")):
+            continue  # the hub's
+        path = os.path.expanduser(path)  # noqa: PTH111  # ~nobody stays as it is
+        told = f"LORA_MODULES={name}={path} ({asked.source('LORA_MODULES')})"
+        if is_missing(path):
+            yield f"{told}: expected a folder that is there"
+            continue
+        config = within(DISK_PATIENCE, partial(_json, Path(path) / "adapter_config.json"))
+        rank = config.get("r") if isinstance(config, dict) else None
+        if isinstance(rank, int) and rank > most:
+            yield f"{told}: its rank is {rank}, and MAX_LORA_RANK is {most:g}: set MAX_LORA_RANK={_rank(asked, rank)}"
+
+
+def adapter(module: str) -> tuple[str, str]:
+    """Name and path, of `name=path` or a JSON object."""
+    if module.startswith("{"):
+        try:
+            row = json.loads(module)
+            return str(row.get("name", "")), str(row.get("path", ""))
+        except ValueError:
+            return "", ""
+    name, _, path = module.partition("=")
+    return name, path
+
+
+def _json(path: Path) -> object:
+    return json.loads(path.read_text())
+
+
+def _rank(asked: Asked, rank: int) -> int:
+    option = asked.catalogue.by_key.get("max_lora_rank") if asked.catalogue else None
+    return min((int(choice) for choice in option.choices if int(choice) >= rank), default=rank) if option else rank
+
+
+def files(asked: Asked) -> Iterator[str]:
+    for variable in ("CHAT_TEMPLATE", "TOOL_PARSER_PLUGIN", "REASONING_PARSER_PLUGIN"):
+        given = str(asked.value(variable) or "")
+        if PATH.search(given) and not any(sign in given for sign in "{}\n") and is_missing(given):
+            yield f"{asked.named(variable)}: expected a file that is there"
+    folder = asked.value("ALLOWED_LOCAL_MEDIA_PATH")
+    if folder and is_missing(str(folder)):
+        yield f"{asked.named('ALLOWED_LOCAL_MEDIA_PATH')}: expected a folder that is there"
+
+
+def hub(asked: Asked) -> Iterator[str]:
+    endpoint = asked.environ.get("HF_ENDPOINT", "")
+    if endpoint and not endpoint.startswith(("http://", "https://")):
+        yield f"HF_ENDPOINT={endpoint} (environment HF_ENDPOINT): expected an address such as https://{endpoint}"
+
+
+def batches_of_tokens(asked: Asked) -> Iterator[str]:
+    most, sequences = asked.number("MAX_NUM_BATCHED_TOKENS"), asked.number("MAX_NUM_SEQS")
+    if most and sequences > most:
+        yield (
+            f"{asked.named('MAX_NUM_BATCHED_TOKENS')}: expected at least MAX_NUM_SEQS, which is {sequences:g} "
+            f"({asked.source('MAX_NUM_SEQS')})"
+        )
+
+
+def drafts(asked: Asked) -> Iterator[str]:
+    """vLLM's own rule: a draft by n-grams, by a part of the model, or by another model, which has to be named."""
+    given = asked.value("SPECULATIVE_CONFIG")
+    try:
+        config = json.loads(given) if given else None
+    except ValueError:
+        return  # numbers such as 32k
+    if isinstance(config, dict) and not config.keys() & {"model", "method"}:
+        yield f"{asked.named('SPECULATIVE_CONFIG')}: it names neither a method, such as ngram, nor a model"
+
+
+# Warnings
+
+
+def short_keys(asked: Asked) -> Iterator[str]:
+    for name, (value, _) in asked.values.items():
+        short = [key for key in value.values if len(key) < SHORT_KEY] if isinstance(value, Keys) else []
+        if short:
+            told = "a key has" if len(short) == 1 else f"{len(short)} keys have"
+            weak = f"; one with less than {SHORTEST_SECRET} can't be masked in the log either"
+            more = weak if any(len(key) < SHORTEST_SECRET for key in short) else ""
+            yield f"{name}: {told} less than {SHORT_KEY} characters, which can be guessed{more}"
+
+
+def runpods_start(asked: Asked) -> Iterator[str]:
+    if asked.environ.get("RUNPOD_ENDPOINT_ID") or asked.environ.get("RUNPOD_WEBHOOK_GET_JOB"):
+        given = asked.environ.get("RUNPOD_INIT_TIMEOUT", "")
+        limit = float(given) if re.fullmatch(r"\d+(\.\d+)?", given) else platform.RUNPOD_START
+        startup = asked.number("SUPERVISOR_STARTUP_TIMEOUT")
+        if startup > limit:
+            yield (
+                f"RunPod gives a worker {limit:g} s to become ready (RUNPOD_INIT_TIMEOUT), and "
+                f"SUPERVISOR_STARTUP_TIMEOUT is {startup:g} s: set RUNPOD_INIT_TIMEOUT={startup:g} on the endpoint"
+            )
+
+
+def runpods_balancer(asked: Asked) -> Iterator[str]:
+    if asked.mode != "http" or not asked.environ.get("RUNPOD_ENDPOINT_ID"):
+        return
+    if (seconds := asked.number("SUPERVISOR_REQUEST_TIMEOUT")) > platform.BALANCER_REQUEST:
+        yield (
+            f"RunPod's load balancer ends a request after {platform.BALANCER_REQUEST:g} s, before "
+            f"SUPERVISOR_REQUEST_TIMEOUT={seconds:g} does: for longer answers use a queue endpoint"
+        )
+    if (size := asked.number("SUPERVISOR_MAX_BODY")) > platform.BALANCER_BODY:
+        yield (
+            f"RunPod's load balancer takes bodies of up to 30 MB, less than SUPERVISOR_MAX_BODY={size:.0f} bytes: "
+            "send larger files by URL"
+        )
+
+
+def batches_of_jobs(asked: Asked) -> Iterator[str]:
+    if asked.value("SUPERVISOR_JOB_OUTPUT") != "tokens":
+        for name in ("SUPERVISOR_JOB_BATCH_SIZE", "SUPERVISOR_JOB_MIN_BATCH_SIZE", "SUPERVISOR_JOB_BATCH_GROWTH"):
+            if asked.source(name) not in ("", "default"):
+                yield (
+                    f"{asked.source(name).removeprefix('environment ')} has no effect: streams are passed on event by "
+                    "event, and only SUPERVISOR_JOB_OUTPUT=tokens collects them into batches"
+                )
+
+
+def open_to_all(asked: Asked) -> Iterator[str]:
+    host = str(asked.value("SUPERVISOR_HOST") or "127.0.0.1")
+    local = host in platform.LOOPBACK or host.startswith("127.")
+    # Those platforms have keys of their own.
+    guarded = asked.environ.get("RUNPOD_ENDPOINT_ID") or asked.environ.get(platform.SAGEMAKER_PORT)
+    if asked.mode == "http" and not local and not asked.value("SUPERVISOR_API_KEYS") and not guarded:
+        yield f"everybody who reaches {host} may use the model: set SUPERVISOR_API_KEYS, or SUPERVISOR_HOST=127.0.0.1"
+
+
+def prefix_caching(asked: Asked) -> Iterator[str]:
+    value, source = asked.values.get("ENABLE_PREFIX_CACHING", (True, ""))
+    if value is False and source.startswith("environment"):
+        yield (
+            "ENABLE_PREFIX_CACHING=false makes chats and shared prompts slower; it is a default of worker-vllm's "
+            "template: remove it, unless you mean it"
+        )
+
+
+def gpus(asked: Asked) -> Iterator[str]:
+    available = platform.gpus(asked.environ)
+    tensor, pipeline = asked.number("TENSOR_PARALLEL_SIZE") or 1, asked.number("PIPELINE_PARALLEL_SIZE") or 1
+    alone = asked.number("NNODES") <= 1 and asked.value("DISTRIBUTED_EXECUTOR_BACKEND") != "ray"
+    if available and tensor * pipeline > available and alone:
+        asked_for = f"TENSOR_PARALLEL_SIZE={tensor:g}"
+        asked_for += f" x PIPELINE_PARALLEL_SIZE={pipeline:g}" if pipeline > 1 else ""
+        one = "1 GPU is" if available == 1 else f"{available} GPUs are"
+        yield f"{asked_for}: only {one} here; set TENSOR_PARALLEL_SIZE=auto to use what there is"
+
+
+def vllms_port(asked: Asked) -> Iterator[str]:
+    port = asked.environ.get("VLLM_PORT", "")
+    if "://" in port:
+        yield (
+            f"VLLM_PORT={port} is not passed to vLLM, which would fail on it: Kubernetes made it for a service named "
+            "vllm; rename the service, or set enableServiceLinks: false"
+        )
+    elif port:
+        yield (
+            "VLLM_PORT is passed to vLLM, for which it is the first port of its internal traffic; the port for clients "
+            "is PORT"
+        )
+
+
+Rule = Callable[[Asked], Iterator[str]]
+# vLLM does not start with these, or nobody would be served.
+PROBLEMS: tuple[Rule, ...] = (
+    tls, a_queue_on_runpod, hub, names, tool_parser, adapters, files, batches_of_tokens, drafts,
+)  # fmt: skip
+# It starts, and somebody may wonder.
+WARNINGS: tuple[Rule, ...] = (
+    short_keys, vllms_port, runpods_start, runpods_balancer, batches_of_jobs, open_to_all, prefix_caching, gpus,
+)  # fmt: skip

@@ -1,0 +1,75 @@
+"""The environment that vLLM gets: what the user set, as it was meant, less what is not the child's to see."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from supervisor.settings.catalogue import Catalogue
+from supervisor.settings.names import ALIASES
+from supervisor.settings.sources import Report
+from supervisor.settings.values import FALSE, TRUE, BadValue, clean
+
+# Variables that vLLM and its libraries read themselves, and that fail them where they are set to nothing, as compose's
+# `${VAR:-}` and RunPod's Hub do: nine of thirteen that were tried ended vLLM with an error that names no variable.
+THEIRS = re.compile(r"(VLLM|FLASHINFER|HF|HUGGING_?FACE|TRANSFORMERS|TORCHINDUCTOR|TRITON)_|CUDA_VISIBLE_DEVICES$")
+MEANS_NONE = "CUDA_VISIBLE_DEVICES"  # set to nothing, it hides all GPUs
+OURS = frozenset(name for names in ALIASES.values() for name in names)
+
+# Variables that vLLM has no business to see: ours, and RunPod's secrets (a process list of the child shows them).
+WITHHELD_PREFIXES = ("SUPERVISOR_", "RUNPOD_WEBHOOK_")
+WITHHELD = frozenset({"RUNPOD_AI_API_KEY", "RUNPOD_API_KEY", "RUNPOD_ENDPOINT_SECRET"})
+# Ours by another name: vLLM warns of each VLLM_* that it does not know, and would ask for VLLM_API_KEY itself.
+WITHHELD |= {"VLLM_API_KEY", "VLLM_CONFIG_FILE", "VLLM_EXTRA_ARGS", "VLLM_STARTUP_TIMEOUT", "VLLM_VERSION"}
+
+# What is safer where somebody else sends the requests, unless the user set it.
+DEFAULTS = {
+    # What is fetched for a prompt may redirect to any host: vLLM compares none but the first with its list.
+    "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
+    # uvicorn's: whose X-Forwarded-Proto counts. On the private socket nobody speaks but the gateway, and without it
+    # vLLM's redirects lead from https to http.
+    "FORWARDED_ALLOW_IPS": "*",
+}
+
+
+def cleaned(environ: Mapping[str, str], report: Report) -> dict[str, str]:
+    """Of the variables that others read: those that are set to something, as it was meant."""
+    found = {}
+    for name, value in environ.items():
+        if THEIRS.match(name) is None or name in OURS:
+            found[name] = value
+            continue
+        try:
+            text = clean(value)
+        except BadValue as error:
+            report.problems.append(f"{name}={report.shown(value)} (environment {name}): expected {error}")
+            continue
+        if text or name == MEANS_NONE:
+            found[name] = text
+    return found
+
+
+def for_vllm(environ: Mapping[str, str], catalogue: Catalogue, report: Report) -> dict[str, str]:
+    """With vLLM's own variables in its words: of those that are yes or no by a number, `false` would end it."""
+    found = dict(environ)
+    for name in catalogue.switches & environ.keys():
+        word = environ[name].lower()
+        if word in TRUE | FALSE:
+            found[name] = str(int(word in TRUE))
+        elif not word.lstrip("-").isdigit():
+            report.problems.append(
+                f"{name}={report.shown(environ[name])} (environment {name}): expected true or false (or 1, 0)"
+            )
+    return found
+
+
+def environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Less what is not the child's to see, and with our defaults."""
+    found = {
+        name: value
+        for name, value in environ.items()
+        if name not in WITHHELD and not name.startswith(WITHHELD_PREFIXES)
+    }
+    if "://" in found.get("VLLM_PORT", ""):  # Kubernetes', for a service named vllm: vLLM fails on it
+        del found["VLLM_PORT"]
+    return found | {name: value for name, value in DEFAULTS.items() if not environ.get(name)}

@@ -1,0 +1,164 @@
+"""The options of `vllm serve` from all sources: which source wins, and what is meant by it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from supervisor.settings import platform
+from supervisor.settings.catalogue import Catalogue, Option, key_of
+from supervisor.settings.config_file import ConfigFile
+from supervisor.settings.names import ALIASES, OWNED, OWNED_AND_READ, REMOVED, SAGEMAKER, ZERO_MEANS_UNSET
+from supervisor.settings.respelled import NGRAM, respelled
+from supervisor.settings.sources import Found, Report, Setting, Sources
+from supervisor.settings.typos import CLOSE, nearest
+from supervisor.settings.values import read_bool
+
+ZERO = "worker-vllm read 0 as 'not set', and vLLM can't run with it"
+
+
+class Meant(NamedTuple):
+    """What a rule makes of a value; `given` None: it stands for nothing."""
+
+    given: Any
+    warning: str = ""
+    computed: bool = False  # the source is told with what was written
+
+
+def _respelled(option: Option, found: Found, environ: Mapping[str, str]) -> Meant | None:
+    today = respelled(option, found.given)
+    if today is None:
+        return None
+    return Meant(today, f"{found.source}={found.given} is read as {today}, which is how vLLM has it today")
+
+
+def _zero(option: Option, found: Found, environ: Mapping[str, str]) -> Meant | None:
+    if option.variable not in ZERO_MEANS_UNSET or str(found.given).strip() != "0":
+        return None
+    return Meant(None, f"{found.source}=0 is taken for not set: {ZERO}")
+
+
+def _computed(option: Option, found: Found, environ: Mapping[str, str]) -> Meant | None:
+    auto = platform.computed(option.variable, found.given, environ)
+    return None if auto is None else Meant(auto, computed=True)
+
+
+def _unset(option: Option, found: Found, environ: Mapping[str, str]) -> Meant | None:
+    return Meant(None) if option.is_unset(found.given) else None
+
+
+# In this order; the first that has something to say of a value speaks, but for what is only written otherwise now.
+RULES: tuple[Callable[[Option, Found, Mapping[str, str]], Meant | None], ...] = (_zero, _computed, _unset)
+
+
+def keys(catalogue: Catalogue) -> list[str]:
+    """By which an option may be named, in config.yaml, or as a variable in capitals."""
+    every = list(catalogue.by_key.values())
+    also = [key_of(name) for option in every for name in option.also]
+    return ["model", *catalogue.by_key, *also, *(option.opposite for option in every if option.opposite)]
+
+
+def resolve(
+    catalogue: Catalogue,
+    sources: Sources,
+    report: Report,
+    *,
+    beneath: Mapping[str, Found],
+    derived: Mapping[str, Found],
+    raw: tuple[tuple[Option, Setting], ...],
+) -> tuple[tuple[tuple[Option, Setting], ...], tuple[tuple[Option, Setting], ...]]:
+    """The options of variables and files, less those that raw arguments override; and these, with what it was.
+
+    `beneath`: by key, below everything the user sets; `derived`: by variable, from a cluster's variables.
+    """
+    chosen = []
+    # vLLM lets a part of a JSON option (`--x.y 1`) replace the whole of it; only `append` options add up.
+    overriding: dict[str, tuple[str, ...]] = {option.variable: () for option, _ in raw if option.kind != "append"}
+    for option in catalogue.by_key.values():
+        if option.key == "model":
+            continue
+        found = list(_meant(option, sources, report))
+        if option.variable in derived:
+            found.append(derived[option.variable])
+        found += _opposite(option, sources, report)
+        if option.key in OWNED:
+            report.warnings += [
+                f"{source} is not passed to vLLM: {OWNED[option.key]}"
+                for source, _ in found
+                if source.removeprefix("environment ") not in OWNED_AND_READ
+            ]
+            continue
+        if option.key in beneath:
+            found.append(beneath[option.key])
+        if not found:
+            continue
+        if option.variable in overriding:
+            overriding[option.variable] = report.overrode(found)
+        elif (setting := report.setting(option.variable, found, option.read, template=option.is_template)) is not None:
+            chosen.append((option, setting))
+    told = tuple(
+        (option, dataclasses.replace(setting, overrode=overriding.get(option.variable, ()))) for option, setting in raw
+    )
+    return tuple(chosen), told
+
+
+def _meant(option: Option, sources: Sources, report: Report) -> Iterator[Found]:
+    for found in _named(option, sources):
+        today = _respelled(option, found, sources.environ)
+        if today is not None:
+            report.warnings.append(today.warning)
+            found = found._replace(given=today.given)  # noqa: PLW2901  # the same, as it is written now
+        meant = next((each for rule in RULES if (each := rule(option, found, sources.environ)) is not None), None)
+        if meant is None:
+            yield found
+            continue
+        report.warnings += [meant.warning] if meant.warning else []
+        if meant.given is not None:
+            yield Found(f"{found.source}={found.given}" if meant.computed else found.source, meant.given)
+    flag = SAGEMAKER + option.variable
+    if sources.environ.get(flag) == "" and option.kind in ("pair", "switch"):  # as those images read it
+        yield Found(f"environment {flag}", True)
+
+
+def _named(option: Option, sources: Sources) -> list[Found]:
+    """The sources of an option, under all its names."""
+    found = []
+    for key in (option.key, *map(key_of, option.also)):
+        found += sources.find((key.upper(), *(ALIASES.get(key.upper(), ()) if key == option.key else ())), key)
+    # vLLM's draft by n-grams had `[ngram]` for its model's name; it has a method of its own now.
+    if option.variable == "SPEC_METHOD":
+        drafts = sources.find(("SPEC_MODEL", *ALIASES["SPEC_MODEL"]), "spec_model")
+        found += [Found(f"{source}={NGRAM}", "ngram") for source, given in drafts if str(given).strip() == NGRAM]
+    elif option.variable == "SPEC_MODEL":
+        found = [each for each in found if str(each.given).strip() != NGRAM]
+    return found
+
+
+def _opposite(option: Option, sources: Sources, report: Report) -> Iterator[Found]:
+    """DISABLE_PREFIX_CACHING=true"""
+    for found in sources.find((option.opposite.upper(),), option.opposite) if option.opposite else ():
+        setting = report.setting(str(option.opposite).upper(), [found], read_bool)
+        if setting is not None:
+            yield Found(f"{found.source}={report.shown(found.given)}", not setting.value)
+
+
+def of_vllms_file(file: ConfigFile, catalogue: Catalogue, report: Report) -> dict[str, tuple[Any, str]]:
+    """What the file of vLLM's own --config says, which vLLM reads itself: variable -> (value, source). What it may not
+    say, or what vLLM would not take, is a problem."""
+    report.problems += file.problems
+    values = {}
+    for key, given in file.content.items():
+        option = catalogue.find(key)
+        if key in OWNED:
+            report.problems.append(f"{file.label}: {key} can't be set there: {OWNED[key]}")
+        elif option is None:
+            hint = nearest(key, catalogue.by_key, CLOSE)
+            if key in REMOVED or hint:
+                told = f" any more: {REMOVED[key]}" if key in REMOVED else hint
+                report.problems.append(f"{file.label}: vLLM {catalogue.version} has no option {key}{told}")
+        elif key != "model" and not option.is_unset(given):
+            setting = report.setting(option.variable, [Found(f"{file.label} {key}", given)], option.read)
+            if setting is not None:
+                values[option.variable] = (setting.value, setting.source)
+    return values

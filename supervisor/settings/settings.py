@@ -1,0 +1,301 @@
+"""All that the user asked for: `gather` reads every source once, and frozen `Settings` come out, or one `SettingsError`
+with a line for each thing to change. Nothing that was set is lost without a word: what has no effect is a warning."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from supervisor.bounded import within
+from supervisor.settings import catalogue as catalogues
+from supervisor.settings import checks, config_file, demo, environment, models, options, platform, typos
+from supervisor.settings import cluster as clusters
+from supervisor.settings import volume as volumes
+from supervisor.settings.catalogue import Catalogue, Option
+from supervisor.settings.config_file import ConfigFile
+from supervisor.settings.knobs import KNOBS, Keys, Knob, Knobs
+from supervisor.settings.names import ALIASES, REMOVED
+from supervisor.settings.raw import Given, RawArguments
+from supervisor.settings.secrets import Mask
+from supervisor.settings.sources import Arguments, Found, Report, Setting, Sources, prefixes, variables
+from supervisor.settings.vllm import Vllm, VllmError, find
+
+__all__ = ["Arguments", "Setting", "Settings", "SettingsError", "gather"]
+Options = tuple[tuple[Option, Setting], ...]
+# Our access log says more than vLLM's, which has a line for each look at its health besides.
+INSTEAD_OF_VLLMS: dict[str, tuple[str, object]] = {"disable_uvicorn_access_log": ("SUPERVISOR_ACCESS_LOG", True)}
+
+
+class SettingsError(Exception):
+    """Invalid settings: `problems` has one line for each, which says what to change. Masked."""
+
+    def __init__(self, problems: list[str], warnings: list[str] | None = None) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+        self.warnings = warnings or []
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything the user asked for. Nothing reads the environment after this."""
+
+    model: Setting
+    mode: str  # http or queue
+    options: Options
+    raw: Options  # what is in `vllm_args`
+    knobs: Knobs
+    knob_settings: tuple[Setting, ...]  # and which file of settings was named, if any
+    vllm_args: tuple[str, ...]
+    vllm: Vllm
+    is_demo: bool
+    cluster: clusters.Cluster | None  # of machines that serve the model together
+    volume: volumes.Volume | None
+    cache: Path
+    warnings: tuple[str, ...]
+    environ: Mapping[str, str] = field(repr=False)  # of vLLM's variables, and the hub's, as they were meant
+
+    def asked_for(self, variable: str) -> bool:
+        """Whether the user set one of the supervisor's own settings."""
+        return any(knob.name == variable and not knob.source.startswith("default") for knob in self.knob_settings)
+
+    def option(self, key: str) -> Any:
+        """The value of one of vLLM's options, by its key; None where nobody set it."""
+        found = [setting.value for option, setting in (*self.options, *self.raw) if option.key == key]
+        return found[-1] if found else None
+
+    @property
+    def mask(self) -> Mask:
+        return Mask(self.environ, [key for keys in self.keys for key in keys.values])
+
+    @property
+    def keys(self) -> tuple[Keys, Keys]:
+        """For clients, and for administrators."""
+        return self.knobs.api_keys or Keys(), self.knobs.admin_keys or Keys()
+
+
+def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
+    """Reads every source. Raises SettingsError with all problems at once."""
+    named = _named_file(arguments, environ)
+    file = config_file.read(named[0].given.strip(), named[0].source) if named else config_file.read_unnamed()
+    report = Report(_mask(environ, file), list(file.problems), list(file.warnings))
+    environ = environment.cleaned(environ, report)
+    sources = Sources(arguments, environ, file)
+
+    first, *others = KNOBS
+    asked_mode = _knob(first, sources, report)
+    mode = _mode(asked_mode.value, environ)
+    label, defaults = platform.defaults(mode, environ)
+    own = (asked_mode, *(_knob(knob, sources, report, label, defaults.get(knob.variable)) for knob in others))
+    knobs = Knobs(**{knob.field: setting.value for knob, setting in zip(KNOBS, own, strict=True)})
+    _known({knob.field for knob in KNOBS}, file.knobs, file, report, "supervisor.")
+    volume = _volume(knobs, environ, report)
+    cache = _cache(knobs, volume, environ)
+    vllm, catalogue = _vllm(knobs, cache, environ, report)
+
+    vllms = sources.find(("CONFIG", *ALIASES["CONFIG"]), "config") if catalogue else []
+    vllms_file = config_file.read_vllm_config(str(vllms[0].given).strip(), vllms[0].source) if vllms else None
+    model, is_demo = _model(sources, report, vllms_file, vllm, catalogue)
+    chosen: Options = ()
+    raw: Options = ()
+    in_file: dict[str, tuple[Any, str]] = {}
+    if catalogue:
+        in_file = options.of_vllms_file(vllms_file, catalogue, report) if vllms_file else {}
+        raw = _raw(own, arguments, catalogue, report)
+        beneath = {key: Found("demo model", value) for key, value in demo.DEFAULTS.items()} if is_demo else {}
+        beneath |= {key: Found(*row) for key, row in INSTEAD_OF_VLLMS.items()} if knobs.access_log else {}
+        spread = clusters.derived(environ, _spread(raw, sources))
+        derived = {variable: Found(*row) for variable, row in spread.items()}
+        chosen, raw = options.resolve(catalogue, sources, report, beneath=beneath, derived=derived, raw=raw)
+        _known(options.keys(catalogue), file.content, file, report)
+        report.warnings += typos.unread(environ, _names(catalogue, environ), catalogue)
+        environ = environment.for_vllm(environ, catalogue, report)
+
+    values = {setting.name: setting.value for _, setting in (*chosen, *raw)}
+    cluster = clusters.cluster(values, environ, report.problems)
+    if cluster is not None and cluster.headless:
+        mode = "http"  # rank 0 takes the jobs
+    if int(values.get("NNODES") or 1) < 2:
+        chosen = _of_one_machine(chosen, environ, report, told_so=cluster is not None)
+    every = (*(setting for _, setting in (*chosen, *raw)), *own)
+    asked = checks.Asked(
+        mode, environ, in_file | {each.name: (each.value, each.source) for each in every}, vllm, catalogue
+    )
+    report.problems += [line for rule in checks.PROBLEMS for line in rule(asked)]
+    report.warnings += [line for rule in checks.WARNINGS for line in rule(asked)]
+    problems, warnings = list(map(report.mask, report.problems)), list(map(report.mask, report.warnings))
+    if problems or vllm is None or model is None:
+        raise SettingsError(problems, warnings)
+    config = [Setting("SUPERVISOR_CONFIG", file.label, source, report.overrode(named[1:])) for source, _ in named[:1]]
+    return Settings(
+        model=model,
+        mode=mode,
+        options=chosen,
+        raw=raw,
+        knobs=knobs,
+        knob_settings=(*config, *own),
+        vllm_args=(*(knobs.extra_args or ()), *arguments.vllm_args),
+        vllm=vllm,
+        is_demo=is_demo,
+        cluster=cluster,
+        volume=volume,
+        cache=cache,
+        warnings=tuple(warnings),
+        environ=dict(environ),
+    )
+
+
+def _named_file(arguments: Arguments, environ: Mapping[str, str]) -> list[Found]:
+    """Every source that names the file of settings, the one that wins first."""
+    asked = [Found("command line --config", arguments.config)] if (arguments.config or "").strip() else []
+    return [*asked, *variables(environ, ("SUPERVISOR_CONFIG",))]
+
+
+def _mask(environ: Mapping[str, str], file: ConfigFile) -> Mask:
+    hidden = {str(file.knobs[knob.field]) for knob in KNOBS if knob.secret and knob.field in file.knobs}
+    return Mask(environ, hidden | {part.strip() for text in hidden for part in text.split(",")})
+
+
+def _known(known: Iterable[str], given: Iterable[str], file: ConfigFile, report: Report, section: str = "") -> None:
+    """A key of config.yaml that nothing reads is an error: the file was written for us."""
+    known = list(known)
+    other = {alias.lower(): ours.lower() for ours, names in ALIASES.items() for alias in names}
+    for key in given:
+        if key in known:
+            continue
+        if key in REMOVED and not section:
+            report.warnings.append(f"{file.label} {key} has no effect: {REMOVED[key]}")
+            continue
+        ours = other.get(key, "")
+        where = f"supervisor.{ours.removeprefix('supervisor_')}" if ours.startswith("supervisor_") else ours
+        hint = f"; use {where}" if where else typos.nearest(section + key, [section + name for name in known])
+        report.problems.append(f"{file.label}: unknown key {section}{key}{hint}")
+
+
+def _knob(
+    knob: Knob, sources: Sources, report: Report, label: str = "", platform_default: str | None = None
+) -> Setting:
+    names = (knob.variable, *ALIASES.get(knob.variable, ()))
+    argument = getattr(sources.arguments, knob.field, None) if knob.field in ("mode", "host", "port") else None
+    found = sources.find(names, knob.field, knob=True, blank=knob.secret, argument=argument)
+    if platform_default is not None:
+        found.append(Found(label, platform_default))
+    elif knob.default is not None:
+        found.append(Found("default", knob.default))
+    unset = Setting(knob.variable, None, "default")
+    if not found:
+        return unset
+    where = f"{sources.file.label} supervisor.{knob.field}"
+    if knob.is_program and not sources.file.is_named and found[0].source == where:
+        report.problems.append(  # a folder may be anybody's
+            f"{where} is not obeyed, for it names a program and nobody named the file: "
+            f"name it with --config (or SUPERVISOR_CONFIG), or set {knob.variable}"
+        )
+        return unset
+    read = report.setting(
+        knob.variable,
+        found,
+        lambda given: knob.read(str(given)),
+        secret=knob.secret,
+        template=knob.template,
+        command=knob.is_program,
+    )
+    return read or Setting(knob.variable, None, found[0].source, secret=knob.secret)
+
+
+def _mode(asked: object, environ: Mapping[str, str]) -> str:
+    """http or queue. RunPod's load balancer may give its workers a queue's address as well."""
+    queue = environ.get("RUNPOD_WEBHOOK_GET_JOB") and not platform.balanced(environ)
+    return str(asked) if asked in ("http", "queue") else "queue" if queue else "http"
+
+
+def _volume(knobs: Knobs, environ: Mapping[str, str], report: Report) -> volumes.Volume | None:
+    volume = within(models.DISK_PATIENCE, lambda: volumes.find(knobs.volume, environ))
+    if knobs.volume and volume is None:
+        report.problems.append(f"SUPERVISOR_VOLUME={knobs.volume}: expected a folder that is there, such as /data")
+    if volume is not None and not volume.writable:
+        report.warnings.append(
+            f"{volume.path} is read-only: what is there is used; downloads and caches go to the container's disk"
+        )
+    return volume
+
+
+def _cache(knobs: Knobs, volume: volumes.Volume | None, environ: Mapping[str, str]) -> Path:
+    if knobs.cache_dir:
+        return Path(knobs.cache_dir)
+    if volume is not None and volume.writable:
+        return volume.path / "supervisor"
+    home = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME", "/tmp"), ".cache")  # noqa: PTH118, S108
+    return Path(home) / "vllm-supervisor"
+
+
+def _vllm(
+    knobs: Knobs, cache: Path, environ: Mapping[str, str], report: Report
+) -> tuple[Vllm | None, Catalogue | None]:
+    try:
+        vllm = find(knobs.vllm, environ.get("PATH"), cache)
+        return vllm, catalogues.load(vllm, cache)
+    except VllmError as error:
+        report.problems.append(str(error))
+        return None, None
+
+
+def _model(
+    sources: Sources, report: Report, vllms_file: ConfigFile | None, vllm: Vllm | None, catalogue: Catalogue | None
+) -> tuple[Setting | None, bool]:
+    found = sources.find(("MODEL", *ALIASES["MODEL"]), "model", argument=sources.arguments.model)
+    if vllms_file is not None and vllms_file.content.get("model"):
+        found.append(Found(vllms_file.label, vllms_file.content["model"]))
+    found += [Found(*row) for row in platform.model(sources.environ)]
+    if not found:
+        where = demo.platform(sources.environ)
+        if where is not None:
+            report.problems.append(f"no model is named: set MODEL, such as MODEL=Qwen/Qwen3-0.6B ({where})")
+            return None, False
+        found = [Found("demo model: no model is named", str(demo.MODEL))]
+    setting = report.setting("MODEL", found, lambda given: models.read(str(given), vllm, catalogue))
+    if setting is None:
+        return None, False
+    return setting, within(models.DISK_PATIENCE, Path(setting.value).resolve) == demo.MODEL
+
+
+def _raw(own: Sequence[Setting], arguments: Arguments, catalogue: Catalogue, report: Report) -> Options:
+    (extra,) = [setting for setting in own if setting.name == "SUPERVISOR_EXTRA_ARGS"]
+    last: dict[str, tuple[Given, str]] = {}
+    for tokens, source in ((extra.value or (), extra.source), (arguments.vllm_args, "command line")):
+        read = RawArguments(tokens, source, catalogue)
+        report.problems += read.problems
+        report.warnings += read.warnings
+        last |= {given.name: (given, source) for given in read.given}
+    return tuple((given.option, Setting(given.name, given.value, source)) for given, source in last.values())
+
+
+def _spread(raw: Options, sources: Sources) -> dict[str, str]:
+    """How the user wants the model to be spread over GPUs."""
+    found = {setting.name: str(setting.value) for _, setting in raw if setting.name in clusters.SPREAD}
+    for variable in clusters.SPREAD:
+        for _, given in sources.find((variable,), variable.lower())[:1]:
+            found.setdefault(variable, str(given).strip())
+    return found
+
+
+def _of_one_machine(chosen: Options, environ: Mapping[str, str], report: Report, *, told_so: bool) -> Options:
+    """Without what a launcher's variables say of several: vLLM would look for the others."""
+    if not told_so and environ.get("NODE_RANK", "0").strip() not in ("", "0"):
+        report.warnings.append(
+            "NODE_RANK has no effect: one machine has no other rank; for several set NNODES (or NUM_NODES)"
+        )
+    return tuple(
+        (option, setting)
+        for option, setting in chosen
+        if not (setting.name in clusters.OF_SEVERAL and setting.source.startswith("environment"))
+    )
+
+
+def _names(catalogue: Catalogue, environ: Mapping[str, str]) -> set[str]:
+    """The variables that something here reads."""
+    ours = {"MODEL", "SUPERVISOR_CONFIG", *(knob.variable for knob in KNOBS), *map(str.upper, options.keys(catalogue))}
+    ours |= {alias for name in ours & ALIASES.keys() for alias in ALIASES[name]}
+    return {"HF_TOKEN", "SUPERVISOR_IMAGE"} | {prefix + name for prefix in prefixes(environ) for name in ours}

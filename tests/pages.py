@@ -1,0 +1,114 @@
+"""The fenced blocks of README.md and docs, for tests that run them as they stand: a changed page is a changed test.
+
+Each block of the pages on RunPod's queue is named below. `tests/queue/test_pages.py` fails for one that is not.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from tests.harness import ROOT
+
+
+class Block(NamedTuple):
+    page: str
+    mark: str  # text that it alone of its page's blocks has
+
+    def text(self) -> str:
+        (found,) = [text for text in blocks(self.page) if self.mark in text]
+        return found
+
+    def commands(self) -> list[str]:
+        """What a person pastes, one after the other."""
+        return [line for line in re.split(r"(?<!\\)\n", self.text()) if line.strip()]
+
+
+# Run by tests/vllm/test_pages.py, tests/queue/test_pages.py or tests/containers/test_image.py.
+QUEUE = Block("README.md", "scripts/up --mode queue")
+CONTAINER = Block("docs/queue.md", "docker exec")
+SIMULATOR = Block("docs/simulator.md", "-m supervisor.local_runpod.simulator")
+FAKE_RUNPOD = Block("docs/simulator.md", "python scripts/fake_runpod")
+WORKER = Block("docs/simulator.md", "export RUNPOD_")
+CLIENT = Block("docs/simulator.md", "curl -N")
+FAULTS = Block("docs/simulator.md", "curl -X DELETE")
+# These need RunPod's cloud, an endpoint and a key: they are run with addresses of ours in place of RunPod's.
+QUEUE_IN_THE_CLOUD = Block("docs/runpod.md", "https://api.runpod.ai/v2/$ENDPOINT")
+BALANCER_IN_THE_CLOUD = Block("docs/runpod.md", "https://$ENDPOINT.api.runpod.ai")
+# No commands.
+PICTURE = Block("docs/queue.md", "RunPod ◄──")
+
+NAMED = (
+    QUEUE, CONTAINER, SIMULATOR, FAKE_RUNPOD, WORKER, CLIENT, FAULTS, QUEUE_IN_THE_CLOUD, BALANCER_IN_THE_CLOUD,
+    PICTURE,
+)  # fmt: skip
+# Of these pages all blocks are named; of README.md those of the section on RunPod.
+PAGES = ("README.md", "docs/queue.md", "docs/runpod.md", "docs/simulator.md")
+
+
+def blocks(page: str) -> list[str]:
+    text = (ROOT / page).read_text()
+    if page == "README.md":
+        text = text[text.index("\n## RunPod\n") + 1 :]
+        text = text[: text.index("\n## ")]
+    return re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+# docs/jobs.md: inputs, and what comes out
+
+
+def examples() -> list[tuple[str, str]]:
+    """The input of each example, and what the page shows of its result."""
+    found = []
+    for block in blocks("docs/jobs.md"):
+        for example in block.strip().split("\n\n"):
+            text = " ".join(example.split())  # also where a line ends within text
+            _, end = json.JSONDecoder().raw_decode(text)
+            found.append((text[:end], text[end:].strip()))
+    return found
+
+
+ELIDED = "..."
+
+
+def shown(text: str) -> object:
+    """The page's JSON, in which `...` stands for more elements, more members, or more of a text."""
+    within: list[str] = []
+
+    def read(token: re.Match[str]) -> str:
+        word = token[0]
+        if word in "[{":
+            within.append(word)
+        elif word in "]}":
+            within.pop()
+        elif word == ELIDED:
+            return f'"{ELIDED}": null' if within[-1] == "{" else f'"{ELIDED}"'
+        return word
+
+    return json.loads(re.sub(r'"(?:[^"\\]|\\.)*"|\.\.\.|[][{}]', read, text))
+
+
+def differences(page: object, found: object, where: str = "result") -> Iterator[str]:
+    """What the page shows otherwise than `found`. Nothing may be missing, and nothing more be there without a `...`."""
+    if isinstance(page, dict) and isinstance(found, dict):
+        names = page.keys() - {ELIDED}
+        for name in sorted(names - found.keys() if ELIDED in page else names ^ found.keys()):
+            yield f"{where}: `{name}` is on one side alone"
+        for name in names & found.keys():
+            yield from differences(page[name], found[name], f"{where}.{name}")
+    elif isinstance(page, list) and isinstance(found, list):
+        if ELIDED in page:
+            at = page.index(ELIDED)
+            found = [*found[:at], ELIDED, *found[max(at, len(found) - (len(page) - at - 1)) :]]
+        if len(page) != len(found):
+            yield f"{where}: {len(found)} elements, not {len(page)}"
+        else:
+            for at, pair in enumerate(zip(page, found, strict=True)):
+                yield from differences(*pair, f"{where}[{at}]")
+    elif isinstance(page, str) and isinstance(found, str):
+        if not re.fullmatch(".*".join(map(re.escape, page.split(ELIDED))), found, re.DOTALL):
+            yield f"{where}: {found!r}, not {page!r}"
+    elif (type(page), page) != (type(found), found):
+        yield f"{where}: {found!r}, not {page!r}"

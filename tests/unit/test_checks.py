@@ -1,0 +1,153 @@
+"""What can't work together is told before anything starts, with what to set: vLLM would say it after minutes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from supervisor.settings.catalogue import FLAGS, parse
+from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
+
+
+def read(folder: Path, *raw: str, **environ: str) -> Settings:
+    vllm = {"SUPERVISOR_VLLM": str(folder.parent / "vllm/bin/vllm")}
+    return gather(Arguments(model="m", vllm_args=raw), vllm | environ)
+
+
+def problems(folder: Path, *raw: str, **environ: str) -> list[str]:
+    with pytest.raises(SettingsError) as caught:
+        read(folder, *raw, **environ)
+    return caught.value.problems
+
+
+def lora(folder: Path, name: str, rank: object) -> str:
+    (folder / name).mkdir()
+    (folder / name / "adapter_config.json").write_text(json.dumps({"r": rank}))
+    return str(folder / name)
+
+
+@pytest.mark.parametrize(
+    ("environ", "told"),
+    [
+        ({"ENABLE_AUTO_TOOL_CHOICE": "true"}, "it needs TOOL_CALL_PARSER"),
+        ({"SUPERVISOR_EXTRA_ARGS": "--enable-auto-tool-choice"}, "it needs TOOL_CALL_PARSER"),
+        ({"LORA_MODULES": "sql=org/sql-lora"}, "adapters need ENABLE_LORA=true"),
+        ({"SUPERVISOR_EXTRA_ARGS": "--lora-modules sql=org/sql-lora"}, "adapters need ENABLE_LORA=true"),
+        ({"LORA_MODULES": "sql=/no/such", "ENABLE_LORA": "true"}, "expected a folder that is there"),
+        ({"CHAT_TEMPLATE": "/no/such.jinja"}, "expected a file that is there"),
+        ({"CHAT_TEMPLATE": "chat.jinja"}, "expected a file that is there"),
+        ({"TOOL_PARSER_PLUGIN": "/no/such.py"}, "expected a file that is there"),
+        ({"ALLOWED_LOCAL_MEDIA_PATH": "/no/such"}, "expected a folder that is there"),
+        ({"QUANTIZATION": "bitsandbytes"}, "vLLM 0.32.0 has none of that name, which an older one had; it has "),
+        ({"LOAD_FORMAT": "gguf"}, "vLLM 0.32.0 has none of that name: since 0.24 a plugin has it; it has "),
+        ({"QUANTIZATION": "awk"}, "did you mean awq?"),
+        ({"TOOL_CALL_PARSER": "herms"}, "did you mean hermes?"),
+        ({"REASONING_PARSER": "qwen33"}, "did you mean qwen3?"),
+        ({"MAX_NUM_BATCHED_TOKENS": "16", "MAX_NUM_SEQS": "32"}, "expected at least MAX_NUM_SEQS, which is 32"),
+        (
+            {"SPECULATIVE_CONFIG": '{"num_speculative_tokens": 3}'},
+            "it names neither a method, such as ngram, nor a model",
+        ),
+        ({"HF_ENDPOINT": "hf-mirror.com"}, "expected an address such as https://hf-mirror.com"),
+        (
+            {"SUPERVISOR_EXTRA_ARGS": "-p 8000:8000"},
+            "-p (environment SUPERVISOR_EXTRA_ARGS): this is an option of docker's",
+        ),
+        ({"SUPERVISOR_EXTRA_ARGS": "--gpus all"}, "this is an option of docker's"),
+        ({"SUPERVISOR_EXTRA_ARGS": "--ipc=host"}, "this is an option of docker's"),
+        ({"SUPERVISOR_EXTRA_ARGS": "--shm-size 8g --seed 1"}, "this is an option of docker's"),
+    ],
+)
+def test_what_fails_after_minutes_is_told_now(folder: Path, environ: dict[str, str], told: str) -> None:
+    (problem,) = problems(folder, **environ)
+    assert told in problem
+    assert any(name in problem for name in environ)
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"ENABLE_AUTO_TOOL_CHOICE": "true", "TOOL_CALL_PARSER": "hermes"},
+        {"ENABLE_AUTO_TOOL_CHOICE": "true", "SUPERVISOR_EXTRA_ARGS": "--tool-call-parser hermes"},
+        {"ENABLE_AUTO_TOOL_CHOICE": "false"},
+        {"LORA_MODULES": "sql=org/sql-lora", "ENABLE_LORA": "true"},
+        {"LORA_MODULES": '{"name": "a", "path": "org/b"}', "SUPERVISOR_EXTRA_ARGS": "--enable-lora"},
+        {"CHAT_TEMPLATE": "{{ messages }}"},
+        {"CHAT_TEMPLATE": "template_of_vllms_own"},
+        {"QUANTIZATION": "AWQ"},
+        {"QUANTIZATION": "None"},
+        {"TOOL_PARSER_PLUGIN": __file__, "TOOL_CALL_PARSER": "my_own"},
+        {"MAX_NUM_BATCHED_TOKENS": "8k", "MAX_NUM_SEQS": "32"},
+        {"SPECULATIVE_CONFIG": '{"method": "ngram", "num_speculative_tokens": 3}'},
+        {"SPECULATIVE_CONFIG": '{"model": "org/draft", "num_speculative_tokens": 3}'},
+        {"HF_ENDPOINT": "http://127.0.0.1:9"},
+    ],
+)
+def test_what_works_together_is_not_told(folder: Path, environ: dict[str, str]) -> None:
+    assert read(folder, **environ).warnings == ()
+
+
+def test_the_rank_of_a_local_adapter(folder: Path) -> None:
+    path = lora(folder, "big", 40)
+    (problem,) = problems(folder, ENABLE_LORA="true", LORA_MODULES=f"small={lora(folder, 'small', 8)} big={path}")
+    assert problem == (
+        f"LORA_MODULES=big={path} (environment LORA_MODULES): its rank is 40, and MAX_LORA_RANK is 16: "
+        "set MAX_LORA_RANK=64"
+    )
+    modules = json.dumps([{"name": "big", "path": path}])
+    assert len(problems(folder, ENABLE_LORA="true", LORA_MODULES=modules)) == 1
+    assert read(folder, ENABLE_LORA="true", LORA_MODULES=modules, MAX_LORA_RANK="64").warnings == ()
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "no json", '{"r": "many"}'])
+def test_an_adapter_that_says_nothing_of_its_rank_is_vllms_to_judge(folder: Path, content: str) -> None:
+    (folder / "odd").mkdir()
+    (folder / "odd" / "adapter_config.json").write_text(content)
+    assert read(folder, ENABLE_LORA="true", LORA_MODULES=f"odd={folder / 'odd'}").warnings == ()
+
+
+# The file of vLLM's own --config
+
+
+def test_values_in_vllms_file_are_checked_as_all_others(folder: Path) -> None:
+    (folder / "vllm.yaml").write_text(
+        "max-num-seqs: many\ndtype: bf16\nmax-modle-len: 4\nswap-space: 4\nport: 1\nquantization: bitsandbytes\n"
+        "enable-auto-tool-choice: true\nof-my-own-plugin: 7\nseed: 3\n"
+    )
+    found = problems(folder, VLLM_CONFIG_FILE="vllm.yaml")
+    for told in (
+        "MAX_NUM_SEQS=many (vllm.yaml (environment VLLM_CONFIG_FILE) max_num_seqs): expected a whole number",
+        "DTYPE=bf16 (vllm.yaml (environment VLLM_CONFIG_FILE) dtype): expected one of",
+        "vLLM 0.32.0 has no option max_modle_len; did you mean max_model_len?",
+        "vLLM 0.32.0 has no option swap_space any more: ",
+        "port can't be set there: set PORT",
+        "QUANTIZATION=bitsandbytes (vllm.yaml (environment VLLM_CONFIG_FILE) quantization): vLLM 0.32.0 has none",
+        "ENABLE_AUTO_TOOL_CHOICE=true (vllm.yaml (environment VLLM_CONFIG_FILE) enable_auto_tool_choice): it needs",
+    ):
+        assert [problem for problem in found if told in problem], (told, found)
+    assert len(found) == 7
+
+
+def test_what_is_right_in_vllms_file_counts(folder: Path) -> None:
+    (folder / "vllm.yaml").write_text("enable-auto-tool-choice: true\nlora-modules: [a=org/b]\n")
+    settings = read(folder, VLLM_CONFIG_FILE="vllm.yaml", TOOL_CALL_PARSER="hermes", ENABLE_LORA="true")
+    assert settings.warnings == ()
+
+
+# Another vLLM
+
+
+def test_the_catalogue_of_the_next_release_is_there() -> None:
+    this, following = (parse((FLAGS / f"{version}.json").read_text()) for version in ("0.32.0", "0.33.0"))
+    assert following.version == "0.33.0"
+    assert following.by_key.keys() & this.by_key.keys() > set(list(this.by_key)[:300])
+    assert following.by_key["quantization"].names
+    assert following.switches
+
+
+def test_a_vllm_whose_names_nobody_knows_is_not_judged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = '{"version": "0.5.0", "options": [{"name": "--quantization", "kind": "value"}]}'
+    monkeypatch.setattr("supervisor.settings.catalogue.load", lambda vllm, cache: parse(text))
+    assert read(folder, QUANTIZATION="bitsandbytes").option("quantization") == "bitsandbytes"
