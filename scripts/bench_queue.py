@@ -5,11 +5,11 @@
 
 The fake vLLM streams --jobs answers at once, --rate tokens per second each, and:
 
-    supervisor  is `supervisor up` in queue mode, over a simulated RunPod
+    supervisor  is `supervisor up` in queue mode, over scripts/fake_runpod
     plain SDK   is a handler that yields every event as it reads it from the same vLLM's socket, on a RunPod of its own
     direct      reads the same streams from that socket, with nothing in between
 
-Each POST of a chunk takes --latency milliseconds longer than the simulator itself. Short jobs are not streamed, one
+Each POST of a chunk takes --latency milliseconds longer than it takes by itself. Short jobs are not streamed, one
 token each. A first chunk is timed from the job's creation, or from the request; a row is the median of the runs. The
 exit code is 0 only where the supervisor takes at most 5 % longer than direct, with at most half a POST per token.
 Bounded in count and time; loopback only.
@@ -44,7 +44,7 @@ from supervisor.local_runpod.child import environment as simulated
 ROOT = Path(__file__).resolve().parent.parent
 SUPERVISOR = ROOT / ".venv" / "bin" / "supervisor"
 PATIENCE = 300.0
-# The simulator, as RunPod, takes so many jobs in ten seconds.
+# The fake, as RunPod, takes so many jobs in ten seconds.
 JOBS_IN_TEN_SECONDS = 1000
 MOST_JOBS, SHORT_JOBS = 400, 200
 # The marks.
@@ -69,12 +69,12 @@ class Measured:
 
 
 class RunPod:
-    """A simulated endpoint."""
+    """An endpoint of scripts/fake_runpod."""
 
     def __init__(self, latency: float) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "supervisor.local_runpod.simulator", "--port", "0", "--with-parent"],
-            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, ROOT / "scripts" / "fake_runpod", "--port", "0", "--with-parent"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert self.process.stdout is not None
         self.url = self.process.stdout.readline().split()[-1]
@@ -107,7 +107,7 @@ class RunPod:
         return dict(next(iter(workers.values()))["counts"]) if workers else {}
 
     async def _jobs(self, number: int, tokens: int, *, stream: bool) -> list[dict[str, Any]]:
-        """Submits them at once; what the simulator knows of them when all have ended well."""
+        """Submits them at once; what the fake knows of them when all have ended well."""
         content = {"input": {"openai_route": PATH, "openai_input": chat(tokens, stream=stream)}}
 
         async def admitted() -> bool:

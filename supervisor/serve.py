@@ -257,7 +257,7 @@ class Serving(Observer):
             from supervisor.local_runpod.child import LocalRunPod  # noqa: PLC0415  # as above
 
             self.runpod = LocalRunPod(self.listeners.simulator, [key for keys in settings.keys for key in keys.values])
-            environ |= self.runpod.environment()
+            environ |= self.runpod.environment
             group.create_task(self.runpod.run())
         jobs = self.gateway.counts.jobs = Jobs()
         batches = (self.knobs.job_batch_size, self.knobs.job_min_batch_size, self.knobs.job_batch_growth)

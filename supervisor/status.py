@@ -125,19 +125,26 @@ def _at(url: str, environ: Mapping[str, str]) -> dict[str, Any]:
 
     from supervisor import asking  # noqa: PLC0415  # as above
 
-    given = environ.get("SUPERVISOR_API_KEYS")
+    authorized = authorization(environ, "SUPERVISOR_API_KEYS")
     try:
-        key = f"Bearer {keys(given).values[0]}" if given else ""
-    except BadValue as error:
-        raise StatusError(f"SUPERVISOR_API_KEYS: expected {error}") from None
-    try:
-        with asking.client(url, PATIENCE, authorization=key) as client:
+        with asking.client(url, PATIENCE, authorization=authorized) as client:
             answer = client.get("/status")
     except ValueError:
         raise StatusError(f"--url {url}: expected an address such as http://127.0.0.1:8000") from None
     except httpx.HTTPError as error:
         raise StatusError(f"{url} does not answer ({asking.why(error)})") from None
     return _read(answer.status_code, answer.content)
+
+
+def authorization(environ: Mapping[str, str], *names: str) -> str:
+    """By the first key of the first of these variables that is set; "" where none is."""
+    for name in names:
+        if given := environ.get(name):
+            try:
+                return f"Bearer {keys(given).values[0]}"
+            except BadValue as error:
+                raise StatusError(f"{name}: expected {error}") from None
+    return ""
 
 
 def _ask(path: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKE = ROOT / "scripts" / "fake_vllm"
+FAKE_RUNPOD = ROOT / "scripts" / "fake_runpod"
 DEMO = ROOT / "supervisor" / "demo" / "model"
 SUPERVISOR = Path(sys.prefix) / "bin" / "supervisor"
 

@@ -30,6 +30,7 @@ class Block(NamedTuple):
 QUEUE = Block("README.md", "scripts/up --mode queue")
 CONTAINER = Block("docs/queue.md", "docker exec")
 SIMULATOR = Block("docs/simulator.md", "-m supervisor.local_runpod.simulator")
+FAKE_RUNPOD = Block("docs/simulator.md", "python scripts/fake_runpod")
 WORKER = Block("docs/simulator.md", "export RUNPOD_")
 CLIENT = Block("docs/simulator.md", "curl -N")
 FAULTS = Block("docs/simulator.md", "curl -X DELETE")
@@ -40,7 +41,8 @@ BALANCER_IN_THE_CLOUD = Block("docs/runpod.md", "https://$ENDPOINT.api.runpod.ai
 PICTURE = Block("docs/queue.md", "RunPod ◄──")
 
 NAMED = (
-    QUEUE, CONTAINER, SIMULATOR, WORKER, CLIENT, FAULTS, QUEUE_IN_THE_CLOUD, BALANCER_IN_THE_CLOUD, PICTURE,
+    QUEUE, CONTAINER, SIMULATOR, FAKE_RUNPOD, WORKER, CLIENT, FAULTS, QUEUE_IN_THE_CLOUD, BALANCER_IN_THE_CLOUD,
+    PICTURE,
 )  # fmt: skip
 # Of these pages all blocks are named; of README.md those of the section on RunPod.
 PAGES = ("README.md", "docs/queue.md", "docs/runpod.md", "docs/simulator.md")

@@ -7,9 +7,11 @@ import os
 import secrets
 import socket
 from collections.abc import Sequence
+from functools import partial
 
 from supervisor.kept import Kept
 
+LOG = logging.getLogger("supervisor.queue")
 # In the simulator's environment, where no list of processes shows them.
 CLIENTS_KEYS, WORKERS_KEY = "LOCAL_RUNPOD_KEYS", "LOCAL_RUNPOD_WORKER_KEY"
 
@@ -33,24 +35,18 @@ class LocalRunPod(Kept):
 
     def __init__(self, listener: socket.socket, keys: Sequence[str]) -> None:
         """`keys`: one of them is asked of clients, where there are any."""
-        host, port = listener.getsockname()[:2]
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v2/local"
-        self.workers_key = secrets.token_hex(16)
+        host, port = listener.getsockname()
+        self.url = f"http://{host}:{port}/v2/local"
+        workers_key = secrets.token_hex(16)
+        self.environment = environment(self.url, workers_key)  # for the queue worker
         environ = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TZ") if name in os.environ}
-        environ |= {CLIENTS_KEYS: ",".join(keys), WORKERS_KEY: self.workers_key}
+        environ |= {CLIENTS_KEYS: ",".join(keys), WORKERS_KEY: workers_key}
         program = ["supervisor.local_runpod.simulator", "--fd", str(listener.fileno()), "--with-parent"]
-        super().__init__(program, environ, self._died, files=[listener.fileno()])
-
-    def environment(self) -> dict[str, str]:
-        """For the queue worker."""
-        return environment(self.url, self.workers_key)
+        died = partial(LOG.error, "the simulated RunPod ended (%s), its jobs are lost: again in %.1f s")
+        super().__init__(program, environ, died, files=[listener.fileno()])
 
     def stop(self) -> None:
         """When nobody is left to post to it."""
         self.leaving.set()
         if self.child is not None:
             self.child.terminate()
-
-    def _died(self, how: str, again: float) -> None:
-        log = logging.getLogger("supervisor.queue")
-        log.error("the simulated RunPod ended (%s), its jobs are lost: again in %.1f s", how, again)

@@ -9,21 +9,20 @@ import contextlib
 import json
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from supervisor import asking, status
-from supervisor.settings.knobs import keys
-from supervisor.settings.values import BadValue
 
 # Of one question; /stream waits up to a second for news.
 PATIENCE = 30.0
 FAILED = 1
 WAITING = ("IN_QUEUE", "IN_PROGRESS")
 START = "start one with `supervisor up MODEL --mode queue`"
+KEYS = ("SUPERVISOR_API_KEYS", "SUPERVISOR_ADMIN_KEYS")  # the simulated RunPod asks for one of these, too
 # Where an input says whether the answer is to stream: the first of these that it has, else the input itself.
 BODIES = ("openai_input", "body")
 
@@ -38,7 +37,7 @@ def run(given: str, url: str | None, environ: Mapping[str, str], *, stream: bool
         job = read(given)
         if stream:
             job["input"] = streaming(job["input"])
-        return _run(Endpoint(url or find(environ), _key(environ)), job, stream=stream)
+        return _run(Endpoint(url or find(environ), status.authorization(environ, *KEYS)), job, stream=stream)
     except (JobError, status.StatusError) as error:
         print(f"supervisor: {error}", file=sys.stderr)
         return FAILED
@@ -47,30 +46,20 @@ def run(given: str, url: str | None, environ: Mapping[str, str], *, stream: bool
 def read(given: str) -> dict[str, Any]:
     """A job, from JSON itself, a file, or standard input. What has no `input` is taken for one."""
     text = given
-    if given == "-":
-        text = sys.stdin.read()
-    elif not given.lstrip().startswith(("{", "[")):
-        try:
-            text = Path(given).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise JobError(f"{given} can't be read ({why}): expected a file, JSON, or - for standard input") from None
     try:
+        if given == "-":
+            text = sys.stdin.read()
+        elif not given.lstrip().startswith(("{", "[")):
+            text = Path(given).read_text()
         job = json.loads(text)
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise JobError(f"{given} can't be read ({why}): expected a file, JSON, or - for standard input") from None
     except (ValueError, RecursionError) as error:
         raise JobError(f"the job is not JSON: {error}") from None
     if not isinstance(job, dict):
         raise JobError('the job must be an object, such as {"input": {"prompt": "Once upon"}} (docs/jobs.md)')
     return job if "input" in job else {"input": job}
-
-
-def _key(environ: Mapping[str, str]) -> str:
-    """The first of the supervisor's, where it has some: the simulated RunPod asks for one, too."""
-    given = environ.get("SUPERVISOR_API_KEYS") or environ.get("SUPERVISOR_ADMIN_KEYS")
-    try:
-        return keys(given).values[0] if given else ""
-    except BadValue as error:
-        raise JobError(f"SUPERVISOR_API_KEYS: expected {error}") from None
 
 
 def streaming(content: Any) -> Any:
@@ -100,19 +89,19 @@ def find(environ: Mapping[str, str]) -> str:
 class Endpoint:
     """`http://127.0.0.1:8000`, or with the path of an endpoint, `/v2/local`."""
 
-    def __init__(self, url: str, key: str = "") -> None:
+    def __init__(self, url: str, authorization: str = "") -> None:
         self.url = url
         try:
-            self.client = asking.client(url, PATIENCE, authorization=f"Bearer {key}" if key else "")
+            self.client = asking.client(url, PATIENCE, authorization=authorization)
         except ValueError:
             raise JobError(f"--url {url}: expected an address such as http://127.0.0.1:8000") from None
         if self.client.base_url.path == "/":
             self.client.base_url = self.client.base_url.join("/v2/local")
 
-    def ask(self, method: str, path: str, content: object = None) -> dict[str, Any]:
+    def ask(self, method: str, path: str, content: str | None = None) -> dict[str, Any]:
         """The answer's object. Raises JobError where there is none."""
         try:
-            answer = self.client.request(method, path, content=None if content is None else json.dumps(content))
+            answer = self.client.request(method, path, content=content)
         except httpx.HTTPError as error:
             raise JobError(f"{self.url} does not answer ({asking.why(error)})") from None
         found: Any = None
@@ -129,8 +118,7 @@ class Endpoint:
 
 
 def _run(endpoint: Endpoint, job: Mapping[str, Any], *, stream: bool) -> int:
-    sent = endpoint.ask("POST", "/run", job)
-    where = str(sent.get("id"))
+    where = str(endpoint.ask("POST", "/run", json.dumps(job)).get("id"))
     pressed: list[int] = []
 
     def interrupted(number: int, _: object) -> None:
@@ -150,15 +138,14 @@ def _run(endpoint: Endpoint, job: Mapping[str, Any], *, stream: bool) -> int:
 def _follow(endpoint: Endpoint, where: str, pressed: Sequence[int], *, stream: bool) -> int:
     """Reads its chunks until it is over; /stream answers when there is news."""
     text = Text()
-    while True:
+    news: dict[str, Any] = {"status": "IN_QUEUE"}
+    while news.get("status") in WAITING or news.get("stream"):
         if pressed:
             raise KeyboardInterrupt
         news = endpoint.ask("GET", f"/stream/{where}")
-        if stream:
-            for chunk in news.get("stream") or ():
+        for chunk in news.get("stream") or ():
+            if stream:
                 text.take(chunk.get("output"))
-        if news.get("status") not in WAITING and not news.get("stream"):
-            break
     result = endpoint.ask("GET", f"/status/{where}")
     if stream and text.written:
         print(flush=True)
@@ -167,8 +154,7 @@ def _follow(endpoint: Endpoint, where: str, pressed: Sequence[int], *, stream: b
         print(f"supervisor: the job failed: {readable(said)}", file=sys.stderr)
         return FAILED
     if not text.written:
-        output = result.get("output")
-        print(json.dumps(output, ensure_ascii=False, indent=2 if sys.stdout.isatty() else None))
+        print(json.dumps(result.get("output"), ensure_ascii=False, indent=2 if sys.stdout.isatty() else None))
     return 0
 
 
@@ -183,47 +169,32 @@ class Text:
     def take(self, chunk: object) -> None:
         if not isinstance(chunk, str):
             return  # a whole answer: it is in the result
-        *events, self.rest = (self.rest + chunk).split("\n\n")
-        for event in events:
-            for line in event.splitlines():
-                if line.startswith("data:") and line != "data: [DONE]":
-                    with contextlib.suppress(ValueError):
-                        self._event(json.loads(line.removeprefix("data:")))
+        *lines, self.rest = (self.rest + chunk).split("\n")
+        for line in lines:
+            with contextlib.suppress(ValueError):  # no data, or [DONE]
+                event = json.loads(line.removeprefix("data:"))
+                if isinstance(event, dict):
+                    self._event(event)
 
-    def _event(self, event: Any) -> None:
-        if isinstance(event, dict) and event.get("error"):
-            self.error = event["error"]
-        for said in _said(event):
-            self.written = True
-            print(said, end="", flush=True)
-
-
-def _said(event: Any) -> Iterator[str]:
-    """The text in an event of OpenAI's chats, completions and responses, and of Anthropic's messages."""
-    if not isinstance(event, dict):
-        return
-    deltas = [event.get("delta")]
-    for choice in event.get("choices") or ():
-        deltas += [choice.get("text"), choice.get("delta")]
-    for delta in deltas:
-        if isinstance(delta, dict):
-            delta = delta.get("content") or delta.get("text")  # noqa: PLW2901
-        if isinstance(delta, str) and delta:
-            yield delta
+    def _event(self, event: Mapping[str, Any]) -> None:
+        """Of OpenAI's chats, completions and responses, and of Anthropic's messages."""
+        self.error = event.get("error") or self.error
+        choices = event.get("choices") or ()
+        for said in (event.get("delta"), *(choice.get("text") or choice.get("delta") for choice in choices)):
+            text = said.get("content") or said.get("text") if isinstance(said, dict) else said
+            if isinstance(text, str) and text:
+                self.written = True
+                print(text, end="", flush=True)
 
 
 def readable(error: object) -> str:
     """The message of an error, which may be an object, or its JSON as text (docs/jobs.md)."""
+    found = error
     if isinstance(error, str):
-        try:
+        with contextlib.suppress(ValueError):
             found = json.loads(error)
-        except ValueError:
-            return error
-        return readable(found) if isinstance(found, dict) else error
-    if not isinstance(error, dict):
+    if not isinstance(found, dict):
         return str(error or "it does not say why")
-    message = error.get("message") or error.get("error_message")
-    if not message:
-        return json.dumps(error)
-    status_code = error.get("status") or error.get("code")
+    message = found.get("message") or found.get("error_message") or json.dumps(found)
+    status_code = found.get("status") or found.get("code")
     return f"{message} (status {status_code})" if status_code else str(message)

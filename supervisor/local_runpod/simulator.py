@@ -1,27 +1,21 @@
-"""RunPod's side of the queue on a laptop, over HTTP: what workers poll and post to, what clients ask, and faults.
+"""RunPod's side of the queue on a laptop, over HTTP: what workers poll and post to, and what clients ask.
 
     python -m supervisor.local_runpod.simulator --port 8000
 
-`docs/simulator.md` lists the routes. What jobs go through is in `queue.py`; here are HTTP, faults and the log.
+`docs/simulator.md` has the routes, `queue.py` what jobs go through; `scripts/fake_runpod` puts faults around all this.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import contextlib
 import json
 import logging
 import os
-import signal
 import socket
-import struct
 import sys
 import threading
-import time
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Sequence
-from dataclasses import dataclass, field
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from hmac import compare_digest
 from typing import Any
@@ -33,27 +27,19 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
-from starlette.routing import Mount, Route
-from starlette.types import Message, Receive, Scope, Send
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from supervisor.local_runpod.child import CLIENTS_KEYS, WORKERS_KEY
-from supervisor.local_runpod.queue import JOB_BYTES, Job, Queue, State, parse
+from supervisor.local_runpod.queue import JOB_BYTES, Job, Queue, Refused, State, Worker, parse
 
-LOG_LENGTH = 20_000
-DROPPED_FOR = 120.0
-# How long /stream waits for a chunk.
-STREAM_WAIT = 1.0
-# For /runsync?wait=, in milliseconds.
-WAIT, WAIT_LEAST, WAIT_MOST = 90_000, 1000, 300_000
-# Requests in any ten seconds; other routes have no limit.
-RATE_SECONDS = 10.0
-RATES = {"run": 1000, "runsync": 2000, "status": 2000, "stream": 2000, "openai": 2000, "cancel": 100}
+# How long /stream waits for a chunk, and how often it is looked whether a client of /openai has left.
+STREAM_WAIT, LEAVING_LOOK = 1.0, 0.5
 # Connections of workers rest between polls and posts; uvicorn's five seconds would reset them under a post.
 KEEP_ALIVE = 120
-
+# The workers' routes; all others are the clients'.
 PLATFORM = ("job-take", "job-take-batch", "job-stop", "job-stream", "job-done", "ping")
-FAULTS = ("status", "reset", "accept-reset", "drop", "delay", "empty")
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -63,117 +49,12 @@ def reply(content: object, status: int = 200) -> Response:
     return Response(json.dumps(content).encode(), status, media_type="application/json")
 
 
-@dataclass
-class Fault:
-    """What goes wrong `on` a route: `times` times (None: always), once `after` requests have passed it."""
-
-    on: str
-    do: str
-    status: int = 500
-    seconds: float = 0.0
-    times: int | None = None
-    after: int = 0
-    passed: int = 0
-    acted: int = 0
-
-    @classmethod
-    def read(cls, given: Any) -> Fault:
-        """ValueError or TypeError says what is wrong."""
-        names = {"on", "do", "status", "seconds", "times", "after"}
-        if not isinstance(given, dict) or given.keys() - names:
-            raise ValueError(f"a fault is an object with the keys {', '.join(sorted(names))}")
-        fault = cls(**given)
-        if fault.on not in (*PLATFORM, "*"):
-            raise ValueError(f"`on` is one of {', '.join(PLATFORM)}, *")
-        if fault.do not in FAULTS:
-            raise ValueError(f"`do` is one of {', '.join(FAULTS)}")
-        if not 200 <= fault.status <= 599 or fault.seconds < 0 or fault.after < 0 or (fault.times or 0) < 0:
-            raise ValueError("a number is out of range")
-        return fault
-
-    def acts(self, what: str) -> bool:
-        """Counts a request, and says whether it is hit."""
-        if self.on not in (what, "*") or (self.times is not None and self.acted >= self.times):
-            return False
-        if self.passed < self.after:
-            self.passed += 1
-            return False
-        self.acted += 1
-        return True
-
-
-@dataclass
-class Entry:
-    """One request of a worker. `status` is None while it has no answer, and when it never gets one."""
-
-    seq: int
-    at: float
-    what: str
-    method: str
-    target: str
-    headers: dict[str, str]
-    body_bytes: int = 0
-    status: int | None = None
-    fault: str | None = None
-
-
-@dataclass(slots=True)
-class Window:
-    """At most `limit` requests in any ten seconds."""
-
-    limit: int
-    times: deque[float] = field(default_factory=deque)
-
-    def admits(self, now: float) -> bool:
-        while self.times and self.times[0] <= now - RATE_SECONDS:
-            self.times.popleft()
-        if len(self.times) >= self.limit:
-            return False
-        self.times.append(now)
-        return True
-
-
 class WireProtocol(HttpToolsProtocol):
-    """Requests carry their transport, for faults need to reset it and polls to know whether it is closed."""
+    """Requests carry their transport, for who hands something out must know whether it is closed."""
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.scope["state"]["transport"] = self.transport
-
-
-def is_gone(request: Request) -> bool:
-    """Whether the other side is known to have left; not `is_disconnected`, for nothing may happen while one asks."""
-    return bool(request.state.transport.is_closing())
-
-
-async def has_left(receive: Receive) -> None:
-    """Returns when the other side leaves. The request's body must have been read."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def unless_left(request: Request, waiting_for: Coroutine[Any, Any, None]) -> bool:
-    """Waits for it to end, and is True; False if the other side left before."""
-    leaving = asyncio.ensure_future(has_left(request.receive))
-    waiting = asyncio.ensure_future(waiting_for)
-    try:
-        await asyncio.wait((leaving, waiting), return_when=asyncio.FIRST_COMPLETED)
-        return waiting.done()
-    finally:
-        leaving.cancel()
-        waiting.cancel()
-
-
-class Reset(Response):
-    """No answer: the connection ends in a TCP reset."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        transport = scope["state"]["transport"]
-        if not transport.is_closing():
-            linger = struct.pack("ii", 1, 0)  # for no time at all: then closing is a reset
-            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            transport.abort()
-        await has_left(receive)  # else uvicorn would miss the answer
 
 
 class Handed(Response):
@@ -186,6 +67,7 @@ class Handed(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def watched(message: Message) -> None:
             await send(message)
+            # Nothing else has happened since it was taken: what a poller that has left would get is there for the next.
             if message["type"] == "http.response.start" and scope["state"]["transport"].is_closing():
                 self.undo()
 
@@ -195,62 +77,55 @@ class Handed(Response):
 class Guarded:
     """Asks workers for the worker's key, and everybody else for one of the clients', where there are any."""
 
-    def __init__(self, app: Starlette, clients: Sequence[str], worker: str) -> None:
+    def __init__(self, app: ASGIApp, clients: Sequence[str], workers: Sequence[str]) -> None:
         self.app = app
         self.clients = clients
-        self.worker = [worker] if worker else []
+        self.workers = workers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            known = self.worker if scope["path"].split("/")[3:4] in [[name] for name in PLATFORM] else self.clients
+            known = self.workers if "".join(scope["path"].split("/")[3:4]) in PLATFORM else self.clients
             given = Headers(scope=scope).get("authorization", "").removeprefix("Bearer ").encode()
-            if known and sum(compare_digest(given, key.encode()) for key in known) == 0:
+            if known and not any(compare_digest(given, key.encode()) for key in known):
                 await reply({"error": "a valid key is needed: 'Authorization: Bearer KEY'"}, 401)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
 
 class Simulator:
-    """The app of one endpoint."""
+    """The app of one endpoint. `routes` and `route` are what scripts/fake_runpod does more in."""
 
     def __init__(self, queue: Queue) -> None:
         self.queue = queue
-        self.faults: list[Fault] = []
-        self.log: deque[Entry] = deque(maxlen=LOG_LENGTH)
-        self.requests = 0
-        self.windows = {route: Window(limit) for route, limit in RATES.items()}
 
     def app(self, endpoint: str) -> Starlette:
-        platform, client = self._platform, self._client
-        routes = [
-            platform("job-take", "/{worker}", partial(self.take, False)),
-            platform("job-take-batch", "/{worker}", partial(self.take, True)),
-            platform("job-stop", "/{worker}", self.stop),
-            platform("job-stream", "/{worker}/{job}", partial(self.post, self.queue.chunk), "POST"),
-            platform("job-done", "/{worker}/{job}", partial(self.post, self.queue.result), "POST"),
-            platform("ping", "/{worker}", self.ping),
-            client("run", "", self.run, "POST"),
-            client("runsync", "", self.runsync, "POST"),
-            client("status", "/{job}", self.status, "GET", "POST"),
-            client("stream", "/{job}", self.stream, "GET", "POST"),
-            client("cancel", "/{job}", self.cancel, "POST"),
-            client("retry", "/{job}", self.retry, "POST"),
-            client("purge-queue", "", self.purge, "POST"),
-            client("health", "", self.health, "GET"),
-            client("openai", "/{path:path}", self.openai, "GET", "POST", "PUT", "PATCH", "DELETE"),
-        ]
-        return Starlette(
-            routes=[
-                Mount(f"/v2/{endpoint}", routes=routes),
-                Route("/faults", self.change_faults, methods=["GET", "POST", "DELETE"]),
-                Route("/log", self.show_log),
-                Route("/jobs/{job}", self.show_job),
-                Route("/workers", self.show_workers),
-            ],
-            exception_handlers={HTTPException: _as_json, ClientDisconnect: _as_nothing},
-        )
+        handlers = dict.fromkeys((HTTPException, Refused, ClientDisconnect), as_json)
+        return Starlette(routes=self.routes(endpoint), exception_handlers=handlers)
 
-    def _job(self, request: Request) -> Job:
+    def routes(self, endpoint: str) -> list[BaseRoute]:
+        own = [
+            self.route("job-take", "/{worker}", partial(self.take, batch=False), "GET"),
+            self.route("job-take-batch", "/{worker}", partial(self.take, batch=True), "GET"),
+            self.route("job-stop", "/{worker}", self.stop, "GET"),
+            self.route("job-stream", "/{worker}/{job}", partial(self.post, self.queue.chunk), "POST"),
+            self.route("job-done", "/{worker}/{job}", partial(self.post, self.queue.result), "POST"),
+            self.route("ping", "/{worker}", self.ping, "GET"),
+            self.route("run", "", self.run, "POST"),
+            self.route("runsync", "", self.runsync, "POST"),
+            self.route("status", "/{job}", self.status, "GET", "POST"),
+            self.route("stream", "/{job}", self.stream, "GET", "POST"),
+            self.route("cancel", "/{job}", partial(self.change, self.queue.cancel), "POST"),
+            self.route("retry", "/{job}", partial(self.change, self.queue.retry), "POST"),
+            self.route("purge-queue", "", self.purge, "POST"),
+            self.route("health", "", self.health, "GET"),
+            self.route("openai", "/{path:path}", self.openai, "GET", "POST", "PUT", "PATCH", "DELETE"),
+        ]
+        return [Mount(f"/v2/{endpoint}", routes=own)]
+
+    def route(self, what: str, path: str, handler: Endpoint, *methods: str) -> Route:
+        return Route(f"/{what}{path}", handler, methods=methods)
+
+    def job(self, request: Request) -> Job:
         job = self.queue.jobs.get(request.path_params["job"])
         if job is None:
             raise HTTPException(404, "job not found")
@@ -258,110 +133,60 @@ class Simulator:
 
     # The platform's side
 
-    def _platform(self, what: str, path: str, handler: Endpoint, method: str = "GET") -> Route:
-        """Logs, and lets faults act before the handler gets the request."""
+    def worker(self, request: Request) -> Worker:
+        return self.queue.worker(request.path_params["worker"])
 
-        async def endpoint(request: Request) -> Response:
-            self.requests += 1
-            path, query = (request.scope[part].decode("latin-1") for part in ("raw_path", "query_string"))
-            target = f"{path}?{query}" if query else path
-            entry = Entry(self.requests, time.monotonic(), what, request.method, target, dict(request.headers))
-            self.log.append(entry)
-            worker = self.queue.worker(request.path_params["worker"])
-            worker.seen = entry.at
-            worker.counts[what] += 1
-            entry.body_bytes = len(await request.body())
-            fault = next((fault for fault in self.faults if fault.acts(what)), None)
-            entry.fault = fault.do if fault else None
-            try:
-                response = await (_suffer(fault, request, handler) if fault else handler(request))
-            except HTTPException as error:  # an answer, too: it must be logged
-                response = await _as_json(request, error)
-            if not isinstance(response, Reset):
-                entry.status = response.status_code
-            return response
-
-        return Route(f"/{what}{path}", endpoint, methods=[method])
-
-    async def take(self, batch: bool, request: Request) -> Response:
-        size = _number(request, "batch_size", 1, 1, 10_000) if batch else 1
-        jobs = await self.queue.take(request.path_params["worker"], size, partial(is_gone, request))
+    async def take(self, request: Request, *, batch: bool) -> Response:
+        size = number_in(request, "batch_size", 1, 1, 10_000) if batch else 1
+        jobs = await self.queue.take(self.worker(request), size)
         if not jobs:
             return Response(status_code=204)
         deliveries = [job.delivery() for job in jobs]
         return Handed(deliveries if batch else deliveries[0], partial(self.queue.put_back, jobs))
 
     async def stop(self, request: Request) -> Response:
-        worker = request.path_params["worker"]
-        ids = await self.queue.stops(worker, partial(is_gone, request))
-        if not ids:
-            return Response(status_code=204)
-        return Handed({"jobsToStop": ids}, partial(self.queue.worker(worker).stops.extend, ids))
+        worker = self.worker(request)
+        ids = await self.queue.stops(worker)
+        return Handed({"jobsToStop": ids}, partial(self.queue.tell, worker, ids)) if ids else Response(status_code=204)
 
-    async def post(self, store: Callable[..., int], request: Request) -> Response:
-        body, key = await request.body(), request.headers.get("idempotency-key")
-        is_stream = request.query_params.get("isStream") == "true"
-        status = store(request.path_params["worker"], self._job(request), body, key, is_stream=is_stream)
-        return reply({} if status == 200 else {"error": "too large, or not the JSON object that is expected"}, status)
+    async def post(self, store: Callable[[Worker, Job, bytes, str], None], request: Request) -> Response:
+        body = await request.body()
+        key = request.headers.get("idempotency-key") or uuid.uuid4().hex  # one without is like no other
+        store(self.worker(request), self.job(request), body, key)
+        return reply({})
 
     async def ping(self, request: Request) -> Response:
-        self.queue.ping(request.path_params["worker"], dict(request.query_params))
+        self.queue.ping(self.worker(request), request.query_params)
         return reply({})
 
     # The client's side
 
-    def _client(self, route: str, path: str, handler: Endpoint, *methods: str) -> Route:
-        """Answers 429 when there are more requests than the route takes."""
-        window = self.windows.get(route)
-
-        async def endpoint(request: Request) -> Response:
-            is_free = route == "openai" and request.method != "POST"
-            if window and not is_free and not window.admits(time.monotonic()):
-                raise HTTPException(429, f"more than {window.limit} requests to /{route} in {RATE_SECONDS:g} s")
-            return await handler(request)
-
-        return Route(f"/{route}{path}", endpoint, methods=list(methods))
-
-    async def _submit(self, request: Request, *, sync: bool) -> Job:
-        try:
-            return self.queue.submit(await _json(request, JOB_BYTES[sync]), sync=sync)
-        except ValueError as error:
-            raise HTTPException(400, str(error)) from None
-
     async def run(self, request: Request) -> Response:
-        return reply((await self._submit(request, sync=False)).view())
+        return reply(self.queue.submit(await read_json(request), sync=False).view())
 
     async def runsync(self, request: Request) -> Response:
-        wait = _number(request, "wait", WAIT, WAIT_LEAST, WAIT_MOST) / 1000
-        job = await self._submit(request, sync=True)
+        wait = number_in(request, "wait", 90_000, 1000, 300_000) / 1000
+        job = self.queue.submit(await read_json(request, JOB_BYTES[True]), sync=True)
         await job.changed.until(lambda: job.over, wait)
-        if job.gone:
+        if job.state is State.EXPIRED:
             raise HTTPException(404, "job not found")
         return reply(job.view())
 
     async def status(self, request: Request) -> Response:
-        return reply(self._job(request).view())
+        return reply(self.job(request).view())
 
     async def stream(self, request: Request) -> Response:
-        job = self._job(request)
+        job = self.job(request)
         await job.changed.until(lambda: job.over or len(job.chunks) > job.read, STREAM_WAIT)
-        self._job(request)  # which may have expired
-        chunks = [{"output": chunk["output"]} for chunk in job.chunks[job.read :]]
+        self.job(request)  # which may have expired
+        chunks = [{"output": chunk} for chunk in job.chunks[job.read :]]
         job.read = len(job.chunks)
         error = {"error": job.result["error"]} if "error" in job.result else {}
         return reply({"status": job.state, "stream": chunks, **error})
 
-    async def cancel(self, request: Request) -> Response:
-        job = self._job(request)
-        self.queue.cancel(job)
-        return reply({"id": job.id, "status": job.state})
-
-    async def retry(self, request: Request) -> Response:
-        job = self._job(request)
-        try:
-            self.queue.retry(job)
-        except ValueError as error:
-            raise HTTPException(400, str(error)) from None
+    async def change(self, how: Callable[[Job], None], request: Request) -> Response:
+        job = self.job(request)
+        how(job)
         return reply({"id": job.id, "status": job.state})
 
     async def purge(self, request: Request) -> Response:
@@ -371,177 +196,95 @@ class Simulator:
         return reply(self.queue.health())
 
     async def openai(self, request: Request) -> Response:
-        wrapped: dict[str, Any] = {"openai_route": f"/{request.path_params['path']}"}
-        if await request.body():
-            wrapped["openai_input"] = await _json(request, JOB_BYTES[False])
-        job = self.queue.submit({"input": wrapped}, sync=False)
-        body = wrapped.get("openai_input")
+        body = await read_json(request) if await request.body() else None
+        content = {"openai_route": f"/{request.path_params['path']}"} | ({} if body is None else {"openai_input": body})
+        job = self.queue.submit({"input": content}, sync=False)
         streams = isinstance(body, dict) and bool(body.get("stream"))
-        started = job.changed.until(lambda: job.over or (streams and job.chunks))
-        if not await unless_left(request, started):
-            if streams:
-                self.queue.cancel(job)
-            return Response(status_code=499)  # nobody reads it
+
+        def begun() -> bool:
+            return job.over or (streams and bool(job.chunks))
+
+        while not begun() and not await request.is_disconnected():
+            await job.changed.until(begun, LEAVING_LOOK)
         if streams and job.chunks:
-            abandoned = BackgroundTask(self._abandon, job)
-            return StreamingResponse(_text_of(job), media_type="text/event-stream", background=abandoned)
+            ending = BackgroundTask(self._end_stream, job)
+            return StreamingResponse(_text_of(job), media_type="text/event-stream", background=ending)
+        if streams:
+            await self._end_stream(job)
         return _whole(job, "text/event-stream" if streams else "text/plain")
 
-    async def _abandon(self, job: Job) -> None:
-        """After a stream: the job is over, or its client has left."""
+    async def _end_stream(self, job: Job) -> None:
+        """The job is over, or its client has left."""
         self.queue.cancel(job)
 
-    # For tests and the curious
 
-    async def change_faults(self, request: Request) -> Response:
-        if request.method == "DELETE":
-            self.faults.clear()
-        elif request.method == "POST":
-            try:
-                self.faults.append(Fault.read(await _json(request, JOB_BYTES[False])))
-            except (ValueError, TypeError) as error:
-                raise HTTPException(400, str(error)) from None
-        return reply([vars(fault) for fault in self.faults])
-
-    async def show_log(self, request: Request) -> Response:
-        since = _number(request, "since", 0, 0, sys.maxsize)
-        return reply([vars(entry) for entry in self.log if entry.seq > since])
-
-    async def show_job(self, request: Request) -> Response:
-        job = self._job(request)
-        first = job.chunks[0]["at"] if job.chunks else None
-        timeline = {"created": job.created, "taken": job.taken, "first_chunk": first, "done": job.done}
-        shown = {"id": job.id, "state": job.state, "input": job.request["input"], "timeline": timeline, **job.result}
-        names = ("worker", "retries", "chunks", "posts", "duplicates", "late")
-        return reply(shown | {name: getattr(job, name) for name in names})
-
-    async def show_workers(self, request: Request) -> Response:
-        return reply(
-            {
-                name: {"seen": each.seen, "ping": each.ping, "unhealthy": each.unhealthy, "counts": each.counts}
-                for name, each in self.queue.workers.items()
-            }
-        )
-
-
-async def _suffer(fault: Fault, request: Request, handler: Endpoint) -> Response:
-    match fault.do:
-        case "status":
-            return Response(status_code=fault.status)
-        case "empty":
-            return Response(status_code=204)
-        case "delay":
-            await asyncio.sleep(fault.seconds)
-            return await handler(request)
-        case "accept-reset":
-            with contextlib.suppress(HTTPException):  # a refusal gets lost like any answer
-                await handler(request)
-        case "drop":
-            await unless_left(request, asyncio.sleep(DROPPED_FOR))
-    return Reset()
-
-
-async def _json(request: Request, limit: int) -> Any:
+async def read_json(request: Request, limit: int = JOB_BYTES[False]) -> Any:
     body = await request.body()
     if len(body) > limit:
         raise HTTPException(413, f"the body is larger than {limit} bytes")
-    try:
-        return parse(body)
-    except ValueError as error:
-        raise HTTPException(400, f"the body is not JSON: {error}") from None
+    return parse(body)
 
 
-def _number(request: Request, name: str, default: int, least: int, most: int) -> int:
-    try:
-        value = int(request.query_params.get(name, default))
-    except ValueError:
-        value = least - 1
-    if not least <= value <= most:
-        raise HTTPException(400, f"{name} must be a whole number from {least} to {most}")
-    return value
+def number_in(request: Request, name: str, default: int, least: int, most: int) -> int:
+    """A number of the query."""
+    text = request.query_params.get(name, str(default))
+    if not text.isdecimal() or not least <= int(text) <= most:
+        raise Refused(f"{name} must be a whole number from {least} to {most}")
+    return int(text)
 
 
-async def _as_json(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return reply({"error": error.detail}, error.status_code)
-
-
-async def _as_nothing(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # nobody reads it
-
-
-def _text(output: Any) -> str:
-    return output if isinstance(output, str) else json.dumps(output)
+async def as_json(request: Request, error: Exception) -> Response:
+    """What is wrong with a request: starlette knows, or the queue."""
+    if isinstance(error, HTTPException):
+        return reply({"error": error.detail}, error.status_code)
+    return reply({"error": str(error)}, 400)
 
 
 async def _text_of(job: Job) -> AsyncIterator[bytes]:
     """What the chunks say, as they come, until the job is over."""
     read = 0
-    while True:
-        waiting = job.chunks[read:]
-        if waiting:
-            read += len(waiting)
-            yield "".join(_text(chunk["output"]) for chunk in waiting).encode(errors="replace")
-        elif job.over:
-            return
-        else:
-            await job.changed.until(lambda: job.over or len(job.chunks) > read)  # noqa: B023 - awaited here
+    while not job.over or len(job.chunks) > read:
+        await job.changed.until(lambda: job.over or len(job.chunks) > read)  # noqa: B023 - awaited here
+        chunks = job.chunks[read:]
+        read += len(chunks)
+        text = "".join(chunk if isinstance(chunk, str) else json.dumps(chunk) for chunk in chunks)
+        yield text.encode(errors="replace")
 
 
 def _whole(job: Job, text_type: str) -> Response:
-    """The answer of a job that is over and has streamed nothing; text that is JSON says so in its content type."""
-    if job.gone or job.state in (State.CANCELLED, State.TIMED_OUT):
-        return reply({"error": f"job {'expired' if job.gone else job.state}"}, 500)
-    content = job.result.get("error" if job.state is State.FAILED else "output")
-    status = 500 if job.state is State.FAILED else 200
-    if isinstance(content, list) and content and all(isinstance(part, str) for part in content):
-        content = "".join(content)
-    elif isinstance(content, list) and len(content) == 1:
-        content = content[0]
-    if not isinstance(content, str):
-        return reply(content, status)
-    text = content.encode(errors="replace")
+    """The answer of a job that has streamed nothing; text that is JSON says so in its content type."""
+    if job.state not in (State.COMPLETED, State.FAILED):
+        return reply({"error": f"job {job.state}"}, 500)
+    status, name = (500, "error") if job.state is State.FAILED else (200, "output")
+    content = job.result.get(name)
+    parts: list[Any] = content if isinstance(content, list) and content else [content]
+    if not all(isinstance(part, str) for part in parts):
+        return reply(parts[0] if len(parts) == 1 else parts, status)
+    text = "".join(parts).encode(errors="replace")
     try:
         parse(text)
-    except ValueError:
+    except Refused:
         return Response(text, status, media_type=text_type)
     return Response(text, status, media_type="application/json")
 
 
+# The process
+
+
 class Server(uvicorn.Server):
-    """uvicorn without its signal handlers."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None]:
-        yield  # they end the process at once
-
-
-def _leave(*_: object) -> None:
-    """Nothing in here outlives the process, so there is nothing to wait for, open polls included."""
-    os._exit(0)
+    def handle_exit(self, sig: int, frame: object) -> None:
+        """At once: nothing in here outlives the process, so there is nothing to wait for, open polls included."""
+        os._exit(0)
 
 
 def _leave_with_parent() -> None:
     while os.read(0, 65536):
         pass
-    _leave()
+    os._exit(0)
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    # With its protocol, which `socket.create_server` leaves out: asyncio turns Nagle off only where it sees TCP, and
-    # answers written in two parts would take 40 ms.
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    listener = socket.socket(family, kind, protocol)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(address)
-    listener.listen(2048)
-    return listener
-
-
-def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m supervisor.local_runpod.simulator", description="RunPod's queue on a laptop."
-    )
+def main(make: type[Simulator] = Simulator) -> None:
+    parser = argparse.ArgumentParser(description="RunPod's queue on a laptop.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0: any free one (default: 8000)")
     parser.add_argument("--fd", type=int, help="a socket that is bound already, instead of host and port")
@@ -549,38 +292,35 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--hold", type=float, default=20.0, help="seconds for which an empty poll stays open (20)")
     parser.add_argument("--lost-after", type=float, default=40.0, help="seconds without a ping that names the job (40)")
     parser.add_argument("--with-parent", action="store_true", help="leave when standard input ends")
-    return parser.parse_args(given)
-
-
-def main(given: Sequence[str] | None = None) -> None:
-    options = _arguments(given)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _leave)
+    options = parser.parse_args()
     if options.with_parent:
         threading.Thread(target=_leave_with_parent, daemon=True).start()
+    # Made of its number, a socket asks for its protocol, which `create_server` and uvicorn leave out: asyncio turns
+    # Nagle off only where it sees TCP, and answers written in two parts would take 40 ms.
+    listener = socket.socket(fileno=_listen(options.host, options.port) if options.fd is None else options.fd)
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # its own mistakes only
-    try:
-        listener = _listen(options.host, options.port) if options.fd is None else socket.socket(fileno=options.fd)
-    except OSError as error:
-        sys.exit(f"simulator: cannot listen on {options.host}:{options.port}: {error.strerror}")
     # A job is read as RunPod hands it on: how deep and how long its values may be is the worker's to bear.
     sys.setrecursionlimit(20_000)
     sys.set_int_max_str_digits(0)
-    app = Simulator(Queue(options.hold, options.lost_after)).app(options.endpoint)
-    clients = [key for key in os.environ.get(CLIENTS_KEYS, "").split(",") if key]
+    clients, workers = (list(filter(None, os.environ.get(name, "").split(","))) for name in (CLIENTS_KEYS, WORKERS_KEY))
     config = uvicorn.Config(
-        Guarded(app, clients, os.environ.get(WORKERS_KEY, "")),
+        Guarded(make(Queue(options.hold, options.lost_after)).app(options.endpoint), clients, workers),
         http=WireProtocol,
         ws="none",
         loop="asyncio",  # it writes at once, so that a closed connection shows in the write
-        lifespan="off",
         log_config=None,
-        access_log=False,
         timeout_keep_alive=KEEP_ALIVE,
     )
     host, port = listener.getsockname()[:2]
     print(f"simulator: http://{host}:{port}/v2/{options.endpoint}", flush=True)
     Server(config).run(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> int:
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).detach()
+    except OSError as error:
+        sys.exit(f"simulator: cannot listen: {error.strerror}")
 
 
 if __name__ == "__main__":

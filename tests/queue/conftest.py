@@ -1,4 +1,4 @@
-"""RunPod's simulator and a supervisor that takes its jobs with the real SDK, over the fake vLLM."""
+"""scripts/fake_runpod and a supervisor that takes its jobs with the real SDK, over the fake vLLM."""
 
 from __future__ import annotations
 
@@ -12,27 +12,17 @@ import httpx
 import pytest
 
 from supervisor.local_runpod.child import environment as simulated
-from tests.harness import ROOT, Supervisor, wait_until
+from tests.harness import FAKE_RUNPOD, Supervisor, wait_until
 
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
 
 
 class RunPod:
-    """A simulator of its own, and what a client of RunPod does."""
+    """A fake of its own, and what a client of RunPod does."""
 
     def __init__(self, *arguments: str) -> None:
         self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                "supervisor.local_runpod.simulator",
-                "--port",
-                "0",
-                "--with-parent",
-                *arguments,
-            ],
-            cwd=ROOT,
+            [sys.executable, FAKE_RUNPOD, "--port", "0", "--with-parent", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

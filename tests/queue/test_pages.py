@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
@@ -15,12 +16,14 @@ from tests.harness import FAKE, ROOT, Supervisor, clean_environment, wait_until
 from tests.pages import (
     BALANCER_IN_THE_CLOUD,
     CLIENT,
+    FAKE_RUNPOD,
     FAULTS,
     NAMED,
     PAGES,
     QUEUE_IN_THE_CLOUD,
     SIMULATOR,
     WORKER,
+    Block,
     blocks,
     differences,
     shown,
@@ -81,10 +84,10 @@ def test_what_is_shown_is_compared(page: str, found: object, fits: bool) -> None
 # docs/simulator.md
 
 
-@pytest.fixture(scope="module")
-def simulator() -> Iterator[str]:
+@contextlib.contextmanager
+def running(block: Block) -> Iterator[str]:
     """Its address, in place of `http://127.0.0.1:8000`; what the page says behind `#` is what it prints."""
-    command, _, told = SIMULATOR.text().strip().partition("#")
+    command, _, told = block.text().strip().partition("#")
     with subprocess.Popen(
         ["bash", "-c", f"exec {command} --port 0"], cwd=ROOT, env=clean_environment(), stdout=subprocess.PIPE, text=True
     ) as process:
@@ -99,28 +102,30 @@ def simulator() -> Iterator[str]:
             process.terminate()
 
 
-@pytest.fixture(scope="module")
-def worker(simulator: str) -> Iterator[Supervisor]:
+@contextlib.contextmanager
+def working(simulator: str) -> Iterator[None]:
     *exports, up = WORKER.commands()
     command = "\n".join([*exports, f"exec {up}"]).replace("http://127.0.0.1:8000", simulator)
     with Supervisor(program=("bash", "-c", command), vllm=FAKE, cwd=ROOT, environ={"PORT": ""}) as supervisor:
-        yield supervisor
+        yield
         supervisor.signal(signal.SIGTERM)
         assert supervisor.exit_code(30) == 0
 
 
 @pytest.mark.slow
-def test_the_simulators_page(simulator: str, worker: Supervisor) -> None:
-    text = pasted(CLIENT.text().replace("http://127.0.0.1:8000", simulator))
-    assert text.startswith("data: {")
-    assert text.endswith("data: [DONE]\n\n")
-
-    post, look, remove = (command.replace("localhost:8000", simulator) for command in FAULTS.commands())
-    (fault,) = pasted(post)
-    assert (fault["on"], fault["do"], fault["times"], fault["acted"]) == ("job-done", "accept-reset", 2, 0)
-    pasted(CLIENT.text().replace("http://127.0.0.1:8000", simulator))
-    wait_until(lambda: pasted(look)[0]["acted"] == 2, "both faults")
-    assert pasted(remove) == []
+@pytest.mark.parametrize("block", [SIMULATOR, FAKE_RUNPOD])
+def test_the_simulators_page(block: Block) -> None:
+    with running(block) as simulator, working(simulator):
+        text = pasted(CLIENT.text().replace("http://127.0.0.1:8000", simulator))
+        assert text.startswith("data: {")
+        assert text.endswith("data: [DONE]\n\n")
+        if block is FAKE_RUNPOD:
+            post, look, remove = (command.replace("localhost:8000", simulator) for command in FAULTS.commands())
+            (fault,) = pasted(post)
+            assert (fault["on"], fault["do"], fault["times"], fault["acted"]) == ("job-done", "accept-reset", 2, 0)
+            pasted(CLIENT.text().replace("http://127.0.0.1:8000", simulator))
+            wait_until(lambda: pasted(look)[0]["acted"] == 2, "both faults")
+            assert pasted(remove) == []
 
 
 # docs/runpod.md, with addresses of ours for those of RunPod's cloud

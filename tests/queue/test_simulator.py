@@ -1,4 +1,7 @@
-"""RunPod's side as a process of its own, between the real SDK's client and a worker of a few lines."""
+"""RunPod's side as a process of its own, between the real SDK's client and a worker of a few lines.
+
+It is scripts/fake_runpod: the simulator of the product, with faults and a log.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ import pytest
 
 from supervisor.local_runpod.queue import Queue, State
 from supervisor.local_runpod.simulator import Handed
-from tests.harness import ROOT, wait_until
+from tests.harness import FAKE_RUNPOD, ROOT, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -31,13 +34,12 @@ numbers = itertools.count(1)
 
 
 class Simulator:
-    """A running simulator. Leaving the block ends it."""
+    """A running fake. Leaving the block ends it."""
 
     def __init__(self, *arguments: str, lost_after: float = 60) -> None:
         options = ["--port", "0", "--hold", str(HOLD), "--lost-after", str(lost_after), "--with-parent", *arguments]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "supervisor.local_runpod.simulator", *options],
-            cwd=ROOT,
+            [sys.executable, FAKE_RUNPOD, *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -238,13 +240,14 @@ def test_jobs_that_could_not_be_written_go_back_to_the_front() -> None:
     async def scenario() -> None:
         queue = Queue(hold=1, lost_after=60)
         jobs = [queue.submit({"input": number}, sync=False) for number in range(3)]
-        taken = await queue.take("w", 2, lambda: False)
+        worker = queue.worker("w")
+        taken = await queue.take(worker, 2)
         assert taken == jobs[:2]
         closed = SimpleNamespace(is_closing=lambda: True)
         handed = Handed([job.delivery() for job in taken], partial(queue.put_back, taken))
         await handed({"type": "http", "state": {"transport": closed}}, nothing, nothing)
         assert [job.state for job in jobs] == [State.IN_QUEUE] * 3
-        assert await queue.take("w", 3, lambda: False) == jobs
+        assert await queue.take(worker, 3) == jobs
 
     async def nothing(*_: object) -> Any:
         return None
@@ -320,6 +323,41 @@ def test_lost_jobs_come_once_more_and_then_fail() -> None:
         assert simulator.job(job)["late"] == 1
         wait_until(lambda: simulator.status(job)["status"] == "FAILED", "lost twice")
         assert simulator.status(job)["error"] == "job timed out after 1 retries"
+
+
+def test_a_job_that_comes_again_takes_its_old_place() -> None:
+    async def scenario() -> None:
+        queue = Queue(hold=1, lost_after=60)
+        worker = queue.worker("w")
+        first, second, third = (queue.submit({"input": number}, sync=False) for number in range(3))
+        low = queue.submit({"input": 3, "policy": {"lowPriority": True}}, sync=False)
+        assert await queue.take(worker, 2) == [first, second]
+        queue.put_back([second])
+        queue.put_back([first])
+        queue.put_back([third])  # which was not handed out
+        assert await queue.take(worker, 9) == [first, second, third, low]
+        queue.result(worker, first, b'{"error": "no"}', "1")
+        assert first.state is State.FAILED
+        late = queue.submit({"input": 4}, sync=False)
+        queue.retry(first)  # as if it were new
+        assert await queue.take(worker, 9) == [late, first]
+
+    asyncio.run(scenario())
+
+
+def test_a_job_that_is_gone_does_not_come_back() -> None:
+    async def scenario() -> None:
+        queue = Queue(hold=1, lost_after=60)
+        worker = queue.worker("w")
+        job = queue.submit({"input": 1, "policy": {"ttl": 20}}, sync=False)
+        taken = await queue.take(worker, 1)
+        assert await queue.stops(worker) == [job.id]
+        assert (job.state, queue.jobs) == (State.EXPIRED, {})
+        queue.put_back(taken)
+        assert job.state is State.EXPIRED
+        assert not job.ends
+
+    asyncio.run(scenario())
 
 
 # Posts
@@ -614,12 +652,25 @@ def test_it_leaves_with_its_parent() -> None:
         assert simulator.process.wait(10) == 0
 
 
+def test_the_simulator_of_the_product_has_no_faults() -> None:
+    command = [sys.executable, "-m", "supervisor.local_runpod.simulator", "--port", "0", "--with-parent"]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[1]
+        assert httpx.get(f"{url}/health").json()["jobs"]["inQueue"] == 0
+        for path in ("faults", "log", "workers", "jobs/x"):
+            assert httpx.get(f"{url.rpartition('/v2/')[0]}/{path}").status_code == 404
+        process.terminate()
+        assert process.wait(10) == 0
+
+
 def test_a_port_that_is_taken(simulator: Simulator) -> None:
     port = simulator.root.rpartition(":")[2]
     command = [sys.executable, "-m", "supervisor.local_runpod.simulator", "--port", port]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10, check=False)
     assert ended.returncode == 1
-    assert ended.stderr == f"simulator: cannot listen on 127.0.0.1:{port}: Address already in use\n"
+    assert ended.stderr.startswith("simulator: cannot listen: Address already in use")
+    assert port in ended.stderr
 
 
 # The SDK's client

@@ -433,7 +433,13 @@ def the_worker(supervisor: Supervisor) -> psutil.Process:
 
 
 def all_gone(processes: list[psutil.Process]) -> bool:
-    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+    def is_gone(process: psutil.Process) -> bool:
+        try:
+            return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:  # between the two
+            return True
+
+    return all(map(is_gone, processes))
 
 
 def test_sigterm_lets_jobs_finish_and_reports_those_that_do_not() -> None:
