@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import aiohttp
+from multidict import CIMultiDict
 
 from supervisor.queue.errors import JSON, JobError
 from supervisor.queue.events import CHUNK_LIMIT, Events
-from supervisor.queue.shapes import Job, Reader, Request, batch_result
+from supervisor.queue.shapes import Job, Reader, Request
 from supervisor.queue.taken import Taken
 from supervisor.queue.tokens import Tokens
 
@@ -35,11 +36,8 @@ BATCH_CONCURRENCY = 100
 BROKEN = re.compile(
     r'^data: ?(?=\{"error")(.*)$|^event: ?error\r?\ndata: ?(.*)$|^data:.*"finish_reason": ?"(?:abort|error)"', re.M
 )
-CUT = JobError(
-    "The engine stopped in the middle of this answer. Please send the job again.", 503, "service_unavailable"
-)
-START = Request("GET", "/status")
-MODELS = Request("GET", "/v1/models")
+START = Request("GET", "/status", CIMultiDict())
+MODELS = Request("GET", "/v1/models", CIMultiDict())
 
 
 def tell(message: str = "", level: str = "INFO", *, job_id: str | None = None, job: JSON | None = None) -> None:
@@ -69,7 +67,7 @@ class Client:
         from yarl import URL  # noqa: PLC0415  # aiohttp's own type
 
         url = URL(f"http://gateway{request.path}", encoded=True)
-        headers = {"X-Request-Id": request_id, **dict(request.headers)}
+        headers = {"X-Request-Id": request_id, **request.headers}
         return self._session.request(request.method, url, data=request.body, headers=headers)
 
     async def look(self, request: Request) -> Any:
@@ -135,10 +133,10 @@ class Answer:
             elif text := self._events.cut(ended=ended):
                 if (broken := BROKEN.search(text)) is not None:
                     self.error = self.error or JobError.of_event(broken[1] or broken[2] or "")
-                if pieces := [text] if self._tokens is None else self._tokens.feed(text):
+                if pieces := [text] if self._tokens is None else list(self._tokens.feed(text)):
                     return pieces
             elif ended:
-                return self._tokens.rest() if self._tokens is not None else ()
+                return list(self._tokens.rest()) if self._tokens is not None else ()
             else:
                 self._arrived.clear()
                 await self._arrived.wait()
@@ -151,7 +149,8 @@ class Answer:
             self.as_list = job.as_list
             self._tokens = Tokens(job.tokens) if job.tokens is not None else None
             if job.batch:
-                self.object = batch_result(self.reader.model, await self._batch(job.batch))
+                results = await self._batch(job.batch)
+                self.object = {"model": self.reader.model, "count": len(results), "results": results}
             else:
                 self.object = await self._single(job, self.job_id, stream=job.as_list)
             self._check(
@@ -220,7 +219,7 @@ def _as_job_error(error: Exception) -> JobError:
     if isinstance(error, JobError):
         return error
     if isinstance(error, aiohttp.ClientPayloadError):
-        return CUT
+        return JobError.cut()
     if isinstance(error, (aiohttp.ClientError, OSError)):
         return JobError(f"The gateway gave no answer ({error or type(error).__name__}).", 502, "upstream_error")
     return JobError(f"The worker could not do this job ({type(error).__name__}).", 500, "server_error")

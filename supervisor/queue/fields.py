@@ -1,4 +1,5 @@
-"""What the clients of both older workers send, and vLLM's server has under another name now, or no more.
+"""Fields as the clients of both older workers send them: JSON as text, and what vLLM's server has under another name
+now, or no more.
 
 vLLM passes over what it does not know, so that a constraint would be lost without a word: a field is renamed where that
 is exact, has no effect where its value asks for nothing, and fails the job otherwise.
@@ -6,12 +7,11 @@ is exact, has no effect where its value asks for nothing, and fails the job othe
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from supervisor.queue.errors import JSON, JobError
 
-# Of worker-vllm until July 2026, for each request: how many tokens it posted at once.
-BATCHES = ("max_batch_size", "min_batch_size", "batch_size_growth_factor")
 # What is in `structured_outputs` now, by its name there.
 CONSTRAINTS = {
     "guided_json": "json",
@@ -29,6 +29,22 @@ GONE: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
+def parsed(value: object, name: str) -> Any:
+    """Some clients encode JSON twice. Raises JobError where text is none."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise JobError(f"{name} is text that is no JSON ({error}).", param=name) from None
+
+
+def as_object(value: object, name: str) -> JSON:
+    """Empty where there is none. Raises JobError."""
+    content = parsed(value or {}, name)
+    if not isinstance(content, dict):
+        raise JobError(f"{name} must be an object.", param=name)
+    return content
+
+
 def renamed(body: JSON) -> JSON:
     """The body of a request as vLLM reads it today. Raises JobError."""
     for name, (neutral, instead) in GONE.items():
@@ -39,10 +55,7 @@ def renamed(body: JSON) -> JSON:
     kept = {name: value for name, value in body.items() if name not in CONSTRAINTS and name not in GONE}
     if not constraints:
         return kept
-    given = kept.get("structured_outputs")
-    if given is not None and not isinstance(given, dict):
-        raise JobError("structured_outputs must be an object.", param="structured_outputs")
-    twice = sorted(constraints.keys() & (given or {}).keys())
-    if twice:
-        raise JobError(f"structured_outputs.{twice[0]} is there twice, once as guided_{twice[0]}.", param=twice[0])
-    return {**kept, "structured_outputs": {**(given or {}), **constraints}}
+    given = as_object(kept.get("structured_outputs"), "structured_outputs")
+    for twice in constraints.keys() & given.keys():
+        raise JobError(f"structured_outputs.{twice} is there twice, once as guided_{twice}.", param=twice)
+    return {**kept, "structured_outputs": {**given, **constraints}}
