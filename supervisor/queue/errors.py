@@ -36,40 +36,24 @@ class JobError(Exception):
         return {"error": self.message, "type": self.kind, "status": self.status}
 
     @classmethod
-    def cut(cls) -> JobError:
-        text = "The engine stopped in the middle of this answer. Please send the job again."
-        return cls(text, 503, "service_unavailable")
-
-    @classmethod
-    def of_answer(cls, status: int, body: bytes, path: str = "") -> JobError:
-        """From what vLLM or the gateway answered: OpenAI's shape, Anthropic's, FastAPI's, or plain text."""
-        error = _read(body)
-        if isinstance(error, dict):
-            kind = str(error.get("type") or "error")
-            return cls(error["message"][:LONGEST_MESSAGE], status, kind, error.get("param"), error.get("code"))
+    def of(cls, body: bytes, status: int | None = None, path: str = "") -> JobError:
+        """From what vLLM or the gateway answered: OpenAI's shape, Anthropic's, FastAPI's, or plain text. Without a
+        status: from what a stream was broken off with; its status is vLLM's `code`, where that is one."""
+        try:
+            content = json.loads(body)
+        except (ValueError, RecursionError):
+            content = None
+        error = content.get("error", content.get("detail", content)) if isinstance(content, dict) else None
+        if isinstance(error, dict) and isinstance(error.get("message"), str):
+            kind, code = error.get("type"), error.get("code")
+            if status is None:
+                status = code if isinstance(code, int) and 400 <= code < 600 else 503
+            kind = "upstream_error" if kind in (None, "", "error") else str(kind)
+            return cls(error["message"][:LONGEST_MESSAGE], status, kind, error.get("param"), code)
+        if status is None:
+            words = "The engine stopped in the middle of this answer. Please send the job again."
+            return cls(words, 503, "service_unavailable")
         if status == 404 and error == "Not Found" and path:  # FastAPI's, of a route that vLLM has for other models
             return cls(f"The model has no route {path}: it is for another task, or there is none.", status)
-        text = error or body.decode("utf-8", "replace").strip() or "no further word"
-        return cls(f"HTTP {status}: {text[:LONGEST_MESSAGE]}", status, "upstream_error")
-
-    @classmethod
-    def of_event(cls, data: str) -> JobError:
-        """From the event that a stream was broken off with: its status is vLLM's `code`, where that is one."""
-        error = _read(data)
-        if not isinstance(error, dict):
-            return cls.cut()
-        code = error.get("code")
-        status = code if isinstance(code, int) and 400 <= code < 600 else 503
-        kind = error.get("type") if error.get("type") != "error" else None  # an event's own, and not the error's
-        return cls(error["message"][:LONGEST_MESSAGE], status, str(kind or "service_unavailable"), None, code)
-
-
-def _read(text: bytes | str) -> JSON | str | None:
-    """The error that it holds, or is: an object with its message, or text."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    error = content.get("error", content.get("detail", content)) if isinstance(content, dict) else None
-    described = isinstance(error, dict) and isinstance(error.get("message"), str)
-    return error if described or isinstance(error, str) else None
+        words = error if isinstance(error, str) else body.decode("utf-8", "replace").strip() or "no further word"
+        return cls(f"HTTP {status}: {words[:LONGEST_MESSAGE]}", status, "upstream_error")

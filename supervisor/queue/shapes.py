@@ -21,7 +21,7 @@ from multidict import CIMultiDict
 
 from supervisor.queue import runpod_llm, tokens
 from supervisor.queue.errors import JSON, JobError
-from supervisor.queue.fields import as_object, parsed, renamed
+from supervisor.queue.fields import as_object, encoded, parsed, renamed
 from supervisor.queue.tokens import Batches
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -175,10 +175,7 @@ class Reader:
         return quote(path, safe=UNQUOTED, errors="surrogatepass")
 
     def _json(self, content: object) -> bytes:
-        if isinstance(content, dict):
-            content = renamed(self._filled(content))
-        # Half of a surrogate pair, of an emoji that a client cut: vLLM's tokenizer would take offence.
-        return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
+        return encoded(renamed(self._filled(content)) if isinstance(content, dict) else content)
 
     def _filled(self, body: JSON) -> JSON:
         if self.in_batch:

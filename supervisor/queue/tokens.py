@@ -31,7 +31,7 @@ class Batches(NamedTuple):
 
 
 class Tokens:
-    """Of one job. `feed` with whole events, then `rest`."""
+    """Of one job, to be fed with whole events, the last of which is [DONE]."""
 
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
@@ -42,17 +42,14 @@ class Tokens:
 
     def feed(self, text: str) -> Iterator[JSON]:
         for line in text.splitlines():
-            if line.startswith("data: {"):  # and not [DONE]
+            if line.startswith("data: {"):
                 self._add(json.loads(line.removeprefix("data:")))
-                if sum(map(len, self.pieces.values())) >= self.size:
-                    self.size = min(self.size * self.batches.batch_size_growth_factor, self.batches.max_batch_size)
-                    yield from self.rest()
-
-    def rest(self) -> Iterator[JSON]:
-        if self.pieces:
-            pieces, self.pieces = self.pieces, {}
-            choices = [{"tokens": pieces.get(index, [])} for index in range(max(pieces) + 1)]
-            yield {"choices": choices, "usage": _usage({"completion_tokens": self.count, **self.usage})}
+            full = sum(map(len, self.pieces.values())) >= self.size
+            if full or (self.pieces and line == "data: [DONE]"):
+                self.size = min(self.size * self.batches.batch_size_growth_factor, self.batches.max_batch_size)
+                pieces, self.pieces = self.pieces, {}
+                choices = [{"tokens": pieces.get(index, [])} for index in range(max(pieces) + 1)]
+                yield {"choices": choices, "usage": _usage({"completion_tokens": self.count, **self.usage})}
 
     def _add(self, event: JSON) -> None:
         self.usage = event.get("usage") or self.usage

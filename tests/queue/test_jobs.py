@@ -1103,7 +1103,7 @@ FAILURES = (
         "model",
         404,
     ),
-    Failure("the-least", 400, of({"error": {"message": "No."}}), "No.", "error"),
+    Failure("the-least", 400, of({"error": {"message": "No."}}), "No."),
     Failure(
         "anthropic",
         529,
@@ -1130,7 +1130,7 @@ FAILURES = (
 
 @pytest.mark.parametrize("failure", FAILURES, ids=[failure.name for failure in FAILURES])
 def test_the_error_of_an_answer(failure: Failure) -> None:
-    error = JobError.of_answer(failure.status, failure.body)
+    error = JobError.of(failure.body, failure.status)
     assert json.loads(error.text) == {
         "message": failure.message,
         "type": failure.kind,
@@ -1139,6 +1139,23 @@ def test_the_error_of_an_answer(failure: Failure) -> None:
         "status": failure.status,
     }
     assert str(error) == failure.message
+
+
+@pytest.mark.parametrize(
+    ("event", "expected"),
+    [
+        ({"error": {"message": "No.", "type": "Odd", "code": 500}}, ("No.", "Odd", 500)),
+        ({"error": {"message": "No.", "code": "odd"}}, ("No.", "upstream_error", 503)),
+        ({"type": "error", "error": {"type": "overloaded_error", "message": "No."}}, ("No.", "overloaded_error", 503)),
+        ({"type": "error", "message": "No.", "code": 418}, ("No.", "upstream_error", 418)),
+        ({"oh": "no"}, ("The engine stopped in the middle of this answer", "service_unavailable", 503)),
+        ("no", ("The engine stopped in the middle of this answer", "service_unavailable", 503)),
+    ],
+    ids=["openai", "no-status", "anthropic", "responses", "nothing", "text"],
+)
+def test_the_error_of_an_event(event: object, expected: tuple[str, str, int]) -> None:
+    error = JobError.of(of(event))
+    assert (error.message.partition(". ")[0], error.kind, error.status) == expected
 
 
 def test_an_errors_text_keeps_its_letters() -> None:

@@ -43,8 +43,8 @@ def test_batches_grow(batches: Batches, sizes: list[int]) -> None:
     tokens, found = Tokens(batches), []
     for number in range(50):
         found += tokens.feed(event(0, f"t{number} ", number + 1))
-    found += [*tokens.feed("data: [DONE]\n\n"), *tokens.rest()]
-    assert list(tokens.rest()) == []
+    found += tokens.feed("data: [DONE]\n\n")
+    assert list(tokens.feed("data: [DONE]\n\n")) == []
     pieces: list[Any] = [batch["choices"][0]["tokens"] for batch in found]  # type: ignore[index]
     assert [len(each) for each in pieces] == sizes
     assert list(chain.from_iterable(pieces)) == [f"t{number} " for number in range(50)]
