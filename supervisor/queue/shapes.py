@@ -93,10 +93,10 @@ class Reader:
         if content.get("requests") is not None:
             return self._batch(content["requests"])
         if content.get("openai_input") or content.get("openai_route"):
-            body = self._json(parsed(content["openai_input"], "openai_input")) if content.get("openai_input") else None
-            return Job(self._request(content.get("openai_route") or CHAT, body))
+            body = parsed(content.get("openai_input") or None, "openai_input")
+            return Job(self._request({"route": content.get("openai_route") or CHAT, "body": body}))
         if content.get("route"):
-            return Job(self._any(content))
+            return Job(self._request(content))
         marked = any(content.get(mark) is not None for mark in runpod_llm.MARKS)
         if not marked and "messages" not in content and "prompt" not in content:
             raise JobError(f"The input has none of: {SHAPES}.")
@@ -126,19 +126,19 @@ class Reader:
 
     # Any route
 
-    def _any(self, content: JSON) -> Request:
+    def _request(self, content: JSON) -> Request:
         body, headers = content.get("body"), _headers(content.get("headers"))
         data, content_type = None, None
         if content.get("files"):
-            if not isinstance(body, dict | None):
-                raise JobError("Beside files, body must be an object.", param="body")
-            data, content_type = _form(content["files"], self._filled(body or {}))
+            data, content_type = _form(as_object(content["files"], "files"), self._filled(as_object(body, "body")))
         elif isinstance(body, dict) and body.keys() == {"content_type", "base64"}:  # as binary results come out
             data, content_type = _binary(body["base64"], "body"), body["content_type"]
         elif isinstance(body, str) and ("content-type" in headers or not body.lstrip().startswith("{")):
             data = body.encode("utf-8", "replace")
         elif body is not None:
-            data, content_type = self._json(parsed(body, "body")), "application/json"
+            body = parsed(body, "body")
+            data = encoded(renamed(self._filled(body)) if isinstance(body, dict) else body)
+            content_type = "application/json"
         if content_type is not None:
             headers["Content-Type"] = _header(content_type)
         method = content.get("method") or ("GET" if data is None else "POST")
@@ -146,13 +146,7 @@ class Reader:
             raise JobError("method must be an HTTP method, such as POST.", param="method")
         return Request(method.upper(), self._path(content["route"], content.get("query")), headers, data)
 
-    def _request(self, route: object, body: bytes | None = None) -> Request:
-        """POST of JSON, or GET where there is none."""
-        if body is None:
-            return Request("GET", self._path(route), CIMultiDict())
-        return Request("POST", self._path(route), CIMultiDict({"Content-Type": "application/json"}), body)
-
-    def _path(self, route: object, query: object = None) -> str:
+    def _path(self, route: object, query: object) -> str:
         """Raises JobError where it is none, or one of the supervisor's own, however it is spelled."""
         if not isinstance(route, str) or not re.fullmatch(r"(?![^?]*://)[^\x00-\x20\x7f]+", route):
             raise JobError("The route must be a path, such as /v1/chat/completions.", param="route")
@@ -173,9 +167,6 @@ class Reader:
         if query:
             path += ("&" if "?" in path else "?") + query.removeprefix("?")
         return quote(path, safe=UNQUOTED, errors="surrogatepass")
-
-    def _json(self, content: object) -> bytes:
-        return encoded(renamed(self._filled(content)) if isinstance(content, dict) else content)
 
     def _filled(self, body: JSON) -> JSON:
         if self.in_batch:
@@ -207,7 +198,7 @@ class Reader:
                 body[name] = self.longest if type(limit) is int and limit > longest else limit
         if limited:
             body.setdefault("max_tokens", min(COMPLETION_TOKENS, longest))
-        return self._request(CHAT if "messages" in body else COMPLETIONS, self._json(body))
+        return self._request({"route": CHAT if "messages" in body else COMPLETIONS, "body": body})
 
 
 # Pieces of requests
@@ -236,12 +227,10 @@ def _binary(text: Any, name: str) -> bytes:
         raise JobError(f"{name} has base64 that is none.", param=name) from None
 
 
-def _form(files: object, fields: JSON) -> tuple[bytes, str]:
+def _form(files: JSON, fields: JSON) -> tuple[bytes, str]:
     """multipart/form-data, as the audio routes want it. `files`: name -> {"base64", "filename"?, "content_type"?}."""
     from urllib3.filepost import encode_multipart_formdata  # noqa: PLC0415  # most jobs have no files
 
-    if not isinstance(files, dict):
-        raise JobError('files must be an object: {"file": {"base64": ..., "filename": ...}}.', param="files")
     parts: list[Any] = []
     for name, value in fields.items():
         for each in value if isinstance(value, list) else [value]:  # a form has no lists: the field comes again

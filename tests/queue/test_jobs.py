@@ -861,7 +861,7 @@ NO_PATH = "The route must be a path, such as /v1/chat/completions."
 NO_METHOD = "method must be an HTTP method, such as POST."
 NO_BASE64 = "body has base64 that is none."
 NO_HEADER = "A header has a character that HTTP does not allow."
-NO_FILES = 'files must be an object: {"file": {"base64": ..., "filename": ...}}.'
+NO_FILES = "files must be an object."
 NO_SAMPLING = "sampling_params must be an object."
 NO_MESSAGES = "messages is empty, and there is no prompt."
 NO_REQUESTS = "requests must be a list with at least one request."
@@ -922,9 +922,9 @@ WRONG = (
         "headers",
     ),
     Wrong(
-        "files-beside-text",
-        {"route": "/x", "files": {"file": ""}, "body": "a"},
-        "Beside files, body must be an object.",
+        "files-beside-a-list",
+        {"route": "/x", "files": {"file": ""}, "body": ["a"]},
+        "body must be an object.",
         "body",
     ),
     Wrong("sampling-params", {"prompt": "a", "sampling_params": [1]}, NO_SAMPLING, "sampling_params"),
