@@ -11,16 +11,14 @@ import json
 from typing import Any
 
 from supervisor.queue.errors import JSON, JobError
+from supervisor.queue.tokens import Batches
 
-# What is in `structured_outputs` now, by its name there.
-CONSTRAINTS = {
-    "guided_json": "json",
-    "guided_regex": "regex",
-    "guided_choice": "choice",
-    "guided_grammar": "grammar",
-    "guided_json_object": "json_object",
-    "guided_whitespace_pattern": "whitespace_pattern",
-}
+# Of the short shapes: what is for the worker and not for vLLM.
+WORKERS = frozenset({"messages", "prompt", "sampling_params", "apply_chat_template", *Batches._fields})
+# What is in `structured_outputs` now, without `guided_`.
+CONSTRAINTS = (
+    "guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_json_object", "guided_whitespace_pattern",
+)  # fmt: skip
 # What is gone: values that ask for nothing, and what to do instead.
 GONE: dict[str, tuple[tuple[Any, ...], str]] = {
     "best_of": ((1,), "ask for `n` answers, with `logprobs` to choose by"),
@@ -57,7 +55,7 @@ def renamed(body: JSON) -> JSON:
         value = body.get(name)
         if value is not None and value not in neutral and not (name == "best_of" and value == body.get("n")):
             raise JobError(f"vLLM has no {name} any more: {instead}.", param=name)
-    constraints = {new: body[old] for old, new in CONSTRAINTS.items() if body.get(old) not in (None, False)}
+    constraints = {old.removeprefix("guided_"): body[old] for old in CONSTRAINTS if body.get(old) not in (None, False)}
     kept = {name: value for name, value in body.items() if name not in CONSTRAINTS and name not in GONE}
     if not constraints:
         return kept

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 
 from supervisor.queue.errors import JSON, JobError
-from supervisor.queue.fields import CONSTRAINTS, as_object
-from supervisor.queue.tokens import Batches
+from supervisor.queue.fields import CONSTRAINTS, WORKERS, as_object
 
 # What it assumed where a request says nothing.
 DEFAULTS: JSON = {"temperature": 0.7, "top_p": 1.0}
@@ -14,10 +13,7 @@ MODES = {"chat": "chat", "complete": "complete", "completion": "complete", "json
 CONSTRAINING = ("json_schema", "schema", "regex", "guided_regex")
 MARKS = ("mode", *CONSTRAINING)
 # Its own fields, and those of the worker; its answer is one object, so nothing streams.
-FIELDS = frozenset({
-    "mode", "json_schema", "schema", "regex", "messages", "prompt", "sampling_params", "apply_chat_template", "stream",
-    "stream_options", "requests", *Batches._fields,
-})  # fmt: skip
+FIELDS = WORKERS | {"mode", "json_schema", "schema", "regex", "stream", "stream_options", "requests"}
 
 
 def body(content: JSON) -> tuple[str, JSON]:

@@ -21,7 +21,7 @@ from multidict import CIMultiDict
 
 from supervisor.queue import runpod_llm, tokens
 from supervisor.queue.errors import JSON, JobError
-from supervisor.queue.fields import as_object, encoded, parsed, renamed
+from supervisor.queue.fields import WORKERS, as_object, encoded, parsed, renamed
 from supervisor.queue.tokens import Batches
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -38,8 +38,6 @@ HEADER_NAME = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.A)
 HEADER_VALUE = re.compile(r"[\x20-\x7e\x80-\xff]*")
 # What stands in a path or a query as it is, escapes among it.
 UNQUOTED = "/?=&%+,:;@!$'()*~[]"
-# Fields of the short shape that are for the worker and not for vLLM.
-WORKER_FIELDS = frozenset({"messages", "prompt", "sampling_params", "apply_chat_template", *Batches._fields})
 # Each event of a stream tells how many tokens there are so far.
 COUNTED: JSON = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
 SHAPES = "openai_route, route, messages, prompt, mode, requests"
@@ -177,10 +175,9 @@ class Reader:
 
     def _short(self, content: JSON) -> Request:
         """worker-vllm's."""
-        body = {name: value for name, value in content.items() if name not in WORKER_FIELDS}
+        body = {name: value for name, value in content.items() if name not in WORKERS}
         messages, prompt = content.get("messages"), content.get("prompt")
-        as_chat = str(content.get("apply_chat_template")).lower() == "true"
-        if not messages and isinstance(prompt, str) and as_chat:
+        if not messages and isinstance(prompt, str) and str(content.get("apply_chat_template")).lower() == "true":
             messages = [{"role": "user", "content": prompt}]
         if messages:
             return self._generation({"messages": messages, **body})

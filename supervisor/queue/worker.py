@@ -12,7 +12,7 @@ import json
 import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import aiohttp
 from yarl import URL
@@ -22,8 +22,6 @@ from supervisor.queue.events import Events
 from supervisor.queue.shapes import Job, Reader, Request
 from supervisor.queue.taken import Taken
 from supervisor.queue.tokens import Tokens
-
-T = TypeVar("T")
 
 # Seconds from the end of one chunk's POST to the next one: some tokens gather, and nobody reads faster.
 CHUNK_GAP = 0.05
@@ -82,7 +80,7 @@ class Client:
                 raise JobError.of(await _body(response, ERROR_LIMIT), response.status, request.path)
             yield response
 
-    async def look(self, route: str, find: Callable[[Any], T]) -> T | None:
+    async def look(self, route: str, find: Callable[[Any], Any]) -> Any:
         """What `find` sees in a small answer's JSON; None where it fails, or nothing comes within a second."""
         try:
             async with asyncio.timeout(START_PATIENCE), self.session.get(f"http://gateway{route}") as response:
