@@ -603,12 +603,12 @@ def test_a_constraint_of_old_holds(runpod: RunPod) -> None:
 @pytest.mark.parametrize("content", [{"prompt": "Once upon"}, {"messages": QUESTION}], ids=["prompt", "chat"])
 def test_worker_vllms_output_of_old(served: Supervisor, content: dict[str, object]) -> None:
     """As the worker makes it of vLLM's answers; tests/queue/test_tokens.py has the way through RunPod."""
-    reader = Reader("demo", tokens=Batches(most=8, least=1, growth=2))
+    reader = Reader("demo", tokens=Batches(8, 1, 2))
 
     def asked(**more: object) -> tuple[Job, Any]:
         job = reader.read({**content, "sampling_params": COLD, **more})
         assert job.request is not None
-        answer = served.client.post(job.request.path, content=job.request.body, headers=list(job.request.headers))
+        answer = served.client.post(job.request.path, content=job.request.body, headers=dict(job.request.headers))
         assert answer.status_code == 200, answer.text
         return job, answer
 
@@ -619,7 +619,7 @@ def test_worker_vllms_output_of_old(served: Supervisor, content: dict[str, objec
     job, answer = asked(stream=True)
     assert job.tokens is not None
     tokens = Tokens(job.tokens)
-    batches: list[Any] = [*tokens.feed(answer.text), *tokens.rest()]
+    batches: list[Any] = [*tokens.feed(answer.text)]
     assert ["".join(piece for batch in batches for piece in batch["choices"][0]["tokens"])] == choice["tokens"]
     assert [len(batch["choices"][0]["tokens"]) for batch in batches][:4] == [1, 2, 4, 8]
     assert batches[-1]["usage"] == usage
