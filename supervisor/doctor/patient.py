@@ -17,13 +17,13 @@ from typing import Any
 
 from supervisor.around.gpus import gpus
 from supervisor.around.machine import Machine
+from supervisor.doctor.hub import Answer, Hub
 from supervisor.engine.workspace import temporary_folder
 from supervisor.launch import weights_of
 from supervisor.settings import platform, vllm, volume
 from supervisor.settings.secrets import Mask
 from supervisor.settings.sources import Settings
 from supervisor.weights import find, snapshot
-from supervisor.weights.hub import Answer, Hub
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 # vLLM's default for GPU_MEMORY_UTILIZATION.
