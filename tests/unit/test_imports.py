@@ -19,7 +19,9 @@ MODULES = {
 # What each room may import of the package. Rooms that have not been looked at yet are not here.
 ARROWS = {
     "engine": {"engine", "bounded", "lines", "output", "settings"},
-    "launch": {"engine", "lines", "output", "settings", "terminal", "weights"},
+    "launch": {"engine", "lines", "output", "repositories", "settings", "terminal", "weights"},
+    "repositories": {"settings", "weights"},
+    "weights": {"weights"},
     "bounded": set(),
     "listen": {"settings"},
     "kept": {"bounded", "engine"},
