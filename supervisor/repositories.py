@@ -69,6 +69,8 @@ def beside_the_model(settings: Settings) -> tuple[list[Repository], Settings]:
     fetched = bool(python(settings))
 
     def swap(setting: str, name: str, revision: str | None, load_format: str) -> str:
+        if (name, revision) == (settings.model.value, settings.option("revision")):
+            return model_of(settings).stands_as(fetched=fetched)
         weights = _look(settings, name, revision, load_format)
         found.append(Repository(name, revision, load_format, setting, f"{{weights:{len(found) + 1}}}", weights))
         return found[-1].stands_as(fetched=fetched)

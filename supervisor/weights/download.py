@@ -19,14 +19,14 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib import metadata, util
 from pathlib import Path
+from subprocess import DEVNULL, Popen
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ TRIES = 5  # in a row, without a byte more than before
 SPARE = 200_000_000
 # What takes longer to come than vLLM's import, and than a moment to be read.
 LARGE = 500_000_000
+UNREACHABLE = "The hub could not be reached"
+BROKEN = "The download broke off, again and again"
 STALLED = (
     "Check the network; if another worker that fills the same cache died, delete the cache's folder .locks. It is "
     "tried again, and goes on where it stopped."
@@ -71,25 +73,36 @@ class Repository:
         self.load_format, self.is_gguf = given.get("load_format", "auto"), "gguf" in given
         self.folder = Path(given["have"]) if "have" in given else None
         self.cache, self.path = cache, cache / f"models--{self.repo.replace('/', '--')}"
-        self.ref = self.path / "refs" / (self.revision or "main")
+        self.blobs, self.ref = self.path / "blobs", self.path / "refs" / (self.revision or "main")
         self.snapshot = self.path  # what the hub has today
         self.files: dict[str, Any] = {}  # what vLLM reads of it, as the hub tells; nothing where all is done
-        self.coming: list[int] = []  # sizes of those that are not here, where the client tells them
+        self.coming: list[int] = []  # sizes of those that are not here
         self.needed = 0  # bytes of these that are not here
+        self.quiet_until = 0.0  # that no byte comes is no wonder
 
     def ask(self) -> None:
         """Asks the hub what it has, and what of that is to come. Raises CannotError."""
         if self.is_gguf:
-            return need_gguf(self.repo, self.setting)
-        for number in range(1, TRIES + 1):
+            need_gguf(self.repo, self.setting)
+        else:  # where it is in the cache, one question has to do
+            self._insist(self._ask, 1 if self.folder else TRIES, "the hub did not answer", UNREACHABLE)
+
+    def _insist(self, step: Callable[[], object], tries: int, told: str, cause: str) -> object:
+        """Does it again and again for as long as more comes, and so many times where nothing does."""
+        left, seen = tries, -1
+        while True:
             try:
-                return self._ask()
-            except Exception as error:  # noqa: BLE001  # the client's HTTP library has its own errors, by its version
+                return step()
+            except Exception as error:  # noqa: BLE001  # of the client, its HTTP library, the disk: told apart below
                 self._raise_if_final(error)
-                if self.folder or number == TRIES:  # where it is in the cache, one question has to do
-                    refusals.unreachable("The hub could not be reached", error)
-                say(f"the hub did not answer ({refusals.reason(error)})")
-                time.sleep(refusals.pause(error, number))
+                here = sum(sizes(self.blobs).values())
+                left, seen = left - 1 if here <= seen else tries - 1, max(seen, here)
+                if left <= 0:
+                    refusals.unreachable(cause, error)
+                say(f"{told} ({refusals.reason(error)}); it is tried again")
+                pause = refusals.pause(error, tries - left)
+                self.quiet_until = time.monotonic() + pause
+                time.sleep(pause)
 
     def _ask(self) -> None:
         from huggingface_hub import HfApi, hf_hub_download, snapshot_download  # noqa: PLC0415
@@ -114,7 +127,7 @@ class Repository:
         if not weights and snapshot.PATTERNS[self.load_format] and any(name.endswith(".gguf") for name in found):
             return need_gguf(self.repo, self.setting)  # a plugin knows which of them is wanted
         if lacking := sorted({*weights} - {*found}):
-            refusals.fail(f"{self.repo} lacks {lacking[0]} on the hub itself.", "Check MODEL and REVISION.")
+            refusals.fail(f"{self.repo} lacks {lacking[0]} on the hub itself.", f"Check {self.setting} and REVISION.")
         self.files = {name: row for name, row in found.items() if name in weights or snapshot.is_read(name)}
         for name, row in self.files.items():  # for the client takes each that is there
             if is_damaged(self.snapshot / name, row.size, name in weights):
@@ -122,66 +135,77 @@ class Repository:
                 delete(self.snapshot / name)
         where["allow_patterns"] = ["".join(f"[{c}]" if c in "[*?" else c for c in name) for name in self.files]
         self.load = partial(snapshot_download, **where)
-        if "dry_run" not in inspect.signature(snapshot_download).parameters:
-            say("this huggingface_hub can't tell beforehand what comes; it is downloaded all the same")
-            return
-        coming = [self.files[row.filename] for row in snapshot_download(**where, dry_run=True) if row.will_download]
+        if can_tell := "dry_run" in inspect.signature(snapshot_download).parameters:
+            missing = {row.filename for row in snapshot_download(**where, dry_run=True) if row.will_download}
+        else:
+            say("this huggingface_hub can't tell beforehand what comes; whether there is room is not looked at")
+            missing = {name for name in self.files if not (self.snapshot / name).exists()}
+        coming = [self.files[name] for name in missing]
         self.coming = [row.size for row in coming]
-        blobs = {row.lfs.sha256 if row.lfs else row.blob_id for row in coming}
-        self.needed = sum(self.coming) - halves.sweep(self.path, blobs)
+        there = halves.sweep(self.path, {row.lfs.sha256 if row.lfs else row.blob_id for row in coming})
+        self.needed = sum(self.coming) - there if can_tell else 0
 
-    def fetch(self, stall: float, stalled: Callable[[], None]) -> None:
-        """Downloads what is lacking, and checks it. Raises CannotError."""
+    def fetch(self, stall: float, instead: Callable[[], object]) -> None:
+        """Downloads what is lacking, and checks it; `instead`, where nothing comes any more, but something is there.
+        Raises CannotError."""
         if not self.files:
             return
         began, total = time.monotonic(), sum(self.coming)
         if self.coming:
             say(f"Downloading weights: {self.repo}, {len(self.coming)} files, {size(total)}, to {self.cache}")
-        self._load(Progress(self.path / "blobs", total, stall, stalled))
-        self._check()
+        over = threading.Event()
+        threading.Thread(target=self._watch, args=(over, stall, instead), daemon=True).start()
+        try:
+            self._insist(self.load, TRIES, "the download broke off", BROKEN)
+        finally:
+            over.set()
+        self._insist(self._check, TRIES, "the hub did not answer", UNREACHABLE)
         if self.coming:
             seconds = max(time.monotonic() - began, 0.001)
             say(f"downloaded {size(total)} in {seconds:.0f} s, {size(total / seconds)}/s")
-        # What the client writes where it is asked by name; it was asked for a commit, so that all files are of one.
-        if self.ref.name != self.snapshot.name:
-            self.ref.parent.mkdir(parents=True, exist_ok=True)
-            half = self.ref.with_name(f".{self.ref.name}.{os.getpid()}")
-            half.write_text(self.snapshot.name)
-            half.replace(self.ref)
         self.folder = self.snapshot
 
-    def _load(self, progress: Progress) -> None:
-        """The client's own download, again and again for as long as more comes."""
-        tries, seen = TRIES, -1
-        while not progress.over.is_set():
-            try:
-                self.load()
-                progress.over.set()
-            except Exception as error:  # noqa: BLE001  # of the client, its HTTP library, the disk: told apart below
-                self._raise_if_final(error)
-                here = sum(progress.sizes().values())
-                tries, seen = TRIES if here > seen else tries - 1, max(seen, here)
-                if tries <= 0:
-                    refusals.unreachable("The download broke off, again and again", error)
-                say(f"the download broke off ({refusals.reason(error)}); it goes on")
-                progress.pause(refusals.pause(error, TRIES - tries))
+    def _watch(self, over: threading.Event, stall: float, instead: Callable[[], object]) -> None:
+        """Tells each few seconds how far it is, and gives up where not a byte comes."""
+        total, done, seen = sum(self.coming), 0, sizes(self.blobs)
+        before = sum(count for name, count in seen.items() if not name.endswith(".incomplete"))
+        moved = told = time.monotonic()
+        while not over.wait(min(1.0, stall / 4)):
+            now, here = time.monotonic(), sizes(self.blobs)
+            if here != seen:
+                moved, seen = now, here
+            elif now - max(moved, self.quiet_until) > stall:
+                self.give_up(f"The download stands still: not a byte came in {stall:g} s.", STALLED, refusals.TRANSIENT)
+                instead()
+            if total and now - told >= REPORT_EVERY:
+                last, done = done, min(sum(here.values()) - before, total)
+                rate, told = max(0, done - last) / (now - told), now
+                left = f", {(total - done) / rate:.0f} s left" if rate > 1000 else ""
+                say(f"Downloading weights: {size(done)} of {size(total)}, {size(rate)}/s{left}")
 
     def _check(self) -> None:
-        """By the client, which compares sizes alone where nobody asks for more."""
+        """By the client, which compares sizes alone where nobody asks for more. Then its name leads to this commit."""
         from huggingface_hub import HfApi  # noqa: PLC0415
 
         verify = getattr(HfApi(), "verify_repo_checksums", None)
-        if verify is None or come_by_xet(self.files.values()):
-            return
-        if (total := sum(row.size for row in self.files.values())) >= LARGE:
-            say(f"comparing {size(total)} with the hub's checksums")
-        rows = verify(self.repo, revision=self.snapshot.name, cache_dir=str(self.cache)).mismatches
-        damaged = [row["path"] for row in rows if row["path"] in self.files]
+        damaged = []
+        if verify is None:
+            say("this huggingface_hub checks no more than sizes")
+        elif not come_by_xet(self.files.values()):
+            if (total := sum(row.size for row in self.files.values())) >= LARGE:
+                say(f"comparing {size(total)} with the hub's checksums")
+            found = verify(self.repo, revision=self.snapshot.name, cache_dir=str(self.cache))
+            damaged = [row["path"] for row in found.mismatches if row["path"] in self.files]
         for name in damaged:  # not to be taken for whole by the next start
             delete(self.snapshot / name)
         if damaged:
             cause = f"{', '.join(damaged[:3])} came damaged: the checksum is not the hub's."
             refusals.fail(cause, "It was deleted, and is fetched again.", refusals.TRANSIENT)
+        if self.ref.name != self.snapshot.name:  # what the client writes where it is asked for a name
+            self.ref.parent.mkdir(parents=True, exist_ok=True)
+            half = self.ref.with_name(f".{self.ref.name}.{os.getpid()}")
+            half.write_text(self.snapshot.name)
+            half.replace(self.ref)
 
     def _raise_if_final(self, error: Exception) -> None:
         if isinstance(error, refusals.CannotError):
@@ -190,13 +214,6 @@ class Repository:
         where = "REVISION" if self.setting == "MODEL" else self.setting
         words = {"repo": self.repo, "revision": self.revision, "setting": self.setting, "where": where}
         refusals.refused(error, words)
-
-    @contextlib.contextmanager
-    def or_what_is_there(self) -> Iterator[None]:
-        try:
-            yield
-        except refusals.CannotError as cannot:
-            self.give_up(*cannot.args)
 
     def give_up(self, cause: str, remedy: str, code: int) -> None:
         """Returns where there is something to serve all the same."""
@@ -207,43 +224,15 @@ class Repository:
         self.files = {}
 
 
-class Progress:
-    """Tells each few seconds how far it is, by the files in the cache, whichever way and by whomever they come; and
-    calls `stalled` when not a byte came in `stall` seconds. In a thread, until `over`."""
-
-    def __init__(self, blobs: Path, total: int, stall: float, stalled: Callable[[], None]) -> None:
-        self.blobs, self.total, self.stall, self.stalled = blobs, total, stall, stalled
-        self.before = sum(count for name, count in self.sizes().items() if not name.endswith(".incomplete"))
-        self.moved = time.monotonic()
-        self.over = threading.Event()
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def pause(self, seconds: float) -> None:
-        """Sleeps. That no byte comes meanwhile is no wonder."""
-        self.moved = time.monotonic() + seconds
-        time.sleep(seconds)
-
-    def sizes(self) -> dict[str, int]:
-        found = {}
-        for entry in os.scandir(self.blobs) if self.blobs.is_dir() else ():
+def sizes(blobs: Path) -> dict[str, int]:
+    """Of all files in a cache, whichever way and by whomever they come."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(blobs):
             with contextlib.suppress(OSError):  # what is allotted, for a client may write a file's end first
                 facts = entry.stat()
                 found[entry.name] = min(facts.st_size, facts.st_blocks * 512 or facts.st_size)
-        return found
-
-    def _run(self) -> None:
-        seen, done, told = self.sizes(), 0, time.monotonic()
-        while not self.over.wait(min(1.0, self.stall / 4)):
-            now, sizes = time.monotonic(), self.sizes()
-            if sizes != seen:
-                self.moved, seen = max(self.moved, now), sizes
-            elif now - self.moved > self.stall:
-                self.stalled()
-            if self.total and now - told >= REPORT_EVERY:
-                last, done = done, min(sum(sizes.values()) - self.before, self.total)
-                rate, told = max(0, done - last) / (now - told), now
-                left = f", {(self.total - done) / rate:.0f} s left" if rate > 1000 else ""
-                say(f"Downloading weights: {size(done)} of {size(self.total)}, {size(rate)}/s{left}")
+    return found
 
 
 def come_by_xet(rows: Iterable[Any]) -> bool:
@@ -291,28 +280,25 @@ def need_gguf(repo: str, setting: str) -> None:
 def fetch_all(given: argparse.Namespace, repositories: list[Repository]) -> None:
     """Asks for all of them before the first byte of any comes."""
     halves.keep(say)
-    needed, reading = 0, None
+    needed, reading, silent = 0, None, False
     for each in repositories:
-        with each.or_what_is_there():
-            each.ask()
+        try:
+            if not (silent and each.folder):  # one question to a hub that does not answer has to do
+                each.ask()
             needed += each.needed
             room_for(each.repo, needed, each.cache)
+        except refusals.CannotError as cannot:
+            each.give_up(*cannot.args)
+            silent = cannot.args[-1] == refusals.TRANSIENT
     if given.command and needed >= LARGE:  # vLLM's libraries come off the disk while the network is waited for
         with contextlib.suppress(OSError):
             words = ["nice", "-n", "10", sys.executable, "-c", "import vllm.entrypoints.openai.api_server"]
-            reading = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
+            reading = Popen(words, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL)
     for each in repositories:
-
-        def stalled(each: Repository = each) -> None:
-            each.give_up(
-                f"The download stands still: not a byte came in {given.stall:g} s.", STALLED, refusals.TRANSIENT
-            )
-            become(given, repositories)
-
-        with each.or_what_is_there():
-            each.fetch(given.stall, stalled)
+        try:
+            each.fetch(given.stall, partial(become, given, repositories))
+        except refusals.CannotError as cannot:
+            each.give_up(*cannot.args)
     if reading is not None:
         reading.kill()
         reading.wait()
@@ -347,11 +333,8 @@ def main() -> None:
     except ImportError:
         repositories = [Repository(Path(), each) for each in given.repositories]
         if not given.command and any(each.folder is None for each in repositories):
-            repositories[0].give_up(
-                "The hub's client, huggingface_hub, is not in vLLM's environment.",
-                "Check SUPERVISOR_VLLM.",
-                refusals.PERMANENT,
-            )
+            cause = "The hub's client, huggingface_hub, is not in vLLM's environment."
+            repositories[0].give_up(cause, "Check SUPERVISOR_VLLM.", refusals.PERMANENT)
     else:
         utils.disable_progress_bars()  # ours is in the log
         repositories = [Repository(Path(given.cache or constants.HF_HUB_CACHE), each) for each in given.repositories]

@@ -62,12 +62,14 @@ def sweep(repository: Path, coming: set[str]) -> int:
     """Removes what killed processes left, but for the halves that are gone on with. Returns the bytes of these."""
     there = 0
     for path in (repository / "blobs").glob("*.incomplete"):
-        blob, facts = path.name.partition(".")[0], path.stat()
-        if path.name.endswith(KEPT) and blob in coming:
-            there += facts.st_size
-        elif time.time() - facts.st_mtime > ABANDONED:
-            lock = repository.parent / ".locks" / repository.name / f"{blob}.lock"
-            with contextlib.suppress(OSError), lock.open("ab") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
+        blob = path.name.partition(".")[0]
+        lock = repository.parent / ".locks" / repository.name / f"{blob}.lock"
+        with contextlib.suppress(OSError):
+            facts = path.stat()
+            if path.name.endswith(KEPT) and blob in coming:
+                there += facts.st_size
+            elif time.time() - facts.st_mtime > ABANDONED:
+                with lock.open("ab") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
     return there

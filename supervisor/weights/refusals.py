@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -11,20 +12,7 @@ from typing import NoReturn
 
 PERMANENT, TRANSIENT = 3, 4
 # The client's errors by the names that all its versions have, and the status that came, where that matters.
-REFUSALS = (
-    ("OfflineModeIsEnabled", 0, "{repo} is not in the cache, and HF_HUB_OFFLINE forbids to ask the hub.",
-     "Unset HF_HUB_OFFLINE, or put it into the cache (HF_HOME)."),
-    ("RevisionNotFoundError", 0, "{repo} has no revision {revision}.", "Check {where}."),
-    ("GatedRepoError", 401, "{repo} is gated, and no token was given.",
-     "Accept its terms on the hub, and set HF_TOKEN to a token of that account."),
-    ("GatedRepoError", 0, "{repo} is gated, and HF_TOKEN gives no access to it.",
-     "Accept its terms on the hub with that token's account, or set HF_TOKEN to another's."),
-    ("RepositoryNotFoundError", 0, "There is no model {repo} on the hub, or it is private.",
-     "Check the spelling of {setting}; for a private one set HF_TOKEN to a token that may read it."),
-    ("HfHubHTTPError", 401, "The hub does not know the token in HF_TOKEN.",
-     "Set HF_TOKEN to a valid one, or unset it."),
-    ("HfHubHTTPError", 403, "The hub refuses access (403).", "Set HF_TOKEN to a token that may read {repo}."),
-)  # fmt: skip
+REFUSALS = json.loads(Path(__file__).with_suffix(".json").read_bytes())
 # What leads to the hub, or past it.
 ROUTES = ("HF_ENDPOINT", "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
 
@@ -41,9 +29,9 @@ def refused(error: BaseException, words: Mapping[str, object]) -> None:
     """Raises CannotError where the hub's answer is a final one."""
     for each in _chain(error):
         names = {kind.__name__ for kind in type(each).__mro__}
-        for name, status, cause, remedy in REFUSALS:
-            if name in names and status in (0, _status(each)):
-                fail(cause.format_map(words), remedy.format_map(words))
+        for row in REFUSALS:
+            if row["error"] in names and row["status"] in (0, _status(each)):
+                fail(row["cause"].format_map(words), row["remedy"].format_map(words))
 
 
 def unreachable(what: str, error: BaseException) -> NoReturn:

@@ -133,7 +133,7 @@ def test_what_is_not_read_a_second_time(
     client.hub.__dict__["HfApi"] = HfApi
     repository = download.Repository(tmp_path, {"repo": "org/name"})
     repository.files = {
-        str(number): SimpleNamespace(lfs=lfs, xet_hash=xet, size=1) for number, (lfs, xet) in enumerate(rows)
+        f"file {number}": SimpleNamespace(lfs=lfs, xet_hash=xet, size=1) for number, (lfs, xet) in enumerate(rows)
     }
     assert download.come_by_xet(repository.files.values()) is expected
     repository._check()

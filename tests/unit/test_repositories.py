@@ -73,6 +73,13 @@ def test_what_names_no_repository_is_left_as_it_is(tmp_path: Path, key: str, val
     assert not any(each.weights.download for each in beside_the_model(given)[0])
 
 
+def test_the_model_itself_stands_for_its_name(tmp_path: Path) -> None:
+    model = has(tmp_path, "org/model", **DRAFT)
+    given = settings(HF_HUB_CACHE=str(tmp_path), TOKENIZER="org/model")
+    assert words(given)["tokenizer"] == str(model)
+    assert beside_the_model(given)[0] == []
+
+
 def test_a_revision_is_that_of_its_own(tmp_path: Path) -> None:
     given = settings(
         TOKENIZER="org/t", TOKENIZER_REVISION="v1", REVISION="v2",

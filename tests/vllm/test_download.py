@@ -387,6 +387,11 @@ def test_what_is_read_beside_the_model_is_fetched_as_well(user: User, beside: Hu
         supervisor.ready()
         assert f"sql={user.snapshot('org/sql')}" in engine(supervisor)[0]
     assert beside.sent("") == sent
+    beside.stop()
+    with user.up(beside, "org/tiny", **more) as supervisor:
+        supervisor.ready()
+        assert f"sql={user.snapshot('org/sql')}" in engine(supervisor)[0]
+        assert supervisor.output.count("The hub could not be reached") == 1
 
 
 @pytest.mark.parametrize(
