@@ -412,6 +412,19 @@ def test_what_is_refused_beside_the_model_is_told_before_the_model_comes(
     assert beside.sent() == 0
 
 
+def test_what_is_read_beside_the_model_is_baked_with_it(user: User, beside: Hub) -> None:
+    environ = user.environ(beside, SUPERVISOR_VLLM=str(user.vllm), TOKENIZER="org/words", LORA_MODULES="sql=org/sql")
+    for comes in (True, False):
+        done = subprocess.run(
+            [SUPERVISOR, "fetch", "org/tiny"], env=clean_environment(**environ), capture_output=True, text=True,
+            check=False, timeout=60, cwd=user.home,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout
+        assert ("Downloading weights" in done.stdout) is comes
+        for name in ("org/tiny", "org/words", "org/sql"):
+            assert f"weights: {user.snapshot(name)}\n" in done.stdout
+
+
 def test_a_model_in_a_folder_with_a_tokenizer_of_the_hub(user: User, beside: Hub) -> None:
     with user.up(beside, str(DEMO), TOKENIZER="org/words") as supervisor:
         supervisor.ready()
