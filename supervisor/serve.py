@@ -42,8 +42,9 @@ from supervisor.gateway.gate import Admission
 from supervisor.gateway.policy import Origins, Policy, Routes
 from supervisor.gateway.server import Gateway
 from supervisor.gateway.upstream import Upstream
-from supervisor.launch import SIGNALS, Launch, weights_of
+from supervisor.launch import SIGNALS, Launch
 from supervisor.listen import Listeners
+from supervisor.repositories import weights_of
 from supervisor.settings import demo, explain
 from supervisor.settings.command import served_name
 from supervisor.settings.settings import Settings
