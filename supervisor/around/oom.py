@@ -7,7 +7,7 @@ from supervisor.engine.run import Observer, Run
 
 
 class OomKills(Observer):
-    """Notes it at the run, before its end is judged. Where the kernel does not tell (cgroup version 1 of old), nothing."""
+    """Notes it at the run, before its end is judged; where the kernel does not tell, nothing."""
 
     def __init__(self, machine: Machine | None = None) -> None:
         self.machine = machine or Machine()

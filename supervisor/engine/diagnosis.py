@@ -18,6 +18,7 @@ from supervisor.engine import tracebacks
 
 # What is searched, in characters: clients help to write a log, and 80 searches of 500 long lines took 45 s.
 LONGEST_TEXT = 250_000
+EMPTY = re.compile(r" ?\( ?\)| (?=[ ,.:])")  # where a group matched nothing
 # What the API server says on SIGTERM; the errors after it are those of things being taken away.
 TOLD_TO_STOP = re.compile(r"\[shutdown\] API server: shutdown triggered")
 
@@ -42,14 +43,14 @@ TABLE = tomllib.loads(Path(__file__).with_name("causes.toml").read_text(encoding
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """A row of the table; a misspelt key is an error. `anywhere`: it is looked for in the whole log, not only in what
-    failed last. `example`: lines of vLLM's that it is for."""
+    """A row of the table; a misspelt key is an error. `where` it is looked for: a field of `tracebacks.Failure`.
+    `example`: lines of vLLM's that it is for."""
 
     pattern: str
     cause: str
     remedy: str
     permanent: bool = True
-    anywhere: bool = False
+    where: str = "last"
     example: str
 
     @cached_property
@@ -68,9 +69,8 @@ UNKNOWN = Diagnosis("Its log does not say why.", "", permanent=False, known=Fals
 def diagnose(
     exit_code: int, lines: Iterable[str], ended_by_us: str | None = None, *, oom_killed: bool = False
 ) -> Diagnosis:
-    """`exit_code` is -N for signal N; `lines` the last ones of the log, oldest first; `ended_by_us` says why, where it
-    was us who killed it, and then the exit code means nothing. `oom_killed`: meanwhile the kernel killed something in
-    this container because memory ran out."""
+    """`exit_code` is -N for signal N; `lines` the last of the log; `ended_by_us` why we killed it, where we did (the
+    exit code means nothing then); `oom_killed`: meanwhile the kernel killed something here because memory ran out."""
     failure = tracebacks.read(lines := list(lines), follows)
     ended = _by_who_ended_it(exit_code, ended_by_us, oom_killed) or _by_its_words(exit_code, failure, ended_by_us)
     if any(TOLD_TO_STOP.search(line) for line in lines):
@@ -102,10 +102,11 @@ def _by_its_words(exit_code: int, failure: tracebacks.Failure, ended_by_us: str 
 def find(rules: Iterable[Rule], failure: tracebacks.Failure) -> Diagnosis | None:
     """What the first of the rules says that matches."""
     for rule in rules:
-        if found := rule.regex.search((failure.whole if rule.anywhere else failure.last)[-LONGEST_TEXT:]):
+        if found := rule.regex.search((getattr(failure, rule.where) or "")[-LONGEST_TEXT:]):
             groups = {name: (value or "").strip().rstrip(".") for name, value in found.groupdict().items()}
-            groups |= {name.upper(): value.upper().replace("-", "_") for name, value in groups.items()} | REMEDIES
-            return Diagnosis(rule.cause.format_map(groups), rule.remedy.format_map(groups), rule.permanent)
+            groups |= {name.upper(): value.upper().replace("-", "_") for name, value in groups.items()}
+            cause, remedy = (EMPTY.sub("", text.format_map(REMEDIES | groups)) for text in (rule.cause, rule.remedy))
+            return Diagnosis(cause, remedy, rule.permanent)
     return None
 
 

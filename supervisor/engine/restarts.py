@@ -1,8 +1,8 @@
 """Whether a failed engine is started again, and when.
 
-Never ready and a permanent cause: no; nor where nobody knows the cause and it ended the same way a moment ago. Otherwise
-yes, up to a limit in a window of time: at once the first time after it had been ready, with backoff after that. tenacity
-counts, waits and gives up; the window is ours.
+Never ready and a permanent cause: no; nor where nobody knows the cause and it ended the same way a moment ago.
+Otherwise yes, up to a limit in a window of time: at once the first time after it had been ready, with backoff after
+that. tenacity counts, waits and gives up; the window is ours.
 """
 
 from __future__ import annotations

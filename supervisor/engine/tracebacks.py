@@ -14,8 +14,8 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # Who writes, before each line: "(EngineCore pid=12) ", "(Worker pid=9) (Worker_TP0 pid=9) ", "[rank0]: ", and Ray's
 # "(RayWorkerWrapper pid=9, ip=10.0.0.2) ".
 WHO = r"(?:\([^()\n]{0,80}pid=\d+[^()\n]{0,80}\) ?|\[rank\d+\]: ?)*"
-# After it vLLM's own stamp: "ERROR 11-21 19:00:00 [core.py:1] ".
-LINE_PREFIX = re.compile(rf"^({WHO})(?:[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d (?:\[[^\]]*\] ?)?)?")
+# After it vLLM's own stamp: "ERROR 11-21 19:00:00 [core.py:1] "; without the first bracket up to 0.8.
+LINE_PREFIX = re.compile(rf"^({WHO})(?:[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d (?:\[[^\]]*\] ?|[\w/]+\.py:\d+\] ?)?)?")
 # Levels below ERROR, of vLLM, torch and others: such a line may name an exception that was dealt with.
 HARMLESS = re.compile(
     rf"^{WHO}(?:(?:DEBUG|INFO|WARNING)\b|\[?[IW]\d{{4}} |"
@@ -79,13 +79,19 @@ def _words(told: list[_Line], number: int) -> str:
     if re.fullmatch(r"[\w.]+:?", text):
         where = f" in {place}" if place else ""
         return f"vLLM failed an internal check ({text.rstrip(':')}){where}."
-    return " ".join(_message(told, number).split()) if text.endswith(":") else text
+    return f"{text} {_next(told, number).strip()}" if text.endswith(":") else text
 
 
 def _message(told: list[_Line], number: int) -> str:
-    """An exception's line and the next one of the same process: some say only there what it is."""
-    more = (line.text for line in told[number + 1 : number + 40] if line.who == told[number].who and line.text.strip())
-    return "\n".join([told[number].text, *list(more)[:1]])
+    """An exception's line and the next one where that goes on: pydantic says only there what it is."""
+    more = _next(told, number)
+    return f"{told[number].text}\n{more}" if more.startswith(" ") else told[number].text
+
+
+def _next(told: list[_Line], number: int) -> str:
+    """Of the same process."""
+    rest = (line.text for line in told[number + 1 : number + 40] if line.who == told[number].who)
+    return next((text for text in rest if text.strip()), "")
 
 
 def _told(lines: Iterable[str]) -> list[_Line]:
