@@ -18,7 +18,7 @@ from supervisor.engine import tracebacks
 
 # What is searched, in characters: clients help to write a log, and 80 searches of 500 long lines took 45 s.
 LONGEST_TEXT = 250_000
-EMPTY = re.compile(r" ?\( ?\)| (?=[ ,.:])")  # where a group matched nothing
+EMPTY = re.compile(r" \( ?\)| (?=[,.:](?: |$)| )")  # where a group matched nothing
 # What the API server says on SIGTERM; the errors after it are those of things being taken away.
 TOLD_TO_STOP = re.compile(r"\[shutdown\] API server: shutdown triggered")
 

@@ -35,11 +35,12 @@ NAMES_ERROR = re.compile(r"(?:Error|Exception)(?:_\w{1,40})?: |\berror: ")
 
 class Failure(NamedTuple):
     """`whole`: the log without prefixes, harmless lines and quoted source. `last`: of that, what failed last; the whole
-    of it where there is no traceback. `error`: the last error's own words."""
+    of it where there is no traceback. `error`: the last error's own words; `raised`: its traceback."""
 
     whole: str
     last: str
     error: str | None
+    raised: str
 
 
 class _Line(NamedTuple):
@@ -70,7 +71,11 @@ def read(lines: Iterable[str], follows: Callable[[str], bool]) -> Failure:
     if error is None:
         named = (number for number, line in enumerate(told) if NAMES_ERROR.search(line.text) and not follows(line.text))
         error = max(named, default=None)
-    return Failure(whole, last or whole, None if error is None else _words(told, error))
+    if error is None:
+        return Failure(whole, last or whole, None, "")
+    who, begins = told[error].who, told[error].begins
+    frames = (line.text for line in told[begins : error + 1] if line.who == who) if begins is not None else ()
+    return Failure(whole, last or whole, _words(told, error), "\n".join(frames))
 
 
 def _words(told: list[_Line], number: int) -> str:

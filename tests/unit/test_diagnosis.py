@@ -211,7 +211,9 @@ QUOTED = (
         "no memory left for another thread", "--pids-limit"),
     # what vLLM says of whatever signal it was
     Row("RuntimeError: Engine core initialization failed. Failed core proc(s): {'EngineCore': -4}",
-        "crashed (signal 4)", "newer image", permanent=False),
+        "processor lacks instructions", "built for this kind of processor"),
+    Row("RuntimeError: Engine core initialization failed. Failed core proc(s): {'EngineCore': -11}",
+        "crashed (signal 11)", "newer image", permanent=False),
     # ranks-loopback's own line, with an address that is not loopback
     Row("RuntimeError: Gloo connectFullMesh failed with [gloo/transport/tcp/pair.cc:152] timed out connecting: "
         "SO_ERROR: Connection refused, remote=[10.77.0.1]:28081$1", "rank at 10.77.0.1 does not answer", "all ports",
@@ -351,6 +353,7 @@ def test_remedies_name_variables_that_exist() -> None:
     known |= {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "GOOGLE_APPLICATION_CREDENTIALS"}
     known |= {"CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "LIBRARY_PATH", "CUDA_HOME"}
     known |= {"NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_P2P_DISABLE", "NCCL_NVLS_ENABLE"}
+    known |= {"HF_MODULES_CACHE", "TRITON_CACHE_DIR", "FLASH_ATTN", "TRITON_ATTN"}  # the last two: values
     known |= {"PYTORCH_CUDA_ALLOC_CONF", "TRITON_PTXAS_PATH", "RAY_ADDRESS", "UCX_TLS", "UCX_NET_DEVICES", "SYS_NICE"}
     named = {name for row in ROWS for name in re.findall(r"(?<![{\w])[A-Z]+(?:_[A-Z\d]+)+(?![}\w*])", row.remedy)}
     assert named - known == set()
