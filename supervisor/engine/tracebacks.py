@@ -29,6 +29,8 @@ CHAINED = re.compile(r"The above exception was the direct cause|During handling 
 # A destructor's: nobody gets it, and it comes when all is being torn down.
 IGNORED = re.compile(r"Exception ignored ")
 FRAME = re.compile(r' +File "(?:[^"\n]*(?:site|dist)-packages/)?([^"\n]+)", line (\d+)')
+# pydantic's: what it refuses stands in the second line, without the values after it.
+REFUSED = re.compile(r"validation errors? for \w+\n  (?:Value error|Assertion failed), (.+?)(?: \[type=|$)")
 # A line that names an error, in a log without a traceback.
 NAMES_ERROR = re.compile(r"(?:Error|Exception)(?:_\w{1,40})?: |\berror: ")
 
@@ -81,6 +83,8 @@ def read(lines: Iterable[str], follows: Callable[[str], bool]) -> Failure:
 def _words(told: list[_Line], number: int) -> str:
     """What an exception says; its place where that is nothing, and the next line where it only announces one."""
     text, place = told[number].text.strip(), told[number].place
+    if found := REFUSED.search(_message(told, number)):
+        return f"ValueError: {found[1]}"
     if re.fullmatch(r"[\w.]+:?", text):
         where = f" in {place}" if place else ""
         return f"vLLM failed an internal check ({text.rstrip(':')}){where}."
