@@ -14,8 +14,11 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # Who writes, before each line: "(EngineCore pid=12) ", "(Worker pid=9) (Worker_TP0 pid=9) ", "[rank0]: ", and Ray's
 # "(RayWorkerWrapper pid=9, ip=10.0.0.2) ".
 WHO = r"(?:\([^()\n]{0,80}pid=\d+[^()\n]{0,80}\) ?|\[rank\d+\]: ?)*"
-# After it vLLM's own stamp: "ERROR 11-21 19:00:00 [core.py:1] "; without the first bracket up to 0.8.
-LINE_PREFIX = re.compile(rf"^({WHO})(?:[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d (?:\[[^\]]*\] ?|[\w/]+\.py:\d+\] ?)?)?")
+# After it vLLM's own stamp: "ERROR 11-21 19:00:00 [core.py:1] "; without the first bracket up to 0.8, and without the
+# date where VLLM_LOGGING_CONFIG_PATH says so.
+LINE_PREFIX = re.compile(
+    rf"^({WHO})(?:[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d (?:\[[^\]]*\] ?|[\w/]+\.py:\d+\] ?)?|ERROR \[[\w/]+\.py:\d+\] ?)?"
+)
 # Levels below ERROR, of vLLM, torch and others: such a line may name an exception that was dealt with.
 HARMLESS = re.compile(
     rf"^{WHO}(?:(?:DEBUG|INFO|WARNING)\b|\[?[IW]\d{{4}} |"
