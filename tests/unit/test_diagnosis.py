@@ -267,6 +267,7 @@ class Tail(NamedTuple):
     cause: list[str]
     remedy: list[str]
     permanent: bool
+    first: str = ""  # what the table made of it when it was drawn: failures/README.md
 
     def check(self) -> None:
         diagnosis = diagnose(self.exit_code, self.lines)
@@ -353,7 +354,13 @@ def test_remedies_name_variables_that_exist() -> None:
     known |= {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "GOOGLE_APPLICATION_CREDENTIALS"}
     known |= {"CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "LIBRARY_PATH", "CUDA_HOME"}
     known |= {"NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_P2P_DISABLE", "NCCL_NVLS_ENABLE"}
-    known |= {"FLASHINFER_DISABLE_VERSION_CHECK", "HF_MODULES_CACHE", "TRITON_CACHE_DIR", "FLASH_ATTN", "TRITON_ATTN"}  # the last two: values
+    known |= {
+        "FLASHINFER_DISABLE_VERSION_CHECK",
+        "HF_MODULES_CACHE",
+        "TRITON_CACHE_DIR",
+        "FLASH_ATTN",
+        "TRITON_ATTN",
+    }  # the last two: values
     known |= {"PYTORCH_CUDA_ALLOC_CONF", "TRITON_PTXAS_PATH", "RAY_ADDRESS", "UCX_TLS", "UCX_NET_DEVICES", "SYS_NICE"}
     named = {name for row in ROWS for name in re.findall(r"(?<![{\w])[A-Z]+(?:_[A-Z\d]+)+(?![}\w*])", row.remedy)}
     assert named - known == set()
