@@ -287,6 +287,11 @@ def test_a_failure_whose_log_others_published(tail: Tail) -> None:
 # The table
 
 
+def test_no_pattern_has_a_backslash_too_many() -> None:
+    """TOML's literal strings take them as they are: `\\\\d` would be a backslash and a d, and match nothing."""
+    assert [rule.pattern for rule in ROWS if re.search(r"(?<!\\)\\\\[bdsw]", rule.pattern)] == []
+
+
 @pytest.mark.parametrize("rule", ROWS, ids=lambda rule: rule.cause[:50])
 def test_every_row_is_the_one_for_its_example(rule: Rule) -> None:
     """Or it would stand behind one that takes its lines away. What is said after it changes nothing."""
