@@ -23,6 +23,7 @@ from supervisor.around.caches import CacheKeeper, Caches
 from supervisor.around.gpus import GpuMemory
 from supervisor.around.media import MediaTold
 from supervisor.around.multinode import Multinode
+from supervisor.around.oom import OomKills
 from supervisor.around.phases import Waterfall
 from supervisor.around.postmortem import PostMortem
 from supervisor.around.prefetch import ReadAhead
@@ -174,6 +175,7 @@ class Serving(Observer):
             *([] if self.headless else [MediaTold(settings, weights)]),
             ReadAhead(lambda: launch.weights, str(settings.option("load_format") or "auto")),
             Stacks(),
+            OomKills(),
             GpuMemory(),
         ]
         found += [CacheKeeper(self.start.caches)] if self.start.caches is not None else []
