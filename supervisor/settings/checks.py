@@ -110,7 +110,7 @@ def names(asked: Asked) -> Iterator[str]:
         given = asked.value(option.variable)
         if not option.names or not given or str(given).lower() in ("none", *map(str.lower, option.names)):
             continue
-        if asked.value("REASONING_PARSER_PLUGIN") or asked.vllm.has_plugins:
+        if asked.value("REASONING_PARSER_PLUGIN") or asked.vllm.may_have_plugins(asked.environ):
             continue
         hint = GONE.get(str(given).lower()) or nearest(str(given).lower(), option.names)
         yield (

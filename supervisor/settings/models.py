@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from supervisor.bounded import within
@@ -66,7 +67,7 @@ INSTEAD: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 )
 
 
-def read(name: str, vllm: Vllm | None, catalogue: Catalogue | None) -> str:
+def read(name: str, vllm: Vllm | None, catalogue: Catalogue | None, environ: Mapping[str, str]) -> str:
     """The model as vLLM is to have it. Raises BadValue."""
     is_path = name.startswith(("/", "./", "../", "~"))
     path = os.path.normpath(os.path.expanduser(name)) if is_path else name  # noqa: PTH111  # ~nobody stays as it is
@@ -74,7 +75,7 @@ def read(name: str, vllm: Vllm | None, catalogue: Catalogue | None) -> str:
     known = STORED.fullmatch(name) or NAME.fullmatch(name) or QUANTIZED.fullmatch(name)
     is_gguf = name.lower().endswith(".gguf") and "/" in name
     if there is not False or (known and not is_path) or (is_gguf and not is_path):  # a hanging disk: the launch waits
-        if (is_gguf or QUANTIZED.fullmatch(name)) and not _reads_gguf(vllm, catalogue):
+        if (is_gguf or QUANTIZED.fullmatch(name)) and not _reads_gguf(vllm, catalogue, environ):
             raise BadValue(NO_GGUF.format(version=vllm.version if vllm else ""))
         return path
     for pattern, told in INSTEAD:
@@ -83,9 +84,9 @@ def read(name: str, vllm: Vllm | None, catalogue: Catalogue | None) -> str:
     raise AssertionError(name)
 
 
-def _reads_gguf(vllm: Vllm | None, catalogue: Catalogue | None) -> bool:
+def _reads_gguf(vllm: Vllm | None, catalogue: Catalogue | None, environ: Mapping[str, str]) -> bool:
     """True where nobody knows."""
     if vllm is None or catalogue is None:
         return True
     known = [option.names for option in catalogue.by_key.values() if option.key in ("load_format", "quantization")]
-    return not any(known) or any("gguf" in names for names in known) or vllm.has_plugins
+    return not any(known) or any("gguf" in names for names in known) or vllm.may_have_plugins(environ)

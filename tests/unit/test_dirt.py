@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -179,7 +180,22 @@ def test_a_chat_template_has_braces_of_its_own(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "given",
-    ["it's", '"a" and "b"', "a{b}c", "pa$$word", "$1", "5$", "{a: {b: 1}}", "#{x}", "a$(b", "100%", "~/x"],
+    [
+        "it's",
+        '"a" and "b"',
+        "a{b}c",
+        "pa$$word",
+        "$1",
+        "5$",
+        "{a: {b: 1}}",
+        "#{x}",
+        "a$(b",
+        "100%",
+        "~/x",
+        "<think>",
+        "<|im_end|>",
+        "<a>",
+    ],
 )
 def test_what_only_looks_a_little_like_it_stays(given: str) -> None:
     assert clean(given) == given
@@ -308,6 +324,18 @@ def test_a_plugin_may_know_more_than_vllm(folder: Path) -> None:
     assert read(folder, MODEL="./a.gguf").model.value == "a.gguf"
     assert read(folder, MODEL="org/model:Q4_K_M").model.value == "org/model:Q4_K_M"
     assert read(folder, QUANTIZATION="bitsandbytes").option("quantization") == "bitsandbytes"
+
+
+def test_a_plugin_on_pythons_path_counts_and_where_vllm_is_not_found_nobody_knows(folder: Path) -> None:
+    elsewhere = folder.parent / "elsewhere"
+    (elsewhere / "vllm_gguf_plugin-1.dist-info").mkdir(parents=True)
+    (elsewhere / "vllm_gguf_plugin-1.dist-info" / "entry_points.txt").write_text("[vllm.general_plugins]\ngguf = a:b\n")
+    assert read(folder, MODEL="org/model:Q4_K_M", PYTHONPATH=f"/x:{elsewhere}").model.value == "org/model:Q4_K_M"
+    assert "it has no GGUF" in problems(folder, MODEL="org/model:Q4_K_M", PYTHONPATH="/x")[0]
+    wrapped = f"env {folder.parent / 'vllm/bin/vllm'}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("supervisor.settings.vllm._version_asked", lambda command, cache: "0.32.0")
+        assert read(folder, MODEL="org/model:Q4_K_M", SUPERVISOR_VLLM=wrapped, PATH=os.environ["PATH"])
 
 
 def test_a_folder_with_a_blank_in_its_name(folder: Path) -> None:

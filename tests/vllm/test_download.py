@@ -413,7 +413,9 @@ def test_what_is_refused_beside_the_model_is_told_before_the_model_comes(
 
 
 def test_what_is_read_beside_the_model_is_baked_with_it(user: User, beside: Hub) -> None:
-    environ = user.environ(beside, SUPERVISOR_VLLM=str(user.vllm), TOKENIZER="org/words", LORA_MODULES="sql=org/sql")
+    environ = user.environ(
+        beside, SUPERVISOR_VLLM=str(user.vllm), TOKENIZER="org/words", LORA_MODULES="sql=org/sql", ENABLE_LORA="true"
+    )
     for comes in (True, False):
         done = subprocess.run(
             [SUPERVISOR, "fetch", "org/tiny"], env=clean_environment(**environ), capture_output=True, text=True,
