@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 from supervisor.settings import platform
 from supervisor.settings.catalogue import Catalogue, Option, key_of
 from supervisor.settings.config_file import ConfigFile
-from supervisor.settings.names import ALIASES, OWNED, OWNED_AND_READ, REMOVED, SAGEMAKER, ZERO_MEANS_UNSET
+from supervisor.settings.names import ALIASES, OWNED, OWNED_AND_READ, SAGEMAKER, ZERO_MEANS_UNSET
 from supervisor.settings.respelled import NGRAM, respelled
 from supervisor.settings.sources import Found, Report, Setting, Sources
-from supervisor.settings.typos import CLOSE, nearest
+from supervisor.settings.typos import missing
 from supervisor.settings.values import read_bool
 
 ZERO = "worker-vllm read 0 as 'not set', and vLLM can't run with it"
@@ -153,10 +153,8 @@ def of_vllms_file(file: ConfigFile, catalogue: Catalogue, report: Report) -> dic
         if key in OWNED:
             report.problems.append(f"{file.label}: {key} can't be set there: {OWNED[key]}")
         elif option is None:
-            hint = nearest(key, catalogue.by_key, CLOSE)
-            if key in REMOVED or hint:
-                told = f" any more: {REMOVED[key]}" if key in REMOVED else hint
-                report.problems.append(f"{file.label}: vLLM {catalogue.version} has no option {key}{told}")
+            if why := missing(key, catalogue):
+                report.problems.append(f"{file.label}: vLLM {catalogue.version} has no option {key}{why}")
         elif key != "model" and not option.is_unset(given):
             setting = report.setting(option.variable, [Found(f"{file.label} {key}", given)], option.read)
             if setting is not None:

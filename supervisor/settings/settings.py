@@ -11,14 +11,13 @@ from typing import Any
 
 from supervisor.bounded import within
 from supervisor.settings import catalogue as catalogues
-from supervisor.settings import checks, config_file, demo, environment, models, options, platform, typos
+from supervisor.settings import checks, config_file, demo, environment, models, options, platform, raw, typos
 from supervisor.settings import cluster as clusters
 from supervisor.settings import volume as volumes
 from supervisor.settings.catalogue import Catalogue, Option
 from supervisor.settings.config_file import ConfigFile
 from supervisor.settings.knobs import KNOBS, Keys, Knob, Knobs
 from supervisor.settings.names import ALIASES, REMOVED
-from supervisor.settings.raw import Given, RawArguments
 from supervisor.settings.secrets import Mask
 from supervisor.settings.sources import Arguments, Found, Report, Setting, Sources, prefixes, variables
 from supervisor.settings.vllm import Vllm, VllmError, find
@@ -100,27 +99,27 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     vllms_file = config_file.read_vllm_config(str(vllms[0].given).strip(), vllms[0].source) if vllms else None
     model, is_demo = _model(sources, report, vllms_file, vllm, catalogue)
     chosen: Options = ()
-    raw: Options = ()
+    given: Options = ()
     in_file: dict[str, tuple[Any, str]] = {}
     if catalogue:
         in_file = options.of_vllms_file(vllms_file, catalogue, report) if vllms_file else {}
-        raw = _raw(own, arguments, catalogue, report)
+        given = _raw(own, arguments, catalogue, report)
         beneath = {key: Found("demo model", value) for key, value in demo.DEFAULTS.items()} if is_demo else {}
         beneath |= {key: Found(*row) for key, row in INSTEAD_OF_VLLMS.items()} if knobs.access_log else {}
-        spread = clusters.derived(environ, _spread(raw, sources))
+        spread = clusters.derived(environ, _spread(given, sources))
         derived = {variable: Found(*row) for variable, row in spread.items()}
-        chosen, raw = options.resolve(catalogue, sources, report, beneath=beneath, derived=derived, raw=raw)
+        chosen, given = options.resolve(catalogue, sources, report, beneath=beneath, derived=derived, raw=given)
         _known(options.keys(catalogue), file.content, file, report)
         report.warnings += typos.unread(environ, _names(catalogue, prefix), catalogue)
         environ = environment.for_vllm(environ, catalogue, report)
 
-    values = {setting.name: setting.value for _, setting in (*chosen, *raw)}
+    values = {setting.name: setting.value for _, setting in (*chosen, *given)}
     cluster = clusters.cluster(values, environ, report.problems)
     if cluster is not None and cluster.headless:
         mode = "http"  # rank 0 takes the jobs
     if int(values.get("NNODES") or 1) < 2:
         chosen = _of_one_machine(chosen, environ, report, told_so=cluster is not None)
-    every = (*(setting for _, setting in (*chosen, *raw)), *own, *([model] if model else []))
+    every = (*(setting for _, setting in (*chosen, *given)), *own, *([model] if model else []))
     asked = checks.Asked(
         mode, environ, in_file | {each.name: (each.value, each.source) for each in every}, vllm, catalogue
     )
@@ -134,7 +133,7 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
         model=model,
         mode=mode,
         options=chosen,
-        raw=raw,
+        raw=given,
         knobs=knobs,
         knob_settings=(*config, *own),
         vllm_args=(*(knobs.extra_args or ()), *arguments.vllm_args),
@@ -264,21 +263,16 @@ def _model(
 
 def _raw(own: Sequence[Setting], arguments: Arguments, catalogue: Catalogue, report: Report) -> Options:
     (extra,) = [setting for setting in own if setting.name == "SUPERVISOR_EXTRA_ARGS"]
-    last: dict[str, tuple[Given, str]] = {}
-    for tokens, source in ((extra.value or (), extra.source), (arguments.vllm_args, "command line")):
-        read = RawArguments(tokens, source, catalogue)
-        report.problems += read.problems
-        report.warnings += read.warnings
-        last |= {given.name: (given, source) for given in read.given}
-    return tuple((given.option, Setting(given.name, given.value, source)) for given, source in last.values())
+    found = raw.read(extra.value or (), extra.source, catalogue, report)
+    return tuple((found | raw.read(arguments.vllm_args, "command line", catalogue, report)).values())
 
 
-def _spread(raw: Options, sources: Sources) -> dict[str, str]:
+def _spread(given: Options, sources: Sources) -> dict[str, str]:
     """How the user wants the model to be spread over GPUs."""
-    found = {setting.name: str(setting.value) for _, setting in raw if setting.name in clusters.SPREAD}
+    found = {setting.name: str(setting.value) for _, setting in given if setting.name in clusters.SPREAD}
     for variable in clusters.SPREAD:
-        for _, given in sources.find((variable,), variable.lower())[:1]:
-            found.setdefault(variable, str(given).strip())
+        for _, text in sources.find((variable,), variable.lower())[:1]:
+            found.setdefault(variable, str(text).strip())
     return found
 
 

@@ -94,6 +94,11 @@ def nearest(word: str, known: Collection[str], likeness: float = 0.6) -> str:
     return f"; did you mean {found[0]}?" if found else ""
 
 
+def missing(key: str, catalogue: Catalogue) -> str:
+    """What to say of an option that vLLM does not have; nothing, where it is like no other."""
+    return f" any more: {REMOVED[key]}" if key in REMOVED else nearest(key, catalogue.by_key, CLOSE)
+
+
 def unread(environ: Mapping[str, str], read: Collection[str], catalogue: Catalogue) -> list[str]:
     """A line for each variable that is set, not read, and not just another program's. `read`: what is looked at."""
     own, known = Names(catalogue.environment), Names(read)
