@@ -143,11 +143,11 @@ def _opposite(option: Option, sources: Sources, report: Report) -> Iterator[Foun
             yield Found(f"{found.source}={report.shown(found.given)}", not setting.value)
 
 
-def of_vllms_file(file: ConfigFile, catalogue: Catalogue, report: Report) -> dict[str, tuple[Any, str]]:
-    """What the file of vLLM's own --config says, which vLLM reads itself: variable -> (value, source). What it may not
-    say, or what vLLM would not take, is a problem."""
+def of_vllms_file(file: ConfigFile, catalogue: Catalogue, report: Report) -> dict[str, Setting]:
+    """What the file of vLLM's own --config says, which vLLM reads itself, by variable. What it may not say, or what
+    vLLM would not take, is a problem."""
     report.problems += file.problems
-    values = {}
+    found = {}
     for key, given in file.content.items():
         option = catalogue.find(key)
         if key in OWNED:
@@ -158,5 +158,5 @@ def of_vllms_file(file: ConfigFile, catalogue: Catalogue, report: Report) -> dic
         elif key != "model" and not option.is_unset(given):
             setting = report.setting(option.variable, [Found(f"{file.label} {key}", given)], option.read)
             if setting is not None:
-                values[option.variable] = (setting.value, setting.source)
-    return values
+                found[option.variable] = setting
+    return found

@@ -100,7 +100,7 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     model, is_demo = _model(sources, report, vllms_file, vllm, catalogue)
     chosen: Options = ()
     given: Options = ()
-    in_file: dict[str, tuple[Any, str]] = {}
+    in_file: dict[str, Setting] = {}
     if catalogue:
         in_file = options.of_vllms_file(vllms_file, catalogue, report) if vllms_file else {}
         given = _raw(own, arguments, catalogue, report)
@@ -120,9 +120,7 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     if int(values.get("NNODES") or 1) < 2:
         chosen = _of_one_machine(chosen, environ, report, told_so=cluster is not None)
     every = (*(setting for _, setting in (*chosen, *given)), *own, *([model] if model else []))
-    asked = checks.Asked(
-        mode, environ, in_file | {each.name: (each.value, each.source) for each in every}, vllm, catalogue
-    )
+    asked = checks.Asked(mode, environ, in_file | {each.name: each for each in every}, vllm, catalogue)
     report.problems += [line for rule in checks.PROBLEMS for line in rule(asked)]
     report.warnings += [line for rule in checks.WARNINGS for line in rule(asked)]
     problems, warnings = list(map(report.mask, report.problems)), list(map(report.mask, report.warnings))

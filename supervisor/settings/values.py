@@ -188,6 +188,14 @@ def _checked_json(given: object, text: str) -> str:
     return given
 
 
+def json_object(text: object) -> dict[str, Any] | None:
+    """What a text of JSON says, where it is an object."""
+    with contextlib.suppress(ValueError):
+        found = json.loads(str(text))
+        return found if isinstance(found, dict) else None
+    return None
+
+
 def _json_or_text(given: object) -> str:
     if isinstance(given, str) and not re.fullmatch(r"(?s)\s*{.*}\s*", given):
         return given
