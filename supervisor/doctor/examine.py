@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from supervisor.around.machine import Machine
 from supervisor.doctor.checks import CHECKS
 from supervisor.doctor.patient import FAIL, OK, WARN, Patient, Row
-from supervisor.settings.secrets import Mask
+from supervisor.secrets import Mask
 from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
 from supervisor.weights.hub import Hub
 

@@ -19,8 +19,8 @@ from supervisor.around.gpus import gpus
 from supervisor.around.machine import Machine
 from supervisor.engine.workspace import temporary_folder
 from supervisor.launch import weights_of
+from supervisor.secrets import Mask
 from supervisor.settings import platform, vllm, volume
-from supervisor.settings.secrets import Mask
 from supervisor.settings.settings import Settings
 from supervisor.weights import find, snapshot
 from supervisor.weights.hub import Answer, Hub

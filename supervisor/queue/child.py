@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from supervisor.kept import Kept
-from supervisor.settings.secrets import SECRET_NAME
+from supervisor.secrets import SECRET_NAME
 
 JSON = dict[str, Any]
 LEVELS = frozenset({"NOTSET", "TRACE", "DEBUG", "INFO", "WARN", "ERROR"})

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from supervisor.bounded import within
+from supervisor.secrets import SHORTEST_SECRET
 from supervisor.settings import platform
 from supervisor.settings.catalogue import Catalogue
 from supervisor.settings.knobs import SHORT_KEY, Keys
 from supervisor.settings.models import DISK_PATIENCE
-from supervisor.settings.secrets import SHORTEST_SECRET
 from supervisor.settings.sources import Setting
 from supervisor.settings.typos import nearest
 from supervisor.settings.values import json_object

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from supervisor.bounded import within
+from supervisor.secrets import Mask
 from supervisor.settings import catalogue as catalogues
 from supervisor.settings import checks, config_file, demo, environment, models, options, platform, raw, typos
 from supervisor.settings import cluster as clusters
@@ -18,7 +19,6 @@ from supervisor.settings.catalogue import Catalogue, Option
 from supervisor.settings.config_file import ConfigFile
 from supervisor.settings.knobs import KNOBS, Keys, Knob, Knobs
 from supervisor.settings.names import ALIASES, REMOVED
-from supervisor.settings.secrets import Mask
 from supervisor.settings.sources import Arguments, Found, Report, Setting, Sources, prefixes, variables
 from supervisor.settings.vllm import Vllm, VllmError, find
 

@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 import pytest
 
+from supervisor import explain
 from supervisor.serve import elsewhere
-from supervisor.settings import explain
 from supervisor.settings.command import build
 from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
 

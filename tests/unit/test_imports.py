@@ -21,14 +21,16 @@ ARROWS = {
     "engine": {"engine", "bounded", "lines", "output", "settings"},
     "launch": {"engine", "lines", "output", "settings", "terminal", "weights"},
     "bounded": set(),
+    "secrets": set(),
+    "settings": {"settings", "bounded", "secrets"},
     "listen": {"settings"},
     "kept": {"bounded", "engine"},
-    "queue": {"queue", "kept", "settings"},
+    "queue": {"queue", "kept", "secrets"},
     # Whatever hangs on the core from outside knows the core; it is handed to it by `serve`.
-    "around": {"around", "bounded", "engine", "lines", "listen", "logs", "settings", "terminal", "weights"},
+    "around": {"around", "bounded", "engine", "lines", "listen", "logs", "secrets", "settings", "terminal", "weights"},
 }
 # Those that wire the rooms together, and the verbs of the command.
-ABOVE = {"cli", "up", "serve", "fetch", "status", "job", "doctor", "__main__"}
+ABOVE = {"cli", "up", "serve", "explain", "fetch", "status", "job", "doctor", "__main__"}
 
 
 @cache
@@ -107,7 +109,7 @@ def test_of_the_queue_only_the_child_knows_more_than_http() -> None:
         if room(other) != "queue"
     }
     assert {module for module, _ in beyond} == {"supervisor.queue.child"}
-    assert {other for _, other in beyond} == {"supervisor.kept", "supervisor.settings.secrets"}
+    assert {other for _, other in beyond} == {"supervisor.kept", "supervisor.secrets"}
 
 
 @pytest.mark.parametrize(("name", "most"), [("queue", 1_700), ("local_runpod", 900)])

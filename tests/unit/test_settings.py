@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from supervisor.secrets import Mask
 from supervisor.settings import catalogue, demo
 from supervisor.settings.catalogue import Option
 from supervisor.settings.command import build
 from supervisor.settings.knobs import KNOBS, Keys, Knobs
 from supervisor.settings.names import ALIASES, OWNED
-from supervisor.settings.secrets import Mask
 from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
 from supervisor.settings.values import BadValue
 from supervisor.settings.vllm import Vllm, VllmError
