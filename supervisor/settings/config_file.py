@@ -6,6 +6,7 @@ be another program's: it is read only where it says that it is ours, and is pass
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,7 +50,8 @@ def read(name: str, source: str) -> ConfigFile:
     """Reads the file that `source` names, such as `environment SUPERVISOR_CONFIG`."""
     file = ConfigFile(name)
     with _told(file.problem, source):
-        _fill(file, _mapping(_text(_path(name))))
+        path = Path(os.path.expanduser(name))  # noqa: PTH111  # ~nobody stays as it is
+        _fill(file, _mapping(_text(path)))
     return file
 
 
@@ -117,13 +119,6 @@ def _content_of_ours(text: str) -> dict[str, Any] | None:
             raise
         return None
     return content if has_schema_line or isinstance(content.get("supervisor", ""), dict | None) else None
-
-
-def _path(name: str) -> Path:
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:  # ~nobody
-        return Path(name)
 
 
 def _text(path: Path) -> str:

@@ -43,10 +43,6 @@ def size(text: str) -> int:
     return int(found[1]) * SIZES[found[2] or ""]
 
 
-def text(value: str) -> str:
-    return value
-
-
 def words(value: str) -> tuple[str, ...]:
     try:
         return tuple(shlex.split(value))
@@ -148,10 +144,10 @@ class Knobs:
     """The supervisor's own settings: each one's row, and its value. Times in seconds."""
 
     mode: str = knob("auto", choice("auto", "http", "queue"))
-    host: str = knob("127.0.0.1", text)
+    host: str = knob("127.0.0.1", str)
     port: int = knob("8000", port_number)
     port_health: int | None = knob(None, port_number)
-    vllm: str | None = knob(None, text, is_program=True)
+    vllm: str | None = knob(None, str, is_program=True)
     extra_args: tuple[str, ...] = knob("", words, template=True)
     startup_timeout: float = knob("1200", seconds)
     warm_up: bool = knob("false", read_bool)
@@ -177,13 +173,13 @@ class Knobs:
     allowed_hosts: tuple[str, ...] = knob("", hosts)
     rate_limit: int | None = knob(None, count)
     response_cache: int | None = knob(None, size)
-    tls_cert: str | None = knob(None, text)
-    tls_key: str | None = knob(None, text)
+    tls_cert: str | None = knob(None, str)
+    tls_key: str | None = knob(None, str)
     log_format: str = knob("text", choice("text", "json"))
     log_level: str = knob("info", choice("debug", "info", "warning", "error"))
     access_log: bool = knob("true", read_bool)
-    volume: str | None = knob(None, text)
-    cache_dir: str | None = knob(None, text)
+    volume: str | None = knob(None, str)
+    cache_dir: str | None = knob(None, str)
 
 
 KNOBS: tuple[Knob, ...] = tuple(Knob(each.name, **each.metadata) for each in fields(Knobs))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
 
 from supervisor.settings import platform
 from supervisor.settings.catalogue import Catalogue, Option, key_of
@@ -16,40 +15,6 @@ from supervisor.settings.typos import missing
 from supervisor.settings.values import read_bool
 
 ZERO = "worker-vllm read 0 as 'not set', and vLLM can't run with it"
-
-
-class Meant(NamedTuple):
-    """What a rule makes of a value; `given` None: it stands for nothing."""
-
-    given: Any
-    warning: str = ""
-    computed: bool = False  # the source is told with what was written
-
-
-def _respelled(option: Option, found: Found, environ: Mapping[str, str]) -> Meant | None:
-    today = respelled(option, found.given)
-    if today is None:
-        return None
-    return Meant(today, f"{found.source}={found.given} is read as {today}, which is how vLLM has it today")
-
-
-def _zero(option: Option, found: Found, environ: Mapping[str, str]) -> Meant | None:
-    if option.variable not in ZERO_MEANS_UNSET or str(found.given).strip() != "0":
-        return None
-    return Meant(None, f"{found.source}=0 is taken for not set: {ZERO}")
-
-
-def _computed(option: Option, found: Found, environ: Mapping[str, str]) -> Meant | None:
-    auto = platform.computed(option.variable, found.given, environ)
-    return None if auto is None else Meant(auto, computed=True)
-
-
-def _unset(option: Option, found: Found, environ: Mapping[str, str]) -> Meant | None:
-    return Meant(None) if option.is_unset(found.given) else None
-
-
-# In this order; the first that has something to say of a value speaks, but for what is only written otherwise now.
-RULES: tuple[Callable[[Option, Found, Mapping[str, str]], Meant | None], ...] = (_zero, _computed, _unset)
 
 
 def keys(catalogue: Catalogue) -> list[str]:
@@ -104,18 +69,18 @@ def resolve(
 
 
 def _meant(option: Option, sources: Sources, report: Report) -> Iterator[Found]:
-    for found in _named(option, sources):
-        today = _respelled(option, found, sources.environ)
+    """What the sources mean by what they say."""
+    for source, given in _named(option, sources):
+        today = respelled(option, given)
         if today is not None:
-            report.warnings.append(today.warning)
-            found = found._replace(given=today.given)  # noqa: PLW2901  # the same, as it is written now
-        meant = next((each for rule in RULES if (each := rule(option, found, sources.environ)) is not None), None)
-        if meant is None:
-            yield found
-            continue
-        report.warnings += [meant.warning] if meant.warning else []
-        if meant.given is not None:
-            yield Found(f"{found.source}={found.given}" if meant.computed else found.source, meant.given)
+            report.warnings.append(f"{source}={given} is read as {today}, which is how vLLM has it today")
+        meant = given if today is None else today
+        if option.variable in ZERO_MEANS_UNSET and str(meant).strip() == "0":
+            report.warnings.append(f"{source}=0 is taken for not set: {ZERO}")
+        elif (auto := platform.computed(option.variable, meant, sources.environ)) is not None:
+            yield Found(f"{source}={meant}", auto)
+        elif not option.is_unset(meant):
+            yield Found(source, meant)
     flag = SAGEMAKER + option.variable
     if sources.environ.get(flag) == "" and option.kind in ("pair", "switch"):  # as those images read it
         yield Found(f"environment {flag}", True)
