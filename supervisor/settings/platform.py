@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from supervisor.settings.sources import Found
+
 # RunPod's limits, from its documentation.
 RUNPOD_START = 420.0  # seconds until a worker must be ready, where RUNPOD_INIT_TIMEOUT is not set
 BALANCER_REQUEST = 330.0  # seconds that the load balancer gives a request
@@ -60,9 +62,9 @@ def defaults(mode: str, environ: Mapping[str, str]) -> tuple[str, Mapping[str, s
     return "", {}
 
 
-def model(environ: Mapping[str, str]) -> list[tuple[str, str]]:
+def model(environ: Mapping[str, str]) -> list[Found]:
     """The folder that the platform has put a model into, with its source, where there is one."""
     fetched = any((SAGEMAKER_MODEL / name).exists() for name in ("config.json", "params.json"))
     if environ.get(SAGEMAKER_PORT) and fetched:
-        return [("default on SageMaker", str(SAGEMAKER_MODEL))]
+        return [Found("default on SageMaker", str(SAGEMAKER_MODEL))]
     return []

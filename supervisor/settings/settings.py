@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ from supervisor.settings.catalogue import Catalogue, Option
 from supervisor.settings.config_file import ConfigFile
 from supervisor.settings.knobs import KNOBS, Keys, Knob, Knobs
 from supervisor.settings.names import ALIASES, REMOVED
-from supervisor.settings.sources import Arguments, Found, Report, Setting, Sources, prefixes, variables
+from supervisor.settings.sources import Arguments, Found, Report, Setting, Sources, prefixes
 from supervisor.settings.vllm import Vllm, VllmError, find
 
 __all__ = ["Arguments", "Setting", "Settings", "SettingsError", "gather"]
 Options = tuple[tuple[Option, Setting], ...]
 # Our access log says more than vLLM's, which has a line for each look at its health besides.
-INSTEAD_OF_VLLMS: dict[str, tuple[str, object]] = {"disable_uvicorn_access_log": ("SUPERVISOR_ACCESS_LOG", True)}
+INSTEAD_OF_VLLMS = {"disable_uvicorn_access_log": Found("SUPERVISOR_ACCESS_LOG", True)}
 
 
 class SettingsError(Exception):
@@ -77,12 +77,12 @@ class Settings:
 
 def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     """Reads every source. Raises SettingsError with all problems at once."""
-    prefix = prefixes(environ)
-    named = _named_file(arguments, environ, prefix)
+    sources = Sources(arguments, environ, prefixes(environ), ConfigFile(""))
+    named = sources.find(("SUPERVISOR_CONFIG",), "config", argument=(arguments.config or "").strip())
     file = config_file.read(named[0].given.strip(), named[0].source) if named else config_file.read_unnamed()
     report = Report(_mask(environ, file), list(file.problems), list(file.warnings))
     environ = environment.cleaned(environ, report)
-    sources = Sources(arguments, environ, prefix, file)
+    sources = replace(sources, environ=environ, file=file)
 
     first, *others = KNOBS
     asked_mode = _knob(first, sources, report)
@@ -105,12 +105,11 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
         in_file = options.of_vllms_file(vllms_file, catalogue, report) if vllms_file else {}
         given = _raw(own, arguments, catalogue, report)
         beneath = {key: Found("demo model", value) for key, value in demo.DEFAULTS.items()} if is_demo else {}
-        beneath |= {key: Found(*row) for key, row in INSTEAD_OF_VLLMS.items()} if knobs.access_log else {}
-        spread = clusters.derived(environ, _spread(given, sources))
-        derived = {variable: Found(*row) for variable, row in spread.items()}
+        beneath |= INSTEAD_OF_VLLMS if knobs.access_log else {}
+        derived = clusters.derived(environ, _spread(given, sources))
         chosen, given = options.resolve(catalogue, sources, report, beneath=beneath, derived=derived, raw=given)
         _known(options.keys(catalogue), file.content, file, report)
-        report.warnings += typos.unread(environ, _names(catalogue, prefix), catalogue)
+        report.warnings += typos.unread(environ, _names(catalogue, sources.prefixes), catalogue)
         environ = environment.for_vllm(environ, catalogue, report)
 
     values = {setting.name: setting.value for _, setting in (*chosen, *given)}
@@ -143,12 +142,6 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
         warnings=tuple(warnings),
         environ=dict(environ),
     )
-
-
-def _named_file(arguments: Arguments, environ: Mapping[str, str], prefix: tuple[str, ...]) -> list[Found]:
-    """Every source that names the file of settings, the one that wins first."""
-    asked = [Found("command line --config", arguments.config)] if (arguments.config or "").strip() else []
-    return [*asked, *variables(environ, prefix, ("SUPERVISOR_CONFIG",))]
 
 
 def _mask(environ: Mapping[str, str], file: ConfigFile) -> Mask:
@@ -246,7 +239,7 @@ def _model(
     found = sources.find(("MODEL", *ALIASES["MODEL"]), "model", argument=sources.arguments.model)
     if vllms_file is not None and vllms_file.content.get("model"):
         found.append(Found(vllms_file.label, vllms_file.content["model"]))
-    found += [Found(*row) for row in platform.model(sources.environ)]
+    found += platform.model(sources.environ)
     if not found:
         where = demo.platform(sources.environ)
         if where is not None:
