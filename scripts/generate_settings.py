@@ -21,16 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from supervisor.settings import catalogue as catalogues
 from supervisor.settings import knobs
-from supervisor.settings.catalogue import BOUNDS, Catalogue, Option
 from supervisor.settings.knobs import KNOBS, Knob
 from supervisor.settings.names import ALIASES, FORMER, OWNED, REMOVED, REMOVED_ENVIRONMENT, SAGEMAKER, ZERO_MEANS_UNSET
 from supervisor.settings.options import ZERO
 from supervisor.settings.platform import SAGEMAKER_PORT
 from supervisor.settings.platform import defaults as platform_defaults
-from supervisor.settings.values import read_bool
-from supervisor.settings.vllm import PINNED
+from supervisor.vllm import catalogue as catalogues
+from supervisor.vllm.catalogue import BOUNDS, Catalogue, Option
+from supervisor.vllm.installed import PINNED
+from supervisor.vllm.values import read_bool
 
 ROOT = Path(__file__).resolve().parent.parent
 

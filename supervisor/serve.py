@@ -47,7 +47,7 @@ from supervisor.listen import Listeners
 from supervisor.settings import demo
 from supervisor.settings.command import served_name
 from supervisor.settings.settings import Settings
-from supervisor.settings.values import BadValue
+from supervisor.vllm.values import BadValue
 from supervisor.weights.find import Weights
 
 if TYPE_CHECKING:

@@ -16,13 +16,13 @@ from typing import Any
 from supervisor.bounded import within
 from supervisor.secrets import SHORTEST_SECRET
 from supervisor.settings import platform
-from supervisor.settings.catalogue import Catalogue
 from supervisor.settings.knobs import SHORT_KEY, Keys
 from supervisor.settings.models import DISK_PATIENCE
 from supervisor.settings.sources import Setting
 from supervisor.settings.typos import nearest
-from supervisor.settings.values import json_object
-from supervisor.settings.vllm import Vllm
+from supervisor.vllm.catalogue import Catalogue
+from supervisor.vllm.installed import Vllm
+from supervisor.vllm.values import json_object
 
 GONE = {
     "bitsandbytes": ", which an older one had",

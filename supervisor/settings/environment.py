@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from supervisor.settings.catalogue import Catalogue
 from supervisor.settings.names import ALIASES
 from supervisor.settings.sources import Found, Report
-from supervisor.settings.values import FALSE, TRUE, BadValue
+from supervisor.vllm.catalogue import Catalogue
+from supervisor.vllm.values import FALSE, TRUE, BadValue
 
 # Variables that vLLM and its libraries read themselves, and that fail them where they are set to nothing, as compose's
 # `${VAR:-}` and RunPod's Hub do: nine of thirteen that were tried ended vLLM with an error that names no variable.

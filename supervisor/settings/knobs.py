@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from supervisor.settings.values import BadValue, clean, read_bool
+from supervisor.vllm.values import BadValue, clean, read_bool
 
 
 def number(read: Callable[[str], Any], least: float, below: float, expected: str) -> Callable[[str], Any]:

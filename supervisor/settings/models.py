@@ -8,10 +8,10 @@ import re
 from pathlib import Path
 
 from supervisor.bounded import within
-from supervisor.settings.catalogue import Catalogue
 from supervisor.settings.names import INSTEAD
-from supervisor.settings.values import BadValue
-from supervisor.settings.vllm import Vllm
+from supervisor.vllm.catalogue import Catalogue
+from supervisor.vllm.installed import Vllm
+from supervisor.vllm.values import BadValue
 
 # Seconds for a disk to tell whether something is there. A network volume may hang.
 DISK_PATIENCE = 3.0

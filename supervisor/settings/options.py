@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 
 from supervisor.settings import platform
-from supervisor.settings.catalogue import Catalogue, Option, key_of
 from supervisor.settings.config_file import ConfigFile
 from supervisor.settings.names import ALIASES, OWNED, OWNED_AND_READ, SAGEMAKER, ZERO_MEANS_UNSET
 from supervisor.settings.respelled import NGRAM, respelled
 from supervisor.settings.sources import Found, Report, Setting, Sources
 from supervisor.settings.typos import missing
-from supervisor.settings.values import read_bool
+from supervisor.vllm.catalogue import Catalogue, Option, key_of
+from supervisor.vllm.values import read_bool
 
 ZERO = "worker-vllm read 0 as 'not set', and vLLM can't run with it"
 

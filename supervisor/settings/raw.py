@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from supervisor.settings.catalogue import Catalogue, Option, key_of
 from supervisor.settings.names import OWNED, REMOVED
 from supervisor.settings.respelled import respelled
 from supervisor.settings.sources import Report, Setting
 from supervisor.settings.typos import missing
-from supervisor.settings.values import BadValue
+from supervisor.vllm.catalogue import Catalogue, Option, key_of
+from supervisor.vllm.values import BadValue
 
 # Docker's own options, in the arguments of what it runs.
 DOCKERS = frozenset({

@@ -6,8 +6,8 @@ import json
 import re
 from collections.abc import Callable, Mapping
 
-from supervisor.settings.catalogue import Option
-from supervisor.settings.values import json_object
+from supervisor.vllm.catalogue import Option
+from supervisor.vllm.values import json_object
 
 PAIR = re.compile(r"\s*(\w+)\s*[=:]\s*(\d+)\s*")
 # vLLM's draft by n-grams had this for its model's name; it has a method of its own now.

@@ -11,16 +11,16 @@ from typing import Any
 
 from supervisor.bounded import within
 from supervisor.secrets import Mask
-from supervisor.settings import catalogue as catalogues
 from supervisor.settings import checks, config_file, demo, environment, models, options, platform, raw, typos
 from supervisor.settings import cluster as clusters
 from supervisor.settings import volume as volumes
-from supervisor.settings.catalogue import Catalogue, Option
 from supervisor.settings.config_file import ConfigFile
 from supervisor.settings.knobs import KNOBS, Keys, Knob, Knobs
 from supervisor.settings.names import ALIASES, REMOVED
 from supervisor.settings.sources import Arguments, Found, Report, Setting, Sources, prefixes
-from supervisor.settings.vllm import Vllm, VllmError, find
+from supervisor.vllm import catalogue as catalogues
+from supervisor.vllm.catalogue import Catalogue, Option
+from supervisor.vllm.installed import Vllm, VllmError, find
 
 __all__ = ["Arguments", "Setting", "Settings", "SettingsError", "gather"]
 Options = tuple[tuple[Option, Setting], ...]

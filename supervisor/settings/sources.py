@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from supervisor.secrets import MASK, Mask
 from supervisor.settings.config_file import ConfigFile
 from supervisor.settings.names import SAGEMAKER
-from supervisor.settings.values import BadValue, clean
+from supervisor.vllm.values import BadValue, clean
 
 LONGEST_SHOWN = 200  # characters of a value, in a line that tells what is wrong with it
 

@@ -11,8 +11,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 
-from supervisor.settings.catalogue import Catalogue, key_of
 from supervisor.settings.names import ELSEWHERE, FORMER, OWNED, REMOVED, REMOVED_ENVIRONMENT, SAGEMAKER
+from supervisor.vllm.catalogue import Catalogue, key_of
 
 # Variables that Kubernetes makes for each service of a namespace, whatever its name: VLLM_PORT=tcp://10.0.0.1:8000.
 SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT_\d+_(TCP|UDP)(_|$)")

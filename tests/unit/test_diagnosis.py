@@ -12,8 +12,8 @@ import pytest
 
 from supervisor.engine.child import how_it_ended
 from supervisor.engine.diagnosis import FOLLOW_UP, RULES, Diagnosis, diagnose
-from supervisor.settings import catalogue
 from supervisor.settings.knobs import KNOBS
+from supervisor.vllm import catalogue
 
 LOGS = Path(__file__).parent / "failures"
 

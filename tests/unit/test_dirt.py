@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from supervisor.settings.catalogue import FLAGS, Option, parse
 from supervisor.settings.command import build
 from supervisor.settings.environment import THEIRS
 from supervisor.settings.knobs import KNOBS
 from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
-from supervisor.settings.values import BadValue, clean
+from supervisor.vllm.catalogue import FLAGS, Option, parse
+from supervisor.vllm.values import BadValue, clean
 
 CATALOGUE = parse((FLAGS / "0.32.0.json").read_text())
 

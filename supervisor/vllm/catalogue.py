@@ -15,8 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from supervisor.settings.values import ITEM_READERS, READERS, BadValue, clean, items, read_bool, read_choice
-from supervisor.settings.vllm import Vllm, VllmError, keep
+from supervisor.vllm.installed import Vllm, VllmError, keep
+from supervisor.vllm.values import ITEM_READERS, READERS, BadValue, clean, items, read_bool, read_choice
 
 FLAGS = Path(__file__).parent / "flags"
 DUMP_TIMEOUT = 300.0
