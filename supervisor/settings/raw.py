@@ -7,7 +7,7 @@ now instead of ten seconds into vLLM's start, and what they override is not pass
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from supervisor.settings.names import OWNED, REMOVED
 from supervisor.settings.respelled import respelled
@@ -22,6 +22,7 @@ DOCKERS = frozenset({
     "--ipc", "--memory", "--mount", "--name", "--net", "--network", "--privileged", "--publish", "--restart", "--rm",
     "--runtime", "--shm-size", "--ulimit", "--volume",
 })  # fmt: skip
+SWITCHES = ("pair", "switch")
 IS_POSITIONAL = "set MODEL, or name the model after `supervisor up`"
 NEGATIVE_NUMBER = re.compile(r"-\d+(\.\d+)?")
 
@@ -47,20 +48,16 @@ def read(tokens: Sequence[str], source: str, catalogue: Catalogue, report: Repor
         if option.key in OWNED or option.key == "model":
             problem(base, f"can't be passed to vLLM: {OWNED.get(option.key, IS_POSITIONAL)}")
             continue
-        is_switch, several = option.kind in ("pair", "switch"), option.kind in ("list", "append")
-        most = 0 if glued or is_switch else len(following) if option.kind == "list" and not dotted else 1
+        is_switch, is_list = option.kind in SWITCHES, option.kind == "list" and not dotted
+        most = 0 if glued or is_switch else len(following) if is_list else 1
         values = [value] if glued else following[:most]
         strays += following[most:]
-        meant: object = tuple(values) if several and not dotted else "".join(values)
-        if is_switch:
-            meant = not is_off
-            if glued:
-                problem(token, f"{base} takes no value")
-        elif not values and (dotted or option.kind != "optional"):
-            problem(name, "a value is missing")
-        elif not dotted:
-            _check(option, base, values, problem)
-        variable = name if not is_switch and (dotted or option.kind == "append") else option.variable
+        if wrong := _wrong(option, token, values):
+            problem(*wrong)
+            continue
+        adds_up = option.kind == "append" and not dotted
+        meant: object = not is_off if is_switch else tuple(values) if is_list or adds_up else "".join(values)
+        variable = name if adds_up or (dotted and not is_switch) else option.variable
         found[variable] = option, Setting(variable, meant, source)
     for stray in strays:
         problem(stray, "there is no option before it that takes it")
@@ -78,17 +75,26 @@ def _split(tokens: Sequence[str]) -> list[tuple[str, list[str]]]:
     return groups
 
 
-def _check(option: Option, name: str, values: list[str], problem: Callable[[str, str], None]) -> None:
-    written = f"{name} {' '.join(values)}"
+def _wrong(option: Option, token: str, values: list[str]) -> tuple[str, str] | None:
+    """What of it is wrong, and why."""
+    name, glued, _ = token.partition("=")
+    base, dotted, _ = name.partition(".")
+    if option.kind in SWITCHES:
+        return (token, f"{base} takes no value") if glued else None
+    if not values and (dotted or option.kind != "optional"):
+        return name, "a value is missing"
+    if dotted:
+        return None
+    written = f"{base} {' '.join(values)}"
     today = respelled(option, values[0]) if len(values) == 1 else None
     if today is not None:
-        problem(written, f"write {today!r}")
-        return
+        return written, f"write {today!r}"
     try:
         for value in values:
             option.check(value)
     except BadValue as error:
-        problem(written, f"expected {error}")
+        return written, f"expected {error}"
+    return None
 
 
 def _find(base: str, catalogue: Catalogue) -> tuple[Option | None, bool]:

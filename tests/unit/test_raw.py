@@ -101,6 +101,7 @@ def test_several_add_up_where_vllm_adds_them_up(folder: Path) -> None:
         ("--headless", "can't be passed to vLLM"),
         ("--hf-token x", "set HF_TOKEN in the environment"),
         ("--compilation-config.mode", "a value is missing"),
+        ("--nnodes many", "--nnodes many (command line): expected a whole number"),
         ("-seed 3", "-seed (command line): vLLM 0.32.0 has no such option"),
     ],
 )
