@@ -45,7 +45,7 @@ class Cluster:
 
 def nodes(environ: Mapping[str, str]) -> int:
     text = environ.get("NUM_NODES", "").strip()
-    return max(1, int(text)) if text.isdigit() else 1
+    return max(1, int(text)) if text.isdecimal() else 1
 
 
 def derived(environ: Mapping[str, str], asked: Mapping[str, str]) -> dict[str, Found]:
@@ -62,13 +62,13 @@ def derived(environ: Mapping[str, str], asked: Mapping[str, str]) -> dict[str, F
             found[variable] = Found(f"environment {source}={environ[source]}", value or environ[source])
 
     replicas = asked.get("DATA_PARALLEL_SIZE", "1")
-    if replicas.isdigit() and int(replicas) > 1:  # whole models on each machine, behind rank 0
+    if replicas.isdecimal() and int(replicas) > 1:  # whole models on each machine, behind rank 0
         local = max(1, int(replicas) // count)
         add("DATA_PARALLEL_SIZE_LOCAL", "NUM_NODES", value=str(local))
         add("DATA_PARALLEL_ADDRESS", "PRIMARY_ADDR", "MASTER_ADDR")
         add("DATA_PARALLEL_RPC_PORT", "NUM_NODES", value=DATA_PARALLEL_PORT)
         rank = environ.get("NODE_RANK", "")
-        if rank.isdigit() and int(rank):
+        if rank.isdecimal() and int(rank):
             add("DATA_PARALLEL_START_RANK", "NODE_RANK", value=str(int(rank) * local))
         return found
     add("NNODES", "NUM_NODES")
@@ -86,7 +86,7 @@ def cluster(value: Mapping[str, object], environ: Mapping[str, str], problems: l
 
     def number(variable: str, default: int) -> int:
         given = value.get(variable)
-        return int(str(given)) if str(given or "").isdigit() else default
+        return int(str(given)) if str(given or "").isdecimal() else default
 
     count, replicas = number("NNODES", 1), number("DATA_PARALLEL_SIZE", 1)
     local = number("DATA_PARALLEL_SIZE_LOCAL", replicas)

@@ -55,7 +55,7 @@ def for_vllm(environ: Mapping[str, str], catalogue: Catalogue, report: Report) -
 
 
 def _switch(text: str) -> str:
-    if text.lstrip("-").isdigit():
+    if text.lstrip("-").isdecimal():
         return text
     if text.lower() not in TRUE | FALSE:
         raise BadValue("true or false (or 1, 0)")
