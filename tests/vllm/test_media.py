@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from supervisor.settings.command import DEFAULTS
+from supervisor.settings.environment import DEFAULTS
 from supervisor.weights.modalities import ARCHITECTURES, AUDIO, TEXT_ONLY, VISION, kinds
 from tests.vllm.conftest import VLLM
 
