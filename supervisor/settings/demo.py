@@ -9,11 +9,11 @@ MODEL = Path(__file__).resolve().parent.parent / "demo" / "model"
 
 # Below everything the user sets.
 DEFAULTS: dict[str, object] = {
-    "served_model_name": ["demo"],
-    "max_model_len": 2048,
-    "enable_auto_tool_choice": True,
-    "tool_call_parser": "hermes",
-    "enforce_eager": True,  # nothing to win from compiling 2 M parameters, and it halves the start
+    "SERVED_MODEL_NAME": ["demo"],
+    "MAX_MODEL_LEN": 2048,
+    "ENABLE_AUTO_TOOL_CHOICE": True,
+    "TOOL_CALL_PARSER": "hermes",
+    "ENFORCE_EAGER": True,  # nothing to win from compiling 2 M parameters, and it halves the start
 }
 ENVIRONMENT = {
     # GiB; vLLM's CPU build takes half of the machine's memory otherwise. Other builds do not read it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from supervisor.settings.names import ALIASES
+from supervisor.settings.names import ALIASES, WITHHELD, WITHHELD_PREFIXES
 from supervisor.settings.sources import Found, Report
 from supervisor.vllm.catalogue import Catalogue
 from supervisor.vllm.values import FALSE, TRUE, BadValue
@@ -15,12 +15,6 @@ from supervisor.vllm.values import FALSE, TRUE, BadValue
 THEIRS = re.compile(r"(VLLM|FLASHINFER|HF|HUGGING_?FACE|TRANSFORMERS|TORCHINDUCTOR|TRITON)_|CUDA_VISIBLE_DEVICES$")
 MEANS_NONE = "CUDA_VISIBLE_DEVICES"  # set to nothing, it hides all GPUs
 OURS = frozenset(name for names in ALIASES.values() for name in names)
-
-# Variables that vLLM has no business to see: ours, and RunPod's secrets (a process list of the child shows them).
-WITHHELD_PREFIXES = ("SUPERVISOR_", "RUNPOD_WEBHOOK_")
-WITHHELD = frozenset({"RUNPOD_AI_API_KEY", "RUNPOD_API_KEY", "RUNPOD_ENDPOINT_SECRET"})
-# Ours by another name: vLLM warns of each VLLM_* that it does not know, and would ask for VLLM_API_KEY itself.
-WITHHELD |= {"VLLM_API_KEY", "VLLM_CONFIG_FILE", "VLLM_EXTRA_ARGS", "VLLM_STARTUP_TIMEOUT", "VLLM_VERSION"}
 
 # What is safer where somebody else sends the requests, unless the user set it.
 DEFAULTS = {

@@ -14,6 +14,7 @@ from supervisor.settings.typos import missing
 from supervisor.vllm.catalogue import Catalogue, Option, key_of
 from supervisor.vllm.values import read_bool
 
+Options = tuple[tuple[Option, Setting], ...]
 ZERO = "worker-vllm read 0 as 'not set', and vLLM can't run with it"
 
 
@@ -30,12 +31,11 @@ def resolve(
     report: Report,
     *,
     beneath: Mapping[str, Found],
-    derived: Mapping[str, Found],
-    raw: tuple[tuple[Option, Setting], ...],
-) -> tuple[tuple[tuple[Option, Setting], ...], tuple[tuple[Option, Setting], ...]]:
+    raw: Options,
+) -> tuple[Options, Options]:
     """The options of variables and files, less those that raw arguments override; and these, with what it was.
 
-    `beneath`: by key, below everything the user sets; `derived`: by variable, from a cluster's variables.
+    `beneath`: by variable, below everything the user sets.
     """
     chosen = []
     # vLLM lets a part of a JSON option (`--x.y 1`) replace the whole of it; only `append` options add up.
@@ -43,10 +43,7 @@ def resolve(
     for option in catalogue.by_key.values():
         if option.key == "model":
             continue
-        found = list(_meant(option, sources, report))
-        if option.variable in derived:
-            found.append(derived[option.variable])
-        found += _opposite(option, sources, report)
+        found = [*_meant(option, sources, report), *_opposite(option, sources, report)]
         if option.key in OWNED:
             report.warnings += [
                 f"{source} is not passed to vLLM: {OWNED[option.key]}"
@@ -54,8 +51,8 @@ def resolve(
                 if source.removeprefix("environment ") not in OWNED_AND_READ
             ]
             continue
-        if option.key in beneath:
-            found.append(beneath[option.key])
+        if option.variable in beneath:
+            found.append(beneath[option.variable])
         if not found:
             continue
         if option.variable in overriding:

@@ -9,19 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from supervisor.settings.names import OWNED, REMOVED
+from supervisor.settings.names import DOCKERS, OWNED, REMOVED
 from supervisor.settings.respelled import respelled
 from supervisor.settings.sources import Report, Setting
 from supervisor.settings.typos import missing
 from supervisor.vllm.catalogue import Catalogue, Option, key_of
 from supervisor.vllm.values import BadValue
 
-# Docker's own options, in the arguments of what it runs.
-DOCKERS = frozenset({
-    "-d", "-e", "-i", "-it", "-p", "-t", "-v", "--cap-add", "--cpus", "--detach", "--env", "--env-file", "--gpus",
-    "--ipc", "--memory", "--mount", "--name", "--net", "--network", "--privileged", "--publish", "--restart", "--rm",
-    "--runtime", "--shm-size", "--ulimit", "--volume",
-})  # fmt: skip
 SWITCHES = ("pair", "switch")
 IS_POSITIONAL = "set MODEL, or name the model after `supervisor up`"
 NEGATIVE_NUMBER = re.compile(r"-\d+(\.\d+)?")

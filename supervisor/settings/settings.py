@@ -17,15 +17,15 @@ from supervisor.settings import volume as volumes
 from supervisor.settings.config_file import ConfigFile
 from supervisor.settings.knobs import KNOBS, Keys, Knob, Knobs
 from supervisor.settings.names import ALIASES, REMOVED
+from supervisor.settings.options import Options
 from supervisor.settings.sources import Arguments, Found, Report, Setting, Sources, prefixes
 from supervisor.vllm import catalogue as catalogues
-from supervisor.vllm.catalogue import Catalogue, Option
+from supervisor.vllm.catalogue import Catalogue
 from supervisor.vllm.installed import Vllm, VllmError, find
 
 __all__ = ["Arguments", "Setting", "Settings", "SettingsError", "gather"]
-Options = tuple[tuple[Option, Setting], ...]
 # Our access log says more than vLLM's, which has a line for each look at its health besides.
-INSTEAD_OF_VLLMS = {"disable_uvicorn_access_log": Found("SUPERVISOR_ACCESS_LOG", True)}
+INSTEAD_OF_VLLMS = {"DISABLE_UVICORN_ACCESS_LOG": Found("SUPERVISOR_ACCESS_LOG", True)}
 
 
 class SettingsError(Exception):
@@ -104,10 +104,9 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     if catalogue:
         in_file = options.of_vllms_file(vllms_file, catalogue, report) if vllms_file else {}
         given = _raw(own, arguments, catalogue, report)
-        beneath = {key: Found("demo model", value) for key, value in demo.DEFAULTS.items()} if is_demo else {}
-        beneath |= INSTEAD_OF_VLLMS if knobs.access_log else {}
-        derived = clusters.derived(environ, _spread(given, sources))
-        chosen, given = options.resolve(catalogue, sources, report, beneath=beneath, derived=derived, raw=given)
+        beneath = clusters.derived(environ, _spread(given, sources)) | (INSTEAD_OF_VLLMS if knobs.access_log else {})
+        beneath |= {name: Found("demo model", value) for name, value in demo.DEFAULTS.items() if is_demo}
+        chosen, given = options.resolve(catalogue, sources, report, beneath=beneath, raw=given)
         _known(options.keys(catalogue), file.content, file, report)
         report.warnings += typos.unread(environ, _names(catalogue, sources.prefixes), catalogue)
         environ = environment.for_vllm(environ, catalogue, report)
@@ -169,7 +168,7 @@ def _knob(
     knob: Knob, sources: Sources, report: Report, label: str = "", platform_default: str | None = None
 ) -> Setting:
     names = (knob.variable, *ALIASES.get(knob.variable, ()))
-    argument = getattr(sources.arguments, knob.field, None) if knob.field in ("mode", "host", "port") else None
+    argument = getattr(sources.arguments, knob.field, None)  # mode, host and port have one
     found = sources.find(names, knob.field, knob=True, blank=knob.secret, argument=argument)
     if platform_default is not None:
         found.append(Found(label, platform_default))
