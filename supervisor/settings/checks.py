@@ -30,13 +30,14 @@ GONE = {
 }
 UNSET = Setting("", None, "")
 # What has to be set with it, and what is told where that is not.
-NEEDS = {
-    "ENABLE_AUTO_TOOL_CHOICE": (
+NEEDS = (
+    (
+        "ENABLE_AUTO_TOOL_CHOICE",
         "TOOL_CALL_PARSER",
         "it needs TOOL_CALL_PARSER, the model's own, such as hermes for Qwen",
     ),
-    "LORA_MODULES": ("ENABLE_LORA", "adapters need ENABLE_LORA=true"),
-}
+    ("LORA_MODULES", "ENABLE_LORA", "adapters need ENABLE_LORA=true"),
+)
 # What it may not be less than, and vLLM's default of that, where it has a fixed one.
 AT_LEAST = {"MAX_NUM_BATCHED_TOKENS": ("MAX_NUM_SEQS", 0), "MAX_CPU_LORAS": ("MAX_LORAS", 1)}
 PLACES = {
@@ -63,19 +64,16 @@ class Asked:
     def __getitem__(self, variable: str) -> Setting:
         return self.settings.get(variable, UNSET)
 
-    def value(self, variable: str) -> Any:
-        return self[variable].value
-
-    def source(self, variable: str) -> str:
-        return self[variable].source
-
     def number(self, variable: str) -> float:
-        text = str(self.value(variable))
-        return float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else 0.0
+        return number(self[variable].value, 0.0)
 
     def named(self, variable: str) -> str:
         """With its value and its source, as a problem begins."""
-        return f"{variable}={self[variable].shown} ({self.source(variable)})"
+        return f"{variable}={self[variable].shown} ({self[variable].source})"
+
+
+def number(given: object, otherwise: float) -> float:
+    return float(str(given)) if re.fullmatch(r"\d+(\.\d+)?", str(given)) else otherwise
 
 
 def is_missing(path: str) -> bool:
@@ -92,7 +90,7 @@ def config_in(path: Path) -> dict[str, Any]:
 
 
 def tls(asked: Asked) -> Iterator[str]:
-    cert, key = asked.value("SUPERVISOR_TLS_CERT"), asked.value("SUPERVISOR_TLS_KEY")
+    cert, key = asked["SUPERVISOR_TLS_CERT"].value, asked["SUPERVISOR_TLS_KEY"].value
     if key and not cert:
         yield "SUPERVISOR_TLS_KEY is set without SUPERVISOR_TLS_CERT, such as /tls/tls.crt"
     elif cert:
@@ -110,7 +108,7 @@ def tls(asked: Asked) -> Iterator[str]:
 def a_queue_on_runpod(asked: Asked) -> Iterator[str]:
     """A simulated one would be taken for a worker that has nothing to do, and be paid for."""
     on_runpod = next((name for name in platform.RUNPODS if asked.environ.get(name)), None)
-    if asked.value("SUPERVISOR_MODE") == "queue" and on_runpod and not asked.environ.get("RUNPOD_WEBHOOK_GET_JOB"):
+    if asked["SUPERVISOR_MODE"].value == "queue" and on_runpod and not asked.environ.get("RUNPOD_WEBHOOK_GET_JOB"):
         yield (
             f"SUPERVISOR_MODE=queue on RunPod ({on_runpod} is set) needs RUNPOD_WEBHOOK_GET_JOB, which RunPod sets on "
             "queue endpoints alone: make it one, or serve HTTP with SUPERVISOR_MODE=http"
@@ -118,28 +116,28 @@ def a_queue_on_runpod(asked: Asked) -> Iterator[str]:
 
 
 def needs(asked: Asked) -> Iterator[str]:
-    for variable, (needed, told) in NEEDS.items():
-        if asked.value(variable) and not asked.value(needed):
+    for variable, needed, told in NEEDS:
+        if asked[variable].value and not asked[needed].value:
             yield f"{asked.named(variable)}: {told}"
 
 
 def least(asked: Asked) -> Iterator[str]:
     for variable, (other, default) in AT_LEAST.items():
-        number, limit = asked.number(variable), asked.number(other) or default
-        if number and number < limit:
-            where = f" ({asked.source(other)})" if asked.source(other) else ""
+        given, limit = asked.number(variable), asked.number(other) or default
+        if given and given < limit:
+            where = f" ({asked[other].source})" if asked[other].source else ""
             yield f"{asked.named(variable)}: expected at least {other}, which is {limit:g}{where}"
 
 
 def names(asked: Asked) -> Iterator[str]:
     """vLLM has no bitsandbytes any more, nor GGUF; parsers come and go. Plugins may know more."""
-    if asked.catalogue is None or asked.vllm is None or asked.value("TOOL_PARSER_PLUGIN"):
+    if asked.catalogue is None or asked.vllm is None or asked["TOOL_PARSER_PLUGIN"].value:
         return
     for option in asked.catalogue.by_key.values():
-        given = asked.value(option.variable)
+        given = asked[option.variable].value
         if not option.names or not given or str(given).lower() in ("none", *map(str.lower, option.names)):
             continue
-        if asked.value("REASONING_PARSER_PLUGIN") or asked.vllm.has_plugins:
+        if asked["REASONING_PARSER_PLUGIN"].value or asked.vllm.has_plugins:
             continue
         hint = GONE.get(str(given).lower()) or nearest(str(given).lower(), option.names)
         yield (
@@ -150,12 +148,12 @@ def names(asked: Asked) -> Iterator[str]:
 
 def adapters(asked: Asked) -> Iterator[str]:
     most = asked.number("MAX_LORA_RANK") or LORA_RANK
-    for module in asked.value("LORA_MODULES") or ():
+    for module in asked["LORA_MODULES"].value or ():
         name, path = adapter(str(module))
         if not path.startswith(("/", "./", "../", "~")):
             continue  # the hub's
         path = os.path.expanduser(path)  # noqa: PTH111  # ~nobody stays as it is
-        told = f"LORA_MODULES={name}={path} ({asked.source('LORA_MODULES')})"
+        told = f"LORA_MODULES={name}={path} ({asked['LORA_MODULES'].source})"
         if is_missing(path):
             yield f"{told}: expected a folder that is there"
             continue
@@ -180,7 +178,7 @@ def _rank(asked: Asked, rank: int) -> int:
 
 def files(asked: Asked) -> Iterator[str]:
     for variable, kind in PLACES.items():
-        given = str(asked.value(variable) or "")
+        given = str(asked[variable].value or "")
         is_path = given if kind == "folder" else PATH.search(given) and not any(sign in given for sign in "{}\n")
         if is_path and is_missing(given):
             yield f"{asked.named(variable)}: expected a {kind} that is there"
@@ -197,7 +195,7 @@ def heads(asked: Asked) -> Iterator[str]:
     parts = asked.number("TENSOR_PARALLEL_SIZE")
     if parts <= 1:
         return
-    config = config_in(Path(str(asked.value("MODEL"))) / "config.json")
+    config = config_in(Path(str(asked["MODEL"].value)) / "config.json")
     inner = config.get("text_config")
     count = ((inner if isinstance(inner, dict) else {}) | config).get("num_attention_heads")
     if isinstance(count, int) and count % parts:
@@ -210,7 +208,7 @@ def heads(asked: Asked) -> Iterator[str]:
 
 def drafts(asked: Asked) -> Iterator[str]:
     """vLLM's own rule: a draft by n-grams, by a part of the model, or by another model, which has to be named."""
-    config = json_object(asked.value("SPECULATIVE_CONFIG"))  # none, where it has numbers such as 32k
+    config = json_object(asked["SPECULATIVE_CONFIG"].value)  # none, where it has numbers such as 32k
     if config is not None and not config.keys() & {"model", "method"}:
         yield f"{asked.named('SPECULATIVE_CONFIG')}: it names neither a method, such as ngram, nor a model"
 
@@ -231,8 +229,7 @@ def short_keys(asked: Asked) -> Iterator[str]:
 
 def runpods_start(asked: Asked) -> Iterator[str]:
     if asked.environ.get("RUNPOD_ENDPOINT_ID") or asked.environ.get("RUNPOD_WEBHOOK_GET_JOB"):
-        given = asked.environ.get("RUNPOD_INIT_TIMEOUT", "")
-        limit = float(given) if re.fullmatch(r"\d+(\.\d+)?", given) else platform.RUNPOD_START
+        limit = number(asked.environ.get("RUNPOD_INIT_TIMEOUT"), platform.RUNPOD_START)
         startup = asked.number("SUPERVISOR_STARTUP_TIMEOUT")
         if startup > limit:
             yield (
@@ -257,28 +254,27 @@ def runpods_balancer(asked: Asked) -> Iterator[str]:
 
 
 def batches_of_jobs(asked: Asked) -> Iterator[str]:
-    if asked.value("SUPERVISOR_JOB_OUTPUT") != "tokens":
+    if asked["SUPERVISOR_JOB_OUTPUT"].value != "tokens":
         for name in ("SUPERVISOR_JOB_BATCH_SIZE", "SUPERVISOR_JOB_MIN_BATCH_SIZE", "SUPERVISOR_JOB_BATCH_GROWTH"):
-            if asked.source(name) not in ("", "default"):
+            if asked[name].source not in ("", "default"):
                 yield (
-                    f"{asked.source(name).removeprefix('environment ')} has no effect: streams are passed on event by "
+                    f"{asked[name].source.removeprefix('environment ')} has no effect: streams are passed on event by "
                     "event, and only SUPERVISOR_JOB_OUTPUT=tokens collects them into batches"
                 )
 
 
 def open_to_all(asked: Asked) -> Iterator[str]:
-    host = str(asked.value("SUPERVISOR_HOST") or "127.0.0.1")
+    host = str(asked["SUPERVISOR_HOST"].value or "127.0.0.1")
     local = host in platform.LOOPBACK or host.startswith("127.")
     # Those platforms have keys of their own.
     guarded = asked.environ.get("RUNPOD_ENDPOINT_ID") or asked.environ.get(platform.SAGEMAKER_PORT)
-    if asked.mode == "http" and not local and not asked.value("SUPERVISOR_API_KEYS") and not guarded:
+    if asked.mode == "http" and not local and not asked["SUPERVISOR_API_KEYS"].value and not guarded:
         yield f"everybody who reaches {host} may use the model: set SUPERVISOR_API_KEYS, or SUPERVISOR_HOST=127.0.0.1"
 
 
 def prefix_caching(asked: Asked) -> Iterator[str]:
-    if asked.value("ENABLE_PREFIX_CACHING") is False and asked.source("ENABLE_PREFIX_CACHING").startswith(
-        "environment"
-    ):
+    setting = asked["ENABLE_PREFIX_CACHING"]
+    if setting.value is False and setting.source.startswith("environment"):
         yield (
             "ENABLE_PREFIX_CACHING=false makes chats and shared prompts slower; it is a default of worker-vllm's "
             "template: remove it, unless you mean it"
@@ -288,7 +284,7 @@ def prefix_caching(asked: Asked) -> Iterator[str]:
 def gpus(asked: Asked) -> Iterator[str]:
     available = platform.gpus(asked.environ)
     tensor, pipeline = asked.number("TENSOR_PARALLEL_SIZE") or 1, asked.number("PIPELINE_PARALLEL_SIZE") or 1
-    alone = asked.number("NNODES") <= 1 and asked.value("DISTRIBUTED_EXECUTOR_BACKEND") != "ray"
+    alone = asked.number("NNODES") <= 1 and asked["DISTRIBUTED_EXECUTOR_BACKEND"].value != "ray"
     if available and tensor * pipeline > available and alone:
         asked_for = f"TENSOR_PARALLEL_SIZE={tensor:g}"
         asked_for += f" x PIPELINE_PARALLEL_SIZE={pipeline:g}" if pipeline > 1 else ""

@@ -74,8 +74,8 @@ def _meant(option: Option, sources: Sources, report: Report) -> Iterator[Found]:
         meant = given if today is None else today
         if option.variable in ZERO_MEANS_UNSET and str(meant).strip() == "0":
             report.warnings.append(f"{source}=0 is taken for not set: {ZERO}")
-        elif (auto := platform.computed(option.variable, meant, sources.environ)) is not None:
-            yield Found(f"{source}={meant}", auto)
+        elif option.variable == "TENSOR_PARALLEL_SIZE" and str(meant).strip().lower() in platform.AUTO:
+            yield Found(f"{source}={meant}", str(platform.gpus(sources.environ) or 1))
         elif not option.is_unset(meant):
             yield Found(source, meant)
     flag = SAGEMAKER + option.variable

@@ -33,18 +33,6 @@ def gpus(environ: Mapping[str, str]) -> int | None:
     return len(nodes) or None
 
 
-def computed(variable: str, given: object, environ: Mapping[str, str]) -> str | None:
-    """The value that `auto` stands for, where vLLM has no such word."""
-    if variable == "TENSOR_PARALLEL_SIZE" and str(given).strip().lower() in AUTO:
-        return str(gpus(environ) or 1)
-    return None
-
-
-def balanced(environ: Mapping[str, str]) -> bool:
-    """RunPod's load balancer: it may give its workers a queue's address as well."""
-    return bool(environ.get("PORT_HEALTH") or environ.get("HEALTH_CHECK_PATH"))
-
-
 def defaults(mode: str, environ: Mapping[str, str]) -> tuple[str, Mapping[str, str]]:
     """The platform's own defaults for the supervisor's settings, and what they are called."""
     if mode == "queue":

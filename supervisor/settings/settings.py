@@ -197,8 +197,10 @@ def _knob(
 
 def _mode(asked: object, environ: Mapping[str, str]) -> str:
     """http or queue. RunPod's load balancer may give its workers a queue's address as well."""
-    queue = environ.get("RUNPOD_WEBHOOK_GET_JOB") and not platform.balanced(environ)
-    return str(asked) if asked in ("http", "queue") else "queue" if queue else "http"
+    if asked in ("http", "queue"):
+        return str(asked)
+    balanced = environ.get("PORT_HEALTH") or environ.get("HEALTH_CHECK_PATH")
+    return "queue" if environ.get("RUNPOD_WEBHOOK_GET_JOB") and not balanced else "http"
 
 
 def _volume(knobs: Knobs, environ: Mapping[str, str], report: Report) -> volumes.Volume | None:

@@ -113,7 +113,7 @@ def test_of_the_queue_only_the_child_knows_more_than_http() -> None:
     assert {other for _, other in beyond} == {"supervisor.kept", "supervisor.secrets"}
 
 
-@pytest.mark.parametrize(("name", "most"), [("queue", 1_700), ("local_runpod", 900), ("settings", 2_100)])
+@pytest.mark.parametrize(("name", "most"), [("queue", 1_700), ("local_runpod", 900), ("settings", 2_020)])
 def test_a_room_does_not_grow(name: str, most: int) -> None:
     files = {module: len(path.read_text().splitlines()) for module, path in MODULES.items() if room(module) == name}
     assert sum(files.values()) <= most
