@@ -91,6 +91,7 @@ def test_several_add_up_where_vllm_adds_them_up(folder: Path) -> None:
         ("--dtype BFLOAT16", "expected bfloat16, in these capitals"),
         ("--dtype float8", "did you mean float"),
         ("--seed 1 2", "2 (command line): there is no option before it that takes it"),
+        ("--seed 1 -2", "-2 (command line): there is no option before it that takes it"),
         ("stray", "stray (command line): there is no option before it that takes it"),
         ("--enable-lora=true", "--enable-lora takes no value"),
         ("--speculative-config {a}", "expected JSON"),
