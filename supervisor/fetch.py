@@ -1,4 +1,7 @@
-"""`supervisor fetch`: downloads the model, or says where it is; in the image's build, what bakes the weights in."""
+"""`supervisor fetch`: downloads the model and what vLLM reads beside it, or says where they are.
+
+In the image's build it is what bakes the weights in.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import os
 import sys
 
 from supervisor.engine.workspace import temporary_folder
-from supervisor.launch import fetch_command, python, weights_of
+from supervisor.repositories import beside_the_model, fetch_command, model_of, python
 from supervisor.settings import environment as environments
 from supervisor.settings import volume
 from supervisor.settings.settings import Settings, SettingsError
@@ -19,15 +22,18 @@ def fetch(settings: Settings) -> int:
 
     Its exit codes are 0, 3 where another try would end the same way, and 4 where it may not.
     """
-    weights = weights_of(settings)
-    for line in weights.passed_over:
-        print(f"supervisor: {line}", file=sys.stderr)
-    if not weights.download:
-        print(f"supervisor: {settings.model.value}: {weights.source}")
-        return 0 if weights.folder is not None else EXIT_CANNOT  # vLLM will have to fetch it by itself
+    repositories = [model_of(settings), *beside_the_model(settings)[0]]
+    wanted = [each for each in repositories if each.weights.download]
+    for each in repositories:
+        for line in each.weights.passed_over:
+            print(f"supervisor: {line}", file=sys.stderr)
+        if each not in wanted:
+            print(f"supervisor: {each.name}: {each.weights.source}")
+    if not wanted:  # vLLM will have to fetch by itself what is nowhere
+        return 0 if all(each.weights.folder is not None for each in repositories) else EXIT_CANNOT
     if not python(settings):
         raise SettingsError(["the download runs in vLLM's Python, which is not to be found: set SUPERVISOR_VLLM"])
-    command = fetch_command(settings, weights)
+    command = fetch_command(settings, wanted)
     folder = str(temporary_folder(settings.environ) / f"vllm-supervisor-{os.getuid()}")
     environ = volume.hub_environment(settings.volume, settings.environ, folder)
     environ |= environments.environment(settings.environ)

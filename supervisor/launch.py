@@ -20,6 +20,7 @@ from supervisor.engine.session import Session
 from supervisor.engine.workspace import Workspace
 from supervisor.lines import Form
 from supervisor.output import Output
+from supervisor.repositories import Repository, asks_the_hub, beside_the_model, fetch_command, model_of, python
 from supervisor.settings import volume
 from supervisor.settings.command import Command, Serving, build
 from supervisor.settings.settings import Settings
@@ -29,38 +30,8 @@ from supervisor.weights import find, snapshot
 # From the spawn on they must not end us, or vLLM would stay. SIGHUP too: when the terminal is closed, vLLM in its own
 # session would not hear of it.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-DOWNLOAD = Path(find.__file__).with_name("download.py")
-# Options that may name another repository, which then has to be asked for.
-OTHER_REPOSITORIES = (
-    "tokenizer", "hf_config_path", "speculative_config", "spec_model", "lora_modules", "generation_config",
-)  # fmt: skip
-# Seconds without a byte until a download is begun again, where SUPERVISOR_STALL_TIMEOUT does not say less.
-STALL = 60.0
 # Seconds that the end waits for a start that is just being made.
 END_PATIENCE = 1.0
-
-
-def weights_of(settings: Settings) -> find.Weights:
-    environ = {**volume.hub_environment(settings.volume, settings.environ, ""), **settings.environ}
-    among = find.places(environ, settings.volume.path if settings.volume else None, settings.option("download_dir"))
-    revision, load_format = settings.option("revision"), settings.option("load_format") or "auto"
-    return find.find(str(settings.model.value), revision, str(load_format), among, environ)
-
-
-def python(settings: Settings) -> tuple[str, ...]:
-    """vLLM's Python; empty where `vllm` is started by something else, a shell's script or `nice`."""
-    words = settings.vllm.python or ()
-    return words if any(Path(word).name.startswith("python") for word in words) else ()
-
-
-def fetch_command(settings: Settings, weights: find.Weights, *more: str) -> tuple[str, ...]:
-    """The program that downloads the model, in vLLM's environment. `more`: what it becomes then."""
-    words = [*python(settings), str(DOWNLOAD), "--repo", str(settings.model.value)]
-    given = {"--revision": settings.option("revision"), "--cache": settings.option("download_dir"),
-             "--load-format": settings.option("load_format"), "--have": weights.folder,
-             "--stall": min(STALL, settings.knobs.stall_timeout or STALL)}  # fmt: skip
-    words += [word for name, value in given.items() if value for word in (name, str(value))]
-    return (*words, *more)
 
 
 class Launch:
@@ -97,8 +68,9 @@ class Launch:
 
     def __call__(self) -> Child:
         """Raises OSError."""
-        self.weights = weights = weights_of(self.settings)
-        command = self._command(weights)
+        model = model_of(self.settings)
+        self.weights = weights = model.weights
+        command = self._command(model)
         with self._lock:
             if self._closed:
                 raise OSError("the server is shutting down")
@@ -108,27 +80,26 @@ class Launch:
         self.found(weights)
         return child
 
-    def _command(self, weights: find.Weights) -> Command:
-        settings, temporary = self.settings, str(self.workspace.temporary)
-        environ = volume.hub_environment(settings.volume, settings.environ, temporary) | dict(self.environ)
-        name = str(settings.model.value)
-        fetches = weights.download and bool(python(settings))
-        alone = not any(settings.option(key) for key in OTHER_REPOSITORIES)
-        alone = alone and not settings.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING")
-        model = name
-        if fetches:
-            model = "{weights}"
-        elif weights.folder is not None and weights.folder != Path(name):
-            model = str(weights.folder)
-            if alone and snapshot.self_contained(weights.folder):
-                environ["HF_HUB_OFFLINE"] = "1"
-        self.command = build(settings, str(self.workspace.socket), temporary, Serving(model, environ))
+    def _command(self, model: Repository) -> Command:
+        socket, temporary = str(self.workspace.socket), str(self.workspace.temporary)
+        environ = volume.hub_environment(self.settings.volume, self.settings.environ, temporary) | dict(self.environ)
+        beside, settings = beside_the_model(self.settings)
+        wanted = [each for each in (model, *beside) if each.weights.download or each.weights.gguf]
+        fetches = bool(wanted and python(settings))
+        folder = model.weights.folder
+        ours = model.weights.download or (
+            folder is not None and folder != Path(model.name) and snapshot.self_contained(folder)
+        )
+        alone = ours and not asks_the_hub(settings, beside)
+        if alone and not fetches:
+            environ["HF_HUB_OFFLINE"] = "1"
+        command = build(settings, socket, temporary, Serving(model.stands_as(fetched=fetches), environ))
         if not fetches:
-            return self.command
-        before = fetch_command(settings, weights, *(["--offline"] if alone else []), "--")
-        whole = dataclasses.replace(self.command, argv=(*before, *self.command.argv), fetches=True)
-        self.command = build(settings, str(self.workspace.socket), temporary, Serving(name, environ))
-        return whole
+            self.command = command
+            return command
+        self.command = build(self.settings, socket, temporary, Serving(model.name, environ))
+        before = fetch_command(settings, wanted, *(["--offline"] if alone else []), "--")
+        return dataclasses.replace(command, argv=(*before, *command.argv), fetches=True)
 
     def _remember(self, session: Session | None) -> None:
         """Tells the guard, and a later start, what would have to be removed if we died now."""

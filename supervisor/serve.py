@@ -23,6 +23,7 @@ from supervisor.around.caches import CacheKeeper, Caches
 from supervisor.around.gpus import GpuMemory
 from supervisor.around.media import MediaTold
 from supervisor.around.multinode import Multinode
+from supervisor.around.oom import OomKills
 from supervisor.around.phases import Waterfall
 from supervisor.around.postmortem import PostMortem
 from supervisor.around.prefetch import ReadAhead
@@ -42,8 +43,9 @@ from supervisor.gateway.gate import Admission
 from supervisor.gateway.policy import Origins, Policy, Routes
 from supervisor.gateway.server import Gateway
 from supervisor.gateway.upstream import Upstream
-from supervisor.launch import SIGNALS, Launch, weights_of
+from supervisor.launch import SIGNALS, Launch
 from supervisor.listen import Listeners
+from supervisor.repositories import weights_of
 from supervisor.settings import demo
 from supervisor.settings.command import served_name
 from supervisor.settings.settings import Settings
@@ -173,6 +175,7 @@ class Serving(Observer):
             *([] if self.headless else [MediaTold(settings, weights)]),
             ReadAhead(lambda: launch.weights, str(settings.option("load_format") or "auto")),
             Stacks(),
+            OomKills(),
             GpuMemory(),
         ]
         found += [CacheKeeper(self.start.caches)] if self.start.caches is not None else []

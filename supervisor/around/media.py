@@ -10,12 +10,12 @@ import json
 import logging
 from collections.abc import Callable, Iterable
 
+from supervisor.around import modalities
 from supervisor.bounded import Call
 from supervisor.engine.lifecycle import State
 from supervisor.engine.run import Change, Observer, Run
 from supervisor.settings import config_file
 from supervisor.settings.settings import Settings
-from supervisor.weights import modalities
 from supervisor.weights.find import Weights
 
 WORDS = {"image": "images", "video": "videos", "audio": "audio"}

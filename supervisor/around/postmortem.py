@@ -128,7 +128,7 @@ class PostMortem(Observer):
 
 def block(bundle: Mapping[str, Any], where: str) -> list[str]:
     """What of it an issue needs at first sight."""
-    from supervisor.engine.diagnosis import last_error  # noqa: PLC0415  # 80 patterns to compile, for failures only
+    from supervisor.engine.diagnosis import last_error  # noqa: PLC0415  # 200 patterns to compile, for failures only
 
     signal, code = bundle.get("signal"), bundle.get("exit_code")
     ended = f"signal {signal}" if signal is not None else f"exit code {code}" if code is not None else "ended by us"

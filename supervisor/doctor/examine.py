@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Mapping
 
 from supervisor.around.machine import Machine
 from supervisor.doctor.checks import CHECKS
+from supervisor.doctor.hub import Hub
 from supervisor.doctor.patient import FAIL, OK, WARN, Patient, Row
 from supervisor.secrets import Mask
 from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
-from supervisor.weights.hub import Hub
 
 PATIENCE = 10.0
 # Of that, for the settings, which the checks need: an unknown `vllm` is asked for its version.

@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping
 
 from supervisor.around import media as told
+from supervisor.around import modalities
 from supervisor.around.machine import amount, disk
+from supervisor.doctor import estimate
 from supervisor.doctor.patient import FAIL, OK, UTILIZATION, WARN, Patient, Row
-from supervisor.weights import estimate, modalities
 
 # Seconds: what is signed (S3, tokens) is refused after some minutes.
 SKEW, LARGE_SKEW = 30.0, 240.0

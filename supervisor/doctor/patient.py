@@ -17,14 +17,14 @@ from typing import Any
 
 from supervisor.around.gpus import gpus
 from supervisor.around.machine import Machine
+from supervisor.doctor.hub import Answer, Hub
 from supervisor.engine.workspace import temporary_folder
-from supervisor.launch import weights_of
+from supervisor.repositories import hub_cache, weights_of
 from supervisor.secrets import Mask
 from supervisor.settings import platform, volume
 from supervisor.settings.settings import Settings
 from supervisor.vllm import installed
 from supervisor.weights import find, snapshot
-from supervisor.weights.hub import Answer, Hub
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 # vLLM's default for GPU_MEMORY_UTILIZATION.
@@ -177,7 +177,7 @@ class Patient:
     def downloads(self) -> Path:
         """Where the hub's client puts what it downloads."""
         placed = volume.hub_environment(self.settings.volume if self.settings else None, self.environ, "")
-        return Path(self.option("download_dir", None) or find.hub_cache({**placed, **self.environ}))
+        return Path(self.option("download_dir", None) or hub_cache({**placed, **self.environ}))
 
     @property
     def offline(self) -> bool:

@@ -1,7 +1,7 @@
 """Why the engine ended: exit code and log tail -> cause and remedy, by the ordered table in `causes.toml`.
 
-Each rule's pattern is looked for in the last lines of vLLM's log; the first rule that matches speaks. A cause that is
-permanent makes a start that never succeeded not worth repeating.
+The end of the last traceback is the cause (tracebacks.py). The table says what it means and what to change; an error
+that no row knows is told as it stands. A permanent cause is one that another start would meet again.
 """
 
 from __future__ import annotations
@@ -10,32 +10,28 @@ import re
 import signal
 import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
-ERROR_LINE = re.compile(r"(?:Error|Exception)(?:_\w{1,40})?: |\berror: ")
-# What vLLM puts before each of its lines: "(APIServer pid=12) ERROR 11-21 19:00:00 [core.py:1] ".
-LINE_PREFIX = re.compile(r"^(\([^)]*pid=\d+\) )*([A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d (\[[^\]]*\] ?)?)?")
-# Levels below ERROR, vLLM's and torch's: such a line may name an exception that was dealt with.
-HARMLESS = re.compile(r"^(\([^)]*pid=\d+\) )*(DEBUG|INFO|WARNING)\b|^\[?[IW]\d{4} ")
+from supervisor.engine import tracebacks
+
 # What is searched, in characters: clients help to write a log, and 80 searches of 500 long lines took 45 s.
 LONGEST_TEXT = 250_000
-# What a part of vLLM says when another one has ended: never the root.
-FOLLOW_UP = re.compile(
-    r"Engine core initialization failed|WorkerProc initialization failed|EngineCore encountered an issue|"
-    r"EngineDeadError|Engine core proc \S+ died|cancelled$|RuntimeError: Executor failed"
-)
+EMPTY = re.compile(r" \( ?\)| (?=[,.:](?: |$)| )")  # where a group matched nothing
 # What the API server says on SIGTERM; the errors after it are those of things being taken away.
 TOLD_TO_STOP = re.compile(r"\[shutdown\] API server: shutdown triggered")
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What happened, and what to change. `permanent`: the same settings will end the same way."""
+    """What happened, and what to change. `permanent`: the same settings will end the same way. `known`: by the table,
+    by a signal, or because it was us; else it is vLLM's own last words, or nothing."""
 
     cause: str
     remedy: str
     permanent: bool
+    known: bool = field(default=True, compare=False)
 
     @property
     def text(self) -> str:
@@ -45,56 +41,80 @@ class Diagnosis:
 TABLE = tomllib.loads(Path(__file__).with_name("causes.toml").read_text(encoding="utf-8"))
 
 
-def _rule(
-    *, pattern: str, cause: str, remedy: str | None = None, shared_remedy: str = "", permanent: bool = True
-) -> tuple[re.Pattern[str], Diagnosis]:
-    """A row of the table; a misspelt key is an error, and so is a shared remedy that is not there."""
-    remedy = TABLE["remedies"][shared_remedy] if remedy is None else remedy
-    return re.compile(pattern, re.I | re.S), Diagnosis(cause, remedy, permanent)
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """A row of the table; a misspelt key is an error. `where` it is looked for: a field of `tracebacks.Failure`.
+    `example`: lines of vLLM's that it is for."""
+
+    pattern: str
+    cause: str
+    remedy: str
+    permanent: bool = True
+    where: str = "last"
+    example: str
+
+    @cached_property
+    def regex(self) -> re.Pattern[str]:
+        return re.compile(self.pattern, re.S)
 
 
-RULES = tuple(_rule(**row) for row in TABLE["cause"])
-# By the signal's number.
-SIGNALS: dict[int, Diagnosis] = {
-    signal.Signals[name]: Diagnosis(**end, permanent=False) for name, end in TABLE["signals"].items()
-}
-ENGINE_GONE = Diagnosis(**TABLE["gone"], permanent=False)
+REMEDIES: dict[str, str] = TABLE["remedies"]
+RULES, FOLLOWING, GONE = (tuple(Rule(**row) for row in TABLE[name]) for name in ("cause", "following", "gone"))
+SIGNALS = {signal.Signals[name]: Diagnosis(**end, permanent=False) for name, end in TABLE["signals"].items()}
+OOM_KILLED = Diagnosis(**TABLE["oom_killed"], permanent=False)
+TERMINATED = Diagnosis("It was told to stop (SIGTERM), and not by us.", "", permanent=False)
+UNKNOWN = Diagnosis("Its log does not say why.", "", permanent=False, known=False)
 
 
-def diagnose(exit_code: int, lines: Iterable[str], ended_by_us: str | None = None) -> Diagnosis:
-    """`exit_code` is -N for signal N; `lines` the last ones of the log, oldest first; `ended_by_us` says why, where it
-    was us who killed it, and then the exit code means nothing."""
-    lines = list(lines)
-    told = (LINE_PREFIX.sub("", line) for line in lines if not HARMLESS.match(line))
-    text = "\n".join(line for line in told if not line.startswith("    "))  # a traceback's quoted source tells nothing
-    text = text[-LONGEST_TEXT:]
-    for pattern, rule in RULES:
-        if found := pattern.search(text):
+def diagnose(
+    exit_code: int, lines: Iterable[str], ended_by_us: str | None = None, *, oom_killed: bool = False
+) -> Diagnosis:
+    """`exit_code` is -N for signal N; `lines` the last of the log; `ended_by_us` why we killed it, where we did (the
+    exit code means nothing then); `oom_killed`: meanwhile the kernel killed something here because memory ran out."""
+    failure = tracebacks.read(lines := list(lines), follows)
+    ended = _by_who_ended_it(exit_code, ended_by_us, oom_killed) or _by_its_words(exit_code, failure, ended_by_us)
+    if any(TOLD_TO_STOP.search(line) for line in lines):
+        ended = find(FOLLOWING, failure) or TERMINATED
+    return find(RULES, failure) or ended
+
+
+def _by_who_ended_it(exit_code: int, ended_by_us: str | None, oom_killed: bool) -> Diagnosis | None:
+    if ended_by_us is None and exit_code < 0 and -exit_code in SIGNALS:
+        return SIGNALS[signal.Signals(-exit_code)]
+    if oom_killed:
+        return OOM_KILLED
+    if ended_by_us is None or " died" in ended_by_us:
+        return None
+    others, slow = "waiting for the other" in ended_by_us, "SUPERVISOR_STARTUP_TIMEOUT" in ended_by_us
+    return Diagnosis(f"{ended_by_us}.", REMEDIES["other_ranks"] if others else "", permanent=slow and not others)
+
+
+def _by_its_words(exit_code: int, failure: tracebacks.Failure, ended_by_us: str | None) -> Diagnosis:
+    if failure.error is not None:
+        return Diagnosis(failure.error, "", permanent=exit_code > 0 or ended_by_us is not None, known=False)
+    if (known := find(FOLLOWING, failure)) is not None:
+        return known
+    if ended_by_us is not None:
+        return Diagnosis(f"{ended_by_us}.", "", permanent=False, known=False)
+    return find(GONE, failure) or UNKNOWN
+
+
+def find(rules: Iterable[Rule], failure: tracebacks.Failure) -> Diagnosis | None:
+    """What the first of the rules says that matches."""
+    for rule in rules:
+        if found := rule.regex.search((getattr(failure, rule.where) or "")[-LONGEST_TEXT:]):
             groups = {name: (value or "").strip().rstrip(".") for name, value in found.groupdict().items()}
             groups |= {name.upper(): value.upper().replace("-", "_") for name, value in groups.items()}
-            return Diagnosis(rule.cause.format_map(groups), rule.remedy.format_map(groups), rule.permanent)
-    if ended_by_us is not None:
-        if "waiting for the other" in ended_by_us:
-            return Diagnosis(f"{ended_by_us}.", TABLE["remedies"]["other_ranks"], permanent=False)
-        return Diagnosis(f"{ended_by_us}.", "", permanent="SUPERVISOR_STARTUP_TIMEOUT" in ended_by_us)
-    return by_the_end(exit_code, lines)
+            cause, remedy = (EMPTY.sub("", text.format_map(REMEDIES | groups)) for text in (rule.cause, rule.remedy))
+            return Diagnosis(cause, remedy, rule.permanent)
+    return None
 
 
-def by_the_end(exit_code: int, lines: list[str]) -> Diagnosis:
-    """Of a log that no rule knows: by who stopped it, by the signal, by its last error."""
-    if any(TOLD_TO_STOP.search(line) for line in lines):
-        return Diagnosis("It was told to stop (SIGTERM), and not by us.", "", permanent=False)
-    if -exit_code in SIGNALS:
-        return SIGNALS[-exit_code]
-    if (error := last_error(lines)) is not None:
-        return Diagnosis(error, "", permanent=exit_code > 0)
-    if any(FOLLOW_UP.search(line) for line in lines if not HARMLESS.match(line)):
-        return ENGINE_GONE
-    return Diagnosis("Its log does not say why.", "", permanent=False)
+def follows(text: str) -> bool:
+    """Whether it is what is said where another process has failed: never the cause."""
+    return any(rule.regex.search(text) for rule in (*FOLLOWING, *GONE))
 
 
 def last_error(lines: Iterable[str]) -> str | None:
-    """The last line of a log that names an error, without vLLM's prefix; what only follows from one is no error."""
-    own = (line for line in lines if not HARMLESS.search(line) and not FOLLOW_UP.search(line))
-    texts = (LINE_PREFIX.sub("", line).strip() for line in own)
-    return next((text for text in reversed(list(texts)) if ERROR_LINE.search(text)), None)
+    """The last error that a log names; what only follows from one is none."""
+    return tracebacks.read(lines, follows).error

@@ -276,14 +276,14 @@ class Engine:
 
     async def _judge(self, run: Run) -> None:
         """Sends RETRY, when its time has come, or GIVE_UP."""
-        from supervisor.engine.diagnosis import Diagnosis, diagnose  # noqa: PLC0415  # 80 patterns, for failures only
+        from supervisor.engine.diagnosis import Diagnosis, diagnose  # noqa: PLC0415  # 200 patterns, for failures only
 
         code = run.code
         try:
-            diagnosis = diagnose(code or 0, run.log, ended_by_us=run.broken)
+            diagnosis = diagnose(code or 0, run.log, ended_by_us=run.broken, oom_killed=run.oom_killed)
         except Exception:  # noqa: BLE001  # of a log that nobody foresaw; the engine is started again all the same
             self.observers.fault("finding the cause")
-            diagnosis = Diagnosis("Its log can't be understood.", "", permanent=False)
+            diagnosis = Diagnosis("Its log can't be understood.", "", permanent=False, known=False)
         self.observers.tell("judged", run, diagnosis)
         ended = f"vLLM ended ({how_it_ended(code)}): " if code is not None and not run.broken else ""
         self.log.error("%s%s", ended, diagnosis.text)
@@ -293,7 +293,8 @@ class Engine:
             if run.served:
                 self._begin("reporting a failure", self.observers.ask, "failed", run, which, False)
 
-        failed = EngineFailed(permanent=diagnosis.permanent and not self.was_ready, served=run.served)
+        unknown = "" if diagnosis.known or self.was_ready else diagnosis.cause
+        failed = EngineFailed(diagnosis.permanent and not self.was_ready, run.served, unknown)
         try:
             await self._policy.again(failed, tell)
             self._send(run, Event.RETRY, "another start")

@@ -1,11 +1,13 @@
 """Whether a failed engine is started again, and when.
 
-Never ready and a permanent cause: no. Otherwise yes, up to a limit in a window of time: at once the first time after it
-had been ready, with backoff after that. tenacity counts, waits and gives up; the window is ours.
+Never ready and a permanent cause: no; nor where nobody knows the cause and it ended the same way a moment ago.
+Otherwise yes, up to a limit in a window of time: at once the first time after it had been ready, with backoff after
+that. tenacity counts, waits and gives up; the window is ours.
 """
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -17,13 +19,21 @@ VARIABLES = "SUPERVISOR_MAX_RESTARTS, SUPERVISOR_RESTART_WINDOW"
 # an engine that had served it is none, 1, 2 ...
 LOADING, SERVING = (wait_exponential_jitter(multiplier=first, max=30, jitter=1) for first in (1, 0.5))
 
+# Seconds. A GPU that is paid for by the second is not to fail five times for a reason that nobody has a row for.
+SAME_AGAIN = 60.0
+# What differs in the same end: numbers of processes, addresses, times.
+DIFFERS = re.compile(r"0x[0-9a-f]+|\d+")
+
 
 @dataclass(eq=False)
 class EngineFailed(Exception):
-    """One run of the engine. `permanent`: the same settings never worked and never will; `served`: it was ready."""
+    """One run of the engine. `permanent`: the same settings never worked and never will; `served`: it was ready.
+    `unknown`: how it ended, where that is all that is known and it never was ready; else empty."""
 
     permanent: bool
     served: bool
+    unknown: str = ""
+    repeated: bool = False  # as the one before it
 
 
 class Restarts:
@@ -36,6 +46,7 @@ class Restarts:
         self.window = window
         self.clock = clock
         self.failures: deque[float] = deque()
+        self._last = ("", -SAME_AGAIN)  # how the last one ended, if that is unknown, and when
         self._attempts = AsyncRetrying(
             sleep=sleep,
             retry=retry_if_exception(lambda error: isinstance(error, EngineFailed) and not error.permanent),
@@ -50,6 +61,9 @@ class Restarts:
         """Returns when another start's time has come; `tell` gets the seconds until then, and which one it is. Raises
         `failure` where there is to be none."""
         self._tell = tell
+        (before, at), self._last = self._last, (DIFFERS.sub("", failure.unknown), self.clock())
+        failure.repeated = self._last[0] != "" and self._last[0] == before and self._last[1] - at <= SAME_AGAIN
+        failure.permanent |= failure.repeated
         if not self.failures:
             self._attempt = await anext(self._attempts)
         with self._attempt:
@@ -58,6 +72,8 @@ class Restarts:
 
     def verdict(self, failure: EngineFailed) -> str:
         """Why there is no other start."""
+        if failure.repeated:
+            return "it ended twice in the same way within a minute"
         limit = f"{self.limit} restarts in {self.window:g} s is the limit ({VARIABLES})"
         return "another start would end the same way" if failure.permanent else limit
 

@@ -45,6 +45,7 @@ class Run:
     served: bool = False  # it was ready
     broken: str | None = None  # why we ended it, where we did
     ended_by: str = "exit"  # what another start is for: a word, for metrics
+    oom_killed: bool = False  # meanwhile the kernel killed something in this container because memory ran out
 
     @property
     def code(self) -> int | None:

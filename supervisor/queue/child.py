@@ -7,12 +7,12 @@ import contextlib
 import json
 import logging
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from supervisor.kept import Kept
+from supervisor.queue.errors import JSON
 from supervisor.secrets import SECRET_NAME
 
-JSON = dict[str, Any]
 LEVELS = frozenset({"NOTSET", "TRACE", "DEBUG", "INFO", "WARN", "ERROR"})
 # What the worker is given besides RunPod's own variables, beside a hundred packages that are not ours.
 NEEDED = frozenset({

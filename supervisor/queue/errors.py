@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 JSON = dict[str, Any]
@@ -10,23 +11,18 @@ JSON = dict[str, Any]
 LONGEST_MESSAGE = 4000
 
 
+@dataclass(eq=False)
 class JobError(Exception):
     """`kind`, `param` and `code` are OpenAI's."""
 
-    def __init__(
-        self,
-        message: str,
-        status: int = 400,
-        kind: str = "invalid_request_error",
-        param: object = None,
-        code: object = None,
-    ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.status = status
-        self.kind = kind
-        self.param = param
-        self.code = code
+    message: str
+    status: int = 400
+    kind: str = "invalid_request_error"
+    param: object = None
+    code: object = None
+
+    def __str__(self) -> str:
+        return self.message
 
     @property
     def text(self) -> str:
@@ -40,32 +36,24 @@ class JobError(Exception):
         return {"error": self.message, "type": self.kind, "status": self.status}
 
     @classmethod
-    def of_answer(cls, status: int, body: bytes, path: str = "") -> JobError:
-        """From what vLLM or the gateway answered: OpenAI's shape, Anthropic's, FastAPI's, or plain text."""
+    def of(cls, body: bytes, status: int | None = None, path: str = "") -> JobError:
+        """From what vLLM or the gateway answered: OpenAI's shape, Anthropic's, FastAPI's, or plain text. Without a
+        status: from what a stream was broken off with; its status is vLLM's `code`, where that is one."""
         try:
             content = json.loads(body)
         except (ValueError, RecursionError):
             content = None
-        error = content.get("error", content.get("detail")) if isinstance(content, dict) else None
+        error = content.get("error", content.get("detail", content)) if isinstance(content, dict) else None
         if isinstance(error, dict) and isinstance(error.get("message"), str):
-            kind = error.get("type") or "error"
-            return cls(error["message"][:LONGEST_MESSAGE], status, str(kind), error.get("param"), error.get("code"))
+            kind, code = error.get("type"), error.get("code")
+            if status is None:
+                status = code if isinstance(code, int) and 400 <= code < 600 else 503
+            kind = "upstream_error" if kind in (None, "", "error") else str(kind)
+            return cls(error["message"][:LONGEST_MESSAGE], status, kind, error.get("param"), code)
+        if status is None:
+            words = "The engine stopped in the middle of this answer. Please send the job again."
+            return cls(words, 503, "service_unavailable")
         if status == 404 and error == "Not Found" and path:  # FastAPI's, of a route that vLLM has for other models
             return cls(f"The model has no route {path}: it is for another task, or there is none.", status)
-        text = error if isinstance(error, str) else body.decode("utf-8", "replace").strip() or "no further word"
-        return cls(f"HTTP {status}: {text[:LONGEST_MESSAGE]}", status, "upstream_error")
-
-    @classmethod
-    def of_event(cls, data: str) -> JobError:
-        """From the event that a stream was broken off with: its status is vLLM's `code`, where that is one."""
-        try:
-            content = json.loads(data)
-        except (ValueError, RecursionError):
-            content = None
-        error = content.get("error", content) if isinstance(content, dict) else None
-        if not isinstance(error, dict) or not isinstance(error.get("message"), str):
-            return cls("The engine stopped in the middle of this answer.", 503, "service_unavailable")
-        code = error.get("code")
-        status = code if isinstance(code, int) and 400 <= code < 600 else 503
-        kind = error.get("type") if error.get("type") != "error" else None
-        return cls(error["message"][:LONGEST_MESSAGE], status, str(kind or "service_unavailable"), None, code)
+        words = error if isinstance(error, str) else body.decode("utf-8", "replace").strip() or "no further word"
+        return cls(f"HTTP {status}: {words[:LONGEST_MESSAGE]}", status, "upstream_error")

@@ -33,8 +33,8 @@ import signal
 import sys
 import time
 import types
-from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import aiohttp
 
@@ -46,12 +46,12 @@ from runpod.http_client import AsyncClientSession
 from runpod.serverless.modules import rp_http, rp_job, rp_scale
 from runpod.serverless.modules.worker_state import JobsProgress
 
-from supervisor.queue.delivery import SHUT_DOWN, Delivery, NotTaken, Outcome, RunPod
+from supervisor.queue.delivery import Delivery, NotTaken, RunPod
 from supervisor.queue.errors import JSON
 from supervisor.queue.shapes import Reader
 from supervisor.queue.taken import Taken, apart
 from supervisor.queue.tokens import Batches
-from supervisor.queue.worker import Answer, Client, tell
+from supervisor.queue.worker import Answer, Client, gateway, tell
 
 T = TypeVar("T")
 
@@ -75,46 +75,77 @@ def next_order() -> str:
     return STDIN.readline().decode().strip() or "gone"
 
 
-class Pace:
-    """How long to wait before the next poll: not at all after a good one, then 0.1 s, 0.2 s ... 10 s."""
+class LongPoll(Generic[T]):
+    """Asks RunPod again and again: at once after an answer, else after 0.1 s, 0.2 s ... 10 s."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, session: aiohttp.ClientSession, read: Callable[[bytes], list[T]]) -> None:
         self.what = what
-        self.failures = 0
-        self._told = ""
+        self.session = session
+        self.read = read
+        self.pause = 0.0
+        self.problem = ""  # that was told
+        self.waiting: asyncio.Timeout | None = None  # while no answer is on its way
 
-    def delay(self) -> float:
-        return 0.0 if not self.failures else min(0.1 * 2 ** (self.failures - 1), SLOWEST_POLL)
-
-    def good(self) -> None:
-        if self._told:
-            tell(f"{self.what}: RunPod answers again")
-        self.failures, self._told = 0, ""
-
-    def bad(self, problem: str = "") -> None:
-        """`problem` is logged when it is a new one; without one it was only too fast."""
-        self.failures = min(self.failures + 1, 20)
-        if problem and problem != self._told:
+    async def ask(self, url: str) -> list[T]:
+        """What is read in the answer; nothing without one. RunPod's key follows no redirect."""
+        found: list[T] = []
+        problem = ""
+        try:
+            async with asyncio.timeout(None) as self.waiting:
+                await asyncio.sleep(self.pause)
+                began = time.monotonic()
+                response = await self.session.get(url, timeout=POLL_TIMEOUT, allow_redirects=False)
+            self.waiting = None
+            async with response:
+                if response.status not in (200, 204, 400):  # 400: FlashBoot, says the SDK
+                    raise NotTaken(f"RunPod answers {response.status}")
+                body = await response.read() if response.status == 200 else b""
+            found = await asyncio.to_thread(self.read, body)
+        except TimeoutError:
+            return []  # held for longer than we wait, or broken off
+        except (aiohttp.ClientError, OSError, ValueError, NotTaken) as error:
+            problem = f"{error or type(error).__name__}"
+        finally:
+            self.waiting = None
+        if not problem and (any(found) or time.monotonic() - began > INSTANT):
+            if self.problem:
+                tell(f"{self.what}: RunPod answers again")
+            self.pause, self.problem = 0.0, ""
+            return found
+        if problem not in ("", self.problem):
             tell(f"{self.what}: {problem}", "WARNING")
-            self._told = problem
+            self.problem = problem
+        self.pause = min(max(2 * self.pause, 0.1), SLOWEST_POLL)
+        return found
+
+    def break_off(self) -> None:
+        """Unless an answer is on its way: its jobs must not be dropped."""
+        if self.waiting is not None:
+            self.waiting.reschedule(0)
+            self.waiting = None
+
+
+def stopped(body: bytes) -> list[str]:
+    """The jobs that nobody waits for any more."""
+    content = json.loads(body or b"null")
+    ids = content.get("jobsToStop") if isinstance(content, dict) else None
+    return [job_id for job_id in ids or [] if isinstance(job_id, str)]
 
 
 class Link:
     """Between RunPod and the gateway: takes jobs while there is room for them, and sees each delivered."""
 
-    def __init__(self, order: str, client: Client, reader: Reader, jobs: int) -> None:
+    def __init__(self, order: str, runpod: RunPod, client: Client, reader: Reader, jobs: int) -> None:
         """`order`: the supervisor's latest word; `jobs`: that may run at once."""
         self.order = order
+        self.runpod = runpod
         self.client = client
         self.reader = reader
         self.jobs = jobs
-        self.running: dict[str, tuple[Delivery, asyncio.Task[None]]] = {}
-        self.poll: asyncio.Task[Any] | None = None  # for jobs, while none is on its way
-        self.receiving = False  # jobs are on their way, and must not be dropped
-        self.changed = asyncio.Event()  # an order came, a job ended, a poll
+        self.running: dict[str, Delivery] = {}
+        self.changed = asyncio.Event()  # an order came, or a job ended
+        self.takes = LongPoll("taking jobs", runpod.session, apart)
         self.delivered_one = False
-        self.session: aiohttp.ClientSession = None  # type: ignore[assignment]  # set by `run`, before any use
-        self.runpod: RunPod = None  # type: ignore[assignment]  # as well
 
     async def run(self) -> None:
         """Until the supervisor wants the end and every job that was taken is reported, whatever poll is open."""
@@ -122,22 +153,20 @@ class Link:
         # The SDK's handler would end its loops with a job on its way to them. `docker stop` does not reach us anyway.
         loop.add_signal_handler(signal.SIGTERM, self.heard, "draining")
         loop.add_reader(0, lambda: self.heard(next_order()))
-        async with AsyncClientSession() as self.session, asyncio.TaskGroup() as group:
-            self.runpod = RunPod(self.session, rp_http.JOB_DONE_URL, rp_http.JOB_STREAM_URL)
-            loops = [group.create_task(self._take()), group.create_task(self._hear_stops())]
-            await self._until(lambda: self.order in ENDING and not self.running and not self.receiving)
-            for task in loops:
-                task.cancel()
-        await self.client.close()
+        async with asyncio.TaskGroup() as group:
+            stops = group.create_task(self._hear_stops())
+            await self._take()
+            await self._until(lambda: not self.running)
+            stops.cancel()
 
     def heard(self, order: str) -> None:
         """The engine's state changed, or the supervisor ends."""
         self.order = order
-        if order not in JOINED and self.poll is not None:
-            self.poll.cancel()  # nothing is taken that could not be done
+        if order not in JOINED:
+            self.takes.break_off()  # nothing is taken that could not be done
         if order in ("expire", "gone"):
-            for delivery, _ in self.running.values():
-                delivery.answer.stop(SHUT_DOWN)  # its failure is still reported
+            for delivery in self.running.values():
+                delivery.expire()
         if order == "gone":
             asyncio.get_running_loop().remove_reader(0)
             asyncio.get_running_loop().call_later(LAST_WORDS, os._exit, 1)
@@ -148,107 +177,60 @@ class Link:
             self.changed.clear()
             await self.changed.wait()
 
-    # Jobs
-
     async def _take(self) -> None:
-        pace = Pace("taking jobs")
         while True:
-            await self._until(lambda: self.order in JOINED and len(self.running) < self.jobs)
+            await self._until(lambda: self.order in ENDING or (self.order in JOINED and len(self.running) < self.jobs))
             if self.reader.longest is None and self.order == "ready":
-                self.reader.longest = await self.client.longest()
-            poll = self.poll = asyncio.create_task(self._paced(pace, self._ask_for_jobs))
-            await asyncio.wait({poll})
-            self.poll = None
-            for taken in (None if poll.cancelled() else poll.result()) or []:
-                # Not one that we have already: RunPod took us for dead, and gave it out again.
-                if taken.job_id not in self.running:
+                self.reader.longest = await self.client.look("/v1/models", lambda it: it["data"][0]["max_model_len"])
+            if self.order in ENDING:
+                return
+            for taken in await self.takes.ask(rp_job._job_get_url(self.jobs - len(self.running))):
+                if taken is None:
+                    tell("a job came without an id: nobody can be told", "ERROR")
+                elif taken.job_id not in self.running:  # else RunPod took us for dead, and gave it out again
                     self._begin(taken)
-            self.receiving = False
-            self.changed.set()
-
-    async def _ask_for_jobs(self) -> list[Taken] | None:
-        body = await self._ask(rp_job._job_get_url(self.jobs - len(self.running)), receives_jobs=True)
-        if body is None:
-            return None
-        jobs, nameless = await asyncio.to_thread(apart, body)
-        if nameless:
-            tell(f"{nameless} jobs came without an id: nobody can be told", "ERROR")
-        return jobs
 
     def _begin(self, taken: Taken) -> None:
         tell(job={"id": taken.job_id, "outcome": "taken"})
         JobsProgress().add(taken.job_id)
         delivery = Delivery(Answer(taken, self.client, self.reader), self.runpod, self._first)
-        task = asyncio.create_task(delivery.run())
-        self.running[taken.job_id] = delivery, task
-        task.add_done_callback(lambda task: self._over(taken.job_id, task))
+        self.running[taken.job_id] = delivery
+        delivery.task.add_done_callback(lambda _: self._over(taken.job_id))
 
-    def _over(self, job_id: str, task: asyncio.Task[None]) -> None:
-        delivery, _ = self.running.pop(job_id)
+    def _over(self, job_id: str) -> None:
+        del self.running[job_id]
         JobsProgress().remove(job_id)
         self.changed.set()
-        if task.cancelled():  # before its first step
-            delivery.end(Outcome.CANCELLED)
-        elif (error := task.exception()) is not None:  # a fault of ours: RunPod gives the job out again
-            delivery.why = f"{type(error).__name__}: {error}"
-            delivery.end(Outcome.UNDELIVERED)
 
     async def _first(self) -> JSON | None:
         """What RunPod's first result since vLLM's start tells beside its output: its job waited for all of this."""
         if self.delivered_one:
             return None
         self.delivered_one = True
-        start = await self.client.start_of_engine()
-        if start is None:
+        phases = await self.client.look("/status", lambda status: status["phases"])
+        if not phases:
             return None
-        phases = ", ".join(f"{row['name']} {row['seconds']:.1f} s" for row in start["phases"])
-        tell(f"the first job since vLLM's start ({start['seconds']:.1f} s: {phases})")
-        return {"cold_start": start}
-
-    # Those that nobody waits for any more
+        seconds = sum(phase["seconds"] for phase in phases)
+        shown = ", ".join(f"{phase['name']} {phase['seconds']:.1f} s" for phase in phases)
+        tell(f"the first job since vLLM's start ({seconds:.1f} s: {shown})")
+        return {"cold_start": {"seconds": round(seconds, 3), "phases": phases}}
 
     async def _hear_stops(self) -> None:
-        pace, url = Pace("stop channel"), rp_job._job_stop_url()
+        poll, url = LongPoll("stop channel", self.runpod.session, stopped), rp_job._job_stop_url()
         while url is not None:
-            for job_id in await self._paced(pace, lambda: self._ask_for_stops(url)) or []:
-                if (found := self.running.get(job_id)) is not None:
-                    found[1].cancel()
+            for job_id in await poll.ask(url):
+                if (delivery := self.running.get(job_id)) is not None:
+                    delivery.task.cancel()
 
-    async def _ask_for_stops(self, url: str) -> list[str] | None:
-        body = await self._ask(url)
-        content = json.loads(body) if body else None
-        ids = content.get("jobsToStop") if isinstance(content, dict) else None
-        return [job_id for job_id in ids or [] if isinstance(job_id, str)] or None
 
-    # Polls
-
-    async def _paced(self, pace: Pace, poll: Callable[[], Awaitable[T | None]]) -> T | None:
-        """A long poll, no sooner than its pace allows. None without an answer."""
-        await asyncio.sleep(pace.delay())
-        began = time.monotonic()
-        try:
-            answer = await poll()
-        except TimeoutError:
-            return None  # held for longer than we wait
-        except (aiohttp.ClientError, OSError, ValueError, NotTaken) as error:
-            pace.bad(f"{error or type(error).__name__}")
-            return None
-        if answer or time.monotonic() - began > INSTANT:
-            pace.good()
-        else:
-            pace.bad()
-        return answer
-
-    async def _ask(self, url: str, *, receives_jobs: bool = False) -> bytes | None:
-        """RunPod's key follows no redirect."""
-        async with self.session.get(url, timeout=POLL_TIMEOUT, allow_redirects=False) as response:
-            if response.status in (204, 400):  # 400: FlashBoot, says the SDK
-                return None
-            if response.status != 200:
-                raise NotTaken(f"RunPod answers {response.status}", transient=True)
-            if receives_jobs:
-                self.receiving, self.poll = True, None
-            return await response.read()
+async def work(order: str) -> None:
+    """`order`: the latest word of the supervisor's, which wrote SUPERVISOR_QUEUE as well (queue/child.py)."""
+    about = json.loads(os.environ["SUPERVISOR_QUEUE"])
+    batches = Batches(*about["batches"]) if about["batches"] else None
+    reader = Reader(about["model"], llm=about["llm"], root=about["root"], tokens=batches)
+    async with AsyncClientSession() as session, gateway(about["socket"]) as own:
+        runpod = RunPod(session, rp_http.JOB_DONE_URL, rp_http.JOB_STREAM_URL)
+        await Link(order, runpod, Client(own), reader, about["jobs"]).run()
 
 
 def _die_with_parent() -> None:
@@ -268,12 +250,8 @@ def main() -> None:
         if order in ENDING:
             return
         order = next_order()
-    about = json.loads(os.environ["SUPERVISOR_QUEUE"])  # serve.py
-    batches = Batches(*about["batches"]) if about["batches"] else None
-    reader = Reader(about["model"], llm=about["llm"], root=about["root"], tokens=batches)
-    link = Link(order, Client(about["socket"]), reader, about["jobs"])
     # mypy sees no types in the SDK; tests/queue/test_sdk.py checks that these are there.
-    rp_scale.JobScaler.run = lambda _: link.run()
+    rp_scale.JobScaler.run = lambda _: work(order)
     os.register_at_fork(after_in_child=_die_with_parent)
     runpod.serverless.start({"handler": _never})
     # All is reported. Python's own way out of so many modules takes half a second that the drain may not have.

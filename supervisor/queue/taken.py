@@ -3,12 +3,13 @@ one's failure, and none of the others'."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from supervisor.queue.errors import JobError
+from supervisor.queue.errors import JSON, JobError
 
 # What tells where a value ends: strings, brackets, commas.
 TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{},:]', re.S)
@@ -24,26 +25,23 @@ class Taken:
     error: JobError | None = None
 
 
-def apart(body: bytes) -> tuple[list[Taken], int]:
-    """One job or a list of them; and of how many nobody can be told, for they have no id. For a thread: of a list in
+def apart(body: bytes) -> list[Taken | None]:
+    """One job or a list of them; None is one of which nobody can be told, for it has no id. For a thread: of a list in
     which something can't be read each bracket is looked at."""
     try:
-        content = json.loads(body) if body else None
-        found = [_read(job) for job in (content if isinstance(content, list) else [content])]
-        return [job for job in found if job is not None], found.count(None) - (content is None)
-    except (ValueError, RecursionError):
-        pass  # some of it can't be read: which one?
-    text = body.decode("utf-8", "replace").strip()
-    parts = list(_members(text)) if text.startswith("[") else [text]
-    found = [_one(part) for part in parts]
-    return [job for job in found if job is not None], found.count(None) or int(not found)
+        content = json.loads(body or b"[]")
+    except (ValueError, RecursionError):  # some of it can't be read: which one?
+        text = body.decode("utf-8", "replace").strip()
+        return [_one(part) for part in (_members(text) if text.startswith("[") else [text])] or [None]
+    jobs = content if isinstance(content, list) else [content] * (content is not None)
+    return [_read(job) for job in jobs]
 
 
 def _read(job: object) -> Taken | None:
-    job_id = job.get("id") if isinstance(job, dict) else None
-    if not isinstance(job, dict) or not isinstance(job_id, str) or not ID.fullmatch(job_id):
-        return None
-    return Taken(job_id, job.get("input", {}))  # left out by RunPod where it is empty
+    match job:
+        case {"id": str(job_id), **rest} if ID.fullmatch(job_id):
+            return Taken(job_id, rest.get("input", {}))  # left out by RunPod where it is empty
+    return None
 
 
 def _one(text: str) -> Taken | None:
@@ -53,8 +51,12 @@ def _one(text: str) -> Taken | None:
         why = "is nested too deeply"
     except ValueError as error:
         why = f"can't be read: {str(error).partition(';')[0]}"  # behind it Python tells its own programmers what to do
-    job_id = _id(text)
-    return Taken(job_id, error=JobError(f"The job {why}.", param="input")) if job_id is not None else None
+    members: JSON = {}
+    for member in _members(text.strip()):
+        with contextlib.suppress(ValueError, RecursionError):
+            members |= json.loads(f"{{{member}}}")
+    job = _read(members)
+    return Taken(job.job_id, error=JobError(f"The job {why}.", param="input")) if job is not None else None
 
 
 def _members(text: str) -> Iterator[str]:
@@ -68,15 +70,3 @@ def _members(text: str) -> Iterator[str]:
             start = token.end()
         if depth == 0:
             return
-
-
-def _id(text: str) -> str | None:
-    for member in _members(text.strip()):
-        name, _, value = member.partition(":")
-        if name.strip() == '"id"':
-            try:
-                found = json.loads(value)
-            except ValueError:
-                return None
-            return found if isinstance(found, str) and ID.fullmatch(found) else None
-    return None

@@ -1,10 +1,10 @@
-"""Downloads a model, then becomes the command behind `--`, with the folder of its files in the place of `{weights}`.
+"""Downloads what vLLM is to read, then becomes the command behind `--`, with the folders in the place of `{weights}`.
 
 Runs in vLLM's environment, by its path: with the hub's client that vLLM itself will read the cache with, and as the
 process that then is vLLM. So a download is a phase of a start like any other: its progress is in the log, its failure
 an exit with a cause, SIGTERM ends it, and what is there already is not fetched again.
 
-    PYTHON download.py --repo org/name [--revision R] [--cache DIR] [--load-format F] [--have DIR] -- COMMAND...
+    PYTHON download.py [--cache DIR] '{"repo": "org/name", "revision": ..., "have": DIR}' ... -- COMMAND...
 
 Lines on standard output: `weights: ...`; the last of a failure is `weights: cannot be had: CAUSE | REMEDY`, with exit
 code 3, or `weights: cannot be had now: ...`, with 4, where another try may end otherwise.
@@ -14,32 +14,31 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
-import hashlib
+import inspect
 import json
 import os
-import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from importlib import metadata, util
 from pathlib import Path
+from subprocess import DEVNULL, Popen
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from supervisor.weights import snapshot
+    from supervisor.weights import halves, refusals, snapshot
 else:  # beside this file, and of the package nothing else: the supervisor is not installed where vLLM is
     sys.path.insert(0, str(Path(__file__).resolve().parent))
+    import halves
+    import refusals
     import snapshot
 
     del sys.path[0]
 
-PERMANENT, TRANSIENT = 3, 4
-PLACE = "{weights}"
 REPORT_EVERY = 5.0  # seconds
 ASK_TIMEOUT = 10.0
 # Seconds without a byte until it is given up, and begun again by whoever started it.
@@ -47,350 +46,206 @@ STALL = 60.0
 TRIES = 5  # in a row, without a byte more than before
 # Another process may fill the disk, too: so much, or a tenth of what comes, where that is less.
 SPARE = 200_000_000
-# A file that the client is writing, and ours of what came before a download broke off.
-TEMPORARY = re.compile(r"(?P<blob>.+)\.[0-9a-f]{8}\.incomplete")
-KEPT = ".kept.incomplete"
-# Bytes that are written at once. The client's own 10 MB are lost whenever a connection breaks off, and on a slow line
-# come so seldom that it seems to stand still.
-PIECE = 1 << 20
-# So many seconds after its last byte a half-written file is nobody's; on some network volumes locks do not tell.
-ABANDONED = 60.0
-# What takes longer to come than vLLM's import: 10 GB of libraries are read meanwhile.
-WARM_UP_FROM = 500_000_000
+# What takes longer to come than vLLM's import, and than a moment to be read.
+LARGE = 500_000_000
+UNREACHABLE = "The hub could not be reached"
+BROKEN = "The download broke off, again and again"
+STALLED = (
+    "Check the network; if another worker that fills the same cache died, delete the cache's folder .locks. It is "
+    "tried again, and goes on where it stopped."
+)
 
 
 def say(text: str) -> None:
     print(f"weights: {text}", flush=True)
 
 
-class CannotError(Exception):
-    """Why the model can't be had, what to change, and the exit code that tells whether another try may help."""
-
-
-def fail(cause: str, remedy: str, code: int = PERMANENT) -> NoReturn:
-    raise CannotError(cause, remedy, code)
-
-
-def end(cause: str, remedy: str, code: int) -> NoReturn:
-    say(f"cannot be had{' now' if code == TRANSIENT else ''}: {cause} | {remedy}")
-    os._exit(code)  # the client's threads may be waiting for the network
-
-
 def size(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-class Wanted:
-    """What the hub has of the model, and which files of it are to be there in the end."""
+class Repository:
+    """One that is to be in the cache. `folder` is what is served of it: at first what the cache has already."""
 
-    def __init__(self, info: Any, load_format: str, index: Any) -> None:
-        self.repo: str = info.id
-        self.commit: str = info.sha
+    def __init__(self, cache: Path, given: Mapping[str, str]) -> None:
+        self.repo, self.revision = given["repo"], given.get("revision")
+        self.setting, self.place = given.get("setting", "MODEL"), given.get("place", "{weights}")
+        self.load_format, self.is_gguf = given.get("load_format", "auto"), "gguf" in given
+        self.folder = Path(given["have"]) if "have" in given else None
+        self.cache, self.path = cache, cache / f"models--{self.repo.replace('/', '--')}"
+        self.blobs, self.ref = self.path / "blobs", self.path / "refs" / (self.revision or "main")
+        self.snapshot = self.path  # what the hub has today
+        self.files: dict[str, Any] = {}  # what vLLM reads of it, as the hub tells; nothing where all is done
+        self.coming: list[int] = []  # sizes of those that are not here
+        self.needed = 0  # bytes of these that are not here
+        self.quiet_until = 0.0  # that no byte comes is no wonder
+
+    def ask(self) -> None:
+        """Asks the hub what it has, and what of that is to come. Raises CannotError."""
+        if self.is_gguf:
+            need_gguf(self.repo, self.setting)
+        else:  # where it is in the cache, one question has to do
+            self._insist(self._ask, 1 if self.folder else TRIES, "the hub did not answer", UNREACHABLE)
+
+    def _insist(self, step: Callable[[], object], tries: int, told: str, cause: str) -> object:
+        """Does it again and again for as long as more comes, and so many times where nothing does."""
+        left, seen = tries, -1
+        while True:
+            try:
+                return step()
+            except Exception as error:  # noqa: BLE001  # of the client, its HTTP library, the disk: told apart below
+                self._raise_if_final(error)
+                here = sum(sizes(self.blobs).values())
+                left, seen = left - 1 if here <= seen else tries - 1, max(seen, here)
+                if left <= 0:
+                    refusals.unreachable(cause, error)
+                say(f"{told} ({refusals.reason(error)}); it is tried again")
+                pause = refusals.pause(error, tries - left)
+                self.quiet_until = time.monotonic() + pause
+                time.sleep(pause)
+
+    def _ask(self) -> None:
+        from huggingface_hub import HfApi, hf_hub_download, snapshot_download  # noqa: PLC0415
+
+        commit = HfApi().model_info(self.repo, revision=self.revision, timeout=ASK_TIMEOUT).sha
+        self.snapshot = self.path / "snapshots" / commit
+        if self.folder and self.folder.name != commit:
+            say(f"the hub has a newer {self.repo}: {commit[:12]}, not {self.folder.name[:12]}")
+        elif self.folder and self.ref.is_file() and self.ref.read_text() == commit:
+            return
+        where: dict[str, Any] = {"repo_id": self.repo, "revision": commit, "cache_dir": str(self.cache)}
+
+        def index(name: str) -> object:
+            with contextlib.suppress(ValueError):
+                return json.loads(Path(hf_hub_download(**where, filename=name)).read_bytes())
+            return None
+
+        rows = HfApi().list_repo_tree(self.repo, recursive=True, revision=commit)
         # A name that leads out of the folder is none of the hub's own; files that are damaged are deleted.
-        self.files = {row.rfilename: row for row in info.siblings or () if ".." not in Path(row.rfilename).parts}
-        needed = snapshot.weights(self.files, load_format, index)
-        names = [name for name in self.files if not snapshot.is_weights(name) and not name.startswith("original/")]
-        if needed is None:
-            names = [name for name in self.files if not name.startswith("original/")]
+        found = {row.path: row for row in rows if hasattr(row, "size") and ".." not in Path(row.path).parts}
+        weights = snapshot.weights(found, self.load_format, index) or []
+        if not weights and snapshot.PATTERNS[self.load_format] and any(name.endswith(".gguf") for name in found):
+            return need_gguf(self.repo, self.setting)  # a plugin knows which of them is wanted
+        if lacking := sorted({*weights} - {*found}):
+            refusals.fail(f"{self.repo} lacks {lacking[0]} on the hub itself.", f"Check {self.setting} and REVISION.")
+        self.files = {name: row for name, row in found.items() if name in weights or snapshot.is_read(name)}
+        for name, row in self.files.items():  # for the client takes each that is there
+            if is_damaged(self.snapshot / name, row.size, name in weights):
+                say(f"{name} is damaged, and is fetched again")
+                delete(self.snapshot / name)
+        where["allow_patterns"] = ["".join(f"[{c}]" if c in "[*?" else c for c in name) for name in self.files]
+        self.load = partial(snapshot_download, **where)
+        if can_tell := "dry_run" in inspect.signature(snapshot_download).parameters:
+            missing = {row.filename for row in snapshot_download(**where, dry_run=True) if row.will_download}
         else:
-            names += needed
-        self.weights = set(needed or ())
-        self.names = sorted(name for name in set(names) if name in self.files)
-        self.lacking = sorted(self.weights - set(self.files))
+            say("this huggingface_hub can't tell beforehand what comes; whether there is room is not looked at")
+            missing = {name for name in self.files if not (self.snapshot / name).exists()}
+        coming = [self.files[name] for name in missing]
+        self.coming = [row.size for row in coming]
+        there = halves.sweep(self.path, {row.lfs.sha256 if row.lfs else row.blob_id for row in coming})
+        self.needed = sum(self.coming) - there if can_tell else 0
 
-    def gguf(self) -> list[str]:
-        """The models among the weights, where these are GGUF: each file is one, or each row of parts."""
-        names = [(name, snapshot.PART.fullmatch(name)) for name in self.weights if name.endswith(".gguf")]
-        return sorted({part["stem"] if part else name for name, part in names})
-
-    def size(self, names: Iterable[str]) -> int:
-        return sum(self.files[name].size or 0 for name in names)
-
-    def digest(self, name: str) -> str:
-        row = self.files[name]
-        return str(row.lfs.sha256 if row.lfs else row.blob_id or "")
-
-
-class Progress:
-    """Tells each few seconds how far it is, by the sizes of the files: whatever way the client takes them."""
-
-    def __init__(self, blobs: Path, total: int, stall: float, stalled: Callable[[], None]) -> None:
-        """`stalled` is called, in another thread, when not a byte came in `stall` seconds."""
-        self.blobs, self.total, self.stall, self.stalled = blobs, total, stall, stalled
-        self.before = self.here(finished=True)
-        self.moved = time.monotonic()
-        self.seen = 0
-        self.over = threading.Event()
-        self.thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> Progress:
-        self.seen = self.here()
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.over.set()
-        self.thread.join()
-
-    def pause(self, seconds: float) -> None:
-        """Sleeps. That no byte comes meanwhile is no wonder."""
-        self.moved = time.monotonic() + seconds
-        time.sleep(seconds)
-
-    def here(self, *, finished: bool = False) -> int:
-        """Bytes of the cache, or of its finished files alone."""
-        found = 0
-        with contextlib.suppress(OSError):
-            for entry in os.scandir(self.blobs):
-                if finished and entry.name.endswith(".incomplete"):
-                    continue
-                with contextlib.suppress(OSError):
-                    # What is allotted, for a client may write a file's end first.
-                    facts = entry.stat()
-                    found += min(facts.st_size, facts.st_blocks * 512) if facts.st_blocks else facts.st_size
-        return found
-
-    def _run(self) -> None:
-        last = told = time.monotonic()
-        rate = 0.0
-        while not self.over.wait(min(1.0, self.stall / 4)):
-            now, here = time.monotonic(), self.here()
-            latest = (here - self.seen) / (now - last)
-            rate = 0.7 * rate + 0.3 * latest if rate else latest
-            last = now
-            if here != self.seen:
-                self.moved, self.seen = max(self.moved, now), here
-            elif now - self.moved > self.stall:
-                self.stalled()
-            if now - told >= REPORT_EVERY:
-                told = now
-                done = min(here - self.before, self.total)
-                left = f", {(self.total - done) / rate:.0f} s left" if rate > 1000 else ""
-                say(f"Downloading weights: {size(done)} of {size(self.total)}, {size(max(0.0, rate))}/s{left}")
-
-
-def ask_hub(given: argparse.Namespace, have: Path | None) -> Any:
-    """What the hub says of the model. `have`: it is in the cache, so one question has to do."""
-    from huggingface_hub import HfApi  # noqa: PLC0415  # not in every environment
-
-    last: Exception | None = None
-    for attempt in range(1 if have else TRIES):
-        if attempt:
-            time.sleep(min(retry_after(last) or 2**attempt, 60))
-        try:
-            info = HfApi().model_info(given.repo, revision=given.revision, files_metadata=True, timeout=ASK_TIMEOUT)
-        except Exception as error:  # noqa: BLE001  # the client's HTTP library has its own errors, by its version
-            refused(given, error)
-            last = error
-        else:
-            if info.gated and not have:
-                readable(given.repo, info)
-            return info
-        if not have:
-            say(f"the hub did not answer ({reason(last)})")
-    if status_of(last) == 429:
-        fail(
-            "The hub turned us away: too many requests (429).",
-            "Set HF_TOKEN: with an account the limits are higher. It is tried again.",
-            TRANSIENT,
-        )
-    fail(
-        f"The hub could not be reached: {reason(last)}.",
-        "Check the network and, if set, HF_ENDPOINT; it is tried again.",
-        TRANSIENT,
-    )
-
-
-def refused(given: argparse.Namespace, error: Exception) -> None:
-    """Ends where the hub's answer is a final one."""
-    from huggingface_hub.errors import (  # noqa: PLC0415
-        GatedRepoError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    status = status_of(error)
-    if isinstance(error, OfflineModeIsEnabled):
-        fail(
-            f"{given.repo} is not in the cache, and HF_HUB_OFFLINE forbids to ask the hub.",
-            "Unset HF_HUB_OFFLINE, or put the model into the cache (HF_HOME).",
-        )
-    if isinstance(error, RevisionNotFoundError):
-        fail(f"{given.repo} has no revision {given.revision}.", "Check REVISION.")
-    if isinstance(error, GatedRepoError):
-        gated(given.repo, error)
-    if status == 401 and "Invalid credentials" in str(error):
-        fail("The hub does not know the token in HF_TOKEN.", "Set HF_TOKEN to a valid one, or unset it.")
-    if isinstance(error, RepositoryNotFoundError):
-        fail(
-            f"There is no model {given.repo} on the hub, or it is private.",
-            "Check the spelling of MODEL; for a private one set HF_TOKEN to a token that may read it.",
-        )
-    if status in (401, 403):
-        fail(f"The hub refuses access ({status}).", "Set HF_TOKEN to a token that may read the model.")
-
-
-def readable(repo: str, info: Any) -> None:
-    """Everybody may see what a gated repository has; who may read it is told by a file alone."""
-    from huggingface_hub import HfApi  # noqa: PLC0415
-    from huggingface_hub.errors import GatedRepoError  # noqa: PLC0415
-
-    try:
-        HfApi().auth_check(repo)
-    except GatedRepoError as error:
-        gated(repo, error)
-    except Exception as error:  # noqa: BLE001  # only a look ahead: the download itself will say it
-        say(f"whether {repo} may be read can't be told ({reason(error)})")
-
-
-def gated(repo: str, error: Exception) -> NoReturn:
-    if status_of(error) == 401:
-        fail(
-            f"{repo} is gated, and no token was given.",
-            "Accept its terms on the hub, and set HF_TOKEN to a token of that account.",
-        )
-    fail(
-        f"{repo} is gated, and HF_TOKEN gives no access to it.",
-        "Accept its terms on the hub with that token's account, or set HF_TOKEN to another's.",
-    )
-
-
-def status_of(error: BaseException | None) -> int:
-    return int(getattr(getattr(error, "response", None), "status_code", 0))
-
-
-def reason(error: BaseException | None) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]
-
-
-def repository_of(repo: str, cache: Path) -> Path:
-    return cache / f"models--{repo.replace('/', '--')}"
-
-
-def fetch(given: argparse.Namespace, wanted: Wanted, cache: Path) -> Path:
-    """Downloads what is lacking. Returns the snapshot's folder, its files checked."""
-    repository = repository_of(given.repo, cache)
-    blobs, folder = repository / "blobs", repository / "snapshots" / wanted.commit
-    room_for(given.repo, 0, cache)
-    lacking = [name for name in wanted.names if not whole(folder / name, name, wanted, cache)]
-    coming = [name for name in lacking if not (blobs / wanted.digest(name)).is_file()]  # another commit may have it
-    sweep(repository, {wanted.digest(name) for name in coming})
-    room_for(given.repo, wanted.size(coming) - sum(path.stat().st_size for path in incomplete(blobs)), cache)
-    # Files of a download that did not come to its end have not been checked.
-    unchecked = lacking if is_remembered(repository, given.revision, wanted.commit) else wanted.names
-    total = wanted.size(coming)
-    began = time.monotonic()
-    if lacking:
-        say(f"Downloading weights: {given.repo}, {len(coming)} files, {size(total)}, to {cache}")
-        with Progress(blobs, total, given.stall, lambda: stalled(given)) as progress, warming_up(given.command, total):
-            load(given, wanted, cache, progress)
-    if wanted.size(unchecked) >= WARM_UP_FROM:
-        say(f"comparing {size(wanted.size(unchecked))} with the hub's checksums")
-    damaged = check(folder, unchecked, wanted)
-    for name in damaged:  # not to be taken for whole by the next start
-        delete(folder / name)
-    if damaged:
-        fail(
-            f"{', '.join(damaged[:3])} came damaged: the checksum is not the hub's.",
-            "It was deleted, and is fetched again.",
-            TRANSIENT,
-        )
-    if lacking:
-        seconds = time.monotonic() - began
-        say(f"downloaded {size(total)} in {seconds:.0f} s, {size(total / max(seconds, 0.001))}/s, checksums right")
-    remember_revision(repository, given.revision, wanted.commit)
-    return folder
-
-
-def load(given: argparse.Namespace, wanted: Wanted, cache: Path, progress: Progress) -> None:
-    """The client's own download, again and again for as long as more comes."""
-    from huggingface_hub import snapshot_download  # noqa: PLC0415
-
-    keep_what_came()
-    tries, seen = TRIES, -1
-    while True:
-        try:
-            snapshot_download(
-                given.repo,
-                revision=wanted.commit,
-                cache_dir=str(cache),
-                allow_patterns=[escaped(name) for name in wanted.names],
-            )
-        except Exception as error:  # noqa: BLE001  # of the client, its HTTP library, the disk: told apart below
-            no_room_or_right(error, given.repo, cache)
-            refused(given, error)
-            here = progress.here()
-            tries = TRIES if here > seen else tries - 1
-            seen = max(seen, here)
-            if tries <= 0:
-                fail(
-                    f"The download broke off, again and again: {reason(error)}.",
-                    "Check the network and, if set, HF_ENDPOINT; it is tried again, and goes on where it stopped.",
-                    TRANSIENT,
-                )
-            say(f"the download broke off ({reason(error)}); it goes on")
-            progress.pause(min(retry_after(error) or 2 ** (TRIES - tries), 60))
-        else:
+    def fetch(self, stall: float, instead: Callable[[], object]) -> None:
+        """Downloads what is lacking, and checks it; `instead`, where nothing comes any more, but something is there.
+        Raises CannotError."""
+        if not self.files:
             return
+        began, total = time.monotonic(), sum(self.coming)
+        if self.coming:
+            say(f"Downloading weights: {self.repo}, {len(self.coming)} files, {size(total)}, to {self.cache}")
+        over = threading.Event()
+        threading.Thread(target=self._watch, args=(over, stall, instead), daemon=True).start()
+        try:
+            self._insist(self.load, TRIES, "the download broke off", BROKEN)
+        finally:
+            over.set()
+        self._insist(self._check, TRIES, "the hub did not answer", UNREACHABLE)
+        if self.coming:
+            seconds = max(time.monotonic() - began, 0.001)
+            say(f"downloaded {size(total)} in {seconds:.0f} s, {size(total / seconds)}/s")
+        self.folder = self.snapshot
+
+    def _watch(self, over: threading.Event, stall: float, instead: Callable[[], object]) -> None:
+        """Tells each few seconds how far it is, and gives up where not a byte comes."""
+        total, done, seen = sum(self.coming), 0, sizes(self.blobs)
+        before = sum(count for name, count in seen.items() if not name.endswith(".incomplete"))
+        moved = told = time.monotonic()
+        while not over.wait(min(1.0, stall / 4)):
+            now, here = time.monotonic(), sizes(self.blobs)
+            if here != seen:
+                moved, seen = now, here
+            elif now - max(moved, self.quiet_until) > stall:
+                self.give_up(f"The download stands still: not a byte came in {stall:g} s.", STALLED, refusals.TRANSIENT)
+                instead()
+            if total and now - told >= REPORT_EVERY:
+                last, done = done, min(sum(here.values()) - before, total)
+                rate, told = max(0, done - last) / (now - told), now
+                left = f", {(total - done) / rate:.0f} s left" if rate > 1000 else ""
+                say(f"Downloading weights: {size(done)} of {size(total)}, {size(rate)}/s{left}")
+
+    def _check(self) -> None:
+        """By the client, which compares sizes alone where nobody asks for more. Then its name leads to this commit."""
+        from huggingface_hub import HfApi  # noqa: PLC0415
+
+        verify = getattr(HfApi(), "verify_repo_checksums", None)
+        damaged = []
+        if verify is None:
+            say("this huggingface_hub checks no more than sizes")
+        elif not come_by_xet(self.files.values()):
+            if (total := sum(row.size for row in self.files.values())) >= LARGE:
+                say(f"comparing {size(total)} with the hub's checksums")
+            found = verify(self.repo, revision=self.snapshot.name, cache_dir=str(self.cache))
+            damaged = [row["path"] for row in found.mismatches if row["path"] in self.files]
+        for name in damaged:  # not to be taken for whole by the next start
+            delete(self.snapshot / name)
+        if damaged:
+            cause = f"{', '.join(damaged[:3])} came damaged: the checksum is not the hub's."
+            refusals.fail(cause, "It was deleted, and is fetched again.", refusals.TRANSIENT)
+        if self.ref.name != self.snapshot.name:  # what the client writes where it is asked for a name
+            self.ref.parent.mkdir(parents=True, exist_ok=True)
+            half = self.ref.with_name(f".{self.ref.name}.{os.getpid()}")
+            half.write_text(self.snapshot.name)
+            half.replace(self.ref)
+
+    def _raise_if_final(self, error: Exception) -> None:
+        if isinstance(error, refusals.CannotError):
+            raise error
+        refusals.disk(error, self.repo, self.cache)
+        where = "REVISION" if self.setting == "MODEL" else self.setting
+        words = {"repo": self.repo, "revision": self.revision, "setting": self.setting, "where": where}
+        refusals.refused(error, words)
+
+    def give_up(self, cause: str, remedy: str, code: int) -> None:
+        """Returns where there is something to serve all the same."""
+        if self.folder is None or snapshot.lacking(self.folder, self.load_format):  # what was damaged has been deleted
+            say(f"cannot be had{' now' if code == refusals.TRANSIENT else ''}: {cause} | {remedy}")
+            os._exit(code)  # the client's threads may be waiting for the network
+        say(f"{cause} Serving what is in the cache: {self.folder}")
+        self.files = {}
 
 
-def stalled(given: argparse.Namespace) -> None:
-    give_up(
-        given,
-        f"The download stands still: not a byte came in {given.stall:g} s.",
-        "Check the network; if another worker that fills the same cache died, delete the cache's folder .locks. It is "
-        "tried again, and goes on where it stopped.",
-        TRANSIENT,
-    )
-    become(given, Path(given.have))
+def sizes(blobs: Path) -> dict[str, int]:
+    """Of all files in a cache, whichever way and by whomever they come."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(blobs):
+            with contextlib.suppress(OSError):  # what is allotted, for a client may write a file's end first
+                facts = entry.stat()
+                found[entry.name] = min(facts.st_size, facts.st_blocks * 512 or facts.st_size)
+    return found
 
 
-def keep_what_came() -> None:
-    """The client throws away what it has of a file when the connection breaks off too often, the hub answers with an
-    error in between, or its process ends. Here that stays, and the next try asks for the rest. (Not where files come by
-    Xet: not in order. There, whole files are what stays.)"""
-    from huggingface_hub import constants, file_download  # noqa: PLC0415
+def come_by_xet(rows: Iterable[Any]) -> bool:
+    """Whether the large ones of the hub's files do, which then are checked by their content as they come."""
+    from huggingface_hub import file_download  # noqa: PLC0415
 
-    constants.DOWNLOAD_CHUNK_SIZE = PIECE
-    theirs = getattr(file_download, "http_get", None)
-    if theirs is None or getattr(theirs, "keeps", False):
-        return
-
-    def http_get(url: str, temp_file: Any, **more: Any) -> None:
-        found = TEMPORARY.fullmatch(str(getattr(temp_file, "name", "")))
-        if found is None or more.get("resume_size"):
-            theirs(url, temp_file, **more)
-            return
-        kept = Path(found["blob"] + KEPT)
-        kept.touch()
-        with kept.open("r+b") as file:
-            if file.seek(0, os.SEEK_END) > (more.get("expected_size") or 0):
-                file.seek(0)
-                file.truncate()
-            theirs(url, file, **more, resume_size=file.tell())
-        kept.replace(temp_file.name)
-
-    http_get.keeps = True  # type: ignore[attr-defined]
-    file_download.http_get = http_get
+    large, has_xet = [row for row in rows if row.lfs], getattr(file_download, "is_xet_available", lambda: False)
+    return bool(large) and has_xet() and all(getattr(row, "xet_hash", None) for row in large)
 
 
-def whole(path: Path, name: str, wanted: Wanted, cache: Path) -> bool:
-    """Whether a file is there, as far as its size and beginning tell. One that is damaged is deleted, for the client
-    takes each that is there."""
-    try:
-        right = wanted.files[name].size in (None, path.stat().st_size)
-    except OSError:
-        return False
-    if right and not (name in wanted.weights and snapshot.damage(path)):
-        return True
-    say(f"{name} is damaged, and is fetched again")
-    try:
-        delete(path)
-    except OSError as error:
-        no_room_or_right(error, wanted.repo, cache)
-        raise
+def is_damaged(path: Path, right: int, is_weights: bool) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_size != right or (is_weights and snapshot.damage(path) is not None)
     return False
 
 
@@ -400,209 +255,66 @@ def delete(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def sweep(repository: Path, coming: set[str]) -> None:
-    """Removes the halves that processes left that were killed, but for those that are gone on with."""
-    for path in incomplete(repository / "blobs"):
-        blob = path.name.partition(".")[0]
-        with contextlib.suppress(OSError):
-            old = time.time() - path.stat().st_mtime > ABANDONED
-            goes_on = path.name.endswith(KEPT) and blob in coming
-            if old and not goes_on and not locked(repository.parent / ".locks" / repository.name / f"{blob}.lock"):
-                path.unlink()
-
-
-def locked(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
-
-
-def remember_revision(repository: Path, revision: str | None, commit: str) -> None:
-    """What the client writes where it is asked by name; it was asked for a commit, so that all files are of one."""
-    name = revision or "main"
-    if name == commit:
-        return
-    with contextlib.suppress(OSError):
-        target = repository / "refs" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        half = target.with_name(f".{target.name}.{os.getpid()}")
-        half.write_text(commit)
-        half.replace(target)
-
-
-def is_remembered(repository: Path, revision: str | None, commit: str) -> bool:
-    """Whether an earlier download of that commit came to its end."""
-    with contextlib.suppress(OSError, ValueError):
-        return (repository / "refs" / (revision or "main")).read_text().strip() == commit
-    return False
-
-
-def incomplete(blobs: Path) -> list[Path]:
-    return list(blobs.glob("*.incomplete")) if blobs.is_dir() else []
-
-
-def escaped(name: str) -> str:
-    """A file's name as a pattern for itself alone."""
-    return "".join(f"[{letter}]" if letter in "[*?" else letter for letter in name)
-
-
 def room_for(repo: str, needed: int, cache: Path) -> None:
-    folder = cache
-    while not folder.exists():
-        folder = folder.parent
+    """Raises CannotError where so many bytes find no room."""
+    folder = next(path for path in (cache, *cache.parents) if path.exists())
     free = shutil.disk_usage(folder).free
     if needed > 0 and needed + min(SPARE, needed // 10) > free:
-        fail(
-            f"{repo} needs {size(needed)} more, and {folder} has {size(free)} free.",
-            "Mount a larger volume and point HF_HOME at it, or free space.",
-        )
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        probe = cache / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        no_room_or_right(error, repo, cache)
-        fail(f"{cache} can't be written to ({error.strerror}).", "Point HF_HOME at a folder that can.")
+        cause = f"{repo} needs {size(needed)} more, and {folder} has {size(free)} free."
+        refusals.fail(cause, "Mount a larger volume and point HF_HOME at it, or free space.")
 
 
-def no_room_or_right(error: BaseException, repo: str, cache: Path) -> None:
-    """Ends where the disk is what failed."""
-    cause: BaseException | None = error
-    while cause is not None:
-        number = getattr(cause, "errno", None)
-        if number is None and (found := re.search(r"\(os error (\d+)\)", str(cause))):  # by Xet's client
-            number = int(found[1])
-        elif number in (13, 1, 30) and getattr(cause, "filename", None) is None:
-            number = None  # the network's: a firewall
-        if number in (28, 122):  # ENOSPC, EDQUOT
-            fail(f"The disk became full while {repo} came to {cache}.", "Mount a larger volume, or free space.")
-        if number in (13, 1, 30):  # EACCES, EPERM, EROFS
-            why = "is read-only" if number == 30 else "may not be written by this user"
-            fail(f"{cache} {why}.", "Mount it writable, or point HF_HOME at a folder that is.")
-        cause = cause.__cause__ or cause.__context__
+def need_gguf(repo: str, setting: str) -> None:
+    """Raises CannotError where this vLLM reads no GGUF: since 0.24 that takes a plugin. It is not imported for this."""
+    found, allowed = util.find_spec("vllm"), os.environ.get("VLLM_PLUGINS")
+    for folder in (found and found.submodule_search_locations) or ():
+        if Path(folder, "model_executor/model_loader/gguf_loader.py").exists():
+            return
+    for plugin in metadata.entry_points(group="vllm.general_plugins"):
+        if "gguf" in plugin.value and (allowed is None or plugin.name in allowed.split(",")):
+            return
+    remedy = f"Install its GGUF plugin (vllm-gguf-plugin) beside it, or set {setting} to the safetensors model."
+    refusals.fail(f"{repo} is GGUF, and this vLLM has no GGUF.", remedy)
 
 
-def retry_after(error: BaseException | None) -> float:
-    headers = getattr(getattr(error, "response", None), "headers", None) or {}
-    with contextlib.suppress(ValueError, TypeError):
-        return float(headers.get("Retry-After") or 0)
-    return 0.0
-
-
-def check(folder: Path, names: list[str], wanted: Wanted) -> list[str]:
-    """Those of the files whose bytes are not what the hub has: the client compares their sizes alone."""
-
-    def wrong(name: str) -> bool:
-        digest, path = wanted.digest(name), folder / name
-        if len(digest) == 64:
-            found = hashlib.sha256()
-        elif len(digest) == 40:  # git's: of a header and the content
-            found = hashlib.sha1(b"blob %d\0" % path.stat().st_size)  # noqa: S324
-        else:
-            return False
-        with path.open("rb") as file:
-            while data := file.read(1 << 22):
-                found.update(data)
-        return found.hexdigest() != digest
-
-    with ThreadPoolExecutor(8) as pool:
-        return [name for name, bad in zip(names, pool.map(wrong, names), strict=True) if bad]
-
-
-@contextlib.contextmanager
-def warming_up(command: list[str], total: int) -> Iterator[None]:
-    """vLLM's libraries come off the disk while the network is what is waited for."""
-    process = None
-    if command and total >= WARM_UP_FROM:
-        with contextlib.suppress(OSError):
-            process = subprocess.Popen(
-                ["nice", "-n", "10", sys.executable, "-c", "import vllm.entrypoints.openai.api_server"],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            )  # fmt: skip
-    try:
-        yield
-    finally:
-        if process is not None:
-            process.kill()
-            process.wait()
-
-
-def read_index(given: argparse.Namespace, info: Any, cache: Path) -> Any:
-    from huggingface_hub import hf_hub_download  # noqa: PLC0415
-
-    def index(name: str) -> object:
+def fetch_all(given: argparse.Namespace, repositories: list[Repository]) -> None:
+    """Asks for all of them before the first byte of any comes."""
+    halves.keep(say)
+    needed, reading, silent = 0, None, False
+    for each in repositories:
         try:
-            path = hf_hub_download(given.repo, name, revision=info.sha, cache_dir=str(cache))
-            return json.loads(Path(path).read_bytes())
-        except Exception as error:  # noqa: BLE001  # then all weights are taken
-            no_room_or_right(error, given.repo, cache)
-            refused(given, error)
-            say(f"{name} can't be read ({reason(error)})")
-            return None
-
-    return index
-
-
-def folder_of(given: argparse.Namespace) -> Path | None:
-    """The folder to serve; None where the client is missing, and vLLM is to see to it by itself."""
-    have = Path(given.have) if given.have else None
-    try:
-        from huggingface_hub import constants  # noqa: PLC0415
-        from huggingface_hub.utils import disable_progress_bars  # noqa: PLC0415
-    except ImportError:
-        return have
-    disable_progress_bars()  # ours is in the log
-    try:
-        return newest(given, Path(given.cache or constants.HF_HUB_CACHE), have)
-    except CannotError as error:
-        give_up(given, *error.args)
-        return have
+            if not (silent and each.folder):  # one question to a hub that does not answer has to do
+                each.ask()
+            needed += each.needed
+            room_for(each.repo, needed, each.cache)
+        except refusals.CannotError as cannot:
+            each.give_up(*cannot.args)
+            silent = cannot.args[-1] == refusals.TRANSIENT
+    if given.command and needed >= LARGE:  # vLLM's libraries come off the disk while the network is waited for
+        with contextlib.suppress(OSError):
+            words = ["nice", "-n", "10", sys.executable, "-c", "import vllm.entrypoints.openai.api_server"]
+            reading = Popen(words, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL)
+    for each in repositories:
+        try:
+            each.fetch(given.stall, partial(become, given, repositories))
+        except refusals.CannotError as cannot:
+            each.give_up(*cannot.args)
+    if reading is not None:
+        reading.kill()
+        reading.wait()
 
 
-def give_up(given: argparse.Namespace, cause: str, remedy: str, code: int) -> None:
-    """Returns where there is something to serve all the same."""
-    if not given.have or snapshot.lacking(Path(given.have), given.load_format):  # what was damaged has been deleted
-        end(cause, remedy, code)
-    say(f"{cause} Serving what is in the cache: {given.have}")
-
-
-def newest(given: argparse.Namespace, cache: Path, have: Path | None) -> Path:
-    """Raises CannotError."""
-    if have is None:
-        room_for(given.repo, 0, cache)
-    info = ask_hub(given, have)
-    repository = repository_of(given.repo, cache)
-    if have is not None and have.name == info.sha and is_remembered(repository, given.revision, info.sha):
-        return have
-    if have is not None and have.name != info.sha:
-        say(f"the hub has a newer {given.repo}: {info.sha[:12]}, not {have.name[:12]}")
-    wanted = Wanted(info, given.load_format, read_index(given, info, cache))
-    if wanted.lacking:
-        fail(f"{given.repo} lacks {wanted.lacking[0]} on the hub itself.", "Check MODEL and REVISION.")
-    if len(models := wanted.gguf()) > 1:
-        fail(
-            f"{given.repo} has {len(models)} models as GGUF, {models[0]} among them.",
-            f"Name one by its quantization: MODEL={given.repo}:Q4_K_M, or any other.",
-        )
-    return fetch(given, wanted, cache)
-
-
-def become(given: argparse.Namespace, folder: Path | None) -> NoReturn:
-    if not given.command and folder is None:
-        end("The hub's client, huggingface_hub, is not in vLLM's environment.", "Check SUPERVISOR_VLLM.", PERMANENT)
+def become(given: argparse.Namespace, repositories: list[Repository]) -> NoReturn:
+    folders = [str(each.folder or each.repo) for each in repositories]
+    for folder in folders if not given.command else [f"vLLM is started with {', '.join(folders)}"]:
+        say(folder)
     if not given.command:
-        say(str(folder))
         os._exit(0)
-    say(f"vLLM is started with {folder or given.repo}")
-    if folder is not None and given.offline and snapshot.self_contained(folder):
+    if given.offline and all(each.folder and snapshot.self_contained(each.folder) for each in repositories):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    command = [word.replace(PLACE, str(folder or given.repo)) for word in given.command]
+    command = given.command
+    for each, folder in zip(repositories, folders, strict=True):
+        command = [word.replace(each.place, folder) for word in command]
     os.execvp(command[0], command)  # noqa: S606
 
 
@@ -610,16 +322,24 @@ def main() -> None:
     at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # threads that wait for the network would hold us up
     parser = argparse.ArgumentParser()
-    parser.add_argument("--repo", required=True)
-    parser.add_argument("--revision")
+    parser.add_argument("repositories", nargs="+", type=json.loads, metavar="REPOSITORY")
     parser.add_argument("--cache")
-    parser.add_argument("--load-format", default="auto")
-    parser.add_argument("--have")
     parser.add_argument("--offline", action="store_true", help="the command asks the hub nothing more")
     parser.add_argument("--stall", type=float, default=STALL)
     given = parser.parse_args(sys.argv[1:at])
     given.command = sys.argv[at + 1 :]
-    become(given, folder_of(given))
+    try:
+        from huggingface_hub import constants, utils  # noqa: PLC0415
+    except ImportError:
+        repositories = [Repository(Path(), each) for each in given.repositories]
+        if not given.command and any(each.folder is None for each in repositories):
+            cause = "The hub's client, huggingface_hub, is not in vLLM's environment."
+            repositories[0].give_up(cause, "Check SUPERVISOR_VLLM.", refusals.PERMANENT)
+    else:
+        utils.disable_progress_bars()  # ours is in the log
+        repositories = [Repository(Path(given.cache or constants.HF_HUB_CACHE), each) for each in given.repositories]
+        fetch_all(given, repositories)
+    become(given, repositories)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Where the model's weights are, in this order: a folder, the image, RunPod's cached models and the volume, the hub's
-own cache; else they come from the hub.
+"""Where weights are: a folder, one of some caches in order; else they come from the hub.
 
 Nothing is asked of the network here. A snapshot that lacks something is passed over, and said to be.
 """
@@ -13,13 +12,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from supervisor.weights.snapshot import lacking
+from supervisor.weights.snapshot import PATTERNS, lacking
 
-# Where the image keeps weights that were baked in (Dockerfile).
-BAKED = Path("/opt/weights/hub")
-# On RunPod both its cached models and what a worker leaves on a network volume lie there.
-RUNPOD = "huggingface-cache"
 REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# One of many models in a repository, which vLLM's GGUF plugin knows by its quantization; or a file.
+GGUF = re.compile(r"[\w.-]+/[\w.-]+:[\w.-]+|.+\.gguf")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 TRUE = ("1", "true", "yes", "on")
 
@@ -37,49 +34,31 @@ class Place:
 @dataclass(frozen=True, slots=True)
 class Weights:
     """`source`: in words. `folder`: what vLLM is to serve, where it is known. `download`: they are to be fetched, or at
-    least asked for, before that. `passed_over`: what was found and not taken, and why."""
+    least asked for, before that. `passed_over`: what was found and not taken, and why. `gguf`: a vLLM without the
+    plugin for it can't serve them."""
 
     source: str
     folder: Path | None = None
     download: bool = False
     passed_over: tuple[str, ...] = field(default=())
-
-
-def hub_cache(environ: Mapping[str, str]) -> Path:
-    """Where the hub's client keeps what it downloads, by its own rules."""
-    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-        if environ.get(name):
-            return Path(environ[name]).expanduser()
-    home = environ.get("HF_HOME")
-    if not home:
-        cache = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME", "/tmp"), ".cache")  # noqa: PTH118, S108
-        home = os.path.join(cache, "huggingface")  # noqa: PTH118
-    return Path(home).expanduser() / "hub"
-
-
-def places(environ: Mapping[str, str], volume: Path | None, download_dir: str | None = None) -> list[Place]:
-    found = [Place("baked into the image", BAKED, settled=True)]
-    if volume is not None:
-        found.append(Place("on the volume", volume / RUNPOD / "hub", settled=True))
-    cache = Path(download_dir) if download_dir else hub_cache(environ)
-    if all(place.cache != cache for place in found):
-        found.append(Place("in the hub's cache", cache, settled=False))
-    return found
+    gguf: bool = False
 
 
 def find(
     model: str, revision: str | None, load_format: str, among: Iterable[Place], environ: Mapping[str, str]
 ) -> Weights:
     """Reads a few small files of each place."""
+    gguf = load_format == "gguf" or GGUF.fullmatch(model) is not None
     if _exists(Path(model)):
-        return Weights(f"the folder {model}", Path(model))
-    if not REPOSITORY.fullmatch(model) or environ.get("VLLM_USE_MODELSCOPE", "").lower() in TRUE:
-        return Weights("left to vLLM")  # s3://..., org/name:Q4_K_M, another hub
+        return Weights(f"the folder {model}", Path(model), gguf=gguf)
+    if not REPOSITORY.fullmatch(model) or gguf or environ.get("VLLM_USE_MODELSCOPE", "").lower() in TRUE:
+        return Weights("left to vLLM", gguf=gguf)  # s3://..., another hub
     passed_over = []
     offline = (environ.get("HF_HUB_OFFLINE") or environ.get("TRANSFORMERS_OFFLINE", "")).lower() in TRUE
+    known = load_format in PATTERNS
     for place in among:
         snapshot = find_snapshot(place.cache, model, revision)
-        if snapshot is None:
+        if snapshot is None or not (known or place.settled):
             continue
         fault = lacking(snapshot, load_format)
         if fault is not None:
@@ -87,6 +66,8 @@ def find(
             continue
         asked = not (place.settled or offline or COMMIT.fullmatch(revision or ""))
         return Weights(f"{place.name}, {snapshot}", snapshot, asked, tuple(passed_over))
+    if not known:
+        return Weights(f"left to vLLM, whose {load_format} has them in a way of its own")
     if offline and passed_over:  # vLLM may get along with what is there
         return Weights("left to vLLM, for the hub may not be asked", None, False, tuple(passed_over))
     return Weights("the hub", None, True, tuple(passed_over))  # offline: to be told so at once

@@ -16,9 +16,10 @@ from typing import BinaryIO
 INDEX = "model.safetensors.index.json"
 CONSOLIDATED = "consolidated*.safetensors"
 CONSOLIDATED_INDEX = "consolidated.safetensors.index.json"
-# Which weights vLLM takes, by --load-format: the first pattern that matches something (its default_loader.py).
+# Which weights vLLM takes, by --load-format: the first pattern that matches something (its default_loader.py). Formats
+# that are not here are loaded by programs of their own, from wherever these have them.
 PATTERNS: dict[str, tuple[str, ...]] = {
-    "auto": (CONSOLIDATED, "*.safetensors", "*.bin", "*.pt", "*.gguf"),  # Mistral's own format before the hub's
+    "auto": (CONSOLIDATED, "*.safetensors", "*.bin", "*.pt"),  # Mistral's own format before the hub's
     "hf": ("*.safetensors", "*.bin", "*.pt"),
     "safetensors": ("*.safetensors",),
     "fastsafetensors": ("*.safetensors",),
@@ -27,20 +28,36 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     "pt": ("*.pt",),
     "npcache": ("*.bin",),
     "dummy": (),
+    # What vLLM has beside the model: formats of ours.
+    "lora": ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt"),
+    "tokenizer": (),
 }
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx*", "*.h5", "*.msgpack", "*.ot", "*.tflite")
+# Without one of these it is none.
+CONFIGS = {"lora": ("adapter_config.json",), "tokenizer": ("*token*", "tekken.json", "vocab*", "*.model", "*.spm")}
 # Weights by name, and nobody's for inference.
-NOT_WEIGHTS = ("training_args.bin", "optimizer*", "scheduler*", "rng_state*", "*/*")
-# A layer that comes after the model, as sentence-transformers keeps it: `2_Dense/model.safetensors`.
-LAYER = re.compile(r"\d+_\w+/(model\.safetensors|pytorch_model\.bin)")
+NOT_WEIGHTS = ("training_args.bin", "optimizer*", "scheduler*", "rng_state*")
+# Weights that some models of vLLM read beside those.
+BESIDE = (
+    "[0-9]*_*/model.safetensors", "[0-9]*_*/pytorch_model.bin",  # sentence-transformers' layers: 2_Dense/
+    "sparse_linear.pt", "colbert_linear.pt",  # BGE-M3
+    "mask_embedding.pt", "joint_head.safetensors",  # DFlash, Clef
+    "adapters/*/adapter_model.safetensors", "whisper-large-v3/*.safetensors",  # Jina, Kimi-Audio
+)  # fmt: skip
+# And where there are no others: Cosmos'.
+INSTEAD = ("[tv]*er/*.safetensors",)
+# All else that is read, by vLLM, its libraries and a model's own code: configurations, tokenizers, templates, code.
+READ = re.compile(r".+\.(json|jinja|txt|model|tiktoken|spm|vocab|codes|py|ya?ml)")
+# Folders that are not, whatever they hold: another format's, and what training left.
+NOT_READ = re.compile(r"(original|onnx|runs|checkpoint-\d+)/.+")
 LFS_POINTER = b"version https://git-lfs"
 PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 # A safetensors file's header; a larger one is none.
 HEADER_LIMIT = 100_000_000
 
 
-def is_weights(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in WEIGHTS) and not LAYER.fullmatch(name)
+def is_read(name: str) -> bool:
+    """Whether vLLM may read a file that holds no weights."""
+    return READ.fullmatch(name) is not None and NOT_READ.fullmatch(name) is None
 
 
 def weights(names: Iterable[str], load_format: str, index: Callable[[str], object]) -> list[str] | None:
@@ -51,6 +68,15 @@ def weights(names: Iterable[str], load_format: str, index: Callable[[str], objec
     patterns = PATTERNS.get(load_format)
     if patterns is None:
         return None
+    everything = {name for name in names if not NOT_READ.fullmatch(name)}
+    found = _of_the_model({name for name in everything if "/" not in name}, patterns, index)
+    if patterns and load_format != "lora":
+        also = BESIDE if found else INSTEAD
+        found |= {name for name in everything if any(fnmatch(name, pattern) for pattern in also)}
+    return sorted(found)
+
+
+def _of_the_model(names: set[str], patterns: Iterable[str], index: Callable[[str], object]) -> set[str]:
     present = {name for name in names if not any(fnmatch(name, pattern) for pattern in NOT_WEIGHTS)}
     for pattern in patterns:
         found = {name for name in present if fnmatch(name, pattern)}
@@ -59,12 +85,12 @@ def weights(names: Iterable[str], load_format: str, index: Callable[[str], objec
             content = index(listed)
             files = content.get("weight_map") if isinstance(content, dict) else None
             if isinstance(files, dict) and files:
-                return sorted(set(map(str, files.values())))
+                return set(map(str, files.values()))
         if pattern == "*.safetensors" and INDEX not in present:
             found -= {name for name in found if fnmatch(name, CONSOLIDATED)} if len(found) > 1 else set()
         if found:
-            return sorted(found | {part for name in found for part in _row(name)})
-    return []
+            return found | {part for name in found for part in _row(name)}
+    return set()
 
 
 def _row(name: str) -> set[str]:
@@ -82,8 +108,10 @@ def lacking(folder: Path, load_format: str = "auto") -> str | None:
         names = {path.name for path in folder.iterdir()}
     except OSError as error:
         return f"it can't be read ({error.strerror})"
-    if not names & {"config.json", "params.json"} and not any(name.endswith(".gguf") for name in names):
-        return "config.json is missing"
+    configs = CONFIGS.get(load_format, ("config.json", "params.json"))
+    if not any(fnmatch(name, config) for name in names for config in configs):
+        return f"{configs[0] if load_format != 'tokenizer' else 'a tokenizer'} is missing"
+    names |= {f"{path.parent.name}/{path.name}" for path in folder.glob("*/*")}
 
     def index(name: str) -> object:
         with contextlib.suppress(OSError, ValueError):
@@ -91,7 +119,7 @@ def lacking(folder: Path, load_format: str = "auto") -> str | None:
         return None
 
     needed = weights(names, load_format, index)
-    if needed is None or load_format == "dummy":
+    if needed is None or not PATTERNS[load_format]:
         return None
     if not needed:
         return "there are no weights"

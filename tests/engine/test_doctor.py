@@ -25,12 +25,11 @@ import pytest
 
 from supervisor.around.gpus import gpus as survey
 from supervisor.around.machine import Machine
-from supervisor.doctor import machine, model
+from supervisor.doctor import estimate, machine, model
 from supervisor.doctor.checks import CHECKS
 from supervisor.doctor.examine import admit, examine
 from supervisor.doctor.patient import FAIL, OK, WARN, Patient, Row
 from supervisor.settings.settings import Arguments
-from supervisor.weights import estimate
 from tests.engine.conftest import Call
 from tests.harness import DEMO, FAKE, ROOT, SUPERVISOR, Supervisor, clean_environment, http
 
@@ -302,7 +301,7 @@ def test_a_hub_that_does_not_answer(doctor: Doctor, model: str, verdict: str) ->
 
 
 def test_a_hub_that_takes_the_question_and_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("supervisor.weights.hub.PATIENCE", 0.1)
+    monkeypatch.setattr("supervisor.doctor.hub.PATIENCE", 0.1)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()

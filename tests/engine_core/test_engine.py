@@ -115,6 +115,46 @@ def test_what_happens_beside_a_run_ends_with_it() -> None:
         assert len(asyncio.all_tasks(world.loop)) == tasks
 
 
+# Why it ended, and whether another start is worth trying
+
+
+def test_an_unknown_end_that_comes_again_at_once_is_the_last() -> None:
+    with World() as world:
+        for _ in range(2):
+            world.launched().exits(3)
+            world.passes(5)
+        assert world.engine.state is State.FAILED
+        assert "it ended twice in the same way within a minute" in world.log[-1].getMessage()
+
+
+def test_one_that_comes_again_much_later_is_not() -> None:
+    with World(limits(startup=600.0)) as world:
+        for _ in range(2):
+            world.passes(45)
+            world.launched().exits(3)
+            world.passes(20)
+        assert world.engine.state is State.STARTING
+
+
+def test_an_engine_that_had_served_is_started_again_however_it_ends() -> None:
+    with World() as world:
+        for _ in range(3):
+            world.serves().exits(3)
+            world.passes(10)
+        assert world.engine.state is State.STARTING
+
+
+def test_the_kernels_kill_is_the_cause_where_it_was_noted() -> None:
+    class Noted(Observer):
+        def began(self, run: Run) -> None:
+            run.oom_killed = True
+
+    with World(LIMITS, Noted()) as world:
+        world.launched().exits(1)
+        world.settle()
+        assert "because the container's memory ran out" in world.account.status()["last_failure"]["cause"]
+
+
 class Lives(RuleBasedStateMachine):
     """Any order of anything, of this run or an earlier one."""
 

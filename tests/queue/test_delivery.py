@@ -5,46 +5,45 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 import pytest
 
+from supervisor.gateway.counts import OUTCOMES
 from supervisor.queue import delivery as deliveries
-from supervisor.queue.delivery import SHUT_DOWN, TABLE, Delivery, Event, NotTaken, Outcome, State
+from supervisor.queue.delivery import TABLE, Delivery, Event, NotTaken, Refused, State
 from supervisor.queue.errors import JobError
 
-REFUSED, DOWN = NotTaken("RunPod answers 400", transient=False), NotTaken("RunPod answers 502", transient=True)
+REFUSED, DOWN = Refused("RunPod answers 400"), NotTaken("RunPod answers 502")
 BROKEN = JobError("The engine stopped.", 503, "service_unavailable")
 
 
 class Scripted:
-    """An answer whose chunks are known; `error` is there once they are through, as of a stream that breaks off."""
+    """An answer whose pieces are known; `error` is there once they are through, as of a stream that breaks off."""
 
     job_id = "j"
-    as_list = True
     first_at = 0.0
 
-    def __init__(self, *chunks: str, whole: object = None, error: JobError | None = None, hangs: bool = False) -> None:
-        self.chunks = list(chunks)
-        self.object = whole
-        self.streams = whole is None
-        self.later = error
-        self.error: JobError | None = None
+    def __init__(
+        self, *pieces: object, as_list: bool = True, error: JobError | None = None, hangs: bool = False
+    ) -> None:
+        self.given = pieces
+        self.as_list = as_list
+        self.error = error
         self.hangs = hangs
-        self.stopped = asyncio.Event()
+        self.closed = False
 
-    async def chunk(self, since: float) -> list[str]:
-        if self.error is None and self.chunks:
-            return [self.chunks.pop(0)]
-        if self.hangs:
-            await self.stopped.wait()
-        self.error = self.error or self.later
-        return []
-
-    def stop(self, error: JobError | None = None) -> None:
-        self.error = self.error or error
-        self.stopped.set()
+    async def pieces(self) -> AsyncGenerator[object, None]:
+        try:
+            for piece in self.given:
+                yield piece
+            if self.hangs:
+                await asyncio.Event().wait()
+            if self.error is not None:
+                raise self.error
+        finally:
+            self.closed = True
 
 
 class Listener:
@@ -78,16 +77,15 @@ def _little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
 def deliver(
     answer: Callable[[], Scripted],
     runpod: Listener,
-    meanwhile: Callable[[asyncio.Task[None], Delivery], None] | None = None,
+    meanwhile: Callable[[Delivery], object] | None = None,
     first: Callable[[], Awaitable[dict[str, Any] | None]] = nothing,
 ) -> Delivery:
     async def all_of_it() -> Delivery:
         one = Delivery(answer(), runpod, first)  # type: ignore[arg-type]
-        task = asyncio.create_task(one.run())
         if meanwhile is not None:
             await asyncio.sleep(0)
-            meanwhile(task, one)
-        await task
+            meanwhile(one)
+        await one.task
         return one
 
     return asyncio.run(all_of_it())
@@ -110,20 +108,17 @@ Ends = Callable[[], tuple[str, str]]
 
 def test_every_cell_of_the_table() -> None:
     """What is not in it can't be: while an answer comes no result is posted, and an error is the last word."""
+    posting = {Event.DONE, Event.REFUSED, Event.UNREACHED, Event.UNWANTED}
     expected = {
-        State.ANSWERING: {Event.ANSWERED, Event.FAILED, Event.UNWANTED},
-        State.RESULT: {Event.TAKEN, Event.REFUSED, Event.UNDELIVERED, Event.UNWANTED},
-        State.ERROR: {Event.TAKEN, Event.REFUSED, Event.UNDELIVERED, Event.UNWANTED},
-        State.OVER: set(),
-    }
+        State.ANSWERING: {Event.DONE, Event.BROKEN, Event.UNWANTED}, State.RESULT: posting, State.ERROR: posting,
+    }  # fmt: skip
     for state, event in itertools.product(State, Event):
-        assert ((state, event) in TABLE) == (event in expected[state])
-    for (state, event), (following, outcome) in TABLE.items():
-        assert (following is State.OVER) == (outcome is not None)
-        if event is Event.UNWANTED:
-            assert outcome is Outcome.CANCELLED
-        if outcome is Outcome.COMPLETED:
-            assert (state, event) == (State.RESULT, Event.TAKEN)
+        assert ((state, event) in TABLE) == (event in expected.get(state, set()))
+    for (state, event), following in TABLE.items():
+        assert following in expected or following.value in OUTCOMES
+        assert (event is Event.UNWANTED) == (following is State.CANCELLED)
+        if following is State.COMPLETED:
+            assert (state, event) == (State.RESULT, Event.DONE)
 
 
 def test_a_stream_is_posted_as_it_comes_and_once_more_as_a_whole(ends: Ends) -> None:
@@ -146,20 +141,14 @@ def test_a_stream_that_breaks_off_is_a_failed_job_with_all_that_came(ends: Ends)
 
 def test_a_whole_answer_is_a_chunk_and_a_result(ends: Ends) -> None:
     runpod = Listener()
-    deliver(lambda: Scripted(whole={"id": 1}), runpod)
+    deliver(lambda: Scripted({"id": 1}), runpod)
     assert runpod.got == [("stream", {"output": {"id": 1}}), ("done", {"output": [{"id": 1}]})]
     assert ends()[0] == "completed"
 
 
 def test_runpod_llms_is_the_object_itself(ends: Ends) -> None:
     runpod = Listener()
-
-    def answer() -> Scripted:
-        one = Scripted(whole={"id": 1})
-        one.as_list = False
-        return one
-
-    deliver(answer, runpod)
+    deliver(lambda: Scripted({"id": 1}, as_list=False), runpod)
     assert runpod.got == [("done", {"output": {"id": 1}})]
     assert ends()[0] == "completed"
 
@@ -171,7 +160,7 @@ def test_a_chunk_that_can_not_be_delivered_fails_the_job(ends: Ends, says: tuple
     assert runpod.got[0] == ("stream", {"output": "a"})
     assert [kind for kind, _ in runpod.got] == ["stream", "done"]
     assert "could not be delivered" in json.loads(runpod.got[1][1]["error"])["message"]
-    assert one.answer.error is not None
+    assert one.answer.closed  # type: ignore[attr-defined]  # the scripted one
     assert ends()[0] == "failed"
 
 
@@ -206,22 +195,39 @@ def test_what_runpod_does_not_know_is_left_out_at_the_second_try(ends: Ends) -> 
     runpod = Listener(None, REFUSED)
     deliver(lambda: Scripted("a"), runpod, first=start)
     assert runpod.got[-1] == ("done", {"output": ["a"]})
-    assert runpod.keys == ["1", "", "again"]
+    assert runpod.keys == ["1", "metadata", ""]
     assert ends()[0] == "completed"
 
 
 def test_one_that_nobody_waits_for_is_cancelled(ends: Ends) -> None:
     runpod = Listener()
-    one = deliver(lambda: Scripted("a", hangs=True), runpod, lambda task, _: task.cancel())
+    one = deliver(lambda: Scripted("a", hangs=True), runpod, lambda one: one.task.cancel())
     assert [kind for kind, _ in runpod.got] == ["stream"]
-    assert one.answer.stopped.is_set()  # type: ignore[attr-defined]  # the scripted one
+    assert one.answer.closed  # type: ignore[attr-defined]  # the scripted one
     assert ends()[0] == "cancelled"
 
 
 def test_one_whose_time_is_over_is_told_so(ends: Ends) -> None:
     runpod = Listener()
-    deliver(lambda: Scripted("a", hangs=True), runpod, lambda _, one: one.answer.stop(SHUT_DOWN))
+    one = deliver(lambda: Scripted("a", hangs=True), runpod, Delivery.expire)
+    assert one.answer.closed  # type: ignore[attr-defined]  # the scripted one
     assert json.loads(runpod.got[-1][1]["error"])["code"] == "shutting_down"
+    assert ends()[0] == "failed"
+
+
+def test_whose_time_is_over_does_not_wait_for_a_chunk(ends: Ends) -> None:
+    """RunPod could not be reached for a minute and more, and then nothing was reported at all."""
+
+    class Stuck(Listener):
+        async def post(self, template: str, job_id: str, body: bytes, key: str, *, stream: bool) -> None:
+            if template == "stream":
+                await asyncio.Event().wait()
+            await super().post(template, job_id, body, key, stream=stream)
+
+    runpod = Stuck()
+    one = deliver(lambda: Scripted("a", "b"), runpod, Delivery.expire)
+    assert json.loads(runpod.got[-1][1]["error"])["code"] == "shutting_down"
+    assert one.answer.closed  # type: ignore[attr-defined]  # the scripted one
     assert ends()[0] == "failed"
 
 

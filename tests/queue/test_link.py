@@ -4,44 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
-from types import SimpleNamespace
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
-from supervisor.queue.shapes import Reader
+from supervisor.queue.errors import JobError
+from supervisor.queue.shapes import Reader, Request
 from supervisor.queue.taken import Taken
 
 pytestmark = pytest.mark.slow  # the import
 
 
 class Client:
-    """The gateway; answers what it is told to when it is told to."""
+    """The gateway; answers with an error when it is told to."""
 
     def __init__(self) -> None:
         self.go = asyncio.Event()
-        self.closed = 0
+        self.asked = 0
 
-    def ask(self, request: Any, request_id: str) -> Any:
-        return self
-
-    async def __aenter__(self) -> Any:
+    @asynccontextmanager
+    async def ask(self, request: Request, request_id: str) -> AsyncIterator[None]:
+        self.asked += 1
         await self.go.wait()
-        return SimpleNamespace(status=500, content=SimpleNamespace(iter_any=self.nothing), content_type="text/plain")
+        raise JobError("no", 500)
+        yield
 
-    async def __aexit__(self, *_: object) -> None:
-        self.closed += 1
-
-    async def nothing(self) -> Any:
-        for part in (b"no",):
-            yield part
-
-    async def longest(self) -> int | None:
-        return None
-
-    async def start_of_engine(self) -> None:
-        return None
+    async def look(self, *_: object) -> None: ...
 
 
 class Posts:
@@ -49,6 +39,7 @@ class Posts:
 
     done = stream = "http://runpod/$ID"
     listens = True
+    session = None
 
     def __init__(self, error: Exception | None = None) -> None:
         self.got: list[dict[str, Any]] = []
@@ -68,9 +59,7 @@ def sdk() -> Any:
 
 
 def link_of(sdk: Any, posts: Posts, jobs: int = 3) -> Any:
-    link = sdk.Link("ready", Client(), Reader("m"), jobs)
-    link.runpod = posts
-    return link
+    return sdk.Link("ready", posts, Client(), Reader("m"), jobs)
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> list[tuple[str, str]]:
@@ -92,13 +81,12 @@ def test_one_that_is_cancelled_before_its_first_step_is_told(sdk: Any, capsys: p
 
     async def act(link: Any) -> None:
         link._begin(Taken("a", {"prompt": "x"}))
-        delivery, task = link.running["a"]
+        task = link.running["a"].task
         task.cancel()
         await asyncio.wait({task})
         await asyncio.sleep(0)
         assert link.running == {}
-        with pytest.raises(asyncio.CancelledError):
-            await delivery.answer._task
+        assert link.client.asked == 0
 
     within(sdk, posts, act)
     assert told(capsys) == [("a", "taken"), ("a", "cancelled")]
@@ -108,7 +96,7 @@ def test_one_that_is_cancelled_before_its_first_step_is_told(sdk: Any, capsys: p
 def test_a_fault_of_ours_is_no_silence(sdk: Any, capsys: pytest.CaptureFixture[str]) -> None:
     async def act(link: Any) -> None:
         link._begin(Taken("a", {"prompt": "x"}))
-        _, task = link.running["a"]
+        task = link.running["a"].task
         link.client.go.set()
         await asyncio.wait({task})
         await asyncio.sleep(0)
@@ -116,3 +104,80 @@ def test_a_fault_of_ours_is_no_silence(sdk: Any, capsys: pytest.CaptureFixture[s
 
     within(sdk, Posts(RuntimeError("a bug")), act)
     assert told(capsys) == [("a", "taken"), ("a", "undelivered")]
+
+
+class Polls:
+    """RunPod's side of a long poll: answers when it is told to, or never."""
+
+    def __init__(self, *answers: tuple[int, bytes]) -> None:
+        self.answers = list(answers)
+
+    async def get(self, url: str, **_: object) -> Any:
+        if not self.answers:
+            await asyncio.Event().wait()
+        self.status, self.body = self.answers.pop(0)
+        return self
+
+    async def __aenter__(self) -> None: ...
+
+    async def __aexit__(self, *_: object) -> None: ...
+
+    async def read(self) -> bytes:
+        return self.body
+
+
+def test_a_poll_is_broken_off_while_nothing_is_on_its_way(sdk: Any) -> None:
+    """However often: a second word of the supervisor's found it half broken off, and nothing else of that word done."""
+
+    async def run() -> None:
+        poll = sdk.LongPoll("x", Polls(), sdk.stopped)
+        poll.break_off()
+        asked = asyncio.create_task(poll.ask("u"))
+        await asyncio.sleep(0)
+        poll.break_off()
+        poll.break_off()
+        await asyncio.sleep(0)
+        poll.break_off()
+        assert await asked == []
+        poll.break_off()
+
+    asyncio.run(run())
+
+
+def test_a_poll_that_is_no_long_one_waits_longer_each_time(
+    sdk: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses = []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    jobs, none = b'{"jobsToStop": ["a", 5, "b"]}', b'{"jobsToStop": []}'
+    answers = [(500, b""), (500, b""), (401, b""), (200, b"{"), (204, b""), (200, jobs), (200, none), (400, b"")]
+
+    async def run() -> list[list[str]]:
+        poll = sdk.LongPoll("stops", Polls(*answers), sdk.stopped)
+        return [await poll.ask("u") for _ in answers]
+
+    assert asyncio.run(run()) == [[], [], [], [], [], ["a", "b"], [], []]
+    assert pauses == pytest.approx([0, 0.1, 0.2, 0.4, 0.8, 1.6, 0, 0.1])
+    said = [json.loads(line)["message"].partition(" enclosed")[0] for line in capsys.readouterr().out.splitlines()]
+    assert said == [
+        "stops: RunPod answers 500", "stops: RunPod answers 401", "stops: Expecting property name",
+        "stops: RunPod answers again",
+    ]  # fmt: skip
+
+
+def test_no_poll_is_opened_by_one_who_leaves(sdk: Any) -> None:
+    """Its end came while it asked how long the model's answers may be."""
+
+    async def act(link: Any) -> None:
+        async def look(*_: object) -> None:
+            link.heard("draining")
+
+        link.client.look = look
+        link.takes.ask = None
+        await link._take()
+
+    within(sdk, Posts(), act)

@@ -32,14 +32,19 @@ def test_a_whole_answer() -> None:
 
 @pytest.mark.parametrize(
     ("batches", "sizes"),
-    [(Batches(), [1, 3, 9, 27, 10]), (Batches(4, 1, 2), [1, 2, *[4] * 11, 3]), (Batches(50, 50), [50])],
+    [
+        (Batches(), [1, 3, 9, 27, 10]),
+        (Batches(4, 1, 2), [1, 2, *[4] * 11, 3]),
+        (Batches(8, 1, 1.5), [1, 2, 3, 4, 6, 8, 8, 8, 8, 2]),
+        (Batches(50, 50), [50]),
+    ],
 )
 def test_batches_grow(batches: Batches, sizes: list[int]) -> None:
     tokens, found = Tokens(batches), []
     for number in range(50):
         found += tokens.feed(event(0, f"t{number} ", number + 1))
-    found += tokens.feed("data: [DONE]\n\n") + tokens.rest()
-    assert tokens.rest() == []
+    found += tokens.feed("data: [DONE]\n\n")
+    assert list(tokens.feed("data: [DONE]\n\n")) == []
     pieces: list[Any] = [batch["choices"][0]["tokens"] for batch in found]  # type: ignore[index]
     assert [len(each) for each in pieces] == sizes
     assert list(chain.from_iterable(pieces)) == [f"t{number} " for number in range(50)]
@@ -48,7 +53,7 @@ def test_batches_grow(batches: Batches, sizes: list[int]) -> None:
 
 def test_several_answers_are_told_apart() -> None:
     tokens = Tokens(Batches(2, 2))
-    assert tokens.feed(event(1, "b") + event(0, "a")) == [
+    assert list(tokens.feed(event(1, "b") + event(0, "a"))) == [
         {"choices": [{"tokens": ["a"]}, {"tokens": ["b"]}], "usage": {"input": 5, "output": 0}}
     ]
 

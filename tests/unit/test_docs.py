@@ -150,9 +150,10 @@ def test_each_of_our_own_errors_is_told_with_its_status() -> None:
 # What is generated
 
 
-def test_what_is_generated_is_not_stale() -> None:
+@pytest.mark.parametrize("script", ["generate_settings.py", "generate_faults.py"])
+def test_what_is_generated_is_not_stale(script: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/generate_settings.py"), "--check"],
+        [sys.executable, str(ROOT / "scripts" / script), "--check"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -19,7 +19,9 @@ MODULES = {
 # What each room may import of the package. Rooms that have not been looked at yet are not here.
 ARROWS = {
     "engine": {"engine", "bounded", "lines", "output", "settings"},
-    "launch": {"engine", "lines", "output", "settings", "terminal", "weights"},
+    "launch": {"engine", "lines", "output", "repositories", "settings", "terminal", "weights"},
+    "repositories": {"settings", "weights"},
+    "weights": {"weights"},
     "bounded": set(),
     "secrets": set(),
     "settings": {"settings", "bounded", "secrets", "vllm"},
@@ -113,7 +115,9 @@ def test_of_the_queue_only_the_child_knows_more_than_http() -> None:
     assert {other for _, other in beyond} == {"supervisor.kept", "supervisor.secrets"}
 
 
-@pytest.mark.parametrize(("name", "most"), [("queue", 1_700), ("local_runpod", 900), ("settings", 2_020)])
+@pytest.mark.parametrize(
+    ("name", "most"), [("queue", 1_434), ("local_runpod", 900), ("weights", 785), ("settings", 2_020)]
+)
 def test_a_room_does_not_grow(name: str, most: int) -> None:
     files = {module: len(path.read_text().splitlines()) for module, path in MODULES.items() if room(module) == name}
     assert sum(files.values()) <= most

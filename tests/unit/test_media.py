@@ -14,14 +14,14 @@ import pytest
 
 from supervisor.around.machine import Machine
 from supervisor.around.media import MediaTold, unrestricted
+from supervisor.around.modalities import kinds, read
 from supervisor.doctor import model as doctor
+from supervisor.doctor.hub import Hub
 from supervisor.doctor.patient import WARN, Patient, Row
 from supervisor.engine.lifecycle import State
 from supervisor.engine.run import Change, Run
 from supervisor.settings.settings import Arguments, Settings, gather
 from supervisor.weights.find import Weights
-from supervisor.weights.hub import Hub
-from supervisor.weights.modalities import kinds, read
 
 IMAGES = frozenset({"image", "video"})
 AUDIO = frozenset({"audio"})

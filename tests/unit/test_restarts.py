@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 
@@ -24,9 +25,11 @@ class Bench:
     async def _sleep(self, seconds: float) -> None:
         self.waited.append(seconds)
 
-    async def fails(self, *, permanent: bool = False, served: bool = True, after: float = 1.0) -> None:
+    async def fails(
+        self, *, permanent: bool = False, served: bool = True, after: float = 1.0, unknown: str = ""
+    ) -> None:
         self.now += after
-        failure = EngineFailed(permanent=permanent, served=served)
+        failure = EngineFailed(permanent=permanent, served=served, unknown=unknown)
         try:
             await self.restarts.again(failure, lambda delay, which: self.told.append(which))
         except EngineFailed as error:
@@ -53,6 +56,49 @@ def test_one_that_never_served_is_tried_again_with_backoff() -> None:
     bench = with_bench(5, lambda bench: bench.fails(served=False))
     assert bench.told == ["restart 1 of 5"]
     assert 1 <= bench.waited[0] <= 2
+
+
+DIED = "VLLM::Worker (pid {}) died."
+
+
+class Repeat(NamedTuple):
+    """Two failures: what is said of each where nobody knows why, seconds between them; whether there is a third."""
+
+    first: str
+    second: str
+    after: float
+    permanent: bool
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        Repeat("Odd: x", "Odd: x", 59, True),
+        Repeat("Odd: x", "Odd: x", 61, False),  # the first may have been an accident, a minute ago
+        Repeat("Odd: x", "Odd: y", 5, False),
+        Repeat(DIED.format(11), DIED.format(2022), 5, True),  # pids and addresses differ in the same end
+        Repeat("Odd at 0x7f3a", "Odd at 0x55c1", 5, True),
+        Repeat("", "", 5, False),  # known causes, each with a permanence of its own
+        Repeat("Odd: x", "", 5, False),
+        Repeat("", "Odd: x", 5, False),
+    ],
+)
+def test_what_ends_twice_in_the_same_unknown_way_within_a_minute_would_again(row: Repeat) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.fails(served=False, unknown=row.first)
+        await bench.fails(served=False, unknown=row.second, after=row.after)
+
+    bench = with_bench(5, scenario)
+    assert len(bench.waited) == (1 if row.permanent else 2)
+    assert bench.given_up == ("it ended twice in the same way within a minute" if row.permanent else "")
+
+
+def test_one_between_them_was_of_another_kind() -> None:
+    async def scenario(bench: Bench) -> None:
+        for unknown in ("Odd: x", "", "Odd: x"):
+            await bench.fails(served=False, unknown=unknown)
+
+    assert with_bench(5, scenario).given_up == ""
 
 
 def test_at_once_then_with_backoff_then_no_more() -> None:

@@ -15,11 +15,12 @@ import pytest
 
 from supervisor.around import prefetch
 from supervisor.around.prefetch import Prefetch
+from supervisor.repositories import BAKED, hub_cache, places
 from supervisor.settings import volume as volumes
 from supervisor.settings.volume import Volume, hub_environment
 from supervisor.weights import find as finding
 from supervisor.weights import snapshot
-from supervisor.weights.find import Place, find, find_snapshot, hub_cache, places
+from supervisor.weights.find import Place, find, find_snapshot
 from tests.harness import mounted, wait_until
 
 MODEL = "Org/Model"
@@ -73,9 +74,22 @@ MISTRAL = ["consolidated.safetensors", "params.json", "config.json", INDEX, *TWO
         (["model.safetensors", "pytorch_model.bin", "m.pt"], "pt", None, ["m.pt"]),
         (["model.safetensors", "pytorch_model.bin"], "npcache", None, ["pytorch_model.bin"]),
         (["pytorch_model.bin", "optimizer.pt", "scheduler.pt"], "safetensors", None, []),
-        (["m.gguf"], "auto", None, ["m.gguf"]),
+        (["m.gguf"], "auto", None, []),  # a plugin's
         (["original/consolidated.safetensors", "model.safetensors"], "auto", None, ["model.safetensors"]),
         (["original/consolidated.safetensors"], "auto", None, []),
+        (["model.safetensors", "2_Dense/model.safetensors", "lora/adapter_model.safetensors"], "auto", None,
+         ["2_Dense/model.safetensors", "model.safetensors"]),
+        ([INDEX, *TWO, "joint_head.safetensors"], "auto", index_of(*TWO), ["joint_head.safetensors", *TWO]),
+        (["pytorch_model.bin", "colbert_linear.pt", "sparse_linear.pt"], "auto", None,
+         ["colbert_linear.pt", "pytorch_model.bin", "sparse_linear.pt"]),
+        ([INDEX, *TWO, "whisper-large-v3/model.safetensors"], "auto", index_of(*TWO),
+         [*TWO, "whisper-large-v3/model.safetensors"]),
+        (["transformer/a.safetensors", "vae/b.safetensors"], "auto", None, ["transformer/a.safetensors"]),
+        (["model.safetensors", "transformer/a.safetensors"], "auto", None, ["model.safetensors"]),
+        (["adapter_model.safetensors", "adapter_model.bin", "optimizer.pt"], "lora", None,
+         ["adapter_model.safetensors"]),
+        (["adapter_model.bin", "checkpoint-9/adapter_model.safetensors"], "lora", None, ["adapter_model.bin"]),
+        (["tokenizer.json", "model.safetensors"], "tokenizer", None, []),
         (["model.safetensors"], "dummy", None, []),
         (["model.safetensors"], "runai_streamer", None, None),
         ([], "auto", None, []),
@@ -91,13 +105,20 @@ def test_which_files_are_read(names: list[str], load_format: str, index: bytes |
     assert snapshot.weights(names, load_format, read) == expected
 
 
-def test_what_is_weights_by_its_name() -> None:
-    heavy = ("model.safetensors", "a/b.bin", "onnx/model.onnx_data", "tf_model.h5", "x.gguf", "original/c.00.pth")
-    light = ("config.json", "tokenizer.model", "tekken.json", "1_Pooling/config.json", "chat_template.jinja")
-    assert all(map(snapshot.is_weights, heavy))
-    assert not any(map(snapshot.is_weights, light))
-    # A layer of sentence-transformers' own is little, and read from its folder.
-    assert not snapshot.is_weights("2_Dense/model.safetensors")
+def test_what_is_read_beside_the_weights() -> None:
+    read = (
+        "config.json", "params.json", "tekken.json", "tokenizer.model", "sentencepiece.bpe.model", "source.spm",
+        "merges.txt", "vocab.txt", "bpe.codes", "qwen.tiktoken", "chat_template.jinja", "modeling_x.py", INDEX,
+        "additional_chat_templates/rag.jinja", "1_Pooling/config.json", "speech_tokenizer/preprocessor_config.json",
+        "remote/config.yaml",
+    )  # fmt: skip
+    unread = (
+        "README.md", "LICENSE", ".gitattributes", "model.safetensors", "m.nemo", "m.ckpt", "m.npz", "m.tar.gz", "m.zip",
+        "m.mp4", "m.litertlm", "m.gguf", "tf_model.h5", "onnx/config.json", "original/tokenizer.model",
+        "runs/Nov27/events.out.tfevents.1", "checkpoint-500/trainer_state.json", "image.png", "eval.parquet",
+    )  # fmt: skip
+    assert [name for name in read if not snapshot.is_read(name)] == []
+    assert [name for name in unread if snapshot.is_read(name)] == []
 
 
 # Whole or not
@@ -144,7 +165,12 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 100\n
          "pytorch_model.bin is not complete: 0 of 1 bytes"),
         ({TWO[0]: None, TWO[1]: None, INDEX: None, "pytorch_model.bin": POINTER}, "auto",
          "pytorch_model.bin is only a Git LFS pointer"),
-        (dict.fromkeys(WHOLE) | {"m-Q4_K_M.gguf": b"GGUF"}, "auto", None),
+        (dict.fromkeys(WHOLE) | {"m-Q4_K_M.gguf": b"GGUF"}, "auto", "config.json is missing"),
+        (dict.fromkeys(WHOLE) | {"tokenizer.json": b"{}"}, "tokenizer", None),
+        (dict.fromkeys(WHOLE) | {"README.md": b""}, "tokenizer", "a tokenizer is missing"),
+        ({"config.json": None, "adapter_config.json": b"{}"}, "lora", "there are no weights"),
+        ({"adapter_config.json": b"{}", "adapter_model.safetensors": safetensors()}, "lora", None),
+        ({}, "lora", "adapter_config.json is missing"),
         ({TWO[0]: "folder"}, "auto", f"{TWO[0]} can't be read (Is a directory)"),
         ({TWO[0]: "dangling"}, "auto", f"{TWO[0]} is missing"),
         ({TWO[0]: "loop"}, "auto", f"{TWO[0]} can't be read (Too many levels of symbolic links)"),
@@ -298,9 +324,31 @@ def test_without_a_hub(three: dict[str, Place]) -> None:
     assert (found.folder, found.download, len(found.passed_over)) == (None, False, 1)
 
 
-@pytest.mark.parametrize("model", ["s3://bucket/model", "org/name:Q4_K_M", "/models/nowhere", "a/b/c", "hf://a/b"])
+@pytest.mark.parametrize("model", ["s3://bucket/model", "/models/nowhere", "a/b/c", "hf://a/b"])
 def test_what_is_left_to_vllm(three: dict[str, Place], model: str) -> None:
     assert look(three, model) == finding.Weights("left to vLLM")
+
+
+def test_gguf(three: dict[str, Place], tmp_path: Path) -> None:
+    """Whether this vLLM has it is told where vLLM's Python is to be had."""
+    assert look(three, "org/name:Q4_K_M") == finding.Weights("left to vLLM", gguf=True)
+    assert find("org/name", None, "gguf", three.values(), {}) == finding.Weights("left to vLLM", gguf=True)
+    (tmp_path / "m.gguf").touch()
+    assert look(three, str(tmp_path / "m.gguf")).gguf
+    assert not look(three, str(tmp_path)).gguf
+
+
+@pytest.mark.parametrize("load_format", ["runai_streamer", "sharded_state", "tensorizer", "my_own"])
+def test_formats_that_have_weights_in_ways_of_their_own(three: dict[str, Place], load_format: str) -> None:
+    def found() -> finding.Weights:
+        return find(MODEL, None, load_format, three.values(), {})
+
+    told = finding.Weights(f"left to vLLM, whose {load_format} has them in a way of its own")
+    assert found() == told
+    make_cache(three["cache"].cache)
+    assert found() == told
+    folder = make_cache(three["volume"].cache) / COMMIT  # somebody put it there for this
+    assert found().folder == folder
 
 
 def test_another_hub_is_left_to_vllm(three: dict[str, Place]) -> None:
@@ -316,13 +364,13 @@ def test_a_name_that_is_too_long_for_a_file(three: dict[str, Place]) -> None:
 def test_places(tmp_path: Path) -> None:
     environ = {"HF_HOME": "/h", "HOME": "/home/u"}
     assert [(place.cache, place.settled) for place in places(environ, tmp_path)] == [
-        (finding.BAKED, True),
+        (BAKED, True),
         (tmp_path / "huggingface-cache/hub", True),
         (Path("/h/hub"), False),
     ]
     own = {"HF_HOME": str(tmp_path / "huggingface-cache")}  # the volume's, as we set it: no second time
     assert [place.settled for place in places(own, tmp_path)] == [True, True]
-    assert [place.cache for place in places(environ, None, "/models")] == [finding.BAKED, Path("/models")]
+    assert [place.cache for place in places(environ, None, "/models")] == [BAKED, Path("/models")]
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ DOWNLOAD = ROOT / "supervisor" / "weights" / "download.py"
 MB = 1_000_000
 PART = 3 * MB
 PARTS = [f"model-{number:05}-of-00003.safetensors" for number in (1, 2, 3)]
+LARGE = '{"repo": "org/large"}'
 CHAT = {"model": "org/large", "messages": [{"role": "user", "content": "hi"}]}
 
 
@@ -139,21 +140,23 @@ class User:
             assert supervisor.exit_code() == 3, supervisor.output
             return supervisor.output
 
-    def run(self, hub: Hub, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-        """The downloading program alone."""
-        return subprocess.run(
-            [PYTHON, DOWNLOAD, *arguments], env=clean_environment(**self.environ(hub, **more)), capture_output=True,
-            text=True, check=False, timeout=60,
-        )  # fmt: skip
+    def run(self, hub: Hub, repo: str, *before: str, **more: str) -> subprocess.CompletedProcess[str]:
+        """The downloading program alone. `before`: what its Python does first."""
+        program = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+        started = ["-c", "\n".join((*before, program))]
+        words = [PYTHON, *(started if before else ()), DOWNLOAD, json.dumps({"repo": repo})]
+        environ = clean_environment(**self.environ(hub, **more))
+        return subprocess.run(words, env=environ, capture_output=True, text=True, check=False, timeout=60)
 
     def snapshot(self, model: str, cache: Path | None = None) -> Path:
         repository = (cache or self.cache) / f"models--{model.replace('/', '--')}"
         return repository / "snapshots" / (repository / "refs/main").read_text()
 
     def has(self, model: str, folder: Path) -> bool:
-        """Whether its cache has the very files of `folder`."""
+        """Whether its cache has the very files of `folder`, but for what is for people."""
         found = self.snapshot(model)
-        return all((found / path.name).read_bytes() == path.read_bytes() for path in folder.iterdir())
+        files = [path for path in folder.iterdir() if path.suffix != ".md"]
+        return all((found / path.name).read_bytes() == path.read_bytes() for path in files)
 
 
 @pytest.fixture
@@ -181,7 +184,7 @@ def test_a_volume_is_filled_once_and_needs_no_hub_afterwards(user: User, hub: Hu
     more = {"SUPERVISOR_VOLUME": str(volume), "TMPDIR": str(short)}
     with user.up(hub, "org/tiny", **more) as supervisor:
         supervisor.says(
-            r"weights: Downloading weights: org/tiny, 7 files, 1\.9 MB, to \S+/volume/huggingface-cache/hub"
+            r"weights: Downloading weights: org/tiny, 6 files, 1\.9 MB, to \S+/volume/huggingface-cache/hub"
         )
         supervisor.ready()
         assert served(supervisor) == ["org/tiny"]
@@ -205,9 +208,9 @@ def test_a_cache_is_asked_for_news_and_served_all_the_same_without_a_hub(user: U
     folder = user.home / "model"
     shutil.copytree(DEMO, folder)
     with Hub(large, "--repo", f"org/moves={folder}") as hub:
-        assert user.run(hub, "--repo", "org/moves").returncode == 0
+        assert user.run(hub, "org/moves").returncode == 0
         old = user.snapshot("org/moves")
-        (folder / "README.md").write_text("new")
+        (folder / "generation_config.json").write_text("{}")
         with user.up(hub, "org/moves") as supervisor:
             supervisor.says(r"the hub has a newer org/moves: \w{12}, not \w{12}")
             supervisor.says(r"Downloading weights: org/moves, 1 files, 0\.0 MB")  # what is the same is there already
@@ -248,13 +251,21 @@ def test_fetch(user: User, hub: Hub) -> None:
 def test_only_what_is_read_is_fetched(user: User, large: Path) -> None:
     folder = user.home / "model"
     shutil.copytree(large, folder)
-    extra = {"pytorch_model.bin": 0, "original/consolidated.pth": 0, "onnx/model.onnx": 0, "tf_model.h5": 0}
-    extra |= {"tokenizer.json": 1, "2_Dense/model.safetensors": 1, "2_Dense/config.json": 1}
+    unread = [
+        "pytorch_model.bin", "original/consolidated.pth", "original/params.json", "onnx/model.onnx", "tf_model.h5",
+        "model.nemo", "last.ckpt", "weights.npz", "all.tar.gz", "all.zip", "demo.mp4", "m.litertlm", "README.md",
+        "runs/Nov27/events.out.tfevents.1", "checkpoint-500/model.safetensors", "m-Q4_K_M.gguf",
+    ]  # fmt: skip
+    read = [
+        "tokenizer.json", "merges.txt", "tokenizer.model", "qwen.tiktoken", "chat_template.jinja", "modeling_x.py",
+        "additional_chat_templates/tool_use.jinja", "2_Dense/model.safetensors", "2_Dense/config.json",
+    ]  # fmt: skip
+    extra = dict.fromkeys(unread, 0) | dict.fromkeys(read, 1)
     for name in extra:
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
         (folder / name).write_bytes(safetensors(1000))
     with Hub(large, "--repo", f"org/more={folder}") as hub:
-        assert user.run(hub, "--repo", "org/more").returncode == 0
+        assert user.run(hub, "org/more").returncode == 0
         found = user.snapshot("org/more")
         there = {path.relative_to(found).as_posix() for path in found.rglob("*") if path.is_file()}
         assert there == {path.name for path in large.iterdir()} | {name for name, wanted in extra.items() if wanted}
@@ -286,19 +297,142 @@ def test_code_of_another_repository_may_be_asked_for(user: User, large: Path, tm
         assert "HF_HUB_OFFLINE" not in engine(supervisor)[1]
 
 
-def test_one_of_many_models_is_to_be_named(user: User, large: Path, tmp_path: Path) -> None:
-    """All quantizations together would be hundreds of GB."""
-    folder = tmp_path / "gguf"
+GGUF = "is GGUF, and this vLLM has no GGUF. Install its GGUF plugin (vllm-gguf-plugin) beside it, or set MODEL to the"
+
+
+def make_gguf(folder: Path) -> Path:
     folder.mkdir()
     for name in ("m-Q4_K_M.gguf", "m-Q8_0-00001-of-00002.gguf", "m-Q8_0-00002-of-00002.gguf"):
         (folder / name).write_bytes(b"GGUF")
+    return folder
+
+
+@pytest.mark.parametrize("model", ["org/gguf", "org/gguf:Q4_K_M", "FILE"])
+def test_gguf_is_told_of_before_anything_is_downloaded(user: User, large: Path, tmp_path: Path, model: str) -> None:
+    folder = make_gguf(tmp_path / "gguf")
+    model = model.replace("FILE", str(folder / "m-Q4_K_M.gguf"))
     with Hub(large, "--repo", f"org/gguf={folder}") as hub:
-        output = user.fails(hub, "org/gguf")
-        assert "org/gguf has 2 models as GGUF, m-Q4_K_M.gguf among them" in output
-        assert "MODEL=org/gguf:Q4_K_M" in output
+        assert f"{model} {GGUF}" in user.fails(hub, model)
         assert hub.sent(".gguf") == 0
-        (folder / "m-Q4_K_M.gguf").unlink()
-        assert user.run(hub, "--repo", "org/gguf").returncode == 0
+
+
+def test_gguf_is_left_to_its_plugin(user: User, large: Path, tmp_path: Path) -> None:
+    folder = make_gguf(tmp_path / "gguf")
+    info = tmp_path / "plugins" / "vllm_gguf_plugin-0.0.5.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-gguf-plugin\nVersion: 0.0.5\n")
+    (info / "entry_points.txt").write_text("[vllm.general_plugins]\ngguf = vllm_gguf_plugin:register\n")
+    with Hub(large, "--repo", f"org/gguf={folder}") as hub:
+        for model in ("org/gguf", "org/gguf:Q4_K_M"):
+            with user.up(hub, model, PYTHONPATH=str(info.parent)) as supervisor:
+                supervisor.ready()
+                argv, environ = engine(supervisor)
+                assert model in argv
+                assert "HF_HUB_OFFLINE" not in environ
+        assert GGUF in user.fails(hub, "org/gguf", PYTHONPATH=str(info.parent), VLLM_PLUGINS="")
+        assert hub.sent(".gguf") == 0
+
+
+@pytest.mark.parametrize("load_format", ["runai_streamer", "sharded_state", "tensorizer"])
+def test_a_format_that_has_its_own_way_is_left_to_vllm(user: User, hub: Hub, load_format: str) -> None:
+    with user.up(hub, "org/tiny", LOAD_FORMAT=load_format) as supervisor:
+        supervisor.says(rf"weights: left to vLLM, whose {load_format} has them in a way of its own")
+        supervisor.ready()
+        assert "org/tiny" in engine(supervisor)[0]
+    assert hub.change()["requests"] == 0
+
+
+# What vLLM reads beside the model
+
+
+ADAPTER = {"adapter_config.json": b"{}", "adapter_model.safetensors": safetensors(1000), "optimizer.pt": b"x"}
+
+
+@pytest.fixture
+def beside(large: Path, tmp_path: Path) -> Iterator[Hub]:
+    """A hub with `org/sql`, an adapter, and `org/words`, a tokenizer with somebody's weights, as well."""
+    for name, content in ADAPTER.items():
+        (tmp_path / "sql" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "sql" / name).write_bytes(content)
+    shutil.copytree(DEMO, tmp_path / "words")
+    folders = {"sql": tmp_path / "sql", "words": tmp_path / "words", "gated": DEMO}
+    repos = [word for name, folder in folders.items() for word in ("--repo", f"org/{name}={folder}")]
+    with Hub(large, *repos, "--gated", "org/gated", "--private", "org/private") as hub:
+        yield hub
+
+
+def test_what_is_read_beside_the_model_is_fetched_as_well(user: User, beside: Hub) -> None:
+    more = {
+        "TOKENIZER": "org/words",
+        "SPECULATIVE_CONFIG": '{"model": "org/large", "num_speculative_tokens": 3}',
+        "ENABLE_LORA": "true",
+        "LORA_MODULES": "sql=org/sql",
+    }
+    with user.up(beside, "org/tiny", **more) as supervisor:
+        supervisor.ready()
+        for line in ("org/tiny, 6 files", "org/words, 5 files", "org/large, 4 files, 9.0 MB", "org/sql, 2 files"):
+            assert f"weights: Downloading weights: {line}" in supervisor.output
+        argv, environ = engine(supervisor)
+        assert argv[argv.index("--tokenizer") + 1] == str(user.snapshot("org/words"))
+        draft = json.loads(argv[argv.index("--speculative-config") + 1])
+        assert draft == {"model": str(user.snapshot("org/large")), "num_speculative_tokens": 3}
+        assert argv[argv.index("--lora-modules") + 1] == f"sql={user.snapshot('org/sql')}"
+        assert environ["HF_HUB_OFFLINE"] == "1"
+        assert served(supervisor)[0] == "org/tiny"
+        assert "--tokenizer org/words" in supervisor.client.get("/status").json()["command"]
+    assert not (user.snapshot("org/words") / "model.safetensors").exists()
+    assert not (user.snapshot("org/sql") / "optimizer.pt").exists()
+    sent = beside.sent("")
+    with user.up(beside, "org/tiny", **more) as supervisor:
+        supervisor.ready()
+        assert f"sql={user.snapshot('org/sql')}" in engine(supervisor)[0]
+    assert beside.sent("") == sent
+    beside.stop()
+    with user.up(beside, "org/tiny", **more) as supervisor:
+        supervisor.ready()
+        assert f"sql={user.snapshot('org/sql')}" in engine(supervisor)[0]
+        assert supervisor.output.count("The hub could not be reached") == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "cause", "remedy"),
+    [
+        ("TOKENIZER", "org/nosuch", "There is no model org/nosuch on the hub", "Check the spelling of TOKENIZER"),
+        ("SPECULATIVE_CONFIG", '{"model": "org/gated"}', "org/gated is gated, and no token was given", "HF_TOKEN"),
+        ("LORA_MODULES", "a=org/private", "There is no model org/private on the hub", "spelling of LORA_MODULES"),
+    ],
+)
+def test_what_is_refused_beside_the_model_is_told_before_the_model_comes(
+    user: User, beside: Hub, setting: str, value: str, cause: str, remedy: str
+) -> None:
+    output = user.fails(beside, "org/large", **{setting: value, "ENABLE_LORA": "true"})
+    last = output.rstrip().splitlines()[-1]
+    assert cause in last
+    assert remedy in last
+    assert beside.sent() == 0
+
+
+def test_what_is_read_beside_the_model_is_baked_with_it(user: User, beside: Hub) -> None:
+    environ = user.environ(beside, SUPERVISOR_VLLM=str(user.vllm), TOKENIZER="org/words", LORA_MODULES="sql=org/sql")
+    for comes in (True, False):
+        done = subprocess.run(
+            [SUPERVISOR, "fetch", "org/tiny"], env=clean_environment(**environ), capture_output=True, text=True,
+            check=False, timeout=60, cwd=user.home,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout
+        assert ("Downloading weights" in done.stdout) is comes
+        for name in ("org/tiny", "org/words", "org/sql"):
+            assert f"weights: {user.snapshot(name)}\n" in done.stdout
+
+
+def test_a_model_in_a_folder_with_a_tokenizer_of_the_hub(user: User, beside: Hub) -> None:
+    with user.up(beside, str(DEMO), TOKENIZER="org/words") as supervisor:
+        supervisor.ready()
+        argv, environ = engine(supervisor)
+        assert str(DEMO) in argv
+        assert str(user.snapshot("org/words")) in argv
+        assert "HF_HUB_OFFLINE" not in environ
+    assert beside.sent() == 0
 
 
 def test_a_vllm_that_is_no_python_script_downloads_by_itself(user: User, hub: Hub, vllm: Path, tmp_path: Path) -> None:
@@ -328,7 +462,7 @@ def test_what_a_folder_lacks_is_vllms_to_tell(user: User, hub: Hub, tmp_path: Pa
 
 def test_connections_that_break_off(user: User, hub: Hub, large: Path) -> None:
     hub.change(cut=2 * MB)
-    assert user.run(hub, "--repo", "org/large").returncode == 0
+    assert user.run(hub, "org/large").returncode == 0
     assert user.has("org/large", large)
     # What came of a piece of 1 MiB that is not whole is lost.
     assert hub.sent() < 3 * (PART + MB + 10_000)
@@ -372,7 +506,7 @@ def test_a_newer_one_that_does_not_come_is_done_without(user: User, large: Path)
     folder = user.home / "model"
     shutil.copytree(large, folder)
     with Hub(large, "--repo", f"org/moves={folder}") as hub:
-        assert user.run(hub, "--repo", "org/moves").returncode == 0
+        assert user.run(hub, "org/moves").returncode == 0
         old = user.snapshot("org/moves")
         (folder / PARTS[0]).write_bytes(safetensors(PART, 9))
         hub.change(stall=2 * MB)
@@ -390,21 +524,62 @@ def test_a_newer_one_that_does_not_come_is_done_without(user: User, large: Path)
 @pytest.mark.parametrize("trouble", [{"fail": 429, "retry_after": 0.1}, {"fail": 500}])
 def test_a_hub_in_trouble(user: User, hub: Hub, trouble: dict[str, int]) -> None:
     hub.change(**trouble, fail_times=1)
-    done = user.run(hub, "--repo", "org/tiny")
+    done = user.run(hub, "org/tiny")
     assert done.returncode == 0
     assert re.search(rf"weights: the hub did not answer \(.*{trouble['fail']} ", done.stdout)
 
 
+def test_a_client_that_can_not_be_told_to_keep_halves(user: User, hub: Hub) -> None:
+    """It is told, for a download that breaks off then begins anew; and nothing else is lost."""
+    hub.change(flip=PARTS[0])
+    for change in ("file_download.fetch = file_download.http_get", "file_download.TEMPORARY = 1"):
+        before = ["import uuid", "from huggingface_hub import file_download"]
+        if "fetch" in change:
+            before += ["real = file_download.http_get", "def fetch(*a, **more): return real(*a, **more)"]
+            before += ["file_download.http_get = fetch"]  # whose parameters say nothing
+        else:
+            before += ["uuid.uuid4 = lambda: type('Name', (), {'hex': 'ANOTHER-'})"]
+        done = user.run(hub, "org/large", *before)
+        assert "weights: what breaks off begins anew: huggingface_hub " in done.stdout
+        assert f"{PARTS[0]} came damaged" in done.stdout
+
+
+def test_a_client_that_can_not_tell_beforehand(user: User, hub: Hub, large: Path) -> None:
+    before = (
+        "import functools, huggingface_hub",
+        "theirs = huggingface_hub.snapshot_download",
+        "def plain(repo_id, *, revision, cache_dir, allow_patterns):",
+        "    return theirs(repo_id, revision=revision, cache_dir=cache_dir, allow_patterns=allow_patterns)",
+        "huggingface_hub.snapshot_download = plain",
+    )
+    done = user.run(hub, "org/large", *before)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "weights: this huggingface_hub can't tell beforehand what comes" in done.stdout
+    assert user.has("org/large", large)
+
+
+@pytest.mark.parametrize("name", ["HTTPS_PROXY", "http_proxy"])
+def test_a_proxy_that_is_dead_is_named(user: User, hub: Hub, name: str) -> None:
+    proxies = {name: "http://user:planted@127.0.0.1:9", "NO_PROXY": "", "no_proxy": ""}
+    if name == "HTTPS_PROXY":
+        proxies["HF_ENDPOINT"] = "https://hub.invalid"
+    before = ("import time", "time.sleep = lambda _: None")
+    done = user.run(hub, "org/tiny", *before, **proxies)
+    assert done.returncode == 4
+    assert re.search(rf"cannot be had now: .* \| Check the network, HF_ENDPOINT, {name.upper()}; it is", done.stdout)
+    assert "planted" not in done.stdout
+
+
 def test_a_hub_that_wants_no_more_of_us(user: User, hub: Hub) -> None:
     hub.change(fail=429, retry_after=0.1)
-    done = user.run(hub, "--repo", "org/tiny")
+    done = user.run(hub, "org/tiny")
     assert done.returncode == 4
     assert "cannot be had now: The hub turned us away: too many requests (429). | Set HF_TOKEN" in done.stdout
 
 
 def test_an_error_in_between_costs_nothing_that_has_come(user: User, hub: Hub, large: Path) -> None:
     hub.change(cut=2 * MB)
-    arguments = [PYTHON, DOWNLOAD, "--repo", "org/large"]
+    arguments = [PYTHON, DOWNLOAD, LARGE]
     environ = clean_environment(**user.environ(hub))
     with subprocess.Popen(arguments, env=environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         wait_until(lambda: hub.sent() >= 6 * MB, "the first halves")
@@ -431,9 +606,9 @@ def test_a_file_that_comes_damaged(user: User, hub: Hub, large: Path) -> None:
 
 def test_a_small_file_that_comes_damaged(user: User, hub: Hub) -> None:
     hub.change(flip="config.json")
-    assert "config.json came damaged" in user.run(hub, "--repo", "org/tiny").stdout
+    assert "config.json came damaged" in user.run(hub, "org/tiny").stdout
     hub.change(flip="")
-    assert user.run(hub, "--repo", "org/tiny").returncode == 0
+    assert user.run(hub, "org/tiny").returncode == 0
     assert user.has("org/tiny", DEMO)
 
 
@@ -455,7 +630,7 @@ def test_a_small_file_that_comes_damaged(user: User, hub: Hub) -> None:
 def test_what_the_hub_refuses(
     user: User, large: Path, model: str, more: dict[str, str], cause: str, remedy: str
 ) -> None:
-    with Hub(large, "--gated", "org/gated", "--private", "org/private") as hub:
+    with Hub(large, "--repo", f"org/gated={DEMO}", "--gated", "org/gated", "--private", "org/private") as hub:
         output = user.fails(hub, model, **more)
     last = output.rstrip().splitlines()[-1]
     assert cause in last
@@ -508,7 +683,7 @@ def test_a_disk_that_becomes_full(user: User, hub: Hub) -> None:
             assert supervisor.exit_code() == 3
             assert "The disk became full while org/large came to" in supervisor.output
         (disk / "other").unlink()
-        assert user.run(hub, "--repo", "org/large").returncode == 0
+        assert user.run(hub, "org/large").returncode == 0
 
 
 def test_what_is_there_already_needs_no_room(user: User, large: Path) -> None:
@@ -518,9 +693,9 @@ def test_what_is_there_already_needs_no_room(user: User, large: Path) -> None:
         mounted(user.home / "hf", "-t", "tmpfs", "-o", "size=12m", "tmpfs"),
         Hub(large, "--repo", f"org/moves={folder}") as hub,
     ):
-        assert user.run(hub, "--repo", "org/moves").returncode == 0
-        (folder / "README.md").write_text("new")
-        assert user.run(hub, "--repo", "org/moves").returncode == 0
+        assert user.run(hub, "org/moves").returncode == 0
+        (folder / "generation_config.json").write_text("{}")
+        assert user.run(hub, "org/moves").returncode == 0
         assert user.has("org/moves", folder)
 
 
@@ -541,7 +716,7 @@ def test_a_cache_below_a_file(user: User, hub: Hub) -> None:
 
 def test_two_workers_fill_one_cache(user: User, hub: Hub, large: Path) -> None:
     hub.change(rate=4 * MB)
-    arguments, environ = [PYTHON, DOWNLOAD, "--repo", "org/large"], clean_environment(**user.environ(hub))
+    arguments, environ = [PYTHON, DOWNLOAD, LARGE], clean_environment(**user.environ(hub))
     both = [subprocess.Popen(arguments, env=environ, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait(60) for process in both] == [0, 0]
     assert user.has("org/large", large)
@@ -566,17 +741,17 @@ def damage(path: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["cut short", "garbage", "pointer", "dangling", "never came"])
 def test_a_cache_that_is_not_whole(user: User, hub: Hub, large: Path, how: str) -> None:
-    assert user.run(hub, "--repo", "org/large").returncode == 0
+    assert user.run(hub, "org/large").returncode == 0
     before = hub.sent()
     damage(user.snapshot("org/large") / PARTS[1], how)
-    done = user.run(hub, "--repo", "org/large")
+    done = user.run(hub, "org/large")
     assert "Downloading weights: org/large, 1 files, 3.0 MB" in done.stdout
     assert user.has("org/large", large)
     assert hub.sent() - before == (large / PARTS[1]).stat().st_size
 
 
 def test_a_start_from_a_cache_that_is_not_whole(user: User, hub: Hub, large: Path) -> None:
-    assert user.run(hub, "--repo", "org/large").returncode == 0
+    assert user.run(hub, "org/large").returncode == 0
     damage(user.snapshot("org/large") / PARTS[1], "cut short")
     with user.up(hub, "org/large") as supervisor:
         why = rf"{PARTS[1]} is not complete: 1000 of \d+ bytes"
@@ -586,15 +761,15 @@ def test_a_start_from_a_cache_that_is_not_whole(user: User, hub: Hub, large: Pat
 
 
 def test_files_of_an_unfinished_download_are_checked_by_the_next(user: User, hub: Hub, large: Path) -> None:
-    assert user.run(hub, "--repo", "org/large").returncode == 0
+    assert user.run(hub, "org/large").returncode == 0
     found = user.snapshot("org/large")
     (user.cache / "models--org--large/refs/main").unlink()  # written last
     with (found / PARTS[0]).open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"x")
     (found / PARTS[1]).unlink()
-    assert f"{PARTS[0]} came damaged" in user.run(hub, "--repo", "org/large").stdout
-    assert user.run(hub, "--repo", "org/large").returncode == 0
+    assert f"{PARTS[0]} came damaged" in user.run(hub, "org/large").stdout
+    assert user.run(hub, "org/large").returncode == 0
     assert user.has("org/large", large)
     # The same where nothing is missing, and so it is in the cache by all appearances.
     (user.cache / "models--org--large/refs/main").unlink()
@@ -643,6 +818,6 @@ def test_halves_of_the_dead_are_removed_and_those_of_the_living_are_not(user: Us
     ) as holder:  # fmt: skip
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
-        assert user.run(hub, "--repo", "org/tiny").returncode == 0
+        assert user.run(hub, "org/tiny").returncode == 0
         holder.communicate()
     assert {name for name, path in halves.items() if path.exists()} == {"living", "young"}

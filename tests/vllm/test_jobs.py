@@ -392,7 +392,7 @@ def test_a_batch_of_mixed_requests_with_some_that_fail(runpod: RunPod) -> None:
     assert text_of(short) == text_of(passed_on)
     assert tokens["count"] >= 1
     assert models["data"][0]["id"] == "demo"
-    assert no_object["error"] == "Each of requests must be an object."
+    assert no_object["error"].startswith("The input must be an object")
 
 
 def test_a_large_batch_comes_in_its_order(runpod: RunPod) -> None:
@@ -469,9 +469,9 @@ def test_errors_are_vllms(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"question": "What are you?"}, "The job's input has none of: openai_route, route,"),
-        ({}, "The job's input must be an object with one of: openai_route, route,"),
-        ({"mode": "json", "prompt": "a", "schema": "{no"}, "The schema is text that is no JSON"),
+        ({"question": "What are you?"}, "The input has none of: openai_route, route,"),
+        ({}, "The input must be an object with one of: openai_route, route,"),
+        ({"mode": "json", "prompt": "a", "schema": "{no"}, "schema is text that is no JSON"),
         ({"openai_input": "[" * 100_000}, "The input is nested too deeply."),
     ],
     ids=["unknown", "empty", "schema", "deep"],
@@ -603,12 +603,12 @@ def test_a_constraint_of_old_holds(runpod: RunPod) -> None:
 @pytest.mark.parametrize("content", [{"prompt": "Once upon"}, {"messages": QUESTION}], ids=["prompt", "chat"])
 def test_worker_vllms_output_of_old(served: Supervisor, content: dict[str, object]) -> None:
     """As the worker makes it of vLLM's answers; tests/queue/test_tokens.py has the way through RunPod."""
-    reader = Reader("demo", tokens=Batches(most=8, least=1, growth=2))
+    reader = Reader("demo", tokens=Batches(8, 1, 2))
 
     def asked(**more: object) -> tuple[Job, Any]:
         job = reader.read({**content, "sampling_params": COLD, **more})
         assert job.request is not None
-        answer = served.client.post(job.request.path, content=job.request.body, headers=list(job.request.headers))
+        answer = served.client.post(job.request.path, content=job.request.body, headers=dict(job.request.headers))
         assert answer.status_code == 200, answer.text
         return job, answer
 
@@ -619,14 +619,15 @@ def test_worker_vllms_output_of_old(served: Supervisor, content: dict[str, objec
     job, answer = asked(stream=True)
     assert job.tokens is not None
     tokens = Tokens(job.tokens)
-    batches: list[Any] = [*tokens.feed(answer.text), *tokens.rest()]
+    batches: list[Any] = [*tokens.feed(answer.text)]
     assert ["".join(piece for batch in batches for piece in batch["choices"][0]["tokens"])] == choice["tokens"]
     assert [len(batch["choices"][0]["tokens"]) for batch in batches][:4] == [1, 2, 4, 8]
     assert batches[-1]["usage"] == usage
 
 
 def test_a_stream_of_an_engine_that_is_killed_is_failed(served: Supervisor, runpod: RunPod) -> None:
-    job = runpod.run({"prompt": "Once upon", "max_tokens": 2000, "ignore_eos": True, "stream": True})
+    # Of four answers, or a fast machine is done before the kill.
+    job = runpod.run({"prompt": "Once upon", "max_tokens": 2000, "ignore_eos": True, "n": 4, "stream": True})
     wait_until(lambda: runpod.job(job)["chunks"], "the stream", 60)
     session = served.client.get("/status").json()["pid"]  # of today's vLLM: others broke one before
     (core,) = [pid for pid in session_of(session) if psutil.Process(pid).name().startswith("VLLM::Engine")]

@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 
+from supervisor.around.modalities import ARCHITECTURES, AUDIO, TEXT_ONLY, VISION, kinds
 from supervisor.settings.environment import DEFAULTS
-from supervisor.weights.modalities import ARCHITECTURES, AUDIO, TEXT_ONLY, VISION, kinds
 from tests.vllm.conftest import VLLM
 
 pytestmark = pytest.mark.vllm

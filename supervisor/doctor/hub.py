@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from supervisor.bounded import within
-from supervisor.weights.find import hub_cache
+from supervisor.repositories import hub_cache
 
 PATIENCE = 3.0
 ENDPOINT = "https://huggingface.co"

@@ -1,0 +1,89 @@
+#!/usr/bin/env python3
+"""Writes the table of what vLLM's ends are put down to into docs/faults.md, from supervisor/engine/causes.toml.
+
+    .venv/bin/python scripts/generate_faults.py [--check]
+
+`--check` writes nothing and exits 1 where the table is not what would be written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from supervisor.engine.diagnosis import FOLLOWING, GONE, OOM_KILLED, REMEDIES, RULES, SIGNALS, Rule
+
+PAGE = Path(__file__).resolve().parent.parent / "docs/faults.md"
+BEGIN, END = "<!-- scripts/generate_faults.py: from here -->", "<!-- scripts/generate_faults.py: to here -->"
+HEAD = "| vLLM's words, as an example | cause | remedy | tried again |\n| --- | --- | --- | --- |\n"
+EXAMPLE = 110  # characters
+
+
+def table() -> str:
+    return HEAD + "".join(f"| {' | '.join(cells)} |\n" for cells in (*of_rules(), *of_ends()))
+
+
+def of_rules() -> Iterator[tuple[str, ...]]:
+    for rule in unlike((*RULES, *FOLLOWING, *GONE)):
+        yield f"`{told(rule.example)}`", said(rule.cause), said(rule.remedy), again(rule.permanent)
+
+
+def unlike(rules: Iterable[Rule]) -> list[Rule]:
+    """Of rows that say the same of several wordings, the first."""
+    return list({(rule.cause, rule.remedy): rule for rule in reversed(list(rules))}.values())[::-1]
+
+
+def of_ends() -> Iterator[tuple[str, ...]]:
+    for number, end in SIGNALS.items():
+        yield f"nothing, and it ended by {number.name}", said(end.cause), said(end.remedy), again(end.permanent)
+    yield "nothing, and the container's `oom_kill` rose", said(OOM_KILLED.cause), said(OOM_KILLED.remedy), "yes"
+
+
+def told(example: str) -> str:
+    """The line that says it: the last but for hints and prefixes, cut."""
+    lines = [line.strip() for line in example.strip().splitlines() if line.strip()]
+    errors = [line for line in lines if re.search(r"Error|error:|Exception", line)] or lines
+    line = re.sub(r"^(?:\([^)]*pid=\d+\) )?(?:[A-Z]+ \d\d-\d\d [\d:]+ )?(?:\[[\w.]+:\d+\] )?", "", errors[-1])
+    line = cell(line).replace("`", "'")
+    return line if len(line) <= EXAMPLE else f"{line[:EXAMPLE].rstrip()} ..."
+
+
+def said(text: str) -> str:
+    text = text.format_map(Shown(REMEDIES))
+    return cell(re.sub(r"…(?: ?…)+", "…", text))
+
+
+class Shown(dict[str, str]):
+    """What is taken from the log, as `…`."""
+
+    def __missing__(self, name: str) -> str:
+        return "…"
+
+
+def cell(text: str) -> str:
+    return text.replace("|", "/").replace("](", "] (").replace("<", "‹").replace(">", "›")
+
+
+def again(permanent: bool) -> str:
+    return "no" if permanent else "yes"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    page = PAGE.read_text(encoding="utf-8")
+    before, after = page.split(BEGIN)[0], page.split(END)[1]
+    written = f"{before}{BEGIN}\n\n{table()}\n{END}{after}"
+    stale = page != written
+    if parser.parse_args().check:
+        if stale:
+            print("docs/faults.md is stale: run scripts/generate_faults.py", file=sys.stderr)
+        sys.exit(stale)
+    PAGE.write_text(written, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

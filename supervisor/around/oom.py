@@ -1,0 +1,25 @@
+"""Whether the kernel killed something in this container because memory ran out, while a run lived: its own count."""
+
+from __future__ import annotations
+
+from supervisor.around.machine import Machine
+from supervisor.engine.run import Observer, Run
+
+
+class OomKills(Observer):
+    """Notes it at the run, before its end is judged; where the kernel does not tell, nothing."""
+
+    def __init__(self, machine: Machine | None = None) -> None:
+        self.machine = machine or Machine()
+        self.run: Run | None = None
+        self.before = 0
+
+    def began(self, run: Run) -> None:
+        self.run, self.before = run, self._count()
+
+    def removed(self) -> None:
+        if self.run is not None:
+            self.run.oom_killed = self._count() > self.before
+
+    def _count(self) -> int:
+        return self.machine.cgroup().get("oom_kills", 0)

@@ -1,0 +1,139 @@
+"""Where a log says that something failed: the last traceback of each process, and what stands after it.
+
+vLLM is several processes that write into one log, each under a prefix of its own, and most failures are told by more
+than one of them. Pure: lines in, lines out; what they mean is diagnosis.py's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+# Who writes, before each line: "(EngineCore pid=12) ", "(Worker pid=9) (Worker_TP0 pid=9) ", "[rank0]: ", and Ray's
+# "(RayWorkerWrapper pid=9, ip=10.0.0.2) ".
+WHO = r"(?:\([^()\n]{0,80}pid=\d+[^()\n]{0,80}\) ?|\[rank\d+\]: ?)*"
+# After it vLLM's own stamp: "ERROR 11-21 19:00:00 [core.py:1] "; without the first bracket up to 0.8, and without the
+# date where VLLM_LOGGING_CONFIG_PATH says so.
+LINE_PREFIX = re.compile(
+    rf"^({WHO})(?:[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d (?:\[[^\]]*\] ?|[\w/]+\.py:\d+\] ?)?|ERROR \[[\w/]+\.py:\d+\] ?)?"
+)
+# Levels below ERROR, of vLLM, torch and others: such a line may name an exception that was dealt with.
+HARMLESS = re.compile(
+    rf"^{WHO}(?:(?:DEBUG|INFO|WARNING)\b|\[?[IW]\d{{4}} |"
+    r"\[?\d{4}-\d\d-\d\d[ T][\d:.,]+\]?[\s\-|]{1,3}\[?(?:DEBUG|INFO|WARN))"
+)
+# The API server is at work: what failed before this did not end it, and may be a client's.
+SERVES = re.compile(r'HTTP/\d(?:\.\d)?" \d{3}\b|\bAvg prompt throughput|Application startup complete')
+# The exception's own line: its class, whatever that is called (`Unsupported`, `NoSuchBucket`), and mostly a text.
+RAISED = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*(?::|$)")
+CHAINED = re.compile(r"The above exception was the direct cause|During handling of the above exception")
+# A destructor's: nobody gets it, and it comes when all is being torn down.
+IGNORED = re.compile(r"Exception ignored ")
+FRAME = re.compile(r' +File "(?:[^"\n]*(?:site|dist)-packages/)?([^"\n]+)", line (\d+)')
+# pydantic's: what it refuses stands in the second line, without the values after it.
+REFUSED = re.compile(r"validation errors? for \w+\n  (?:Value error|Assertion failed), (.+?)(?: \[type=|$)")
+# A line that names an error, in a log without a traceback.
+NAMES_ERROR = re.compile(r"(?:Error|Exception)(?:_\w{1,40})?: |\berror: ")
+
+
+class Failure(NamedTuple):
+    """`whole`: the log without prefixes, harmless lines and quoted source. `last`: of that, what failed last; the whole
+    of it where there is no traceback. `error`: the last error's own words; `raised`: its traceback."""
+
+    whole: str
+    last: str
+    error: str | None
+    raised: str
+
+
+class _Line(NamedTuple):
+    who: str
+    text: str
+    begins: int | None  # of an exception's line: the number of the line where its chain of tracebacks begins
+    place: str
+
+
+class _Process:
+    """What one process has written so far."""
+
+    inside = False  # a traceback
+    begins = 0
+    place = previous = ""
+
+
+def read(lines: Iterable[str], follows: Callable[[str], bool]) -> Failure:
+    """`follows` knows what a process says when it is another one that failed: never the cause."""
+    told = _told(lines)
+    ends: dict[str, int] = {}  # who -> where its last failure begins
+    error = None
+    for number, line in enumerate(told):
+        if line.begins is not None and not follows(_message(told, number)):
+            ends[line.who], error = line.begins, number
+    whole = "\n".join(line.text for line in told)
+    last = "\n".join(line.text for number, line in enumerate(told) if number >= ends.get(line.who, len(told)))
+    if error is None:
+        named = (number for number, line in enumerate(told) if NAMES_ERROR.search(line.text) and not follows(line.text))
+        error = max(named, default=None)
+    if error is None:
+        return Failure(whole, last or whole, None, "")
+    who, begins = told[error].who, told[error].begins
+    frames = (line.text for line in told[begins : error + 1] if line.who == who) if begins is not None else ()
+    return Failure(whole, last or whole, _words(told, error), "\n".join(frames))
+
+
+def _words(told: list[_Line], number: int) -> str:
+    """What an exception says; its place where that is nothing, and the next line where it only announces one."""
+    text, place = told[number].text.strip(), told[number].place
+    if found := REFUSED.search(_message(told, number)):
+        return f"ValueError: {found[1]}"
+    if re.fullmatch(r"[\w.]+:?", text):
+        where = f" in {place}" if place else ""
+        return f"vLLM failed an internal check ({text.rstrip(':')}){where}."
+    return f"{text} {_next(told, number).strip()}" if text.endswith(":") else text
+
+
+def _message(told: list[_Line], number: int) -> str:
+    """An exception's line and the next one where that goes on: pydantic says only there what it is."""
+    more = _next(told, number)
+    return f"{told[number].text}\n{more}" if more.startswith(" ") else told[number].text
+
+
+def _next(told: list[_Line], number: int) -> str:
+    """Of the same process."""
+    rest = (line.text for line in told[number + 1 : number + 40] if line.who == told[number].who)
+    return next((text for text in rest if text.strip()), "")
+
+
+def _told(lines: Iterable[str]) -> list[_Line]:
+    told: list[_Line] = []
+    processes: dict[str, _Process] = {}
+    serves: dict[str, int] = {}
+    for raw in lines:
+        line = COLOUR.sub("", raw)
+        prefix = LINE_PREFIX.match(line)
+        assert prefix is not None  # all of it may be missing
+        who, text = prefix[1].strip(), line[prefix.end() :]
+        if HARMLESS.match(line):
+            if SERVES.search(text):
+                serves[who] = len(told)
+            continue
+        process = processes.setdefault(who, _Process())
+        begins, place = None, ""
+        if "Traceback (most recent call last)" in text:
+            if not CHAINED.match(process.previous):
+                process.begins = len(told)
+            process.inside = not IGNORED.match(process.previous)
+        elif CHAINED.match(text):
+            process.inside = True
+        elif process.inside and (frame := FRAME.match(text)):
+            process.place = f"{frame[1]}:{frame[2]}"
+        elif process.inside and RAISED.match(text):
+            begins, place, process.inside = process.begins, process.place, False
+        if text.strip():
+            process.previous = text
+        if not text.startswith("    "):
+            told.append(_Line(who, text, begins, place))
+    blank = _Line("", "", None, "")
+    return [line if number >= serves.get(line.who, 0) else blank for number, line in enumerate(told)]

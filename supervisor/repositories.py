@@ -1,0 +1,199 @@
+"""What the settings have of the hub: the model, and the repositories that vLLM reads beside it. Where each of them is,
+and vLLM's options with the folders in the place of their names.
+
+A tokenizer of its own, a draft model and adapters are found and fetched as the model is. What is named among vLLM's raw
+arguments is left to vLLM.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from supervisor.settings import volume
+from supervisor.settings.settings import Settings
+from supervisor.weights import find, snapshot
+
+# Where the image keeps weights that were baked in (Dockerfile).
+BAKED = Path("/opt/weights/hub")
+DOWNLOAD = Path(find.__file__).with_name("download.py")
+# What the downloading program puts a folder in the place of; of those beside the model `{weights:1}`, ...
+PLACE = "{weights}"
+# Seconds without a byte until a download is begun again, where SUPERVISOR_STALL_TIMEOUT does not say less.
+STALL = 60.0
+# Options that may name another repository, in which vLLM looks for itself.
+LEFT = ("hf_config_path", "generation_config")
+
+# Puts something in the place of a repository, by its name, revision and format.
+Swap = Callable[[str, str | None, str], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """One of them. `setting`: what names it. `place`: what stands for it on a command line until it is fetched."""
+
+    name: str
+    revision: str | None
+    load_format: str
+    setting: str
+    place: str
+    weights: find.Weights
+
+    def stands_as(self, *, fetched: bool) -> str:
+        """What vLLM is told in its place."""
+        if self.weights.download and fetched:
+            return self.place
+        folder = self.weights.folder
+        return self.name if folder is None or folder == Path(self.name) else str(folder)
+
+
+def model_of(settings: Settings) -> Repository:
+    name, revision = str(settings.model.value), settings.option("revision")
+    load_format = _load_format(settings)
+    return Repository(name, revision, load_format, "MODEL", PLACE, _look(settings, name, revision, load_format))
+
+
+def weights_of(settings: Settings) -> find.Weights:
+    return model_of(settings).weights
+
+
+def beside_the_model(settings: Settings) -> tuple[list[Repository], Settings]:
+    """The others, and the settings with what stands for them."""
+    found: list[Repository] = []
+    fetched = bool(python(settings))
+
+    def swap(setting: str, name: str, revision: str | None, load_format: str) -> str:
+        if (name, revision) == (settings.model.value, settings.option("revision")):
+            return model_of(settings).stands_as(fetched=fetched)
+        weights = _look(settings, name, revision, load_format)
+        found.append(Repository(name, revision, load_format, setting, f"{{weights:{len(found) + 1}}}", weights))
+        return found[-1].stands_as(fetched=fetched)
+
+    options = []
+    for option, setting in settings.options:
+        read = READERS.get(option.key)
+        value = read(setting.value, settings, partial(swap, option.variable)) if read else setting.value
+        options.append((option, dataclasses.replace(setting, value=value)))
+    return found, dataclasses.replace(settings, options=tuple(options))
+
+
+def asks_the_hub(settings: Settings, found: list[Repository]) -> bool:
+    """Whether vLLM has something to ask the hub even where it is given folders."""
+    raw = any(option.key in READERS for option, _ in settings.raw)
+    unknown = any(not (each.weights.download or each.weights.folder) for each in found)
+    folders = [each.weights.folder for each in found if each.weights.folder and not each.weights.download]
+    return (
+        raw
+        or unknown
+        or any(settings.option(key) for key in LEFT)
+        or bool(settings.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"))
+        or not all(map(snapshot.self_contained, folders))
+    )
+
+
+def python(settings: Settings) -> tuple[str, ...]:
+    """vLLM's Python; empty where `vllm` is started by something else, a shell's script or `nice`."""
+    words = settings.vllm.python or ()
+    return words if any(Path(word).name.startswith("python") for word in words) else ()
+
+
+def fetch_command(settings: Settings, repositories: list[Repository], *more: str) -> tuple[str, ...]:
+    """The program that downloads these, in vLLM's environment. `more`: what it becomes then."""
+    words = [*python(settings), str(DOWNLOAD)]
+    cache, stall = settings.option("download_dir"), min(STALL, settings.knobs.stall_timeout or STALL)
+    words += [*(["--cache", str(cache)] if cache else []), "--stall", str(stall)]
+    for each in repositories:
+        given: dict[str, object] = {"repo": each.name, "revision": each.revision, "load_format": each.load_format}
+        given |= {
+            "place": each.place,
+            "setting": each.setting,
+            "have": each.weights.folder and str(each.weights.folder),
+        }
+        given |= {"gguf": each.weights.gguf}
+        words.append(json.dumps({name: value for name, value in given.items() if value}))
+    return (*words, *more)
+
+
+def hub_cache(environ: Mapping[str, str]) -> Path:
+    """Where the hub's client keeps what it downloads, by its own rules."""
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        if environ.get(name):
+            return Path(environ[name]).expanduser()
+    home = environ.get("HF_HOME")
+    if not home:
+        cache = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME", "/tmp"), ".cache")  # noqa: PTH118, S108
+        home = os.path.join(cache, "huggingface")  # noqa: PTH118
+    return Path(home).expanduser() / "hub"
+
+
+def places(environ: Mapping[str, str], disk: Path | None, download_dir: str | None = None) -> list[find.Place]:
+    """The image; the volume, where RunPod's cached models lie as well; the hub's own cache."""
+    found = [find.Place("baked into the image", BAKED, settled=True)]
+    if disk is not None:
+        found.append(find.Place("on the volume", disk / volume.HUB / "hub", settled=True))
+    cache = Path(download_dir) if download_dir else hub_cache(environ)
+    if all(place.cache != cache for place in found):
+        found.append(find.Place("in the hub's cache", cache, settled=False))
+    return found
+
+
+def _load_format(settings: Settings) -> str:
+    return str(settings.option("load_format") or "auto")
+
+
+def _look(settings: Settings, name: str, revision: str | None, load_format: str) -> find.Weights:
+    environ = {**volume.hub_environment(settings.volume, settings.environ, ""), **settings.environ}
+    among = places(environ, settings.volume.path if settings.volume else None, settings.option("download_dir"))
+    return find.find(name, revision, load_format, among, environ)
+
+
+# How each option names repositories: its value, with what `swap` says in their place.
+
+
+def _tokenizer(value: Any, settings: Settings, swap: Swap) -> Any:
+    return swap(str(value), settings.option("tokenizer_revision"), "tokenizer")
+
+
+def _draft(value: Any, settings: Settings, swap: Swap) -> Any:
+    return swap(str(value), None, _load_format(settings))
+
+
+def _speculative(value: Any, settings: Settings, swap: Swap) -> Any:
+    content = _parsed(value)
+    if not isinstance(content.get("model"), str):
+        return value
+    revision = content.get("revision")
+    return json.dumps(content | {"model": swap(content["model"], revision, _load_format(settings))})
+
+
+def _adapters(value: Any, _settings: Settings, swap: Swap) -> Any:
+    def one(text: str) -> str:
+        content = _parsed(text)
+        if isinstance(content.get("path"), str):
+            return json.dumps(content | {"path": swap(content["path"], None, "lora")})
+        name, equals, path = text.partition("=")
+        return f"{name}={swap(path, None, 'lora')}" if equals and not content else text
+
+    return tuple(map(one, map(str, value)))
+
+
+def _parsed(value: Any) -> dict[str, Any]:
+    try:
+        content = value if isinstance(value, dict) else json.loads(str(value))
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+READERS: dict[str, Callable[[Any, Settings, Swap], Any]] = {
+    "tokenizer": _tokenizer,
+    "spec_model": _draft,
+    "speculative_config": _speculative,
+    "lora_modules": _adapters,
+}

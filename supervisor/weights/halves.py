@@ -1,0 +1,75 @@
+"""Halves of files: they are gone on with, where the hub's client would throw them away.
+
+It deletes what came when the connection breaks off too often, the hub answers with an error in between, or its process
+ends. Here that stays, and the next try asks for the rest. Where files come by Xet, not in order, whole ones are what
+stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import inspect
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# A file that the client is writing (newer ones make a name for each try), and ours of what came.
+TEMPORARY = re.compile(r"(?P<blob>.*/[^./]+)(\.[0-9a-f]{8})?\.incomplete")
+KEPT = ".kept.incomplete"
+# Bytes that are written at once. The client's own 10 MB are lost whenever a connection breaks off, and on a slow line
+# come so seldom that it seems to stand still.
+PIECE = 1 << 20
+# So many seconds after its last byte a half-written file is nobody's; on some network volumes locks do not tell.
+ABANDONED = 60.0
+
+
+def keep(tell: Callable[[str], object]) -> None:
+    """Sets itself between the client and its files; tells where this client does not let it."""
+    from huggingface_hub import __version__, constants, file_download  # noqa: PLC0415  # not in every environment
+
+    constants.DOWNLOAD_CHUNK_SIZE = PIECE
+    theirs: Any = getattr(file_download, "http_get", None)
+    lost = f"what breaks off begins anew: huggingface_hub {__version__} takes files in a way that is new to us"
+    if not callable(theirs) or not {"resume_size", "expected_size"} <= inspect.signature(theirs).parameters.keys():
+        tell(lost)
+        return
+
+    def http_get(url: str, temp_file: Any, **more: Any) -> None:
+        name = str(temp_file.name)
+        found = TEMPORARY.fullmatch(name)
+        if found is None:
+            if not name.endswith(KEPT):  # which is the client's own next try
+                tell(lost)
+            theirs(url=url, temp_file=temp_file, **more)
+            return
+        kept = Path(found["blob"] + KEPT)
+        kept.touch()
+        with kept.open("r+b") as file:
+            if file.seek(0, os.SEEK_END) > (more.get("expected_size") or 0):
+                file.seek(0)
+                file.truncate()
+            theirs(url=url, temp_file=file, **more | {"resume_size": file.tell()})
+        kept.replace(name)
+
+    file_download.http_get = http_get
+
+
+def sweep(repository: Path, coming: set[str]) -> int:
+    """Removes what killed processes left, but for the halves that are gone on with. Returns the bytes of these."""
+    there = 0
+    for path in (repository / "blobs").glob("*.incomplete"):
+        blob = path.name.partition(".")[0]
+        lock = repository.parent / ".locks" / repository.name / f"{blob}.lock"
+        with contextlib.suppress(OSError):
+            facts = path.stat()
+            if path.name.endswith(KEPT) and blob in coming:
+                there += facts.st_size
+            elif time.time() - facts.st_mtime > ABANDONED:
+                with lock.open("ab") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+    return there

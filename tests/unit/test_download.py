@@ -1,0 +1,256 @@
+"""The downloading program's decisions, with a stand-in for the hub's client, which only vLLM's environment has."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from supervisor.weights import download
+
+halves, refusals = download.halves, download.refusals  # it imports them as files beside it
+
+
+class Client:
+    """`huggingface_hub`: modules with what a test puts there."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.hub = ModuleType("huggingface_hub")
+        self.constants = SimpleNamespace(DOWNLOAD_CHUNK_SIZE=10_000_000)
+        self.file_download = SimpleNamespace()
+        self.hub.__dict__.update(__version__="9.9", constants=self.constants, file_download=self.file_download)
+        monkeypatch.setitem(sys.modules, "huggingface_hub", self.hub)
+
+    def takes(self, content: bytes, *, breaks_off_after: int | None = None) -> None:
+        """Gives it a way to take files."""
+
+        def http_get(url: str, temp_file: Any, *, resume_size: int = 0, expected_size: int | None = None) -> None:
+            assert temp_file.tell() == resume_size
+            temp_file.write(content[resume_size:breaks_off_after])
+            if breaks_off_after is not None:
+                raise ConnectionError(url)
+
+        self.file_download.http_get = http_get
+
+    def download(self, blob: Path, size: int) -> None:
+        """As the client does it: into a file of this try, which is deleted when that fails, and renamed at the end."""
+        path = blob.with_name(f"{blob.name}.0123abcd.incomplete")
+        try:
+            with path.open("wb") as file:
+                self.file_download.http_get("http://hub", file, expected_size=size)
+            path.replace(blob)
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> Client:
+    return Client(monkeypatch)
+
+
+# Halves
+
+
+def test_a_half_is_gone_on_with(client: Client, tmp_path: Path) -> None:
+    told: list[str] = []
+    content = bytes(range(200))
+    client.takes(content, breaks_off_after=120)
+    halves.keep(told.append)
+    with pytest.raises(ConnectionError):
+        client.download(tmp_path / "blob", 200)
+    assert [path.name for path in tmp_path.iterdir()] == ["blob.kept.incomplete"]
+    client.takes(content)
+    halves.keep(told.append)
+    client.download(tmp_path / "blob", 200)
+    assert (tmp_path / "blob").read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["blob"]
+    assert told == []
+    assert client.constants.DOWNLOAD_CHUNK_SIZE == halves.PIECE
+
+
+def test_a_half_that_is_too_long_is_begun_anew(client: Client, tmp_path: Path) -> None:
+    (tmp_path / "blob.kept.incomplete").write_bytes(bytes(300))
+    client.takes(b"1" * 200)
+    halves.keep(lambda _: None)
+    client.download(tmp_path / "blob", 200)
+    assert (tmp_path / "blob").read_bytes() == b"1" * 200
+
+
+def fetch(url: str, temp_file: Any, *, start: int = 0) -> None:
+    """A way to take files that we do not know."""
+
+
+@pytest.mark.parametrize("theirs", [None, fetch, "no function"])
+def test_a_client_that_has_no_such_seam_is_told_of(client: Client, theirs: object) -> None:
+    told: list[str] = []
+    if theirs is not None:
+        client.file_download.http_get = theirs
+    halves.keep(told.append)
+    assert told == ["what breaks off begins anew: huggingface_hub 9.9 takes files in a way that is new to us"]
+    assert getattr(client.file_download, "http_get", None) is theirs
+
+
+def test_a_client_that_names_its_files_otherwise_is_told_of(client: Client, tmp_path: Path) -> None:
+    told: list[str] = []
+    client.takes(b"content")
+    halves.keep(told.append)
+    with (tmp_path / "blob.part").open("wb") as file:
+        client.file_download.http_get("http://hub", file, expected_size=7)
+    assert (tmp_path / "blob.part").read_bytes() == b"content"
+    assert len(told) == 1
+
+
+# What Xet has checked
+
+
+LARGE, SMALL = SimpleNamespace(sha256="0" * 64), None
+
+
+@pytest.mark.parametrize(
+    ("rows", "has_client", "expected"),
+    [
+        ([(LARGE, "x"), (SMALL, None)], True, True),
+        ([(LARGE, "x")], False, False),  # hf_xet is missing, or HF_HUB_DISABLE_XET is set
+        ([(LARGE, None), (SMALL, None)], True, False),  # a mirror
+        ([(LARGE, "x"), (LARGE, None)], True, False),
+        ([(SMALL, None)], True, False),
+    ],
+)
+def test_what_is_not_read_a_second_time(
+    client: Client, tmp_path: Path, rows: list[tuple[Any, str | None]], has_client: bool, expected: bool
+) -> None:
+    client.file_download.is_xet_available = lambda: has_client
+    asked: list[str] = []
+
+    class HfApi:
+        def verify_repo_checksums(self, repo: str, **_: str) -> SimpleNamespace:
+            asked.append(repo)
+            return SimpleNamespace(mismatches=[])
+
+    client.hub.__dict__["HfApi"] = HfApi
+    repository = download.Repository(tmp_path, {"repo": "org/name"})
+    repository.files = {
+        f"file {number}": SimpleNamespace(lfs=lfs, xet_hash=xet, size=1) for number, (lfs, xet) in enumerate(rows)
+    }
+    assert download.come_by_xet(repository.files.values()) is expected
+    repository._check()
+    assert asked == ([] if expected else ["org/name"])
+
+
+def test_an_older_client_has_neither_xet_nor_checksums(client: Client, tmp_path: Path) -> None:
+    client.hub.__dict__["HfApi"] = object
+    repository = download.Repository(tmp_path, {"repo": "org/name"})
+    repository.files = {"model.safetensors": SimpleNamespace(lfs=LARGE, size=1)}
+    assert not download.come_by_xet(repository.files.values())
+    repository._check()
+
+
+# GGUF
+
+
+@pytest.fixture
+def plugins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder for installed distributions; no vLLM is in it."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    return tmp_path
+
+
+def test_a_vllm_without_gguf(plugins: Path) -> None:
+    with pytest.raises(refusals.CannotError) as error:
+        download.need_gguf("org/name", "MODEL")
+    cause, remedy, code = error.value.args
+    assert cause == "org/name is GGUF, and this vLLM has no GGUF."
+    assert remedy.startswith("Install its GGUF plugin")
+    assert code == 3
+
+
+def test_a_plugin_for_gguf(plugins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = plugins / "any_name-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: any-name\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nreader = vllm_gguf_plugin:register\n")
+    download.need_gguf("org/name", "MODEL")
+    monkeypatch.setenv("VLLM_PLUGINS", "other,reader")
+    download.need_gguf("org/name", "MODEL")
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    with pytest.raises(refusals.CannotError):
+        download.need_gguf("org/name", "MODEL")
+
+
+def test_a_vllm_of_before_the_plugin(plugins: Path) -> None:
+    """Which is not imported for this."""
+    loaders = plugins / "vllm" / "model_executor" / "model_loader"
+    loaders.mkdir(parents=True)
+    (plugins / "vllm" / "__init__.py").write_text("raise AssertionError")
+    (loaders / "gguf_loader.py").touch()
+    download.need_gguf("org/name", "MODEL")
+
+
+# Why it can't be had
+
+
+@pytest.mark.parametrize(
+    ("environ", "named"),
+    [
+        ({}, "the network"),
+        ({"HF_ENDPOINT": "http://mirror"}, "the network, HF_ENDPOINT"),
+        ({"https_proxy": "http://u:secret@p", "HTTP_PROXY": "http://p"}, "the network, HTTPS_PROXY, HTTP_PROXY"),
+    ],
+)
+def test_what_leads_to_the_hub_is_named(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], named: str) -> None:
+    for name in refusals.ROUTES:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(refusals.CannotError) as error:
+        refusals.unreachable("The hub could not be reached", OSError("no route"))
+    assert error.value.args == (
+        "The hub could not be reached: no route.",
+        f"Check {named}; it is tried again, and goes on where it stopped.",
+        4,
+    )
+
+
+def test_the_error_below_says_more(tmp_path: Path) -> None:
+    class LocalEntryNotFoundError(Exception):
+        """The client's, of any trouble."""
+
+    class OfflineModeIsEnabled(ConnectionError):
+        """As it is called there."""
+
+    words = {"repo": "org/name", "revision": None, "setting": "MODEL", "where": "REVISION"}
+    for below, told in ((OSError("[Errno 111] refused"), "refused"), (OfflineModeIsEnabled("x"), "HF_HUB_OFFLINE")):
+        error = LocalEntryNotFoundError("An error happened")
+        error.__cause__ = below
+        if told == "refused":
+            refusals.refused(error, words)
+            refusals.disk(error, "org/name", tmp_path)
+            assert refusals.reason(error) == "[Errno 111] refused"
+        else:
+            with pytest.raises(refusals.CannotError, match=told):
+                refusals.refused(error, words)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(28, "No space left on device"), "The disk became full"),
+        (PermissionError(13, "Permission denied", "/cache/x"), "may not be written by this user"),
+        (PermissionError(13, "Permission denied"), ""),  # a firewall's
+        (OSError(30, "Read-only file system", "/cache/x"), "is read-only"),
+        (RuntimeError("Data processing error: No space left on device (os error 28)"), "The disk became full"),
+        (NotADirectoryError(20, "Not a directory", "/cache/x"), "can't be written to (Not a directory)"),
+    ],
+)
+def test_disks(error: Exception, told: str, tmp_path: Path) -> None:
+    if not told:
+        refusals.disk(error, "org/name", tmp_path)
+        return
+    with pytest.raises(refusals.CannotError) as found:
+        refusals.disk(error, "org/name", tmp_path)
+    assert told in found.value.args[0]

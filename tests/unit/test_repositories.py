@@ -1,0 +1,123 @@
+"""The repositories that vLLM's options name beside the model: where they are, and what stands for them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from supervisor.repositories import asks_the_hub, beside_the_model, fetch_command, model_of
+from supervisor.settings.settings import Arguments, Settings, gather
+from tests.harness import FAKE
+
+COMMIT = "a" * 40
+
+
+def has(cache: Path, name: str, **files: str) -> Path:
+    repository = cache / f"models--{name.replace('/', '--')}"
+    folder = repository / "snapshots" / COMMIT
+    for path, content in {
+        repository / "refs/main": COMMIT,
+        **{folder / key: text for key, text in files.items()},
+    }.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return folder
+
+
+def settings(*vllm_args: str, **environ: str) -> Settings:
+    own = {
+        "SUPERVISOR_VLLM": str(FAKE),
+        "ENABLE_LORA": "true",
+        "HF_HUB_OFFLINE": "1",
+    }  # what is there is taken without a question
+    return gather(Arguments(model="org/model", vllm_args=vllm_args), own | environ)
+
+
+def words(settings: Settings) -> dict[str, str]:
+    return {option.key: setting.shown for option, setting in beside_the_model(settings)[1].options}
+
+
+TOKENIZER = {"tokenizer.json": "{}"}
+ADAPTER = {"adapter_config.json": "{}", "adapter_model.bin": "x"}
+DRAFT = {"config.json": "{}", "pytorch_model.bin": "x"}
+
+
+def test_what_is_in_the_cache_stands_for_its_name(tmp_path: Path) -> None:
+    tokenizer, adapter, draft = (
+        has(tmp_path, f"org/{number}", **files) for number, files in enumerate((TOKENIZER, ADAPTER, DRAFT))
+    )
+    found = words(
+        settings(
+            HF_HUB_CACHE=str(tmp_path),
+            TOKENIZER="org/0",
+            LORA_MODULES=f'["sql=org/1", {{"name": "b", "path": "org/1"}}, "local={tmp_path}"]',
+            SPECULATIVE_CONFIG='{"model": "org/2", "num_speculative_tokens": 3}',
+        )
+    )
+    assert found["tokenizer"] == str(tokenizer)
+    assert found["lora_modules"] == f"sql={adapter} {json.dumps({'name': 'b', 'path': str(adapter)})} local={tmp_path}"
+    assert json.loads(found["speculative_config"]) == {"model": str(draft), "num_speculative_tokens": 3}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tokenizer", "FOLDER"),
+        ("spec_model", "FOLDER"),
+        ("lora_modules", "a=FOLDER"),
+        ("speculative_config", '{"method": "ngram", "num_speculative_tokens": 3}'),
+    ],
+)
+def test_what_names_no_repository_is_left_as_it_is(tmp_path: Path, key: str, value: str) -> None:
+    value = value.replace("FOLDER", str(tmp_path))
+    given = settings(**{key.upper(): value})
+    assert words(given)[key] == value
+    assert not any(each.weights.download for each in beside_the_model(given)[0])
+
+
+def test_the_model_itself_stands_for_its_name(tmp_path: Path) -> None:
+    model = has(tmp_path, "org/model", **DRAFT)
+    given = settings(HF_HUB_CACHE=str(tmp_path), TOKENIZER="org/model")
+    assert words(given)["tokenizer"] == str(model)
+    assert beside_the_model(given)[0] == []
+
+
+def test_a_revision_is_that_of_its_own(tmp_path: Path) -> None:
+    given = settings(
+        TOKENIZER="org/t", TOKENIZER_REVISION="v1", REVISION="v2",
+        SPECULATIVE_CONFIG='{"model": "org/d", "revision": "v3", "num_speculative_tokens": 1}',
+    )  # fmt: skip
+    found = {each.name: (each.revision, each.load_format, each.setting) for each in beside_the_model(given)[0]}
+    assert found == {"org/t": ("v1", "tokenizer", "TOKENIZER"), "org/d": ("v3", "auto", "SPECULATIVE_CONFIG")}
+    assert model_of(given).revision == "v2"
+
+
+def test_whether_vllm_has_something_to_ask_the_hub(tmp_path: Path) -> None:
+    has(tmp_path, "org/t", **TOKENIZER)
+    has(tmp_path, "org/code", **TOKENIZER, **{"tokenizer_config.json": '{"auto_map": {"AutoTokenizer": "org/x--t.T"}}'})
+
+    def asks(*vllm_args: str, **environ: str) -> bool:
+        given = settings(*vllm_args, HF_HUB_CACHE=str(tmp_path), **environ)
+        return asks_the_hub(given, beside_the_model(given)[0])
+
+    assert not asks()
+    assert not asks(TOKENIZER="org/t")
+    assert not asks(LORA_MODULES=f"a={tmp_path}")
+    assert asks(TOKENIZER="org/code")
+    assert asks("--tokenizer", "org/t")  # is passed as it is
+    assert asks(HF_CONFIG_PATH="org/t")
+    assert asks(VLLM_ALLOW_RUNTIME_LORA_UPDATING="1")
+
+
+def test_what_the_downloading_program_is_told(tmp_path: Path) -> None:
+    given = settings(HF_HUB_OFFLINE="", TOKENIZER="org/t", DOWNLOAD_DIR=str(tmp_path), SUPERVISOR_STALL_TIMEOUT="20")
+    command = fetch_command(given, [model_of(given), *beside_the_model(given)[0]], "--")
+    at = command.index("--cache")
+    assert command[at : at + 4] == ("--cache", str(tmp_path), "--stall", "20.0")
+    assert [json.loads(word) for word in command[at + 4 : -1]] == [
+        {"repo": "org/model", "load_format": "auto", "place": "{weights}", "setting": "MODEL"},
+        {"repo": "org/t", "load_format": "tokenizer", "place": "{weights:1}", "setting": "TOKENIZER"},
+    ]
+    assert words(given)["tokenizer"] == "{weights:1}"
