@@ -27,7 +27,7 @@ COPY supervisor supervisor
 RUN PYTHONPATH=/src/tools scripts/image_install --no-deps --no-build-isolation --prefix /opt/package .
 COPY entrypoint.sh /opt/package/
 RUN chmod 755 /opt/package/entrypoint.sh \
-    && flags=$(echo /opt/package/lib/python3*/site-packages/supervisor/settings/flags) \
+    && flags=$(echo /opt/package/lib/python3*/site-packages/supervisor/vllm/flags) \
     && version=$(python3 -P -c "import importlib.metadata as m; print(m.version('vllm').partition('+')[0])") \
     && if [ ! -f "$flags/$version.json" ]; then python3 -P "$flags/dump.py" >"$flags/$version.json"; fi
 

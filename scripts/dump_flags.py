@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Writes the catalogue of the installed vLLM's options: supervisor/settings/flags/VERSION.json.
+"""Writes the catalogue of the installed vLLM's options: supervisor/vllm/flags/VERSION.json.
 
     .venv/bin/python scripts/dump_flags.py [--vllm COMMAND] [--check]
 
-The options are read from vLLM's own parser, in vLLM's environment, by supervisor/settings/flags/dump.py (12 s, nearly
+The options are read from vLLM's own parser, in vLLM's environment, by supervisor/vllm/flags/dump.py (12 s, nearly
 all of it import). `--check` writes nothing and exits 1 where the shipped file is not what this vLLM has. The shipped
 file is of the CUDA build, which has one choice more than the CPU build (`cuda`, of --mm-processor-device): more choices
 are no difference. To write it anew, install the CUDA build; it needs no GPU for this.
@@ -19,8 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from supervisor.settings.catalogue import FLAGS, dump, parse
-from supervisor.settings.vllm import VllmError, find
+from supervisor.vllm.catalogue import FLAGS, dump, parse
+from supervisor.vllm.installed import VllmError, find
 
 
 def same(shipped: dict[str, Any], found: dict[str, Any]) -> bool:

@@ -21,16 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from supervisor.settings import catalogue as catalogues
 from supervisor.settings import knobs
-from supervisor.settings.catalogue import BOUNDS, Catalogue, Option
 from supervisor.settings.knobs import KNOBS, Knob
 from supervisor.settings.names import ALIASES, FORMER, OWNED, REMOVED, REMOVED_ENVIRONMENT, SAGEMAKER, ZERO_MEANS_UNSET
 from supervisor.settings.options import ZERO
 from supervisor.settings.platform import SAGEMAKER_PORT
 from supervisor.settings.platform import defaults as platform_defaults
-from supervisor.settings.values import read_bool
-from supervisor.settings.vllm import PINNED
+from supervisor.vllm import catalogue as catalogues
+from supervisor.vllm.catalogue import BOUNDS, Catalogue, Option
+from supervisor.vllm.installed import PINNED
+from supervisor.vllm.values import read_bool
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,6 +46,46 @@ class Popular:
     title: str = ""  # in the Hub; made from the name where empty
 
 
+# The supervisor's own settings. MODEL and SUPERVISOR_CONFIG are told of apart.
+MEANINGS = {
+    "mode": "what to serve: HTTP, or RunPod's queue",
+    "host": "where the gateway listens (in the image: 0.0.0.0)",
+    "port": "the gateway's port",
+    "port_health": "a second port for health checks",
+    "vllm": "the command that stands for `vllm`",
+    "extra_args": "appended to vLLM's command line as it is",
+    "startup_timeout": "seconds until vLLM must be ready",
+    "warm_up": "whether the model has to answer a first request before it is ready",
+    "stall_timeout": "seconds without progress, with work in flight, until vLLM is hung; 0: never",
+    "max_restarts": "how often vLLM is started again ...",
+    "restart_window": "... within so many seconds, before it is given up",
+    "on_failure": "then: leave with 3 or 4, or stay and tell why (queue: serve)",
+    "hold_timeout": "seconds that a request may wait for an engine that is starting",
+    "drain_timeout": "seconds that running requests may go on after SIGTERM",
+    "max_concurrency": "how many requests may run at once; unset: no limit (queue: 30)",
+    "job_output": "what a job with messages or a prompt gives: OpenAI's JSON, or tokens as worker-vllm did until July 2026",
+    "job_batch_size": "of tokens: pieces of text in a chunk of a stream, at most ...",
+    "job_min_batch_size": "... and at first ...",
+    "job_batch_growth": "... and how many times as many each time",
+    "max_waiting": "how many more may wait for their turn, before a 429",
+    "request_timeout": "seconds that a request may take, answer included (0: no limit)",
+    "client_timeout": "seconds for a client's next bytes, or for it to take ours",
+    "sse_keep_alive": "seconds between comments in a stream whose request is held or queued; its status is 200 then; 0: none",
+    "max_body": "the largest request body",
+    "api_keys": "keys that clients must give, between commas, or @file",
+    "admin_keys": "keys that open vLLM's admin routes as well, and show its log and the settings, the same way",
+    "allow_routes": "more paths to open, by their beginnings, between commas",
+    "allowed_hosts": "hosts that clients may name, on loopback without keys, beside localhost and addresses: a.example,*.b.example",
+    "rate_limit": "requests per minute and key (or address, where there are no keys)",
+    "response_cache": "memory for answers that would come out the same (temperature 0, or a seed), such as 256MiB; unset: none",
+    "tls_cert": "a certificate's file: HTTPS instead of HTTP",
+    "tls_key": "its private key's file",
+    "log_format": "our own log lines: text or json",
+    "log_level": "our own log's level",
+    "access_log": "a line for each answer, in place of vLLM's own",
+    "volume": "a disk that outlives the container, for downloads and caches (found on RunPod)",
+    "cache_dir": "a folder for caches alone (on the volume, where there is one)",
+}
 # The options that users of such workers set, by what they are about. All others are in the table of all.
 GROUPS: tuple[tuple[str, tuple[Popular, ...]], ...] = (
     (
@@ -280,7 +320,7 @@ def docs(options: Catalogue) -> str:
         "| `SUPERVISOR_CONFIG` | a `config.yaml` that is ours | the file of settings; `--config` wins over it |",
     ]
     for knob in KNOBS:
-        lines.append(f"| `{knob.variable}` | {_knob_default(knob)} | {_cell(knob.meaning)} |")
+        lines.append(f"| `{knob.variable}` | {_knob_default(knob)} | {_cell(MEANINGS[knob.field])} |")
     lines += [
         "",
         "`TENSOR_PARALLEL_SIZE=auto` takes all GPUs. Everything after `--` on the command line goes to `vllm serve` as it",
@@ -429,7 +469,7 @@ def config() -> str:
     for knob in KNOBS:
         value = KNOB_EXAMPLES.get(knob.field, knob.default)
         shown = f'"{value}"' if str(value).startswith("@") else str(value)
-        lines.append(_aligned(f"  {knob.field}: {shown}", knob.meaning))
+        lines.append(_aligned(f"  {knob.field}: {shown}", MEANINGS[knob.field]))
     return "\n".join(lines) + "\n"
 
 
@@ -496,7 +536,7 @@ def _knob_schema(knob: Knob) -> dict[str, Any]:
         knobs.size: ["integer", "string"],
     }
     kind = kinds.get(knob.read, ["string"])
-    found: dict[str, Any] = {"type": [*kind, "null"], "description": knob.meaning}
+    found: dict[str, Any] = {"type": [*kind, "null"], "description": MEANINGS[knob.field]}
     if knob.default:
         found["default"] = json.loads(knob.default) if kind in (["number"], ["integer"]) else knob.default
     return found
@@ -545,7 +585,7 @@ def hub(options: Catalogue) -> str:
     for name in HUB_KNOBS:
         (knob,) = [knob for knob in KNOBS if knob.variable == name]
         kind = "number" if knob.read in (knobs.seconds, knobs.count, knobs.some, knobs.ratio) else "string"
-        rows.append(_hub_row(name, kind, _title(name.removeprefix("SUPERVISOR_")), knob.meaning, advanced=True))
+        rows.append(_hub_row(name, kind, _title(name.removeprefix("SUPERVISOR_")), MEANINGS[knob.field], advanced=True))
     rows.append(
         _hub_row("RUNPOD_INIT_TIMEOUT", "number", "Init timeout", PASSED_ON["RUNPOD_INIT_TIMEOUT"], advanced=True)
     )

@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         code = ask(parsed, given) if parsed.verb in ASKING else run(parsed, gather(given, os.environ))
     except SettingsError as error:
-        from supervisor.settings import explain  # noqa: PLC0415
+        from supervisor import explain  # noqa: PLC0415
 
         explain.show_problems(error, as_json=getattr(parsed, "json", False))
         code = EXIT_SETTINGS
@@ -124,7 +124,7 @@ def ask(parsed: argparse.Namespace, given: Arguments) -> int:
 
 def run(parsed: argparse.Namespace, settings: Settings) -> int:
     if parsed.verb == "explain":
-        from supervisor.settings import explain  # noqa: PLC0415
+        from supervisor import explain  # noqa: PLC0415
 
         explain.show(settings, as_json=parsed.json)
         return 0

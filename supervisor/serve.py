@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import uvloop
 
-from supervisor import listen, logs
+from supervisor import explain, listen, logs
 from supervisor.around.account import Account
 from supervisor.around.caches import CacheKeeper, Caches
 from supervisor.around.gpus import GpuMemory
@@ -46,10 +46,10 @@ from supervisor.gateway.upstream import Upstream
 from supervisor.launch import SIGNALS, Launch
 from supervisor.listen import Listeners
 from supervisor.repositories import weights_of
-from supervisor.settings import demo, explain
+from supervisor.settings import demo
 from supervisor.settings.command import served_name
 from supervisor.settings.settings import Settings
-from supervisor.settings.values import BadValue
+from supervisor.vllm.values import BadValue
 from supervisor.weights.find import Weights
 
 if TYPE_CHECKING:

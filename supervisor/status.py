@@ -19,7 +19,7 @@ from typing import Any
 
 from supervisor.engine.workspace import is_ours, temporary_folder, workspaces
 from supervisor.settings.knobs import keys
-from supervisor.settings.values import BadValue
+from supervisor.vllm.values import BadValue
 
 PATIENCE = 8.0
 NOT_READY = 1

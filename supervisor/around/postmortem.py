@@ -24,7 +24,7 @@ from supervisor.around.gpus import gpus
 from supervisor.around.machine import Machine, amount, disk, versions
 from supervisor.bounded import bounded, within
 from supervisor.engine.run import Observer, Run
-from supervisor.settings.secrets import Mask
+from supervisor.secrets import Mask
 
 FOLDER = "postmortem"
 KEPT = 5

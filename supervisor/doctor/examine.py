@@ -16,7 +16,7 @@ from supervisor.around.machine import Machine
 from supervisor.doctor.checks import CHECKS
 from supervisor.doctor.hub import Hub
 from supervisor.doctor.patient import FAIL, OK, WARN, Patient, Row
-from supervisor.settings.secrets import Mask
+from supervisor.secrets import Mask
 from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
 
 PATIENCE = 10.0

@@ -16,8 +16,9 @@ from pathlib import Path
 from supervisor import listen, status
 from supervisor.around.machine import amount, disk, nearest
 from supervisor.doctor.patient import FAIL, OK, UTILIZATION, WARN, Patient, Row
-from supervisor.settings import catalogue, vllm, volume
+from supervisor.settings import volume
 from supervisor.settings.settings import SettingsError
+from supervisor.vllm import catalogue, installed
 
 # From NVIDIA's CUDA Toolkit Release Notes, the columns for Linux. "CUDA Toolkit and Minimum Required Driver Version for
 # CUDA Minor Version Compatibility": the oldest driver that the whole of a major version runs with. (The editions for
@@ -47,15 +48,17 @@ ROOM = "Start the container with --ipc=host or --shm-size=8g (Kubernetes: an emp
 def engine(patient: Patient) -> Row | None:
     try:
         found = patient.vllm
-    except vllm.VllmError as error:
+    except installed.VllmError as error:
         return None if str(error) in patient.problems else Row(FAIL, str(error))
     where = f"vLLM {found.version} at {found.command[0]}"
-    if found.version == vllm.PINNED:
+    if found.version == installed.PINNED:
         return Row(OK, f"{where}, the version that this supervisor is tested with")
     if (catalogue.FLAGS / f"{found.version}.json").exists():
         return Row(OK, f"{where}, whose options are known")
     return Row(
-        WARN, f"{where}: this supervisor is tested with {vllm.PINNED}", "Its options are asked of it; most will do."
+        WARN,
+        f"{where}: this supervisor is tested with {installed.PINNED}",
+        "Its options are asked of it; most will do.",
     )
 
 

@@ -20,9 +20,10 @@ from supervisor.around.machine import Machine
 from supervisor.doctor.hub import Answer, Hub
 from supervisor.engine.workspace import temporary_folder
 from supervisor.repositories import hub_cache, weights_of
-from supervisor.settings import platform, vllm, volume
-from supervisor.settings.secrets import Mask
+from supervisor.secrets import Mask
+from supervisor.settings import platform, volume
 from supervisor.settings.settings import Settings
+from supervisor.vllm import installed
 from supervisor.weights import find, snapshot
 
 OK, WARN, FAIL = "ok", "warn", "fail"
@@ -89,18 +90,18 @@ class Patient:
         return [found[int(word)] for word in words if int(word) < len(found)]
 
     @cached_property
-    def _vllm(self) -> vllm.Vllm | None:
-        with contextlib.suppress(vllm.VllmError):
+    def _vllm(self) -> installed.Vllm | None:
+        with contextlib.suppress(installed.VllmError):
             return self.vllm
         return None
 
     @cached_property
-    def vllm(self) -> vllm.Vllm:
+    def vllm(self) -> installed.Vllm:
         """Raises VllmError."""
         if self.settings is not None:
             return self.settings.vllm
         cache = temporary_folder(self.environ) / "none"
-        return vllm.find(self.environ.get("SUPERVISOR_VLLM"), self.environ.get("PATH"), cache)
+        return installed.find(self.environ.get("SUPERVISOR_VLLM"), self.environ.get("PATH"), cache)
 
     @cached_property
     def site(self) -> Path | None:

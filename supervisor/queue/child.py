@@ -11,7 +11,7 @@ from typing import Protocol
 
 from supervisor.kept import Kept
 from supervisor.queue.errors import JSON
-from supervisor.settings.secrets import SECRET_NAME
+from supervisor.secrets import SECRET_NAME
 
 LEVELS = frozenset({"NOTSET", "TRACE", "DEBUG", "INFO", "WARN", "ERROR"})
 # What the worker is given besides RunPod's own variables, beside a hundred packages that are not ours.

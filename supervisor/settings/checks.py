@@ -6,27 +6,45 @@ minutes of a GPU. A rule yields what is wrong, with what to set.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from supervisor.bounded import within
+from supervisor.secrets import SHORTEST_SECRET
 from supervisor.settings import platform
-from supervisor.settings.catalogue import Catalogue
 from supervisor.settings.knobs import SHORT_KEY, Keys
 from supervisor.settings.models import DISK_PATIENCE
-from supervisor.settings.secrets import SHORTEST_SECRET
+from supervisor.settings.sources import Setting
 from supervisor.settings.typos import nearest
-from supervisor.settings.vllm import Vllm
+from supervisor.vllm.catalogue import Catalogue
+from supervisor.vllm.installed import Vllm
+from supervisor.vllm.values import json_object
 
 GONE = {
     "bitsandbytes": ", which an older one had",
     "gguf": ": since 0.24 a plugin has it",
+}
+UNSET = Setting("", None, "")
+# What has to be set with it, and what is told where that is not.
+NEEDS = (
+    (
+        "ENABLE_AUTO_TOOL_CHOICE",
+        "TOOL_CALL_PARSER",
+        "it needs TOOL_CALL_PARSER, the model's own, such as hermes for Qwen",
+    ),
+    ("LORA_MODULES", "ENABLE_LORA", "adapters need ENABLE_LORA=true"),
+)
+# What it may not be less than, and vLLM's default of that, where it has a fixed one.
+AT_LEAST = {"MAX_NUM_BATCHED_TOKENS": ("MAX_NUM_SEQS", 0), "MAX_CPU_LORAS": ("MAX_LORAS", 1)}
+PLACES = {
+    "CHAT_TEMPLATE": "file",
+    "TOOL_PARSER_PLUGIN": "file",
+    "REASONING_PARSER_PLUGIN": "file",
+    "ALLOWED_LOCAL_MEDIA_PATH": "folder",
 }
 LORA_RANK = 16  # vLLM's default of MAX_LORA_RANK
 # Of parsers and templates, vLLM's own folder has some, by their names alone.
@@ -35,29 +53,27 @@ PATH = re.compile(r"[/\\]|\.(jinja2?|j2|txt|tmpl)$")
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """All that was asked for. `values`: variable -> (value, where it came from)."""
+    """All that was asked for, by variable."""
 
     mode: str
     environ: Mapping[str, str]
-    values: Mapping[str, tuple[Any, str]]
+    settings: Mapping[str, Setting]
     vllm: Vllm | None = None
     catalogue: Catalogue | None = None
 
-    def value(self, variable: str) -> Any:
-        return self.values.get(variable, (None, ""))[0]
-
-    def source(self, variable: str) -> str:
-        return self.values.get(variable, (None, ""))[1]
+    def __getitem__(self, variable: str) -> Setting:
+        return self.settings.get(variable, UNSET)
 
     def number(self, variable: str) -> float:
-        text = str(self.value(variable))
-        return float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else 0.0
+        return number(self[variable].value, 0.0)
 
     def named(self, variable: str) -> str:
         """With its value and its source, as a problem begins."""
-        value = self.value(variable)
-        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-        return f"{variable}={str(shown).lower() if isinstance(shown, bool) else shown} ({self.source(variable)})"
+        return f"{variable}={self[variable].shown} ({self[variable].source})"
+
+
+def number(given: object, otherwise: float) -> float:
+    return float(str(given)) if re.fullmatch(r"\d+(\.\d+)?", str(given)) else otherwise
 
 
 def is_missing(path: str) -> bool:
@@ -65,11 +81,16 @@ def is_missing(path: str) -> bool:
     return within(DISK_PATIENCE, Path(path).exists) is False
 
 
+def config_in(path: Path) -> dict[str, Any]:
+    """What a file of JSON says; nothing, where it can't be read."""
+    return within(DISK_PATIENCE, lambda: json_object(path.read_text())) or {}
+
+
 # Problems
 
 
 def tls(asked: Asked) -> Iterator[str]:
-    cert, key = asked.value("SUPERVISOR_TLS_CERT"), asked.value("SUPERVISOR_TLS_KEY")
+    cert, key = asked["SUPERVISOR_TLS_CERT"].value, asked["SUPERVISOR_TLS_KEY"].value
     if key and not cert:
         yield "SUPERVISOR_TLS_KEY is set without SUPERVISOR_TLS_CERT, such as /tls/tls.crt"
     elif cert:
@@ -87,30 +108,36 @@ def tls(asked: Asked) -> Iterator[str]:
 def a_queue_on_runpod(asked: Asked) -> Iterator[str]:
     """A simulated one would be taken for a worker that has nothing to do, and be paid for."""
     on_runpod = next((name for name in platform.RUNPODS if asked.environ.get(name)), None)
-    if asked.value("SUPERVISOR_MODE") == "queue" and on_runpod and not asked.environ.get("RUNPOD_WEBHOOK_GET_JOB"):
+    if asked["SUPERVISOR_MODE"].value == "queue" and on_runpod and not asked.environ.get("RUNPOD_WEBHOOK_GET_JOB"):
         yield (
             f"SUPERVISOR_MODE=queue on RunPod ({on_runpod} is set) needs RUNPOD_WEBHOOK_GET_JOB, which RunPod sets on "
             "queue endpoints alone: make it one, or serve HTTP with SUPERVISOR_MODE=http"
         )
 
 
-def tool_parser(asked: Asked) -> Iterator[str]:
-    if asked.value("ENABLE_AUTO_TOOL_CHOICE") and not asked.value("TOOL_CALL_PARSER"):
-        yield (
-            f"{asked.named('ENABLE_AUTO_TOOL_CHOICE')}: it needs TOOL_CALL_PARSER, the model's own, such as hermes for "
-            "Qwen"
-        )
+def needs(asked: Asked) -> Iterator[str]:
+    for variable, needed, told in NEEDS:
+        if asked[variable].value and not asked[needed].value:
+            yield f"{asked.named(variable)}: {told}"
+
+
+def least(asked: Asked) -> Iterator[str]:
+    for variable, (other, default) in AT_LEAST.items():
+        given, limit = asked.number(variable), asked.number(other) or default
+        if given and given < limit:
+            where = f" ({asked[other].source})" if asked[other].source else ""
+            yield f"{asked.named(variable)}: expected at least {other}, which is {limit:g}{where}"
 
 
 def names(asked: Asked) -> Iterator[str]:
     """vLLM has no bitsandbytes any more, nor GGUF; parsers come and go. Plugins may know more."""
-    if asked.catalogue is None or asked.vllm is None or asked.value("TOOL_PARSER_PLUGIN"):
+    if asked.catalogue is None or asked.vllm is None or asked["TOOL_PARSER_PLUGIN"].value:
         return
     for option in asked.catalogue.by_key.values():
-        given = asked.value(option.variable)
+        given = asked[option.variable].value
         if not option.names or not given or str(given).lower() in ("none", *map(str.lower, option.names)):
             continue
-        if asked.value("REASONING_PARSER_PLUGIN") or asked.vllm.may_have_plugins(asked.environ):
+        if asked["REASONING_PARSER_PLUGIN"].value or asked.vllm.may_have_plugins(asked.environ):
             continue
         hint = GONE.get(str(given).lower()) or nearest(str(given).lower(), option.names)
         yield (
@@ -120,21 +147,17 @@ def names(asked: Asked) -> Iterator[str]:
 
 
 def adapters(asked: Asked) -> Iterator[str]:
-    modules = asked.value("LORA_MODULES") or ()
-    if modules and not asked.value("ENABLE_LORA"):
-        yield f"{asked.named('LORA_MODULES')}: adapters need ENABLE_LORA=true"
     most = asked.number("MAX_LORA_RANK") or LORA_RANK
-    for module in modules:
+    for module in asked["LORA_MODULES"].value or ():
         name, path = adapter(str(module))
         if not path.startswith(("/", "./", "../", "~")):
             continue  # the hub's
         path = os.path.expanduser(path)  # noqa: PTH111  # ~nobody stays as it is
-        told = f"LORA_MODULES={name}={path} ({asked.source('LORA_MODULES')})"
+        told = f"LORA_MODULES={name}={path} ({asked['LORA_MODULES'].source})"
         if is_missing(path):
             yield f"{told}: expected a folder that is there"
             continue
-        config = within(DISK_PATIENCE, partial(_json, Path(path) / "adapter_config.json"))
-        rank = config.get("r") if isinstance(config, dict) else None
+        rank = config_in(Path(path) / "adapter_config.json").get("r")
         if isinstance(rank, int) and rank > most:
             yield f"{told}: its rank is {rank}, and MAX_LORA_RANK is {most:g}: set MAX_LORA_RANK={_rank(asked, rank)}"
 
@@ -142,17 +165,10 @@ def adapters(asked: Asked) -> Iterator[str]:
 def adapter(module: str) -> tuple[str, str]:
     """Name and path, of `name=path` or a JSON object."""
     if module.startswith("{"):
-        try:
-            row = json.loads(module)
-            return str(row.get("name", "")), str(row.get("path", ""))
-        except ValueError:
-            return "", ""
+        row = json_object(module) or {}
+        return str(row.get("name", "")), str(row.get("path", ""))
     name, _, path = module.partition("=")
     return name, path
-
-
-def _json(path: Path) -> object:
-    return json.loads(path.read_text())
 
 
 def _rank(asked: Asked, rank: int) -> int:
@@ -161,13 +177,11 @@ def _rank(asked: Asked, rank: int) -> int:
 
 
 def files(asked: Asked) -> Iterator[str]:
-    for variable in ("CHAT_TEMPLATE", "TOOL_PARSER_PLUGIN", "REASONING_PARSER_PLUGIN"):
-        given = str(asked.value(variable) or "")
-        if PATH.search(given) and not any(sign in given for sign in "{}\n") and is_missing(given):
-            yield f"{asked.named(variable)}: expected a file that is there"
-    folder = asked.value("ALLOWED_LOCAL_MEDIA_PATH")
-    if folder and is_missing(str(folder)):
-        yield f"{asked.named('ALLOWED_LOCAL_MEDIA_PATH')}: expected a folder that is there"
+    for variable, kind in PLACES.items():
+        given = str(asked[variable].value or "")
+        is_path = given if kind == "folder" else PATH.search(given) and not any(sign in given for sign in "{}\n")
+        if is_path and is_missing(given):
+            yield f"{asked.named(variable)}: expected a {kind} that is there"
 
 
 def hub(asked: Asked) -> Iterator[str]:
@@ -176,24 +190,14 @@ def hub(asked: Asked) -> Iterator[str]:
         yield f"HF_ENDPOINT={endpoint} (environment HF_ENDPOINT): expected an address such as https://{endpoint}"
 
 
-def batches_of_tokens(asked: Asked) -> Iterator[str]:
-    most, sequences = asked.number("MAX_NUM_BATCHED_TOKENS"), asked.number("MAX_NUM_SEQS")
-    if most and sequences > most:
-        yield (
-            f"{asked.named('MAX_NUM_BATCHED_TOKENS')}: expected at least MAX_NUM_SEQS, which is {sequences:g} "
-            f"({asked.source('MAX_NUM_SEQS')})"
-        )
-
-
 def heads(asked: Asked) -> Iterator[str]:
     """Of a model that is here: vLLM deals its attention's heads out among the GPUs."""
     parts = asked.number("TENSOR_PARALLEL_SIZE")
     if parts <= 1:
         return
-    config = within(DISK_PATIENCE, partial(_json, Path(str(asked.value("MODEL"))) / "config.json"))
-    row = config if isinstance(config, dict) else {}
-    inner = row.get("text_config")
-    count = row.get("num_attention_heads", inner.get("num_attention_heads") if isinstance(inner, dict) else None)
+    config = config_in(Path(str(asked["MODEL"].value)) / "config.json")
+    inner = config.get("text_config")
+    count = ((inner if isinstance(inner, dict) else {}) | config).get("num_attention_heads")
     if isinstance(count, int) and count % parts:
         fits = max(size for size in range(1, int(parts)) if count % size == 0)
         yield (
@@ -202,20 +206,10 @@ def heads(asked: Asked) -> Iterator[str]:
         )
 
 
-def adapters_in_memory(asked: Asked) -> Iterator[str]:
-    most, kept = asked.number("MAX_LORAS") or 1, asked.number("MAX_CPU_LORAS")
-    if kept and kept < most:
-        yield f"{asked.named('MAX_CPU_LORAS')}: expected at least MAX_LORAS, which is {most:g}"
-
-
 def drafts(asked: Asked) -> Iterator[str]:
     """vLLM's own rule: a draft by n-grams, by a part of the model, or by another model, which has to be named."""
-    given = asked.value("SPECULATIVE_CONFIG")
-    try:
-        config = json.loads(given) if given else None
-    except ValueError:
-        return  # numbers such as 32k
-    if isinstance(config, dict) and not config.keys() & {"model", "method"}:
+    config = json_object(asked["SPECULATIVE_CONFIG"].value)  # none, where it has numbers such as 32k
+    if config is not None and not config.keys() & {"model", "method"}:
         yield f"{asked.named('SPECULATIVE_CONFIG')}: it names neither a method, such as ngram, nor a model"
 
 
@@ -223,8 +217,9 @@ def drafts(asked: Asked) -> Iterator[str]:
 
 
 def short_keys(asked: Asked) -> Iterator[str]:
-    for name, (value, _) in asked.values.items():
-        short = [key for key in value.values if len(key) < SHORT_KEY] if isinstance(value, Keys) else []
+    for name, setting in asked.settings.items():
+        keys = setting.value.values if isinstance(setting.value, Keys) else ()
+        short = [key for key in keys if len(key) < SHORT_KEY]
         if short:
             told = "a key has" if len(short) == 1 else f"{len(short)} keys have"
             weak = f"; one with less than {SHORTEST_SECRET} can't be masked in the log either"
@@ -234,8 +229,7 @@ def short_keys(asked: Asked) -> Iterator[str]:
 
 def runpods_start(asked: Asked) -> Iterator[str]:
     if asked.environ.get("RUNPOD_ENDPOINT_ID") or asked.environ.get("RUNPOD_WEBHOOK_GET_JOB"):
-        given = asked.environ.get("RUNPOD_INIT_TIMEOUT", "")
-        limit = float(given) if re.fullmatch(r"\d+(\.\d+)?", given) else platform.RUNPOD_START
+        limit = number(asked.environ.get("RUNPOD_INIT_TIMEOUT"), platform.RUNPOD_START)
         startup = asked.number("SUPERVISOR_STARTUP_TIMEOUT")
         if startup > limit:
             yield (
@@ -260,27 +254,27 @@ def runpods_balancer(asked: Asked) -> Iterator[str]:
 
 
 def batches_of_jobs(asked: Asked) -> Iterator[str]:
-    if asked.value("SUPERVISOR_JOB_OUTPUT") != "tokens":
+    if asked["SUPERVISOR_JOB_OUTPUT"].value != "tokens":
         for name in ("SUPERVISOR_JOB_BATCH_SIZE", "SUPERVISOR_JOB_MIN_BATCH_SIZE", "SUPERVISOR_JOB_BATCH_GROWTH"):
-            if asked.source(name) not in ("", "default"):
+            if asked[name].source not in ("", "default"):
                 yield (
-                    f"{asked.source(name).removeprefix('environment ')} has no effect: streams are passed on event by "
+                    f"{asked[name].source.removeprefix('environment ')} has no effect: streams are passed on event by "
                     "event, and only SUPERVISOR_JOB_OUTPUT=tokens collects them into batches"
                 )
 
 
 def open_to_all(asked: Asked) -> Iterator[str]:
-    host = str(asked.value("SUPERVISOR_HOST") or "127.0.0.1")
+    host = str(asked["SUPERVISOR_HOST"].value or "127.0.0.1")
     local = host in platform.LOOPBACK or host.startswith("127.")
     # Those platforms have keys of their own.
     guarded = asked.environ.get("RUNPOD_ENDPOINT_ID") or asked.environ.get(platform.SAGEMAKER_PORT)
-    if asked.mode == "http" and not local and not asked.value("SUPERVISOR_API_KEYS") and not guarded:
+    if asked.mode == "http" and not local and not asked["SUPERVISOR_API_KEYS"].value and not guarded:
         yield f"everybody who reaches {host} may use the model: set SUPERVISOR_API_KEYS, or SUPERVISOR_HOST=127.0.0.1"
 
 
 def prefix_caching(asked: Asked) -> Iterator[str]:
-    value, source = asked.values.get("ENABLE_PREFIX_CACHING", (True, ""))
-    if value is False and source.startswith("environment"):
+    setting = asked["ENABLE_PREFIX_CACHING"]
+    if setting.value is False and setting.source.startswith("environment"):
         yield (
             "ENABLE_PREFIX_CACHING=false makes chats and shared prompts slower; it is a default of worker-vllm's "
             "template: remove it, unless you mean it"
@@ -290,7 +284,7 @@ def prefix_caching(asked: Asked) -> Iterator[str]:
 def gpus(asked: Asked) -> Iterator[str]:
     available = platform.gpus(asked.environ)
     tensor, pipeline = asked.number("TENSOR_PARALLEL_SIZE") or 1, asked.number("PIPELINE_PARALLEL_SIZE") or 1
-    alone = asked.number("NNODES") <= 1 and asked.value("DISTRIBUTED_EXECUTOR_BACKEND") != "ray"
+    alone = asked.number("NNODES") <= 1 and asked["DISTRIBUTED_EXECUTOR_BACKEND"].value != "ray"
     if available and tensor * pipeline > available and alone:
         asked_for = f"TENSOR_PARALLEL_SIZE={tensor:g}"
         asked_for += f" x PIPELINE_PARALLEL_SIZE={pipeline:g}" if pipeline > 1 else ""
@@ -315,8 +309,7 @@ def vllms_port(asked: Asked) -> Iterator[str]:
 Rule = Callable[[Asked], Iterator[str]]
 # vLLM does not start with these, or nobody would be served.
 PROBLEMS: tuple[Rule, ...] = (
-    tls, a_queue_on_runpod, hub, names, tool_parser, adapters, adapters_in_memory, files,
-    batches_of_tokens, drafts, heads,
+    tls, a_queue_on_runpod, hub, names, needs, adapters, least, files, drafts, heads,
 )  # fmt: skip
 # It starts, and somebody may wonder.
 WARNINGS: tuple[Rule, ...] = (

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from supervisor.settings.platform import AUTO
+from supervisor.settings.sources import Found
 
 DATA_PARALLEL_PORT = "13345"  # of data parallel's handshake: PRIMARY_PORT is for torch
 VLLMS_PORT, VLLMS_DATA_PARALLEL_PORT = 29501, 29550  # where none is set
@@ -44,30 +45,30 @@ class Cluster:
 
 def nodes(environ: Mapping[str, str]) -> int:
     text = environ.get("NUM_NODES", "").strip()
-    return max(1, int(text)) if text.isdigit() else 1
+    return max(1, int(text)) if text.isdecimal() else 1
 
 
-def derived(environ: Mapping[str, str], asked: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Variable -> (source, value), for what a cluster's variables say. `asked`: what the user set of SPREAD."""
+def derived(environ: Mapping[str, str], asked: Mapping[str, str]) -> dict[str, Found]:
+    """By variable, what a cluster's variables say. `asked`: what the user set of SPREAD."""
     count = nodes(environ)
     if count < 2 or RAY in (environ.get("DISTRIBUTED_EXECUTOR_BACKEND"), environ.get("DATA_PARALLEL_BACKEND")):
         return {}
-    found: dict[str, tuple[str, str]] = {}
+    found: dict[str, Found] = {}
 
     def add(variable: str, *sources: str, value: str = "") -> None:
         """From the first of the sources that is set; `value`, where it is not that one's as it stands."""
         source = next((name for name in sources if environ.get(name)), None)
         if source is not None:
-            found[variable] = (f"environment {source}={environ[source]}", value or environ[source])
+            found[variable] = Found(f"environment {source}={environ[source]}", value or environ[source])
 
     replicas = asked.get("DATA_PARALLEL_SIZE", "1")
-    if replicas.isdigit() and int(replicas) > 1:  # whole models on each machine, behind rank 0
+    if replicas.isdecimal() and int(replicas) > 1:  # whole models on each machine, behind rank 0
         local = max(1, int(replicas) // count)
         add("DATA_PARALLEL_SIZE_LOCAL", "NUM_NODES", value=str(local))
         add("DATA_PARALLEL_ADDRESS", "PRIMARY_ADDR", "MASTER_ADDR")
         add("DATA_PARALLEL_RPC_PORT", "NUM_NODES", value=DATA_PARALLEL_PORT)
         rank = environ.get("NODE_RANK", "")
-        if rank.isdigit() and int(rank):
+        if rank.isdecimal() and int(rank):
             add("DATA_PARALLEL_START_RANK", "NODE_RANK", value=str(int(rank) * local))
         return found
     add("NNODES", "NUM_NODES")
@@ -85,7 +86,7 @@ def cluster(value: Mapping[str, object], environ: Mapping[str, str], problems: l
 
     def number(variable: str, default: int) -> int:
         given = value.get(variable)
-        return int(str(given)) if str(given or "").isdigit() else default
+        return int(str(given)) if str(given or "").isdecimal() else default
 
     count, replicas = number("NNODES", 1), number("DATA_PARALLEL_SIZE", 1)
     local = number("DATA_PARALLEL_SIZE_LOCAL", replicas)

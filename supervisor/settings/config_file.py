@@ -6,7 +6,10 @@ be another program's: it is read only where it says that it is ours, and is pass
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,44 +36,39 @@ class ConfigFile:
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
+    def problem(self, why: str) -> None:
+        self.problems.append(f"{self.label} {why}")
+
+    def pass_over(self, why: str) -> None:
+        self.warnings.append(
+            f"{self.label} in this folder is not read: it {why}. "
+            "Name it with --config (or SUPERVISOR_CONFIG) if it is meant for this."
+        )
+
 
 def read(name: str, source: str) -> ConfigFile:
     """Reads the file that `source` names, such as `environment SUPERVISOR_CONFIG`."""
     file = ConfigFile(name)
-    try:
-        _fill(file, _mapping(_text(_path(name))))
-    except OSError as error:
-        file.problems.append(f"{name} can't be read ({error.strerror}; named by {source})")
-    except MalformedError as error:
-        file.problems.append(f"{name} {error}")
+    with _told(file.problem, source):
+        path = Path(os.path.expanduser(name))  # noqa: PTH111  # ~nobody stays as it is
+        _fill(file, _mapping(_text(path)))
     return file
 
 
 def read_unnamed() -> ConfigFile:
     """Reads `config.yaml` in the current folder, where it is there and ours; what is returned is empty otherwise."""
-    file = ConfigFile(CONFIG_NAME, is_named=False)
-    path = Path(CONFIG_NAME)
-    try:
-        if not path.is_file():  # reading a pipe would wait for somebody who writes
-            if path.exists() or path.is_symlink():
-                _pass_over(file, "it is not a file")
-            return file
-        text = _text(path)
-    except OSError as error:
-        _pass_over(file, f"it can't be read ({error.strerror})")
-        return file
-    except MalformedError as error:
-        _pass_over(file, f"it {error}")
-        return file
-    try:
+    file, path, text = ConfigFile(CONFIG_NAME, is_named=False), Path(CONFIG_NAME), ""
+    with _told(file.pass_over):
+        if path.is_file():  # reading a pipe would wait for somebody who writes
+            text = _text(path)
+        elif path.exists() or path.is_symlink():
+            file.pass_over("is not a file")
+    with _told(file.problem):
         content = _content_of_ours(text)
-    except MalformedError as error:
-        file.problems.append(f"{CONFIG_NAME} {error}")
-        return file
-    if content is not None:
-        _fill(file, content)
-    elif any(line.strip() and not line.lstrip().startswith("#") for line in text.splitlines()):
-        _pass_over(file, "it has no `supervisor:` section")
+        if content is not None:
+            _fill(file, content)
+        elif any(line.strip() and not line.lstrip().startswith("#") for line in text.splitlines()):
+            file.pass_over("has no `supervisor:` section")
     return file
 
 
@@ -80,21 +78,24 @@ def read_vllm_config(path: str, source: str) -> ConfigFile:
     if Path(path).suffix not in (".yaml", ".yml"):
         file.problems.append(f"CONFIG={path} ({source}): expected a YAML file, such as /path/vllm.yaml")
         return file
-    try:
+    with _told(file.problem):
         file.content = _normal_keys(_mapping(_text(Path(path))))
-    except OSError as error:
-        file.problems.append(f"{file.label} can't be read ({error.strerror})")
-    except MalformedError as error:
-        file.problems.append(f"{file.label} {error}")
     return file
 
 
-def normal(key: object) -> str:
-    return str(key).replace("-", "_").lower()
+@contextmanager
+def _told(tell: Callable[[str], None], source: str = "") -> Iterator[None]:
+    """Hands to `tell` why a file can't be used; `source` named it."""
+    try:
+        yield
+    except OSError as error:
+        tell(f"can't be read ({error.strerror}{source and f'; named by {source}'})")
+    except MalformedError as error:
+        tell(str(error))
 
 
 def _normal_keys(mapping: dict[Any, Any]) -> dict[str, Any]:
-    return {normal(key): value for key, value in mapping.items()}
+    return {str(key).replace("-", "_").lower(): value for key, value in mapping.items()}
 
 
 def _fill(file: ConfigFile, content: dict[str, Any]) -> None:
@@ -104,13 +105,6 @@ def _fill(file: ConfigFile, content: dict[str, Any]) -> None:
     else:
         file.problems.append(f"{file.label}: 'supervisor' must be a mapping, such as 'supervisor: {{port: 8000}}'")
     file.content = _normal_keys(content)
-
-
-def _pass_over(file: ConfigFile, why: str) -> None:
-    file.warnings.append(
-        f"{file.label} in this folder is not read: {why}. "
-        "Name it with --config (or SUPERVISOR_CONFIG) if it is meant for this."
-    )
 
 
 def _content_of_ours(text: str) -> dict[str, Any] | None:
@@ -125,13 +119,6 @@ def _content_of_ours(text: str) -> dict[str, Any] | None:
             raise
         return None
     return content if has_schema_line or isinstance(content.get("supervisor", ""), dict | None) else None
-
-
-def _path(name: str) -> Path:
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:  # ~nobody
-        return Path(name)
 
 
 def _text(path: Path) -> str:

@@ -9,11 +9,11 @@ MODEL = Path(__file__).resolve().parent.parent / "demo" / "model"
 
 # Below everything the user sets.
 DEFAULTS: dict[str, object] = {
-    "served_model_name": ["demo"],
-    "max_model_len": 2048,
-    "enable_auto_tool_choice": True,
-    "tool_call_parser": "hermes",
-    "enforce_eager": True,  # nothing to win from compiling 2 M parameters, and it halves the start
+    "SERVED_MODEL_NAME": ["demo"],
+    "MAX_MODEL_LEN": 2048,
+    "ENABLE_AUTO_TOOL_CHOICE": True,
+    "TOOL_CALL_PARSER": "hermes",
+    "ENFORCE_EAGER": True,  # nothing to win from compiling 2 M parameters, and it halves the start
 }
 ENVIRONMENT = {
     # GiB; vLLM's CPU build takes half of the machine's memory otherwise. Other builds do not read it.
@@ -25,19 +25,16 @@ WARM_UP = b'{"prompt": "one two three four five six seven eight nine ten eleven 
 
 # What tells that this is no laptop: there, a missing model is a mistake, not a wish for the demo.
 PLATFORM_VARIABLES = ("RUNPOD_POD_ID", "KUBERNETES_SERVICE_HOST", "K_SERVICE", "SM_MODEL_DIR", "SUPERVISOR_IMAGE")
-CONTAINER_FILES = ("/.dockerenv", "/run/.containerenv")
-GPU_FILES = ("/dev/nvidiactl", "/dev/kfd")
+FILES = {
+    "/.dockerenv": "this is a container",
+    "/run/.containerenv": "this is a container",
+    "/dev/nvidiactl": "this machine has a GPU",
+    "/dev/kfd": "this machine has a GPU",
+}
 
 
 def platform(environ: Mapping[str, str]) -> str | None:
     """What forbids the demo model here, in a few words; None on a laptop."""
-    for variable in PLATFORM_VARIABLES:
-        if environ.get(variable):
-            return f"{variable} is set"
-    for name in CONTAINER_FILES:
-        if Path(name).exists():
-            return "this is a container"
-    for name in GPU_FILES:
-        if Path(name).exists():
-            return "this machine has a GPU"
-    return None
+    told = [f"{variable} is set" for variable in PLATFORM_VARIABLES if environ.get(variable)]
+    told += [told for name, told in FILES.items() if Path(name).exists()]
+    return told[0] if told else None

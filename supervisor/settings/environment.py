@@ -5,22 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from supervisor.settings.catalogue import Catalogue
-from supervisor.settings.names import ALIASES
-from supervisor.settings.sources import Report
-from supervisor.settings.values import FALSE, TRUE, BadValue, clean
+from supervisor.settings.names import ALIASES, WITHHELD, WITHHELD_PREFIXES
+from supervisor.settings.sources import Found, Report
+from supervisor.vllm.catalogue import Catalogue
+from supervisor.vllm.values import FALSE, TRUE, BadValue
 
 # Variables that vLLM and its libraries read themselves, and that fail them where they are set to nothing, as compose's
 # `${VAR:-}` and RunPod's Hub do: nine of thirteen that were tried ended vLLM with an error that names no variable.
 THEIRS = re.compile(r"(VLLM|FLASHINFER|HF|HUGGING_?FACE|TRANSFORMERS|TORCHINDUCTOR|TRITON)_|CUDA_VISIBLE_DEVICES$")
 MEANS_NONE = "CUDA_VISIBLE_DEVICES"  # set to nothing, it hides all GPUs
 OURS = frozenset(name for names in ALIASES.values() for name in names)
-
-# Variables that vLLM has no business to see: ours, and RunPod's secrets (a process list of the child shows them).
-WITHHELD_PREFIXES = ("SUPERVISOR_", "RUNPOD_WEBHOOK_")
-WITHHELD = frozenset({"RUNPOD_AI_API_KEY", "RUNPOD_API_KEY", "RUNPOD_ENDPOINT_SECRET"})
-# Ours by another name: vLLM warns of each VLLM_* that it does not know, and would ask for VLLM_API_KEY itself.
-WITHHELD |= {"VLLM_API_KEY", "VLLM_CONFIG_FILE", "VLLM_EXTRA_ARGS", "VLLM_STARTUP_TIMEOUT", "VLLM_VERSION"}
 
 # What is safer where somebody else sends the requests, unless the user set it.
 DEFAULTS = {
@@ -39,13 +33,9 @@ def cleaned(environ: Mapping[str, str], report: Report) -> dict[str, str]:
         if THEIRS.match(name) is None or name in OURS:
             found[name] = value
             continue
-        try:
-            text = clean(value)
-        except BadValue as error:
-            report.problems.append(f"{name}={report.shown(value)} (environment {name}): expected {error}")
-            continue
-        if text or name == MEANS_NONE:
-            found[name] = text
+        setting = report.setting(name, [Found(f"environment {name}", value)], str)
+        if setting is not None and (setting.value or name == MEANS_NONE):
+            found[name] = setting.value
     return found
 
 
@@ -53,14 +43,17 @@ def for_vllm(environ: Mapping[str, str], catalogue: Catalogue, report: Report) -
     """With vLLM's own variables in its words: of those that are yes or no by a number, `false` would end it."""
     found = dict(environ)
     for name in catalogue.switches & environ.keys():
-        word = environ[name].lower()
-        if word in TRUE | FALSE:
-            found[name] = str(int(word in TRUE))
-        elif not word.lstrip("-").isdigit():
-            report.problems.append(
-                f"{name}={report.shown(environ[name])} (environment {name}): expected true or false (or 1, 0)"
-            )
+        setting = report.setting(name, [Found(f"environment {name}", environ[name])], _switch)
+        found[name] = setting.value if setting else ""
     return found
+
+
+def _switch(text: str) -> str:
+    if text.lstrip("-").isdecimal():
+        return text
+    if text.lower() not in TRUE | FALSE:
+        raise BadValue("true or false (or 1, 0)")
+    return str(int(text.lower() in TRUE))
 
 
 def environment(environ: Mapping[str, str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The supervisor's own settings, as a table: variable, default, what it means, how it is read."""
+"""The supervisor's own settings, as a table: name, default, how it is read. What they mean is in docs/settings.md."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from supervisor.settings.values import BadValue, clean, read_bool
+from supervisor.vllm.values import BadValue, clean, read_bool
 
 
 def number(read: Callable[[str], Any], least: float, below: float, expected: str) -> Callable[[str], Any]:
@@ -41,10 +41,6 @@ def size(text: str) -> int:
     if found is None or not int(found[1]):
         raise BadValue("a size, such as 64MiB or 30MB")
     return int(found[1]) * SIZES[found[2] or ""]
-
-
-def text(value: str) -> str:
-    return value
 
 
 def words(value: str) -> tuple[str, ...]:
@@ -130,7 +126,6 @@ class Knob:
     field: str
     default: str | None
     read: Callable[[str], Any]
-    meaning: str
     secret: bool = False
     is_program: bool = False  # it names one to run
     template: bool = False  # braces in it may be its own
@@ -140,78 +135,51 @@ class Knob:
         return self.field.upper() if self.field in PLATFORMS else f"SUPERVISOR_{self.field.upper()}"
 
 
-def knob(default: str | None, read: Callable[[str], Any], meaning: str, **more: bool) -> Any:
-    return field(metadata={"default": default, "read": read, "meaning": meaning, **more})
+def knob(default: str | None, read: Callable[[str], Any], **more: bool) -> Any:
+    return field(metadata={"default": default, "read": read, **more})
 
 
 @dataclass(frozen=True, slots=True)
 class Knobs:
     """The supervisor's own settings: each one's row, and its value. Times in seconds."""
 
-    mode: str = knob("auto", choice("auto", "http", "queue"), "what to serve: HTTP, or RunPod's queue")
-    host: str = knob("127.0.0.1", text, "where the gateway listens (in the image: 0.0.0.0)")
-    port: int = knob("8000", port_number, "the gateway's port")
-    port_health: int | None = knob(None, port_number, "a second port for health checks")
-    vllm: str | None = knob(None, text, "the command that stands for `vllm`", is_program=True)
-    extra_args: tuple[str, ...] = knob("", words, "appended to vLLM's command line as it is", template=True)
-    startup_timeout: float = knob("1200", seconds, "seconds until vLLM must be ready")
-    warm_up: bool = knob("false", read_bool, "whether the model has to answer a first request before it is ready")
-    stall_timeout: float = knob(
-        "120", seconds, "seconds without progress, with work in flight, until vLLM is hung; 0: never"
-    )
-    max_restarts: int = knob("5", count, "how often vLLM is started again ...")
-    restart_window: float = knob("600", seconds, "... within so many seconds, before it is given up")
-    on_failure: str = knob(
-        "exit", choice("exit", "serve"), "then: leave with 3 or 4, or stay and tell why (queue: serve)"
-    )
-    hold_timeout: float = knob("120", seconds, "seconds that a request may wait for an engine that is starting")
-    drain_timeout: float = knob("30", seconds, "seconds that running requests may go on after SIGTERM")
-    max_concurrency: int | None = knob(None, count, "how many requests may run at once; unset: no limit (queue: 30)")
-    job_output: str = knob(
-        "openai",
-        choice("openai", "tokens"),
-        "what a job with messages or a prompt gives: OpenAI's JSON, or tokens as worker-vllm did until July 2026",
-    )
-    job_batch_size: int = knob("50", some, "of tokens: pieces of text in a chunk of a stream, at most ...")
-    job_min_batch_size: int = knob("1", some, "... and at first ...")
-    job_batch_growth: float = knob("3", ratio, "... and how many times as many each time")
-    max_waiting: int = knob("1000", count, "how many more may wait for their turn, before a 429")
-    request_timeout: float = knob("3600", seconds, "seconds that a request may take, answer included (0: no limit)")
-    client_timeout: float = knob("60", seconds, "seconds for a client's next bytes, or for it to take ours")
-    sse_keep_alive: float = knob(
-        "0",
-        seconds,
-        "seconds between comments in a stream whose request is held or queued; its status is 200 then; 0: none",
-    )
-    max_body: int = knob("64MiB", size, "the largest request body")
-    api_keys: Keys | None = knob(None, keys, "keys that clients must give, between commas, or @file", secret=True)
-    admin_keys: Keys | None = knob(
-        None,
-        keys,
-        "keys that open vLLM's admin routes as well, and show its log and the settings, the same way",
-        secret=True,
-    )
-    allow_routes: tuple[str, ...] = knob("", routes, "more paths to open, by their beginnings, between commas")
-    allowed_hosts: tuple[str, ...] = knob(
-        "",
-        hosts,
-        "hosts that clients may name, on loopback without keys, beside localhost and addresses: a.example,*.b.example",
-    )
-    rate_limit: int | None = knob(None, count, "requests per minute and key (or address, where there are no keys)")
-    response_cache: int | None = knob(
-        None,
-        size,
-        "memory for answers that would come out the same (temperature 0, or a seed), such as 256MiB; unset: none",
-    )
-    tls_cert: str | None = knob(None, text, "a certificate's file: HTTPS instead of HTTP")
-    tls_key: str | None = knob(None, text, "its private key's file")
-    log_format: str = knob("text", choice("text", "json"), "our own log lines: text or json")
-    log_level: str = knob("info", choice("debug", "info", "warning", "error"), "our own log's level")
-    access_log: bool = knob("true", read_bool, "a line for each answer, in place of vLLM's own")
-    volume: str | None = knob(
-        None, text, "a disk that outlives the container, for downloads and caches (found on RunPod)"
-    )
-    cache_dir: str | None = knob(None, text, "a folder for caches alone (on the volume, where there is one)")
+    mode: str = knob("auto", choice("auto", "http", "queue"))
+    host: str = knob("127.0.0.1", str)
+    port: int = knob("8000", port_number)
+    port_health: int | None = knob(None, port_number)
+    vllm: str | None = knob(None, str, is_program=True)
+    extra_args: tuple[str, ...] = knob("", words, template=True)
+    startup_timeout: float = knob("1200", seconds)
+    warm_up: bool = knob("false", read_bool)
+    stall_timeout: float = knob("120", seconds)
+    max_restarts: int = knob("5", count)
+    restart_window: float = knob("600", seconds)
+    on_failure: str = knob("exit", choice("exit", "serve"))
+    hold_timeout: float = knob("120", seconds)
+    drain_timeout: float = knob("30", seconds)
+    max_concurrency: int | None = knob(None, count)
+    job_output: str = knob("openai", choice("openai", "tokens"))
+    job_batch_size: int = knob("50", some)
+    job_min_batch_size: int = knob("1", some)
+    job_batch_growth: float = knob("3", ratio)
+    max_waiting: int = knob("1000", count)
+    request_timeout: float = knob("3600", seconds)
+    client_timeout: float = knob("60", seconds)
+    sse_keep_alive: float = knob("0", seconds)
+    max_body: int = knob("64MiB", size)
+    api_keys: Keys | None = knob(None, keys, secret=True)
+    admin_keys: Keys | None = knob(None, keys, secret=True)
+    allow_routes: tuple[str, ...] = knob("", routes)
+    allowed_hosts: tuple[str, ...] = knob("", hosts)
+    rate_limit: int | None = knob(None, count)
+    response_cache: int | None = knob(None, size)
+    tls_cert: str | None = knob(None, str)
+    tls_key: str | None = knob(None, str)
+    log_format: str = knob("text", choice("text", "json"))
+    log_level: str = knob("info", choice("debug", "info", "warning", "error"))
+    access_log: bool = knob("true", read_bool)
+    volume: str | None = knob(None, str)
+    cache_dir: str | None = knob(None, str)
 
 
 KNOBS: tuple[Knob, ...] = tuple(Knob(each.name, **each.metadata) for each in fields(Knobs))

@@ -21,6 +21,9 @@ ALIASES: dict[str, tuple[str, ...]] = {ours: tuple(names) for ours, names in _ro
 OWNED: dict[str, str] = _rows("owned")
 ZERO_MEANS_UNSET = frozenset(_TABLE["zero means unset"])
 FORMER: dict[str, str] = _rows("former")
+INSTEAD: dict[str, str] = _rows("instead")
+DOCKERS = frozenset(_TABLE["docker's"]["options"])
+WITHHELD, WITHHELD_PREFIXES = frozenset(_TABLE["not passed on"]["names"]), tuple(_TABLE["not passed on"]["prefixes"])
 # Options by key (`swap_space`), and variables.
 REMOVED, REMOVED_ENVIRONMENT = _removed("removed options"), _removed("removed variables")
 # Name -> whose it is, and what to set here; each may be empty.

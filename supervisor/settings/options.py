@@ -3,53 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
 
 from supervisor.settings import platform
-from supervisor.settings.catalogue import Catalogue, Option, key_of
 from supervisor.settings.config_file import ConfigFile
-from supervisor.settings.names import ALIASES, OWNED, OWNED_AND_READ, REMOVED, SAGEMAKER, ZERO_MEANS_UNSET
+from supervisor.settings.names import ALIASES, OWNED, OWNED_AND_READ, SAGEMAKER, ZERO_MEANS_UNSET
 from supervisor.settings.respelled import NGRAM, respelled
 from supervisor.settings.sources import Found, Report, Setting, Sources
-from supervisor.settings.typos import CLOSE, nearest
-from supervisor.settings.values import read_bool
+from supervisor.settings.typos import missing
+from supervisor.vllm.catalogue import Catalogue, Option, key_of
+from supervisor.vllm.values import read_bool
 
+Options = tuple[tuple[Option, Setting], ...]
 ZERO = "worker-vllm read 0 as 'not set', and vLLM can't run with it"
-
-
-class Meant(NamedTuple):
-    """What a rule makes of a value; `given` None: it stands for nothing."""
-
-    given: Any
-    warning: str = ""
-    computed: bool = False  # the source is told with what was written
-
-
-def _respelled(option: Option, found: Found, environ: Mapping[str, str]) -> Meant | None:
-    today = respelled(option, found.given)
-    if today is None:
-        return None
-    return Meant(today, f"{found.source}={found.given} is read as {today}, which is how vLLM has it today")
-
-
-def _zero(option: Option, found: Found, environ: Mapping[str, str]) -> Meant | None:
-    if option.variable not in ZERO_MEANS_UNSET or str(found.given).strip() != "0":
-        return None
-    return Meant(None, f"{found.source}=0 is taken for not set: {ZERO}")
-
-
-def _computed(option: Option, found: Found, environ: Mapping[str, str]) -> Meant | None:
-    auto = platform.computed(option.variable, found.given, environ)
-    return None if auto is None else Meant(auto, computed=True)
-
-
-def _unset(option: Option, found: Found, environ: Mapping[str, str]) -> Meant | None:
-    return Meant(None) if option.is_unset(found.given) else None
-
-
-# In this order; the first that has something to say of a value speaks, but for what is only written otherwise now.
-RULES: tuple[Callable[[Option, Found, Mapping[str, str]], Meant | None], ...] = (_zero, _computed, _unset)
 
 
 def keys(catalogue: Catalogue) -> list[str]:
@@ -65,12 +31,11 @@ def resolve(
     report: Report,
     *,
     beneath: Mapping[str, Found],
-    derived: Mapping[str, Found],
-    raw: tuple[tuple[Option, Setting], ...],
-) -> tuple[tuple[tuple[Option, Setting], ...], tuple[tuple[Option, Setting], ...]]:
+    raw: Options,
+) -> tuple[Options, Options]:
     """The options of variables and files, less those that raw arguments override; and these, with what it was.
 
-    `beneath`: by key, below everything the user sets; `derived`: by variable, from a cluster's variables.
+    `beneath`: by variable, below everything the user sets.
     """
     chosen = []
     # vLLM lets a part of a JSON option (`--x.y 1`) replace the whole of it; only `append` options add up.
@@ -78,10 +43,7 @@ def resolve(
     for option in catalogue.by_key.values():
         if option.key == "model":
             continue
-        found = list(_meant(option, sources, report))
-        if option.variable in derived:
-            found.append(derived[option.variable])
-        found += _opposite(option, sources, report)
+        found = [*_meant(option, sources, report), *_opposite(option, sources, report)]
         if option.key in OWNED:
             report.warnings += [
                 f"{source} is not passed to vLLM: {OWNED[option.key]}"
@@ -89,8 +51,8 @@ def resolve(
                 if source.removeprefix("environment ") not in OWNED_AND_READ
             ]
             continue
-        if option.key in beneath:
-            found.append(beneath[option.key])
+        if option.variable in beneath:
+            found.append(beneath[option.variable])
         if not found:
             continue
         if option.variable in overriding:
@@ -104,18 +66,18 @@ def resolve(
 
 
 def _meant(option: Option, sources: Sources, report: Report) -> Iterator[Found]:
-    for found in _named(option, sources):
-        today = _respelled(option, found, sources.environ)
+    """What the sources mean by what they say."""
+    for source, given in _named(option, sources):
+        today = respelled(option, given)
         if today is not None:
-            report.warnings.append(today.warning)
-            found = found._replace(given=today.given)  # noqa: PLW2901  # the same, as it is written now
-        meant = next((each for rule in RULES if (each := rule(option, found, sources.environ)) is not None), None)
-        if meant is None:
-            yield found
-            continue
-        report.warnings += [meant.warning] if meant.warning else []
-        if meant.given is not None:
-            yield Found(f"{found.source}={found.given}" if meant.computed else found.source, meant.given)
+            report.warnings.append(f"{source}={given} is read as {today}, which is how vLLM has it today")
+        meant = given if today is None else today
+        if option.variable in ZERO_MEANS_UNSET and str(meant).strip() == "0":
+            report.warnings.append(f"{source}=0 is taken for not set: {ZERO}")
+        elif option.variable == "TENSOR_PARALLEL_SIZE" and str(meant).strip().lower() in platform.AUTO:
+            yield Found(f"{source}={meant}", str(platform.gpus(sources.environ) or 1))
+        elif not option.is_unset(meant):
+            yield Found(source, meant)
     flag = SAGEMAKER + option.variable
     if sources.environ.get(flag) == "" and option.kind in ("pair", "switch"):  # as those images read it
         yield Found(f"environment {flag}", True)
@@ -143,22 +105,20 @@ def _opposite(option: Option, sources: Sources, report: Report) -> Iterator[Foun
             yield Found(f"{found.source}={report.shown(found.given)}", not setting.value)
 
 
-def of_vllms_file(file: ConfigFile, catalogue: Catalogue, report: Report) -> dict[str, tuple[Any, str]]:
-    """What the file of vLLM's own --config says, which vLLM reads itself: variable -> (value, source). What it may not
-    say, or what vLLM would not take, is a problem."""
+def of_vllms_file(file: ConfigFile, catalogue: Catalogue, report: Report) -> dict[str, Setting]:
+    """What the file of vLLM's own --config says, which vLLM reads itself, by variable. What it may not say, or what
+    vLLM would not take, is a problem."""
     report.problems += file.problems
-    values = {}
+    found = {}
     for key, given in file.content.items():
         option = catalogue.find(key)
         if key in OWNED:
             report.problems.append(f"{file.label}: {key} can't be set there: {OWNED[key]}")
         elif option is None:
-            hint = nearest(key, catalogue.by_key, CLOSE)
-            if key in REMOVED or hint:
-                told = f" any more: {REMOVED[key]}" if key in REMOVED else hint
-                report.problems.append(f"{file.label}: vLLM {catalogue.version} has no option {key}{told}")
+            if why := missing(key, catalogue):
+                report.problems.append(f"{file.label}: vLLM {catalogue.version} has no option {key}{why}")
         elif key != "model" and not option.is_unset(given):
             setting = report.setting(option.variable, [Found(f"{file.label} {key}", given)], option.read)
             if setting is not None:
-                values[option.variable] = (setting.value, setting.source)
-    return values
+                found[option.variable] = setting
+    return found

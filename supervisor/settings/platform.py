@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from supervisor.settings.sources import Found
+
 # RunPod's limits, from its documentation.
 RUNPOD_START = 420.0  # seconds until a worker must be ready, where RUNPOD_INIT_TIMEOUT is not set
 BALANCER_REQUEST = 330.0  # seconds that the load balancer gives a request
@@ -31,18 +33,6 @@ def gpus(environ: Mapping[str, str]) -> int | None:
     return len(nodes) or None
 
 
-def computed(variable: str, given: object, environ: Mapping[str, str]) -> str | None:
-    """The value that `auto` stands for, where vLLM has no such word."""
-    if variable == "TENSOR_PARALLEL_SIZE" and str(given).strip().lower() in AUTO:
-        return str(gpus(environ) or 1)
-    return None
-
-
-def balanced(environ: Mapping[str, str]) -> bool:
-    """RunPod's load balancer: it may give its workers a queue's address as well."""
-    return bool(environ.get("PORT_HEALTH") or environ.get("HEALTH_CHECK_PATH"))
-
-
 def defaults(mode: str, environ: Mapping[str, str]) -> tuple[str, Mapping[str, str]]:
     """The platform's own defaults for the supervisor's settings, and what they are called."""
     if mode == "queue":
@@ -60,9 +50,9 @@ def defaults(mode: str, environ: Mapping[str, str]) -> tuple[str, Mapping[str, s
     return "", {}
 
 
-def model(environ: Mapping[str, str]) -> list[tuple[str, str]]:
+def model(environ: Mapping[str, str]) -> list[Found]:
     """The folder that the platform has put a model into, with its source, where there is one."""
     fetched = any((SAGEMAKER_MODEL / name).exists() for name in ("config.json", "params.json"))
     if environ.get(SAGEMAKER_PORT) and fetched:
-        return [("default on SageMaker", str(SAGEMAKER_MODEL))]
+        return [Found("default on SageMaker", str(SAGEMAKER_MODEL))]
     return []

@@ -6,7 +6,8 @@ import json
 import re
 from collections.abc import Callable, Mapping
 
-from supervisor.settings.catalogue import Option
+from supervisor.vllm.catalogue import Option
+from supervisor.vllm.values import json_object
 
 PAIR = re.compile(r"\s*(\w+)\s*[=:]\s*(\d+)\s*")
 # vLLM's draft by n-grams had this for its model's name; it has a method of its own now.
@@ -22,11 +23,8 @@ def _counts(text: str) -> str | None:
 
 def _level(text: str) -> str | None:
     """`3`, or `{"level": 3}`: vLLM's level of compilation, which is the `mode` of an object now."""
-    try:
-        given = {"level": int(text)} if re.fullmatch(r"[0-3]", text.strip()) else json.loads(text)
-    except ValueError:
-        return None
-    if not isinstance(given, dict) or "level" not in given:
+    given = {"level": int(text)} if re.fullmatch(r"[0-3]", text.strip()) else json_object(text)
+    if given is None or "level" not in given:
         return None
     level = given.pop("level")
     return json.dumps({"mode": level} | given)  # of both, vLLM took `mode`

@@ -5,28 +5,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from supervisor.bounded import within
-from supervisor.settings import catalogue as catalogues
-from supervisor.settings import checks, config_file, demo, environment, models, options, platform, typos
+from supervisor.secrets import Mask
+from supervisor.settings import checks, config_file, demo, environment, models, options, platform, raw, typos
 from supervisor.settings import cluster as clusters
 from supervisor.settings import volume as volumes
-from supervisor.settings.catalogue import Catalogue, Option
 from supervisor.settings.config_file import ConfigFile
 from supervisor.settings.knobs import KNOBS, Keys, Knob, Knobs
 from supervisor.settings.names import ALIASES, REMOVED
-from supervisor.settings.raw import Given, RawArguments
-from supervisor.settings.secrets import Mask
-from supervisor.settings.sources import Arguments, Found, Report, Setting, Sources, prefixes, variables
-from supervisor.settings.vllm import Vllm, VllmError, find
+from supervisor.settings.options import Options
+from supervisor.settings.sources import Arguments, Found, Report, Setting, Sources, prefixes
+from supervisor.vllm import catalogue as catalogues
+from supervisor.vllm.catalogue import Catalogue
+from supervisor.vllm.installed import Vllm, VllmError, find
 
 __all__ = ["Arguments", "Setting", "Settings", "SettingsError", "gather"]
-Options = tuple[tuple[Option, Setting], ...]
 # Our access log says more than vLLM's, which has a line for each look at its health besides.
-INSTEAD_OF_VLLMS: dict[str, tuple[str, object]] = {"disable_uvicorn_access_log": ("SUPERVISOR_ACCESS_LOG", True)}
+INSTEAD_OF_VLLMS = {"DISABLE_UVICORN_ACCESS_LOG": Found("SUPERVISOR_ACCESS_LOG", True)}
 
 
 class SettingsError(Exception):
@@ -78,12 +77,12 @@ class Settings:
 
 def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     """Reads every source. Raises SettingsError with all problems at once."""
-    prefix = prefixes(environ)
-    named = _named_file(arguments, environ, prefix)
+    sources = Sources(arguments, environ, prefixes(environ), ConfigFile(""))
+    named = sources.find(("SUPERVISOR_CONFIG",), "config", argument=(arguments.config or "").strip())
     file = config_file.read(named[0].given.strip(), named[0].source) if named else config_file.read_unnamed()
     report = Report(_mask(environ, file), list(file.problems), list(file.warnings))
     environ = environment.cleaned(environ, report)
-    sources = Sources(arguments, environ, prefix, file)
+    sources = replace(sources, environ=environ, file=file)
 
     first, *others = KNOBS
     asked_mode = _knob(first, sources, report)
@@ -100,30 +99,26 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     vllms_file = config_file.read_vllm_config(str(vllms[0].given).strip(), vllms[0].source) if vllms else None
     model, is_demo = _model(sources, report, vllms_file, vllm, catalogue)
     chosen: Options = ()
-    raw: Options = ()
-    in_file: dict[str, tuple[Any, str]] = {}
+    given: Options = ()
+    in_file: dict[str, Setting] = {}
     if catalogue:
         in_file = options.of_vllms_file(vllms_file, catalogue, report) if vllms_file else {}
-        raw = _raw(own, arguments, catalogue, report)
-        beneath = {key: Found("demo model", value) for key, value in demo.DEFAULTS.items()} if is_demo else {}
-        beneath |= {key: Found(*row) for key, row in INSTEAD_OF_VLLMS.items()} if knobs.access_log else {}
-        spread = clusters.derived(environ, _spread(raw, sources))
-        derived = {variable: Found(*row) for variable, row in spread.items()}
-        chosen, raw = options.resolve(catalogue, sources, report, beneath=beneath, derived=derived, raw=raw)
+        given = _raw(own, arguments, catalogue, report)
+        beneath = clusters.derived(environ, _spread(given, sources)) | (INSTEAD_OF_VLLMS if knobs.access_log else {})
+        beneath |= {name: Found("demo model", value) for name, value in demo.DEFAULTS.items() if is_demo}
+        chosen, given = options.resolve(catalogue, sources, report, beneath=beneath, raw=given)
         _known(options.keys(catalogue), file.content, file, report)
-        report.warnings += typos.unread(environ, _names(catalogue, prefix), catalogue)
+        report.warnings += typos.unread(environ, _names(catalogue, sources.prefixes), catalogue)
         environ = environment.for_vllm(environ, catalogue, report)
 
-    values = {setting.name: setting.value for _, setting in (*chosen, *raw)}
+    values = {setting.name: setting.value for _, setting in (*chosen, *given)}
     cluster = clusters.cluster(values, environ, report.problems)
     if cluster is not None and cluster.headless:
         mode = "http"  # rank 0 takes the jobs
     if int(values.get("NNODES") or 1) < 2:
         chosen = _of_one_machine(chosen, environ, report, told_so=cluster is not None)
-    every = (*(setting for _, setting in (*chosen, *raw)), *own, *([model] if model else []))
-    asked = checks.Asked(
-        mode, environ, in_file | {each.name: (each.value, each.source) for each in every}, vllm, catalogue
-    )
+    every = (*(setting for _, setting in (*chosen, *given)), *own, *([model] if model else []))
+    asked = checks.Asked(mode, environ, in_file | {each.name: each for each in every}, vllm, catalogue)
     report.problems += [line for rule in checks.PROBLEMS for line in rule(asked)]
     report.warnings += [line for rule in checks.WARNINGS for line in rule(asked)]
     problems, warnings = list(map(report.mask, report.problems)), list(map(report.mask, report.warnings))
@@ -134,7 +129,7 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
         model=model,
         mode=mode,
         options=chosen,
-        raw=raw,
+        raw=given,
         knobs=knobs,
         knob_settings=(*config, *own),
         vllm_args=(*(knobs.extra_args or ()), *arguments.vllm_args),
@@ -146,12 +141,6 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
         warnings=tuple(warnings),
         environ=dict(environ),
     )
-
-
-def _named_file(arguments: Arguments, environ: Mapping[str, str], prefix: tuple[str, ...]) -> list[Found]:
-    """Every source that names the file of settings, the one that wins first."""
-    asked = [Found("command line --config", arguments.config)] if (arguments.config or "").strip() else []
-    return [*asked, *variables(environ, prefix, ("SUPERVISOR_CONFIG",))]
 
 
 def _mask(environ: Mapping[str, str], file: ConfigFile) -> Mask:
@@ -179,7 +168,7 @@ def _knob(
     knob: Knob, sources: Sources, report: Report, label: str = "", platform_default: str | None = None
 ) -> Setting:
     names = (knob.variable, *ALIASES.get(knob.variable, ()))
-    argument = getattr(sources.arguments, knob.field, None) if knob.field in ("mode", "host", "port") else None
+    argument = getattr(sources.arguments, knob.field, None)  # mode, host and port have one
     found = sources.find(names, knob.field, knob=True, blank=knob.secret, argument=argument)
     if platform_default is not None:
         found.append(Found(label, platform_default))
@@ -208,8 +197,10 @@ def _knob(
 
 def _mode(asked: object, environ: Mapping[str, str]) -> str:
     """http or queue. RunPod's load balancer may give its workers a queue's address as well."""
-    queue = environ.get("RUNPOD_WEBHOOK_GET_JOB") and not platform.balanced(environ)
-    return str(asked) if asked in ("http", "queue") else "queue" if queue else "http"
+    if asked in ("http", "queue"):
+        return str(asked)
+    balanced = environ.get("PORT_HEALTH") or environ.get("HEALTH_CHECK_PATH")
+    return "queue" if environ.get("RUNPOD_WEBHOOK_GET_JOB") and not balanced else "http"
 
 
 def _volume(knobs: Knobs, environ: Mapping[str, str], report: Report) -> volumes.Volume | None:
@@ -249,7 +240,7 @@ def _model(
     found = sources.find(("MODEL", *ALIASES["MODEL"]), "model", argument=sources.arguments.model)
     if vllms_file is not None and vllms_file.content.get("model"):
         found.append(Found(vllms_file.label, vllms_file.content["model"]))
-    found += [Found(*row) for row in platform.model(sources.environ)]
+    found += platform.model(sources.environ)
     if not found:
         where = demo.platform(sources.environ)
         if where is not None:
@@ -264,21 +255,16 @@ def _model(
 
 def _raw(own: Sequence[Setting], arguments: Arguments, catalogue: Catalogue, report: Report) -> Options:
     (extra,) = [setting for setting in own if setting.name == "SUPERVISOR_EXTRA_ARGS"]
-    last: dict[str, tuple[Given, str]] = {}
-    for tokens, source in ((extra.value or (), extra.source), (arguments.vllm_args, "command line")):
-        read = RawArguments(tokens, source, catalogue)
-        report.problems += read.problems
-        report.warnings += read.warnings
-        last |= {given.name: (given, source) for given in read.given}
-    return tuple((given.option, Setting(given.name, given.value, source)) for given, source in last.values())
+    found = raw.read(extra.value or (), extra.source, catalogue, report)
+    return tuple((found | raw.read(arguments.vllm_args, "command line", catalogue, report)).values())
 
 
-def _spread(raw: Options, sources: Sources) -> dict[str, str]:
+def _spread(given: Options, sources: Sources) -> dict[str, str]:
     """How the user wants the model to be spread over GPUs."""
-    found = {setting.name: str(setting.value) for _, setting in raw if setting.name in clusters.SPREAD}
+    found = {setting.name: str(setting.value) for _, setting in given if setting.name in clusters.SPREAD}
     for variable in clusters.SPREAD:
-        for _, given in sources.find((variable,), variable.lower())[:1]:
-            found.setdefault(variable, str(given).strip())
+        for _, text in sources.find((variable,), variable.lower())[:1]:
+            found.setdefault(variable, str(text).strip())
     return found
 
 

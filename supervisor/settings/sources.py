@@ -7,14 +7,14 @@ its source. What is found wrong is collected in a `Report`, so that all of it is
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from supervisor.secrets import MASK, Mask
 from supervisor.settings.config_file import ConfigFile
 from supervisor.settings.names import SAGEMAKER
-from supervisor.settings.secrets import MASK, Mask
-from supervisor.settings.values import BadValue, clean
+from supervisor.vllm.values import BadValue, clean
 
 LONGEST_SHOWN = 200  # characters of a value, in a line that tells what is wrong with it
 
@@ -71,9 +71,13 @@ class Sources:
     def find(
         self, names: Sequence[str], key: str, *, knob: bool = False, blank: bool = False, argument: str | None = None
     ) -> list[Found]:
-        """`names`: of variables; `key`: in config.yaml, a `knob` in its section. `blank`: white space is a value."""
+        """`names`: of variables; `key`: in config.yaml, a `knob` in its section. `blank`: white space is a value.
+        For a secret it is somebody's mistake: taken for "not set", it would leave the door open."""
         found = [Found("command line" if key == "model" else f"command line --{key}", argument)] if argument else []
-        found += variables(self.environ, self.prefixes, names, blank=blank)
+        for name in (prefix + name for prefix in self.prefixes for name in names):
+            text = self.environ.get(name)
+            if text and (blank or text.strip()):
+                found.append(Found(f"environment {name}", text))
         content, section = (self.file.knobs, "supervisor.") if knob else (self.file.content, "")
         if content.get(key) not in (None, ""):
             found.append(Found(f"{self.file.label} {section}{key}", content[key]))
@@ -82,16 +86,6 @@ class Sources:
 
 def prefixes(environ: Mapping[str, str]) -> tuple[str, ...]:
     return ("", SAGEMAKER) if any(name.startswith(SAGEMAKER) for name in environ) else ("",)
-
-
-def variables(
-    environ: Mapping[str, str], prefixes: Collection[str], names: Collection[str], *, blank: bool = False
-) -> list[Found]:
-    """Those that are set, the one that wins first. A blank secret is somebody's mistake: taken for "not set", it would
-    leave the door open."""
-    every = [prefix + name for prefix in prefixes for name in names]
-    given = [(name, environ[name]) for name in every if environ.get(name)]
-    return [Found(f"environment {name}", text) for name, text in given if blank or text.strip()]
 
 
 @dataclass(slots=True)

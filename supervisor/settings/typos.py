@@ -11,8 +11,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 
-from supervisor.settings.catalogue import Catalogue, key_of
 from supervisor.settings.names import ELSEWHERE, FORMER, OWNED, REMOVED, REMOVED_ENVIRONMENT, SAGEMAKER
+from supervisor.vllm.catalogue import Catalogue, key_of
 
 # Variables that Kubernetes makes for each service of a namespace, whatever its name: VLLM_PORT=tcp://10.0.0.1:8000.
 SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT_\d+_(TCP|UDP)(_|$)")
@@ -92,6 +92,11 @@ def nearest(word: str, known: Collection[str], likeness: float = 0.6) -> str:
     """'; did you mean X?' for a word that is wrong in any case, or nothing."""
     found = difflib.get_close_matches(word, known, 1, likeness)
     return f"; did you mean {found[0]}?" if found else ""
+
+
+def missing(key: str, catalogue: Catalogue) -> str:
+    """What to say of an option that vLLM does not have; nothing, where it is like no other."""
+    return f" any more: {REMOVED[key]}" if key in REMOVED else nearest(key, catalogue.by_key, CLOSE)
 
 
 def unread(environ: Mapping[str, str], read: Collection[str], catalogue: Catalogue) -> list[str]:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from supervisor.settings import catalogue
-from supervisor.settings.vllm import PINNED
+from supervisor.vllm import catalogue
+from supervisor.vllm.installed import PINNED
 from tests.containers.conftest import MODEL, RIG, START, Container, podman, ran, rig, volume
 from tests.harness import DEMO, ROOT, Supervisor, clean_environment, events, self_signed, wait_until
 from tests.pages import CONTAINER, QUEUE
@@ -90,7 +90,7 @@ def test_a_vllm_without_a_shipped_catalogue_gets_one_at_build(image: str, tmp_pa
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", f"{PINNED}.json"))
     done = rig("build", "--target", "build", "--tag", "other-version", CONTEXT=str(tmp_path))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    file = f"/opt/package/lib/python3*/site-packages/supervisor/settings/flags/{PINNED}.json"
+    file = f"/opt/package/lib/python3*/site-packages/supervisor/vllm/flags/{PINNED}.json"
     dumped = catalogue.parse(podman("run", "--rm", "--entrypoint", "sh", "other-version", "-c", f"cat {file}"))
     shipped = catalogue.parse((catalogue.FLAGS / f"{PINNED}.json").read_text())
     assert dumped.by_key.keys() == shipped.by_key.keys()

@@ -18,7 +18,7 @@ import pytest
 from supervisor.around import postmortem
 from supervisor.around.machine import Machine
 from supervisor.around.postmortem import KEPT, PostMortem, block
-from supervisor.settings.secrets import Mask
+from supervisor.secrets import Mask
 from tests.harness import Supervisor, session_of
 
 SECRETS = {

@@ -25,9 +25,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from supervisor.gateway.counts import OUTCOMES
 from supervisor.gateway.metrics import STATES
 from supervisor.local_runpod.child import environment as simulated
-from supervisor.settings import catalogue
 from supervisor.settings.knobs import KNOBS
-from supervisor.settings.vllm import PINNED
+from supervisor.vllm import catalogue
+from supervisor.vllm.installed import PINNED
 from tests.harness import ROOT, Supervisor, wait_until
 
 PROMETHEUS = ROOT / "deploy" / "prometheus"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from supervisor.settings.catalogue import FLAGS, parse
 from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
+from supervisor.vllm.catalogue import FLAGS, parse
 
 
 def read(folder: Path, *raw: str, **environ: str) -> Settings:
@@ -161,5 +161,5 @@ def test_the_catalogue_of_the_next_release_is_there() -> None:
 
 def test_a_vllm_whose_names_nobody_knows_is_not_judged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = '{"version": "0.5.0", "options": [{"name": "--quantization", "kind": "value"}]}'
-    monkeypatch.setattr("supervisor.settings.catalogue.load", lambda vllm, cache: parse(text))
+    monkeypatch.setattr("supervisor.vllm.catalogue.load", lambda vllm, cache: parse(text))
     assert read(folder, QUANTIZATION="bitsandbytes").option("quantization") == "bitsandbytes"

@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 import pytest
 
+from supervisor import explain
 from supervisor.serve import elsewhere
-from supervisor.settings import explain
 from supervisor.settings.command import build
 from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
 
@@ -135,6 +135,7 @@ def test_vllms_own_arguments_say_it_too(folder: Path) -> None:
         {"DATA_PARALLEL_SIZE": "4", "DATA_PARALLEL_SIZE_LOCAL": "2", "DATA_PARALLEL_BACKEND": "ray"},
         {"NUM_NODES": "1", "NUM_TRAINERS": "8"},
         {"NUM_NODES": "0"},
+        {"NUM_NODES": "²"},  # a digit, and no number to Python
     ],
 )
 def test_no_cluster(folder: Path, environ: dict[str, str]) -> None:

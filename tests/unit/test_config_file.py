@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from supervisor.settings import explain
+from supervisor import explain
 from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
 from tests.unit.test_settings import argv, problems, read
 

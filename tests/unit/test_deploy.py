@@ -28,11 +28,11 @@ import yaml
 
 from supervisor.gateway.app import OWN_PATHS
 from supervisor.serve import CLOSE_PATIENCE, TERMINATE_PATIENCE
-from supervisor.settings import catalogue
 from supervisor.settings.knobs import size
 from supervisor.settings.names import SAGEMAKER
 from supervisor.settings.settings import Arguments, Settings, gather
-from supervisor.settings.vllm import PINNED
+from supervisor.vllm import catalogue
+from supervisor.vllm.installed import PINNED
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"

@@ -13,8 +13,8 @@ import pytest
 from supervisor.engine import tracebacks
 from supervisor.engine.child import how_it_ended
 from supervisor.engine.diagnosis import FOLLOWING, GONE, REMEDIES, RULES, Diagnosis, Rule, diagnose, follows
-from supervisor.settings import catalogue
 from supervisor.settings.knobs import KNOBS
+from supervisor.vllm import catalogue
 
 LOGS = Path(__file__).parent / "failures"
 ROWS = (*RULES, *FOLLOWING, *GONE)

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from supervisor.settings.catalogue import FLAGS, Option, parse
 from supervisor.settings.command import build
 from supervisor.settings.environment import THEIRS
 from supervisor.settings.knobs import KNOBS
 from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
-from supervisor.settings.values import BadValue, clean
+from supervisor.vllm.catalogue import FLAGS, Option, parse
+from supervisor.vllm.values import BadValue, clean
 
 CATALOGUE = parse((FLAGS / "0.32.0.json").read_text())
 
@@ -334,7 +334,7 @@ def test_a_plugin_on_pythons_path_counts_and_where_vllm_is_not_found_nobody_know
     assert "it has no GGUF" in problems(folder, MODEL="org/model:Q4_K_M", PYTHONPATH="/x")[0]
     wrapped = f"env {folder.parent / 'vllm/bin/vllm'}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("supervisor.settings.vllm._version_asked", lambda command, cache: "0.32.0")
+        patch.setattr("supervisor.vllm.installed._version_asked", lambda command, cache: "0.32.0")
         assert read(folder, MODEL="org/model:Q4_K_M", SUPERVISOR_VLLM=wrapped, PATH=os.environ["PATH"])
 
 

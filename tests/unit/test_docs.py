@@ -16,11 +16,11 @@ import pytest
 import yaml
 
 from supervisor.gateway.delivery import TABLE, Delivery, Event, State
-from supervisor.settings import catalogue
 from supervisor.settings.knobs import KNOBS
 from supervisor.settings.names import ALIASES, OWNED
 from supervisor.settings.settings import Arguments, gather
-from supervisor.settings.vllm import PINNED
+from supervisor.vllm import catalogue
+from supervisor.vllm.installed import PINNED
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -23,7 +23,7 @@ from supervisor import output as output_module
 from supervisor.gateway.access import BATCH, TICK, AccessLog, shown_path
 from supervisor.lines import Form, VllmLines, unmasked
 from supervisor.output import Output
-from supervisor.settings.secrets import Mask
+from supervisor.secrets import Mask
 from tests.harness import wait_until
 
 MASK = Mask({"HF_TOKEN": "very-secret-value"})

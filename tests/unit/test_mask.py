@@ -21,9 +21,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from supervisor import lines, logs
-from supervisor.settings import secrets
-from supervisor.settings.secrets import MASK, SECRET_TEXT, Mask
+from supervisor import lines, logs, secrets
+from supervisor.secrets import MASK, SECRET_TEXT, Mask
 
 Use = Callable[[str], object]
 

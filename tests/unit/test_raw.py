@@ -91,6 +91,7 @@ def test_several_add_up_where_vllm_adds_them_up(folder: Path) -> None:
         ("--dtype BFLOAT16", "expected bfloat16, in these capitals"),
         ("--dtype float8", "did you mean float"),
         ("--seed 1 2", "2 (command line): there is no option before it that takes it"),
+        ("--seed 1 -2", "-2 (command line): there is no option before it that takes it"),
         ("stray", "stray (command line): there is no option before it that takes it"),
         ("--enable-lora=true", "--enable-lora takes no value"),
         ("--speculative-config {a}", "expected JSON"),
@@ -101,6 +102,7 @@ def test_several_add_up_where_vllm_adds_them_up(folder: Path) -> None:
         ("--headless", "can't be passed to vLLM"),
         ("--hf-token x", "set HF_TOKEN in the environment"),
         ("--compilation-config.mode", "a value is missing"),
+        ("--nnodes many", "--nnodes many (command line): expected a whole number"),
         ("-seed 3", "-seed (command line): vLLM 0.32.0 has no such option"),
     ],
 )

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from supervisor.settings import catalogue, demo
-from supervisor.settings.catalogue import Option
+from supervisor.secrets import Mask
+from supervisor.settings import demo
 from supervisor.settings.command import build
 from supervisor.settings.knobs import KNOBS, Keys, Knobs
 from supervisor.settings.names import ALIASES, OWNED
-from supervisor.settings.secrets import Mask
 from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
-from supervisor.settings.values import BadValue
-from supervisor.settings.vllm import Vllm, VllmError
+from supervisor.vllm import catalogue
+from supervisor.vllm.catalogue import Option
+from supervisor.vllm.installed import Vllm, VllmError
+from supervisor.vllm.values import BadValue
 
 SHIPPED = catalogue.parse((catalogue.FLAGS / "0.32.0.json").read_text())
 

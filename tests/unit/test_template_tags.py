@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from supervisor.settings.catalogue import FLAGS, parse
 from supervisor.settings.command import build
 from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
+from supervisor.vllm.catalogue import FLAGS, parse
 
 HERE = Path(__file__).parent
 TAGS: dict[str, Any] = json.loads((HERE / "template_tags.json").read_text())

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from supervisor.settings import catalogue as catalogues
 from supervisor.settings import typos
-from supervisor.settings.catalogue import FLAGS, Catalogue, Option, parse
 from supervisor.settings.knobs import KNOBS
 from supervisor.settings.names import ALIASES, ELSEWHERE, FORMER, OWNED, REMOVED, REMOVED_ENVIRONMENT
 from supervisor.settings.settings import Arguments, Settings, gather
+from supervisor.vllm import catalogue as catalogues
+from supervisor.vllm.catalogue import FLAGS, Catalogue, Option, parse
 
 CATALOGUE = parse((FLAGS / "0.32.0.json").read_text())
 READ = {option.variable for option in CATALOGUE.by_key.values()} | {knob.variable for knob in KNOBS}

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from supervisor.settings.catalogue import FLAGS, Option, parse
+from supervisor.secrets import Mask
 from supervisor.settings.knobs import KNOBS
-from supervisor.settings.secrets import Mask
-from supervisor.settings.values import READERS, BadValue
+from supervisor.vllm.catalogue import FLAGS, Option, parse
+from supervisor.vllm.values import READERS, BadValue
 
 OPTIONS = parse((FLAGS / "0.32.0.json").read_text()).by_key
 

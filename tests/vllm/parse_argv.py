@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-DUMP = Path(__file__).resolve().parents[2] / "supervisor/settings/flags/dump.py"
+DUMP = Path(__file__).resolve().parents[2] / "supervisor/vllm/flags/dump.py"
 
 
 def make_parser() -> Any:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from supervisor.settings import catalogue
-from supervisor.settings.vllm import Vllm, find
+from supervisor.vllm import catalogue
+from supervisor.vllm.installed import Vllm, find
 from tests.harness import ROOT
 from tests.vllm.conftest import VLLM
 

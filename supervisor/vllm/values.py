@@ -20,6 +20,7 @@ FALSE = frozenset({"false", "0", "no", "off"})
 # Decimal suffixes small, binary ones large (`1k` is 1000, `1K` is 1024); only small ones take a fraction.
 HUMAN_INT = re.compile(r"\d+(\.\d+)?[kmgt]|\d+[KMGT]")
 HUMAN_INT_IN_JSON = re.compile(r'("(?:[^"\\]|\\.)*")|\b(?:\d+(?:\.\d+)?[kmgt]|\d+[KMGT])\b')
+JSON_OBJECT = 'a JSON object, such as {"key": "value"}'
 # More choices than this are not all printed.
 CHOICES_SHOWN = 12
 
@@ -69,11 +70,9 @@ def read_bool(given: object) -> bool:
     if isinstance(given, bool):
         return given
     word = str(given).strip().lower()
-    if word in TRUE:
-        return True
-    if word in FALSE:
-        return False
-    raise BadValue("true or false (or 1, 0, yes, no, on, off)")
+    if word not in TRUE | FALSE:
+        raise BadValue("true or false (or 1, 0, yes, no, on, off)")
+    return word in TRUE
 
 
 def items(given: object) -> list[object]:
@@ -131,24 +130,19 @@ def read_word(given: object) -> str:
     return str(given).lower() if isinstance(given, bool) else str(given).strip()
 
 
-def _int(given: object) -> str:
-    try:
-        if isinstance(given, bool | float):
-            raise TypeError
-        return str(int(str(given)))
-    except (TypeError, ValueError):
-        raise BadValue("a whole number, such as 8") from None
+def _int(given: object, expected: str = "a whole number, such as 8") -> str:
+    with contextlib.suppress(ValueError):
+        if not isinstance(given, bool | float):
+            return str(int(str(given)))
+    raise BadValue(expected)
 
 
 def _float(given: object) -> str:
     text = str(given).strip()
-    try:
-        value = math.nan if isinstance(given, bool) else float(text)
-    except ValueError:
-        value = math.nan
-    if math.isnan(value):
-        raise BadValue("a number, such as 0.9")
-    return text
+    with contextlib.suppress(ValueError):
+        if not isinstance(given, bool) and not math.isnan(float(text)):
+            return text
+    raise BadValue("a number, such as 0.9")
 
 
 def _text(given: object) -> str:
@@ -173,7 +167,7 @@ def _json(given: object) -> str:
 def _json_with_human_ints(given: object) -> str:
     """vLLM's own classes of settings: numbers in their JSON may be written as 32k."""
     if isinstance(given, list) or str(given).lstrip().startswith("["):
-        raise BadValue('a JSON object, such as {"key": "value"}')
+        raise BadValue(JSON_OBJECT)
     return _checked_json(given, HUMAN_INT_IN_JSON.sub(lambda found: found[1] or "1", str(given)))
 
 
@@ -181,7 +175,7 @@ def _checked_json(given: object, text: str) -> str:
     if isinstance(given, dict | list):
         return json.dumps(given)
     if not isinstance(given, str):
-        raise BadValue('a JSON object, such as {"key": "value"}')
+        raise BadValue(JSON_OBJECT)
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -191,8 +185,16 @@ def _checked_json(given: object, text: str) -> str:
                 raise BadValue(f"JSON: write {instead}") from None
         raise BadValue(f'JSON, such as {{"key": "value"}} ({error.msg} at character {error.pos + 1})') from None
     if not isinstance(value, dict | list):
-        raise BadValue('a JSON object, such as {"key": "value"}')
+        raise BadValue(JSON_OBJECT)
     return given
+
+
+def json_object(text: object) -> dict[str, Any] | None:
+    """What a text of JSON says, where it is an object."""
+    with contextlib.suppress(ValueError):
+        found = json.loads(str(text))
+        return found if isinstance(found, dict) else None
+    return None
 
 
 def _json_or_text(given: object) -> str:
@@ -201,25 +203,14 @@ def _json_or_text(given: object) -> str:
     return _json(given)
 
 
-def _human_int(given: object) -> str:
+def _human_int(given: object, expected: str = "") -> str:
     text = read_word(given)
-    if HUMAN_INT.fullmatch(text):
-        return text
-    try:
-        if isinstance(given, bool | float):
-            raise TypeError
-        return str(int(text))
-    except (TypeError, ValueError):
-        raise BadValue("a whole number, such as 4096, 32k (32000) or 32K (32768)") from None
+    known = HUMAN_INT.fullmatch(text)
+    return text if known else _int(given, f"{expected}a whole number, such as 4096, 32k (32000) or 32K (32768)")
 
 
 def _human_int_or_auto(given: object) -> str:
-    if read_word(given).lower() == "auto":
-        return "auto"
-    try:
-        return _human_int(given)
-    except BadValue as error:
-        raise BadValue(f"auto, or {error}") from None
+    return "auto" if read_word(given).lower() == "auto" else _human_int(given, "auto, or ")
 
 
 READERS: dict[str, Callable[[object], str]] = {

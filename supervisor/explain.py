@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sys
 
+from supervisor.secrets import MASK
 from supervisor.settings.command import build
-from supervisor.settings.secrets import MASK
 from supervisor.settings.settings import Setting, Settings, SettingsError
 
 # The real ones are made at start, private to each run.
