@@ -329,7 +329,7 @@ def test_gguf_is_left_to_its_plugin(user: User, large: Path, tmp_path: Path) -> 
                 argv, environ = engine(supervisor)
                 assert model in argv
                 assert "HF_HUB_OFFLINE" not in environ
-        assert GGUF in user.fails(hub, "org/gguf", PYTHONPATH=str(info.parent), VLLM_PLUGINS="")
+        assert GGUF in user.fails(hub, "org/gguf", PYTHONPATH=str(info.parent), VLLM_PLUGINS="another")
         assert hub.sent(".gguf") == 0
 
 
