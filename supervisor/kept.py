@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +18,6 @@ from typing import IO
 
 from supervisor.bounded import Call
 from supervisor.engine.child import how_it_ended
-from supervisor.engine.session import Session
 
 # Seconds before one that died is started again: the first, the longest; after so long it counts as healthy.
 FIRST_RESTART, SLOWEST_RESTART, HEALTHY_AFTER = 0.5, 30.0, 60.0
@@ -77,9 +77,8 @@ class Kept:
         child = self.child = subprocess.Popen(  # noqa: ASYNC220  # a thread waits for it, as for vLLM
             self.command, env=self.environ, stdin=subprocess.PIPE, stdout=output,
             stderr=subprocess.PIPE if self.heard else None, pass_fds=self.files,
-            start_new_session=True,  # Ctrl-C is for the supervisor
+            process_group=0,  # Ctrl-C is for the supervisor; of another session it would be an orphan (engine/child.py)
         )  # fmt: skip
-        session = Session.led_by(child.pid)
         if self.word:
             self.say(self.word)
         loop = asyncio.get_running_loop()
@@ -89,12 +88,25 @@ class Kept:
             await Call(partial(os.waitid, os.P_PID, child.pid, os.WEXITED | os.WNOWAIT))
         finally:
             self.child = None
-            await Call(session.remove)  # a process of its own would go on, as if it were still there
+            code = await Call(partial(_sweep, child))
             assert child.stdin is not None
             child.stdin.close()
             if readers:
                 await asyncio.wait(readers, timeout=LAST_LINES)
-        return child.wait()
+        return code
+
+
+def _sweep(child: subprocess.Popen[bytes]) -> int:
+    """Its exit code. A process that it forked would go on, as if it were still there: it is killed while the group's
+    number is sure to be its own, and is then ours to reap."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, signal.SIGKILL)
+    code, deadline = child.wait(), time.monotonic() + LAST_LINES
+    with contextlib.suppress(ChildProcessError):
+        while time.monotonic() < deadline:
+            if os.waitpid(-child.pid, os.WNOHANG)[0] == 0:
+                time.sleep(0.005)
+    return code
 
 
 def _read(stream: IO[bytes], loop: asyncio.AbstractEventLoop, heard: Callable[[str], object]) -> None:

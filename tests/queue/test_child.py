@@ -1,8 +1,9 @@
-"""What the queue worker is given, and where RunPod's key goes."""
+"""What the queue worker is given, where RunPod's key goes, and how the worker is kept."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -10,6 +11,7 @@ import aiohttp
 import pytest
 
 from supervisor.around import fitness
+from supervisor.kept import FIRST_RESTART, Kept
 from supervisor.queue.child import environment
 from supervisor.queue.delivery import Refused, RunPod
 
@@ -85,3 +87,25 @@ def test_the_key_stays_where_an_unfit_machine_is_reported() -> None:
     with Elsewhere(302) as server:
         fitness.report({**RUNPODS, "RUNPOD_WEBHOOK_PING": f"{server.url}/ping"}, "gpu", "it fell off the bus")
         assert server.asked == [("/ping", "the-workers-key")]
+
+
+def test_it_is_no_orphan_and_its_end_is_heard() -> None:
+    """As process 1 the supervisor reaps what an engine left, by the session that it is in: a worker in one of its own
+    was reaped behind the back of who waited for it, and the supervisor ended with a traceback."""
+    ends = []
+
+    async def run() -> None:
+        kept = Kept(["timeit", "-n1", "-r1", "-s", "import time", "time.sleep(60)"], {}, lambda *how: ends.append(how))
+        running = asyncio.create_task(kept.run())
+        while kept.child is None:
+            await asyncio.sleep(0)
+        assert os.getsid(kept.child.pid) == os.getsid(0)  # engine/child.py leaves these alone
+        assert os.getpgid(kept.child.pid) != os.getpgid(0)  # and Ctrl-C does, too
+        kept.child.kill()
+        while not ends:
+            await asyncio.sleep(0.01)
+        kept.leaving.set()
+        await running
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+    assert ends == [("killed by SIGKILL", FIRST_RESTART)]
