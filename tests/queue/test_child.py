@@ -95,15 +95,20 @@ def test_it_is_no_orphan_and_its_end_is_heard() -> None:
     ends = []
 
     async def run() -> None:
-        kept = Kept(["timeit", "-n1", "-r1", "-s", "import time", "time.sleep(60)"], {}, lambda *how: ends.append(how))
+        over = asyncio.Event()
+
+        def died(how: str, again: float) -> None:
+            ends.append((how, again))
+            over.set()
+
+        kept = Kept(["timeit", "-n1", "-r1", "-s", "import time", "time.sleep(60)"], {}, died)
         running = asyncio.create_task(kept.run())
-        while kept.child is None:
-            await asyncio.sleep(0)
+        await asyncio.sleep(0)  # its first step starts the child
+        assert kept.child is not None
         assert os.getsid(kept.child.pid) == os.getsid(0)  # engine/child.py leaves these alone
         assert os.getpgid(kept.child.pid) != os.getpgid(0)  # and Ctrl-C does, too
         kept.child.kill()
-        while not ends:
-            await asyncio.sleep(0.01)
+        await over.wait()
         kept.leaving.set()
         await running
 
