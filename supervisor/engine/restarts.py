@@ -37,7 +37,7 @@ class EngineFailed(Exception):
 
 
 class Restarts:
-    """`await again(failure)` after each one. Failures older than the window are forgotten."""
+    """`await again(failure)` after each one. Failures older than the window are forgotten where it has served since."""
 
     def __init__(
         self, limit: int, window: float, clock: Callable[[], float], sleep: Callable[[float], Awaitable[None]]
@@ -78,10 +78,13 @@ class Restarts:
         return "another start would end the same way" if failure.permanent else limit
 
     def _count(self, state: RetryCallState) -> None:
-        """To tenacity only the failures in the window are attempts."""
+        """To tenacity only the failures in the window are attempts, and all since the engine last served: of starts
+        that take minutes each, the limit would never be reached, and a GPU be paid for without end."""
         now = self.clock()
-        while self.failures and now - self.failures[0] > self.window:
-            self.failures.popleft()
+        failure = state.outcome.exception() if state.outcome is not None else None
+        if isinstance(failure, EngineFailed) and failure.served:
+            while self.failures and now - self.failures[0] > self.window:
+                self.failures.popleft()
         self.failures.append(now)
         state.attempt_number = len(self.failures)
 

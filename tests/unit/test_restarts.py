@@ -119,6 +119,20 @@ def test_no_restarts_are_none() -> None:
     assert "SUPERVISOR_MAX_RESTARTS" in bench.given_up
 
 
+def test_starts_that_fail_slowly_are_counted_however_long_they_take() -> None:
+    """Five in ten minutes are never reached by starts of three minutes each: a GPU would be paid for without end."""
+
+    async def scenario(bench: Bench) -> None:
+        await bench.fails(served=True)
+        for _ in range(5):
+            assert bench.given_up == ""
+            await bench.fails(served=False, after=1000.0)
+
+    bench = with_bench(5, scenario)
+    assert bench.told[-1] == "restart 5 of 5"
+    assert "5 restarts" in bench.given_up
+
+
 def test_failures_outside_the_window_are_forgotten() -> None:
     async def scenario(bench: Bench) -> None:
         for _ in range(10):
