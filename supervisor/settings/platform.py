@@ -1,4 +1,4 @@
-"""What the machine and the platform around us allow, and the settings that do not fit."""
+"""What the machine and the platform around us are and allow. What does not fit is told in checks.py."""
 
 from __future__ import annotations
 
