@@ -626,17 +626,24 @@ def test_worker_vllms_output_of_old(served: Supervisor, content: dict[str, objec
 
 
 def test_a_stream_of_an_engine_that_is_killed_is_failed(served: Supervisor, runpod: RunPod) -> None:
-    runpod.done({"messages": QUESTION, "max_tokens": 3}, 400)  # others may have broken the engine before
-    session = served.client.get("/status").json()["pid"]
-    (core,) = [pid for pid in session_of(session) if psutil.Process(pid).name().startswith("VLLM::Engine")]
-    # 2,000 steps of the demo model are some ten seconds.
-    job = runpod.run({"prompt": "Once upon", "max_tokens": 2000, "ignore_eos": True, "n": 4, "stream": True})
-    wait_until(lambda: runpod.status(job)["status"] == "IN_PROGRESS" and runpod.job(job)["chunks"], "the stream", 60)
-    os.kill(core, signal.SIGKILL)
-    status = runpod.result(job, 60)
-    known = runpod.job(job)
-    told = {name: known[name] for name in ("retries", "worker", "timeline", "posts", "duplicates", "late")}
-    assert status["status"] == "FAILED", (told, known["chunks"][-1]["output"][-500:])
+    """Or it was whole before. On a busy machine vLLM's API server comes to its first event when the engine has made all
+    of the answer, which is then in that event: such a job is COMPLETED, and rightly; another one is tried."""
+    statuses = []
+    while "FAILED" not in statuses:
+        assert len(statuses) < 5
+        runpod.done(
+            {"messages": QUESTION, "max_tokens": 3}, 400
+        )  # by an engine that is there: others may have broken it
+        session = served.client.get("/status").json()["pid"]
+        (core,) = [pid for pid in session_of(session) if psutil.Process(pid).name().startswith("VLLM::Engine")]
+        job = runpod.run({"prompt": "Once upon", "max_tokens": 2000, "ignore_eos": True, "stream": True})
+        wait_until(lambda job=job: runpod.job(job)["chunks"], "the stream", 60)
+        os.kill(core, signal.SIGKILL)
+        status = runpod.result(job, 60)
+        statuses.append(status["status"])
+        text = "".join(chunk["output"] for chunk in runpod.job(job)["chunks"])
+        is_whole = '"finish_reason":"length"' in text and text.endswith("data: [DONE]\n\n")
+        assert (status["status"], is_whole) in (("FAILED", False), ("COMPLETED", True)), text[-500:]
     assert json.loads(status["error"])["status"] in (500, 503)
     assert '"error"' in runpod.job(job)["chunks"][-1]["output"]
     runpod.done({"messages": QUESTION, "max_tokens": 3}, 400)  # by the next engine
