@@ -56,6 +56,7 @@ MEANINGS = {
     "extra_args": "appended to vLLM's command line as it is",
     "startup_timeout": "seconds until vLLM must be ready",
     "warm_up": "whether the model has to answer a first request before it is ready",
+    "fast_restart": "whether a process that has vLLM's modules imported is kept: 0.2 to 0.5 GB of memory, and the next start is faster by all that time",
     "stall_timeout": "seconds without progress, with work in flight, until vLLM is hung; 0: never",
     "max_restarts": "how often vLLM is started again ...",
     "restart_window": "... within so many seconds, before it is given up",
@@ -211,6 +212,7 @@ KNOB_EXAMPLES: dict[str, object] = {
     "tls_cert": "/tls/tls.crt",
     "tls_key": "/tls/tls.key",
     "warm_up": "true",
+    "fast_restart": "false",
     "volume": "/data",
     "cache_dir": "/path",
 }

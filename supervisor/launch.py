@@ -13,8 +13,9 @@ import signal
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol
 
-from supervisor.engine.child import Child
+from supervisor.engine.child import Child, Fork
 from supervisor.engine.guard import Guard
 from supervisor.engine.session import Session
 from supervisor.engine.workspace import Workspace
@@ -34,16 +35,26 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 END_PATIENCE = 1.0
 
 
+class Fast(Protocol):
+    """How starts are made faster (around/prefork.py), where they are."""
+
+    def program(self, argv: tuple[str, ...]) -> tuple[str, ...]: ...  # that is run in the place of this one
+    def fork(self, command: Command, output: int, errors: int) -> int | None: ...  # or is not run at all
+
+
 class Launch:
     """`launch()` starts vLLM: for the first time, and again after each crash. It may hang, and be called from any
     thread; `close()` ends what it started, and lets it start nothing more."""
 
-    def __init__(self, settings: Settings, workspace: Workspace, guard: Guard, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, settings: Settings, workspace: Workspace, guard: Guard, environ: Mapping[str, str], fast: Fast | None
+    ) -> None:
         """`environ`: for vLLM, below what the user set."""
         self.settings = settings
         self.workspace = workspace
         self.guard = guard
         self.environ = environ
+        self.fast = fast
         self.mask = settings.mask
         knobs = settings.knobs
         self.form = Form(
@@ -71,12 +82,13 @@ class Launch:
         model = model_of(self.settings)
         self.weights = weights = model.weights
         command = self._command(model)
+        fork: Fork = self.fast.fork if self.fast is not None else lambda *_: None
         with self._lock:
             if self._closed:
                 raise OSError("the server is shutting down")
             if self._latest is not None:
                 self.workspace.clear()  # of what that one left
-            self._latest = child = Child(command, self.form, (self.stdout, self.stderr), self._remember)
+            self._latest = child = Child(command, self.form, (self.stdout, self.stderr), self._remember, fork)
         self.found(weights)
         return child
 
@@ -94,12 +106,10 @@ class Launch:
         if alone and not fetches:
             environ["HF_HUB_OFFLINE"] = "1"
         command = build(settings, socket, temporary, Serving(model.stands_as(fetched=fetches), environ))
-        if not fetches:
-            self.command = command
-            return command
-        self.command = build(self.settings, socket, temporary, Serving(model.name, environ))
-        before = fetch_command(settings, wanted, *(["--offline"] if alone else []), "--")
-        return dataclasses.replace(command, argv=(*before, *command.argv), fetches=True)
+        self.command = command if not fetches else build(self.settings, socket, temporary, Serving(model.name, environ))
+        argv = self.fast.program(command.argv) if self.fast is not None else command.argv
+        before = fetch_command(settings, wanted, *(["--offline"] if alone else []), "--") if fetches else ()
+        return dataclasses.replace(command, argv=(*before, *argv), fetches=fetches)
 
     def _remember(self, session: Session | None) -> None:
         """Tells the guard, and a later start, what would have to be removed if we died now."""

@@ -53,6 +53,7 @@ from supervisor.vllm.values import BadValue
 from supervisor.weights.find import Weights
 
 if TYPE_CHECKING:
+    from supervisor.around.prefork import Prefork
     from supervisor.local_runpod.child import LocalRunPod
     from supervisor.queue.child import QueueWorker
 
@@ -77,6 +78,7 @@ class Start:
     launch: Launch
     first: Call[Child]
     caches: Caches | None
+    fast: Prefork | None
     listeners: Listeners
     pending: list[int]
 
@@ -178,6 +180,7 @@ class Serving(Observer):
             OomKills(),
             GpuMemory(),
         ]
+        found += [self.start.fast] if self.start.fast is not None else []
         found += [CacheKeeper(self.start.caches)] if self.start.caches is not None else []
         return found + ([self.multinode] if self.multinode is not None else [])
 

@@ -17,10 +17,12 @@ from supervisor.engine.guard import Guard
 from supervisor.engine.workspace import Workspace, clean_leftovers, temporary_folder
 from supervisor.launch import SIGNALS, Launch
 from supervisor.listen import bind
+from supervisor.repositories import python
 from supervisor.settings.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
     from supervisor.around.caches import Caches
+    from supervisor.around.prefork import Prefork
 
 # As of an engine that can't start: the same settings may do on another machine.
 EXIT_UNFIT = 3
@@ -46,7 +48,8 @@ def up(settings: Settings) -> int:
     guard = Guard(workspace)
     try:
         caches = _caches(settings)
-        launch = Launch(settings, workspace, guard, caches.environment(settings.environ) if caches else {})
+        fast = _prefork(settings, workspace)
+        launch = Launch(settings, workspace, guard, caches.environment(settings.environ) if caches else {}, fast)
         try:
             first = Call(launch)
             try:
@@ -58,9 +61,11 @@ def up(settings: Settings) -> int:
                 raise SettingsError([text]) from error
             from supervisor.serve import Start, serve  # noqa: PLC0415  # vLLM is importing by now: it costs no time
 
-            return serve(Start(settings, launch, first, caches, listeners, pending))
+            return serve(Start(settings, launch, first, caches, fast, listeners, pending))
         finally:
             launch.close()
+            if fast is not None:
+                fast.close()
     finally:
         workspace.remove()
         guard.dismiss()
@@ -78,6 +83,16 @@ def _caches(settings: Settings) -> Caches | None:
         return Caches(temporary_folder(settings.environ), settings.cache / "compiled", version=version, model=model)
     except OSError:  # a full disk, or somebody else's folder: vLLM's own do
         return None
+
+
+def _prefork(settings: Settings, workspace: Workspace) -> Prefork | None:
+    """One machine's engines, and no Ray's, which start in ways of their own."""
+    ray = settings.option("distributed_executor_backend") == "ray"
+    if not settings.knobs.fast_restart or settings.cluster is not None or ray or sys.platform != "linux":
+        return None
+    from supervisor.around.prefork import prefork  # noqa: PLC0415
+
+    return prefork(python(settings), settings.vllm.command, workspace.path)
 
 
 def _fit(settings: Settings, folder: Path) -> bool:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 
 from supervisor.bounded import Call, bounded
+from supervisor.engine.adopted import Adopted
 from supervisor.engine.log_pump import Lines, LogPump
 from supervisor.engine.session import KILL_PATIENCE, Session
 from supervisor.lines import Form
@@ -27,6 +28,8 @@ PR_SET_CHILD_SUBREAPER = 36
 NAME_PREFIX, NAME_VARIABLE = "VLLM", "VLLM_PROCESS_NAME_PREFIX"
 # Seconds. After its exit the last log lines are read, which name the cause; orphans may hold the pipe open for good.
 LAST_LINES, ALL_LINES = 0.05, 1.0
+# Makes a start's process without running its command, with these files for its stdout and stderr; None: it can't.
+Fork = Callable[[Command, int, int], int | None]
 # Reading /proc of a process whose memory the kernel is busy with can hang.
 SURVEY_PATIENCE = 10.0
 
@@ -40,23 +43,21 @@ class Child:
         form: Form,
         outputs: tuple[Output, Output],
         remember: Callable[[Session | None], object],
+        fork: Fork = lambda *_: None,
     ) -> None:
         """Raises OSError where the command can't be executed. Its stdout and stderr go to `outputs`; `remember` is told
         what would have to be removed if we died now."""
         with contextlib.suppress(AttributeError, OSError):  # its orphans become our children, to be reaped (Linux)
             ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        pipe, environ = subprocess.PIPE, dict(command.environ)
-        self.popen = subprocess.Popen(
-            command.argv, env=environ, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, start_new_session=True
-        )
         self.spawned_at = time.monotonic()
+        self.popen = _forked(command, fork) or _spawned(command)
         self.command, self.remember = command, remember
         self.pid = self.popen.pid  # of the API server; also the session's number
         self.session = Session.led_by(self.pid)
         remember(self.session)
         self.lines = Lines()
         self._code: int | None = None
-        self._part_prefix = environ.get(NAME_VARIABLE, NAME_PREFIX) + "::"
+        self._part_prefix = command.environ.get(NAME_VARIABLE, NAME_PREFIX) + "::"
         streams = zip(filter(None, (self.popen.stdout, self.popen.stderr)), outputs, strict=True)
         self._pumps = [LogPump(source, output, self.lines, form) for source, output in streams]
 
@@ -143,6 +144,27 @@ class Child:
         deadline = time.monotonic() + patience
         for pump in self._pumps:
             pump.thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def _spawned(command: Command) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command.argv, env=dict(command.environ), stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+def _forked(command: Command, fork: Fork) -> Adopted | None:
+    (output, its_output), (errors, its_errors) = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
+    try:
+        pid = fork(command, its_output, its_errors)
+    finally:
+        os.close(its_output)
+        os.close(its_errors)
+    if pid is not None:
+        return Adopted(pid, open(output, "rb"), open(errors, "rb"))  # noqa: PTH123  # its pumps close them
+    os.close(output)
+    os.close(errors)
+    return None
 
 
 def how_it_ended(exit_code: int) -> str:

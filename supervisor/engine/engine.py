@@ -293,8 +293,9 @@ class Engine:
             if run.served:
                 self._begin("reporting a failure", self.observers.ask, "failed", run, which, False)
 
-        unknown = "" if diagnosis.known or self.was_ready else diagnosis.cause
-        failed = EngineFailed(diagnosis.permanent and not self.was_ready, run.served, unknown)
+        final = not self.was_ready and not run.doubted
+        unknown = diagnosis.cause if final and not diagnosis.known else ""
+        failed = EngineFailed(diagnosis.permanent and final, run.served, unknown)
         try:
             await self._policy.again(failed, tell)
             self._send(run, Event.RETRY, "another start")

@@ -45,6 +45,7 @@ class Run:
     served: bool = False  # it was ready
     broken: str | None = None  # why we ended it, where we did
     ended_by: str = "exit"  # what another start is for: a word, for metrics
+    doubted: bool = False  # how it was started may be why it failed, so the next one is started in another way
     oom_killed: bool = False  # meanwhile the kernel killed something in this container because memory ran out
 
     @property

@@ -151,6 +151,7 @@ class Knobs:
     extra_args: tuple[str, ...] = knob("", words, template=True)
     startup_timeout: float = knob("1200", seconds)
     warm_up: bool = knob("false", read_bool)
+    fast_restart: bool = knob("true", read_bool)
     stall_timeout: float = knob("120", seconds)
     max_restarts: int = knob("5", count)
     restart_window: float = knob("600", seconds)

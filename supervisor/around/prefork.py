@@ -1,0 +1,169 @@
+"""The next engine is forked from a process that has vLLM's modules imported, where there is one (zygote.py).
+
+A start is `zygote.py ... vllm serve`, which leaves that process behind. After one that fails before it serves comes a
+plain `vllm serve`; where it fails again, it stays at that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import signal
+import socket
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from supervisor.around import zygote
+from supervisor.around.prefetch import spare_memory
+from supervisor.engine.run import Observer, Run
+from supervisor.settings.command import Command
+
+if TYPE_CHECKING:
+    from supervisor.engine.diagnosis import Diagnosis
+
+# Seconds for an answer, which takes 0.1 s.
+PATIENCE = 5.0
+# Bytes that have to be free: what a zygote does not share with an engine is 0.2 to 0.5 GB.
+LEAST_MEMORY = 2_000_000_000
+# Starts that failed before they served, and between them none that did not.
+MOST_FAILURES = 2
+# What is no mistake of the user's where we forked.
+OUR_OWN = re.compile("forked subprocess|fork method|after fork", re.I)
+ANEW, GONE = "vLLM is started anew, not forked: %s", "the process that keeps its modules imported does not answer"
+PEER = struct.Struct("3i")  # pid, uid, gid
+
+
+class Zygote:
+    """As it is seen from here: a connection that it made, and our child by adoption."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        """Raises OSError where it is gone already."""
+        self.connection = connection
+        connection.settimeout(PATIENCE)
+        pid, _, _ = PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size))
+        self.handle = os.pidfd_open(pid)
+        self.hello = zygote.receive(connection)
+
+    def fork(self, request: object, files: Sequence[int]) -> dict[str, Any]:
+        """`{"pid": ...}` of the child that is ours now, or `{"why": ...}`."""
+        with contextlib.suppress(OSError, ValueError):
+            zygote.send(self.connection, request, files)
+            if answer := zygote.receive(self.connection):
+                return answer[0]
+        return {"why": GONE}
+
+    def end(self) -> None:
+        """At once, even if it hangs."""
+        self.connection.close()
+        with contextlib.suppress(OSError):  # it was reaped; or is no child of ours, and not ours to kill
+            os.waitid(os.P_PIDFD, self.handle, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            signal.pidfd_send_signal(self.handle, signal.SIGKILL)
+            os.waitid(os.P_PIDFD, self.handle, os.WEXITED)  # what was stopped ends as well
+        os.close(self.handle)
+
+
+class Prefork(Observer):
+    """`program` and `fork` are for a start, and called from its thread; there is one start at a time."""
+
+    def __init__(self, python: Sequence[str], script: str, folder: Path) -> None:
+        """`script`: vLLM's; `folder`: where the zygote finds us. Raises OSError."""
+        self.log = logging.getLogger("supervisor.prefork")
+        address = folder / "zygote.sock"
+        self.prefix = (*python, str(Path(zygote.__file__)), str(address), script)
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(str(address))
+        self.listener.listen()
+        self.listener.setblocking(False)
+        self.zygote: Zygote | None = None
+        self.plain = False  # the next start is
+        self.failures = 0
+        self.has_served = False
+
+    def program(self, argv: tuple[str, ...]) -> tuple[str, ...]:
+        """What is run in the place of `vllm serve ...`."""
+        if self.plain or self.failures >= MOST_FAILURES:
+            self._accept()
+            self.forget()
+            return argv
+        if spare_memory() < LEAST_MEMORY:
+            self.log.debug("memory is short: vLLM is started as it is")
+            return argv
+        return (*self.prefix, *argv[1:])
+
+    def fork(self, command: Command, output: int, errors: int) -> int | None:
+        """The pid of the start, which is our child by adoption; None where it has to be run."""
+        words = len(self.prefix)
+        self._accept()
+        if command.argv[:words] != self.prefix or self.zygote is None:
+            return None
+        request = {"argv": command.argv[words:], "environ": dict(command.environ), "parent": os.getpid()}
+        answer = self.zygote.fork(request, (output, errors))
+        pid = answer.get("pid")
+        if isinstance(pid, int):
+            self.log.info("vLLM is forked: its modules were kept imported")
+            return pid
+        self.log.info(ANEW, answer.get("why"))
+        self.forget()
+        return None
+
+    def _accept(self) -> None:
+        """The latest zygote. Each comes by itself, when it is made."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                latest, _ = self.listener.accept()
+                self.forget()
+                try:
+                    self.zygote = Zygote(latest)
+                except (OSError, ValueError):
+                    self.log.info(ANEW, GONE)
+                else:
+                    self.log.debug("modules are kept imported; threads beside that: %s", self.zygote.hello)
+
+    def forget(self) -> None:
+        if self.zygote is not None:
+            self.zygote.end()
+            self.zygote = None
+
+    def close(self) -> None:
+        """Nothing is left of it."""
+        with contextlib.suppress(OSError):
+            self._accept()
+        self.forget()
+        self.listener.close()
+
+    # What the engine tells
+
+    async def answers(self, run: Run) -> None:
+        self.plain, self.has_served = False, True
+        if self._is_ours(run):
+            self.failures = 0
+
+    def judged(self, run: Run, diagnosis: Diagnosis) -> None:
+        if run.served or not self._is_ours(run):
+            return
+        if not self.has_served and diagnosis.known and diagnosis.permanent and not self._may_be_ours(run, diagnosis):
+            return  # a mistake of the user's, who is not to wait for it twice
+        self.plain = run.doubted = True
+        self.failures += 1
+        again = "all further ones are" if self.failures >= MOST_FAILURES else "the next one is"
+        self.log.warning("a start with modules kept imported failed: %s a plain `vllm serve`", again)
+
+    def _may_be_ours(self, run: Run, diagnosis: Diagnosis) -> bool:
+        from supervisor.engine.diagnosis import REMEDIES  # noqa: PLC0415  # it is there: somebody has judged
+
+        return REMEDIES["own_fault"] in diagnosis.remedy or any(OUR_OWN.search(line) for line in run.log)
+
+    def _is_ours(self, run: Run) -> bool:
+        return run.child is not None and self.prefix[-2] in run.child.command.argv
+
+
+def prefork(python: Sequence[str], command: Sequence[str], folder: Path) -> Prefork | None:
+    """Where `vllm` is the script that pip writes."""
+    with contextlib.suppress(OSError, ValueError):
+        if python and len(command) == 1 and zygote.SCRIPT.search(Path(command[0]).read_text()):
+            return Prefork(python, command[0], folder)
+    return None

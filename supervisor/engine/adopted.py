@@ -1,0 +1,36 @@
+"""A process that somebody else forked, and that became our child because we adopt orphans (PR_SET_CHILD_SUBREAPER)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import time
+from typing import IO
+
+# Seconds between two looks: a child can be waited for with a limit only so.
+LOOK_EVERY = 0.005
+
+
+class Adopted:
+    """As much of `subprocess.Popen` as an engine needs."""
+
+    def __init__(self, pid: int, stdout: IO[bytes], stderr: IO[bytes]) -> None:
+        self.pid = pid
+        self.stdout, self.stderr = stdout, stderr
+        self.returncode: int | None = None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit code, -N for signal N. Raises TimeoutExpired."""
+        deadline = time.monotonic() + timeout if timeout is not None else None
+        while self.returncode is None:
+            pid, status = self.pid, 0
+            with contextlib.suppress(ChildProcessError):  # reaped by somebody else: as Popen has it, it went well
+                pid, status = os.waitpid(self.pid, os.WNOHANG if deadline is not None else 0)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+            elif deadline is not None and time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
+            else:
+                time.sleep(LOOK_EVERY)
+        return self.returncode

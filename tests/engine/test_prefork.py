@@ -1,0 +1,236 @@
+"""Starts that are forked from what an earlier one imported, on the fake: whatever goes wrong with it ends in a plain
+start. On the real vLLM: tests/vllm/test_faults.py, where every restart is such a one."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from supervisor.around import zygote
+from supervisor.around.prefork import LEAST_MEMORY, Prefork, prefork
+from tests.engine.test_faults import CHAT, OFTEN, chat
+from tests.harness import DEMO, Supervisor, session_of, wait_until
+
+IMPORTABLE = Path(__file__).with_name("stand_ins") / "importable"
+SCRIPT = (
+    f"#!{sys.executable}\nimport sys\nfrom vllm.script import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
+)
+
+FORKED, ANEW = "vLLM is forked", "vLLM is started anew, not forked: "
+FAILED = "a start with modules kept imported failed: "
+
+Start = Callable[..., Supervisor]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Start:
+    """`start(fault)`: a supervisor whose vLLM can be imported."""
+    script = tmp_path / "vllm"
+    script.write_text(SCRIPT)
+    script.chmod(0o755)
+
+    def made(fault: str = "", **more: str) -> Supervisor:
+        environ = {
+            "PYTHONPATH": str(IMPORTABLE), "FAKE_IMPORTED": fault, "FAKE_IMPORTED_FILE": str(tmp_path / "now"), **OFTEN,
+            "SERVED_MODEL_NAME": "m", **more,
+        }  # fmt: skip
+        return Supervisor(DEMO, vllm=script, environ=environ)
+
+    return made
+
+
+def crash(supervisor: Supervisor, *expected: str) -> None:
+    """Kills vLLM, and waits until it serves again. The log of the time between has all of `expected`."""
+    said, ends = len(supervisor.output), supervisor.output.count("starting -> ready")
+    supervisor.engine_pid = supervisor.client.get("/status").json()["pid"]
+    os.kill(supervisor.engine(), signal.SIGKILL)
+    assert supervisor.client.post(CHAT, json=chat()).status_code == 200  # held meanwhile
+    wait_until(lambda: supervisor.output.count("starting -> ready") > ends, "another start", 20)
+    supervisor.engine_pid = supervisor.client.get("/status").json()["pid"]
+    for words in expected:
+        assert words in supervisor.output[said:]
+
+
+def zygotes(supervisor: Supervisor) -> list[psutil.Process]:
+    """Its children that have the program's command line, but for the engine."""
+    found = []
+    for process in psutil.Process(supervisor.process.pid).children():
+        with contextlib.suppress(psutil.Error):
+            ours = any(word.endswith("zygote.py") for word in process.cmdline())
+            if ours and process.pid != supervisor.engine_pid and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def the_zygote(supervisor: Supervisor) -> psutil.Process:
+    supervisor.engine()
+    wait_until(lambda: zygotes(supervisor), "the zygote")
+    (found,) = zygotes(supervisor)
+    return found
+
+
+def test_a_crashed_engine_is_followed_by_a_fork(start: Start) -> None:
+    with start() as supervisor:
+        supervisor.ready()
+        zygote = the_zygote(supervisor)
+        assert zygote.num_threads() == 1
+        for _ in range(3):
+            crash(supervisor, FORKED)
+            engine = psutil.Process(supervisor.engine())
+            assert os.getsid(engine.pid) == engine.pid
+            assert engine.ppid() == supervisor.process.pid
+            assert the_zygote(supervisor) == zygote
+        supervisor.signal(signal.SIGTERM)
+        assert supervisor.exit_code() == 0
+        assert not zygote.is_running()
+        assert not session_of(supervisor.engine())
+
+
+def test_its_words_and_its_end_are_as_of_any_other(start: Start) -> None:
+    with start() as supervisor:
+        supervisor.ready()
+        crash(supervisor, FORKED, "(APIServer pid=", "starting -> ready: vLLM answers after")
+        crash(supervisor, "vLLM ended (killed by SIGKILL)")
+
+
+def test_a_zygote_that_was_killed(start: Start) -> None:
+    with start() as supervisor:
+        supervisor.ready()
+        first = the_zygote(supervisor)
+        first.kill()
+        crash(supervisor, f"{ANEW}the process that keeps its modules imported does not answer")
+        assert the_zygote(supervisor) != first
+        crash(supervisor, FORKED)
+
+
+@pytest.mark.slow
+def test_a_zygote_that_hangs(start: Start) -> None:
+    with start() as supervisor:
+        supervisor.ready()
+        first = the_zygote(supervisor)
+        first.suspend()
+        crash(supervisor, f"{ANEW}the process that keeps its modules imported does not answer")
+        assert not first.is_running()
+        crash(supervisor, FORKED)
+
+
+def test_with_cuda_there_is_no_zygote(start: Start) -> None:
+    with start("cuda") as supervisor:
+        supervisor.ready()
+        crash(supervisor)
+        assert not zygotes(supervisor)
+        assert FORKED not in supervisor.output
+
+
+def test_cuda_that_comes_later(start: Start, tmp_path: Path) -> None:
+    with start("cuda-later") as supervisor:
+        supervisor.ready()
+        the_zygote(supervisor)
+        (tmp_path / "now").touch()
+        crash(supervisor, f"{ANEW}CUDA is initialized")
+        assert not zygotes(supervisor)
+
+
+@pytest.mark.parametrize("fault", ["dies", "hangs"])
+def test_a_fork_that_fails_is_followed_by_a_plain_start(start: Start, fault: str) -> None:
+    """Twice, and no other is tried."""
+    with start(fault, SUPERVISOR_STARTUP_TIMEOUT="2") as supervisor:
+        supervisor.ready()
+        crash(supervisor, FORKED, f"{FAILED}the next one is a plain")
+        assert not zygotes(supervisor)
+        crash(supervisor)  # leaves another zygote
+        the_zygote(supervisor)
+        crash(supervisor, FORKED, f"{FAILED}the next one is a plain")
+
+
+def test_a_first_start_that_fails_is_followed_by_a_plain_one(start: Start) -> None:
+    """An error that nobody knows would be the end, where it is vLLM's own."""
+    with start("dies-anyway") as supervisor:
+        supervisor.ready()
+        assert f"{FAILED}the next one is a plain" in supervisor.output
+        crash(supervisor, f"{FAILED}all further ones are a plain")
+        crash(supervisor)
+        assert supervisor.output.count(FAILED) == 2
+
+
+def test_a_cause_that_is_known_ends_the_first_start(start: Start) -> None:
+    with start(FAKE_VLLM_PLAN='{"reject_flags": ["--uds"]}') as supervisor:
+        assert supervisor.exit_code() == 3
+        assert FAILED not in supervisor.output
+
+
+def test_switched_off(start: Start) -> None:
+    with start(SUPERVISOR_FAST_RESTART="false") as supervisor:
+        supervisor.ready()
+        crash(supervisor)
+        assert FORKED not in supervisor.output
+        assert not zygotes(supervisor)
+
+
+def test_nothing_outlives_a_supervisor_that_was_killed(start: Start) -> None:
+    with start() as supervisor:
+        supervisor.ready()
+        crash(supervisor, FORKED)
+        zygote, engine = the_zygote(supervisor), supervisor.engine()
+        supervisor.process.kill()
+        wait_until(lambda: not zygote.is_running() or zygote.status() == psutil.STATUS_ZOMBIE, "the zygote's end")
+        wait_until(lambda: not session_of(engine), "the engine's end")
+
+
+# Without a process
+
+
+def test_another_environment_is_no_reason_to_fork() -> None:
+    """Much of it is read while modules are imported."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(zygote.wait, theirs, {"PATH": "/bin", "HF_HUB_OFFLINE": "1", "LC_CTYPE": "C.UTF-8"})
+        zygote.send(ours, {"argv": [], "environ": {"PATH": "/bin", "HF_HOME": "/x"}, "parent": 1})
+        assert zygote.receive(ours) == ({"why": "the environment is another one: HF_HOME, HF_HUB_OFFLINE"}, [])
+        ours.close()
+        assert waits.result(10) is None
+
+
+def test_a_start_is_plain_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Prefork(["/python"], "/bin/vllm", tmp_path)
+    argv = ("/bin/vllm", "serve", "m")
+    monkeypatch.setattr("supervisor.around.prefork.spare_memory", lambda: LEAST_MEMORY)
+    assert made.program(argv) == ("/python", zygote.__file__, str(tmp_path / "zygote.sock"), *argv)
+    monkeypatch.setattr("supervisor.around.prefork.spare_memory", lambda: LEAST_MEMORY - 1)
+    assert made.program(argv) == argv
+    made.close()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["#!/bin/sh\nexec /opt/vllm/bin/vllm \"$@\"\n", "#!/usr/bin/python3\nimport vllm\nvllm.main()\n", ""],
+    ids=["a shell's", "somebody's", "empty"],
+)  # fmt: skip
+def test_a_script_that_is_not_pips_is_run_as_it_is(tmp_path: Path, text: str) -> None:
+    script = tmp_path / "vllm"
+    script.write_text(text)
+    assert prefork(["/usr/bin/python3"], [str(script)], tmp_path) is None
+
+
+def test_vllms_own_objections_to_a_fork_hold() -> None:
+    def config(world: int = 1, data: int = 1, name: str = "LlamaForCausalLM", ipc: str = "direct_rpc") -> object:
+        parallel = SimpleNamespace(world_size=world, data_parallel_size=data)
+        model = SimpleNamespace(architecture=name, multimodal_config=SimpleNamespace(mm_tensor_ipc=ipc))
+        return SimpleNamespace(parallel_config=parallel, model_config=model)
+
+    assert zygote.may_fork(config())
+    assert zygote.may_fork(SimpleNamespace(parallel_config=config().parallel_config, model_config=None))  # type: ignore[attr-defined]
+    assert not zygote.may_fork(config(world=2))
+    assert not zygote.may_fork(config(data=2))
+    assert not zygote.may_fork(config(name="WhisperForConditionalGeneration"))
+    assert not zygote.may_fork(config(ipc="torch_shm"))
