@@ -54,6 +54,7 @@ from supervisor.weights.find import Weights
 
 if TYPE_CHECKING:
     from supervisor.around.prefork import Prefork
+    from supervisor.around.startup_plan import StartupPlan
     from supervisor.local_runpod.child import LocalRunPod
     from supervisor.queue.child import QueueWorker
 
@@ -78,6 +79,7 @@ class Start:
     launch: Launch
     first: Call[Child]
     caches: Caches | None
+    plan: StartupPlan | None
     fast: Prefork | None
     listeners: Listeners
     pending: list[int]
@@ -181,7 +183,7 @@ class Serving(Observer):
             GpuMemory(),
         ]
         found += [self.start.fast] if self.start.fast is not None else []
-        found += [CacheKeeper(self.start.caches)] if self.start.caches is not None else []
+        found += [CacheKeeper(self.start.caches, self.start.plan)]
         return found + ([self.multinode] if self.multinode is not None else [])
 
     def _gateway(self) -> Gateway:

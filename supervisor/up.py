@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from supervisor.around.startup_plan import ENVIRONMENT, startup_plan
 from supervisor.bounded import Call
 from supervisor.engine.guard import Guard
 from supervisor.engine.workspace import Workspace, clean_leftovers, temporary_folder
@@ -47,9 +48,9 @@ def up(settings: Settings) -> int:
         raise SettingsError([f"no folder can be made in {base} ({error.strerror}): set TMPDIR"]) from error
     guard = Guard(workspace)
     try:
-        caches = _caches(settings)
-        fast = _prefork(settings, workspace)
-        launch = Launch(settings, workspace, guard, caches.environment(settings.environ) if caches else {}, fast)
+        caches, plan, fast = _caches(settings), startup_plan(settings), _prefork(settings, workspace)
+        environ = caches.environment(settings.environ) if caches else {}
+        launch = Launch(settings, workspace, guard, environ | (ENVIRONMENT if plan else {}), fast)
         try:
             first = Call(launch)
             try:
@@ -61,7 +62,7 @@ def up(settings: Settings) -> int:
                 raise SettingsError([text]) from error
             from supervisor.serve import Start, serve  # noqa: PLC0415  # vLLM is importing by now: it costs no time
 
-            return serve(Start(settings, launch, first, caches, fast, listeners, pending))
+            return serve(Start(settings, launch, first, caches, plan, fast, listeners, pending))
         finally:
             launch.close()
             if fast is not None:

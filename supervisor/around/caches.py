@@ -23,10 +23,15 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from supervisor.bounded import Call
 from supervisor.engine.lifecycle import State
 from supervisor.engine.run import Change, Observer, Run
+
+if TYPE_CHECKING:
+    from supervisor.around.startup_plan import StartupPlan
+    from supervisor.engine.diagnosis import Diagnosis
 
 NVIDIA = Path("/proc/driver/nvidia/gpus")
 # Variable -> folder below ours. Where the user set one, it stays. vLLM keeps Inductor's below its own.
@@ -40,7 +45,7 @@ FOLDERS = {
 # A larger one takes longer to carry than to compile; it is rather a cache of something else.
 LARGEST = 4 * 1024**3
 # Locks, what is still being written, and what is another machine's: which GPUs reach which.
-LEFT_OUT = re.compile(r"\.(lock|tmp)$|(^|/)tmp\.pid_|gpu_p2p_access_cache|startup_plan")
+LEFT_OUT = re.compile(r"\.(lock|tmp)$|(^|/)tmp\.pid_|gpu_p2p_access_cache")
 # Half-written ones, by workers that died, are removed after so many seconds.
 STALE = 3600.0
 
@@ -161,19 +166,38 @@ class Caches:
 class CacheKeeper(Observer):
     """Unpacks while the first engine imports, and packs whenever one is ready. Nobody waits for either."""
 
-    def __init__(self, caches: Caches) -> None:
+    def __init__(self, caches: Caches | None, plan: StartupPlan | None) -> None:
         self.caches = caches
+        self.plan = plan
         self.log = logging.getLogger("supervisor.caches")
-        self.restoring: Call[None] | None = None
+        self.restored = False
         self.keeping: Call[None] | None = None
 
     def began(self, run: Run) -> None:
-        if self.restoring is None:
-            self.restoring = Call(lambda: self._tend(self.caches.restore))
+        Call(lambda: self._tend(lambda: self._restore(run)))
 
     def changed(self, change: Change) -> None:
         if change.state is State.READY and (self.keeping is None or not self.keeping.hangs):
-            self.keeping = Call(lambda: self._tend(self.caches.keep))
+            self.keeping = Call(lambda: self._tend(self._keep))
+
+    def judged(self, run: Run, diagnosis: Diagnosis) -> None:
+        if self.plan is not None and self.plan.taken(run, diagnosis):
+            run.doubted, forget = True, self.plan.forget
+            Call(lambda: self._tend(forget))
+
+    def _restore(self, run: Run) -> str | None:
+        told = None
+        if self.caches is not None and not self.restored:
+            self.restored = True
+            told = self.caches.restore()
+        if self.plan is not None:
+            self.plan.check(run)
+        return told
+
+    def _keep(self) -> str | None:
+        if self.plan is not None:
+            self.plan.keep()
+        return self.caches.keep() if self.caches is not None else None
 
     def _tend(self, what: Callable[[], str | None]) -> None:
         try:

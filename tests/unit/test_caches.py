@@ -81,7 +81,7 @@ def test_nothing_new_is_not_written_again(tmp_path: Path, store: Path) -> None:
 def test_what_is_left_out(tmp_path: Path, store: Path) -> None:
     first = start(tmp_path, store)
     first.restore()
-    compile_into(first, vllm__graph="graph", vllm__a_dot_lock="", triton__b_dot_tmp="", vllm__startup_plan_dot_json="")
+    compile_into(first, vllm__graph="graph", vllm__a_dot_lock="", triton__b_dot_tmp="")
     compile_into(first, vllm__gpu_p2p_access_cache_for_0_dot_json="", triton__tmp_dot_pid_7_x__kernel="half")
     (first.folder / "vllm/link").symlink_to("/etc/passwd")
     os.mkfifo(first.folder / "vllm/pipe")

@@ -30,7 +30,19 @@ ARROWS = {
     "kept": {"bounded", "engine"},
     "queue": {"queue", "kept", "secrets"},
     # Whatever hangs on the core from outside knows the core; it is handed to it by `serve`.
-    "around": {"around", "bounded", "engine", "lines", "listen", "logs", "secrets", "settings", "terminal", "weights"},
+    "around": {
+        "around",
+        "bounded",
+        "engine",
+        "lines",
+        "listen",
+        "logs",
+        "secrets",
+        "settings",
+        "terminal",
+        "vllm",
+        "weights",
+    },
 }
 # Those that wire the rooms together, and the verbs of the command.
 ABOVE = {"cli", "up", "serve", "explain", "fetch", "status", "job", "doctor", "__main__"}

@@ -1,0 +1,84 @@
+"""vLLM's start-up plan: the measured size of the KV cache, kept so that the next start need not measure it.
+
+vLLM's worker writes it below VLLM_CACHE_ROOT when it was measured, and takes it when as much memory is free as then.
+It tells its plans apart by the model and the GPU, but not by all options that matter, such as GPU_MEMORY_UTILIZATION:
+so what was set is noted beside them, and another start's plans are forgotten.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from supervisor.engine.run import Run
+from supervisor.settings.settings import Settings
+
+if TYPE_CHECKING:
+    from supervisor.engine.diagnosis import Diagnosis
+
+VARIABLE = "VLLM_ENABLE_STARTUP_PLAN"
+ENVIRONMENT = {VARIABLE: "1"}
+FOLDER, NOTE = "startup_plan", "settings"
+TAKEN = "Applying persisted startup plan"
+
+
+class StartupPlan:
+    """`check` before vLLM reads it, `keep` once it is ready, `forget` where a start with it failed."""
+
+    def __init__(self, settings: Settings) -> None:
+        asked: list[object] = [[option.key, setting.value] for option, setting in settings.options]
+        asked += [*settings.vllm_args, settings.cluster is not None]
+        asked += sorted(item for item in settings.environ.items() if item[0].startswith(("VLLM_", "CUDA_", "NVIDIA_")))
+        self.note = hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()
+        self.folder: Path | None = None
+
+    def check(self, run: Run) -> None:
+        """Removes those of other settings."""
+        if run.child is None:
+            return
+        environ = run.child.command.environ
+        root = environ.get("VLLM_CACHE_ROOT") or f"{environ.get('XDG_CACHE_HOME') or '~/.cache'}/vllm"
+        with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home
+            self.folder = Path(root).expanduser() / FOLDER
+            if self._noted() != self.note:
+                self._remove()
+
+    def _noted(self) -> str:
+        with contextlib.suppress(OSError):
+            return (self.folder / NOTE).read_text() if self.folder is not None else ""
+        return ""
+
+    def keep(self) -> None:
+        """Notes what they are for."""
+        with contextlib.suppress(OSError):
+            if self.folder is not None and any(self.folder.glob("*.json")):
+                (self.folder / NOTE).write_text(self.note)
+
+    def taken(self, run: Run, diagnosis: Diagnosis) -> bool:
+        """Whether a start took one, and may have failed for that."""
+        return any(TAKEN in line for line in run.log) and (not run.served or "memory" in diagnosis.cause.lower())
+
+    def forget(self) -> str:
+        self._remove()
+        return "what an earlier start measured of the GPU's memory is forgotten: the next one measures again"
+
+    def _remove(self) -> None:
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def startup_plan(settings: Settings) -> StartupPlan | None:
+    """Where the installed vLLM has it, and the user says nothing else."""
+    from supervisor.vllm.catalogue import load  # noqa: PLC0415
+    from supervisor.vllm.installed import VllmError  # noqa: PLC0415
+
+    if not settings.knobs.fast_restart or settings.environ.get(VARIABLE):
+        return None
+    with contextlib.suppress(VllmError):
+        if VARIABLE in load(settings.vllm, settings.cache).environment:
+            return StartupPlan(settings)
+    return None

@@ -1,0 +1,112 @@
+"""vLLM's start-up plan, kept for as long as the settings are the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from supervisor.around.caches import CacheKeeper
+from supervisor.around.startup_plan import StartupPlan, startup_plan
+from supervisor.engine.diagnosis import Diagnosis
+from supervisor.settings.settings import Arguments, Settings, gather
+from tests.harness import FAKE, wait_until
+
+TAKEN = "(EngineCore pid=7) INFO 11-29 10:00:00 [startup_plan.py:152] Applying persisted startup plan (fingerprint 0f)"
+NO_MEMORY = Diagnosis("The GPU's memory ran out.", "", permanent=True)
+OTHER = Diagnosis("The engine core died.", "", permanent=False)
+
+
+def settings(**environ: str) -> Settings:
+    return gather(Arguments(model="org/m"), {"SUPERVISOR_VLLM": str(FAKE), "HOME": "/none", **environ})
+
+
+def run(root: Path, *log: str, served: bool = False) -> Any:
+    command = SimpleNamespace(environ={"VLLM_CACHE_ROOT": str(root)})
+    return SimpleNamespace(child=SimpleNamespace(command=command), log=list(log), served=served, doubted=False)
+
+
+@pytest.fixture
+def plan_file(tmp_path: Path) -> Path:
+    path = tmp_path / "startup_plan" / "startup_plan_0f.json"
+    path.parent.mkdir()
+    path.write_text("{}")
+    return path
+
+
+def kept_for(root: Path, **environ: str) -> None:
+    plan = StartupPlan(settings(**environ))
+    plan.check(run(root))
+    plan.keep()
+
+
+def test_the_same_settings_keep_it(tmp_path: Path, plan_file: Path) -> None:
+    kept_for(tmp_path, GPU_MEMORY_UTILIZATION="0.8")
+    StartupPlan(settings(GPU_MEMORY_UTILIZATION="0.8")).check(run(tmp_path))
+    assert plan_file.exists()
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [{"GPU_MEMORY_UTILIZATION": "0.9"}, {"MAX_NUM_SEQS": "8"}, {"SUPERVISOR_EXTRA_ARGS": "--seed 1"},
+     {"VLLM_USE_DEEP_GEMM": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}],
+)  # fmt: skip
+def test_other_settings_forget_it(tmp_path: Path, plan_file: Path, environ: Mapping[str, str]) -> None:
+    kept_for(tmp_path, GPU_MEMORY_UTILIZATION="0.8")
+    StartupPlan(settings(**{"GPU_MEMORY_UTILIZATION": "0.8", **environ})).check(run(tmp_path))
+    assert not plan_file.exists()
+
+
+def test_one_of_which_nothing_is_noted_is_somebody_elses(tmp_path: Path, plan_file: Path) -> None:
+    """Who wrote it may have set something else."""
+    StartupPlan(settings()).check(run(tmp_path))
+    assert not plan_file.exists()
+
+
+@pytest.mark.parametrize(
+    ("log", "served", "diagnosis", "forgotten"),
+    [
+        ([TAKEN], False, NO_MEMORY, True),
+        ([TAKEN], False, OTHER, True),
+        ([TAKEN], True, NO_MEMORY, True),
+        ([TAKEN], True, OTHER, False),
+        ([], False, NO_MEMORY, False),
+    ],
+)
+def test_a_failure_with_it_forgets_it(
+    tmp_path: Path, plan_file: Path, log: list[str], served: bool, diagnosis: Diagnosis, forgotten: bool
+) -> None:
+    """And the next start is another one, even where its cause would be final."""
+    keeper = CacheKeeper(None, StartupPlan(settings()))
+    failed = run(tmp_path, *log, served=served)
+    kept_for(tmp_path)
+    keeper.began(failed)
+    assert keeper.plan is not None
+    wait_until(lambda: keeper.plan is not None and keeper.plan.folder is not None, "the look at it")
+    keeper.judged(failed, diagnosis)
+    assert failed.doubted == forgotten
+    if forgotten:
+        wait_until(lambda: not plan_file.exists(), "its end")
+    assert plan_file.exists() != forgotten
+
+
+def test_a_full_disk_or_no_home_is_no_fault(tmp_path: Path) -> None:
+    plan = StartupPlan(settings())
+    plan.check(run(tmp_path / "none"))
+    plan.keep()
+    plan.forget()
+    nowhere = run(tmp_path)
+    nowhere.child.command.environ = {}
+    plan.check(nowhere)
+
+
+def test_the_users_word_and_vllms_version_decide() -> None:
+    assert startup_plan(settings()) is not None
+    assert startup_plan(settings(VLLM_ENABLE_STARTUP_PLAN="0")) is None
+    assert startup_plan(settings(SUPERVISOR_FAST_RESTART="false")) is None
+    old = dataclasses.replace(settings(), vllm=dataclasses.replace(settings().vllm, version="0.1", python=None))
+    assert startup_plan(old) is None
