@@ -30,17 +30,22 @@ def run(root: Path, *log: str, served: bool = False) -> Any:
     return SimpleNamespace(child=SimpleNamespace(command=command), log=list(log), served=served, doubted=False)
 
 
-@pytest.fixture
-def plan_file(tmp_path: Path) -> Path:
-    path = tmp_path / "startup_plan" / "startup_plan_0f.json"
-    path.parent.mkdir()
+def written(root: Path) -> Path:
+    path = root / "startup_plan" / "startup_plan_0f.json"
+    path.parent.mkdir(exist_ok=True)
     path.write_text("{}")
     return path
+
+
+@pytest.fixture
+def plan_file(tmp_path: Path) -> Path:
+    return written(tmp_path)
 
 
 def kept_for(root: Path, **environ: str) -> None:
     plan = StartupPlan(settings(**environ))
     plan.check(run(root))
+    written(root)
     plan.keep()
 
 
