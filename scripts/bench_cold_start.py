@@ -1,27 +1,30 @@
 #!/usr/bin/env python3
-"""The waterfall of a cold start: `vllm serve` alone, the supervisor's first start, and its second, with a volume.
+"""Seconds to the first answer: `vllm serve` alone and the supervisor, with empty caches, with kept ones, after a crash.
 
     .venv/bin/python scripts/bench_cold_start.py --vllm .vllm/bin/vllm --model supervisor/demo/model [--cold]
-        [--made GB] [--runs 1] [--json FILE] -- --max-model-len 1024
+        [--made GB [--hidden 4096]] [--crashes 3] [--runs 1] [--json FILE] -- --max-model-len 1024
 
 Each start is one in a new container: an empty home, an empty folder for temporary files, with --cold (root) an empty
-page cache, too. Only the volume outlives it, and the second start finds there what the first one left: compiled code,
-and the weights, if they came from the hub. `--made GB` serves a Llama of that size, of noise, with the tokenizer of
---model: one whose weights take some time to read. vLLM's own arguments stand behind `--`.
+page cache, too. vLLM alone keeps its home for its second start. Of the supervisor only the volume outlives the first
+one, and the second finds there what that left: compiled code, and the weights, if they came from the hub. A crash is a
+SIGKILL of EngineCore with a request sent right after it; what is printed is how long that waits for its whole answer,
+and whether greedy answers are the same as before. `--made GB` serves a Llama of that size, of noise, with the tokenizer
+of --model: one whose weights take some time to read. vLLM's own arguments stand behind `--`.
 """
 
 from __future__ import annotations
 
 import argparse
+import array
 import contextlib
 import json
 import os
 import platform
+import random
 import shlex
 import shutil
 import signal
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
@@ -29,20 +32,30 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
+import psutil
 
 from supervisor.around.phases import Waterfall
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 1200.0
-TOTAL = "ready"
+TOTAL = "first answer"
+PROMPTS = [f"{number} {word}" for number in range(5) for word in ("What", "Once upon a time", "def f(x):", "€")]
 Rows = dict[str, float]
 
 
-def made(folder: Path, like: Path, gigabytes: float) -> Path:
-    """A Llama in bfloat16: as many layers of 2048 as it takes, in files of four layers each."""
-    hidden, inner, vocabulary, kv = 2048, 8192, 1024, 512
+def noise() -> bytes:
+    """128 MB of bfloat16 between 0.0078 and 0.016, and as many below zero."""
+    numbers = array.array("H", random.Random(1).randbytes(1 << 22))
+    return array.array("H", (number & 0x807F | 0x3C00 for number in numbers)).tobytes() * 32
+
+
+def made(folder: Path, like: Path, gigabytes: float, hidden: int) -> Path:
+    """A Llama in bfloat16: as many layers as it takes, in files of four layers each. Its answers have no sense, but
+    depend on all of it."""
+    inner, vocabulary, kv = 4 * hidden, 1024, hidden // 4
     layer = 2 * (hidden * (2 * hidden + 2 * kv) + 3 * hidden * inner + 2 * hidden)
     layers = max(2, round(gigabytes * 1e9 / layer))
     config = {
@@ -68,9 +81,10 @@ def made(folder: Path, like: Path, gigabytes: float) -> Path:
                 ("post_attention_layernorm", [hidden]),
             ):  # fmt: skip
                 shapes[-1][f"{name}.{part}.weight"] = shape
-    noise = struct.pack("<8H", *range(0x3C00, 0x3C08)) * 65536  # small numbers: what they are does not matter
+    pool, ones = noise(), array.array("H", [0x3F80] * hidden).tobytes()
     for number, tensors in enumerate(shapes, 1):
-        header, end = {}, 0
+        header: dict[str, Any] = {}
+        end = 0
         for name, shape in tensors.items():
             size = 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
             header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
@@ -78,8 +92,15 @@ def made(folder: Path, like: Path, gigabytes: float) -> Path:
         head = json.dumps(header).encode()
         with (folder / f"model-{number:05}-of-{len(shapes):05}.safetensors").open("wb") as file:
             file.write(len(head).to_bytes(8, "little") + head)
-            while end > 0:
-                end -= file.write(noise[: min(end, len(noise))])
+            for at, name in enumerate(tensors):
+                if "norm" in name:
+                    file.write(ones)
+                    continue
+                first, last = header[name]["data_offsets"]
+                left, begin = last - first, 2 * (7919 * (at + 9 * number) % (len(pool) // 4))  # each its own
+                while left > 0:
+                    left -= file.write(pool[begin : begin + left])
+                    begin = 0
     os.sync()
     return folder
 
@@ -89,11 +110,12 @@ def empty_page_cache() -> None:
     Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
-def fresh(folder: Path) -> dict[str, str]:
-    """The environment of a container that has just been made."""
+def fresh(folder: Path, *, again: bool = False) -> dict[str, str]:
+    """The environment of a container that has just been made; `again`: of one that was stopped."""
     for name in ("home", "tmp"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / name).mkdir()
+        if not again:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).mkdir(exist_ok=True)
     keep = {name: value for name, value in os.environ.items() if not name.startswith(("SUPERVISOR_", "XDG_"))}
     keep.pop("PYTHONDONTWRITEBYTECODE", None)
     return keep | {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp")}
@@ -135,45 +157,73 @@ def hear(process: subprocess.Popen[str], waterfall: Waterfall, log: Path, ready:
         time.sleep(0.05)
 
 
-def answers(url: str, uds: str | None = None) -> bool:
+def answer(url: str, uds: str | None = None, prompt: str = "What are you?") -> str | None:
+    """A greedy one, whole; None without."""
+    body = {"model": "bench", "prompt": prompt, "max_tokens": 16, "temperature": 0, "ignore_eos": True}
     try:
-        with httpx.Client(transport=httpx.HTTPTransport(uds=uds), timeout=5) as client:
-            return client.get(url).status_code == 200
+        with httpx.Client(transport=httpx.HTTPTransport(uds=uds), timeout=PATIENCE) as client:
+            got = client.post(f"{url}/v1/completions", json=body)
+            return str(got.json()["choices"][0]["text"]) if got.status_code == 200 else None
     except httpx.HTTPError:
-        return False
+        return None
 
 
-def alone(options: argparse.Namespace, model: str, folder: Path, raw: list[str]) -> Rows:
-    environ = fresh(folder)
+def alone(options: argparse.Namespace, model: str, folder: Path, raw: list[str], *, again: bool) -> Rows:
+    environ = fresh(folder, again=again)
     socket, log = str(folder / "tmp" / "alone.sock"), folder / "alone.log"
+    for path in (log, Path(socket)):
+        path.unlink(missing_ok=True)
     began = time.monotonic()
     waterfall = Waterfall(began)
-    log.unlink(missing_ok=True)
-    command = [*shlex.split(options.vllm), "serve", model, "--uds", socket, *raw]
+    command = [*shlex.split(options.vllm), "serve", model, "--uds", socket, "--served-model-name", "bench", *raw]
     with running(command, environ) as process:
-        hear(process, waterfall, log, lambda: answers("http://vllm/health", socket))
+        hear(process, waterfall, log, lambda: answer("http://vllm", socket) is not None)
         waterfall.finish()
         return rows(waterfall.as_rows(), time.monotonic() - began)
 
 
-def supervised(options: argparse.Namespace, model: str, folder: Path, raw: list[str]) -> Rows:
+def supervised(
+    options: argparse.Namespace, model: str, folder: Path, raw: list[str], crashes: list[Rows] | None
+) -> Rows:
     port = 18000 + os.getpid() % 1000
+    url = f"http://127.0.0.1:{port}"
     environ = fresh(folder) | {
         "SUPERVISOR_VLLM": options.vllm, "SUPERVISOR_VOLUME": str(folder / "volume"), "PORT": str(port),
+        "SUPERVISOR_MAX_RESTARTS": "1000", "SUPERVISOR_RESTART_WINDOW": "0.05", "SERVED_MODEL_NAME": "bench",
+        "SUPERVISOR_HOLD_TIMEOUT": "600", "SUPERVISOR_LOG_LEVEL": "debug",
     }  # fmt: skip
     log = folder / "supervised.log"
     log.unlink(missing_ok=True)
     began = time.monotonic()
     command = [sys.executable, "-P", "-m", "supervisor", "up", model, "--", *raw]
     with running(command, environ) as process:
-        hear(process, Waterfall(began), log, lambda: answers(f"http://127.0.0.1:{port}/health"))
+        hear(process, Waterfall(began), log, lambda: answer(url) is not None)
         total = time.monotonic() - began
-        status = httpx.get(f"http://127.0.0.1:{port}/status").json()
+        found = rows(httpx.get(f"{url}/status").json()["phases"], total)
         if options.kept:
             deadline = time.monotonic() + 60
             while "compiled code kept" not in log.read_text() and time.monotonic() < deadline:
                 time.sleep(0.1)
-        return rows(status["phases"], total)
+        before = [answer(url, prompt=prompt) for prompt in PROMPTS]
+        for _ in range(options.crashes if crashes is not None else 0):
+            crashes.append(crash(url))  # type: ignore[union-attr]
+            same = sum(answer(url, prompt=prompt) == text for prompt, text in zip(PROMPTS, before, strict=True))
+            print(f"crash: {crashes[-1][TOTAL]:.1f} s, {same} of {len(PROMPTS)} greedy answers as before", flush=True)
+        if options.log:
+            shutil.copy(log, options.log)
+        return found
+
+
+def crash(url: str) -> Rows:
+    """SIGKILL of EngineCore; until a request that is sent then is answered."""
+    leader = psutil.Process(httpx.get(f"{url}/status").json()["pid"])
+    (core,) = [each for each in leader.children(recursive=True) if each.name().startswith("VLLM::EngineCore")]
+    core.kill()
+    began = time.monotonic()
+    if answer(url) is None:
+        sys.exit("bench_cold_start: the request was not answered")
+    total = time.monotonic() - began
+    return rows(httpx.get(f"{url}/status").json()["phases"], total)
 
 
 def rows(phases: list[dict[str, object]], total: float) -> Rows:
@@ -185,6 +235,10 @@ def main() -> None:
     parser.add_argument("--vllm", required=True, help="the command that stands for `vllm`")
     parser.add_argument("--model", required=True)
     parser.add_argument("--made", type=float, metavar="GB")
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--crashes", type=int, default=3)
+    parser.add_argument("--only", help="some of the cases, between commas")
+    parser.add_argument("--log", type=Path, help="a copy of the supervisor's")
     parser.add_argument("--cold", action="store_true", help="with an empty page cache (root)")
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--json", type=Path)
@@ -193,27 +247,32 @@ def main() -> None:
     options.kept = "--enforce-eager" not in raw
     options.vllm = str(Path(options.vllm).absolute()) if Path(options.vllm).exists() else options.vllm
     model = str(Path(options.model).resolve()) if Path(options.model).exists() else options.model
-    found: dict[str, list[Rows]] = {"alone": [], "first": [], "second": []}
+    found: dict[str, list[Rows]] = {"alone": [], "alone again": [], "first": [], "crash": [], "second": []}
+    wanted = options.only.split(",") if options.only else list(found)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if options.made:
             (folder / "model").mkdir()
-            model = str(made(folder / "model", Path(model), options.made))
+            model = str(made(folder / "model", Path(model), options.made, options.hidden))
         for _ in range(options.runs):
             shutil.rmtree(folder / "volume", ignore_errors=True)
             (folder / "volume").mkdir()
-            for case, starts in found.items():
+            for case in [case for case in wanted if case != "crash"]:
                 if options.cold:
                     empty_page_cache()
-                start = alone if case == "alone" else supervised
-                starts.append(start(options, model, folder, raw))
-                print(f"{case}: {starts[-1][TOTAL]:.1f} s", flush=True)
+                if case.startswith("alone"):
+                    found[case].append(alone(options, model, folder, raw, again=case != "alone"))
+                else:
+                    found[case].append(
+                        supervised(options, model, folder, raw, found["crash"] if case == "first" else None)
+                    )
+                print(f"{case}: {found[case][-1][TOTAL]:.1f} s", flush=True)
     print(f"\n{os.cpu_count()} cores, {platform.machine()}, seconds, median of {options.runs}")
     names = list(dict.fromkeys(name for case in found.values() for row in case for name in row))
-    print(f"{'':28}" + "".join(f"{case:>10}" for case in found))
+    print(f"{'':28}" + "".join(f"{case:>13}" for case in found if found[case]))
     for phase in [name for name in names if name != TOTAL] + [TOTAL]:
-        cells = (statistics.median(row.get(phase, 0.0) for row in case) for case in found.values())
-        print(f"{phase:28}" + "".join(f"{cell:10.1f}" for cell in cells))
+        cells = (statistics.median(row.get(phase, 0.0) for row in case) for case in found.values() if case)
+        print(f"{phase:28}" + "".join(f"{cell:13.1f}" for cell in cells))
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
 
