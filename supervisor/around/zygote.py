@@ -13,11 +13,15 @@ Whatever is wrong with all this, VLLM is run as it is.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
 import os
+import pickle
 import re
+import select
+import signal
 import socket
 import struct
 import sys
@@ -26,6 +30,7 @@ import types
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 # What a server and its engine import until they serve. What is not there, or for other hardware, is passed over. Not
@@ -35,7 +40,8 @@ MODULES = (
     "vllm.entrypoints.cli.main", "vllm.entrypoints.cli.serve", "vllm.entrypoints.openai.api_server",
     "vllm.entrypoints.launchers.api_server", "vllm.v1.engine.core", "vllm.v1.engine.async_llm",
     "vllm.v1.engine.core_client", "vllm.v1.executor.uniproc_executor", "vllm.v1.executor.multiproc_executor",
-    "vllm.model_executor.model_loader", "vllm.model_executor.models.llama", "vllm.tokenizers", "torch._dynamo",
+    "vllm.model_executor.model_loader",
+    "vllm.model_executor.models.registry", "vllm.model_executor.models.llama", "vllm.tokenizers", "torch._dynamo",
     "torch._inductor.compile_fx", "transformers.models.llama",
 )  # fmt: skip
 # By vLLM's name of the platform: on others nobody has tried it.
@@ -51,6 +57,8 @@ METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 SCRIPT = re.compile(r"^from ([\w.]+) import (\w+)$.*^\s+sys\.exit\(\2\(\)\)", re.M | re.S)
 # Where memory runs out it is the first to go: the engine can do without it.
 OOM_SCORE, FIRST_TO_GO = "/proc/self/oom_score_adj", "1000"
+# Seconds without a byte until a look at a model, which takes one, is given up.
+LOOK_PATIENCE = 60.0
 # Seconds until a process that was forked has been adopted by the supervisor.
 ADOPTION = 5.0
 SIZE = struct.Struct("!Q")
@@ -124,6 +132,36 @@ def allow_forks(born: Mapping[str, str]) -> None:
             os.environ[METHOD] = "fork"
 
     platform.check_and_update_config = staticmethod(checked)
+    registry = sys.modules.get("vllm.model_executor.models.registry")
+    if hasattr(registry, "_run_in_subprocess"):
+        registry._run_in_subprocess = partial(forked, registry._run_in_subprocess)  # type: ignore[union-attr]
+
+
+def forked(instead: Callable[[Callable[[], Any]], Any], job: Callable[[], Any]) -> Any:
+    """What the job gives, in a process of its own: a model that vLLM sees for the first time is looked at so, and a
+    new process would import all of it for that. Where it fails, `instead` does it."""
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        child = os.fork()
+    if child == 0:
+        try:
+            with open(writer, "wb") as file:  # noqa: PTH123
+                file.write(pickle.dumps(job()))
+        finally:
+            os._exit(0)
+    os.close(writer)
+    data = b""
+    with open(reader, "rb") as file:  # noqa: PTH123
+        while select.select([file], [], [], LOOK_PATIENCE)[0] and (more := file.read1()):
+            data += more
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    try:
+        return pickle.loads(data)  # noqa: S301  # our own
+    except (EOFError, pickle.UnpicklingError):
+        return instead(job)
 
 
 def may_fork(config: Any) -> bool:
@@ -139,14 +177,19 @@ def may_fork(config: Any) -> bool:
 
 
 def unfit() -> str:
-    """Why no engine can be forked from this process; empty: it can."""
+    """Why no engine can be forked from this process; empty: it can. That the driver was opened, to count the GPUs, does
+    no harm; a context on one does not outlive a fork."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return "CUDA is initialized"
-    for number in os.listdir("/proc/self/fd"):  # noqa: PTH208
-        with contextlib.suppress(OSError):
-            if os.readlink(f"/proc/self/fd/{number}").startswith("/dev/nvidia-uvm"):  # noqa: PTH115
-                return "CUDA's driver is in use"
+    if "/libcuda.so" in _read("/proc/self/maps"):
+        cuda, number, flags = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_uint()
+        if cuda.cuDeviceGetCount(ctypes.byref(number)) == 0:
+            for device in range(number.value):
+                active = ctypes.c_int()
+                cuda.cuDevicePrimaryCtxGetState(device, ctypes.byref(flags), ctypes.byref(active))
+                if active.value:
+                    return "CUDA has a context"
     return ""
 
 
