@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from supervisor.settings.sources import Found
+
 MODEL = Path(__file__).resolve().parent.parent / "demo" / "model"
 
 # Below everything the user sets.
-DEFAULTS: dict[str, object] = {
+_OPTIONS: dict[str, object] = {
     "SERVED_MODEL_NAME": ["demo"],
     "MAX_MODEL_LEN": 2048,
     "ENABLE_AUTO_TOOL_CHOICE": True,
     "TOOL_CALL_PARSER": "hermes",
     "ENFORCE_EAGER": True,  # nothing to win from compiling 2 M parameters, and it halves the start
 }
+DEFAULTS = {variable: Found("demo model", value) for variable, value in _OPTIONS.items()}
 ENVIRONMENT = {
     # GiB; vLLM's CPU build takes half of the machine's memory otherwise. Other builds do not read it.
     "VLLM_CPU_KVCACHE_SPACE": "1",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from supervisor.settings.names import ALIASES, WITHHELD, WITHHELD_PREFIXES
+from supervisor.settings.names import OURS, WITHHELD, WITHHELD_PREFIXES
 from supervisor.settings.sources import Found, Report
 from supervisor.vllm.catalogue import Catalogue
 from supervisor.vllm.values import FALSE, TRUE, BadValue
@@ -14,7 +14,6 @@ from supervisor.vllm.values import FALSE, TRUE, BadValue
 # `${VAR:-}` and RunPod's Hub do: nine of thirteen that were tried ended vLLM with an error that names no variable.
 THEIRS = re.compile(r"(VLLM|FLASHINFER|HF|HUGGING_?FACE|TRANSFORMERS|TORCHINDUCTOR|TRITON)_|CUDA_VISIBLE_DEVICES$")
 MEANS_NONE = "CUDA_VISIBLE_DEVICES"  # set to nothing, it hides all GPUs
-OURS = frozenset(name for names in ALIASES.values() for name in names)
 
 # What is safer where somebody else sends the requests, unless the user set it.
 DEFAULTS = {
@@ -42,7 +41,7 @@ def cleaned(environ: Mapping[str, str], report: Report) -> dict[str, str]:
 def for_vllm(environ: Mapping[str, str], catalogue: Catalogue, report: Report) -> dict[str, str]:
     """With vLLM's own variables in its words: of those that are yes or no by a number, `false` would end it."""
     found = dict(environ)
-    for name in catalogue.switches & environ.keys():
+    for name in filter(catalogue.switches.__contains__, environ):
         setting = report.setting(name, [Found(f"environment {name}", environ[name])], _switch)
         found[name] = setting.value if setting else ""
     return found

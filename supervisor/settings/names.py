@@ -6,7 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-_TABLE: dict[str, Any] = json.loads(Path(__file__).with_name("names.json").read_text(encoding="utf-8"))
+
+def read_table(name: str) -> dict[str, Any]:
+    table: dict[str, Any] = json.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+    return table
+
+
+_TABLE = read_table("names.json")
 
 
 def _rows(part: str) -> dict[str, Any]:
@@ -18,6 +24,7 @@ def _removed(part: str) -> dict[str, str]:
 
 
 ALIASES: dict[str, tuple[str, ...]] = {ours: tuple(names) for ours, names in _rows("aliases").items()}
+OURS = {alias: ours for ours, names in ALIASES.items() for alias in names}
 OWNED: dict[str, str] = _rows("owned")
 ZERO_MEANS_UNSET = frozenset(_TABLE["zero means unset"])
 FORMER: dict[str, str] = _rows("former")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,24 @@ from supervisor.settings import cluster as clusters
 from supervisor.settings import volume as volumes
 from supervisor.settings.config_file import ConfigFile
 from supervisor.settings.knobs import KNOBS, Keys, Knob, Knobs
-from supervisor.settings.names import ALIASES, REMOVED
+from supervisor.settings.names import ALIASES, OURS, REMOVED
 from supervisor.settings.options import Options
-from supervisor.settings.sources import Arguments, Found, Report, Setting, Sources, prefixes
+from supervisor.settings.sources import (
+    Arguments,
+    Asked,
+    Found,
+    Report,
+    Setting,
+    Source,
+    command_line,
+    environments,
+    find,
+    prefixes,
+)
 from supervisor.vllm import catalogue as catalogues
+from supervisor.vllm import installed
 from supervisor.vllm.catalogue import Catalogue
-from supervisor.vllm.installed import Vllm, VllmError, find
+from supervisor.vllm.installed import Vllm, VllmError
 
 __all__ = ["Arguments", "Setting", "Settings", "SettingsError", "gather"]
 # Our access log says more than vLLM's, which has a line for each look at its health besides.
@@ -77,48 +89,64 @@ class Settings:
 
 def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     """Reads every source. Raises SettingsError with all problems at once."""
-    sources = Sources(arguments, environ, prefixes(environ), ConfigFile(""))
-    named = sources.find(("SUPERVISOR_CONFIG",), "config", argument=(arguments.config or "").strip())
-    file = config_file.read(named[0].given.strip(), named[0].source) if named else config_file.read_unnamed()
+    line = command_line(arguments)
+    named = find([line, *environments(environ)], "SUPERVISOR_CONFIG")
+    file = config_file.read(str(named[0].given).strip(), named[0].source) if named else config_file.read_unnamed()
     report = Report(_mask(environ, file), list(file.problems), list(file.warnings))
     environ = environment.cleaned(environ, report)
-    sources = replace(sources, environ=environ, file=file)
+    variables = environments(environ)
 
+    section = {
+        each.variable: Found(f"{file.label} supervisor.{each.field}", file.knobs.get(each.field)) for each in KNOBS
+    }
+    users = [line, *variables, section]
     first, *others = KNOBS
-    asked_mode = _knob(first, sources, report)
+    asked_mode = _knob(first, users, file, report)
     mode = _mode(asked_mode.value, environ)
-    label, defaults = platform.defaults(mode, environ)
-    own = (asked_mode, *(_knob(knob, sources, report, label, defaults.get(knob.variable)) for knob in others))
+    sources = [*users, platform.defaults(mode, environ)]
+    own = (asked_mode, *(_knob(knob, sources, file, report) for knob in others))
     knobs = Knobs(**{knob.field: setting.value for knob, setting in zip(KNOBS, own, strict=True)})
     _known({knob.field for knob in KNOBS}, file.knobs, file, report, "supervisor.")
     volume = _volume(knobs, environ, report)
     cache = _cache(knobs, volume, environ)
     vllm, catalogue = _vllm(knobs, cache, environ, report)
 
-    vllms = sources.find(("CONFIG", *ALIASES["CONFIG"]), "config") if catalogue else []
+    content = {key.upper(): Found(f"{file.label} {key}", file.content[key]) for key in file.content}
+    users = [*variables, {name: found for name, found in content.items() if name not in OURS}]
+    vllms = find(users, "CONFIG") if catalogue else []
     vllms_file = config_file.read_vllm_config(str(vllms[0].given).strip(), vllms[0].source) if vllms else None
-    model, is_demo = _model(sources, report, vllms_file, vllm, catalogue)
+    in_vllms = {"MODEL": Found(vllms_file.label, vllms_file.content.get("model"))} if vllms_file else {}
+    model = _model([line, *users, in_vllms, platform.model(environ)], environ, report, vllm, catalogue)
+    is_demo = model is not None and within(models.DISK_PATIENCE, Path(model.value).resolve) == demo.MODEL
     chosen: Options = ()
     given: Options = ()
     in_file: dict[str, Setting] = {}
     if catalogue:
         in_file = options.of_vllms_file(vllms_file, catalogue, report) if vllms_file else {}
-        given = _raw(own, arguments, catalogue, report)
-        beneath = clusters.derived(environ, _spread(given, sources)) | (INSTEAD_OF_VLLMS if knobs.access_log else {})
-        beneath |= {name: Found("demo model", value) for name, value in demo.DEFAULTS.items() if is_demo}
-        chosen, given = options.resolve(catalogue, sources, report, beneath=beneath, raw=given)
+        (extra,) = [setting for setting in own if setting.name == "SUPERVISOR_EXTRA_ARGS"]
+        given = tuple(
+            (
+                raw.read(extra.value or (), extra.source, catalogue, report)
+                | raw.read(arguments.vllm_args, "command line", catalogue, report)
+            ).values()
+        )
+        in_raw = {setting.name: Found(setting.source, setting.value) for _, setting in given}
+        beneath = [clusters.derived(environ, _spread([in_raw, *users]))]
+        beneath += [INSTEAD_OF_VLLMS] if knobs.access_log else []
+        beneath += [demo.DEFAULTS] if is_demo else []
+        chosen, given = options.resolve(catalogue, [*users, *beneath], environ, report, raw=given)
         _known(options.keys(catalogue), file.content, file, report)
-        report.warnings += typos.unread(environ, _names(catalogue, sources.prefixes), catalogue)
+        report.warnings += typos.unread(environ, _names(catalogue, prefixes(environ)), catalogue)
         environ = environment.for_vllm(environ, catalogue, report)
 
-    values = {setting.name: setting.value for _, setting in (*chosen, *given)}
-    cluster = clusters.cluster(values, environ, report.problems)
+    asked = Asked(mode, environ, {setting.name: setting for _, setting in (*chosen, *given)})
+    cluster = clusters.cluster(asked, report)
     if cluster is not None and cluster.headless:
         mode = "http"  # rank 0 takes the jobs
-    if int(values.get("NNODES") or 1) < 2:
+    if asked.number("NNODES") < 2:
         chosen = _of_one_machine(chosen, environ, report, told_so=cluster is not None)
     every = (*(setting for _, setting in (*chosen, *given)), *own, *([model] if model else []))
-    asked = checks.Asked(mode, environ, in_file | {each.name: each for each in every}, vllm, catalogue)
+    asked = Asked(mode, environ, in_file | {each.name: each for each in every}, vllm, catalogue)
     report.problems += [line for rule in checks.PROBLEMS for line in rule(asked)]
     report.warnings += [line for rule in checks.WARNINGS for line in rule(asked)]
     problems, warnings = list(map(report.mask, report.problems)), list(map(report.mask, report.warnings))
@@ -151,48 +179,33 @@ def _mask(environ: Mapping[str, str], file: ConfigFile) -> Mask:
 def _known(known: Iterable[str], given: Iterable[str], file: ConfigFile, report: Report, section: str = "") -> None:
     """A key of config.yaml that nothing reads is an error: the file was written for us."""
     known = list(known)
-    other = {alias.lower(): ours.lower() for ours, names in ALIASES.items() for alias in names}
     for key in given:
         if key in known:
             continue
         if key in REMOVED and not section:
             report.warnings.append(f"{file.label} {key} has no effect: {REMOVED[key]}")
             continue
-        ours = other.get(key, "")
+        ours = OURS.get(key.upper(), "").lower()
         where = f"supervisor.{ours.removeprefix('supervisor_')}" if ours.startswith("supervisor_") else ours
         hint = f"; use {where}" if where else typos.nearest(section + key, [section + name for name in known])
         report.problems.append(f"{file.label}: unknown key {section}{key}{hint}")
 
 
-def _knob(
-    knob: Knob, sources: Sources, report: Report, label: str = "", platform_default: str | None = None
-) -> Setting:
-    names = (knob.variable, *ALIASES.get(knob.variable, ()))
-    argument = getattr(sources.arguments, knob.field, None)  # mode, host and port have one
-    found = sources.find(names, knob.field, knob=True, blank=knob.secret, argument=argument)
-    if platform_default is not None:
-        found.append(Found(label, platform_default))
-    elif knob.default is not None:
-        found.append(Found("default", knob.default))
-    unset = Setting(knob.variable, None, "default")
-    if not found:
-        return unset
-    where = f"{sources.file.label} supervisor.{knob.field}"
-    if knob.is_program and not sources.file.is_named and found[0].source == where:
+def _knob(knob: Knob, sources: Sequence[Source], file: ConfigFile, report: Report) -> Setting:
+    found = find(sources, knob.variable, blank=knob.secret)
+    found += [Found("default", knob.default)] if knob.default is not None else []
+    where = f"{file.label} supervisor.{knob.field}"
+    setting = None
+    if found and knob.is_program and not file.is_named and found[0].source == where:
+        found = []
         report.problems.append(  # a folder may be anybody's
             f"{where} is not obeyed, for it names a program and nobody named the file: "
             f"name it with --config (or SUPERVISOR_CONFIG), or set {knob.variable}"
         )
-        return unset
-    read = report.setting(
-        knob.variable,
-        found,
-        lambda given: knob.read(str(given)),
-        secret=knob.secret,
-        template=knob.template,
-        command=knob.is_program,
-    )
-    return read or Setting(knob.variable, None, found[0].source, secret=knob.secret)
+    elif found:
+        own = {"secret": knob.secret, "template": knob.template, "command": knob.is_program}
+        setting = report.setting(knob.variable, found, lambda given: knob.read(str(given)), **own)
+    return setting or Setting(knob.variable, None, found[0].source if found else "default", secret=knob.secret)
 
 
 def _mode(asked: object, environ: Mapping[str, str]) -> str:
@@ -227,7 +240,7 @@ def _vllm(
     knobs: Knobs, cache: Path, environ: Mapping[str, str], report: Report
 ) -> tuple[Vllm | None, Catalogue | None]:
     try:
-        vllm = find(knobs.vllm, environ.get("PATH"), cache)
+        vllm = installed.find(knobs.vllm, environ.get("PATH"), cache)
         return vllm, catalogues.load(vllm, cache)
     except VllmError as error:
         report.problems.append(str(error))
@@ -235,37 +248,24 @@ def _vllm(
 
 
 def _model(
-    sources: Sources, report: Report, vllms_file: ConfigFile | None, vllm: Vllm | None, catalogue: Catalogue | None
-) -> tuple[Setting | None, bool]:
-    found = sources.find(("MODEL", *ALIASES["MODEL"]), "model", argument=sources.arguments.model)
-    if vllms_file is not None and vllms_file.content.get("model"):
-        found.append(Found(vllms_file.label, vllms_file.content["model"]))
-    found += platform.model(sources.environ)
-    if not found:
-        where = demo.platform(sources.environ)
-        if where is not None:
-            report.problems.append(f"no model is named: set MODEL, such as MODEL=Qwen/Qwen3-0.6B ({where})")
-            return None, False
-        found = [Found("demo model: no model is named", str(demo.MODEL))]
-    setting = report.setting("MODEL", found, lambda given: models.read(str(given), vllm, catalogue, sources.environ))
-    if setting is None:
-        return None, False
-    return setting, within(models.DISK_PATIENCE, Path(setting.value).resolve) == demo.MODEL
+    sources: Sequence[Source],
+    environ: Mapping[str, str],
+    report: Report,
+    vllm: Vllm | None,
+    catalogue: Catalogue | None,
+) -> Setting | None:
+    found = find(sources, "MODEL")
+    if not found and (where := demo.platform(environ)):
+        report.problems.append(f"no model is named: set MODEL, such as MODEL=Qwen/Qwen3-0.6B ({where})")
+        return None
+    found = found or [Found("demo model: no model is named", str(demo.MODEL))]
+    return report.setting("MODEL", found, lambda given: models.read(str(given), vllm, catalogue, environ))
 
 
-def _raw(own: Sequence[Setting], arguments: Arguments, catalogue: Catalogue, report: Report) -> Options:
-    (extra,) = [setting for setting in own if setting.name == "SUPERVISOR_EXTRA_ARGS"]
-    found = raw.read(extra.value or (), extra.source, catalogue, report)
-    return tuple((found | raw.read(arguments.vllm_args, "command line", catalogue, report)).values())
-
-
-def _spread(given: Options, sources: Sources) -> dict[str, str]:
+def _spread(sources: Sequence[Source]) -> dict[str, str]:
     """How the user wants the model to be spread over GPUs."""
-    found = {setting.name: str(setting.value) for _, setting in given if setting.name in clusters.SPREAD}
-    for variable in clusters.SPREAD:
-        for _, text in sources.find((variable,), variable.lower())[:1]:
-            found.setdefault(variable, str(text).strip())
-    return found
+    asked = {variable: find(sources, variable) for variable in clusters.SPREAD}
+    return {variable: str(found[0].given).strip() for variable, found in asked.items() if found}
 
 
 def _of_one_machine(chosen: Options, environ: Mapping[str, str], report: Report, *, told_so: bool) -> Options:

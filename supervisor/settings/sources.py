@@ -7,13 +7,14 @@ its source. What is found wrong is collected in a `Report`, so that all of it is
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from supervisor.secrets import MASK, Mask
-from supervisor.settings.config_file import ConfigFile
-from supervisor.settings.names import SAGEMAKER
+from supervisor.settings.names import ALIASES, SAGEMAKER
+from supervisor.vllm.catalogue import Catalogue
+from supervisor.vllm.installed import Vllm
 from supervisor.vllm.values import BadValue, clean
 
 LONGEST_SHOWN = 200  # characters of a value, in a line that tells what is wrong with it
@@ -49,6 +50,11 @@ class Setting:
     secret: bool = False
 
     @property
+    def named(self) -> str:
+        """With its value and its source, as a problem begins."""
+        return f"{self.name}={self.shown} ({self.source})"
+
+    @property
     def shown(self) -> str:
         if self.secret and self.value:
             return MASK
@@ -60,32 +66,67 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True)
-class Sources:
-    """`find` asks all of them, the one that wins first."""
+class Asked:
+    """All that was asked for, by variable."""
 
-    arguments: Arguments
+    mode: str
     environ: Mapping[str, str]
-    prefixes: tuple[str, ...]  # that a variable's name may have
-    file: ConfigFile
+    settings: Mapping[str, Setting]
+    vllm: Vllm | None = None
+    catalogue: Catalogue | None = None
 
-    def find(
-        self, names: Sequence[str], key: str, *, knob: bool = False, blank: bool = False, argument: str | None = None
-    ) -> list[Found]:
-        """`names`: of variables; `key`: in config.yaml, a `knob` in its section. `blank`: white space is a value.
-        For a secret it is somebody's mistake: taken for "not set", it would leave the door open."""
-        found = [Found("command line" if key == "model" else f"command line --{key}", argument)] if argument else []
-        for name in (prefix + name for prefix in self.prefixes for name in names):
-            text = self.environ.get(name)
-            if text and (blank or text.strip()):
-                found.append(Found(f"environment {name}", text))
-        content, section = (self.file.knobs, "supervisor.") if knob else (self.file.content, "")
-        if content.get(key) not in (None, ""):
-            found.append(Found(f"{self.file.label} {section}{key}", content[key]))
-        return found
+    def __getitem__(self, name: str) -> Setting:
+        """A setting by its variable, or a `$VARIABLE` as the environment has it; or the `mode` that it comes to."""
+        if name == "mode":
+            return Setting(name, self.mode, "")
+        if name.startswith("$"):
+            return Setting(name[1:], self.environ.get(name[1:]), f"environment {name[1:]}")
+        return self.settings.get(name) or Setting(name, None, "")
+
+    def number(self, variable: str) -> float:
+        return number(self[variable].value, 0)
+
+    def count(self, variable: str, otherwise: int) -> int:
+        return int(number(self[variable].value, otherwise))
+
+
+def number(given: object, otherwise: float) -> float:
+    return float(str(given)) if re.fullmatch(r"\d+(\.\d+)?", str(given)) else otherwise
+
+
+# What one source says, by the variable that it stands for.
+Source = Mapping[str, Found]
+
+
+def command_line(arguments: Arguments) -> Source:
+    named = {"SUPERVISOR_CONFIG": "config", "SUPERVISOR_MODE": "mode", "SUPERVISOR_HOST": "host", "PORT": "port"}
+    found = {name: Found(f"command line --{field}", getattr(arguments, field)) for name, field in named.items()}
+    return {"MODEL": Found("command line", arguments.model)} | found
 
 
 def prefixes(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """What a variable's name may begin with. Nothing comes first."""
     return ("", SAGEMAKER) if any(name.startswith(SAGEMAKER) for name in environ) else ("",)
+
+
+def environments(environ: Mapping[str, str]) -> list[Source]:
+    return [
+        {
+            name[len(prefix) :]: Found(f"environment {name}", environ[name])
+            for name in environ
+            if name.startswith(prefix)
+        }
+        for prefix in prefixes(environ)
+    ]
+
+
+def find(sources: Iterable[Source], *names: str, blank: bool = False) -> list[Found]:
+    """What the sources say of a setting, the one that wins first. `names`: its own, and others of vLLM's; those of
+    other workers are looked for as well. `blank`: white space is a value. For a secret it is somebody's mistake: taken
+    for "not set", it would leave the door open."""
+    every = [each for name in names for each in (name, *ALIASES.get(name, ()))]
+    found = [source[name] for source in sources for name in every if name in source]
+    return [each for each in found if each.given not in (None, "") and (blank or str(each.given).strip())]
 
 
 @dataclass(slots=True)

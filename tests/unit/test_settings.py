@@ -51,6 +51,15 @@ def test_command_line_beats_environment_beats_file_beats_default(folder: Path) -
     assert length.overrode == ("config.yaml max_model_len: 1",)
 
 
+def test_a_source_that_says_the_opposite_keeps_its_rank(folder: Path) -> None:
+    (folder / "config.yaml").write_text("supervisor:\nenable_prefix_caching: true\ngpu_memory_utilization: 0.5\n")
+    settings = read(folder, DISABLE_PREFIX_CACHING="true", DEVICE_MEMORY_UTILIZATION="0.7")
+    values = {option.key: setting for option, setting in settings.options}
+    assert values["enable_prefix_caching"].value is False
+    assert values["enable_prefix_caching"].overrode == ("config.yaml enable_prefix_caching: true",)
+    assert values["gpu_memory_utilization"].value == "0.7"
+
+
 def test_empty_means_unset(folder: Path) -> None:
     settings = read(folder, Arguments(), MODEL="", MODEL_NAME="x", PORT="", MAX_MODEL_LEN="")
     assert settings.model.value == "x"
