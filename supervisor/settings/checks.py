@@ -99,7 +99,7 @@ def least(asked: Asked) -> Iterator[str]:
 
 def names(asked: Asked) -> Iterator[str]:
     """vLLM has no bitsandbytes any more, nor GGUF; parsers come and go. Plugins may know more."""
-    if asked.catalogue is None or asked.vllm is None or asked["TOOL_PARSER_PLUGIN"].value:
+    if asked["TOOL_PARSER_PLUGIN"].value:
         return
     for option in asked.catalogue.by_key.values():
         given = asked[option.variable].value
@@ -140,7 +140,7 @@ def adapter(module: str) -> tuple[str, str]:
 
 
 def _rank(asked: Asked, rank: int) -> int:
-    option = asked.catalogue.by_key.get("max_lora_rank") if asked.catalogue else None
+    option = asked.catalogue.by_key.get("max_lora_rank")
     return min((int(choice) for choice in option.choices if int(choice) >= rank), default=rank) if option else rank
 
 

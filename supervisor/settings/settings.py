@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +16,12 @@ from supervisor.settings import cluster as clusters
 from supervisor.settings import volume as volumes
 from supervisor.settings.config_file import ConfigFile
 from supervisor.settings.knobs import KNOBS, Keys, Knob, Knobs
-from supervisor.settings.names import ALIASES, OURS, REMOVED
+from supervisor.settings.names import ALIASES, OURS, REMOVED, SAGEMAKER
 from supervisor.settings.options import Options
-from supervisor.settings.sources import (
-    Arguments,
-    Asked,
-    Found,
-    Report,
-    Setting,
-    Source,
-    command_line,
-    environments,
-    find,
-    prefixes,
-)
+from supervisor.settings.sources import Arguments, Asked, Found, Report, Setting, Source, environments, find
 from supervisor.vllm import catalogue as catalogues
 from supervisor.vllm import installed
-from supervisor.vllm.catalogue import Catalogue
+from supervisor.vllm.catalogue import Catalogue, Option
 from supervisor.vllm.installed import Vllm, VllmError
 
 __all__ = ["Arguments", "Setting", "Settings", "SettingsError", "gather"]
@@ -89,21 +78,20 @@ class Settings:
 
 def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     """Reads every source. Raises SettingsError with all problems at once."""
-    line = command_line(arguments)
+    line = arguments.source
     named = find([line, *environments(environ)], "SUPERVISOR_CONFIG")
     file = config_file.read(str(named[0].given).strip(), named[0].source) if named else config_file.read_unnamed()
     report = Report(_mask(environ, file), list(file.problems), list(file.warnings))
     environ = environment.cleaned(environ, report)
     variables = environments(environ)
 
+    first, *others = KNOBS
     section = {
         each.variable: Found(f"{file.label} supervisor.{each.field}", file.knobs.get(each.field)) for each in KNOBS
     }
-    users = [line, *variables, section]
-    first, *others = KNOBS
-    asked_mode = _knob(first, users, file, report)
+    asked_mode = _knob(first, [line, *variables, section], file, report)
     mode = _mode(asked_mode.value, environ)
-    sources = [*users, platform.defaults(mode, environ)]
+    sources = [line, *variables, section, platform.defaults(mode, environ)]
     own = (asked_mode, *(_knob(knob, sources, file, report) for knob in others))
     knobs = Knobs(**{knob.field: setting.value for knob, setting in zip(KNOBS, own, strict=True)})
     _known({knob.field for knob in KNOBS}, file.knobs, file, report, "supervisor.")
@@ -113,44 +101,38 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
 
     content = {key.upper(): Found(f"{file.label} {key}", file.content[key]) for key in file.content}
     users = [*variables, {name: found for name, found in content.items() if name not in OURS}]
-    vllms = find(users, "CONFIG") if catalogue else []
-    vllms_file = config_file.read_vllm_config(str(vllms[0].given).strip(), vllms[0].source) if vllms else None
-    in_vllms = {"MODEL": Found(vllms_file.label, vllms_file.content.get("model"))} if vllms_file else {}
-    model = _model([line, *users, in_vllms, platform.model(environ)], environ, report, vllm, catalogue)
+    vllms = find(users, "CONFIG") if catalogue.by_key else []
+    vllms_file = config_file.read_vllm_config(str(vllms[0].given).strip(), vllms[0].source) if vllms else ConfigFile("")
+    models_file = {"MODEL": Found(vllms_file.label, vllms_file.content.get("model"))}
+    model = _model([line, *users, models_file, platform.model(environ)], environ, report, vllm, catalogue)
     is_demo = model is not None and within(models.DISK_PATIENCE, Path(model.value).resolve) == demo.MODEL
-    chosen: Options = ()
-    given: Options = ()
-    in_file: dict[str, Setting] = {}
-    if catalogue:
-        in_file = options.of_vllms_file(vllms_file, catalogue, report) if vllms_file else {}
+    in_file = options.of_vllms_file(vllms_file, catalogue, report)
+    in_raw: dict[str, tuple[Option, Setting]] = {}
+    if catalogue.by_key:
         (extra,) = [setting for setting in own if setting.name == "SUPERVISOR_EXTRA_ARGS"]
-        given = tuple(
-            (
-                raw.read(extra.value or (), extra.source, catalogue, report)
-                | raw.read(arguments.vllm_args, "command line", catalogue, report)
-            ).values()
-        )
-        in_raw = {setting.name: Found(setting.source, setting.value) for _, setting in given}
-        beneath = [clusters.derived(environ, _spread([in_raw, *users]))]
-        beneath += [INSTEAD_OF_VLLMS] if knobs.access_log else []
-        beneath += [demo.DEFAULTS] if is_demo else []
-        chosen, given = options.resolve(catalogue, [*users, *beneath], environ, report, raw=given)
+        in_raw = raw.read(extra.value or (), extra.source, catalogue, report)
+        in_raw |= raw.read(arguments.vllm_args, "command line", catalogue, report)
         _known(options.keys(catalogue), file.content, file, report)
-        report.warnings += typos.unread(environ, _names(catalogue, prefixes(environ)), catalogue)
-        environ = environment.for_vllm(environ, catalogue, report)
+        report.warnings += typos.unread(environ, _names(catalogue, environ), catalogue)
+    spread = _spread([{name: Found(setting.source, setting.value) for name, (_, setting) in in_raw.items()}, *users])
+    beneath = [clusters.derived(environ, spread)]
+    beneath += [INSTEAD_OF_VLLMS] if knobs.access_log else []
+    beneath += [demo.DEFAULTS] if is_demo else []
+    chosen, given = options.resolve(catalogue, [*users, *beneath], environ, report, raw=tuple(in_raw.values()))
+    environ = environment.for_vllm(environ, catalogue, report)
 
-    asked = Asked(mode, environ, {setting.name: setting for _, setting in (*chosen, *given)})
+    asked = Asked(mode, environ, {setting.name: setting for _, setting in (*chosen, *given)}, vllm, catalogue)
     cluster = clusters.cluster(asked, report)
     if cluster is not None and cluster.headless:
         mode = "http"  # rank 0 takes the jobs
     if asked.number("NNODES") < 2:
         chosen = _of_one_machine(chosen, environ, report, told_so=cluster is not None)
     every = (*(setting for _, setting in (*chosen, *given)), *own, *([model] if model else []))
-    asked = Asked(mode, environ, in_file | {each.name: each for each in every}, vllm, catalogue)
+    asked = replace(asked, mode=mode, settings=in_file | {each.name: each for each in every})
     report.problems += [line for rule in checks.PROBLEMS for line in rule(asked)]
     report.warnings += [line for rule in checks.WARNINGS for line in rule(asked)]
     problems, warnings = list(map(report.mask, report.problems)), list(map(report.mask, report.warnings))
-    if problems or vllm is None or model is None:
+    if problems or model is None:
         raise SettingsError(problems, warnings)
     config = [Setting("SUPERVISOR_CONFIG", file.label, source, report.overrode(named[1:])) for source, _ in named[:1]]
     return Settings(
@@ -236,23 +218,18 @@ def _cache(knobs: Knobs, volume: volumes.Volume | None, environ: Mapping[str, st
     return Path(home) / "vllm-supervisor"
 
 
-def _vllm(
-    knobs: Knobs, cache: Path, environ: Mapping[str, str], report: Report
-) -> tuple[Vllm | None, Catalogue | None]:
+def _vllm(knobs: Knobs, cache: Path, environ: Mapping[str, str], report: Report) -> tuple[Vllm, Catalogue]:
+    """Where there is none, one that has no options: all else that is wrong is told as well."""
     try:
         vllm = installed.find(knobs.vllm, environ.get("PATH"), cache)
         return vllm, catalogues.load(vllm, cache)
     except VllmError as error:
         report.problems.append(str(error))
-        return None, None
+        return Vllm((), "", None), Catalogue("", {})
 
 
 def _model(
-    sources: Sequence[Source],
-    environ: Mapping[str, str],
-    report: Report,
-    vllm: Vllm | None,
-    catalogue: Catalogue | None,
+    sources: Sequence[Source], environ: Mapping[str, str], report: Report, vllm: Vllm, catalogue: Catalogue
 ) -> Setting | None:
     found = find(sources, "MODEL")
     if not found and (where := demo.platform(environ)):
@@ -281,8 +258,9 @@ def _of_one_machine(chosen: Options, environ: Mapping[str, str], report: Report,
     )
 
 
-def _names(catalogue: Catalogue, prefix: tuple[str, ...]) -> set[str]:
+def _names(catalogue: Catalogue, environ: Mapping[str, str]) -> set[str]:
     """The variables that something here reads."""
     ours = {"MODEL", "SUPERVISOR_CONFIG", *(knob.variable for knob in KNOBS), *map(str.upper, options.keys(catalogue))}
     ours |= {alias for name in ours & ALIASES.keys() for alias in ALIASES[name]}
-    return {"HF_TOKEN", "SUPERVISOR_IMAGE"} | {each + name for each in prefix for name in ours}
+    of_sagemaker = {SAGEMAKER + name for name in ours if any(each.startswith(SAGEMAKER) for each in environ)}
+    return {"HF_TOKEN", "SUPERVISOR_IMAGE"} | ours | of_sagemaker

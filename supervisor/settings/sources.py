@@ -20,6 +20,16 @@ from supervisor.vllm.values import BadValue, clean
 LONGEST_SHOWN = 200  # characters of a value, in a line that tells what is wrong with it
 
 
+class Found(NamedTuple):
+    """What one source says of a setting."""
+
+    source: str
+    given: Any
+
+
+Source = Mapping[str, Found]  # by the variable that it stands for
+
+
 @dataclass(frozen=True, slots=True)
 class Arguments:
     """What the command line of `up` and `explain` says. None means: not given."""
@@ -31,12 +41,11 @@ class Arguments:
     port: str | None = None
     vllm_args: tuple[str, ...] = ()
 
-
-class Found(NamedTuple):
-    """What one source says of a setting."""
-
-    source: str
-    given: Any
+    @property
+    def source(self) -> Source:
+        named = {"SUPERVISOR_CONFIG": "config", "SUPERVISOR_MODE": "mode", "SUPERVISOR_HOST": "host", "PORT": "port"}
+        found = {name: Found(f"command line --{field}", getattr(self, field)) for name, field in named.items()}
+        return {"MODEL": Found("command line", self.model)} | found
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +81,8 @@ class Asked:
     mode: str
     environ: Mapping[str, str]
     settings: Mapping[str, Setting]
-    vllm: Vllm | None = None
-    catalogue: Catalogue | None = None
+    vllm: Vllm
+    catalogue: Catalogue
 
     def __getitem__(self, name: str) -> Setting:
         """A setting by its variable, or a `$VARIABLE` as the environment has it; or the `mode` that it comes to."""
@@ -94,30 +103,10 @@ def number(given: object, otherwise: float) -> float:
     return float(str(given)) if re.fullmatch(r"\d+(\.\d+)?", str(given)) else otherwise
 
 
-# What one source says, by the variable that it stands for.
-Source = Mapping[str, Found]
-
-
-def command_line(arguments: Arguments) -> Source:
-    named = {"SUPERVISOR_CONFIG": "config", "SUPERVISOR_MODE": "mode", "SUPERVISOR_HOST": "host", "PORT": "port"}
-    found = {name: Found(f"command line --{field}", getattr(arguments, field)) for name, field in named.items()}
-    return {"MODEL": Found("command line", arguments.model)} | found
-
-
-def prefixes(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """What a variable's name may begin with. Nothing comes first."""
-    return ("", SAGEMAKER) if any(name.startswith(SAGEMAKER) for name in environ) else ("",)
-
-
 def environments(environ: Mapping[str, str]) -> list[Source]:
-    return [
-        {
-            name[len(prefix) :]: Found(f"environment {name}", environ[name])
-            for name in environ
-            if name.startswith(prefix)
-        }
-        for prefix in prefixes(environ)
-    ]
+    """The environment as it is, and what SageMaker's prefix stands before."""
+    texts = {name: Found(f"environment {name}", text) for name, text in environ.items()}
+    return [texts, {name[len(SAGEMAKER) :]: texts[name] for name in texts if name.startswith(SAGEMAKER)}]
 
 
 def find(sources: Iterable[Source], *names: str, blank: bool = False) -> list[Found]:
