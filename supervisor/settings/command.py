@@ -36,20 +36,22 @@ def served_name(settings: Settings) -> str:
 def build(settings: Settings, socket: str, folder: str, serving: Serving | None = None) -> Command:
     """The command that serves on the unix socket `socket`; vLLM's temporary files go to `folder`."""
     name = str(settings.model.value)
-    argv = [*settings.vllm.command, "serve", serving.model if serving else name]
+    serving = serving or Serving(name, {})
+    argv = [*settings.vllm.command, "serve", serving.model]
     argv += ["--headless"] if settings.cluster is not None and settings.cluster.headless else ["--uds", socket]
     for option, setting in settings.options:
         argv += option.argv(setting.value)
-    if serving and serving.model != name and not settings.option("served_model_name"):
+    if serving.model != name and not settings.option("served_model_name"):
         argv += ["--served-model-name", name]  # clients do not ask for a folder
     argv += settings.vllm_args
-    environ = environment(settings.environ)
-    # vLLM leaves sockets and files of its own behind when it is killed: a folder that goes with it catches them.
-    environ |= {"TMPDIR": folder, "VLLM_RPC_BASE_PATH": folder}
-    environ["PYTHONUNBUFFERED"] = "1"  # or the last lines before a crash are lost
-    environ = (
-        dict(serving.environ if serving else {}) | dict(settings.cluster.environ if settings.cluster else {}) | environ
-    )
-    if settings.is_demo:
-        environ = demo.ENVIRONMENT | environ
+    environ = {
+        **(demo.ENVIRONMENT if settings.is_demo else {}),
+        **serving.environ,
+        **(settings.cluster.environ if settings.cluster else {}),
+        **environment(settings.environ),
+        # vLLM leaves sockets and files of its own behind when it is killed: a folder that goes with it catches them.
+        "TMPDIR": folder,
+        "VLLM_RPC_BASE_PATH": folder,
+        "PYTHONUNBUFFERED": "1",  # or the last lines before a crash are lost
+    }
     return Command(tuple(argv), environ)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from supervisor.settings.names import OURS, WITHHELD, WITHHELD_PREFIXES
 from supervisor.settings.sources import Found, Report
 from supervisor.vllm.catalogue import Catalogue
-from supervisor.vllm.values import FALSE, TRUE, BadValue
+from supervisor.vllm.values import read_bool
 
 # Variables that vLLM and its libraries read themselves, and that fail them where they are set to nothing, as compose's
 # `${VAR:-}` and RunPod's Hub do: nine of thirteen that were tried ended vLLM with an error that names no variable.
@@ -29,12 +29,10 @@ def cleaned(environ: Mapping[str, str], report: Report) -> dict[str, str]:
     """Of the variables that others read: those that are set to something, as it was meant."""
     found = {}
     for name, value in environ.items():
-        if THEIRS.match(name) is None or name in OURS:
-            found[name] = value
-            continue
-        setting = report.setting(name, [Found(f"environment {name}", value)], str)
-        if setting is not None and (setting.value or name == MEANS_NONE):
-            found[name] = setting.value
+        is_theirs = THEIRS.match(name) and name not in OURS
+        setting = report.setting(name, [Found(f"environment {name}", value)], str) if is_theirs else None
+        if not is_theirs or (setting and (setting.value or name == MEANS_NONE)):
+            found[name] = setting.value if setting else value
     return found
 
 
@@ -48,20 +46,13 @@ def for_vllm(environ: Mapping[str, str], catalogue: Catalogue, report: Report) -
 
 
 def _switch(text: str) -> str:
-    if text.lstrip("-").isdecimal():
-        return text
-    if text.lower() not in TRUE | FALSE:
-        raise BadValue("true or false (or 1, 0)")
-    return str(int(text.lower() in TRUE))
+    return text if text.lstrip("-").isdecimal() else str(int(read_bool(text)))
 
 
 def environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Less what is not the child's to see, and with our defaults."""
-    found = {
-        name: value
-        for name, value in environ.items()
-        if name not in WITHHELD and not name.startswith(WITHHELD_PREFIXES)
-    }
-    if "://" in found.get("VLLM_PORT", ""):  # Kubernetes', for a service named vllm: vLLM fails on it
-        del found["VLLM_PORT"]
-    return found | {name: value for name, value in DEFAULTS.items() if not environ.get(name)}
+    withheld = {name for name in environ if name in WITHHELD or name.startswith(WITHHELD_PREFIXES)}
+    if "://" in environ.get("VLLM_PORT", ""):  # Kubernetes', for a service named vllm: vLLM fails on it
+        withheld.add("VLLM_PORT")
+    asked = {name: value for name, value in environ.items() if name not in withheld and (value or name not in DEFAULTS)}
+    return DEFAULTS | asked

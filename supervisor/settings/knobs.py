@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from supervisor.vllm.values import BadValue, clean, read_bool
+from supervisor.vllm.values import BadValue, clean, read_bool, read_choice
 
 
 def number(read: Callable[[str], Any], least: float, below: float, expected: str) -> Callable[[str], Any]:
@@ -93,25 +93,20 @@ def routes(value: str) -> tuple[str, ...]:
     return found
 
 
-HOST = re.compile(r"(?:\*\.)?(?:(?!-)[a-z0-9_-]{1,63}(?<!-)\.)*(?!-)[a-z0-9_-]{1,63}(?<!-)")
-LONGEST_HOST = 253
+# No longer than 253 characters, and each part no longer than 63.
+HOST = re.compile(r"(?!.{254})(?:\*\.)?(?:(?!-)[a-z0-9_-]{1,63}(?<!-)\.)*(?!-)[a-z0-9_-]{1,63}(?<!-)")
 
 
 def hosts(value: str) -> tuple[str, ...]:
     """Names between commas as a `Host` header has them, in small letters; `*.` in front stands for what is below."""
     found = tuple(host.strip().lower().removesuffix(".") for host in value.split(",") if host.strip())
-    if not all(len(host) <= LONGEST_HOST and HOST.fullmatch(host) for host in found):
+    if not all(map(HOST.fullmatch, found)):
         raise BadValue("names of hosts without scheme, port or path, such as gpu1.example.com,*.example.org")
     return found
 
 
 def choice(*names: str) -> Callable[[str], str]:
-    def read(value: str) -> str:
-        if value.lower() not in names:
-            raise BadValue(f"one of {', '.join(names)}")
-        return value.lower()
-
-    return read
+    return lambda value: read_choice(value, names)
 
 
 # Not SUPERVISOR_PORT: platforms set these.
