@@ -18,23 +18,15 @@ from supervisor.settings import platform
 from supervisor.settings.knobs import SHORT_KEY, Keys
 from supervisor.settings.models import DISK_PATIENCE
 from supervisor.settings.names import read_table
-from supervisor.settings.sources import Asked, number
+from supervisor.settings.sources import Asked
 from supervisor.settings.typos import nearest
 from supervisor.vllm.values import json_object
 
 RULES = read_table("rules.json")
 GONE = {"bitsandbytes": ", which an older one had", "gguf": ": since 0.24 a plugin has it"}
-# What it may not be less than, and vLLM's default of that, where it has a fixed one.
-AT_LEAST = {"MAX_NUM_BATCHED_TOKENS": ("MAX_NUM_SEQS", 0), "MAX_CPU_LORAS": ("MAX_LORAS", 1)}
-PLACES = {
-    "CHAT_TEMPLATE": "file",
-    "TOOL_PARSER_PLUGIN": "file",
-    "REASONING_PARSER_PLUGIN": "file",
-    "ALLOWED_LOCAL_MEDIA_PATH": "folder",
-}
 LORA_RANK = 16  # vLLM's default of MAX_LORA_RANK
 # Of parsers and templates, vLLM's own folder has some, by their names alone.
-PATH = re.compile(r"[/\\]|\.(jinja2?|j2|txt|tmpl)$")
+PATH = re.compile(r"(?!.*[{}\n]).*([/\\]|\.(jinja2?|j2|txt|tmpl)$)")
 
 
 Rule = Callable[[Asked], Iterator[str]]
@@ -45,9 +37,9 @@ def told(part: str) -> Rule:
 
     def rule(asked: Asked) -> Iterator[str]:
         for row in RULES[part]:
-            fits = all(re.search(pattern, f"{{{place}}}".format_map(asked)) for place, pattern in row["when"].items())
-            if fits and all(asked.number(name) > most for name, most in row.get("above", {}).items()):
-                yield row["told"].format_map(asked)
+            fits = all(re.search(pattern, text.format_map(asked)) for text, pattern in row["when"].items())
+            if fits and all(asked.number(name) > asked.number(most) for name, most in row.get("above", {}).items()):
+                yield row["told"].format_map(asked).removeprefix("environment ")  # a warning begins with a name
 
     return rule
 
@@ -79,76 +71,40 @@ def tls(asked: Asked) -> Iterator[str]:
             )
 
 
-def a_queue_on_runpod(asked: Asked) -> Iterator[str]:
-    """A simulated one would be taken for a worker that has nothing to do, and be paid for."""
-    on_runpod = next((name for name in platform.RUNPODS if asked.environ.get(name)), None)
-    if asked["SUPERVISOR_MODE"].value == "queue" and on_runpod and not asked.environ.get("RUNPOD_WEBHOOK_GET_JOB"):
-        yield (
-            f"SUPERVISOR_MODE=queue on RunPod ({on_runpod} is set) needs RUNPOD_WEBHOOK_GET_JOB, which RunPod sets on "
-            "queue endpoints alone: make it one, or serve HTTP with SUPERVISOR_MODE=http"
-        )
-
-
-def least(asked: Asked) -> Iterator[str]:
-    for variable, (other, default) in AT_LEAST.items():
-        given, limit = asked.number(variable), asked.number(other) or default
-        if given and given < limit:
-            where = f" ({asked[other].source})" if asked[other].source else ""
-            yield f"{asked[variable].named}: expected at least {other}, which is {limit:g}{where}"
-
-
 def names(asked: Asked) -> Iterator[str]:
     """vLLM has no bitsandbytes any more, nor GGUF; parsers come and go. Plugins may know more."""
-    if asked["TOOL_PARSER_PLUGIN"].value:
+    if asked["TOOL_PARSER_PLUGIN"].value or asked["REASONING_PARSER_PLUGIN"].value:
         return
     for option in asked.catalogue.by_key.values():
-        given = asked[option.variable].value
-        if not option.names or not given or str(given).lower() in ("none", *map(str.lower, option.names)):
-            continue
-        if asked["REASONING_PARSER_PLUGIN"].value or asked.vllm.may_have_plugins(asked.environ):
-            continue
-        hint = GONE.get(str(given).lower()) or nearest(str(given).lower(), option.names)
-        yield (
-            f"{asked[option.variable].named}: vLLM {asked.vllm.version} has none of that name{hint}; it has "
-            f"{', '.join(option.names)}"
-        )
+        setting = asked[option.variable]
+        given, known = setting.shown.lower(), ("", "none", *map(str.lower, option.names))
+        if option.names and given not in known and not asked.vllm.may_have_plugins(asked.environ):
+            hint = GONE.get(given) or nearest(given, option.names)
+            has = ", ".join(option.names)
+            yield f"{setting.named}: vLLM {asked.vllm.version} has none of that name{hint}; it has {has}"
 
 
 def adapters(asked: Asked) -> Iterator[str]:
-    most = asked.number("MAX_LORA_RANK") or LORA_RANK
-    for module in asked["LORA_MODULES"].value or ():
-        name, path = adapter(str(module))
+    most, option = asked.number("MAX_LORA_RANK") or LORA_RANK, asked.catalogue.by_key.get("max_lora_rank")
+    for module in map(str, asked["LORA_MODULES"].value or ()):
+        row = json_object(module) or dict(zip(("name", "path"), module.split("=", 1), strict=False))
+        name, path = str(row.get("name", "")), str(row.get("path", ""))
         if not path.startswith(("/", "./", "../", "~")):
             continue  # the hub's
         path = os.path.expanduser(path)  # noqa: PTH111  # ~nobody stays as it is
         told = f"LORA_MODULES={name}={path} ({asked['LORA_MODULES'].source})"
+        rank = config_in(Path(path) / "adapter_config.json").get("r")
         if is_missing(path):
             yield f"{told}: expected a folder that is there"
-            continue
-        rank = config_in(Path(path) / "adapter_config.json").get("r")
-        if isinstance(rank, int) and rank > most:
-            yield f"{told}: its rank is {rank}, and MAX_LORA_RANK is {most:g}: set MAX_LORA_RANK={_rank(asked, rank)}"
-
-
-def adapter(module: str) -> tuple[str, str]:
-    """Name and path, of `name=path` or a JSON object."""
-    if module.startswith("{"):
-        row = json_object(module) or {}
-        return str(row.get("name", "")), str(row.get("path", ""))
-    name, _, path = module.partition("=")
-    return name, path
-
-
-def _rank(asked: Asked, rank: int) -> int:
-    option = asked.catalogue.by_key.get("max_lora_rank")
-    return min((int(choice) for choice in option.choices if int(choice) >= rank), default=rank) if option else rank
+        elif isinstance(rank, int) and rank > most:
+            fits = min((int(size) for size in (option.choices if option else ()) if int(size) >= rank), default=rank)
+            yield f"{told}: its rank is {rank}, and MAX_LORA_RANK is {most:g}: set MAX_LORA_RANK={fits}"
 
 
 def files(asked: Asked) -> Iterator[str]:
-    for variable, kind in PLACES.items():
-        given = str(asked[variable].value or "")
-        is_path = given if kind == "folder" else PATH.search(given) and not any(sign in given for sign in "{}\n")
-        if is_path and is_missing(given):
+    for variable in ("CHAT_TEMPLATE", "TOOL_PARSER_PLUGIN", "REASONING_PARSER_PLUGIN", "ALLOWED_LOCAL_MEDIA_PATH"):
+        given, kind = asked[variable].shown, "folder" if variable == "ALLOWED_LOCAL_MEDIA_PATH" else "file"
+        if ((kind == "folder" and given) or PATH.match(given)) and is_missing(given):
             yield f"{asked[variable].named}: expected a {kind} that is there"
 
 
@@ -189,27 +145,6 @@ def short_keys(asked: Asked) -> Iterator[str]:
             yield f"{name}: {told} less than {SHORT_KEY} characters, which can be guessed{more}"
 
 
-def runpods_start(asked: Asked) -> Iterator[str]:
-    if asked.environ.get("RUNPOD_ENDPOINT_ID") or asked.environ.get("RUNPOD_WEBHOOK_GET_JOB"):
-        limit = number(asked.environ.get("RUNPOD_INIT_TIMEOUT"), platform.RUNPOD_START)
-        startup = asked.number("SUPERVISOR_STARTUP_TIMEOUT")
-        if startup > limit:
-            yield (
-                f"RunPod gives a worker {limit:g} s to become ready (RUNPOD_INIT_TIMEOUT), and "
-                f"SUPERVISOR_STARTUP_TIMEOUT is {startup:g} s: set RUNPOD_INIT_TIMEOUT={startup:g} on the endpoint"
-            )
-
-
-def batches_of_jobs(asked: Asked) -> Iterator[str]:
-    if asked["SUPERVISOR_JOB_OUTPUT"].value != "tokens":
-        for name in ("SUPERVISOR_JOB_BATCH_SIZE", "SUPERVISOR_JOB_MIN_BATCH_SIZE", "SUPERVISOR_JOB_BATCH_GROWTH"):
-            if asked[name].source not in ("", "default"):
-                yield (
-                    f"{asked[name].source.removeprefix('environment ')} has no effect: streams are passed on event by "
-                    "event, and only SUPERVISOR_JOB_OUTPUT=tokens collects them into batches"
-                )
-
-
 def gpus(asked: Asked) -> Iterator[str]:
     available = platform.gpus(asked.environ)
     tensor, pipeline = asked.number("TENSOR_PARALLEL_SIZE") or 1, asked.number("PIPELINE_PARALLEL_SIZE") or 1
@@ -222,6 +157,6 @@ def gpus(asked: Asked) -> Iterator[str]:
 
 
 # vLLM does not start with these, or nobody would be served.
-PROBLEMS: tuple[Rule, ...] = (told("problems"), tls, a_queue_on_runpod, names, adapters, least, files, drafts, heads)
+PROBLEMS: tuple[Rule, ...] = (told("problems"), tls, names, adapters, files, drafts, heads)
 # It starts, and somebody may wonder.
-WARNINGS: tuple[Rule, ...] = (short_keys, told("warnings"), runpods_start, batches_of_jobs, gpus)
+WARNINGS: tuple[Rule, ...] = (told("warnings"), short_keys, gpus)

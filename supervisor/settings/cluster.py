@@ -7,11 +7,11 @@ MASTER_PORT; by hand it is NNODES, NODE_RANK, MASTER_ADDR. Rank 0 serves HTTP; t
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from supervisor.settings.platform import AUTO
-from supervisor.settings.sources import Asked, Found, Report, Source
+from supervisor.settings.sources import Asked, Found, Report, Setting, Source, find
 
 DATA_PARALLEL_PORT = "13345"  # of data parallel's handshake: PRIMARY_PORT is for torch
 VLLMS_PORT, VLLMS_DATA_PARALLEL_PORT = 29501, 29550  # where none is set
@@ -48,37 +48,39 @@ def nodes(environ: Mapping[str, str]) -> int:
     return max(1, int(text)) if text.isdecimal() else 1
 
 
-def derived(environ: Mapping[str, str], asked: Mapping[str, str]) -> Source:
-    """What a cluster's variables say. `asked`: what the user set of SPREAD."""
+def is_a_launchers(setting: Setting) -> bool:
+    return setting.name in OF_SEVERAL and setting.source.startswith("environment")
+
+
+def derived(environ: Mapping[str, str], users: Sequence[Source]) -> Source:
+    """What a cluster's variables say, beneath what the user says himself."""
     count = nodes(environ)
     if count < 2 or RAY in (environ.get("DISTRIBUTED_EXECUTOR_BACKEND"), environ.get("DATA_PARALLEL_BACKEND")):
         return {}
-    found: dict[str, Found] = {}
-
-    def add(variable: str, *sources: str, value: str = "") -> None:
-        """From the first of the sources that is set; `value`, where it is not that one's as it stands."""
-        source = next((name for name in sources if environ.get(name)), None)
-        if source is not None:
-            found[variable] = Found(f"environment {source}={environ[source]}", value or environ[source])
-
+    asked = {name: str(found[0].given).strip() for name in SPREAD if (found := find(users, name))}
     replicas = asked.get("DATA_PARALLEL_SIZE", "1")
+    # Option -> the variable that says it, and the value, where it is not that one's as it stands.
+    rows: dict[str, tuple[str, str]]
     if replicas.isdecimal() and int(replicas) > 1:  # whole models on each machine, behind rank 0
-        local = max(1, int(replicas) // count)
-        add("DATA_PARALLEL_SIZE_LOCAL", "NUM_NODES", value=str(local))
-        add("DATA_PARALLEL_ADDRESS", "PRIMARY_ADDR", "MASTER_ADDR")
-        add("DATA_PARALLEL_RPC_PORT", "NUM_NODES", value=DATA_PARALLEL_PORT)
-        rank = environ.get("NODE_RANK", "")
+        local, rank = max(1, int(replicas) // count), environ.get("NODE_RANK", "")
+        rows = {
+            "DATA_PARALLEL_SIZE_LOCAL": ("NUM_NODES", str(local)),
+            "DATA_PARALLEL_ADDRESS": ("PRIMARY_ADDR" if environ.get("PRIMARY_ADDR") else "MASTER_ADDR", ""),
+            "DATA_PARALLEL_RPC_PORT": ("NUM_NODES", DATA_PARALLEL_PORT),
+        }
         if rank.isdecimal() and int(rank):
-            add("DATA_PARALLEL_START_RANK", "NODE_RANK", value=str(int(rank) * local))
-        return found
-    add("NNODES", "NUM_NODES")
-    add("MASTER_ADDR", "PRIMARY_ADDR")  # MASTER_ADDR, MASTER_PORT and NODE_RANK are vLLM's own names
-    add("MASTER_PORT", "PRIMARY_PORT")
-    # Within a machine the GPUs are near each other; between machines one hop is few. `auto`: all GPUs of a machine.
-    if not asked or (list(asked) == ["TENSOR_PARALLEL_SIZE"] and asked["TENSOR_PARALLEL_SIZE"].strip().lower() in AUTO):
-        add("PIPELINE_PARALLEL_SIZE", "NUM_NODES")
-        add("TENSOR_PARALLEL_SIZE", "NUM_TRAINERS")
-    return found
+            rows["DATA_PARALLEL_START_RANK"] = ("NODE_RANK", str(int(rank) * local))
+    else:  # MASTER_ADDR, MASTER_PORT and NODE_RANK are vLLM's own names
+        rows = {"NNODES": ("NUM_NODES", ""), "MASTER_ADDR": ("PRIMARY_ADDR", ""), "MASTER_PORT": ("PRIMARY_PORT", "")}
+        # Within a machine the GPUs are near each other; between machines one hop is few. `auto`: all of a machine's.
+        tensor = asked.get("TENSOR_PARALLEL_SIZE", "auto").lower()
+        if asked.keys() <= {"TENSOR_PARALLEL_SIZE"} and tensor in AUTO:
+            rows |= {"PIPELINE_PARALLEL_SIZE": ("NUM_NODES", ""), "TENSOR_PARALLEL_SIZE": ("NUM_TRAINERS", "")}
+    return {
+        option: Found(f"environment {name}={environ[name]}", value or environ[name])
+        for option, (name, value) in rows.items()
+        if environ.get(name)
+    }
 
 
 def cluster(asked: Asked, report: Report) -> Cluster | None:

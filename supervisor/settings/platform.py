@@ -8,10 +8,6 @@ from pathlib import Path
 
 from supervisor.settings.sources import Found, Source
 
-# Seconds that RunPod gives a worker to be ready, where RUNPOD_INIT_TIMEOUT is not set, from its documentation.
-RUNPOD_START = 420.0
-RUNPODS = ("RUNPOD_ENDPOINT_ID", "RUNPOD_POD_ID")  # one of these is on each of its machines
-
 # The port that SageMaker asks for. It sets it where containers share an endpoint; entrypoint.sh does so elsewhere.
 SAGEMAKER_PORT = "SAGEMAKER_BIND_TO_PORT"
 SAGEMAKER_MODEL = Path("/opt/ml/model")  # what it has fetched from S3

@@ -95,7 +95,7 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     own = (asked_mode, *(_knob(knob, sources, file, report) for knob in others))
     knobs = Knobs(**{knob.field: setting.value for knob, setting in zip(KNOBS, own, strict=True)})
     _known({knob.field for knob in KNOBS}, file.knobs, file, report, "supervisor.")
-    volume = _volume(knobs, environ, report)
+    volume = within(models.DISK_PATIENCE, lambda: volumes.find(knobs.volume, environ))
     cache = _cache(knobs, volume, environ)
     vllm, catalogue = _vllm(knobs, cache, environ, report)
 
@@ -114,21 +114,26 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
         in_raw |= raw.read(arguments.vllm_args, "command line", catalogue, report)
         _known(options.keys(catalogue), file.content, file, report)
         report.warnings += typos.unread(environ, _names(catalogue, environ), catalogue)
-    spread = _spread([{name: Found(setting.source, setting.value) for name, (_, setting) in in_raw.items()}, *users])
-    beneath = [clusters.derived(environ, spread)]
+    asked_for = [{name: Found(setting.source, setting.value) for name, (_, setting) in in_raw.items()}, *users]
+    beneath = [clusters.derived(environ, asked_for)]
     beneath += [INSTEAD_OF_VLLMS] if knobs.access_log else []
     beneath += [demo.DEFAULTS] if is_demo else []
     chosen, given = options.resolve(catalogue, [*users, *beneath], environ, report, raw=tuple(in_raw.values()))
     environ = environment.for_vllm(environ, catalogue, report)
 
-    asked = Asked(mode, environ, {setting.name: setting for _, setting in (*chosen, *given)}, vllm, catalogue)
+    asked = Asked(environ, {setting.name: setting for _, setting in (*chosen, *given)}, vllm, catalogue)
     cluster = clusters.cluster(asked, report)
     if cluster is not None and cluster.headless:
         mode = "http"  # rank 0 takes the jobs
-    if asked.number("NNODES") < 2:
-        chosen = _of_one_machine(chosen, environ, report, told_so=cluster is not None)
-    every = (*(setting for _, setting in (*chosen, *given)), *own, *([model] if model else []))
-    asked = replace(asked, mode=mode, settings=in_file | {each.name: each for each in every})
+    if asked.number("NNODES") < 2:  # vLLM would look for others by what torch's launchers set for their own ends
+        chosen = tuple((option, setting) for option, setting in chosen if not clusters.is_a_launchers(setting))
+    found_out = (
+        Setting("mode", mode, ""),
+        Setting("cluster", cluster and cluster.name, ""),
+        Setting("volume", volume and volume.path, "" if volume is None or volume.writable else "read-only"),
+    )
+    every = (*(setting for _, setting in (*chosen, *given)), *own, *([model] if model else []), *found_out)
+    asked = replace(asked, settings=in_file | {each.name: each for each in every})
     report.problems += [line for rule in checks.PROBLEMS for line in rule(asked)]
     report.warnings += [line for rule in checks.WARNINGS for line in rule(asked)]
     problems, warnings = list(map(report.mask, report.problems)), list(map(report.mask, report.warnings))
@@ -198,17 +203,6 @@ def _mode(asked: object, environ: Mapping[str, str]) -> str:
     return "queue" if environ.get("RUNPOD_WEBHOOK_GET_JOB") and not balanced else "http"
 
 
-def _volume(knobs: Knobs, environ: Mapping[str, str], report: Report) -> volumes.Volume | None:
-    volume = within(models.DISK_PATIENCE, lambda: volumes.find(knobs.volume, environ))
-    if knobs.volume and volume is None:
-        report.problems.append(f"SUPERVISOR_VOLUME={knobs.volume}: expected a folder that is there, such as /data")
-    if volume is not None and not volume.writable:
-        report.warnings.append(
-            f"{volume.path} is read-only: what is there is used; downloads and caches go to the container's disk"
-        )
-    return volume
-
-
 def _cache(knobs: Knobs, volume: volumes.Volume | None, environ: Mapping[str, str]) -> Path:
     if knobs.cache_dir:
         return Path(knobs.cache_dir)
@@ -237,25 +231,6 @@ def _model(
         return None
     found = found or [Found("demo model: no model is named", str(demo.MODEL))]
     return report.setting("MODEL", found, lambda given: models.read(str(given), vllm, catalogue, environ))
-
-
-def _spread(sources: Sequence[Source]) -> dict[str, str]:
-    """How the user wants the model to be spread over GPUs."""
-    asked = {variable: find(sources, variable) for variable in clusters.SPREAD}
-    return {variable: str(found[0].given).strip() for variable, found in asked.items() if found}
-
-
-def _of_one_machine(chosen: Options, environ: Mapping[str, str], report: Report, *, told_so: bool) -> Options:
-    """Without what a launcher's variables say of several: vLLM would look for the others."""
-    if not told_so and environ.get("NODE_RANK", "0").strip() not in ("", "0"):
-        report.warnings.append(
-            "NODE_RANK has no effect: one machine has no other rank; for several set NNODES (or NUM_NODES)"
-        )
-    return tuple(
-        (option, setting)
-        for option, setting in chosen
-        if not (setting.name in clusters.OF_SEVERAL and setting.source.startswith("environment"))
-    )
 
 
 def _names(catalogue: Catalogue, environ: Mapping[str, str]) -> set[str]:

@@ -76,31 +76,25 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """All that was asked for, by variable."""
+    """All that was asked for, by variable, and what was found out: `mode`, `volume`, `cluster`."""
 
-    mode: str
     environ: Mapping[str, str]
     settings: Mapping[str, Setting]
     vllm: Vllm
     catalogue: Catalogue
 
     def __getitem__(self, name: str) -> Setting:
-        """A setting by its variable, or a `$VARIABLE` as the environment has it; or the `mode` that it comes to."""
-        if name == "mode":
-            return Setting(name, self.mode, "")
+        """A setting, or a `$VARIABLE` as the environment has it."""
         if name.startswith("$"):
             return Setting(name[1:], self.environ.get(name[1:]), f"environment {name[1:]}")
         return self.settings.get(name) or Setting(name, None, "")
 
-    def number(self, variable: str) -> float:
-        return number(self[variable].value, 0)
+    def number(self, name: str | float, otherwise: float = 0) -> float:
+        given = str(self[name].value if isinstance(name, str) else name)
+        return float(given) if re.fullmatch(r"\d+(\.\d+)?", given) else otherwise
 
-    def count(self, variable: str, otherwise: int) -> int:
-        return int(number(self[variable].value, otherwise))
-
-
-def number(given: object, otherwise: float) -> float:
-    return float(str(given)) if re.fullmatch(r"\d+(\.\d+)?", str(given)) else otherwise
+    def count(self, name: str, otherwise: int) -> int:
+        return int(self.number(name, otherwise))
 
 
 def environments(environ: Mapping[str, str]) -> list[Source]:
