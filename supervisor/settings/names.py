@@ -37,6 +37,12 @@ REMOVED, REMOVED_ENVIRONMENT = _removed("removed options"), _removed("removed va
 ELSEWHERE: dict[str, tuple[str, str]] = {
     name: (family, ours) for family, names in _rows("elsewhere").items() for name, ours in names.items()
 }
+# Name -> what is told of a variable that does nothing here.
+NO_EFFECT = {key.upper(): told for key, told in REMOVED.items()} | FORMER
+NO_EFFECT |= {
+    name: (f"it is {family}'s; " if family else "") + (f"set {ours}" if ours else "there is nothing to set")
+    for name, (family, ours) in ELSEWHERE.items()
+}
 # Put before any of these names, and before vLLM's, by vLLM's and AWS's own images for SageMaker: SM_VLLM_MAX_MODEL_LEN.
 SAGEMAKER = "SM_VLLM_"
 # Owned by name, and yet nothing to warn of: the gateway's own port, and a token that reaches vLLM as it is.

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 
-from supervisor.settings.names import ELSEWHERE, FORMER, OWNED, REMOVED, REMOVED_ENVIRONMENT, SAGEMAKER
+from supervisor.settings.names import NO_EFFECT, OWNED, REMOVED, REMOVED_ENVIRONMENT, SAGEMAKER
 from supervisor.vllm.catalogue import Catalogue, key_of
 
 # Variables that Kubernetes makes for each service of a namespace, whatever its name: VLLM_PORT=tcp://10.0.0.1:8000.
@@ -29,10 +30,6 @@ LMI = "OPTION_"
 OTHERS = frozenset({"SSL_CERT_FILE", "CACHE_DIR"})
 
 
-def is_service_link(name: str, value: str) -> bool:
-    return SERVICE_LINK.search(name) is not None or (name.endswith("_PORT") and "://" in value)
-
-
 class Names:
     """Known names, found by a word that they share with another: comparing with each of 400 would take 50 ms."""
 
@@ -41,10 +38,10 @@ class Names:
 
     @cached_property
     def by_start(self) -> dict[str, set[str]]:
-        found: dict[str, set[str]] = {}
+        found: dict[str, set[str]] = defaultdict(set)
         for name in self.known:
             for word in name.split("_"):
-                found.setdefault(word[:4], set()).add(name)
+                found[word[:4]].add(name)
         return found
 
     def meant(self, name: str) -> str | None:
@@ -59,7 +56,7 @@ class Names:
         if "_" in upper and f"SUPERVISOR_{upper}" in self.known:
             return f"SUPERVISOR_{upper}"
         words = upper.split("_")
-        candidates = {name for word in words for name in self.by_start.get(word[:4], ())}
+        candidates = {name for word in words for name in self.by_start[word[:4]]}
         scored = [(score, name) for name in candidates if (score := _likeness(words, name.split("_"))) >= NEAR]
         return max(scored)[1] if scored else None
 
@@ -102,32 +99,22 @@ def missing(key: str, catalogue: Catalogue) -> str:
 def unread(environ: Mapping[str, str], read: Collection[str], catalogue: Catalogue) -> list[str]:
     """A line for each variable that is set, not read, and not just another program's. `read`: what is looked at."""
     own, known = Names(catalogue.environment), Names(read)
-    without_effect = {key.upper(): text for key, text in REMOVED.items()} | FORMER
     lines = []
     for name, value in environ.items():
-        if not value or name in read or name in own.known or name in OTHERS or is_service_link(name, value):
+        is_link = SERVICE_LINK.search(name) or (name.endswith("_PORT") and "://" in value)
+        if not value or is_link or name in read or name in own.known or name in OTHERS:
             continue
-        if name in without_effect:
-            lines.append(f"{name} has no effect: {without_effect[name]}")
+        if name in NO_EFFECT:
+            lines.append(f"{name} has no effect: {NO_EFFECT[name]}")
         elif name in REMOVED_ENVIRONMENT and own.known:
             lines.append(f"{name} has no effect in vLLM {catalogue.version}: {REMOVED_ENVIRONMENT[name]}")
-        elif told := _elsewhere(name, known):
-            lines.append(f"{name} has no effect: {told}")
+        elif name.startswith(LMI) and name.removeprefix(LMI) in known.known:
+            lines.append(f"{name} has no effect: it is LMI's; set {name.removeprefix(LMI)}")
         elif meant := known.meant(name) or (own.meant(name) if name.startswith("VLLM_") else None):
-            owned = OWNED.get(key_of(meant))
-            hint = f"nothing reads it; did you mean {meant}?" if owned is None or meant == "PORT" else owned
-            lines.append(f"{name} has no effect: {hint}")
+            owned = OWNED.get(key_of(meant)) if meant != "PORT" else None
+            lines.append(f"{name} has no effect: {owned or f'nothing reads it; did you mean {meant}?'}")
         elif name.startswith(("SUPERVISOR_", SAGEMAKER, WORKER)):
             lines.append(f"{name} has no effect: there is no such setting (`supervisor explain` shows those there are)")
         elif name.startswith("VLLM_") and own.known:
             lines.append(f"{name} has no effect: vLLM {catalogue.version} reads no such variable, unless a plugin does")
     return lines
-
-
-def _elsewhere(name: str, known: Names) -> str | None:
-    """What to set for a name of another server's, or of nobody's that many use."""
-    family, ours = ELSEWHERE.get(name, ("LMI", name.removeprefix(LMI)))
-    if name not in ELSEWHERE and (not name.startswith(LMI) or ours not in known.known):
-        return None
-    whose = f"it is {family}'s; " if family else ""
-    return f"{whose}set {ours}" if ours else f"{whose}there is nothing to set"
