@@ -25,28 +25,21 @@ DEFAULTS = {
 }
 
 
-def cleaned(environ: Mapping[str, str], report: Report) -> dict[str, str]:
-    """Of the variables that others read: those that are set to something, as it was meant."""
+def cleaned(environ: Mapping[str, str], catalogue: Catalogue, report: Report) -> dict[str, str]:
+    """Of the variables that others read: those that are set to something, as it was meant. vLLM reads some as yes or
+    no by a number, and `false` would end it."""
     found = {}
     for name, value in environ.items():
         is_theirs = THEIRS.match(name) and name not in OURS
-        setting = report.setting(name, [Found(f"environment {name}", value)], str) if is_theirs else None
-        if not is_theirs or (setting and (setting.value or name == MEANS_NONE)):
+        read = _switch if name in catalogue.switches else str
+        setting = report.setting(name, [Found(f"environment {name}", value)], read) if is_theirs and value else None
+        if not is_theirs or (setting and setting.value) or name == MEANS_NONE:
             found[name] = setting.value if setting else value
     return found
 
 
-def for_vllm(environ: Mapping[str, str], catalogue: Catalogue, report: Report) -> dict[str, str]:
-    """With vLLM's own variables in its words: of those that are yes or no by a number, `false` would end it."""
-    found = dict(environ)
-    for name in filter(catalogue.switches.__contains__, environ):
-        setting = report.setting(name, [Found(f"environment {name}", environ[name])], _switch)
-        found[name] = setting.value if setting else ""
-    return found
-
-
 def _switch(text: str) -> str:
-    return text if text.lstrip("-").isdecimal() else str(int(read_bool(text)))
+    return text if text.lstrip("-").isdecimal() or not text else str(int(read_bool(text)))
 
 
 def environment(environ: Mapping[str, str]) -> dict[str, str]:

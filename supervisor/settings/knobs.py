@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,10 @@ def number(read: Callable[[str], Any], least: float, below: float, expected: str
     """A reader of numbers from `least` on."""
 
     def reader(text: str) -> Any:
-        try:
-            value = read(text)
-        except ValueError:
-            value = None
-        if value is None or not least <= value < below or not text.isascii() or "_" in text:
-            raise BadValue(expected)
-        return value
+        with suppress(ValueError):
+            if least <= (value := read(text)) < below and text.isascii() and "_" not in text:
+                return value
+        raise BadValue(expected)
 
     return reader
 
@@ -50,6 +48,9 @@ def words(value: str) -> tuple[str, ...]:
         raise BadValue(f"arguments as a shell splits them, such as '--seed 1' ({error})") from None
 
 
+SHORT_KEY = 8  # characters; one with less can be tried out, which is told, and holds
+
+
 @dataclass(frozen=True, slots=True)
 class Keys:
     """Keys, and the file that they were read from, if any."""
@@ -62,10 +63,6 @@ class Keys:
         return keys(f"@{self.file}") if self.file else self
 
 
-# A key with less can be tried out. Such a one is told, and holds.
-SHORT_KEY = 8  # characters
-
-
 def keys(value: str) -> Keys:
     """Keys between commas, or `@file` with one on each line."""
     value = value.strip()
@@ -73,7 +70,7 @@ def keys(value: str) -> Keys:
     if file is not None:
         try:
             value = Path(file).read_text().replace("\n", ",")
-        except (OSError, UnicodeDecodeError, ValueError) as error:
+        except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or "not a text"
             raise BadValue(f"keys, such as key1,key2, or @file with a key on each line ({why})") from None
     found = tuple(key.strip() for key in value.split(",") if key.strip())
@@ -109,10 +106,6 @@ def choice(*names: str) -> Callable[[str], str]:
     return lambda value: read_choice(value, names)
 
 
-# Not SUPERVISOR_PORT: platforms set these.
-PLATFORMS = ("port", "port_health")
-
-
 @dataclass(frozen=True, slots=True)
 class Knob:
     """One row. `field`: its name in `Knobs`, and under `supervisor:` in config.yaml; `default`: a text, read like any
@@ -124,13 +117,14 @@ class Knob:
     secret: bool = False
     is_program: bool = False  # it names one to run
     template: bool = False  # braces in it may be its own
+    prefix: str = "SUPERVISOR_"  # of its variable
 
     @property
     def variable(self) -> str:
-        return self.field.upper() if self.field in PLATFORMS else f"SUPERVISOR_{self.field.upper()}"
+        return self.prefix + self.field.upper()
 
 
-def knob(default: str | None, read: Callable[[str], Any], **more: bool) -> Any:
+def knob(default: str | None, read: Callable[[str], Any], **more: bool | str) -> Any:
     return field(metadata={"default": default, "read": read, **more})
 
 
@@ -140,8 +134,8 @@ class Knobs:
 
     mode: str = knob("auto", choice("auto", "http", "queue"))
     host: str = knob("127.0.0.1", str)
-    port: int = knob("8000", port_number)
-    port_health: int | None = knob(None, port_number)
+    port: int = knob("8000", port_number, prefix="")  # platforms set these two
+    port_health: int | None = knob(None, port_number, prefix="")
     vllm: str | None = knob(None, str, is_program=True)
     extra_args: tuple[str, ...] = knob("", words, template=True)
     startup_timeout: float = knob("1200", seconds)

@@ -78,20 +78,16 @@ class Settings:
 
 def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     """Reads every source. Raises SettingsError with all problems at once."""
-    line = arguments.source
-    named = find([line, *environments(environ)], "SUPERVISOR_CONFIG")
+    sources = [arguments.source, *environments(environ)]
+    named = find(sources, "SUPERVISOR_CONFIG")
     file = config_file.read(str(named[0].given).strip(), named[0].source) if named else config_file.read_unnamed()
     report = Report(_mask(environ, file), list(file.problems), list(file.warnings))
-    environ = environment.cleaned(environ, report)
-    variables = environments(environ)
-
+    section = ((knob.variable, knob.field) for knob in KNOBS)
+    sources += [{name: Found(f"{file.label} supervisor.{key}", file.knobs.get(key)) for name, key in section}]
     first, *others = KNOBS
-    section = {
-        each.variable: Found(f"{file.label} supervisor.{each.field}", file.knobs.get(each.field)) for each in KNOBS
-    }
-    asked_mode = _knob(first, [line, *variables, section], file, report)
+    asked_mode = _knob(first, sources, file, report)
     mode = _mode(asked_mode.value, environ)
-    sources = [line, *variables, section, platform.defaults(mode, environ)]
+    sources += [platform.defaults(mode, environ)]
     own = (asked_mode, *(_knob(knob, sources, file, report) for knob in others))
     knobs = Knobs(**{knob.field: setting.value for knob, setting in zip(KNOBS, own, strict=True)})
     _known({knob.field for knob in KNOBS}, file.knobs, file, report, "supervisor.")
@@ -99,12 +95,13 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     cache = _cache(knobs, volume, environ)
     vllm, catalogue = _vllm(knobs, cache, environ, report)
 
+    environ = environment.cleaned(environ, catalogue, report)
     content = {key.upper(): Found(f"{file.label} {key}", file.content[key]) for key in file.content}
-    users = [*variables, {name: found for name, found in content.items() if name not in OURS}]
+    users = [*environments(environ), {name: found for name, found in content.items() if name not in OURS}]
     vllms = find(users, "CONFIG") if catalogue.by_key else []
     vllms_file = config_file.read_vllm_config(str(vllms[0].given).strip(), vllms[0].source) if vllms else ConfigFile("")
     models_file = {"MODEL": Found(vllms_file.label, vllms_file.content.get("model"))}
-    model = _model([line, *users, models_file, platform.model(environ)], environ, report, vllm, catalogue)
+    model = _model([arguments.source, *users, models_file, platform.model(environ)], environ, report, vllm, catalogue)
     is_demo = model is not None and within(models.DISK_PATIENCE, Path(model.value).resolve) == demo.MODEL
     in_file = options.of_vllms_file(vllms_file, catalogue, report)
     in_raw: dict[str, tuple[Option, Setting]] = {}
@@ -119,7 +116,6 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     beneath += [INSTEAD_OF_VLLMS] if knobs.access_log else []
     beneath += [demo.DEFAULTS] if is_demo else []
     chosen, given = options.resolve(catalogue, [*users, *beneath], environ, report, raw=tuple(in_raw.values()))
-    environ = environment.for_vllm(environ, catalogue, report)
 
     asked = Asked(environ, {setting.name: setting for _, setting in (*chosen, *given)}, vllm, catalogue)
     cluster = clusters.cluster(asked, report)

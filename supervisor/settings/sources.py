@@ -133,13 +133,7 @@ class Report:
         )
 
     def setting(
-        self,
-        name: str,
-        found: Sequence[Found],
-        read: Callable[[Any], object],
-        *,
-        secret: bool = False,
-        **own: bool,
+        self, name: str, found: Sequence[Found], read: Callable[[Any], object], *, secret: bool = False, **own: bool
     ) -> Setting | None:
         """What the first of the sources says; None where that can't be read, which is a problem then. `own`: see
         `values.clean`."""
