@@ -37,11 +37,8 @@ def resolve(
             continue
         found = list(_meant(option, sources, environ, report))
         if option.key in OWNED:
-            report.warnings += [
-                f"{source} is not passed to vLLM: {OWNED[option.key]}"
-                for source, _ in found
-                if source.removeprefix("environment ") not in OWNED_AND_READ
-            ]
+            unread = [each.source for each in found if each.source.removeprefix("environment ") not in OWNED_AND_READ]
+            report.warnings += [f"{source} is not passed to vLLM: {OWNED[option.key]}" for source in unread]
         elif found and option.variable in overriding:
             overriding[option.variable] = report.overrode(found)
         elif found:
@@ -62,10 +59,9 @@ def _meant(option: Option, sources: Sequence[Source], environ: Mapping[str, str]
             if setting is not None:
                 yield Found(f"{source}={report.shown(given)}", not setting.value)
             continue
-        today = respelled(option, given)
-        if today is not None:
-            report.warnings.append(f"{source}={given} is read as {today}, which is how vLLM has it today")
-        meant = given if today is None else today
+        meant = respelled(option, given)
+        if meant != given:
+            report.warnings.append(f"{source}={given} is read as {meant}, which is how vLLM has it today")
         if option.variable in ZERO_MEANS_UNSET and str(meant).strip() == "0":
             report.warnings.append(f"{source}=0 is taken for not set: {ZERO}")
         elif option.variable == "TENSOR_PARALLEL_SIZE" and str(meant).strip().lower() in platform.AUTO:
@@ -76,7 +72,7 @@ def _meant(option: Option, sources: Sequence[Source], environ: Mapping[str, str]
         drafts = find(sources, "SPEC_MODEL")
         yield from (Found(f"{source}={NGRAM}", "ngram") for source, given in drafts if str(given).strip() == NGRAM)
     flag = SAGEMAKER + option.variable
-    if environ.get(flag) == "" and option.kind in ("pair", "switch"):  # as those images read it
+    if environ.get(flag) == "" and option.is_switch:  # as those images read it
         yield Found(f"environment {flag}", True)
 
 

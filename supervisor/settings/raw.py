@@ -16,7 +16,6 @@ from supervisor.settings.typos import missing
 from supervisor.vllm.catalogue import Catalogue, Option, key_of
 from supervisor.vllm.values import BadValue
 
-SWITCHES = ("pair", "switch")
 IS_POSITIONAL = "set MODEL, or name the model after `supervisor up`"
 NEGATIVE_NUMBER = re.compile(r"-\d+(\.\d+)?")
 
@@ -36,16 +35,16 @@ def read(tokens: Sequence[str], source: str, catalogue: Catalogue, report: Repor
             why = OWNED.get(option.key, IS_POSITIONAL)
             report.problems.append(f"{base} ({source}): can't be passed to vLLM: {why}")
             continue
-        is_switch, is_list = option.kind in SWITCHES, option.kind == "list" and not dotted
-        most = 0 if glued or is_switch else len(following) if is_list else 1
+        is_list = option.kind == "list" and not dotted
+        most = 0 if glued or option.is_switch else len(following) if is_list else 1
         values = [value] if glued else following[:most]
         strays += following[most:]
         if wrong := _wrong(option, values, dotted):
             report.problems.append(f"{' '.join((token, *following[:most]))} ({source}): {wrong}")
             continue
         adds_up = option.kind == "append" and not dotted
-        meant: object = not is_off if is_switch else tuple(values) if is_list or adds_up else "".join(values)
-        variable = name if adds_up or (dotted and not is_switch) else option.variable
+        meant: object = not is_off if option.is_switch else tuple(values) if is_list or adds_up else "".join(values)
+        variable = name if adds_up or (dotted and not option.is_switch) else option.variable
         found[variable] = option, Setting(variable, meant, source)
     report.problems += [f"{stray} ({source}): there is no option before it that takes it" for stray in strays]
     return found
@@ -63,14 +62,13 @@ def _split(tokens: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 
 def _wrong(option: Option, values: list[str], dotted: str) -> str | None:
-    if option.kind in SWITCHES:
+    if option.is_switch:
         return f"{option.name} takes no value" if values else None
     if not values and (dotted or option.kind != "optional"):
         return "a value is missing"
     if dotted:
         return None
-    today = respelled(option, values[0]) if len(values) == 1 else None
-    if today is not None:
+    if len(values) == 1 and (today := respelled(option, values[0])) != values[0]:
         return f"write {today!r}"
     try:
         for value in values:

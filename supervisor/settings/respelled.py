@@ -13,17 +13,17 @@ PAIR = re.compile(r"\s*(\w+)\s*[=:]\s*(\d+)\s*")
 NGRAM = "[ngram]"
 
 
-def respelled(option: Option, given: object) -> str | None:
+def respelled(option: Option, given: object) -> object:
     """What is to be written today, where it is written otherwise and the installed vLLM does not know that."""
     if isinstance(given, bool) or given in option.choices:
-        return None
+        return given
     text = json.dumps(given) if isinstance(given, dict) else str(given).strip()
     if option.variable == "LIMIT_MM_PER_PROMPT":  # `image=10,video=0`, as in worker-vllm until July 2026
         pairs = [PAIR.fullmatch(part) for part in text.split(",")]
-        return json.dumps({pair[1]: int(pair[2]) for pair in pairs if pair}) if all(pairs) else None
+        return json.dumps({pair[1]: int(pair[2]) for pair in pairs if pair}) if all(pairs) else given
     if option.variable == "COMPILATION_CONFIG":  # `3`, or `{"level": 3}`, which is the `mode` of an object now
         config = {"level": int(text)} if re.fullmatch(r"[0-3]", text) else json_object(text) or {}
         level = {"mode": config.pop("level")} if "level" in config else {}
-        return json.dumps(level | config) if level else None  # of both, vLLM took `mode`
+        return json.dumps(level | config) if level else given  # of both, vLLM took `mode`
     # Worker-vllm's templates offer it: adapters have the model's own type then.
-    return "auto" if (option.variable, text.lower()) == ("LORA_DTYPE", "float32") else None
+    return "auto" if (option.variable, text.lower()) == ("LORA_DTYPE", "float32") else given

@@ -126,11 +126,8 @@ class Report:
         return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "..."
 
     def overrode(self, found: Sequence[Found], *, secret: bool = False) -> tuple[str, ...]:
-        return tuple(
-            f"{source}: {MASK if secret else self.shown(given)}"
-            for source, given in found
-            if not source.startswith("default")
-        )
+        named = (each for each in found if not each.source.startswith("default"))
+        return tuple(f"{source}: {MASK if secret else self.shown(given)}" for source, given in named)
 
     def setting(
         self, name: str, found: Sequence[Found], read: Callable[[Any], object], *, secret: bool = False, **own: bool
