@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from supervisor.settings import demo
 from supervisor.settings.environment import environment
+from supervisor.settings.names import DEFAULTS
 from supervisor.settings.settings import Settings
 
 
@@ -45,7 +45,7 @@ def build(settings: Settings, socket: str, folder: str, serving: Serving | None 
         argv += ["--served-model-name", name]  # clients do not ask for a folder
     argv += settings.vllm_args
     environ = {
-        **(demo.ENVIRONMENT if settings.is_demo else {}),
+        **(DEFAULTS["demo model's environment"] if settings.is_demo else {}),
         **serving.environ,
         **(settings.cluster.environ if settings.cluster else {}),
         **environment(settings.environ),

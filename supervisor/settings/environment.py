@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from supervisor.settings.names import OURS, WITHHELD, WITHHELD_PREFIXES
+from supervisor.settings.names import DEFAULTS, OURS, WITHHELD, WITHHELD_PREFIXES
 from supervisor.settings.sources import Found, Report
 from supervisor.vllm.catalogue import Catalogue
 from supervisor.vllm.values import read_bool
@@ -14,15 +14,6 @@ from supervisor.vllm.values import read_bool
 # `${VAR:-}` and RunPod's Hub do: nine of thirteen that were tried ended vLLM with an error that names no variable.
 THEIRS = re.compile(r"(VLLM|FLASHINFER|HF|HUGGING_?FACE|TRANSFORMERS|TORCHINDUCTOR|TRITON)_|CUDA_VISIBLE_DEVICES$")
 MEANS_NONE = "CUDA_VISIBLE_DEVICES"  # set to nothing, it hides all GPUs
-
-# What is safer where somebody else sends the requests, unless the user set it.
-DEFAULTS = {
-    # What is fetched for a prompt may redirect to any host: vLLM compares none but the first with its list.
-    "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
-    # uvicorn's: whose X-Forwarded-Proto counts. On the private socket nobody speaks but the gateway, and without it
-    # vLLM's redirects lead from https to http.
-    "FORWARDED_ALLOW_IPS": "*",
-}
 
 
 def cleaned(environ: Mapping[str, str], catalogue: Catalogue, report: Report) -> dict[str, str]:
@@ -44,8 +35,9 @@ def _switch(text: str) -> str:
 
 def environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Less what is not the child's to see, and with our defaults."""
+    defaults: dict[str, str] = DEFAULTS["vLLM's environment"]
     withheld = {name for name in environ if name in WITHHELD or name.startswith(WITHHELD_PREFIXES)}
     if "://" in environ.get("VLLM_PORT", ""):  # Kubernetes', for a service named vllm: vLLM fails on it
         withheld.add("VLLM_PORT")
-    asked = {name: value for name, value in environ.items() if name not in withheld and (value or name not in DEFAULTS)}
-    return DEFAULTS | asked
+    asked = {name: value for name, value in environ.items() if name not in withheld and (value or name not in defaults)}
+    return defaults | asked

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from supervisor.settings.sources import Found, Source
+from supervisor.settings.sources import Found, Source, beneath
 
 # The port that SageMaker asks for. It sets it where containers share an endpoint; entrypoint.sh does so elsewhere.
 SAGEMAKER_PORT = "SAGEMAKER_BIND_TO_PORT"
@@ -29,17 +29,11 @@ def gpus(environ: Mapping[str, str]) -> int | None:
 def defaults(mode: str, environ: Mapping[str, str]) -> Source:
     """The platform's own defaults for the supervisor's settings."""
     if mode == "queue":
-        # A failed worker is better off telling the cause in each job than in a loop of starts that are paid for.
-        where, own = "default of queue mode", {"SUPERVISOR_ON_FAILURE": "serve", "SUPERVISOR_MAX_CONCURRENCY": "30"}
-    elif environ.get("RUNPOD_ENDPOINT_ID"):
-        # It counts a worker as there from its first 200 on, and sends it what waited.
-        where, own = "default on RunPod's load balancer", {"SUPERVISOR_MAX_BODY": "30MB", "SUPERVISOR_WARM_UP": "true"}
-    elif port := environ.get(SAGEMAKER_PORT):
-        # Of the 30 s between its SIGTERM and its SIGKILL, vLLM's own end needs some.
-        where, own = ON_SAGEMAKER, {"PORT": port, "SUPERVISOR_DRAIN_TIMEOUT": "15"}
-    else:
-        return {}
-    return {variable: Found(where, value) for variable, value in own.items()}
+        return beneath("default of queue mode")
+    if environ.get("RUNPOD_ENDPOINT_ID"):
+        return beneath("default on RunPod's load balancer")
+    port = environ.get(SAGEMAKER_PORT)
+    return {"PORT": Found(ON_SAGEMAKER, port), **beneath(ON_SAGEMAKER)} if port else {}
 
 
 def model(environ: Mapping[str, str]) -> Source:

@@ -18,7 +18,7 @@ from supervisor.settings.config_file import ConfigFile
 from supervisor.settings.knobs import KNOBS, Keys, Knob, Knobs
 from supervisor.settings.names import ALIASES, OURS, REMOVED, SAGEMAKER
 from supervisor.settings.options import Options
-from supervisor.settings.sources import Arguments, Asked, Found, Report, Setting, Source, environments, find
+from supervisor.settings.sources import Arguments, Asked, Found, Report, Setting, Source, beneath, environments, find
 from supervisor.vllm import catalogue as catalogues
 from supervisor.vllm import installed
 from supervisor.vllm.catalogue import Catalogue, Option
@@ -112,10 +112,10 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
         _known(options.keys(catalogue), file.content, file, report)
         report.warnings += typos.unread(environ, _names(catalogue, environ), catalogue)
     asked_for = [{name: Found(setting.source, setting.value) for name, (_, setting) in in_raw.items()}, *users]
-    beneath = [clusters.derived(environ, asked_for)]
-    beneath += [INSTEAD_OF_VLLMS] if knobs.access_log else []
-    beneath += [demo.DEFAULTS] if is_demo else []
-    chosen, given = options.resolve(catalogue, [*users, *beneath], environ, report, raw=tuple(in_raw.values()))
+    users += [clusters.derived(environ, asked_for)]
+    users += [INSTEAD_OF_VLLMS] if knobs.access_log else []
+    users += [beneath("demo model")] if is_demo else []
+    chosen, given = options.resolve(catalogue, users, environ, report, raw=tuple(in_raw.values()))
 
     asked = Asked(environ, {setting.name: setting for _, setting in (*chosen, *given)}, vllm, catalogue)
     cluster = clusters.cluster(asked, report)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from supervisor.secrets import MASK, Mask
-from supervisor.settings.names import ALIASES, SAGEMAKER
+from supervisor.settings.names import ALIASES, DEFAULTS, SAGEMAKER
 from supervisor.vllm.catalogue import Catalogue
 from supervisor.vllm.installed import Vllm
 from supervisor.vllm.values import BadValue, clean
@@ -28,6 +28,10 @@ class Found(NamedTuple):
 
 
 Source = Mapping[str, Found]  # by the variable that it stands for
+
+
+def beneath(source: str) -> Source:
+    return {variable: Found(source, given) for variable, given in DEFAULTS[source].items()}
 
 
 @dataclass(frozen=True, slots=True)
