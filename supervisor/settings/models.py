@@ -1,5 +1,5 @@
 """What MODEL may be: a folder, a name on the hub, an object store's address. What it is not is told with the line to
-use instead, before anything is downloaded."""
+use instead, before anything is downloaded. And where nobody names one: the bundled demo model."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from supervisor.bounded import within
-from supervisor.settings.names import INSTEAD
+from supervisor.settings.names import DEFAULTS, INSTEAD
 from supervisor.vllm.catalogue import Catalogue
 from supervisor.vllm.installed import Vllm
 from supervisor.vllm.values import BadValue
 
+DEMO = Path(__file__).resolve().parent.parent / "demo" / "model"
+# Asked once before it is called ready. On CPUs with AMX an eager vLLM 0.32.0 dies (SIGILL in its attention) when the
+# first prompt that it ever computes has one or two tokens; after a longer one, such prompts are fine.
+WARM_UP = b'{"prompt": "one two three four five six seven eight nine ten eleven twelve", "max_tokens": 1}'
 # Seconds for a disk to tell whether something is there. A network volume may hang.
 DISK_PATIENCE = 3.0
 NO_GGUF = (
@@ -47,3 +51,11 @@ def _reads_gguf(vllm: Vllm, catalogue: Catalogue, environ: Mapping[str, str]) ->
     """True where nobody knows."""
     known = [option.names for option in catalogue.by_key.values() if option.key in ("load_format", "quantization")]
     return not any(known) or any("gguf" in names for names in known) or vllm.may_have_plugins(environ)
+
+
+def forbids_demo(environ: Mapping[str, str]) -> str | None:
+    """What forbids the demo model here, in a few words; None on a laptop."""
+    signs = DEFAULTS["no laptop"]
+    told = [f"{variable} is set" for variable in signs["variables"] if environ.get(variable)]
+    told += [told for name, told in signs["files"].items() if Path(name).exists()]
+    return told[0] if told else None

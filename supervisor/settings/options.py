@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from supervisor.settings import platform
 from supervisor.settings.config_file import ConfigFile
 from supervisor.settings.names import OWNED, OWNED_AND_READ, SAGEMAKER, ZERO_MEANS_UNSET
-from supervisor.settings.respelled import NGRAM, respelled
 from supervisor.settings.sources import Found, Report, Setting, Source, find
 from supervisor.settings.typos import missing
 from supervisor.vllm.catalogue import Catalogue, Option, key_of
-from supervisor.vllm.values import read_bool
+from supervisor.vllm.values import json_object, read_bool
 
 Options = tuple[tuple[Option, Setting], ...]
+PAIR = re.compile(r"\s*(\w+)\s*[=:]\s*(\d+)\s*")
+# vLLM's draft by n-grams had this for its model's name; it has a method of its own now.
+NGRAM = "[ngram]"
 ZERO = "worker-vllm read 0 as 'not set', and vLLM can't run with it"
 
 
@@ -74,6 +78,22 @@ def _meant(option: Option, sources: Sequence[Source], environ: Mapping[str, str]
     flag = SAGEMAKER + option.variable
     if environ.get(flag) == "" and option.is_switch:  # as those images read it
         yield Found(f"environment {flag}", True)
+
+
+def respelled(option: Option, given: object) -> object:
+    """What is to be written today, where it is written otherwise and the installed vLLM does not know that."""
+    if isinstance(given, bool) or given in option.choices:
+        return given
+    text = json.dumps(given) if isinstance(given, dict) else str(given).strip()
+    if option.variable == "LIMIT_MM_PER_PROMPT":  # `image=10,video=0`, as in worker-vllm until July 2026
+        pairs = [PAIR.fullmatch(part) for part in text.split(",")]
+        return json.dumps({pair[1]: int(pair[2]) for pair in pairs if pair}) if all(pairs) else given
+    if option.variable == "COMPILATION_CONFIG":  # `3`, or `{"level": 3}`, which is the `mode` of an object now
+        config = {"level": int(text)} if re.fullmatch(r"[0-3]", text) else json_object(text) or {}
+        level = {"mode": config.pop("level")} if "level" in config else {}
+        return json.dumps(level | config) if level else given  # of both, vLLM took `mode`
+    # Worker-vllm's templates offer it: adapters have the model's own type then.
+    return "auto" if (option.variable, text.lower()) == ("LORA_DTYPE", "float32") else given
 
 
 def of_vllms_file(file: ConfigFile, catalogue: Catalogue, report: Report) -> dict[str, Setting]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from supervisor.settings.names import DOCKERS, OWNED, REMOVED
-from supervisor.settings.respelled import respelled
+from supervisor.settings.options import respelled
 from supervisor.settings.sources import Report, Setting
 from supervisor.settings.typos import missing
 from supervisor.vllm.catalogue import Catalogue, Option, key_of

@@ -11,7 +11,7 @@ from typing import Any
 
 from supervisor.bounded import within
 from supervisor.secrets import Mask
-from supervisor.settings import checks, config_file, demo, environment, models, options, platform, raw, typos
+from supervisor.settings import checks, config_file, environment, models, options, platform, raw, typos
 from supervisor.settings import cluster as clusters
 from supervisor.settings import volume as volumes
 from supervisor.settings.config_file import ConfigFile
@@ -102,7 +102,7 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     vllms_file = config_file.read_vllm_config(str(vllms[0].given).strip(), vllms[0].source) if vllms else ConfigFile("")
     models_file = {"MODEL": Found(vllms_file.label, vllms_file.content.get("model"))}
     model = _model([arguments.source, *users, models_file, platform.model(environ)], environ, report, vllm, catalogue)
-    is_demo = model is not None and within(models.DISK_PATIENCE, Path(model.value).resolve) == demo.MODEL
+    is_demo = model is not None and within(models.DISK_PATIENCE, Path(model.value).resolve) == models.DEMO
     in_file = options.of_vllms_file(vllms_file, catalogue, report)
     in_raw: dict[str, tuple[Option, Setting]] = {}
     if catalogue.by_key:
@@ -162,9 +162,7 @@ def _mask(environ: Mapping[str, str], file: ConfigFile) -> Mask:
 def _known(known: Iterable[str], given: Iterable[str], file: ConfigFile, report: Report, section: str = "") -> None:
     """A key of config.yaml that nothing reads is an error: the file was written for us."""
     known = list(known)
-    for key in given:
-        if key in known:
-            continue
+    for key in (key for key in given if key not in known):
         if key in REMOVED and not section:
             report.warnings.append(f"{file.label} {key} has no effect: {REMOVED[key]}")
             continue
@@ -222,10 +220,10 @@ def _model(
     sources: Sequence[Source], environ: Mapping[str, str], report: Report, vllm: Vllm, catalogue: Catalogue
 ) -> Setting | None:
     found = find(sources, "MODEL")
-    if not found and (where := demo.platform(environ)):
+    if not found and (where := models.forbids_demo(environ)):
         report.problems.append(f"no model is named: set MODEL, such as MODEL=Qwen/Qwen3-0.6B ({where})")
         return None
-    found = found or [Found("demo model: no model is named", str(demo.MODEL))]
+    found = found or [Found("demo model: no model is named", str(models.DEMO))]
     return report.setting("MODEL", found, lambda given: models.read(str(given), vllm, catalogue, environ))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from supervisor.secrets import Mask
-from supervisor.settings import demo
+from supervisor.settings import models
 from supervisor.settings.command import build
 from supervisor.settings.knobs import KNOBS, Keys, Knobs
 from supervisor.settings.names import ALIASES, OWNED
@@ -371,10 +371,10 @@ def test_no_model_on_a_platform_names_the_variable(folder: Path) -> None:
 
 
 def test_no_model_on_a_laptop_is_the_demo(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "platform", lambda environ: None)
+    monkeypatch.setattr(models, "forbids_demo", lambda environ: None)
     settings = read(folder, Arguments(), MAX_MODEL_LEN="512")
     assert settings.is_demo
-    assert Path(settings.model.value) == demo.MODEL
+    assert Path(settings.model.value) == models.DEMO
     found = argv(settings)
     assert found[found.index("--max-model-len") + 1] == "512"
     assert "--enable-auto-tool-choice" in found
