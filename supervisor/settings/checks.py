@@ -27,8 +27,6 @@ GONE = {"bitsandbytes": ", which an older one had", "gguf": ": since 0.24 a plug
 LORA_RANK = 16  # vLLM's default of MAX_LORA_RANK
 # Of parsers and templates, vLLM's own folder has some, by their names alone.
 PATH = re.compile(r"(?!.*[{}\n]).*([/\\]|\.(jinja2?|j2|txt|tmpl)$)")
-
-
 Rule = Callable[[Asked], Iterator[str]]
 
 
@@ -52,9 +50,6 @@ def is_missing(path: str) -> bool:
 def config_in(path: Path) -> dict[str, Any]:
     """What a file of JSON says; nothing, where it can't be read."""
     return within(DISK_PATIENCE, lambda: json_object(path.read_text())) or {}
-
-
-# Problems
 
 
 def tls(asked: Asked) -> Iterator[str]:
@@ -129,9 +124,6 @@ def drafts(asked: Asked) -> Iterator[str]:
     config = json_object(asked["SPECULATIVE_CONFIG"].value)  # none, where it has numbers such as 32k
     if config is not None and not config.keys() & {"model", "method"}:
         yield f"{asked['SPECULATIVE_CONFIG'].named}: it names neither a method, such as ngram, nor a model"
-
-
-# Warnings
 
 
 def short_keys(asked: Asked) -> Iterator[str]:

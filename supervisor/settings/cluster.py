@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from supervisor.settings.platform import AUTO
-from supervisor.settings.sources import Asked, Found, Report, Setting, Source, find
+from supervisor.settings.sources import Asked, Found, Report, Source, find
 
 DATA_PARALLEL_PORT = "13345"  # of data parallel's handshake: PRIMARY_PORT is for torch
 VLLMS_PORT, VLLMS_DATA_PARALLEL_PORT = 29501, 29550  # where none is set
@@ -46,10 +46,6 @@ class Cluster:
 def nodes(environ: Mapping[str, str]) -> int:
     text = environ.get("NUM_NODES", "").strip()
     return max(1, int(text)) if text.isdecimal() else 1
-
-
-def is_a_launchers(setting: Setting) -> bool:
-    return setting.name in OF_SEVERAL and setting.source.startswith("environment")
 
 
 def derived(environ: Mapping[str, str], users: Sequence[Source]) -> Source:

@@ -24,9 +24,9 @@ ZERO = "worker-vllm read 0 as 'not set', and vLLM can't run with it"
 
 def keys(catalogue: Catalogue) -> list[str]:
     """By which an option may be named, in config.yaml, or as a variable in capitals."""
-    every = list(catalogue.by_key.values())
-    also = [key_of(name) for option in every for name in option.also]
-    return ["model", *catalogue.by_key, *also, *(option.opposite for option in every if option.opposite)]
+    every = catalogue.by_key.values()
+    also = [key for option in every for key in (*map(key_of, option.also), option.opposite) if key]
+    return ["model", *catalogue.by_key, *also]
 
 
 def resolve(

@@ -121,8 +121,9 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     cluster = clusters.cluster(asked, report)
     if cluster is not None and cluster.headless:
         mode = "http"  # rank 0 takes the jobs
-    if asked.number("NNODES") < 2:  # vLLM would look for others by what torch's launchers set for their own ends
-        chosen = tuple((option, setting) for option, setting in chosen if not clusters.is_a_launchers(setting))
+    if asked.number("NNODES") < 2:
+        dropped = {name for name in clusters.OF_SEVERAL if asked[name].source.startswith("environment")}
+        chosen = tuple((option, setting) for option, setting in chosen if setting.name not in dropped)
     found_out = (
         Setting("mode", mode, ""),
         Setting("cluster", cluster and cluster.name, ""),
@@ -176,17 +177,15 @@ def _knob(knob: Knob, sources: Sequence[Source], file: ConfigFile, report: Repor
     found = find(sources, knob.variable, blank=knob.secret)
     found += [Found("default", knob.default)] if knob.default is not None else []
     where = f"{file.label} supervisor.{knob.field}"
-    setting = None
     if found and knob.is_program and not file.is_named and found[0].source == where:
         found = []
         report.problems.append(  # a folder may be anybody's
             f"{where} is not obeyed, for it names a program and nobody named the file: "
             f"name it with --config (or SUPERVISOR_CONFIG), or set {knob.variable}"
         )
-    elif found:
-        own = {"secret": knob.secret, "template": knob.template, "command": knob.is_program}
-        setting = report.setting(knob.variable, found, lambda given: knob.read(str(given)), **own)
-    return setting or Setting(knob.variable, None, found[0].source if found else "default", secret=knob.secret)
+    own = {"secret": knob.secret, "template": knob.template, "command": knob.is_program}
+    setting = report.setting(knob.variable, found, lambda given: knob.read(str(given)), **own) if found else None
+    return setting or Setting(knob.variable, None, found[0].source if found else "default")
 
 
 def _mode(asked: object, environ: Mapping[str, str]) -> str:
