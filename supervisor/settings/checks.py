@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,12 @@ PATH = re.compile(r"(?!.*[{}\n]).*([/\\]|\.(jinja2?|j2|txt|tmpl)$)")
 Rule = Callable[[Asked], Iterator[str]]
 
 
-def told(part: str) -> Rule:
+def told(part: str, asked: Asked) -> Iterator[str]:
     """The rules of that part of `rules.json`, as one."""
-
-    def rule(asked: Asked) -> Iterator[str]:
-        for row in RULES[part]:
-            fits = all(re.search(pattern, text.format_map(asked)) for text, pattern in row["when"].items())
-            if fits and all(asked.number(name) > asked.number(most) for name, most in row.get("above", {}).items()):
-                yield row["told"].format_map(asked).removeprefix("environment ")  # a warning begins with a name
-
-    return rule
+    for row in RULES[part]:
+        fits = all(re.search(pattern, text.format_map(asked)) for text, pattern in row["when"].items())
+        if fits and all(asked.number(name) > asked.number(most) for name, most in row.get("above", {}).items()):
+            yield row["told"].format_map(asked).removeprefix("environment ")  # a warning begins with a name
 
 
 def is_missing(path: str) -> bool:
@@ -149,6 +146,6 @@ def gpus(asked: Asked) -> Iterator[str]:
 
 
 # vLLM does not start with these, or nobody would be served.
-PROBLEMS: tuple[Rule, ...] = (told("problems"), tls, names, adapters, files, drafts, heads)
+PROBLEMS: tuple[Rule, ...] = (partial(told, "problems"), tls, names, adapters, files, drafts, heads)
 # It starts, and somebody may wonder.
-WARNINGS: tuple[Rule, ...] = (told("warnings"), short_keys, gpus)
+WARNINGS: tuple[Rule, ...] = (partial(told, "warnings"), short_keys, gpus)

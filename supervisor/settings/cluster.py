@@ -83,10 +83,9 @@ def cluster(asked: Asked, report: Report) -> Cluster | None:
     """By the effective options. What can't be is a problem."""
     count, replicas = asked.count("NNODES", 1), asked.count("DATA_PARALLEL_SIZE", 1)
     local = max(1, asked.count("DATA_PARALLEL_SIZE_LOCAL", replicas))
-    spread = count > 1
     if RAY in (asked["DISTRIBUTED_EXECUTOR_BACKEND"].value, asked["DATA_PARALLEL_BACKEND"].value):
         return None  # one vLLM, whose workers Ray starts wherever it runs
-    if spread:
+    if count > 1:  # parts of one model
         rank, port, address = asked.count("NODE_RANK", 0), asked.count("MASTER_PORT", VLLMS_PORT), "MASTER_ADDR"
         size = asked.count("TENSOR_PARALLEL_SIZE", 1) * asked.count("PIPELINE_PARALLEL_SIZE", 1) * replicas
         if size % count:
@@ -110,7 +109,7 @@ def cluster(asked: Asked, report: Report) -> Cluster | None:
     if not leader:
         report.problems.append(f"{address} is not set: on each machine, set it to the address of the one with rank 0")
         return None
-    return Cluster(count, rank, str(leader), port, not spread, _own(str(leader), asked.environ))
+    return Cluster(count, rank, str(leader), port, address != "MASTER_ADDR", _own(str(leader), asked.environ))
 
 
 def _own(leader: str, environ: Mapping[str, str]) -> dict[str, str]:

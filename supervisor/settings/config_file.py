@@ -132,14 +132,12 @@ def _mapping(text: str) -> dict[str, Any]:
 
     try:
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        where = f" at line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
-        raise MalformedError(f"is not valid YAML{where}: {getattr(error, 'problem', None) or error}") from None
-    except RecursionError:
-        raise MalformedError("is not valid YAML: it is nested too deeply") from None
     # PyYAML lets through what its readers of values raise: a date such as 2024-13-45, or `!!bool maybe`.
-    except (ValueError, LookupError, AttributeError) as error:
-        raise MalformedError(f"is not valid YAML: {error}") from None
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
+        where = f" at line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
+        nested = "it is nested too deeply" if isinstance(error, RecursionError) else None
+        why = nested or getattr(error, "problem", None) or error
+        raise MalformedError(f"is not valid YAML{where}: {why}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):

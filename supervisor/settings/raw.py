@@ -98,19 +98,14 @@ def _find(base: str, catalogue: Catalogue) -> tuple[Option | None, bool]:
 def _unknown(base: str, following: list[str], source: str, catalogue: Catalogue, report: Report) -> None:
     """A misspelt option is a problem. One that is like no other may be one of a vLLM of the user's own."""
     told, key = f"{base} ({source}): vLLM {catalogue.version} has no such option", key_of(base)
+    # `-O3` and the like, whose value is glued on: vLLM's parser knows it beside its options. A catalogue may have none.
+    shorts = [name for option in catalogue.by_key.values() for name in option.short]
+    is_short = not shorts or (not following and base.startswith(("-O", *shorts)))
     if base in DOCKERS:
         why = "this is an option of docker's: it stands before the image's name, not in here"
         report.problems.append(f"{base} ({source}): {why}")
-    elif not base.startswith("--") and _is_short(base, following, catalogue):
-        pass
-    elif why := missing(key, catalogue):
-        report.problems.append(told + (why if key in REMOVED else why.replace("_", "-")))
-    else:
-        report.warnings.append(f"{told}; it is passed as it is")
-
-
-def _is_short(base: str, values: list[str], catalogue: Catalogue) -> bool:
-    """`-O3` and the like, whose value is glued on: vLLM's parser knows it beside its options. A catalogue may have none
-    of them."""
-    shorts = [name for option in catalogue.by_key.values() for name in option.short]
-    return not shorts or (not values and base.startswith(("-O", *shorts)))
+    elif base.startswith("--") or not is_short:
+        if why := missing(key, catalogue):
+            report.problems.append(told + (why if key in REMOVED else why.replace("_", "-")))
+        else:
+            report.warnings.append(f"{told}; it is passed as it is")
