@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from supervisor.settings.environment import environment
-from supervisor.settings.names import DEFAULTS
+from supervisor.settings.names import DEFAULTS, WITHHELD, WITHHELD_PREFIXES
 from supervisor.settings.settings import Settings
 
 
@@ -31,6 +30,16 @@ def served_name(settings: Settings) -> str:
     """The name that clients use for the model."""
     names = settings.option("served_model_name")
     return str(names[0] if names else settings.model.value)
+
+
+def environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Less what is not the child's to see, and with our defaults."""
+    defaults: dict[str, str] = DEFAULTS["vLLM's environment"]
+    withheld = {name for name in environ if name in WITHHELD or name.startswith(WITHHELD_PREFIXES)}
+    if "://" in environ.get("VLLM_PORT", ""):  # Kubernetes', for a service named vllm: vLLM fails on it
+        withheld.add("VLLM_PORT")
+    asked = {name: value for name, value in environ.items() if name not in withheld and (value or name not in defaults)}
+    return defaults | asked
 
 
 def build(settings: Settings, socket: str, folder: str, serving: Serving | None = None) -> Command:

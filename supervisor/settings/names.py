@@ -10,13 +10,8 @@ from typing import Any
 def read_table(name: str) -> dict[str, Any]:
     """A file of this folder, without its comments."""
     text = Path(__file__).with_name(name).read_text(encoding="utf-8")
-    table: dict[str, Any] = json.loads(text, object_hook=_uncommented)
+    table: dict[str, Any] = json.loads(text, object_hook=lambda row: {key: row[key] for key in row if key != "//"})
     return table
-
-
-def _uncommented(row: dict[str, Any]) -> dict[str, Any]:
-    row.pop("//", None)
-    return row
 
 
 _TABLE = read_table("names.json")

@@ -27,16 +27,12 @@ def gpus(environ: Mapping[str, str]) -> int | None:
 
 
 def defaults(mode: str, environ: Mapping[str, str]) -> Source:
-    """The platform's own defaults for the supervisor's settings."""
-    if mode == "queue":
-        return beneath("default of queue mode")
-    if environ.get("RUNPOD_ENDPOINT_ID"):
-        return beneath("default on RunPod's load balancer")
+    """The platform's own defaults for the supervisor's settings, and the folder that it has put a model into."""
     port = environ.get(SAGEMAKER_PORT)
-    return {"PORT": Found(ON_SAGEMAKER, port), **beneath(ON_SAGEMAKER)} if port else {}
-
-
-def model(environ: Mapping[str, str]) -> Source:
-    """The folder that the platform has put a model into, where there is one."""
-    fetched = any((SAGEMAKER_MODEL / name).exists() for name in ("config.json", "params.json"))
-    return {"MODEL": Found(ON_SAGEMAKER, str(SAGEMAKER_MODEL))} if environ.get(SAGEMAKER_PORT) and fetched else {}
+    fetched = port and any((SAGEMAKER_MODEL / name).exists() for name in ("config.json", "params.json"))
+    model = {"MODEL": Found(ON_SAGEMAKER, str(SAGEMAKER_MODEL))} if fetched else {}
+    if mode == "queue":
+        return model | beneath("default of queue mode")
+    if environ.get("RUNPOD_ENDPOINT_ID"):
+        return model | beneath("default on RunPod's load balancer")
+    return model | {"PORT": Found(ON_SAGEMAKER, port)} | beneath(ON_SAGEMAKER) if port else {}

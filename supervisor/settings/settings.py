@@ -11,14 +11,25 @@ from typing import Any
 
 from supervisor.bounded import within
 from supervisor.secrets import Mask
-from supervisor.settings import checks, config_file, environment, models, options, platform, raw, typos
+from supervisor.settings import checks, config_file, models, options, platform, raw, typos
 from supervisor.settings import cluster as clusters
 from supervisor.settings import volume as volumes
 from supervisor.settings.config_file import ConfigFile
 from supervisor.settings.knobs import KNOBS, Keys, Knob, Knobs
 from supervisor.settings.names import ALIASES, OURS, REMOVED, SAGEMAKER
 from supervisor.settings.options import Options
-from supervisor.settings.sources import Arguments, Asked, Found, Report, Setting, Source, beneath, environments, find
+from supervisor.settings.sources import (
+    Arguments,
+    Asked,
+    Found,
+    Report,
+    Setting,
+    Source,
+    beneath,
+    cleaned,
+    environments,
+    find,
+)
 from supervisor.vllm import catalogue as catalogues
 from supervisor.vllm import installed
 from supervisor.vllm.catalogue import Catalogue, Option
@@ -87,7 +98,8 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     first, *others = KNOBS
     asked_mode = _knob(first, sources, file, report)
     mode = _mode(asked_mode.value, environ)
-    sources += [platform.defaults(mode, environ)]
+    defaults = platform.defaults(mode, environ)
+    sources += [defaults]
     own = (asked_mode, *(_knob(knob, sources, file, report) for knob in others))
     knobs = Knobs(**{knob.field: setting.value for knob, setting in zip(KNOBS, own, strict=True)})
     _known({knob.field for knob in KNOBS}, file.knobs, file, report, "supervisor.")
@@ -95,13 +107,13 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     cache = _cache(knobs, volume, environ)
     vllm, catalogue = _vllm(knobs, cache, environ, report)
 
-    environ = environment.cleaned(environ, catalogue, report)
+    environ = cleaned(environ, catalogue, report)
     content = {key.upper(): Found(f"{file.label} {key}", file.content[key]) for key in file.content}
     users = [*environments(environ), {name: found for name, found in content.items() if name not in OURS}]
     vllms = find(users, "CONFIG") if catalogue.by_key else []
     vllms_file = config_file.read_vllm_config(str(vllms[0].given).strip(), vllms[0].source) if vllms else ConfigFile("")
     models_file = {"MODEL": Found(vllms_file.label, vllms_file.content.get("model"))}
-    model = _model([arguments.source, *users, models_file, platform.model(environ)], environ, report, vllm, catalogue)
+    model = _model([arguments.source, *users, models_file, defaults], environ, report, vllm, catalogue)
     is_demo = model is not None and within(models.DISK_PATIENCE, Path(model.value).resolve) == models.DEMO
     in_file = options.of_vllms_file(vllms_file, catalogue, report)
     in_raw: dict[str, tuple[Option, Setting]] = {}

@@ -12,12 +12,16 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from supervisor.secrets import MASK, Mask
-from supervisor.settings.names import ALIASES, DEFAULTS, SAGEMAKER
+from supervisor.settings.names import ALIASES, DEFAULTS, OURS, SAGEMAKER
 from supervisor.vllm.catalogue import Catalogue
 from supervisor.vllm.installed import Vllm
-from supervisor.vllm.values import BadValue, clean
+from supervisor.vllm.values import BadValue, clean, read_bool
 
 LONGEST_SHOWN = 200  # characters of a value, in a line that tells what is wrong with it
+# Variables that vLLM and its libraries read themselves, and that fail them where they are set to nothing, as compose's
+# `${VAR:-}` and RunPod's Hub do: nine of thirteen that were tried ended vLLM with an error that names no variable.
+THEIRS = re.compile(r"(VLLM|FLASHINFER|HF|HUGGING_?FACE|TRANSFORMERS|TORCHINDUCTOR|TRITON)_|CUDA_VISIBLE_DEVICES$")
+MEANS_NONE = "CUDA_VISIBLE_DEVICES"  # set to nothing, it hides all GPUs
 
 
 class Found(NamedTuple):
@@ -30,7 +34,7 @@ class Found(NamedTuple):
 Source = Mapping[str, Found]  # by the variable that it stands for
 
 
-def beneath(source: str) -> Source:
+def beneath(source: str) -> dict[str, Found]:
     return {variable: Found(source, given) for variable, given in DEFAULTS[source].items()}
 
 
@@ -147,3 +151,20 @@ class Report:
             self.problems.append(f"{name}={MASK if secret else self.shown(given)} ({source}): expected {error}")
             return None
         return Setting(name, value, source, self.overrode(others, secret=secret), secret)
+
+
+def cleaned(environ: Mapping[str, str], catalogue: Catalogue, report: Report) -> dict[str, str]:
+    """Of the variables that others read: those that are set to something, as it was meant. vLLM reads some as yes or
+    no by a number, and `false` would end it."""
+    found = {}
+    for name, value in environ.items():
+        is_theirs = THEIRS.match(name) and name not in OURS
+        read = _switch if name in catalogue.switches else str
+        setting = report.setting(name, [Found(f"environment {name}", value)], read) if is_theirs and value else None
+        if not is_theirs or (setting and setting.value) or name == MEANS_NONE:
+            found[name] = setting.value if setting else value
+    return found
+
+
+def _switch(text: str) -> str:
+    return text if text.lstrip("-").isdecimal() or not text else str(int(read_bool(text)))

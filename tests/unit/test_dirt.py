@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from supervisor.settings.command import build
-from supervisor.settings.environment import THEIRS
 from supervisor.settings.knobs import KNOBS
 from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
+from supervisor.settings.sources import THEIRS
 from supervisor.vllm.catalogue import FLAGS, Option, parse
 from supervisor.vllm.values import BadValue, clean
 
