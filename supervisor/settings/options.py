@@ -36,9 +36,7 @@ def resolve(
     chosen = []
     # vLLM lets a part of a JSON option (`--x.y 1`) replace the whole of it; only `append` options add up.
     overriding: dict[str, tuple[str, ...]] = {option.variable: () for option, _ in raw if option.kind != "append"}
-    for option in catalogue.by_key.values():
-        if option.key == "model":
-            continue
+    for option in (option for option in catalogue.by_key.values() if option.key != "model"):
         found = list(_meant(option, sources, environ, report))
         if option.key in OWNED:
             unread = [each.source for each in found if each.source.removeprefix("environment ") not in OWNED_AND_READ]
@@ -109,7 +107,5 @@ def of_vllms_file(file: ConfigFile, catalogue: Catalogue, report: Report) -> dic
             if why := missing(key, catalogue):
                 report.problems.append(f"{file.label}: vLLM {catalogue.version} has no option {key}{why}")
         elif key != "model" and not option.is_unset(given):
-            setting = report.setting(option.variable, [Found(f"{file.label} {key}", given)], option.read)
-            if setting is not None:
-                found[option.variable] = setting
-    return found
+            found[option.variable] = report.setting(option.variable, [Found(f"{file.label} {key}", given)], option.read)
+    return {variable: setting for variable, setting in found.items() if setting is not None}

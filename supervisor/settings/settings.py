@@ -43,10 +43,9 @@ INSTEAD_OF_VLLMS = {"DISABLE_UVICORN_ACCESS_LOG": Found("SUPERVISOR_ACCESS_LOG",
 class SettingsError(Exception):
     """Invalid settings: `problems` has one line for each, which says what to change. Masked."""
 
-    def __init__(self, problems: list[str], warnings: list[str] | None = None) -> None:
+    def __init__(self, problems: list[str], warnings: Sequence[str] = ()) -> None:
         super().__init__("\n".join(problems))
-        self.problems = problems
-        self.warnings = warnings or []
+        self.problems, self.warnings = problems, list(warnings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +135,10 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     if asked.number("NNODES") < 2:
         dropped = {name for name in clusters.OF_SEVERAL if asked[name].source.startswith("environment")}
         chosen = tuple((option, setting) for option, setting in chosen if setting.name not in dropped)
-    found_out = (
-        Setting("mode", mode, ""),
-        Setting("cluster", cluster and cluster.name, ""),
-        Setting("volume", volume and volume.path, "" if volume is None or volume.writable else "read-only"),
-    )
-    every = (*(setting for _, setting in (*chosen, *given)), *own, *([model] if model else []), *found_out)
+    found_out = {"mode": mode, "cluster": cluster and cluster.name, "volume": volume and volume.path}
+    found_out["read-only volume"] = volume.path if volume and not volume.writable else None
+    facts = (Setting(name, value, "") for name, value in found_out.items())
+    every = (*(setting for _, setting in (*chosen, *given)), *own, *([model] if model else []), *facts)
     asked = replace(asked, settings=in_file | {each.name: each for each in every})
     report.problems += [line for rule in checks.PROBLEMS for line in rule(asked)]
     report.warnings += [line for rule in checks.WARNINGS for line in rule(asked)]

@@ -84,7 +84,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """All that was asked for, by variable, and what was found out: `mode`, `volume`, `cluster`."""
+    """All that was asked for, by variable, and what was found out, such as the `mode`."""
 
     environ: Mapping[str, str]
     settings: Mapping[str, Setting]

@@ -64,13 +64,10 @@ def _likeness(words: list[str], known: list[str]) -> float:
         return 0.0
     if len(words) == len(known):
         return min(map(_word_likeness, words, known))
-    if "".join(words) == "".join(known):  # TENSOR_PARALLELSIZE
-        return 0.95
     shorter, longer = sorted((words, known), key=len)
-    one_more = len(longer) - len(shorter) == 1 < len(shorter) and any(
-        longer[:at] + longer[at + 1 :] == shorter for at, word in enumerate(longer) if word in FILLERS
-    )
-    return 0.95 if one_more else 0.0
+    without = [longer[:at] + longer[at + 1 :] for at, word in enumerate(longer) if word in FILLERS]
+    is_same = "".join(words) == "".join(known)  # TENSOR_PARALLELSIZE
+    return 0.95 if is_same or (len(shorter) > 1 and shorter in without) else 0.0
 
 
 def _word_likeness(word: str, known: str) -> float:

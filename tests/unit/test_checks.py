@@ -157,7 +157,7 @@ def test_what_is_right_in_vllms_file_counts(folder: Path) -> None:
 
 @pytest.mark.parametrize("row", [row for part in ("problems", "warnings") for row in RULES[part]])
 def test_a_row_speaks_of_settings_that_there_are(row: dict[str, Any]) -> None:
-    known = {"mode", "volume", "cluster", *(knob.variable for knob in KNOBS)}
+    known = {"mode", "volume", "read-only volume", "cluster", *(knob.variable for knob in KNOBS)}
     known |= {option.variable for option in parse((FLAGS / "0.32.0.json").read_text()).by_key.values()}
     texts = [*row["when"], row["told"]]
     for name, attribute in [found for text in texts for found in re.findall(r"\{([^.}]+)\.?(\w*)\}", text)]:
