@@ -16,7 +16,6 @@ from supervisor.settings.typos import missing
 from supervisor.vllm.catalogue import Catalogue, Option, key_of
 from supervisor.vllm.values import BadValue
 
-IS_POSITIONAL = "set MODEL, or name the model after `supervisor up`"
 NEGATIVE_NUMBER = re.compile(r"-\d+(\.\d+)?")
 
 
@@ -32,7 +31,7 @@ def read(tokens: Sequence[str], source: str, catalogue: Catalogue, report: Repor
             _unknown(base, following, source, catalogue, report)
             continue
         if option.key in OWNED or option.key == "model":
-            why = OWNED.get(option.key, IS_POSITIONAL)
+            why = OWNED.get(option.key, "set MODEL, or name the model after `supervisor up`")
             report.problems.append(f"{base} ({source}): can't be passed to vLLM: {why}")
             continue
         is_list = option.kind == "list" and not dotted

@@ -4,7 +4,7 @@ with a line for each thing to change. Nothing that was set is lost without a wor
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,12 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     _known({knob.field for knob in KNOBS}, file.knobs, file, report, "supervisor.")
     volume = within(models.DISK_PATIENCE, lambda: volumes.find(knobs.volume, environ))
     cache = _cache(knobs, volume, environ)
-    vllm, catalogue = _vllm(knobs, cache, environ, report)
+    try:
+        vllm = installed.find(knobs.vllm, environ.get("PATH"), cache)
+        catalogue = catalogues.load(vllm, cache)
+    except VllmError as error:  # all else that is wrong is told as well
+        report.problems.append(str(error))
+        vllm, catalogue = Vllm((), "", None), Catalogue("", {})
 
     environ = cleaned(environ, catalogue, report)
     content = {key.upper(): Found(f"{file.label} {key}", file.content[key]) for key in file.content}
@@ -169,17 +174,15 @@ def _mask(environ: Mapping[str, str], file: ConfigFile) -> Mask:
     return Mask(environ, hidden | {part.strip() for text in hidden for part in text.split(",")})
 
 
-def _known(known: Iterable[str], given: Iterable[str], file: ConfigFile, report: Report, section: str = "") -> None:
+def _known(known: Collection[str], given: Iterable[str], file: ConfigFile, report: Report, section: str = "") -> None:
     """A key of config.yaml that nothing reads is an error: the file was written for us."""
-    known = list(known)
     for key in (key for key in given if key not in known):
         if key in REMOVED and not section:
             report.warnings.append(f"{file.label} {key} has no effect: {REMOVED[key]}")
-            continue
-        ours = OURS.get(key.upper(), "").lower()
-        where = f"supervisor.{ours.removeprefix('supervisor_')}" if ours.startswith("supervisor_") else ours
-        hint = f"; use {where}" if where else typos.nearest(section + key, [section + name for name in known])
-        report.problems.append(f"{file.label}: unknown key {section}{key}{hint}")
+        else:
+            ours = OURS.get(key.upper(), "").lower().replace("supervisor_", "supervisor.", 1)
+            hint = f"; use {ours}" if ours else typos.nearest(section + key, [section + name for name in known])
+            report.problems.append(f"{file.label}: unknown key {section}{key}{hint}")
 
 
 def _knob(knob: Knob, sources: Sequence[Source], file: ConfigFile, report: Report) -> Setting:
@@ -212,16 +215,6 @@ def _cache(knobs: Knobs, volume: volumes.Volume | None, environ: Mapping[str, st
         return volume.path / "supervisor"
     home = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME", "/tmp"), ".cache")  # noqa: PTH118, S108
     return Path(home) / "vllm-supervisor"
-
-
-def _vllm(knobs: Knobs, cache: Path, environ: Mapping[str, str], report: Report) -> tuple[Vllm, Catalogue]:
-    """Where there is none, one that has no options: all else that is wrong is told as well."""
-    try:
-        vllm = installed.find(knobs.vllm, environ.get("PATH"), cache)
-        return vllm, catalogues.load(vllm, cache)
-    except VllmError as error:
-        report.problems.append(str(error))
-        return Vllm((), "", None), Catalogue("", {})
 
 
 def _model(

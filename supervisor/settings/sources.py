@@ -73,13 +73,12 @@ class Setting:
 
     @property
     def shown(self) -> str:
-        if self.secret and self.value:
-            return MASK
-        if isinstance(self.value, tuple):
-            return " ".join(map(str, self.value))
-        if isinstance(self.value, bool):
-            return str(self.value).lower()
-        return f"{self.value:g}" if isinstance(self.value, float) else "" if self.value is None else str(self.value)
+        value = MASK if self.secret and self.value else self.value
+        if isinstance(value, tuple):
+            return " ".join(map(str, value))
+        if isinstance(value, bool):
+            return str(value).lower()
+        return f"{value:g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,7 @@ WORKER = "VLLM_RUNPOD_"
 PREFIXES = ("VLLM_", "LLM_", "SUPERVISOR_", "ENGINE_", "VLLM_ARG_", WORKER)
 # Words that are easily forgotten, or added.
 FILLERS = frozenset({"NUM", "MAX", "MEMORY", "SIZE", "NAME", "ENABLE", "CODE", "CALL", "COUNT", "PATH", "FILE"})
-NEAR = 0.8
-CLOSE = 0.8  # how like a known option a misspelt one is
+NEAR = 0.8  # how like a known one a misspelt one is, from 0 to 1
 # LMI puts it before the names of vLLM's options.
 LMI = "OPTION_"
 # Near misses in letters, and yet not ours: OpenSSL's file, and anybody's folder.
@@ -87,7 +86,7 @@ def nearest(word: str, known: Collection[str], likeness: float = 0.6) -> str:
 
 def missing(key: str, catalogue: Catalogue) -> str:
     """What to say of an option that vLLM does not have; nothing, where it is like no other."""
-    return f" any more: {REMOVED[key]}" if key in REMOVED else nearest(key, catalogue.by_key, CLOSE)
+    return f" any more: {REMOVED[key]}" if key in REMOVED else nearest(key, catalogue.by_key, NEAR)
 
 
 def unread(environ: Mapping[str, str], read: Collection[str], catalogue: Catalogue) -> list[str]:
