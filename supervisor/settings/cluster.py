@@ -56,7 +56,6 @@ def derived(environ: Mapping[str, str], users: Sequence[Source]) -> Source:
     asked = {name: str(found[0].given).strip() for name in SPREAD if (found := find(users, name))}
     replicas = asked.get("DATA_PARALLEL_SIZE", "1")
     # Option -> the variable that says it, and the value, where it is not that one's as it stands.
-    rows: dict[str, tuple[str, str]]
     if replicas.isdecimal() and int(replicas) > 1:  # whole models on each machine, behind rank 0
         local, rank = max(1, int(replicas) // count), environ.get("NODE_RANK", "")
         rows = {
@@ -69,8 +68,7 @@ def derived(environ: Mapping[str, str], users: Sequence[Source]) -> Source:
     else:  # MASTER_ADDR, MASTER_PORT and NODE_RANK are vLLM's own names
         rows = {"NNODES": ("NUM_NODES", ""), "MASTER_ADDR": ("PRIMARY_ADDR", ""), "MASTER_PORT": ("PRIMARY_PORT", "")}
         # Within a machine the GPUs are near each other; between machines one hop is few. `auto`: all of a machine's.
-        tensor = asked.get("TENSOR_PARALLEL_SIZE", "auto").lower()
-        if asked.keys() <= {"TENSOR_PARALLEL_SIZE"} and tensor in AUTO:
+        if asked.keys() <= {"TENSOR_PARALLEL_SIZE"} and asked.get("TENSOR_PARALLEL_SIZE", "auto").lower() in AUTO:
             rows |= {"PIPELINE_PARALLEL_SIZE": ("NUM_NODES", ""), "TENSOR_PARALLEL_SIZE": ("NUM_TRAINERS", "")}
     return {
         option: Found(f"environment {name}={environ[name]}", value or environ[name])

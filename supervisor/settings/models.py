@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from supervisor.bounded import within
-from supervisor.settings.names import DEFAULTS, INSTEAD
+from supervisor.settings.names import DEFAULTS, INSTEAD, NO_GGUF
 from supervisor.vllm.catalogue import Catalogue
 from supervisor.vllm.installed import Vllm
 from supervisor.vllm.values import BadValue
@@ -20,10 +20,6 @@ DEMO = Path(__file__).resolve().parent.parent / "demo" / "model"
 WARM_UP = b'{"prompt": "one two three four five six seven eight nine ten eleven twelve", "max_tokens": 1}'
 # Seconds for a disk to tell whether something is there. A network volume may hang.
 DISK_PATIENCE = 3.0
-NO_GGUF = (
-    "weights that vLLM {version} can read, and it has no GGUF (since 0.24 a plugin has it): take the model's "
-    "safetensors, install the plugin beside vLLM, or take a vLLM before 0.24"
-)
 NAME = re.compile(r"(?!models--)[\w.-]+(/[\w.-]+)?", re.ASCII)
 STORED = re.compile(r"(s3|gs|az)://.+", re.DOTALL)  # vLLM reads from these itself
 # Ollama's form, and llama.cpp's: `org/name:Q4_K_M`.

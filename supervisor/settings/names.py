@@ -28,6 +28,7 @@ OWNED: dict[str, str] = _TABLE["owned"]
 ZERO_MEANS_UNSET = frozenset(_TABLE["zero means unset"])
 FORMER: dict[str, str] = _TABLE["former"]
 INSTEAD: dict[str, str] = _TABLE["instead"]
+NO_GGUF: str = _TABLE["no gguf"]
 DOCKERS = frozenset(_TABLE["docker's"]["options"])
 WITHHELD, WITHHELD_PREFIXES = frozenset(_TABLE["not passed on"]["names"]), tuple(_TABLE["not passed on"]["prefixes"])
 # Options by key (`swap_space`), and variables.

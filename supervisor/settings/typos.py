@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 
 from supervisor.settings.names import NO_EFFECT, OWNED, REMOVED, REMOVED_ENVIRONMENT, SAGEMAKER
@@ -89,25 +89,23 @@ def missing(key: str, catalogue: Catalogue) -> str:
     return f" any more: {REMOVED[key]}" if key in REMOVED else nearest(key, catalogue.by_key, NEAR)
 
 
-def unread(environ: Mapping[str, str], read: Collection[str], catalogue: Catalogue) -> list[str]:
+def unread(environ: Mapping[str, str], read: Collection[str], catalogue: Catalogue) -> Iterator[str]:
     """A line for each variable that is set, not read, and not just another program's. `read`: what is looked at."""
     own, known = Names(catalogue.environment), Names(read)
-    lines = []
     for name, value in environ.items():
         is_link = SERVICE_LINK.search(name) or (name.endswith("_PORT") and "://" in value)
         if not value or is_link or name in read or name in own or name in OTHERS:
             continue
         if name in NO_EFFECT:
-            lines.append(f"{name} has no effect: {NO_EFFECT[name]}")
+            yield f"{name} has no effect: {NO_EFFECT[name]}"
         elif name in REMOVED_ENVIRONMENT and own:
-            lines.append(f"{name} has no effect in vLLM {catalogue.version}: {REMOVED_ENVIRONMENT[name]}")
+            yield f"{name} has no effect in vLLM {catalogue.version}: {REMOVED_ENVIRONMENT[name]}"
         elif name.startswith(LMI) and name.removeprefix(LMI) in known:
-            lines.append(f"{name} has no effect: it is LMI's; set {name.removeprefix(LMI)}")
+            yield f"{name} has no effect: it is LMI's; set {name.removeprefix(LMI)}"
         elif meant := known.meant(name) or (own.meant(name) if name.startswith("VLLM_") else None):
             owned = OWNED.get(key_of(meant)) if meant != "PORT" else None
-            lines.append(f"{name} has no effect: {owned or f'nothing reads it; did you mean {meant}?'}")
+            yield f"{name} has no effect: {owned or f'nothing reads it; did you mean {meant}?'}"
         elif name.startswith(("SUPERVISOR_", SAGEMAKER, WORKER)):
-            lines.append(f"{name} has no effect: there is no such setting (`supervisor explain` shows those there are)")
+            yield f"{name} has no effect: there is no such setting (`supervisor explain` shows those there are)"
         elif name.startswith("VLLM_") and own:
-            lines.append(f"{name} has no effect: vLLM {catalogue.version} reads no such variable, unless a plugin does")
-    return lines
+            yield f"{name} has no effect: vLLM {catalogue.version} reads no such variable, unless a plugin does"
