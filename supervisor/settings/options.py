@@ -16,7 +16,6 @@ from supervisor.vllm.catalogue import Catalogue, Option, key_of
 from supervisor.vllm.values import json_object, read_bool
 
 Options = tuple[tuple[Option, Setting], ...]
-PAIR = re.compile(r"\s*(\w+)\s*[=:]\s*(\d+)\s*")
 # vLLM's draft by n-grams had this for its model's name; it has a method of its own now.
 NGRAM = "[ngram]"
 ZERO = "worker-vllm read 0 as 'not set', and vLLM can't run with it"
@@ -84,7 +83,7 @@ def respelled(option: Option, given: object) -> object:
         return given
     text = json.dumps(given) if isinstance(given, dict) else str(given).strip()
     if option.variable == "LIMIT_MM_PER_PROMPT":  # `image=10,video=0`, as in worker-vllm until July 2026
-        pairs = [PAIR.fullmatch(part) for part in text.split(",")]
+        pairs = [re.fullmatch(r"\s*(\w+)\s*[=:]\s*(\d+)\s*", part) for part in text.split(",")]
         return json.dumps({pair[1]: int(pair[2]) for pair in pairs if pair}) if all(pairs) else given
     if option.variable == "COMPILATION_CONFIG":  # `3`, or `{"level": 3}`, which is the `mode` of an object now
         config = {"level": int(text)} if re.fullmatch(r"[0-3]", text) else json_object(text) or {}

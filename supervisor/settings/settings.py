@@ -94,12 +94,11 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     report = Report(_mask(environ, file), list(file.problems), list(file.warnings))
     section = ((knob.variable, knob.field) for knob in KNOBS)
     sources += [{name: Found(f"{file.label} supervisor.{key}", file.knobs.get(key)) for name, key in section}]
-    first, *others = KNOBS
-    asked_mode = _knob(first, sources, file, report)
+    asked_mode = _knob(KNOBS[0], sources, file, report)  # the platform's defaults go by it
     mode = _mode(asked_mode.value, environ)
     defaults = platform.defaults(mode, environ)
     sources += [defaults]
-    own = (asked_mode, *(_knob(knob, sources, file, report) for knob in others))
+    own = (asked_mode, *(_knob(knob, sources, file, report) for knob in KNOBS[1:]))
     knobs = Knobs(**{knob.field: setting.value for knob, setting in zip(KNOBS, own, strict=True)})
     _known({knob.field for knob in KNOBS}, file.knobs, file, report, "supervisor.")
     volume = within(models.DISK_PATIENCE, lambda: volumes.find(knobs.volume, environ))
@@ -135,8 +134,7 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
 
     asked = Asked(environ, {setting.name: setting for _, setting in (*chosen, *given)}, vllm, catalogue)
     cluster = clusters.cluster(asked, report)
-    if cluster is not None and cluster.headless:
-        mode = "http"  # rank 0 takes the jobs
+    mode = "http" if cluster is not None and cluster.headless else mode  # rank 0 takes the jobs
     if asked.number("NNODES") < 2:
         dropped = {name for name in clusters.OF_SEVERAL if asked[name].source.startswith("environment")}
         chosen = tuple((option, setting) for option, setting in chosen if setting.name not in dropped)

@@ -18,8 +18,7 @@ from supervisor.vllm.catalogue import Catalogue, key_of
 # Variables that Kubernetes makes for each service of a namespace, whatever its name: VLLM_PORT=tcp://10.0.0.1:8000.
 SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT_\d+_(TCP|UDP)(_|$)")
 # Put before a known name by those who remember another tool's way. worker-vllm had one of its own for a while.
-WORKER = "VLLM_RUNPOD_"
-PREFIXES = ("VLLM_", "LLM_", "SUPERVISOR_", "ENGINE_", "VLLM_ARG_", WORKER)
+PREFIXES = ("VLLM_", "LLM_", "SUPERVISOR_", "ENGINE_", "VLLM_ARG_", "VLLM_RUNPOD_")
 # Words that are easily forgotten, or added.
 FILLERS = frozenset({"NUM", "MAX", "MEMORY", "SIZE", "NAME", "ENABLE", "CODE", "CALL", "COUNT", "PATH", "FILE"})
 NEAR = 0.8  # how like a known one a misspelt one is, from 0 to 1
@@ -105,7 +104,7 @@ def unread(environ: Mapping[str, str], read: Collection[str], catalogue: Catalog
         elif meant := known.meant(name) or (own.meant(name) if name.startswith("VLLM_") else None):
             owned = OWNED.get(key_of(meant)) if meant != "PORT" else None
             yield f"{name} has no effect: {owned or f'nothing reads it; did you mean {meant}?'}"
-        elif name.startswith(("SUPERVISOR_", SAGEMAKER, WORKER)):
+        elif name.startswith(("SUPERVISOR_", SAGEMAKER, "VLLM_RUNPOD_")):
             yield f"{name} has no effect: there is no such setting (`supervisor explain` shows those there are)"
         elif name.startswith("VLLM_") and own:
             yield f"{name} has no effect: vLLM {catalogue.version} reads no such variable, unless a plugin does"
