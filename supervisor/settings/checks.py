@@ -67,10 +67,10 @@ def names(asked: Asked) -> Iterator[str]:
     """vLLM has no bitsandbytes any more, nor GGUF; parsers come and go. Plugins may know more."""
     if asked["TOOL_PARSER_PLUGIN"].value or asked["REASONING_PARSER_PLUGIN"].value:
         return
-    for option in asked.catalogue.by_key.values():
+    for option in (option for option in asked.catalogue.by_key.values() if option.names):
         setting = asked[option.variable]
         given, known = setting.shown.lower(), ("", "none", *map(str.lower, option.names))
-        if option.names and given not in known and not asked.vllm.may_have_plugins(asked.environ):
+        if given not in known and not asked.vllm.may_have_plugins(asked.environ):
             hint = GONE.get(given) or nearest(given, option.names)
             has = ", ".join(option.names)
             yield f"{setting.named}: vLLM {asked.vllm.version} has none of that name{hint}; it has {has}"

@@ -52,7 +52,7 @@ def resolve(
 def _meant(option: Option, sources: Sequence[Source], environ: Mapping[str, str], report: Report) -> Iterator[Found]:
     """What the sources mean by what they say, under all of the option's names."""
     opposite = (option.opposite or "").upper()  # DISABLE_PREFIX_CACHING=true
-    opposed = find(sources, opposite)
+    opposed = find(sources, opposite) if opposite else []
     for found in find(sources, option.variable, *(key_of(name).upper() for name in option.also), opposite):
         source, given = found
         if found in opposed:

@@ -230,5 +230,5 @@ def _names(catalogue: Catalogue, environ: Mapping[str, str]) -> set[str]:
     """The variables that something here reads."""
     ours = {"MODEL", "SUPERVISOR_CONFIG", *(knob.variable for knob in KNOBS), *map(str.upper, options.keys(catalogue))}
     ours |= {alias for name in ours & ALIASES.keys() for alias in ALIASES[name]}
-    of_sagemaker = {SAGEMAKER + name for name in ours if any(each.startswith(SAGEMAKER) for each in environ)}
-    return {"HF_TOKEN", "SUPERVISOR_IMAGE"} | ours | of_sagemaker
+    prefixes = ("", SAGEMAKER) if any(name.startswith(SAGEMAKER) for name in environ) else ("",)
+    return {"HF_TOKEN", "SUPERVISOR_IMAGE"} | {prefix + name for prefix in prefixes for name in ours}
