@@ -159,8 +159,8 @@ def cleaned(environ: Mapping[str, str], catalogue: Catalogue, report: Report) ->
     for name, value in environ.items():
         is_theirs = THEIRS.match(name) and name not in OURS
         read = _switch if name in catalogue.switches else str
-        setting = report.setting(name, [Found(f"environment {name}", value)], read) if is_theirs and value else None
-        if not is_theirs or (setting and setting.value) or name == MEANS_NONE:
+        setting = report.setting(name, [Found(f"environment {name}", value)], read) if is_theirs else None
+        if not is_theirs or (setting and (setting.value or name == MEANS_NONE)):
             found[name] = setting.value if setting else value
     return found
 
