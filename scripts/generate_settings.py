@@ -412,8 +412,8 @@ def _knob_default(knob: Knob) -> str:
         ("http", {SAGEMAKER_PORT: "8080"}, "SageMaker"),
     )
     for mode, environ, where in platforms:
-        value = platform_defaults(mode, environ)[1].get(knob.variable)
-        texts.append(f"{where}: `{value}`" if value else "")
+        found = platform_defaults(mode, environ).get(knob.variable)
+        texts.append(f"{where}: `{found.given}`" if found else "")
     return "; ".join(filter(None, texts))
 
 

@@ -10,8 +10,8 @@ import sys
 
 from supervisor.engine.workspace import temporary_folder
 from supervisor.repositories import beside_the_model, fetch_command, model_of, python
-from supervisor.settings import environment as environments
 from supervisor.settings import volume
+from supervisor.settings.command import environment
 from supervisor.settings.settings import Settings, SettingsError
 
 EXIT_CANNOT = 3
@@ -36,6 +36,6 @@ def fetch(settings: Settings) -> int:
     command = fetch_command(settings, wanted)
     folder = str(temporary_folder(settings.environ) / f"vllm-supervisor-{os.getuid()}")
     environ = volume.hub_environment(settings.volume, settings.environ, folder)
-    environ |= environments.environment(settings.environ)
+    environ |= environment(settings.environ)
     sys.stdout.flush()
     os.execvpe(command[0], command, environ)  # noqa: S606

@@ -46,7 +46,7 @@ from supervisor.gateway.upstream import Upstream
 from supervisor.launch import SIGNALS, Launch
 from supervisor.listen import Listeners
 from supervisor.repositories import weights_of
-from supervisor.settings import demo
+from supervisor.settings import models
 from supervisor.settings.command import served_name
 from supervisor.settings.settings import Settings
 from supervisor.vllm.values import BadValue
@@ -157,7 +157,7 @@ class Serving(Observer):
             restarts=knobs.max_restarts,
             window=knobs.restart_window,
             stay_when_failed=knobs.on_failure == "serve",
-            warm_up=demo.WARM_UP if (self.settings.is_demo or knobs.warm_up) and not self.headless else b"",
+            warm_up=models.WARM_UP if (self.settings.is_demo or knobs.warm_up) and not self.headless else b"",
         )
 
     def _observers(self) -> list[Observer]:

@@ -7,11 +7,11 @@ MASTER_PORT; by hand it is NNODES, NODE_RANK, MASTER_ADDR. Rank 0 serves HTTP; t
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from supervisor.settings.platform import AUTO
-from supervisor.settings.sources import Found
+from supervisor.settings.sources import Asked, Found, Report, Source, find
 
 DATA_PARALLEL_PORT = "13345"  # of data parallel's handshake: PRIMARY_PORT is for torch
 VLLMS_PORT, VLLMS_DATA_PARALLEL_PORT = 29501, 29550  # where none is set
@@ -48,78 +48,66 @@ def nodes(environ: Mapping[str, str]) -> int:
     return max(1, int(text)) if text.isdecimal() else 1
 
 
-def derived(environ: Mapping[str, str], asked: Mapping[str, str]) -> dict[str, Found]:
-    """By variable, what a cluster's variables say. `asked`: what the user set of SPREAD."""
+def derived(environ: Mapping[str, str], users: Sequence[Source]) -> Source:
+    """What a cluster's variables say, beneath what the user says himself."""
     count = nodes(environ)
     if count < 2 or RAY in (environ.get("DISTRIBUTED_EXECUTOR_BACKEND"), environ.get("DATA_PARALLEL_BACKEND")):
         return {}
-    found: dict[str, Found] = {}
-
-    def add(variable: str, *sources: str, value: str = "") -> None:
-        """From the first of the sources that is set; `value`, where it is not that one's as it stands."""
-        source = next((name for name in sources if environ.get(name)), None)
-        if source is not None:
-            found[variable] = Found(f"environment {source}={environ[source]}", value or environ[source])
-
+    asked = {name: str(found[0].given).strip() for name in SPREAD if (found := find(users, name))}
     replicas = asked.get("DATA_PARALLEL_SIZE", "1")
+    # Option -> the variable that says it, and the value, where it is not that one's as it stands.
     if replicas.isdecimal() and int(replicas) > 1:  # whole models on each machine, behind rank 0
-        local = max(1, int(replicas) // count)
-        add("DATA_PARALLEL_SIZE_LOCAL", "NUM_NODES", value=str(local))
-        add("DATA_PARALLEL_ADDRESS", "PRIMARY_ADDR", "MASTER_ADDR")
-        add("DATA_PARALLEL_RPC_PORT", "NUM_NODES", value=DATA_PARALLEL_PORT)
-        rank = environ.get("NODE_RANK", "")
+        local, rank = max(1, int(replicas) // count), environ.get("NODE_RANK", "")
+        rows = {
+            "DATA_PARALLEL_SIZE_LOCAL": ("NUM_NODES", str(local)),
+            "DATA_PARALLEL_ADDRESS": ("PRIMARY_ADDR" if environ.get("PRIMARY_ADDR") else "MASTER_ADDR", ""),
+            "DATA_PARALLEL_RPC_PORT": ("NUM_NODES", DATA_PARALLEL_PORT),
+        }
         if rank.isdecimal() and int(rank):
-            add("DATA_PARALLEL_START_RANK", "NODE_RANK", value=str(int(rank) * local))
-        return found
-    add("NNODES", "NUM_NODES")
-    add("MASTER_ADDR", "PRIMARY_ADDR")  # MASTER_ADDR, MASTER_PORT and NODE_RANK are vLLM's own names
-    add("MASTER_PORT", "PRIMARY_PORT")
-    # Within a machine the GPUs are near each other; between machines one hop is few. `auto`: all GPUs of a machine.
-    if not asked or (list(asked) == ["TENSOR_PARALLEL_SIZE"] and asked["TENSOR_PARALLEL_SIZE"].strip().lower() in AUTO):
-        add("PIPELINE_PARALLEL_SIZE", "NUM_NODES")
-        add("TENSOR_PARALLEL_SIZE", "NUM_TRAINERS")
-    return found
+            rows["DATA_PARALLEL_START_RANK"] = ("NODE_RANK", str(int(rank) * local))
+    else:  # MASTER_ADDR, MASTER_PORT and NODE_RANK are vLLM's own names
+        rows = {"NNODES": ("NUM_NODES", ""), "MASTER_ADDR": ("PRIMARY_ADDR", ""), "MASTER_PORT": ("PRIMARY_PORT", "")}
+        # Within a machine the GPUs are near each other; between machines one hop is few. `auto`: all of a machine's.
+        if asked.keys() <= {"TENSOR_PARALLEL_SIZE"} and asked.get("TENSOR_PARALLEL_SIZE", "auto").lower() in AUTO:
+            rows |= {"PIPELINE_PARALLEL_SIZE": ("NUM_NODES", ""), "TENSOR_PARALLEL_SIZE": ("NUM_TRAINERS", "")}
+    return {
+        option: Found(f"environment {name}={environ[name]}", value or environ[name])
+        for option, (name, value) in rows.items()
+        if environ.get(name)
+    }
 
 
-def cluster(value: Mapping[str, object], environ: Mapping[str, str], problems: list[str]) -> Cluster | None:
-    """`value`: the effective options, by variable. What can't be is added to `problems`."""
-
-    def number(variable: str, default: int) -> int:
-        given = value.get(variable)
-        return int(str(given)) if str(given or "").isdecimal() else default
-
-    count, replicas = number("NNODES", 1), number("DATA_PARALLEL_SIZE", 1)
-    local = number("DATA_PARALLEL_SIZE_LOCAL", replicas)
-    own_front = value.get("DATA_PARALLEL_HYBRID_LB") or value.get("DATA_PARALLEL_EXTERNAL_LB")
-    if RAY in (value.get("DISTRIBUTED_EXECUTOR_BACKEND"), value.get("DATA_PARALLEL_BACKEND")):
+def cluster(asked: Asked, report: Report) -> Cluster | None:
+    """By the effective options. What can't be is a problem."""
+    count, replicas = asked.count("NNODES", 1), asked.count("DATA_PARALLEL_SIZE", 1)
+    local = max(1, asked.count("DATA_PARALLEL_SIZE_LOCAL", replicas))
+    if RAY in (asked["DISTRIBUTED_EXECUTOR_BACKEND"].value, asked["DATA_PARALLEL_BACKEND"].value):
         return None  # one vLLM, whose workers Ray starts wherever it runs
-    spread = count > 1
-    if spread:
-        rank, leader, port = number("NODE_RANK", 0), value.get("MASTER_ADDR"), number("MASTER_PORT", VLLMS_PORT)
-        size = number("TENSOR_PARALLEL_SIZE", 1) * number("PIPELINE_PARALLEL_SIZE", 1) * replicas
+    if count > 1:  # parts of one model
+        rank, port, address = asked.count("NODE_RANK", 0), asked.count("MASTER_PORT", VLLMS_PORT), "MASTER_ADDR"
+        size = asked.count("TENSOR_PARALLEL_SIZE", 1) * asked.count("PIPELINE_PARALLEL_SIZE", 1) * replicas
         if size % count:
-            problems.append(
+            report.problems.append(
                 f"NNODES={count}: a model spread over {size} GPUs (TENSOR_PARALLEL_SIZE x PIPELINE_PARALLEL_SIZE) "
                 f"can't be shared out among {count} machines: set them so that {count} divides their product"
             )
-    elif replicas > max(1, local) and not own_front:
-        count, leader = -(-replicas // max(1, local)), value.get("DATA_PARALLEL_ADDRESS")
-        port = number("DATA_PARALLEL_RPC_PORT", VLLMS_DATA_PARALLEL_PORT)
-        rank = number("DATA_PARALLEL_START_RANK", 0) // max(1, local)
-        if replicas % nodes(environ):
-            problems.append(
-                f"DATA_PARALLEL_SIZE={replicas}: so many whole models can't be shared out among {nodes(environ)} "
+    elif replicas > local and not any(asked[f"DATA_PARALLEL_{whose}_LB"].value for whose in ("HYBRID", "EXTERNAL")):
+        count, rank = -(-replicas // local), asked.count("DATA_PARALLEL_START_RANK", 0) // local
+        port, address = asked.count("DATA_PARALLEL_RPC_PORT", VLLMS_DATA_PARALLEL_PORT), "DATA_PARALLEL_ADDRESS"
+        if replicas % nodes(asked.environ):
+            report.problems.append(
+                f"DATA_PARALLEL_SIZE={replicas}: so many whole models can't be shared out among {nodes(asked.environ)} "
                 "machines: set a multiple of their number"
             )
     else:
         return None
     if rank >= count:
-        problems.append(f"NODE_RANK={rank}: of {count} machines the last one has rank {count - 1}")
+        report.problems.append(f"NODE_RANK={rank}: of {count} machines the last one has rank {count - 1}")
+    leader = asked[address].value
     if not leader:
-        variable = "MASTER_ADDR" if spread else "DATA_PARALLEL_ADDRESS"
-        problems.append(f"{variable} is not set: on each machine, set it to the address of the one with rank 0")
+        report.problems.append(f"{address} is not set: on each machine, set it to the address of the one with rank 0")
         return None
-    return Cluster(count, rank, str(leader), port, not spread, _own(str(leader), environ))
+    return Cluster(count, rank, str(leader), port, address != "MASTER_ADDR", _own(str(leader), asked.environ))
 
 
 def _own(leader: str, environ: Mapping[str, str]) -> dict[str, str]:
@@ -143,5 +131,5 @@ def _towards(leader: str) -> str:
         with socket.socket(family, kind) as probe:
             probe.connect(address)
             return str(probe.getsockname()[0])
-    except OSError:
+    except (OSError, UnicodeError):  # no name of a host: "./x"
         return ""

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from supervisor.settings import demo
-from supervisor.settings.environment import environment
+from supervisor.settings.names import DEFAULTS, WITHHELD, WITHHELD_PREFIXES
 from supervisor.settings.settings import Settings
 
 
@@ -33,23 +32,35 @@ def served_name(settings: Settings) -> str:
     return str(names[0] if names else settings.model.value)
 
 
+def environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Less what is not the child's to see, and with our defaults."""
+    defaults: dict[str, str] = DEFAULTS["vLLM's environment"]
+    withheld = {name for name in environ if name in WITHHELD or name.startswith(WITHHELD_PREFIXES)}
+    if "://" in environ.get("VLLM_PORT", ""):  # Kubernetes', for a service named vllm: vLLM fails on it
+        withheld.add("VLLM_PORT")
+    asked = {name: value for name, value in environ.items() if name not in withheld and (value or name not in defaults)}
+    return defaults | asked
+
+
 def build(settings: Settings, socket: str, folder: str, serving: Serving | None = None) -> Command:
     """The command that serves on the unix socket `socket`; vLLM's temporary files go to `folder`."""
     name = str(settings.model.value)
-    argv = [*settings.vllm.command, "serve", serving.model if serving else name]
+    serving = serving or Serving(name, {})
+    argv = [*settings.vllm.command, "serve", serving.model]
     argv += ["--headless"] if settings.cluster is not None and settings.cluster.headless else ["--uds", socket]
     for option, setting in settings.options:
         argv += option.argv(setting.value)
-    if serving and serving.model != name and not settings.option("served_model_name"):
+    if serving.model != name and not settings.option("served_model_name"):
         argv += ["--served-model-name", name]  # clients do not ask for a folder
     argv += settings.vllm_args
-    environ = environment(settings.environ)
-    # vLLM leaves sockets and files of its own behind when it is killed: a folder that goes with it catches them.
-    environ |= {"TMPDIR": folder, "VLLM_RPC_BASE_PATH": folder}
-    environ["PYTHONUNBUFFERED"] = "1"  # or the last lines before a crash are lost
-    environ = (
-        dict(serving.environ if serving else {}) | dict(settings.cluster.environ if settings.cluster else {}) | environ
-    )
-    if settings.is_demo:
-        environ = demo.ENVIRONMENT | environ
+    environ = {
+        **(DEFAULTS["demo model's environment"] if settings.is_demo else {}),
+        **serving.environ,
+        **(settings.cluster.environ if settings.cluster else {}),
+        **environment(settings.environ),
+        # vLLM leaves sockets and files of its own behind when it is killed: a folder that goes with it catches them.
+        "TMPDIR": folder,
+        "VLLM_RPC_BASE_PATH": folder,
+        "PYTHONUNBUFFERED": "1",  # or the last lines before a crash are lost
+    }
     return Command(tuple(argv), environ)

@@ -50,8 +50,7 @@ def read(name: str, source: str) -> ConfigFile:
     """Reads the file that `source` names, such as `environment SUPERVISOR_CONFIG`."""
     file = ConfigFile(name)
     with _told(file.problem, source):
-        path = Path(os.path.expanduser(name))  # noqa: PTH111  # ~nobody stays as it is
-        _fill(file, _mapping(_text(path)))
+        _fill(file, _mapping(_text(Path(os.path.expanduser(name)))))  # noqa: PTH111  # ~nobody stays as it is
     return file
 
 
@@ -79,7 +78,7 @@ def read_vllm_config(path: str, source: str) -> ConfigFile:
         file.problems.append(f"CONFIG={path} ({source}): expected a YAML file, such as /path/vllm.yaml")
         return file
     with _told(file.problem):
-        file.content = _normal_keys(_mapping(_text(Path(path))))
+        file.content = _mapping(_text(Path(path)))
     return file
 
 
@@ -104,7 +103,7 @@ def _fill(file: ConfigFile, content: dict[str, Any]) -> None:
         file.knobs = _normal_keys(knobs)
     else:
         file.problems.append(f"{file.label}: 'supervisor' must be a mapping, such as 'supervisor: {{port: 8000}}'")
-    file.content = _normal_keys(content)
+    file.content = content
 
 
 def _content_of_ours(text: str) -> dict[str, Any] | None:
@@ -133,17 +132,15 @@ def _mapping(text: str) -> dict[str, Any]:
 
     try:
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        where = f" at line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
-        raise MalformedError(f"is not valid YAML{where}: {getattr(error, 'problem', None) or error}") from None
-    except RecursionError:
-        raise MalformedError("is not valid YAML: it is nested too deeply") from None
     # PyYAML lets through what its readers of values raise: a date such as 2024-13-45, or `!!bool maybe`.
-    except (ValueError, LookupError, AttributeError) as error:
-        raise MalformedError(f"is not valid YAML: {error}") from None
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
+        where = f" at line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
+        nested = "it is nested too deeply" if isinstance(error, RecursionError) else None
+        why = nested or getattr(error, "problem", None) or error
+        raise MalformedError(f"is not valid YAML{where}: {why}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        kind = {"list": "list", "str": "text"}.get(type(content).__name__, type(content).__name__)
+        kind = "text" if isinstance(content, str) else type(content).__name__
         raise MalformedError(f"must be a mapping, such as 'max_model_len: 4096', not a {kind}")
-    return {str(key): value for key, value in content.items()}
+    return _normal_keys(content)

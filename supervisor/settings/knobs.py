@@ -5,24 +5,22 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from supervisor.vllm.values import BadValue, clean, read_bool
+from supervisor.vllm.values import BadValue, clean, read_bool, read_choice
 
 
 def number(read: Callable[[str], Any], least: float, below: float, expected: str) -> Callable[[str], Any]:
     """A reader of numbers from `least` on."""
 
     def reader(text: str) -> Any:
-        try:
-            value = read(text)
-        except ValueError:
-            value = None
-        if value is None or not least <= value < below or not text.isascii() or "_" in text:
-            raise BadValue(expected)
-        return value
+        with suppress(ValueError):
+            if least <= (value := read(text)) < below and text.isascii() and "_" not in text:
+                return value
+        raise BadValue(expected)
 
     return reader
 
@@ -50,6 +48,9 @@ def words(value: str) -> tuple[str, ...]:
         raise BadValue(f"arguments as a shell splits them, such as '--seed 1' ({error})") from None
 
 
+SHORT_KEY = 8  # characters; one with less can be tried out, which is told, and holds
+
+
 @dataclass(frozen=True, slots=True)
 class Keys:
     """Keys, and the file that they were read from, if any."""
@@ -62,10 +63,6 @@ class Keys:
         return keys(f"@{self.file}") if self.file else self
 
 
-# A key with less can be tried out. Such a one is told, and holds.
-SHORT_KEY = 8  # characters
-
-
 def keys(value: str) -> Keys:
     """Keys between commas, or `@file` with one on each line."""
     value = value.strip()
@@ -73,7 +70,7 @@ def keys(value: str) -> Keys:
     if file is not None:
         try:
             value = Path(file).read_text().replace("\n", ",")
-        except (OSError, UnicodeDecodeError, ValueError) as error:
+        except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or "not a text"
             raise BadValue(f"keys, such as key1,key2, or @file with a key on each line ({why})") from None
     found = tuple(key.strip() for key in value.split(",") if key.strip())
@@ -93,29 +90,20 @@ def routes(value: str) -> tuple[str, ...]:
     return found
 
 
-HOST = re.compile(r"(?:\*\.)?(?:(?!-)[a-z0-9_-]{1,63}(?<!-)\.)*(?!-)[a-z0-9_-]{1,63}(?<!-)")
-LONGEST_HOST = 253
+# No longer than 253 characters, and each part no longer than 63.
+HOST = re.compile(r"(?!.{254})(?:\*\.)?(?:(?!-)[a-z0-9_-]{1,63}(?<!-)\.)*(?!-)[a-z0-9_-]{1,63}(?<!-)")
 
 
 def hosts(value: str) -> tuple[str, ...]:
     """Names between commas as a `Host` header has them, in small letters; `*.` in front stands for what is below."""
     found = tuple(host.strip().lower().removesuffix(".") for host in value.split(",") if host.strip())
-    if not all(len(host) <= LONGEST_HOST and HOST.fullmatch(host) for host in found):
+    if not all(map(HOST.fullmatch, found)):
         raise BadValue("names of hosts without scheme, port or path, such as gpu1.example.com,*.example.org")
     return found
 
 
 def choice(*names: str) -> Callable[[str], str]:
-    def read(value: str) -> str:
-        if value.lower() not in names:
-            raise BadValue(f"one of {', '.join(names)}")
-        return value.lower()
-
-    return read
-
-
-# Not SUPERVISOR_PORT: platforms set these.
-PLATFORMS = ("port", "port_health")
+    return lambda value: read_choice(value, names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +117,14 @@ class Knob:
     secret: bool = False
     is_program: bool = False  # it names one to run
     template: bool = False  # braces in it may be its own
+    prefix: str = "SUPERVISOR_"  # of its variable
 
     @property
     def variable(self) -> str:
-        return self.field.upper() if self.field in PLATFORMS else f"SUPERVISOR_{self.field.upper()}"
+        return self.prefix + self.field.upper()
 
 
-def knob(default: str | None, read: Callable[[str], Any], **more: bool) -> Any:
+def knob(default: str | None, read: Callable[[str], Any], **more: bool | str) -> Any:
     return field(metadata={"default": default, "read": read, **more})
 
 
@@ -145,8 +134,8 @@ class Knobs:
 
     mode: str = knob("auto", choice("auto", "http", "queue"))
     host: str = knob("127.0.0.1", str)
-    port: int = knob("8000", port_number)
-    port_health: int | None = knob(None, port_number)
+    port: int = knob("8000", port_number, prefix="")  # platforms set these two
+    port_health: int | None = knob(None, port_number, prefix="")
     vllm: str | None = knob(None, str, is_program=True)
     extra_args: tuple[str, ...] = knob("", words, template=True)
     startup_timeout: float = knob("1200", seconds)

@@ -1,5 +1,5 @@
 """What MODEL may be: a folder, a name on the hub, an object store's address. What it is not is told with the line to
-use instead, before anything is downloaded."""
+use instead, before anything is downloaded. And where nobody names one: the bundled demo model."""
 
 from __future__ import annotations
 
@@ -9,46 +9,49 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from supervisor.bounded import within
-from supervisor.settings.names import INSTEAD
+from supervisor.settings.names import DEFAULTS, INSTEAD, NO_GGUF
 from supervisor.vllm.catalogue import Catalogue
 from supervisor.vllm.installed import Vllm
 from supervisor.vllm.values import BadValue
 
+DEMO = Path(__file__).resolve().parent.parent / "demo" / "model"
+# Asked once before it is called ready. On CPUs with AMX an eager vLLM 0.32.0 dies (SIGILL in its attention) when the
+# first prompt that it ever computes has one or two tokens; after a longer one, such prompts are fine.
+WARM_UP = b'{"prompt": "one two three four five six seven eight nine ten eleven twelve", "max_tokens": 1}'
 # Seconds for a disk to tell whether something is there. A network volume may hang.
 DISK_PATIENCE = 3.0
-STORES = ("s3", "gs", "az")  # vLLM reads from these itself
-NO_GGUF = (
-    "weights that vLLM {version} can read, and it has no GGUF (since 0.24 a plugin has it): take the model's "
-    "safetensors, install the plugin beside vLLM, or take a vLLM before 0.24"
-)
 NAME = re.compile(r"(?!models--)[\w.-]+(/[\w.-]+)?", re.ASCII)
-STORED = re.compile(rf"({'|'.join(STORES)})://.+", re.DOTALL)
+STORED = re.compile(r"(s3|gs|az)://.+", re.DOTALL)  # vLLM reads from these itself
 # Ollama's form, and llama.cpp's: `org/name:Q4_K_M`.
 QUANTIZED = re.compile(r"[\w.-]+/[\w.-]+:(ud-)?(i?q\d|tq\d|bf?16|f16|f32|mxfp4)\w*", re.ASCII | re.I)
 
 
-def read(name: str, vllm: Vllm | None, catalogue: Catalogue | None, environ: Mapping[str, str]) -> str:
+def read(name: str, vllm: Vllm, catalogue: Catalogue, environ: Mapping[str, str]) -> str:
     """The model as vLLM is to have it. Raises BadValue."""
     is_path = name.startswith(("/", "./", "../", "~"))
     path = os.path.normpath(os.path.expanduser(name)) if is_path else name  # noqa: PTH111  # ~nobody stays as it is
     there = within(DISK_PATIENCE, Path(path).exists) if is_path or not NAME.fullmatch(name) else False
-    known = STORED.fullmatch(name) or NAME.fullmatch(name) or QUANTIZED.fullmatch(name)
-    is_gguf = name.lower().endswith(".gguf") and "/" in name
-    if there is not False or (known and not is_path) or (is_gguf and not is_path):  # a hanging disk: the launch waits
-        if (is_gguf or QUANTIZED.fullmatch(name)) and not _reads_gguf(vllm, catalogue, environ):
-            raise BadValue(NO_GGUF.format(version=vllm.version if vllm else ""))
+    is_gguf = QUANTIZED.fullmatch(name) or (name.lower().endswith(".gguf") and "/" in name)
+    known = not is_path and (is_gguf or STORED.fullmatch(name) or NAME.fullmatch(name))
+    if there is not False or known:  # a hanging disk: the launch waits
+        if is_gguf and not _reads_gguf(vllm, catalogue, environ):
+            raise BadValue(NO_GGUF.format(version=vllm.version))
         return path
-    found, told = next(
-        (found, told)
-        for pattern, told in INSTEAD.items()
-        if (found := re.compile(pattern, re.ASCII | re.DOTALL).fullmatch(name)) is not None
-    )
-    raise BadValue(told.format(**found.groupdict()))
+    for pattern, told in INSTEAD.items():
+        if found := re.compile(pattern, re.ASCII | re.DOTALL).fullmatch(name):
+            raise BadValue(told.format(**found.groupdict()))
+    raise AssertionError("the last of them fits all")
 
 
-def _reads_gguf(vllm: Vllm | None, catalogue: Catalogue | None, environ: Mapping[str, str]) -> bool:
+def _reads_gguf(vllm: Vllm, catalogue: Catalogue, environ: Mapping[str, str]) -> bool:
     """True where nobody knows."""
-    if vllm is None or catalogue is None:
-        return True
     known = [option.names for option in catalogue.by_key.values() if option.key in ("load_format", "quantization")]
     return not any(known) or any("gguf" in names for names in known) or vllm.may_have_plugins(environ)
+
+
+def forbids_demo(environ: Mapping[str, str]) -> str | None:
+    """What forbids the demo model here, in a few words; None on a laptop."""
+    signs = DEFAULTS["no laptop"]
+    told = [f"{variable} is set" for variable in signs["variables"] if environ.get(variable)]
+    told += [told for name, told in signs["files"].items() if Path(name).exists()]
+    return told[0] if told else None

@@ -1,4 +1,4 @@
-"""Other names than vLLM's of today and ours, by the table in `names.json`, which has the reasons."""
+"""The tables of this room, which have the reasons: `names.json` has other names than vLLM's of today and ours."""
 
 from __future__ import annotations
 
@@ -6,29 +6,42 @@ import json
 from pathlib import Path
 from typing import Any
 
-_TABLE: dict[str, Any] = json.loads(Path(__file__).with_name("names.json").read_text(encoding="utf-8"))
+
+def read_table(name: str) -> dict[str, Any]:
+    """A file of this folder, without its comments."""
+    text = Path(__file__).with_name(name).read_text(encoding="utf-8")
+    table: dict[str, Any] = json.loads(text, object_hook=lambda row: {key: row[key] for key in row if key != "//"})
+    return table
 
 
-def _rows(part: str) -> dict[str, Any]:
-    return {name: row for name, row in _TABLE[part].items() if name != "//"}
+_TABLE = read_table("names.json")
+DEFAULTS = read_table("defaults.json")  # by source
 
 
 def _removed(part: str) -> dict[str, str]:
-    return {name: f"{advice} (vLLM had it until {last})" for name, (last, advice) in _rows(part).items()}
+    return {name: f"{advice} (vLLM had it until {last})" for name, (last, advice) in _TABLE[part].items()}
 
 
-ALIASES: dict[str, tuple[str, ...]] = {ours: tuple(names) for ours, names in _rows("aliases").items()}
-OWNED: dict[str, str] = _rows("owned")
+ALIASES: dict[str, tuple[str, ...]] = {ours: tuple(names) for ours, names in _TABLE["aliases"].items()}
+OURS = {alias: ours for ours, names in ALIASES.items() for alias in names}
+OWNED: dict[str, str] = _TABLE["owned"]
 ZERO_MEANS_UNSET = frozenset(_TABLE["zero means unset"])
-FORMER: dict[str, str] = _rows("former")
-INSTEAD: dict[str, str] = _rows("instead")
+FORMER: dict[str, str] = _TABLE["former"]
+INSTEAD: dict[str, str] = _TABLE["instead"]
+NO_GGUF: str = _TABLE["no gguf"]
 DOCKERS = frozenset(_TABLE["docker's"]["options"])
 WITHHELD, WITHHELD_PREFIXES = frozenset(_TABLE["not passed on"]["names"]), tuple(_TABLE["not passed on"]["prefixes"])
 # Options by key (`swap_space`), and variables.
 REMOVED, REMOVED_ENVIRONMENT = _removed("removed options"), _removed("removed variables")
 # Name -> whose it is, and what to set here; each may be empty.
 ELSEWHERE: dict[str, tuple[str, str]] = {
-    name: (family, ours) for family, names in _rows("elsewhere").items() for name, ours in names.items()
+    name: (family, ours) for family, names in _TABLE["elsewhere"].items() for name, ours in names.items()
+}
+# Name -> what is told of a variable that does nothing here.
+NO_EFFECT = {key.upper(): told for key, told in REMOVED.items()} | FORMER
+NO_EFFECT |= {
+    name: (f"it is {family}'s; " if family else "") + (f"set {ours}" if ours else "there is nothing to set")
+    for name, (family, ours) in ELSEWHERE.items()
 }
 # Put before any of these names, and before vLLM's, by vLLM's and AWS's own images for SageMaker: SM_VLLM_MAX_MODEL_LEN.
 SAGEMAKER = "SM_VLLM_"

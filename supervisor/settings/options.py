@@ -2,107 +2,95 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from supervisor.settings import platform
 from supervisor.settings.config_file import ConfigFile
-from supervisor.settings.names import ALIASES, OWNED, OWNED_AND_READ, SAGEMAKER, ZERO_MEANS_UNSET
-from supervisor.settings.respelled import NGRAM, respelled
-from supervisor.settings.sources import Found, Report, Setting, Sources
+from supervisor.settings.names import OWNED, OWNED_AND_READ, SAGEMAKER, ZERO_MEANS_UNSET
+from supervisor.settings.sources import Found, Report, Setting, Source, find
 from supervisor.settings.typos import missing
 from supervisor.vllm.catalogue import Catalogue, Option, key_of
-from supervisor.vllm.values import read_bool
+from supervisor.vllm.values import json_object, read_bool
 
 Options = tuple[tuple[Option, Setting], ...]
+# vLLM's draft by n-grams had this for its model's name; it has a method of its own now.
+NGRAM = "[ngram]"
 ZERO = "worker-vllm read 0 as 'not set', and vLLM can't run with it"
 
 
 def keys(catalogue: Catalogue) -> list[str]:
     """By which an option may be named, in config.yaml, or as a variable in capitals."""
-    every = list(catalogue.by_key.values())
-    also = [key_of(name) for option in every for name in option.also]
-    return ["model", *catalogue.by_key, *also, *(option.opposite for option in every if option.opposite)]
+    every = catalogue.by_key.values()
+    also = [key for option in every for key in (*map(key_of, option.also), option.opposite) if key]
+    return ["model", *catalogue.by_key, *also]
 
 
 def resolve(
-    catalogue: Catalogue,
-    sources: Sources,
-    report: Report,
-    *,
-    beneath: Mapping[str, Found],
-    raw: Options,
+    catalogue: Catalogue, sources: Sequence[Source], environ: Mapping[str, str], report: Report, *, raw: Options
 ) -> tuple[Options, Options]:
-    """The options of variables and files, less those that raw arguments override; and these, with what it was.
-
-    `beneath`: by variable, below everything the user sets.
-    """
+    """The options of variables and files, less those that raw arguments override; and these, with what it was."""
     chosen = []
     # vLLM lets a part of a JSON option (`--x.y 1`) replace the whole of it; only `append` options add up.
     overriding: dict[str, tuple[str, ...]] = {option.variable: () for option, _ in raw if option.kind != "append"}
-    for option in catalogue.by_key.values():
-        if option.key == "model":
-            continue
-        found = [*_meant(option, sources, report), *_opposite(option, sources, report)]
+    for option in (option for option in catalogue.by_key.values() if option.key != "model"):
+        found = list(_meant(option, sources, environ, report))
         if option.key in OWNED:
-            report.warnings += [
-                f"{source} is not passed to vLLM: {OWNED[option.key]}"
-                for source, _ in found
-                if source.removeprefix("environment ") not in OWNED_AND_READ
-            ]
-            continue
-        if option.variable in beneath:
-            found.append(beneath[option.variable])
-        if not found:
-            continue
-        if option.variable in overriding:
+            unread = [each.source for each in found if each.source.removeprefix("environment ") not in OWNED_AND_READ]
+            report.warnings += [f"{source} is not passed to vLLM: {OWNED[option.key]}" for source in unread]
+        elif found and option.variable in overriding:
             overriding[option.variable] = report.overrode(found)
-        elif (setting := report.setting(option.variable, found, option.read, template=option.is_template)) is not None:
-            chosen.append((option, setting))
-    told = tuple(
-        (option, dataclasses.replace(setting, overrode=overriding.get(option.variable, ()))) for option, setting in raw
-    )
-    return tuple(chosen), told
+        elif found:
+            setting = report.setting(option.variable, found, option.read, template=option.is_template)
+            chosen += [(option, setting)] if setting else []
+    told = [(option, replace(setting, overrode=overriding.get(option.variable, ()))) for option, setting in raw]
+    return tuple(chosen), tuple(told)
 
 
-def _meant(option: Option, sources: Sources, report: Report) -> Iterator[Found]:
-    """What the sources mean by what they say."""
-    for source, given in _named(option, sources):
-        today = respelled(option, given)
-        if today is not None:
-            report.warnings.append(f"{source}={given} is read as {today}, which is how vLLM has it today")
-        meant = given if today is None else today
+def _meant(option: Option, sources: Sequence[Source], environ: Mapping[str, str], report: Report) -> Iterator[Found]:
+    """What the sources mean by what they say, under all of the option's names."""
+    opposite = (option.opposite or "").upper()  # DISABLE_PREFIX_CACHING=true
+    opposed = find(sources, opposite) if opposite else []
+    for found in find(sources, option.variable, *(key_of(name).upper() for name in option.also), opposite):
+        source, given = found
+        if found in opposed:
+            setting = report.setting(opposite, [found], read_bool)
+            if setting is not None:
+                yield Found(f"{source}={report.shown(given)}", not setting.value)
+            continue
+        meant = respelled(option, given)
+        if meant != given:
+            report.warnings.append(f"{source}={given} is read as {meant}, which is how vLLM has it today")
         if option.variable in ZERO_MEANS_UNSET and str(meant).strip() == "0":
             report.warnings.append(f"{source}=0 is taken for not set: {ZERO}")
         elif option.variable == "TENSOR_PARALLEL_SIZE" and str(meant).strip().lower() in platform.AUTO:
-            yield Found(f"{source}={meant}", str(platform.gpus(sources.environ) or 1))
-        elif not option.is_unset(meant):
+            yield Found(f"{source}={meant}", str(platform.gpus(environ) or 1))
+        elif not option.is_unset(meant) and (option.variable, str(meant).strip()) != ("SPEC_MODEL", NGRAM):
             yield Found(source, meant)
+    if option.variable == "SPEC_METHOD":
+        drafts = find(sources, "SPEC_MODEL")
+        yield from (Found(f"{source}={NGRAM}", "ngram") for source, given in drafts if str(given).strip() == NGRAM)
     flag = SAGEMAKER + option.variable
-    if sources.environ.get(flag) == "" and option.kind in ("pair", "switch"):  # as those images read it
+    if environ.get(flag) == "" and option.is_switch:  # as those images read it
         yield Found(f"environment {flag}", True)
 
 
-def _named(option: Option, sources: Sources) -> list[Found]:
-    """The sources of an option, under all its names."""
-    found = []
-    for key in (option.key, *map(key_of, option.also)):
-        found += sources.find((key.upper(), *(ALIASES.get(key.upper(), ()) if key == option.key else ())), key)
-    # vLLM's draft by n-grams had `[ngram]` for its model's name; it has a method of its own now.
-    if option.variable == "SPEC_METHOD":
-        drafts = sources.find(("SPEC_MODEL", *ALIASES["SPEC_MODEL"]), "spec_model")
-        found += [Found(f"{source}={NGRAM}", "ngram") for source, given in drafts if str(given).strip() == NGRAM]
-    elif option.variable == "SPEC_MODEL":
-        found = [each for each in found if str(each.given).strip() != NGRAM]
-    return found
-
-
-def _opposite(option: Option, sources: Sources, report: Report) -> Iterator[Found]:
-    """DISABLE_PREFIX_CACHING=true"""
-    for found in sources.find((option.opposite.upper(),), option.opposite) if option.opposite else ():
-        setting = report.setting(str(option.opposite).upper(), [found], read_bool)
-        if setting is not None:
-            yield Found(f"{found.source}={report.shown(found.given)}", not setting.value)
+def respelled(option: Option, given: object) -> object:
+    """What is to be written today, where it is written otherwise and the installed vLLM does not know that."""
+    if isinstance(given, bool) or given in option.choices:
+        return given
+    text = json.dumps(given) if isinstance(given, dict) else str(given).strip()
+    if option.variable == "LIMIT_MM_PER_PROMPT":  # `image=10,video=0`, as in worker-vllm until July 2026
+        pairs = [re.fullmatch(r"\s*(\w+)\s*[=:]\s*(\d+)\s*", part) for part in text.split(",")]
+        return json.dumps({pair[1]: int(pair[2]) for pair in pairs if pair}) if all(pairs) else given
+    if option.variable == "COMPILATION_CONFIG":  # `3`, or `{"level": 3}`, which is the `mode` of an object now
+        config = {"level": int(text)} if re.fullmatch(r"[0-3]", text) else json_object(text) or {}
+        level = {"mode": config.pop("level")} if "level" in config else {}
+        return json.dumps(level | config) if level else given  # of both, vLLM took `mode`
+    # Worker-vllm's templates offer it: adapters have the model's own type then.
+    return "auto" if (option.variable, text.lower()) == ("LORA_DTYPE", "float32") else given
 
 
 def of_vllms_file(file: ConfigFile, catalogue: Catalogue, report: Report) -> dict[str, Setting]:
@@ -118,7 +106,5 @@ def of_vllms_file(file: ConfigFile, catalogue: Catalogue, report: Report) -> dic
             if why := missing(key, catalogue):
                 report.problems.append(f"{file.label}: vLLM {catalogue.version} has no option {key}{why}")
         elif key != "model" and not option.is_unset(given):
-            setting = report.setting(option.variable, [Found(f"{file.label} {key}", given)], option.read)
-            if setting is not None:
-                found[option.variable] = setting
-    return found
+            found[option.variable] = report.setting(option.variable, [Found(f"{file.label} {key}", given)], option.read)
+    return {variable: setting for variable, setting in found.items() if setting is not None}

@@ -6,20 +6,13 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from supervisor.settings.sources import Found
-
-# RunPod's limits, from its documentation.
-RUNPOD_START = 420.0  # seconds until a worker must be ready, where RUNPOD_INIT_TIMEOUT is not set
-BALANCER_REQUEST = 330.0  # seconds that the load balancer gives a request
-BALANCER_BODY = 30_000_000  # bytes
+from supervisor.settings.sources import Found, Source, beneath
 
 # The port that SageMaker asks for. It sets it where containers share an endpoint; entrypoint.sh does so elsewhere.
-# One of these is on each machine of RunPod's.
-RUNPODS = ("RUNPOD_ENDPOINT_ID", "RUNPOD_POD_ID")
 SAGEMAKER_PORT = "SAGEMAKER_BIND_TO_PORT"
 SAGEMAKER_MODEL = Path("/opt/ml/model")  # what it has fetched from S3
+ON_SAGEMAKER = "default on SageMaker"
 
-LOOPBACK = ("localhost", "::1")
 AUTO = ("auto", "all")  # TENSOR_PARALLEL_SIZE: every GPU that there is
 TORCH_OFF = ("", "-1", "NoDevFiles")
 
@@ -33,26 +26,13 @@ def gpus(environ: Mapping[str, str]) -> int | None:
     return len(nodes) or None
 
 
-def defaults(mode: str, environ: Mapping[str, str]) -> tuple[str, Mapping[str, str]]:
-    """The platform's own defaults for the supervisor's settings, and what they are called."""
+def defaults(mode: str, environ: Mapping[str, str]) -> Source:
+    """The platform's own defaults for the supervisor's settings, and the folder that it has put a model into."""
+    port = environ.get(SAGEMAKER_PORT)
+    fetched = port and any((SAGEMAKER_MODEL / name).exists() for name in ("config.json", "params.json"))
+    model = {"MODEL": Found(ON_SAGEMAKER, str(SAGEMAKER_MODEL))} if fetched else {}
     if mode == "queue":
-        # A failed worker is better off telling the cause in each job than in a loop of starts that are paid for.
-        return "default of queue mode", {"SUPERVISOR_ON_FAILURE": "serve", "SUPERVISOR_MAX_CONCURRENCY": "30"}
+        return model | beneath("default of queue mode")
     if environ.get("RUNPOD_ENDPOINT_ID"):
-        return "default on RunPod's load balancer", {
-            "SUPERVISOR_MAX_BODY": "30MB",
-            # It counts a worker as there from its first 200 on, and sends it what waited.
-            "SUPERVISOR_WARM_UP": "true",
-        }
-    if environ.get(SAGEMAKER_PORT):
-        # Of the 30 s between its SIGTERM and its SIGKILL, vLLM's own end needs some.
-        return "default on SageMaker", {"PORT": environ[SAGEMAKER_PORT], "SUPERVISOR_DRAIN_TIMEOUT": "15"}
-    return "", {}
-
-
-def model(environ: Mapping[str, str]) -> list[Found]:
-    """The folder that the platform has put a model into, with its source, where there is one."""
-    fetched = any((SAGEMAKER_MODEL / name).exists() for name in ("config.json", "params.json"))
-    if environ.get(SAGEMAKER_PORT) and fetched:
-        return [Found("default on SageMaker", str(SAGEMAKER_MODEL))]
-    return []
+        return model | beneath("default on RunPod's load balancer")
+    return model | {"PORT": Found(ON_SAGEMAKER, port)} | beneath(ON_SAGEMAKER) if port else {}

@@ -10,51 +10,42 @@ import re
 from collections.abc import Sequence
 
 from supervisor.settings.names import DOCKERS, OWNED, REMOVED
-from supervisor.settings.respelled import respelled
+from supervisor.settings.options import respelled
 from supervisor.settings.sources import Report, Setting
 from supervisor.settings.typos import missing
 from supervisor.vllm.catalogue import Catalogue, Option, key_of
 from supervisor.vllm.values import BadValue
 
-SWITCHES = ("pair", "switch")
-IS_POSITIONAL = "set MODEL, or name the model after `supervisor up`"
 NEGATIVE_NUMBER = re.compile(r"-\d+(\.\d+)?")
 
 
 def read(tokens: Sequence[str], source: str, catalogue: Catalogue, report: Report) -> dict[str, tuple[Option, Setting]]:
     """The options among `tokens`, by the variable that each stands for, or by what was written (`--x.y`)."""
     found = {}
-
-    def problem(what: str, why: str) -> None:
-        report.problems.append(f"{what} ({source}): {why}")
-
     (_, strays), *groups = _split(tokens)
     for token, following in groups:
         name, glued, value = token.partition("=")
         base, dotted, _ = name.partition(".")
         option, is_off = _find(base, catalogue)
         if option is None:
-            if base in DOCKERS:
-                problem(base, "this is an option of docker's: it stands before the image's name, not in here")
-            elif base.startswith("--") or not _is_short(base, following, catalogue):
-                _unknown(base, source, catalogue, report)
+            _unknown(base, following, source, catalogue, report)
             continue
         if option.key in OWNED or option.key == "model":
-            problem(base, f"can't be passed to vLLM: {OWNED.get(option.key, IS_POSITIONAL)}")
+            why = OWNED.get(option.key, "set MODEL, or name the model after `supervisor up`")
+            report.problems.append(f"{base} ({source}): can't be passed to vLLM: {why}")
             continue
-        is_switch, is_list = option.kind in SWITCHES, option.kind == "list" and not dotted
-        most = 0 if glued or is_switch else len(following) if is_list else 1
+        is_list = option.kind == "list" and not dotted
+        most = 0 if glued or option.is_switch else len(following) if is_list else 1
         values = [value] if glued else following[:most]
         strays += following[most:]
-        if wrong := _wrong(option, token, values):
-            problem(*wrong)
+        if wrong := _wrong(option, values, dotted):
+            report.problems.append(f"{' '.join((token, *following[:most]))} ({source}): {wrong}")
             continue
         adds_up = option.kind == "append" and not dotted
-        meant: object = not is_off if is_switch else tuple(values) if is_list or adds_up else "".join(values)
-        variable = name if adds_up or (dotted and not is_switch) else option.variable
+        meant: object = not is_off if option.is_switch else tuple(values) if is_list or adds_up else "".join(values)
+        variable = name if adds_up or (dotted and not option.is_switch) else option.variable
         found[variable] = option, Setting(variable, meant, source)
-    for stray in strays:
-        problem(stray, "there is no option before it that takes it")
+    report.problems += [f"{stray} ({source}): there is no option before it that takes it" for stray in strays]
     return found
 
 
@@ -69,25 +60,20 @@ def _split(tokens: Sequence[str]) -> list[tuple[str, list[str]]]:
     return groups
 
 
-def _wrong(option: Option, token: str, values: list[str]) -> tuple[str, str] | None:
-    """What of it is wrong, and why."""
-    name, glued, _ = token.partition("=")
-    base, dotted, _ = name.partition(".")
-    if option.kind in SWITCHES:
-        return (token, f"{base} takes no value") if glued else None
+def _wrong(option: Option, values: list[str], dotted: str) -> str | None:
+    if option.is_switch:
+        return f"{option.name} takes no value" if values else None
     if not values and (dotted or option.kind != "optional"):
-        return name, "a value is missing"
+        return "a value is missing"
     if dotted:
         return None
-    written = f"{base} {' '.join(values)}"
-    today = respelled(option, values[0]) if len(values) == 1 else None
-    if today is not None:
-        return written, f"write {today!r}"
+    if len(values) == 1 and (today := respelled(option, values[0])) != values[0]:
+        return f"write {today!r}"
     try:
         for value in values:
             option.check(value)
     except BadValue as error:
-        return written, f"expected {error}"
+        return f"expected {error}"
     return None
 
 
@@ -108,18 +94,17 @@ def _find(base: str, catalogue: Catalogue) -> tuple[Option | None, bool]:
     return beginnings[0] if len(beginnings) == 1 else None, False
 
 
-def _is_short(base: str, values: list[str], catalogue: Catalogue) -> bool:
-    """`-O3` and the like, whose value is glued on."""
-    shorts = [name for option in catalogue.by_key.values() for name in option.short]
-    if not shorts:  # this catalogue does not have them
-        return True
-    return not values and base.startswith(("-O", *shorts))  # vLLM's parser knows -O3 beside its options
-
-
-def _unknown(base: str, source: str, catalogue: Catalogue, report: Report) -> None:
+def _unknown(base: str, following: list[str], source: str, catalogue: Catalogue, report: Report) -> None:
     """A misspelt option is a problem. One that is like no other may be one of a vLLM of the user's own."""
     told, key = f"{base} ({source}): vLLM {catalogue.version} has no such option", key_of(base)
-    if why := missing(key, catalogue):
-        report.problems.append(told + (why if key in REMOVED else why.replace("_", "-")))
-    else:
-        report.warnings.append(f"{told}; it is passed as it is")
+    # `-O3` and the like, whose value is glued on: vLLM's parser knows it beside its options. A catalogue may have none.
+    shorts = [name for option in catalogue.by_key.values() for name in option.short]
+    is_short = not shorts or (not following and base.startswith(("-O", *shorts)))
+    if base in DOCKERS:
+        why = "this is an option of docker's: it stands before the image's name, not in here"
+        report.problems.append(f"{base} ({source}): {why}")
+    elif base.startswith("--") or not is_short:
+        if why := missing(key, catalogue):
+            report.problems.append(told + (why if key in REMOVED else why.replace("_", "-")))
+        else:
+            report.warnings.append(f"{told}; it is passed as it is")

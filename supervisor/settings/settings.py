@@ -4,24 +4,36 @@ with a line for each thing to change. Nothing that was set is lost without a wor
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from supervisor.bounded import within
 from supervisor.secrets import Mask
-from supervisor.settings import checks, config_file, demo, environment, models, options, platform, raw, typos
+from supervisor.settings import checks, config_file, models, options, platform, raw, typos
 from supervisor.settings import cluster as clusters
 from supervisor.settings import volume as volumes
 from supervisor.settings.config_file import ConfigFile
 from supervisor.settings.knobs import KNOBS, Keys, Knob, Knobs
-from supervisor.settings.names import ALIASES, REMOVED
+from supervisor.settings.names import ALIASES, OURS, REMOVED, SAGEMAKER
 from supervisor.settings.options import Options
-from supervisor.settings.sources import Arguments, Found, Report, Setting, Sources, prefixes
+from supervisor.settings.sources import (
+    Arguments,
+    Asked,
+    Found,
+    Report,
+    Setting,
+    Source,
+    beneath,
+    cleaned,
+    environments,
+    find,
+)
 from supervisor.vllm import catalogue as catalogues
-from supervisor.vllm.catalogue import Catalogue
-from supervisor.vllm.installed import Vllm, VllmError, find
+from supervisor.vllm import installed
+from supervisor.vllm.catalogue import Catalogue, Option
+from supervisor.vllm.installed import Vllm, VllmError
 
 __all__ = ["Arguments", "Setting", "Settings", "SettingsError", "gather"]
 # Our access log says more than vLLM's, which has a line for each look at its health besides.
@@ -31,10 +43,9 @@ INSTEAD_OF_VLLMS = {"DISABLE_UVICORN_ACCESS_LOG": Found("SUPERVISOR_ACCESS_LOG",
 class SettingsError(Exception):
     """Invalid settings: `problems` has one line for each, which says what to change. Masked."""
 
-    def __init__(self, problems: list[str], warnings: list[str] | None = None) -> None:
+    def __init__(self, problems: list[str], warnings: Sequence[str] = ()) -> None:
         super().__init__("\n".join(problems))
-        self.problems = problems
-        self.warnings = warnings or []
+        self.problems, self.warnings = problems, list(warnings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,52 +88,65 @@ class Settings:
 
 def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     """Reads every source. Raises SettingsError with all problems at once."""
-    sources = Sources(arguments, environ, prefixes(environ), ConfigFile(""))
-    named = sources.find(("SUPERVISOR_CONFIG",), "config", argument=(arguments.config or "").strip())
-    file = config_file.read(named[0].given.strip(), named[0].source) if named else config_file.read_unnamed()
+    sources = [arguments.source, *environments(environ)]
+    named = find(sources, "SUPERVISOR_CONFIG")
+    file = config_file.read(str(named[0].given).strip(), named[0].source) if named else config_file.read_unnamed()
     report = Report(_mask(environ, file), list(file.problems), list(file.warnings))
-    environ = environment.cleaned(environ, report)
-    sources = replace(sources, environ=environ, file=file)
-
-    first, *others = KNOBS
-    asked_mode = _knob(first, sources, report)
+    section = ((knob.variable, knob.field) for knob in KNOBS)
+    sources += [{name: Found(f"{file.label} supervisor.{key}", file.knobs.get(key)) for name, key in section}]
+    asked_mode = _knob(KNOBS[0], sources, file, report)  # the platform's defaults go by it
     mode = _mode(asked_mode.value, environ)
-    label, defaults = platform.defaults(mode, environ)
-    own = (asked_mode, *(_knob(knob, sources, report, label, defaults.get(knob.variable)) for knob in others))
+    defaults = platform.defaults(mode, environ)
+    sources += [defaults]
+    own = (asked_mode, *(_knob(knob, sources, file, report) for knob in KNOBS[1:]))
     knobs = Knobs(**{knob.field: setting.value for knob, setting in zip(KNOBS, own, strict=True)})
     _known({knob.field for knob in KNOBS}, file.knobs, file, report, "supervisor.")
-    volume = _volume(knobs, environ, report)
+    volume = within(models.DISK_PATIENCE, lambda: volumes.find(knobs.volume, environ))
     cache = _cache(knobs, volume, environ)
-    vllm, catalogue = _vllm(knobs, cache, environ, report)
+    try:
+        vllm = installed.find(knobs.vllm, environ.get("PATH"), cache)
+        catalogue = catalogues.load(vllm, cache)
+    except VllmError as error:  # all else that is wrong is told as well
+        report.problems.append(str(error))
+        vllm, catalogue = Vllm((), "", None), Catalogue("", {})
 
-    vllms = sources.find(("CONFIG", *ALIASES["CONFIG"]), "config") if catalogue else []
-    vllms_file = config_file.read_vllm_config(str(vllms[0].given).strip(), vllms[0].source) if vllms else None
-    model, is_demo = _model(sources, report, vllms_file, vllm, catalogue)
-    chosen: Options = ()
-    given: Options = ()
-    in_file: dict[str, Setting] = {}
-    if catalogue:
-        in_file = options.of_vllms_file(vllms_file, catalogue, report) if vllms_file else {}
-        given = _raw(own, arguments, catalogue, report)
-        beneath = clusters.derived(environ, _spread(given, sources)) | (INSTEAD_OF_VLLMS if knobs.access_log else {})
-        beneath |= {name: Found("demo model", value) for name, value in demo.DEFAULTS.items() if is_demo}
-        chosen, given = options.resolve(catalogue, sources, report, beneath=beneath, raw=given)
+    environ = cleaned(environ, catalogue, report)
+    content = {key.upper(): Found(f"{file.label} {key}", file.content[key]) for key in file.content}
+    users = [*environments(environ), {name: found for name, found in content.items() if name not in OURS}]
+    vllms = find(users, "CONFIG") if catalogue.by_key else []
+    vllms_file = config_file.read_vllm_config(str(vllms[0].given).strip(), vllms[0].source) if vllms else ConfigFile("")
+    models_file = {"MODEL": Found(vllms_file.label, vllms_file.content.get("model"))}
+    model = _model([arguments.source, *users, models_file, defaults], environ, report, vllm, catalogue)
+    is_demo = model is not None and within(models.DISK_PATIENCE, Path(model.value).resolve) == models.DEMO
+    in_file = options.of_vllms_file(vllms_file, catalogue, report)
+    in_raw: dict[str, tuple[Option, Setting]] = {}
+    if catalogue.by_key:
+        (extra,) = [setting for setting in own if setting.name == "SUPERVISOR_EXTRA_ARGS"]
+        in_raw = raw.read(extra.value or (), extra.source, catalogue, report)
+        in_raw |= raw.read(arguments.vllm_args, "command line", catalogue, report)
         _known(options.keys(catalogue), file.content, file, report)
-        report.warnings += typos.unread(environ, _names(catalogue, sources.prefixes), catalogue)
-        environ = environment.for_vllm(environ, catalogue, report)
+        report.warnings += typos.unread(environ, _names(catalogue, environ), catalogue)
+    asked_for = [{name: Found(setting.source, setting.value) for name, (_, setting) in in_raw.items()}, *users]
+    users += [clusters.derived(environ, asked_for)]
+    users += [INSTEAD_OF_VLLMS] if knobs.access_log else []
+    users += [beneath("demo model")] if is_demo else []
+    chosen, given = options.resolve(catalogue, users, environ, report, raw=tuple(in_raw.values()))
 
-    values = {setting.name: setting.value for _, setting in (*chosen, *given)}
-    cluster = clusters.cluster(values, environ, report.problems)
-    if cluster is not None and cluster.headless:
-        mode = "http"  # rank 0 takes the jobs
-    if int(values.get("NNODES") or 1) < 2:
-        chosen = _of_one_machine(chosen, environ, report, told_so=cluster is not None)
-    every = (*(setting for _, setting in (*chosen, *given)), *own, *([model] if model else []))
-    asked = checks.Asked(mode, environ, in_file | {each.name: each for each in every}, vllm, catalogue)
+    asked = Asked(environ, {setting.name: setting for _, setting in (*chosen, *given)}, vllm, catalogue)
+    cluster = clusters.cluster(asked, report)
+    mode = "http" if cluster is not None and cluster.headless else mode  # rank 0 takes the jobs
+    if asked.number("NNODES") < 2:
+        dropped = {name for name in clusters.OF_SEVERAL if asked[name].source.startswith("environment")}
+        chosen = tuple((option, setting) for option, setting in chosen if setting.name not in dropped)
+    found_out = {"mode": mode, "cluster": cluster and cluster.name, "volume": volume and volume.path}
+    found_out["read-only volume"] = volume.path if volume and not volume.writable else None
+    facts = (Setting(name, value, "") for name, value in found_out.items())
+    every = (*(setting for _, setting in (*chosen, *given)), *own, *([model] if model else []), *facts)
+    asked = replace(asked, settings=in_file | {each.name: each for each in every})
     report.problems += [line for rule in checks.PROBLEMS for line in rule(asked)]
     report.warnings += [line for rule in checks.WARNINGS for line in rule(asked)]
     problems, warnings = list(map(report.mask, report.problems)), list(map(report.mask, report.warnings))
-    if problems or vllm is None or model is None:
+    if problems or model is None:
         raise SettingsError(problems, warnings)
     config = [Setting("SUPERVISOR_CONFIG", file.label, source, report.overrode(named[1:])) for source, _ in named[:1]]
     return Settings(
@@ -148,51 +172,30 @@ def _mask(environ: Mapping[str, str], file: ConfigFile) -> Mask:
     return Mask(environ, hidden | {part.strip() for text in hidden for part in text.split(",")})
 
 
-def _known(known: Iterable[str], given: Iterable[str], file: ConfigFile, report: Report, section: str = "") -> None:
+def _known(known: Collection[str], given: Iterable[str], file: ConfigFile, report: Report, section: str = "") -> None:
     """A key of config.yaml that nothing reads is an error: the file was written for us."""
-    known = list(known)
-    other = {alias.lower(): ours.lower() for ours, names in ALIASES.items() for alias in names}
-    for key in given:
-        if key in known:
-            continue
+    for key in (key for key in given if key not in known):
         if key in REMOVED and not section:
             report.warnings.append(f"{file.label} {key} has no effect: {REMOVED[key]}")
-            continue
-        ours = other.get(key, "")
-        where = f"supervisor.{ours.removeprefix('supervisor_')}" if ours.startswith("supervisor_") else ours
-        hint = f"; use {where}" if where else typos.nearest(section + key, [section + name for name in known])
-        report.problems.append(f"{file.label}: unknown key {section}{key}{hint}")
+        else:
+            ours = OURS.get(key.upper(), "").lower().replace("supervisor_", "supervisor.", 1)
+            hint = f"; use {ours}" if ours else typos.nearest(section + key, [section + name for name in known])
+            report.problems.append(f"{file.label}: unknown key {section}{key}{hint}")
 
 
-def _knob(
-    knob: Knob, sources: Sources, report: Report, label: str = "", platform_default: str | None = None
-) -> Setting:
-    names = (knob.variable, *ALIASES.get(knob.variable, ()))
-    argument = getattr(sources.arguments, knob.field, None)  # mode, host and port have one
-    found = sources.find(names, knob.field, knob=True, blank=knob.secret, argument=argument)
-    if platform_default is not None:
-        found.append(Found(label, platform_default))
-    elif knob.default is not None:
-        found.append(Found("default", knob.default))
-    unset = Setting(knob.variable, None, "default")
-    if not found:
-        return unset
-    where = f"{sources.file.label} supervisor.{knob.field}"
-    if knob.is_program and not sources.file.is_named and found[0].source == where:
+def _knob(knob: Knob, sources: Sequence[Source], file: ConfigFile, report: Report) -> Setting:
+    found = find(sources, knob.variable, blank=knob.secret)
+    found += [Found("default", knob.default)] if knob.default is not None else []
+    where = f"{file.label} supervisor.{knob.field}"
+    if found and knob.is_program and not file.is_named and found[0].source == where:
+        found = []
         report.problems.append(  # a folder may be anybody's
             f"{where} is not obeyed, for it names a program and nobody named the file: "
             f"name it with --config (or SUPERVISOR_CONFIG), or set {knob.variable}"
         )
-        return unset
-    read = report.setting(
-        knob.variable,
-        found,
-        lambda given: knob.read(str(given)),
-        secret=knob.secret,
-        template=knob.template,
-        command=knob.is_program,
-    )
-    return read or Setting(knob.variable, None, found[0].source, secret=knob.secret)
+    own = {"secret": knob.secret, "template": knob.template, "command": knob.is_program}
+    setting = report.setting(knob.variable, found, lambda given: knob.read(str(given)), **own) if found else None
+    return setting or Setting(knob.variable, None, found[0].source if found else "default")
 
 
 def _mode(asked: object, environ: Mapping[str, str]) -> str:
@@ -201,17 +204,6 @@ def _mode(asked: object, environ: Mapping[str, str]) -> str:
         return str(asked)
     balanced = environ.get("PORT_HEALTH") or environ.get("HEALTH_CHECK_PATH")
     return "queue" if environ.get("RUNPOD_WEBHOOK_GET_JOB") and not balanced else "http"
-
-
-def _volume(knobs: Knobs, environ: Mapping[str, str], report: Report) -> volumes.Volume | None:
-    volume = within(models.DISK_PATIENCE, lambda: volumes.find(knobs.volume, environ))
-    if knobs.volume and volume is None:
-        report.problems.append(f"SUPERVISOR_VOLUME={knobs.volume}: expected a folder that is there, such as /data")
-    if volume is not None and not volume.writable:
-        report.warnings.append(
-            f"{volume.path} is read-only: what is there is used; downloads and caches go to the container's disk"
-        )
-    return volume
 
 
 def _cache(knobs: Knobs, volume: volumes.Volume | None, environ: Mapping[str, str]) -> Path:
@@ -223,66 +215,20 @@ def _cache(knobs: Knobs, volume: volumes.Volume | None, environ: Mapping[str, st
     return Path(home) / "vllm-supervisor"
 
 
-def _vllm(
-    knobs: Knobs, cache: Path, environ: Mapping[str, str], report: Report
-) -> tuple[Vllm | None, Catalogue | None]:
-    try:
-        vllm = find(knobs.vllm, environ.get("PATH"), cache)
-        return vllm, catalogues.load(vllm, cache)
-    except VllmError as error:
-        report.problems.append(str(error))
-        return None, None
-
-
 def _model(
-    sources: Sources, report: Report, vllms_file: ConfigFile | None, vllm: Vllm | None, catalogue: Catalogue | None
-) -> tuple[Setting | None, bool]:
-    found = sources.find(("MODEL", *ALIASES["MODEL"]), "model", argument=sources.arguments.model)
-    if vllms_file is not None and vllms_file.content.get("model"):
-        found.append(Found(vllms_file.label, vllms_file.content["model"]))
-    found += platform.model(sources.environ)
-    if not found:
-        where = demo.platform(sources.environ)
-        if where is not None:
-            report.problems.append(f"no model is named: set MODEL, such as MODEL=Qwen/Qwen3-0.6B ({where})")
-            return None, False
-        found = [Found("demo model: no model is named", str(demo.MODEL))]
-    setting = report.setting("MODEL", found, lambda given: models.read(str(given), vllm, catalogue, sources.environ))
-    if setting is None:
-        return None, False
-    return setting, within(models.DISK_PATIENCE, Path(setting.value).resolve) == demo.MODEL
+    sources: Sequence[Source], environ: Mapping[str, str], report: Report, vllm: Vllm, catalogue: Catalogue
+) -> Setting | None:
+    found = find(sources, "MODEL")
+    if not found and (where := models.forbids_demo(environ)):
+        report.problems.append(f"no model is named: set MODEL, such as MODEL=Qwen/Qwen3-0.6B ({where})")
+        return None
+    found = found or [Found("demo model: no model is named", str(models.DEMO))]
+    return report.setting("MODEL", found, lambda given: models.read(str(given), vllm, catalogue, environ))
 
 
-def _raw(own: Sequence[Setting], arguments: Arguments, catalogue: Catalogue, report: Report) -> Options:
-    (extra,) = [setting for setting in own if setting.name == "SUPERVISOR_EXTRA_ARGS"]
-    found = raw.read(extra.value or (), extra.source, catalogue, report)
-    return tuple((found | raw.read(arguments.vllm_args, "command line", catalogue, report)).values())
-
-
-def _spread(given: Options, sources: Sources) -> dict[str, str]:
-    """How the user wants the model to be spread over GPUs."""
-    found = {setting.name: str(setting.value) for _, setting in given if setting.name in clusters.SPREAD}
-    for variable in clusters.SPREAD:
-        for _, text in sources.find((variable,), variable.lower())[:1]:
-            found.setdefault(variable, str(text).strip())
-    return found
-
-
-def _of_one_machine(chosen: Options, environ: Mapping[str, str], report: Report, *, told_so: bool) -> Options:
-    """Without what a launcher's variables say of several: vLLM would look for the others."""
-    if not told_so and environ.get("NODE_RANK", "0").strip() not in ("", "0"):
-        report.warnings.append(
-            "NODE_RANK has no effect: one machine has no other rank; for several set NNODES (or NUM_NODES)"
-        )
-    return tuple(
-        (option, setting)
-        for option, setting in chosen
-        if not (setting.name in clusters.OF_SEVERAL and setting.source.startswith("environment"))
-    )
-
-
-def _names(catalogue: Catalogue, prefix: tuple[str, ...]) -> set[str]:
+def _names(catalogue: Catalogue, environ: Mapping[str, str]) -> set[str]:
     """The variables that something here reads."""
     ours = {"MODEL", "SUPERVISOR_CONFIG", *(knob.variable for knob in KNOBS), *map(str.upper, options.keys(catalogue))}
     ours |= {alias for name in ours & ALIASES.keys() for alias in ALIASES[name]}
-    return {"HF_TOKEN", "SUPERVISOR_IMAGE"} | {each + name for each in prefix for name in ours}
+    prefixes = ("", SAGEMAKER) if any(name.startswith(SAGEMAKER) for name in environ) else ("",)
+    return {"HF_TOKEN", "SUPERVISOR_IMAGE"} | {prefix + name for prefix in prefixes for name in ours}

@@ -8,58 +8,50 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 
-from supervisor.settings.names import ELSEWHERE, FORMER, OWNED, REMOVED, REMOVED_ENVIRONMENT, SAGEMAKER
+from supervisor.settings.names import NO_EFFECT, OWNED, REMOVED, REMOVED_ENVIRONMENT, SAGEMAKER
 from supervisor.vllm.catalogue import Catalogue, key_of
 
 # Variables that Kubernetes makes for each service of a namespace, whatever its name: VLLM_PORT=tcp://10.0.0.1:8000.
 SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT_\d+_(TCP|UDP)(_|$)")
 # Put before a known name by those who remember another tool's way. worker-vllm had one of its own for a while.
-WORKER = "VLLM_RUNPOD_"
-PREFIXES = ("VLLM_", "LLM_", "SUPERVISOR_", "ENGINE_", "VLLM_ARG_", WORKER)
+PREFIXES = ("VLLM_", "LLM_", "SUPERVISOR_", "ENGINE_", "VLLM_ARG_", "VLLM_RUNPOD_")
 # Words that are easily forgotten, or added.
 FILLERS = frozenset({"NUM", "MAX", "MEMORY", "SIZE", "NAME", "ENABLE", "CODE", "CALL", "COUNT", "PATH", "FILE"})
-NEAR = 0.8
-CLOSE = 0.8  # how like a known option a misspelt one is
+NEAR = 0.8  # how like a known one a misspelt one is, from 0 to 1
 # LMI puts it before the names of vLLM's options.
 LMI = "OPTION_"
 # Near misses in letters, and yet not ours: OpenSSL's file, and anybody's folder.
 OTHERS = frozenset({"SSL_CERT_FILE", "CACHE_DIR"})
 
 
-def is_service_link(name: str, value: str) -> bool:
-    return SERVICE_LINK.search(name) is not None or (name.endswith("_PORT") and "://" in value)
-
-
-class Names:
+class Names(frozenset[str]):
     """Known names, found by a word that they share with another: comparing with each of 400 would take 50 ms."""
-
-    def __init__(self, known: Iterable[str]) -> None:
-        self.known = set(known)
 
     @cached_property
     def by_start(self) -> dict[str, set[str]]:
-        found: dict[str, set[str]] = {}
-        for name in self.known:
+        found: dict[str, set[str]] = defaultdict(set)
+        for name in self:
             for word in name.split("_"):
-                found.setdefault(word[:4], set()).add(name)
+                found[word[:4]].add(name)
         return found
 
     def meant(self, name: str) -> str | None:
         """The known name that `name` is most probably meant to be."""
         upper = name.upper().replace("-", "_")
-        if upper in self.known:
+        if upper in self:
             return upper
         for prefix in PREFIXES:
             rest = upper.removeprefix(prefix)
-            if rest != upper and rest in self.known and ("_" in rest or prefix in ("VLLM_", "SUPERVISOR_")):
+            if rest != upper and rest in self and ("_" in rest or prefix in ("VLLM_", "SUPERVISOR_")):
                 return rest
-        if "_" in upper and f"SUPERVISOR_{upper}" in self.known:
+        if "_" in upper and f"SUPERVISOR_{upper}" in self:
             return f"SUPERVISOR_{upper}"
         words = upper.split("_")
-        candidates = {name for word in words for name in self.by_start.get(word[:4], ())}
+        candidates = {name for word in words for name in self.by_start[word[:4]]}
         scored = [(score, name) for name in candidates if (score := _likeness(words, name.split("_"))) >= NEAR]
         return max(scored)[1] if scored else None
 
@@ -70,13 +62,10 @@ def _likeness(words: list[str], known: list[str]) -> float:
         return 0.0
     if len(words) == len(known):
         return min(map(_word_likeness, words, known))
-    if "".join(words) == "".join(known):  # TENSOR_PARALLELSIZE
-        return 0.95
     shorter, longer = sorted((words, known), key=len)
-    one_more = len(longer) - len(shorter) == 1 < len(shorter) and any(
-        longer[:at] + longer[at + 1 :] == shorter for at, word in enumerate(longer) if word in FILLERS
-    )
-    return 0.95 if one_more else 0.0
+    without = [longer[:at] + longer[at + 1 :] for at, word in enumerate(longer) if word in FILLERS]
+    is_same = "".join(words) == "".join(known)  # TENSOR_PARALLELSIZE
+    return 0.95 if is_same or (len(shorter) > 1 and shorter in without) else 0.0
 
 
 def _word_likeness(word: str, known: str) -> float:
@@ -96,38 +85,26 @@ def nearest(word: str, known: Collection[str], likeness: float = 0.6) -> str:
 
 def missing(key: str, catalogue: Catalogue) -> str:
     """What to say of an option that vLLM does not have; nothing, where it is like no other."""
-    return f" any more: {REMOVED[key]}" if key in REMOVED else nearest(key, catalogue.by_key, CLOSE)
+    return f" any more: {REMOVED[key]}" if key in REMOVED else nearest(key, catalogue.by_key, NEAR)
 
 
-def unread(environ: Mapping[str, str], read: Collection[str], catalogue: Catalogue) -> list[str]:
+def unread(environ: Mapping[str, str], read: Collection[str], catalogue: Catalogue) -> Iterator[str]:
     """A line for each variable that is set, not read, and not just another program's. `read`: what is looked at."""
     own, known = Names(catalogue.environment), Names(read)
-    without_effect = {key.upper(): text for key, text in REMOVED.items()} | FORMER
-    lines = []
     for name, value in environ.items():
-        if not value or name in read or name in own.known or name in OTHERS or is_service_link(name, value):
+        is_link = SERVICE_LINK.search(name) or (name.endswith("_PORT") and "://" in value)
+        if not value or is_link or name in read or name in own or name in OTHERS:
             continue
-        if name in without_effect:
-            lines.append(f"{name} has no effect: {without_effect[name]}")
-        elif name in REMOVED_ENVIRONMENT and own.known:
-            lines.append(f"{name} has no effect in vLLM {catalogue.version}: {REMOVED_ENVIRONMENT[name]}")
-        elif told := _elsewhere(name, known):
-            lines.append(f"{name} has no effect: {told}")
+        if name in NO_EFFECT:
+            yield f"{name} has no effect: {NO_EFFECT[name]}"
+        elif name in REMOVED_ENVIRONMENT and own:
+            yield f"{name} has no effect in vLLM {catalogue.version}: {REMOVED_ENVIRONMENT[name]}"
+        elif name.startswith(LMI) and name.removeprefix(LMI) in known:
+            yield f"{name} has no effect: it is LMI's; set {name.removeprefix(LMI)}"
         elif meant := known.meant(name) or (own.meant(name) if name.startswith("VLLM_") else None):
-            owned = OWNED.get(key_of(meant))
-            hint = f"nothing reads it; did you mean {meant}?" if owned is None or meant == "PORT" else owned
-            lines.append(f"{name} has no effect: {hint}")
-        elif name.startswith(("SUPERVISOR_", SAGEMAKER, WORKER)):
-            lines.append(f"{name} has no effect: there is no such setting (`supervisor explain` shows those there are)")
-        elif name.startswith("VLLM_") and own.known:
-            lines.append(f"{name} has no effect: vLLM {catalogue.version} reads no such variable, unless a plugin does")
-    return lines
-
-
-def _elsewhere(name: str, known: Names) -> str | None:
-    """What to set for a name of another server's, or of nobody's that many use."""
-    family, ours = ELSEWHERE.get(name, ("LMI", name.removeprefix(LMI)))
-    if name not in ELSEWHERE and (not name.startswith(LMI) or ours not in known.known):
-        return None
-    whose = f"it is {family}'s; " if family else ""
-    return f"{whose}set {ours}" if ours else f"{whose}there is nothing to set"
+            owned = OWNED.get(key_of(meant)) if meant != "PORT" else None
+            yield f"{name} has no effect: {owned or f'nothing reads it; did you mean {meant}?'}"
+        elif name.startswith(("SUPERVISOR_", SAGEMAKER, "VLLM_RUNPOD_")):
+            yield f"{name} has no effect: there is no such setting (`supervisor explain` shows those there are)"
+        elif name.startswith("VLLM_") and own:
+            yield f"{name} has no effect: vLLM {catalogue.version} reads no such variable, unless a plugin does"

@@ -20,10 +20,6 @@ class Volume:
     path: Path
     writable: bool
 
-    @property
-    def hub(self) -> Path:
-        return self.path / HUB
-
 
 def find(asked: str | None, environ: Mapping[str, str]) -> Volume | None:
     """The volume that was asked for, else RunPod's, where there is one."""
@@ -50,5 +46,5 @@ def hub_environment(volume: Volume | None, environ: Mapping[str, str], folder: s
     placed = any(environ.get(name) for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"))
     if volume is not None and volume.writable and not placed:
         # Chunks of what is downloaded, kept beside the files themselves, would be written to the network twice.
-        found |= {"HF_HOME": str(volume.hub), "HF_XET_CACHE": os.path.join(folder, "xet")}  # noqa: PTH118
+        found |= {"HF_HOME": str(volume.path / HUB), "HF_XET_CACHE": os.path.join(folder, "xet")}  # noqa: PTH118
     return {name: value for name, value in found.items() if not environ.get(name)}

@@ -58,6 +58,11 @@ class Option:
         return self.key.upper()
 
     @property
+    def is_switch(self) -> bool:
+        """Whether it is yes or no."""
+        return self.kind in ("pair", "switch")
+
+    @property
     def is_template(self) -> bool:
         """Whether it is a program with braces of its own."""
         return self.key == "chat_template"
@@ -78,7 +83,7 @@ class Option:
 
     def read(self, given: object) -> object:
         """The value that `given` (a text, or what YAML made of it) stands for. Raises BadValue."""
-        if self.kind in ("pair", "switch"):
+        if self.is_switch:
             return read_bool(given)
         if self.kind in ("list", "append"):
             return tuple(self._read_item(clean(item), ITEM_READERS) for item in items(given))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from supervisor.settings.checks import RULES
+from supervisor.settings.knobs import KNOBS
 from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
 from supervisor.vllm.catalogue import FLAGS, parse
 
@@ -146,6 +150,21 @@ def test_what_is_right_in_vllms_file_counts(folder: Path) -> None:
     (folder / "vllm.yaml").write_text("enable-auto-tool-choice: true\nlora-modules: [a=org/b]\n")
     settings = read(folder, VLLM_CONFIG_FILE="vllm.yaml", TOOL_CALL_PARSER="hermes", ENABLE_LORA="true")
     assert settings.warnings == ()
+
+
+# The table
+
+
+@pytest.mark.parametrize("row", [row for part in ("problems", "warnings") for row in RULES[part]])
+def test_a_row_speaks_of_settings_that_there_are(row: dict[str, Any]) -> None:
+    known = {"mode", "volume", "read-only volume", "cluster", *(knob.variable for knob in KNOBS)}
+    known |= {option.variable for option in parse((FLAGS / "0.32.0.json").read_text()).by_key.values()}
+    texts = [*row["when"], row["told"]]
+    for name, attribute in [found for text in texts for found in re.findall(r"\{([^.}]+)\.?(\w*)\}", text)]:
+        assert name.startswith("$") or name in known
+        assert attribute in ("shown", "source", "named")
+    assert set(row.get("above", {})) <= known
+    assert all(map(re.compile, row["when"].values()))
 
 
 # Another vLLM

@@ -220,6 +220,12 @@ def test_rank_0_that_has_no_name_yet_is_waited_for(folder: Path, monkeypatch: py
     assert settings.cluster.environ == {}
 
 
+def test_an_address_that_can_be_nobodys_ends_no_start(folder: Path) -> None:
+    settings = read(folder, BY_HAND | {"TENSOR_PARALLEL_SIZE": "2", "MASTER_ADDR": "./llm-0"})
+    assert settings.cluster is not None
+    assert settings.cluster.environ == {}
+
+
 # One machine
 
 

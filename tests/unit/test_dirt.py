@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from supervisor.settings.command import build
-from supervisor.settings.environment import THEIRS
 from supervisor.settings.knobs import KNOBS
 from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
+from supervisor.settings.sources import THEIRS
 from supervisor.vllm.catalogue import FLAGS, Option, parse
 from supervisor.vllm.values import BadValue, clean
 
@@ -254,7 +254,8 @@ def test_yes_and_no_are_numbers_where_vllm_wants_numbers(folder: Path, word: str
 def test_a_word_that_is_neither_is_told(folder: Path) -> None:
     (problem,) = problems(folder, VLLM_USE_FLASHINFER_SAMPLER="maybe")
     assert problem == (
-        "VLLM_USE_FLASHINFER_SAMPLER=maybe (environment VLLM_USE_FLASHINFER_SAMPLER): expected true or false (or 1, 0)"
+        "VLLM_USE_FLASHINFER_SAMPLER=maybe (environment VLLM_USE_FLASHINFER_SAMPLER): "
+        "expected true or false (or 1, 0, yes, no, on, off)"
     )
     assert passed(read(folder, VLLM_LOGGING_LEVEL="no"))("VLLM_LOGGING_LEVEL") == "no"  # a word to vLLM, too
 

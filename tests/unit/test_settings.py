@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from supervisor.secrets import Mask
-from supervisor.settings import demo
+from supervisor.settings import models
 from supervisor.settings.command import build
 from supervisor.settings.knobs import KNOBS, Keys, Knobs
 from supervisor.settings.names import ALIASES, OWNED
@@ -49,6 +49,15 @@ def test_command_line_beats_environment_beats_file_beats_default(folder: Path) -
     length = {option.key: setting for option, setting in settings.options}["max_model_len"]
     assert (length.value, length.source) == ("2", "environment MAX_MODEL_LEN")
     assert length.overrode == ("config.yaml max_model_len: 1",)
+
+
+def test_a_source_that_says_the_opposite_keeps_its_rank(folder: Path) -> None:
+    (folder / "config.yaml").write_text("supervisor:\nenable_prefix_caching: true\ngpu_memory_utilization: 0.5\n")
+    settings = read(folder, DISABLE_PREFIX_CACHING="true", DEVICE_MEMORY_UTILIZATION="0.7")
+    values = {option.key: setting for option, setting in settings.options}
+    assert values["enable_prefix_caching"].value is False
+    assert values["enable_prefix_caching"].overrode == ("config.yaml enable_prefix_caching: true",)
+    assert values["gpu_memory_utilization"].value == "0.7"
 
 
 def test_empty_means_unset(folder: Path) -> None:
@@ -362,10 +371,10 @@ def test_no_model_on_a_platform_names_the_variable(folder: Path) -> None:
 
 
 def test_no_model_on_a_laptop_is_the_demo(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "platform", lambda environ: None)
+    monkeypatch.setattr(models, "forbids_demo", lambda environ: None)
     settings = read(folder, Arguments(), MAX_MODEL_LEN="512")
     assert settings.is_demo
-    assert Path(settings.model.value) == demo.MODEL
+    assert Path(settings.model.value) == models.DEMO
     found = argv(settings)
     assert found[found.index("--max-model-len") + 1] == "512"
     assert "--enable-auto-tool-choice" in found

@@ -28,7 +28,7 @@ OTHERS = [
 
 
 def told(**environ: str) -> list[str]:
-    return typos.unread(environ, READ, CATALOGUE)
+    return list(typos.unread(environ, READ, CATALOGUE))
 
 
 def test_other_programs_variables_are_none_of_our_business() -> None:

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from supervisor.around.modalities import ARCHITECTURES, AUDIO, TEXT_ONLY, VISION, kinds
-from supervisor.settings.environment import DEFAULTS
+from supervisor.settings.names import DEFAULTS
 from tests.vllm.conftest import VLLM
 
 pytestmark = pytest.mark.vllm
@@ -52,7 +52,9 @@ def test_models_for_text_are_not_taken_for_such() -> None:
     assert not TEXT_ONLY & architectures("_MULTIMODAL_MODELS")
 
 
-@pytest.mark.parametrize(("environ", "scheme"), [(DEFAULTS, "https"), ({}, "http")], ids=["ours", "none"])
+@pytest.mark.parametrize(
+    ("environ", "scheme"), [(DEFAULTS["vLLM's environment"], "https"), ({}, "http")], ids=["ours", "none"]
+)
 def test_the_scheme_that_the_gateway_tells_is_believed(environ: dict[str, str], scheme: str) -> None:
     done = subprocess.run(
         [VLLM.parent / "python", "-c", REDIRECTED], env=environ, capture_output=True, text=True, check=True
