@@ -70,6 +70,7 @@ class Repository:
     def __init__(self, cache: Path, given: Mapping[str, str]) -> None:
         self.repo, self.revision = given["repo"], given.get("revision")
         self.setting, self.place = given.get("setting", "MODEL"), given.get("place", "{weights}")
+        self.where = "REVISION" if self.setting == "MODEL" else self.setting  # what names the revision
         self.load_format, self.is_gguf = given.get("load_format", "auto"), "gguf" in given
         self.folder = Path(given["have"]) if "have" in given else None
         self.cache, self.path = cache, cache / f"models--{self.repo.replace('/', '--')}"
@@ -93,8 +94,10 @@ class Repository:
         while True:
             try:
                 return step()
-            except Exception as error:  # noqa: BLE001  # of the client, its HTTP library, the disk: told apart below
-                self._raise_if_final(error)
+            except refusals.CannotError:
+                raise
+            except Exception as error:  # noqa: BLE001  # of the client, its HTTP library, the disk: told apart there
+                refusals.refused(error, vars(self))
                 here = sum(sizes(self.blobs).values())
                 left, seen = left - 1 if here <= seen else tries - 1, max(seen, here)
                 if left <= 0:
@@ -206,14 +209,6 @@ class Repository:
             half = self.ref.with_name(f".{self.ref.name}.{os.getpid()}")
             half.write_text(self.snapshot.name)
             half.replace(self.ref)
-
-    def _raise_if_final(self, error: Exception) -> None:
-        if isinstance(error, refusals.CannotError):
-            raise error
-        refusals.disk(error, self.repo, self.cache)
-        where = "REVISION" if self.setting == "MODEL" else self.setting
-        words = {"repo": self.repo, "revision": self.revision, "setting": self.setting, "where": where}
-        refusals.refused(error, words)
 
     def give_up(self, cause: str, remedy: str, code: int) -> None:
         """Returns where there is something to serve all the same."""

@@ -216,7 +216,7 @@ def test_what_leads_to_the_hub_is_named(monkeypatch: pytest.MonkeyPatch, environ
     )
 
 
-def test_the_error_below_says_more(tmp_path: Path) -> None:
+def test_the_error_below_says_more() -> None:
     class LocalEntryNotFoundError(Exception):
         """The client's, of any trouble."""
 
@@ -229,7 +229,6 @@ def test_the_error_below_says_more(tmp_path: Path) -> None:
         error.__cause__ = below
         if told == "refused":
             refusals.refused(error, words)
-            refusals.disk(error, "org/name", tmp_path)
             assert refusals.reason(error) == "[Errno 111] refused"
         else:
             with pytest.raises(refusals.CannotError, match=told):
@@ -239,18 +238,21 @@ def test_the_error_below_says_more(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (OSError(28, "No space left on device"), "The disk became full"),
-        (PermissionError(13, "Permission denied", "/cache/x"), "may not be written by this user"),
+        (OSError(28, "No space left on device"), "The disk became full while org/name came to /cache."),
+        (PermissionError(13, "Permission denied", "/cache/x"), "/cache may not be written by this user."),
         (PermissionError(13, "Permission denied"), ""),  # a firewall's
-        (OSError(30, "Read-only file system", "/cache/x"), "is read-only"),
+        (OSError(30, "Read-only file system", "/cache/x"), "/cache is read-only."),
         (RuntimeError("Data processing error: No space left on device (os error 28)"), "The disk became full"),
         (NotADirectoryError(20, "Not a directory", "/cache/x"), "can't be written to (Not a directory)"),
+        (ConnectionRefusedError(111, "Connection refused"), ""),
     ],
 )
-def test_disks(error: Exception, told: str, tmp_path: Path) -> None:
+def test_disks(error: Exception, told: str) -> None:
+    words = {"repo": "org/name", "cache": "/cache"}
     if not told:
-        refusals.disk(error, "org/name", tmp_path)
+        refusals.refused(error, words)
         return
     with pytest.raises(refusals.CannotError) as found:
-        refusals.disk(error, "org/name", tmp_path)
+        refusals.refused(error, words)
     assert told in found.value.args[0]
+    assert found.value.args[2] == refusals.PERMANENT
