@@ -20,24 +20,22 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from importlib import metadata, util
 from pathlib import Path
 from subprocess import DEVNULL, Popen
 from typing import TYPE_CHECKING, Any, NoReturn
 
-if TYPE_CHECKING:
+if TYPE_CHECKING or __package__:
     from supervisor.weights import halves, refusals, snapshot
 else:  # beside this file, and of the package nothing else: the supervisor is not installed where vLLM is
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     import halves
     import refusals
     import snapshot
-
-    del sys.path[0]
 
 REPORT_EVERY = 5.0  # seconds
 ASK_TIMEOUT = 10.0
@@ -48,8 +46,9 @@ TRIES = 5  # in a row, without a byte more than before
 SPARE = 200_000_000
 # What takes longer to come than vLLM's import, and than a moment to be read.
 LARGE = 500_000_000
-UNREACHABLE = "The hub could not be reached"
-BROKEN = "The download broke off, again and again"
+# What a try ended with, and what all of them did.
+UNREACHABLE = ("the hub did not answer", "The hub could not be reached")
+BROKEN = ("the download broke off", "The download broke off, again and again")
 STALLED = (
     "Check the network; if another worker that fills the same cache died, delete the cache's folder .locks. It is "
     "tried again, and goes on where it stopped."
@@ -79,18 +78,17 @@ class Repository:
         self.files: dict[str, Any] = {}  # what vLLM reads of it, as the hub tells; nothing where all is done
         self.coming: list[int] = []  # sizes of those that are not here
         self.needed = 0  # bytes of these that are not here
-        self.quiet_until = 0.0  # that no byte comes is no wonder
 
     def ask(self) -> None:
         """Asks the hub what it has, and what of that is to come. Raises CannotError."""
         if self.is_gguf:
             need_gguf(self.repo, self.setting)
         else:  # where it is in the cache, one question has to do
-            self._insist(self._ask, 1 if self.folder else TRIES, "the hub did not answer", UNREACHABLE)
+            self._insist(self._ask, UNREACHABLE, 1 if self.folder else TRIES)
 
-    def _insist(self, step: Callable[[], object], tries: int, told: str, cause: str) -> object:
+    def _insist(self, step: Callable[[], object], trouble: tuple[str, str], tries: int = TRIES) -> object:
         """Does it again and again for as long as more comes, and so many times where nothing does."""
-        left, seen = tries, -1
+        tried, most = 0, 0
         while True:
             try:
                 return step()
@@ -99,13 +97,11 @@ class Repository:
             except Exception as error:  # noqa: BLE001  # of the client, its HTTP library, the disk: told apart there
                 refusals.refused(error, vars(self))
                 here = sum(sizes(self.blobs).values())
-                left, seen = left - 1 if here <= seen else tries - 1, max(seen, here)
-                if left <= 0:
-                    refusals.unreachable(cause, error)
-                say(f"{told} ({refusals.reason(error)}); it is tried again")
-                pause = refusals.pause(error, tries - left)
-                self.quiet_until = time.monotonic() + pause
-                time.sleep(pause)
+                tried, most = (1, here) if here > most else (tried + 1, most)
+                if tried >= tries:
+                    refusals.unreachable(trouble[1], error)
+                say(f"{trouble[0]} ({refusals.reason(error)}); it is tried again")
+                time.sleep(refusals.pause(error, tried))
 
     def _ask(self) -> None:
         from huggingface_hub import HfApi, hf_hub_download, snapshot_download  # noqa: PLC0415
@@ -148,43 +144,42 @@ class Repository:
         there = halves.sweep(self.path, {row.lfs.sha256 if row.lfs else row.blob_id for row in coming})
         self.needed = sum(self.coming) - there if can_tell else 0
 
-    def fetch(self, stall: float, instead: Callable[[], object]) -> None:
-        """Downloads what is lacking, and checks it; `instead`, where nothing comes any more, but something is there.
-        Raises CannotError."""
+    def fetch(self, stall: float) -> None:
+        """Downloads what is lacking, and checks it. Raises CannotError."""
         if not self.files:
             return
         began, total = time.monotonic(), sum(self.coming)
         if self.coming:
             say(f"Downloading weights: {self.repo}, {len(self.coming)} files, {size(total)}, to {self.cache}")
-        over = threading.Event()
-        threading.Thread(target=self._watch, args=(over, stall, instead), daemon=True).start()
-        try:
-            self._insist(self.load, TRIES, "the download broke off", BROKEN)
-        finally:
-            over.set()
-        self._insist(self._check, TRIES, "the hub did not answer", UNREACHABLE)
+        whole = sum(count for name, count in sizes(self.blobs).items() if not name.endswith(".incomplete"))
+        self._insist(partial(self._load, stall, whole), BROKEN)
+        self._insist(self._check, UNREACHABLE)
         if self.coming:
             seconds = max(time.monotonic() - began, 0.001)
             say(f"downloaded {size(total)} in {seconds:.0f} s, {size(total / seconds)}/s")
         self.folder = self.snapshot
 
-    def _watch(self, over: threading.Event, stall: float, instead: Callable[[], object]) -> None:
-        """Tells each few seconds how far it is, and gives up where not a byte comes."""
-        total, done, seen = sum(self.coming), 0, sizes(self.blobs)
-        before = sum(count for name, count in seen.items() if not name.endswith(".incomplete"))
-        moved = told = time.monotonic()
-        while not over.wait(min(1.0, stall / 4)):
+    def _load(self, stall: float, before: int) -> None:
+        """Tells each few seconds how far it is. Raises CannotError where not a byte comes. `before`: bytes of the cache
+        that are none of the download's."""
+        total, seen = sum(self.coming), sizes(self.blobs)
+        last, moved = sum(seen.values()), time.monotonic()
+        told = moved
+        loading = ThreadPoolExecutor(1).submit(self.load)
+        while not wait([loading], min(1.0, stall / 4)).done:
             now, here = time.monotonic(), sizes(self.blobs)
             if here != seen:
                 moved, seen = now, here
-            elif now - max(moved, self.quiet_until) > stall:
-                self.give_up(f"The download stands still: not a byte came in {stall:g} s.", STALLED, refusals.TRANSIENT)
-                instead()
+            elif now - moved > stall:
+                cause = f"The download stands still: not a byte came in {stall:g} s."
+                refusals.fail(cause, STALLED, refusals.TRANSIENT)
             if total and now - told >= REPORT_EVERY:
-                last, done = done, min(sum(here.values()) - before, total)
-                rate, told = max(0, done - last) / (now - told), now
+                come = sum(here.values())
+                done, rate = min(come - before, total), max(0, come - last) / (now - told)
+                last, told = come, now
                 left = f", {(total - done) / rate:.0f} s left" if rate > 1000 else ""
                 say(f"Downloading weights: {size(done)} of {size(total)}, {size(rate)}/s{left}")
+        loading.result()
 
     def _check(self) -> None:
         """By the client, which compares sizes alone where nobody asks for more. Then its name leads to this commit."""
@@ -216,17 +211,16 @@ class Repository:
             say(f"cannot be had{' now' if code == refusals.TRANSIENT else ''}: {cause} | {remedy}")
             os._exit(code)  # the client's threads may be waiting for the network
         say(f"{cause} Serving what is in the cache: {self.folder}")
-        self.files = {}
+        self.files, self.needed = {}, 0
 
 
 def sizes(blobs: Path) -> dict[str, int]:
     """Of all files in a cache, whichever way and by whomever they come."""
     found = {}
-    with contextlib.suppress(OSError):
-        for entry in os.scandir(blobs):
-            with contextlib.suppress(OSError):  # what is allotted, for a client may write a file's end first
-                facts = entry.stat()
-                found[entry.name] = min(facts.st_size, facts.st_blocks * 512 or facts.st_size)
+    for path in blobs.glob("*"):
+        with contextlib.suppress(OSError):  # what is allotted, for a client may write a file's end first
+            facts = path.stat()
+            found[path.name] = min(facts.st_size, facts.st_blocks * 512 or facts.st_size)
     return found
 
 
@@ -275,23 +269,23 @@ def need_gguf(repo: str, setting: str) -> None:
 def fetch_all(given: argparse.Namespace, repositories: list[Repository]) -> None:
     """Asks for all of them before the first byte of any comes."""
     halves.keep(say)
-    needed, reading, silent = 0, None, False
+    reading, silent = None, False
     for each in repositories:
         try:
             if not (silent and each.folder):  # one question to a hub that does not answer has to do
                 each.ask()
-            needed += each.needed
-            room_for(each.repo, needed, each.cache)
+            room_for(each.repo, sum(other.needed for other in repositories), each.cache)
         except refusals.CannotError as cannot:
             each.give_up(*cannot.args)
             silent = cannot.args[-1] == refusals.TRANSIENT
-    if given.command and needed >= LARGE:  # vLLM's libraries come off the disk while the network is waited for
+    if given.command and sum(each.needed for each in repositories) >= LARGE:
+        # vLLM's libraries come off the disk while the network is waited for.
         with contextlib.suppress(OSError):
             words = ["nice", "-n", "10", sys.executable, "-c", "import vllm.entrypoints.openai.api_server"]
             reading = Popen(words, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL)
     for each in repositories:
         try:
-            each.fetch(given.stall, partial(become, given, repositories))
+            each.fetch(given.stall)
         except refusals.CannotError as cannot:
             each.give_up(*cannot.args)
     if reading is not None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
+import threading
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from supervisor.weights import download
-
-halves, refusals = download.halves, download.refusals  # it imports them as files beside it
+from supervisor.weights import download, halves, refusals
 
 
 class Client:
@@ -146,6 +148,68 @@ def test_an_older_client_has_neither_xet_nor_checksums(client: Client, tmp_path:
     repository.files = {"model.safetensors": SimpleNamespace(lfs=LARGE, size=1)}
     assert not download.come_by_xet(repository.files.values())
     repository._check()
+
+
+# How far it is
+
+
+class Partial(download.Repository):
+    """One of 10 MB, of which 6 MB came before."""
+
+    def __init__(self, cache: Path, given: Mapping[str, str], seconds: float = 0.4) -> None:
+        super().__init__(cache, given)
+        self.blobs.mkdir(parents=True)
+        (self.blobs / "large.kept.incomplete").write_bytes(bytes(6_000_000))
+        self.files, self.coming = {"large": SimpleNamespace(lfs=LARGE, size=10_000_000)}, [10_000_000]
+        self.over = threading.Event()
+        self.load: Any = partial(self.over.wait, seconds)
+
+
+def test_what_came_before_is_no_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(download, "REPORT_EVERY", 0.1)
+    Partial(tmp_path, {"repo": "org/name"})._load(stall=0.4, before=0)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == "weights: Downloading weights: 6.0 MB of 10.0 MB, 0.0 MB/s"
+
+
+def test_what_a_try_raises_in_its_thread_is_told(tmp_path: Path) -> None:
+    repository = Partial(tmp_path, {"repo": "org/name"})
+    repository.load = partial(int, "nothing")
+    with pytest.raises(ValueError, match="nothing"):
+        repository._load(stall=60, before=0)
+
+
+def test_a_newer_one_that_stands_still_keeps_nothing_else_from_coming(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is in the cache is served, and the next repository is fetched."""
+    monkeypatch.setattr(download.Repository, "ask", lambda _: None)
+    monkeypatch.setattr(download.Repository, "_check", lambda _: None)
+    monkeypatch.setattr(halves, "keep", lambda _: None)
+    (tmp_path / "config.json").write_text("{}")
+    still = Partial(tmp_path / "1", {"repo": "org/1", "have": str(tmp_path), "load_format": "dummy"}, 60)
+    other = Partial(tmp_path / "2", {"repo": "org/2"}, 0)
+    download.fetch_all(argparse.Namespace(command=[], stall=0.2), [still, other])
+    still.over.set()
+    assert (still.folder, other.folder) == (tmp_path, other.snapshot)
+    assert f"The download stands still: not a byte came in 0.2 s. Serving what is in the cache: {tmp_path}" in (
+        capsys.readouterr().out
+    )
+
+
+def test_what_is_given_up_needs_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a newer one there is none, so the one in the cache is served; what is small comes all the same."""
+    monkeypatch.setattr(download.Repository, "ask", lambda _: None)
+    monkeypatch.setattr(halves, "keep", lambda _: None)
+    (tmp_path / "config.json").write_text("{}")
+    newer = download.Repository(tmp_path, {"repo": "org/1", "have": str(tmp_path), "load_format": "dummy"})
+    newer.needed = 10**18
+    small = download.Repository(tmp_path, {"repo": "org/2"})
+    small.needed = 1000
+    download.fetch_all(argparse.Namespace(command=[], stall=60), [newer, small])
+    assert newer.folder == tmp_path
 
 
 # GGUF
