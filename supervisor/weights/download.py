@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import glob
 import inspect
 import json
 import os
@@ -112,30 +113,24 @@ class Repository:
             say(f"the hub has a newer {self.repo}: {commit[:12]}, not {self.folder.name[:12]}")
         elif self.folder and self.ref.is_file() and self.ref.read_text() == commit:
             return
-        where: dict[str, Any] = {"repo_id": self.repo, "revision": commit, "cache_dir": str(self.cache)}
-
-        def index(name: str) -> object:
-            with contextlib.suppress(ValueError):
-                return json.loads(Path(hf_hub_download(**where, filename=name)).read_bytes())
-            return None
-
+        where: dict[str, Any] = {"revision": commit, "cache_dir": str(self.cache)}
         rows = HfApi().list_repo_tree(self.repo, recursive=True, revision=commit)
         # A name that leads out of the folder is none of the hub's own; files that are damaged are deleted.
         found = {row.path: row for row in rows if hasattr(row, "size") and ".." not in Path(row.path).parts}
-        weights = snapshot.weights(found, self.load_format, index) or []
+        weights = snapshot.weights(found, self.load_format, partial(hf_hub_download, self.repo, **where))
         if not weights and snapshot.PATTERNS[self.load_format] and any(name.endswith(".gguf") for name in found):
             return need_gguf(self.repo, self.setting)  # a plugin knows which of them is wanted
         if lacking := sorted({*weights} - {*found}):
             refusals.fail(f"{self.repo} lacks {lacking[0]} on the hub itself.", f"Check {self.setting} and REVISION.")
         self.files = {name: row for name, row in found.items() if name in weights or snapshot.is_read(name)}
         for name, row in self.files.items():  # for the client takes each that is there
-            if is_damaged(self.snapshot / name, row.size, name in weights):
+            path = self.snapshot / name
+            if path.exists() and (path.stat().st_size != row.size or (name in weights and snapshot.damage(path))):
                 say(f"{name} is damaged, and is fetched again")
-                delete(self.snapshot / name)
-        where["allow_patterns"] = ["".join(f"[{c}]" if c in "[*?" else c for c in name) for name in self.files]
-        self.load = partial(snapshot_download, **where)
+                delete(path)
+        self.load = partial(snapshot_download, self.repo, allow_patterns=[*map(glob.escape, self.files)], **where)
         if can_tell := "dry_run" in inspect.signature(snapshot_download).parameters:
-            missing = {row.filename for row in snapshot_download(**where, dry_run=True) if row.will_download}
+            missing = {row.filename for row in self.load(dry_run=True) if row.will_download}
         else:
             say("this huggingface_hub can't tell beforehand what comes; whether there is room is not looked at")
             missing = {name for name in self.files if not (self.snapshot / name).exists()}
@@ -230,12 +225,6 @@ def come_by_xet(rows: Iterable[Any]) -> bool:
 
     large, has_xet = [row for row in rows if row.lfs], getattr(file_download, "is_xet_available", lambda: False)
     return bool(large) and has_xet() and all(getattr(row, "xet_hash", None) for row in large)
-
-
-def is_damaged(path: Path, right: int, is_weights: bool) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return path.stat().st_size != right or (is_weights and snapshot.damage(path) is not None)
-    return False
 
 
 def delete(path: Path) -> None:

@@ -11,11 +11,11 @@ import re
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-INDEX = "model.safetensors.index.json"
 CONSOLIDATED = "consolidated*.safetensors"
-CONSOLIDATED_INDEX = "consolidated.safetensors.index.json"
+# Which files belong to a model, by these.
+INDEXES = {CONSOLIDATED: "consolidated.safetensors.index.json", "*.safetensors": "model.safetensors.index.json"}
 # Which weights vLLM takes, by --load-format: the first pattern that matches something (its default_loader.py). Formats
 # that are not here are loaded by programs of their own, from wherever these have them.
 PATTERNS: dict[str, tuple[str, ...]] = {
@@ -60,37 +60,42 @@ def is_read(name: str) -> bool:
     return READ.fullmatch(name) is not None and NOT_READ.fullmatch(name) is None
 
 
-def weights(names: Iterable[str], load_format: str, index: Callable[[str], object]) -> list[str] | None:
-    """The files of weights that vLLM will read; None for a load format that nothing is known of.
+def weights(names: Iterable[str], load_format: str, locate: Callable[[str], str | Path] | None = None) -> list[str]:
+    """The files of weights that vLLM will read; none for a load format that nothing is known of.
 
-    `index(name)` gives the parsed JSON of an index file. Parts of a row that are missing are in the list, too.
+    `locate(name)` gives the path of an index file. Parts of a row that are missing are in the list, too.
     """
-    patterns = PATTERNS.get(load_format)
-    if patterns is None:
-        return None
+    patterns = PATTERNS.get(load_format, ())
     everything = {name for name in names if not NOT_READ.fullmatch(name)}
-    found = _of_the_model({name for name in everything if "/" not in name}, patterns, index)
+    found = _of_the_model({name for name in everything if "/" not in name}, patterns, locate)
     if patterns and load_format != "lora":
         also = BESIDE if found else INSTEAD
         found |= {name for name in everything if any(fnmatch(name, pattern) for pattern in also)}
     return sorted(found)
 
 
-def _of_the_model(names: set[str], patterns: Iterable[str], index: Callable[[str], object]) -> set[str]:
+def _of_the_model(names: set[str], patterns: Iterable[str], locate: Callable[[str], str | Path] | None) -> set[str]:
     present = {name for name in names if not any(fnmatch(name, pattern) for pattern in NOT_WEIGHTS)}
     for pattern in patterns:
         found = {name for name in present if fnmatch(name, pattern)}
-        listed = {CONSOLIDATED: CONSOLIDATED_INDEX, "*.safetensors": INDEX}.get(pattern, "")
-        if listed in present and (pattern != CONSOLIDATED or found):
-            content = index(listed)
-            files = content.get("weight_map") if isinstance(content, dict) else None
-            if isinstance(files, dict) and files:
-                return set(map(str, files.values()))
-        if pattern == "*.safetensors" and INDEX not in present:
+        index = INDEXES.get(pattern)
+        if locate and index in present and (pattern != CONSOLIDATED or found):
+            listed = _content(locate(index)).get("weight_map")
+            if isinstance(listed, dict) and listed:
+                return set(map(str, listed.values()))
+        if pattern == "*.safetensors" and index not in present:
             found -= {name for name in found if fnmatch(name, CONSOLIDATED)} if len(found) > 1 else set()
         if found:
             return found | {part for name in found for part in _row(name)}
     return set()
+
+
+def _content(path: str | Path) -> dict[str, Any]:
+    """Of a small file of JSON; nothing where it is none."""
+    with contextlib.suppress(OSError, ValueError):
+        content = json.loads(Path(path).read_bytes())
+        return content if isinstance(content, dict) else {}
+    return {}
 
 
 def _row(name: str) -> set[str]:
@@ -112,21 +117,11 @@ def lacking(folder: Path, load_format: str = "auto") -> str | None:
     if not any(fnmatch(name, config) for name in names for config in configs):
         return f"{configs[0] if load_format != 'tokenizer' else 'a tokenizer'} is missing"
     names |= {f"{path.parent.name}/{path.name}" for path in folder.glob("*/*")}
-
-    def index(name: str) -> object:
-        with contextlib.suppress(OSError, ValueError):
-            return json.loads((folder / name).read_bytes())
-        return None
-
-    needed = weights(names, load_format, index)
-    if needed is None or not PATTERNS[load_format]:
-        return None
-    if not needed:
+    needed = weights(names, load_format, folder.joinpath)
+    if not needed and PATTERNS.get(load_format):
         return "there are no weights"
-    for name in needed:
-        if (fault := damage(folder / name)) is not None:
-            return f"{name} {fault}"
-    return None
+    faults = ((name, damage(folder / name)) for name in needed)
+    return next((f"{name} {fault}" for name, fault in faults if fault is not None), None)
 
 
 def damage(path: Path) -> str | None:
@@ -158,8 +153,4 @@ def _length(first: bytes, file: BinaryIO) -> int:
 
 def self_contained(folder: Path) -> bool:
     """Whether its files name no code of another repository, which only the hub could give."""
-    for path in folder.glob("*config.json"):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            if "--" in json.dumps(json.loads(path.read_bytes()).get("auto_map", "")):
-                return False
-    return True
+    return not any("--" in json.dumps(_content(path).get("auto_map")) for path in folder.glob("*config.json"))

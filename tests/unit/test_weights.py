@@ -91,18 +91,20 @@ MISTRAL = ["consolidated.safetensors", "params.json", "config.json", INDEX, *TWO
         (["adapter_model.bin", "checkpoint-9/adapter_model.safetensors"], "lora", None, ["adapter_model.bin"]),
         (["tokenizer.json", "model.safetensors"], "tokenizer", None, []),
         (["model.safetensors"], "dummy", None, []),
-        (["model.safetensors"], "runai_streamer", None, None),
+        (["model.safetensors"], "runai_streamer", None, []),
         ([], "auto", None, []),
     ],
 )  # fmt: skip
-def test_which_files_are_read(names: list[str], load_format: str, index: bytes | None, expected: object) -> None:
-    def read(name: str) -> object:
+def test_which_files_are_read(
+    tmp_path: Path, names: list[str], load_format: str, index: bytes | None, expected: list[str]
+) -> None:
+    def locate(name: str) -> Path:
         assert name in names
-        with contextlib.suppress(ValueError):
-            return json.loads(index or b"")
-        return None
+        path = tmp_path / name
+        path.write_bytes(index or b"")
+        return path
 
-    assert snapshot.weights(names, load_format, read) == expected
+    assert snapshot.weights(names, load_format, locate) == expected
 
 
 def test_what_is_read_beside_the_weights() -> None:
