@@ -98,8 +98,8 @@ class Launch:
             self.command = command
             return command
         self.command = build(self.settings, socket, temporary, Serving(model.name, environ))
-        before = fetch_command(settings, wanted, *(["--offline"] if alone else []), "--")
-        return dataclasses.replace(command, argv=(*before, *command.argv), fetches=True)
+        before = fetch_command(settings, wanted, offline=alone)
+        return dataclasses.replace(command, argv=(*before, "--", *command.argv), fetches=True)
 
     def _remember(self, session: Session | None) -> None:
         """Tells the guard, and a later start, what would have to be removed if we died now."""

@@ -4,7 +4,7 @@ Runs in vLLM's environment, by its path: with the hub's client that vLLM itself 
 process that then is vLLM. So a download is a phase of a start like any other: its progress is in the log, its failure
 an exit with a cause, SIGTERM ends it, and what is there already is not fetched again.
 
-    PYTHON download.py [--cache DIR] '{"repo": "org/name", "revision": ..., "have": DIR}' ... -- COMMAND...
+    PYTHON download.py '{"repositories": [{"repo": "org/name", "revision": ..., "have": DIR}, ...]}' -- COMMAND...
 
 Lines on standard output: `weights: ...`; the last of a failure is `weights: cannot be had: CAUSE | REMEDY`, with exit
 code 3, or `weights: cannot be had now: ...`, with 4, where another try may end otherwise.
@@ -12,7 +12,6 @@ code 3, or `weights: cannot be had now: ...`, with 4, where another try may end 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import glob
 import inspect
@@ -67,12 +66,12 @@ def size(count: float) -> str:
 class Repository:
     """One that is to be in the cache. `folder` is what is served of it: at first what the cache has already."""
 
-    def __init__(self, cache: Path, given: Mapping[str, str]) -> None:
+    def __init__(self, cache: Path, given: Mapping[str, Any]) -> None:
         self.repo, self.revision = given["repo"], given.get("revision")
         self.setting, self.place = given.get("setting", "MODEL"), given.get("place", "{weights}")
         self.where = "REVISION" if self.setting == "MODEL" else self.setting  # what names the revision
-        self.load_format, self.is_gguf = given.get("load_format", "auto"), "gguf" in given
-        self.folder = Path(given["have"]) if "have" in given else None
+        self.load_format, self.is_gguf = given.get("load_format", "auto"), given.get("gguf", False)
+        self.folder = Path(given["have"]) if given.get("have") else None
         self.cache, self.path = cache, cache / f"models--{self.repo.replace('/', '--')}"
         self.blobs, self.ref = self.path / "blobs", self.path / "refs" / (self.revision or "main")
         self.snapshot = self.path  # what the hub has today
@@ -255,7 +254,7 @@ def need_gguf(repo: str, setting: str) -> None:
     refusals.fail(f"{repo} is GGUF, and this vLLM has no GGUF.", remedy)
 
 
-def fetch_all(given: argparse.Namespace, repositories: list[Repository]) -> None:
+def fetch_all(repositories: list[Repository], stall: float, command: list[str]) -> None:
     """Asks for all of them before the first byte of any comes."""
     halves.keep(say)
     reading, silent = None, False
@@ -267,14 +266,14 @@ def fetch_all(given: argparse.Namespace, repositories: list[Repository]) -> None
         except refusals.CannotError as cannot:
             each.give_up(*cannot.args)
             silent = cannot.args[-1] == refusals.TRANSIENT
-    if given.command and sum(each.needed for each in repositories) >= LARGE:
+    if command and sum(each.needed for each in repositories) >= LARGE:
         # vLLM's libraries come off the disk while the network is waited for.
         with contextlib.suppress(OSError):
             words = ["nice", "-n", "10", sys.executable, "-c", "import vllm.entrypoints.openai.api_server"]
             reading = Popen(words, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL)
     for each in repositories:
         try:
-            each.fetch(given.stall)
+            each.fetch(stall)
         except refusals.CannotError as cannot:
             each.give_up(*cannot.args)
     if reading is not None:
@@ -282,42 +281,36 @@ def fetch_all(given: argparse.Namespace, repositories: list[Repository]) -> None
         reading.wait()
 
 
-def become(given: argparse.Namespace, repositories: list[Repository]) -> NoReturn:
+def become(command: list[str], repositories: list[Repository], *, offline: bool) -> NoReturn:
+    """`offline`: it asks the hub nothing more."""
     folders = [str(each.folder or each.repo) for each in repositories]
-    for folder in folders if not given.command else [f"vLLM is started with {', '.join(folders)}"]:
+    for folder in folders if not command else [f"vLLM is started with {', '.join(folders)}"]:
         say(folder)
-    if not given.command:
+    if not command:
         os._exit(0)
-    if given.offline and all(each.folder and snapshot.self_contained(each.folder) for each in repositories):
+    if offline and all(each.folder and snapshot.self_contained(each.folder) for each in repositories):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    command = given.command
     for each, folder in zip(repositories, folders, strict=True):
         command = [word.replace(each.place, folder) for word in command]
     os.execvp(command[0], command)  # noqa: S606
 
 
 def main() -> None:
-    at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # threads that wait for the network would hold us up
-    parser = argparse.ArgumentParser()
-    parser.add_argument("repositories", nargs="+", type=json.loads, metavar="REPOSITORY")
-    parser.add_argument("--cache")
-    parser.add_argument("--offline", action="store_true", help="the command asks the hub nothing more")
-    parser.add_argument("--stall", type=float, default=STALL)
-    given = parser.parse_args(sys.argv[1:at])
-    given.command = sys.argv[at + 1 :]
+    given, command = json.loads(sys.argv[1]), sys.argv[3:]
     try:
         from huggingface_hub import constants, utils  # noqa: PLC0415
     except ImportError:
-        repositories = [Repository(Path(), each) for each in given.repositories]
-        if not given.command and any(each.folder is None for each in repositories):
+        repositories = [Repository(Path(), each) for each in given["repositories"]]
+        for each in repositories if not command else ():
             cause = "The hub's client, huggingface_hub, is not in vLLM's environment."
-            repositories[0].give_up(cause, "Check SUPERVISOR_VLLM.", refusals.PERMANENT)
+            each.give_up(cause, "Check SUPERVISOR_VLLM.", refusals.PERMANENT)
     else:
         utils.disable_progress_bars()  # ours is in the log
-        repositories = [Repository(Path(given.cache or constants.HF_HUB_CACHE), each) for each in given.repositories]
-        fetch_all(given, repositories)
-    become(given, repositories)
+        cache = Path(given.get("cache") or constants.HF_HUB_CACHE)
+        repositories = [Repository(cache, each) for each in given["repositories"]]
+        fetch_all(repositories, given.get("stall", STALL), command)
+    become(command, repositories, offline=given.get("offline", False))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import json
 import sys
 import threading
 from collections.abc import Mapping
@@ -191,7 +191,7 @@ def test_a_newer_one_that_stands_still_keeps_nothing_else_from_coming(
     (tmp_path / "config.json").write_text("{}")
     still = Partial(tmp_path / "1", {"repo": "org/1", "have": str(tmp_path), "load_format": "dummy"}, 60)
     other = Partial(tmp_path / "2", {"repo": "org/2"}, 0)
-    download.fetch_all(argparse.Namespace(command=[], stall=0.2), [still, other])
+    download.fetch_all([still, other], 0.2, [])
     still.over.set()
     assert (still.folder, other.folder) == (tmp_path, other.snapshot)
     assert f"The download stands still: not a byte came in 0.2 s. Serving what is in the cache: {tmp_path}" in (
@@ -208,8 +208,24 @@ def test_what_is_given_up_needs_no_room(tmp_path: Path, monkeypatch: pytest.Monk
     newer.needed = 10**18
     small = download.Repository(tmp_path, {"repo": "org/2"})
     small.needed = 1000
-    download.fetch_all(argparse.Namespace(command=[], stall=60), [newer, small])
+    download.fetch_all([newer, small], 60, [])
     assert newer.folder == tmp_path
+
+
+def test_without_a_client_one_that_is_there_does_not_stand_for_one_that_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    model = {"repo": "org/1", "have": str(tmp_path), "load_format": "dummy"}
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.setattr("os._exit", sys.exit)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    for repositories, code in (([model], 0), ([model, {"repo": "org/2"}], 3)):
+        monkeypatch.setattr(sys, "argv", ["download.py", json.dumps({"repositories": repositories})])
+        with pytest.raises(SystemExit) as ended:
+            download.main()
+        assert ended.value.code == code
+    assert "huggingface_hub, is not in vLLM's environment. | Check SUPERVISOR_VLLM." in capsys.readouterr().out
 
 
 # GGUF
