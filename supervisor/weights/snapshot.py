@@ -56,7 +56,7 @@ def _of_the_model(names: set[str], patterns: Iterable[str], locate: Callable[[st
             if isinstance(listed, dict) and listed:
                 return set(map(str, listed.values()))
         if pattern == "*.safetensors" and index not in present:
-            found -= {name for name in found if fnmatch(name, CONSOLIDATED)} if len(found) > 1 else set()
+            found = {name for name in found if not fnmatch(name, CONSOLIDATED)} or found
         if found:
             return found | {part for name in found for part in _row(name)}
     return set()

@@ -66,6 +66,7 @@ MISTRAL = ["consolidated.safetensors", "params.json", "config.json", INDEX, *TWO
         (MISTRAL, "safetensors", index_of(*TWO), TWO),
         (["consolidated.safetensors", *TWO], "hf", None, TWO),
         (["consolidated.safetensors"], "hf", None, ["consolidated.safetensors"]),
+        (parts("consolidated", 2), "hf", None, parts("consolidated", 2)),
         (parts("consolidated", 2)[:1], "auto", None, parts("consolidated", 2)),
         (TWO, "mistral", None, []),
         (["pytorch_model.bin", "training_args.bin"], "auto", None, ["pytorch_model.bin"]),
