@@ -49,10 +49,6 @@ LARGE = 500_000_000
 # What a try ended with, and what all of them did.
 UNREACHABLE = ("the hub did not answer", "The hub could not be reached")
 BROKEN = ("the download broke off", "The download broke off, again and again")
-STALLED = (
-    "Check the network; if another worker that fills the same cache died, delete the cache's folder .locks. It is "
-    "tried again, and goes on where it stopped."
-)
 
 
 def say(text: str) -> None:
@@ -120,7 +116,7 @@ class Repository:
         if not weights and snapshot.PATTERNS[self.load_format] and any(name.endswith(".gguf") for name in found):
             return need_gguf(self.repo, self.setting)  # a plugin knows which of them is wanted
         if lacking := sorted({*weights} - {*found}):
-            refusals.fail(f"{self.repo} lacks {lacking[0]} on the hub itself.", f"Check {self.setting} and REVISION.")
+            raise refusals.cannot("lacking", repo=self.repo, file=lacking[0], setting=self.setting)
         self.files = {name: row for name, row in found.items() if name in weights or snapshot.is_read(name)}
         for name, row in self.files.items():  # for the client takes each that is there
             path = self.snapshot / name
@@ -165,8 +161,7 @@ class Repository:
             if here != seen:
                 moved, seen = now, here
             elif now - moved > stall:
-                cause = f"The download stands still: not a byte came in {stall:g} s."
-                refusals.fail(cause, STALLED, refusals.TRANSIENT)
+                raise refusals.cannot("stalled", stall=stall)
             if total and now - told >= REPORT_EVERY:
                 come = sum(here.values())
                 done, rate = min(come - before, total), max(0, come - last) / (now - told)
@@ -180,7 +175,6 @@ class Repository:
         from huggingface_hub import HfApi  # noqa: PLC0415
 
         verify = getattr(HfApi(), "verify_repo_checksums", None)
-        damaged = []
         if verify is None:
             say("this huggingface_hub checks no more than sizes")
         elif not come_by_xet(self.files.values()):
@@ -188,23 +182,23 @@ class Repository:
                 say(f"comparing {size(total)} with the hub's checksums")
             found = verify(self.repo, revision=self.snapshot.name, cache_dir=str(self.cache))
             damaged = [row["path"] for row in found.mismatches if row["path"] in self.files]
-        for name in damaged:  # not to be taken for whole by the next start
-            delete(self.snapshot / name)
-        if damaged:
-            cause = f"{', '.join(damaged[:3])} came damaged: the checksum is not the hub's."
-            refusals.fail(cause, "It was deleted, and is fetched again.", refusals.TRANSIENT)
+            for name in damaged:  # not to be taken for whole by the next start
+                delete(self.snapshot / name)
+            if damaged:
+                raise refusals.cannot("damaged", files=", ".join(damaged[:3]))
         if self.ref.name != self.snapshot.name:  # what the client writes where it is asked for a name
             self.ref.parent.mkdir(parents=True, exist_ok=True)
             half = self.ref.with_name(f".{self.ref.name}.{os.getpid()}")
             half.write_text(self.snapshot.name)
             half.replace(self.ref)
 
-    def give_up(self, cause: str, remedy: str, code: int) -> None:
+    def give_up(self, cannot: refusals.CannotError) -> None:
         """Returns where there is something to serve all the same."""
         if self.folder is None or snapshot.lacking(self.folder, self.load_format):  # what was damaged has been deleted
-            say(f"cannot be had{' now' if code == refusals.TRANSIENT else ''}: {cause} | {remedy}")
-            os._exit(code)  # the client's threads may be waiting for the network
-        say(f"{cause} Serving what is in the cache: {self.folder}")
+            now = " now" if cannot.exit_code == refusals.TRANSIENT else ""
+            say(f"cannot be had{now}: {cannot.cause} | {cannot.remedy}")
+            os._exit(cannot.exit_code)  # the client's threads may be waiting for the network
+        say(f"{cannot.cause} Serving what is in the cache: {self.folder}")
         self.files, self.needed = {}, 0
 
 
@@ -237,8 +231,7 @@ def room_for(repo: str, needed: int, cache: Path) -> None:
     folder = next(path for path in (cache, *cache.parents) if path.exists())
     free = shutil.disk_usage(folder).free
     if needed > 0 and needed + min(SPARE, needed // 10) > free:
-        cause = f"{repo} needs {size(needed)} more, and {folder} has {size(free)} free."
-        refusals.fail(cause, "Mount a larger volume and point HF_HOME at it, or free space.")
+        raise refusals.cannot("room", repo=repo, needed=size(needed), folder=folder, free=size(free))
 
 
 def need_gguf(repo: str, setting: str) -> None:
@@ -250,8 +243,7 @@ def need_gguf(repo: str, setting: str) -> None:
     for plugin in metadata.entry_points(group="vllm.general_plugins"):
         if "gguf" in plugin.value and (allowed is None or plugin.name in allowed.split(",")):
             return
-    remedy = f"Install its GGUF plugin (vllm-gguf-plugin) beside it, or set {setting} to the safetensors model."
-    refusals.fail(f"{repo} is GGUF, and this vLLM has no GGUF.", remedy)
+    raise refusals.cannot("gguf", repo=repo, setting=setting)
 
 
 def fetch_all(repositories: list[Repository], stall: float, command: list[str]) -> None:
@@ -264,8 +256,8 @@ def fetch_all(repositories: list[Repository], stall: float, command: list[str]) 
                 each.ask()
             room_for(each.repo, sum(other.needed for other in repositories), each.cache)
         except refusals.CannotError as cannot:
-            each.give_up(*cannot.args)
-            silent = cannot.args[-1] == refusals.TRANSIENT
+            each.give_up(cannot)
+            silent = cannot.exit_code == refusals.TRANSIENT
     if command and sum(each.needed for each in repositories) >= LARGE:
         # vLLM's libraries come off the disk while the network is waited for.
         with contextlib.suppress(OSError):
@@ -275,7 +267,7 @@ def fetch_all(repositories: list[Repository], stall: float, command: list[str]) 
         try:
             each.fetch(stall)
         except refusals.CannotError as cannot:
-            each.give_up(*cannot.args)
+            each.give_up(cannot)
     if reading is not None:
         reading.kill()
         reading.wait()
@@ -303,8 +295,7 @@ def main() -> None:
     except ImportError:
         repositories = [Repository(Path(), each) for each in given["repositories"]]
         for each in repositories if not command else ():
-            cause = "The hub's client, huggingface_hub, is not in vLLM's environment."
-            each.give_up(cause, "Check SUPERVISOR_VLLM.", refusals.PERMANENT)
+            each.give_up(refusals.cannot("client"))
     else:
         utils.disable_progress_bars()  # ours is in the log
         cache = Path(given.get("cache") or constants.HF_HUB_CACHE)

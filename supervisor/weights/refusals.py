@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 PERMANENT, TRANSIENT = 3, 4
-# What is known of an error by its class (all versions of the client have these names) and by its code: the status that
-# came, or the disk's errno (ENOSPC and EDQUOT, EROFS, EPERM and EACCES, ENOTDIR). The first row that fits counts.
-REFUSALS = json.loads(Path(__file__).with_suffix(".json").read_bytes())
+REFUSALS: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_bytes())
 # What leads to the hub, or past it.
 ROUTES = ("HF_ENDPOINT", "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
 
@@ -21,25 +19,29 @@ ROUTES = ("HF_ENDPOINT", "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
 class CannotError(Exception):
     """Why something can't be had, what to change, and the exit code that tells whether another try may help."""
 
+    def __init__(self, row: Mapping[str, Any], words: Mapping[str, object]) -> None:
+        self.cause, self.remedy = row["cause"].format_map(words), row["remedy"].format_map(words)
+        self.exit_code: int = row["exit"]
+        super().__init__(self.cause)
 
-def fail(cause: str, remedy: str, code: int = PERMANENT) -> NoReturn:
-    raise CannotError(cause, remedy, code)
+
+def cannot(name: str, **words: object) -> CannotError:
+    return CannotError(REFUSALS["ours"][name], words)
 
 
 def refused(error: BaseException, words: Mapping[str, object], exit_code: int = PERMANENT) -> None:
     """Raises CannotError where the hub's answer, or the disk's, is known to be a final one (or a transient one)."""
     for each in _chain(error):
         names, code = {kind.__name__ for kind in type(each).__mro__}, _code(each)
-        for row in REFUSALS:
-            if row["exit"] == exit_code and row["error"] in names and (not row["codes"] or code in row["codes"]):
-                fail(row["cause"].format_map(words), row["remedy"].format_map(words), exit_code)
+        for row in REFUSALS["errors"]:
+            if row["exit"] == exit_code and row["error"] in names and code in row.get("codes", (code,)):
+                raise CannotError(row, words)
 
 
 def unreachable(what: str, error: BaseException) -> NoReturn:
     refused(error, {}, TRANSIENT)
     routes = [name for name in ROUTES if os.environ.get(name) or os.environ.get(name.lower())]
-    remedy = f"Check {', '.join(['the network', *routes])}; it is tried again, and goes on where it stopped."
-    fail(f"{what}: {reason(error)}.", remedy, TRANSIENT)
+    raise cannot("unreachable", what=what, reason=reason(error), routes=", ".join(["the network", *routes]))
 
 
 def reason(error: BaseException) -> str:

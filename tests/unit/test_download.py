@@ -242,10 +242,9 @@ def plugins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_a_vllm_without_gguf(plugins: Path) -> None:
     with pytest.raises(refusals.CannotError) as error:
         download.need_gguf("org/name", "MODEL")
-    cause, remedy, code = error.value.args
-    assert cause == "org/name is GGUF, and this vLLM has no GGUF."
-    assert remedy.startswith("Install its GGUF plugin")
-    assert code == 3
+    assert error.value.cause == "org/name is GGUF, and this vLLM has no GGUF."
+    assert error.value.remedy.startswith("Install its GGUF plugin")
+    assert error.value.exit_code == 3
 
 
 def test_a_plugin_for_gguf(plugins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,11 +288,9 @@ def test_what_leads_to_the_hub_is_named(monkeypatch: pytest.MonkeyPatch, environ
         monkeypatch.setenv(name, value)
     with pytest.raises(refusals.CannotError) as error:
         refusals.unreachable("The hub could not be reached", OSError("no route"))
-    assert error.value.args == (
-        "The hub could not be reached: no route.",
-        f"Check {named}; it is tried again, and goes on where it stopped.",
-        4,
-    )
+    assert error.value.cause == "The hub could not be reached: no route."
+    assert error.value.remedy == f"Check {named}; it is tried again, and goes on where it stopped."
+    assert error.value.exit_code == 4
 
 
 def test_the_error_below_says_more() -> None:
@@ -334,5 +331,5 @@ def test_disks(error: Exception, told: str) -> None:
         return
     with pytest.raises(refusals.CannotError) as found:
         refusals.refused(error, words)
-    assert told in found.value.args[0]
-    assert found.value.args[2] == refusals.PERMANENT
+    assert told in found.value.cause
+    assert found.value.exit_code == 3
