@@ -42,6 +42,7 @@ ASK_TIMEOUT = 10.0
 # Seconds without a byte until it is given up, and begun again by whoever started it.
 STALL = 60.0
 TRIES = 5  # in a row, without a byte more than before
+OUTSIDE = {"..", "/", "//"}  # parts of a path that leads out of a folder
 # Another process may fill the disk, too: so much, or a tenth of what comes, where that is less.
 SPARE = 200_000_000
 # What takes longer to come than vLLM's import, and than a moment to be read.
@@ -111,7 +112,7 @@ class Repository:
         where: dict[str, Any] = {"revision": commit, "cache_dir": str(self.cache)}
         rows = HfApi().list_repo_tree(self.repo, recursive=True, revision=commit)
         # A name that leads out of the folder is none of the hub's own; files that are damaged are deleted.
-        found = {row.path: row for row in rows if hasattr(row, "size") and ".." not in Path(row.path).parts}
+        found = {row.path: row for row in rows if hasattr(row, "size") and not OUTSIDE & {*Path(row.path).parts}}
         weights = snapshot.weights(found, self.load_format, partial(hf_hub_download, self.repo, **where))
         if not weights and snapshot.PATTERNS[self.load_format] and any(name.endswith(".gguf") for name in found):
             return need_gguf(self.repo, self.setting)  # a plugin knows which of them is wanted

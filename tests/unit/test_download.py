@@ -150,6 +150,34 @@ def test_an_older_client_has_neither_xet_nor_checksums(client: Client, tmp_path:
     repository._check()
 
 
+# What comes
+
+
+def test_a_name_that_leads_out_of_the_folder_is_none(client: Client, tmp_path: Path) -> None:
+    outside = tmp_path / "outside.json"
+    outside.write_text("somebody else's")
+    names = ["config.json", "model.safetensors", str(outside), f"/{outside}", "../../../../outside.json"]
+    rows = [SimpleNamespace(path=name, size=1, lfs=None, blob_id="0" * 40) for name in names]
+
+    class HfApi:
+        def model_info(self, _repo: str, **_: object) -> SimpleNamespace:
+            return SimpleNamespace(sha="a" * 40)
+
+        def list_repo_tree(self, _repo: str, **_: object) -> list[SimpleNamespace]:
+            return [*rows, SimpleNamespace(path="folder")]
+
+    def snapshot_download(repo_id: str, *, allow_patterns: list[str], dry_run: bool = False, **_: object) -> list[Any]:
+        assert dry_run
+        return [SimpleNamespace(filename=name, will_download=True) for name in allow_patterns]
+
+    client.hub.__dict__.update(HfApi=HfApi, snapshot_download=snapshot_download, hf_hub_download=print)
+    repository = download.Repository(tmp_path / "cache", {"repo": "org/name"})
+    repository.ask()
+    assert list(repository.files) == ["config.json", "model.safetensors"]
+    assert repository.needed == 2
+    assert outside.read_text() == "somebody else's"
+
+
 # How far it is
 
 
