@@ -4,8 +4,9 @@ Runs in vLLM's environment, by its path: with the hub's client that vLLM itself 
 process that then is vLLM. So a download is a phase of a start like any other: its progress is in the log, its failure
 an exit with a cause, SIGTERM ends it, and what is there already is not fetched again.
 
-    PYTHON download.py '{"repositories": [{"repo": "org/name", "revision": ..., "have": DIR}, ...]}' -- COMMAND...
+    PYTHON download.py '{"repositories": [{"repo": "org/name", "have": DIR, ...}, ...], "stall": 60}' -- COMMAND...
 
+`stall`: seconds without a byte until it is given up, and begun again by whoever started it.
 Lines on standard output: `weights: ...`; the last of a failure is `weights: cannot be had: CAUSE | REMEDY`, with exit
 code 3, or `weights: cannot be had now: ...`, with 4, where another try may end otherwise.
 """
@@ -39,8 +40,6 @@ else:  # beside this file, and of the package nothing else: the supervisor is no
 
 REPORT_EVERY = 5.0  # seconds
 ASK_TIMEOUT = 10.0
-# Seconds without a byte until it is given up, and begun again by whoever started it.
-STALL = 60.0
 TRIES = 5  # in a row, without a byte more than before
 OUTSIDE = {"..", "/", "//"}  # parts of a path that leads out of a folder
 # Another process may fill the disk, too: so much, or a tenth of what comes, where that is less.
@@ -301,7 +300,7 @@ def main() -> None:
         utils.disable_progress_bars()  # ours is in the log
         cache = Path(given.get("cache") or constants.HF_HUB_CACHE)
         repositories = [Repository(cache, each) for each in given["repositories"]]
-        fetch_all(repositories, given.get("stall", STALL), command)
+        fetch_all(repositories, given["stall"], command)
     become(command, repositories, offline=given.get("offline", False))
 
 

@@ -86,9 +86,7 @@ def find_snapshot(cache: Path, model: str, revision: str | None) -> Path | None:
         snapshots, commit = repository / "snapshots", revision if COMMIT.fullmatch(revision or "") else None
         with contextlib.suppress(OSError, ValueError):
             commit = (repository / "refs" / (revision or "main")).read_text().strip()
-        if commit or revision:
-            found = [snapshots / commit] if commit else []
-        else:
-            found = sorted(snapshots.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-        return next(filter(Path.is_dir, found), None)
+        if commit or not revision:
+            found: Iterable[Path] = [snapshots / commit] if commit else snapshots.iterdir()
+            return max(filter(Path.is_dir, found), key=lambda path: path.stat().st_mtime, default=None)
     return None

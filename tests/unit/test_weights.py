@@ -264,6 +264,7 @@ def test_which_snapshot(
 ) -> None:
     snapshots = make_cache(tmp_path, commits, refs)
     snapshots.mkdir(parents=True, exist_ok=True)
+    (snapshots / "dangling").symlink_to("nowhere")
     found = find_snapshot(tmp_path, MODEL, revision)
     assert found == (snapshots / expected if expected else None)
 

@@ -46,7 +46,7 @@ CHAT = {"model": "org/large", "messages": [{"role": "user", "content": "hi"}]}
 
 def told(repo: str) -> str:
     """What the downloading program is told to fetch."""
-    return json.dumps({"repositories": [{"repo": repo}]})
+    return json.dumps({"repositories": [{"repo": repo}], "stall": 60})
 
 
 def safetensors(size: int, seed: int = 0) -> bytes:
