@@ -26,7 +26,7 @@ PYTHON = ROOT / ".vllm" / "bin" / "python"
 REPO = "org/large"
 PROGRAMS = {
     "client": ["-c", f"import huggingface_hub; huggingface_hub.snapshot_download({REPO!r})"],
-    "ours": [str(ROOT / "supervisor/weights/download.py"), json.dumps({"repo": REPO})],
+    "ours": [str(ROOT / "supervisor/weights/download.py"), json.dumps({"repositories": [{"repo": REPO}], "stall": 60})],
 }
 
 

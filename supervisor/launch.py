@@ -108,7 +108,7 @@ class Launch:
         command = build(settings, socket, temporary, Serving(model.stands_as(fetched=fetches), environ))
         self.command = command if not fetches else build(self.settings, socket, temporary, Serving(model.name, environ))
         argv = self.fast.program(command.argv) if self.fast is not None else command.argv
-        before = fetch_command(settings, wanted, *(["--offline"] if alone else []), "--") if fetches else ()
+        before = (*fetch_command(settings, wanted, offline=alone), "--") if fetches else ()
         return dataclasses.replace(command, argv=(*before, *argv), fetches=fetches)
 
     def _remember(self, session: Session | None) -> None:

@@ -103,21 +103,27 @@ def python(settings: Settings) -> tuple[str, ...]:
     return words if any(Path(word).name.startswith("python") for word in words) else ()
 
 
-def fetch_command(settings: Settings, repositories: list[Repository], *more: str) -> tuple[str, ...]:
-    """The program that downloads these, in vLLM's environment. `more`: what it becomes then."""
-    words = [*python(settings), str(DOWNLOAD)]
-    cache, stall = settings.option("download_dir"), min(STALL, settings.knobs.stall_timeout or STALL)
-    words += [*(["--cache", str(cache)] if cache else []), "--stall", str(stall)]
-    for each in repositories:
-        given: dict[str, object] = {"repo": each.name, "revision": each.revision, "load_format": each.load_format}
-        given |= {
+def fetch_command(settings: Settings, repositories: list[Repository], *, offline: bool = False) -> tuple[str, ...]:
+    """The program that downloads these, in vLLM's environment. `offline`: what it becomes then asks the hub nothing."""
+    rows = [
+        {
+            "repo": each.name,
+            "revision": each.revision,
+            "load_format": each.load_format,
             "place": each.place,
             "setting": each.setting,
             "have": each.weights.folder and str(each.weights.folder),
+            "gguf": each.weights.gguf,
         }
-        given |= {"gguf": each.weights.gguf}
-        words.append(json.dumps({name: value for name, value in given.items() if value}))
-    return (*words, *more)
+        for each in repositories
+    ]
+    given = {
+        "repositories": rows,
+        "cache": settings.option("download_dir"),
+        "stall": min(STALL, settings.knobs.stall_timeout or STALL),
+        "offline": offline,
+    }
+    return (*python(settings), str(DOWNLOAD), json.dumps(given))
 
 
 def hub_cache(environ: Mapping[str, str]) -> Path:

@@ -96,7 +96,7 @@ class ReadAhead(Observer):
             return
         with contextlib.suppress(OSError):  # what is missing, or no folder, is vLLM's to tell
             names = {path.name for path in weights.folder.iterdir()}
-            wanted = snapshot.weights(names, self.load_format, lambda _: None) or ()
+            wanted = snapshot.weights(names, self.load_format)
             files = [weights.folder / name for name in wanted if name in names]
             if sum(path.stat().st_size for path in files) >= LEAST:
                 self.latest = Prefetch(files)

@@ -211,7 +211,7 @@ class Patient:
             files = {str(row["rfilename"]): int(row.get("size") or 0) for row in rows}
         else:
             return None
-        wanted = snapshot.weights(files, load_format, lambda _: None) or ()
+        wanted = snapshot.weights(files, load_format)
         return sum(files.get(name, 0) for name in wanted) or None
 
     def config(self) -> Mapping[str, Any]:

@@ -1,5 +1,4 @@
-"""What MODEL may be: a folder, a name on the hub, an object store's address. What it is not is told with the line to
-use instead, before anything is downloaded. And where nobody names one: the bundled demo model."""
+"""What MODEL may be; what it is not is told with the line to use instead. Where nobody names one: the demo model."""
 
 from __future__ import annotations
 

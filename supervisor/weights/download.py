@@ -4,32 +4,33 @@ Runs in vLLM's environment, by its path: with the hub's client that vLLM itself 
 process that then is vLLM. So a download is a phase of a start like any other: its progress is in the log, its failure
 an exit with a cause, SIGTERM ends it, and what is there already is not fetched again.
 
-    PYTHON download.py [--cache DIR] '{"repo": "org/name", "revision": ..., "have": DIR}' ... -- COMMAND...
+    PYTHON download.py '{"repositories": [{"repo": "org/name", "have": DIR, ...}, ...], "stall": 60}' -- COMMAND...
 
+`stall`: seconds without a byte until it is given up, and begun again by whoever started it.
 Lines on standard output: `weights: ...`; the last of a failure is `weights: cannot be had: CAUSE | REMEDY`, with exit
 code 3, or `weights: cannot be had now: ...`, with 4, where another try may end otherwise.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import glob
 import inspect
 import json
 import os
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from importlib import metadata, util
 from pathlib import Path
 from subprocess import DEVNULL, Popen
 from typing import TYPE_CHECKING, Any, NoReturn
 
-if TYPE_CHECKING:
+if TYPE_CHECKING or __package__:
     from supervisor.weights import halves, refusals, snapshot
 else:  # beside this file, and of the package nothing else: the supervisor is not installed where vLLM is
     sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -37,23 +38,17 @@ else:  # beside this file, and of the package nothing else: the supervisor is no
     import refusals
     import snapshot
 
-    del sys.path[0]
-
 REPORT_EVERY = 5.0  # seconds
 ASK_TIMEOUT = 10.0
-# Seconds without a byte until it is given up, and begun again by whoever started it.
-STALL = 60.0
 TRIES = 5  # in a row, without a byte more than before
+OUTSIDE = {"..", "/", "//"}  # parts of a path that leads out of a folder
 # Another process may fill the disk, too: so much, or a tenth of what comes, where that is less.
 SPARE = 200_000_000
 # What takes longer to come than vLLM's import, and than a moment to be read.
 LARGE = 500_000_000
-UNREACHABLE = "The hub could not be reached"
-BROKEN = "The download broke off, again and again"
-STALLED = (
-    "Check the network; if another worker that fills the same cache died, delete the cache's folder .locks. It is "
-    "tried again, and goes on where it stopped."
-)
+# What a try ended with, and what all of them did.
+UNREACHABLE = ("the hub did not answer", "The hub could not be reached")
+BROKEN = ("the download broke off", "The download broke off, again and again")
 
 
 def say(text: str) -> None:
@@ -67,42 +62,42 @@ def size(count: float) -> str:
 class Repository:
     """One that is to be in the cache. `folder` is what is served of it: at first what the cache has already."""
 
-    def __init__(self, cache: Path, given: Mapping[str, str]) -> None:
+    def __init__(self, cache: Path, given: Mapping[str, Any]) -> None:
         self.repo, self.revision = given["repo"], given.get("revision")
         self.setting, self.place = given.get("setting", "MODEL"), given.get("place", "{weights}")
-        self.load_format, self.is_gguf = given.get("load_format", "auto"), "gguf" in given
-        self.folder = Path(given["have"]) if "have" in given else None
+        self.where = "REVISION" if self.setting == "MODEL" else self.setting  # what names the revision
+        self.load_format, self.is_gguf = given.get("load_format", "auto"), given.get("gguf", False)
+        self.folder = Path(given["have"]) if given.get("have") else None
         self.cache, self.path = cache, cache / f"models--{self.repo.replace('/', '--')}"
         self.blobs, self.ref = self.path / "blobs", self.path / "refs" / (self.revision or "main")
         self.snapshot = self.path  # what the hub has today
         self.files: dict[str, Any] = {}  # what vLLM reads of it, as the hub tells; nothing where all is done
         self.coming: list[int] = []  # sizes of those that are not here
         self.needed = 0  # bytes of these that are not here
-        self.quiet_until = 0.0  # that no byte comes is no wonder
 
     def ask(self) -> None:
         """Asks the hub what it has, and what of that is to come. Raises CannotError."""
         if self.is_gguf:
             need_gguf(self.repo, self.setting)
         else:  # where it is in the cache, one question has to do
-            self._insist(self._ask, 1 if self.folder else TRIES, "the hub did not answer", UNREACHABLE)
+            self._insist(self._ask, UNREACHABLE, 1 if self.folder else TRIES)
 
-    def _insist(self, step: Callable[[], object], tries: int, told: str, cause: str) -> object:
+    def _insist(self, step: Callable[[], object], trouble: tuple[str, str], tries: int = TRIES) -> object:
         """Does it again and again for as long as more comes, and so many times where nothing does."""
-        left, seen = tries, -1
+        tried, most = 0, 0
         while True:
             try:
                 return step()
-            except Exception as error:  # noqa: BLE001  # of the client, its HTTP library, the disk: told apart below
-                self._raise_if_final(error)
+            except refusals.CannotError:
+                raise
+            except Exception as error:  # noqa: BLE001  # of the client, its HTTP library, the disk: told apart there
+                refusals.refused(error, vars(self))
                 here = sum(sizes(self.blobs).values())
-                left, seen = left - 1 if here <= seen else tries - 1, max(seen, here)
-                if left <= 0:
-                    refusals.unreachable(cause, error)
-                say(f"{told} ({refusals.reason(error)}); it is tried again")
-                pause = refusals.pause(error, tries - left)
-                self.quiet_until = time.monotonic() + pause
-                time.sleep(pause)
+                tried, most = (1, here) if here > most else (tried + 1, most)
+                if tried >= tries:
+                    refusals.unreachable(trouble[1], error)
+                say(f"{trouble[0]} ({refusals.reason(error)}); it is tried again")
+                time.sleep(refusals.pause(error, tried))
 
     def _ask(self) -> None:
         from huggingface_hub import HfApi, hf_hub_download, snapshot_download  # noqa: PLC0415
@@ -113,30 +108,24 @@ class Repository:
             say(f"the hub has a newer {self.repo}: {commit[:12]}, not {self.folder.name[:12]}")
         elif self.folder and self.ref.is_file() and self.ref.read_text() == commit:
             return
-        where: dict[str, Any] = {"repo_id": self.repo, "revision": commit, "cache_dir": str(self.cache)}
-
-        def index(name: str) -> object:
-            with contextlib.suppress(ValueError):
-                return json.loads(Path(hf_hub_download(**where, filename=name)).read_bytes())
-            return None
-
+        where: dict[str, Any] = {"revision": commit, "cache_dir": str(self.cache)}
         rows = HfApi().list_repo_tree(self.repo, recursive=True, revision=commit)
         # A name that leads out of the folder is none of the hub's own; files that are damaged are deleted.
-        found = {row.path: row for row in rows if hasattr(row, "size") and ".." not in Path(row.path).parts}
-        weights = snapshot.weights(found, self.load_format, index) or []
+        found = {row.path: row for row in rows if hasattr(row, "size") and not OUTSIDE & {*Path(row.path).parts}}
+        weights = snapshot.weights(found, self.load_format, partial(hf_hub_download, self.repo, **where))
         if not weights and snapshot.PATTERNS[self.load_format] and any(name.endswith(".gguf") for name in found):
             return need_gguf(self.repo, self.setting)  # a plugin knows which of them is wanted
         if lacking := sorted({*weights} - {*found}):
-            refusals.fail(f"{self.repo} lacks {lacking[0]} on the hub itself.", f"Check {self.setting} and REVISION.")
+            raise refusals.cannot("lacking", repo=self.repo, file=lacking[0], setting=self.setting)
         self.files = {name: row for name, row in found.items() if name in weights or snapshot.is_read(name)}
         for name, row in self.files.items():  # for the client takes each that is there
-            if is_damaged(self.snapshot / name, row.size, name in weights):
+            path = self.snapshot / name
+            if path.exists() and (path.stat().st_size != row.size or (name in weights and snapshot.damage(path))):
                 say(f"{name} is damaged, and is fetched again")
-                delete(self.snapshot / name)
-        where["allow_patterns"] = ["".join(f"[{c}]" if c in "[*?" else c for c in name) for name in self.files]
-        self.load = partial(snapshot_download, **where)
+                delete(path)
+        self.load = partial(snapshot_download, self.repo, allow_patterns=[*map(glob.escape, self.files)], **where)
         if can_tell := "dry_run" in inspect.signature(snapshot_download).parameters:
-            missing = {row.filename for row in snapshot_download(**where, dry_run=True) if row.will_download}
+            missing = {row.filename for row in self.load(dry_run=True) if row.will_download}
         else:
             say("this huggingface_hub can't tell beforehand what comes; whether there is room is not looked at")
             missing = {name for name in self.files if not (self.snapshot / name).exists()}
@@ -145,50 +134,47 @@ class Repository:
         there = halves.sweep(self.path, {row.lfs.sha256 if row.lfs else row.blob_id for row in coming})
         self.needed = sum(self.coming) - there if can_tell else 0
 
-    def fetch(self, stall: float, instead: Callable[[], object]) -> None:
-        """Downloads what is lacking, and checks it; `instead`, where nothing comes any more, but something is there.
-        Raises CannotError."""
+    def fetch(self, stall: float) -> None:
+        """Downloads what is lacking, and checks it. Raises CannotError."""
         if not self.files:
             return
         began, total = time.monotonic(), sum(self.coming)
         if self.coming:
             say(f"Downloading weights: {self.repo}, {len(self.coming)} files, {size(total)}, to {self.cache}")
-        over = threading.Event()
-        threading.Thread(target=self._watch, args=(over, stall, instead), daemon=True).start()
-        try:
-            self._insist(self.load, TRIES, "the download broke off", BROKEN)
-        finally:
-            over.set()
-        self._insist(self._check, TRIES, "the hub did not answer", UNREACHABLE)
+        whole = sum(count for name, count in sizes(self.blobs).items() if not name.endswith(".incomplete"))
+        self._insist(partial(self._load, stall, whole), BROKEN)
+        self._insist(self._check, UNREACHABLE)
         if self.coming:
             seconds = max(time.monotonic() - began, 0.001)
             say(f"downloaded {size(total)} in {seconds:.0f} s, {size(total / seconds)}/s")
         self.folder = self.snapshot
 
-    def _watch(self, over: threading.Event, stall: float, instead: Callable[[], object]) -> None:
-        """Tells each few seconds how far it is, and gives up where not a byte comes."""
-        total, done, seen = sum(self.coming), 0, sizes(self.blobs)
-        before = sum(count for name, count in seen.items() if not name.endswith(".incomplete"))
-        moved = told = time.monotonic()
-        while not over.wait(min(1.0, stall / 4)):
+    def _load(self, stall: float, before: int) -> None:
+        """Tells each few seconds how far it is. Raises CannotError where not a byte comes. `before`: bytes of the cache
+        that are none of the download's."""
+        total, seen = sum(self.coming), sizes(self.blobs)
+        last, moved = sum(seen.values()), time.monotonic()
+        told = moved
+        loading = ThreadPoolExecutor(1).submit(self.load)
+        while not wait([loading], min(1.0, stall / 4)).done:
             now, here = time.monotonic(), sizes(self.blobs)
             if here != seen:
                 moved, seen = now, here
-            elif now - max(moved, self.quiet_until) > stall:
-                self.give_up(f"The download stands still: not a byte came in {stall:g} s.", STALLED, refusals.TRANSIENT)
-                instead()
+            elif now - moved > stall:
+                raise refusals.cannot("stalled", stall=stall)
             if total and now - told >= REPORT_EVERY:
-                last, done = done, min(sum(here.values()) - before, total)
-                rate, told = max(0, done - last) / (now - told), now
+                come = sum(here.values())
+                done, rate = min(come - before, total), max(0, come - last) / (now - told)
+                last, told = come, now
                 left = f", {(total - done) / rate:.0f} s left" if rate > 1000 else ""
                 say(f"Downloading weights: {size(done)} of {size(total)}, {size(rate)}/s{left}")
+        loading.result()
 
     def _check(self) -> None:
         """By the client, which compares sizes alone where nobody asks for more. Then its name leads to this commit."""
         from huggingface_hub import HfApi  # noqa: PLC0415
 
         verify = getattr(HfApi(), "verify_repo_checksums", None)
-        damaged = []
         if verify is None:
             say("this huggingface_hub checks no more than sizes")
         elif not come_by_xet(self.files.values()):
@@ -196,42 +182,33 @@ class Repository:
                 say(f"comparing {size(total)} with the hub's checksums")
             found = verify(self.repo, revision=self.snapshot.name, cache_dir=str(self.cache))
             damaged = [row["path"] for row in found.mismatches if row["path"] in self.files]
-        for name in damaged:  # not to be taken for whole by the next start
-            delete(self.snapshot / name)
-        if damaged:
-            cause = f"{', '.join(damaged[:3])} came damaged: the checksum is not the hub's."
-            refusals.fail(cause, "It was deleted, and is fetched again.", refusals.TRANSIENT)
+            for name in damaged:  # not to be taken for whole by the next start
+                delete(self.snapshot / name)
+            if damaged:
+                raise refusals.cannot("damaged", files=", ".join(damaged[:3]))
         if self.ref.name != self.snapshot.name:  # what the client writes where it is asked for a name
             self.ref.parent.mkdir(parents=True, exist_ok=True)
             half = self.ref.with_name(f".{self.ref.name}.{os.getpid()}")
             half.write_text(self.snapshot.name)
             half.replace(self.ref)
 
-    def _raise_if_final(self, error: Exception) -> None:
-        if isinstance(error, refusals.CannotError):
-            raise error
-        refusals.disk(error, self.repo, self.cache)
-        where = "REVISION" if self.setting == "MODEL" else self.setting
-        words = {"repo": self.repo, "revision": self.revision, "setting": self.setting, "where": where}
-        refusals.refused(error, words)
-
-    def give_up(self, cause: str, remedy: str, code: int) -> None:
+    def give_up(self, cannot: refusals.CannotError) -> None:
         """Returns where there is something to serve all the same."""
         if self.folder is None or snapshot.lacking(self.folder, self.load_format):  # what was damaged has been deleted
-            say(f"cannot be had{' now' if code == refusals.TRANSIENT else ''}: {cause} | {remedy}")
-            os._exit(code)  # the client's threads may be waiting for the network
-        say(f"{cause} Serving what is in the cache: {self.folder}")
-        self.files = {}
+            now = " now" if cannot.exit_code == refusals.TRANSIENT else ""
+            say(f"cannot be had{now}: {cannot.cause} | {cannot.remedy}")
+            os._exit(cannot.exit_code)  # the client's threads may be waiting for the network
+        say(f"{cannot.cause} Serving what is in the cache: {self.folder}")
+        self.files, self.needed = {}, 0
 
 
 def sizes(blobs: Path) -> dict[str, int]:
     """Of all files in a cache, whichever way and by whomever they come."""
     found = {}
-    with contextlib.suppress(OSError):
-        for entry in os.scandir(blobs):
-            with contextlib.suppress(OSError):  # what is allotted, for a client may write a file's end first
-                facts = entry.stat()
-                found[entry.name] = min(facts.st_size, facts.st_blocks * 512 or facts.st_size)
+    for path in blobs.glob("*"):
+        with contextlib.suppress(OSError):  # what is allotted, for a client may write a file's end first
+            facts = path.stat()
+            found[path.name] = min(facts.st_size, facts.st_blocks * 512 or facts.st_size)
     return found
 
 
@@ -241,12 +218,6 @@ def come_by_xet(rows: Iterable[Any]) -> bool:
 
     large, has_xet = [row for row in rows if row.lfs], getattr(file_download, "is_xet_available", lambda: False)
     return bool(large) and has_xet() and all(getattr(row, "xet_hash", None) for row in large)
-
-
-def is_damaged(path: Path, right: int, is_weights: bool) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return path.stat().st_size != right or (is_weights and snapshot.damage(path) is not None)
-    return False
 
 
 def delete(path: Path) -> None:
@@ -260,8 +231,7 @@ def room_for(repo: str, needed: int, cache: Path) -> None:
     folder = next(path for path in (cache, *cache.parents) if path.exists())
     free = shutil.disk_usage(folder).free
     if needed > 0 and needed + min(SPARE, needed // 10) > free:
-        cause = f"{repo} needs {size(needed)} more, and {folder} has {size(free)} free."
-        refusals.fail(cause, "Mount a larger volume and point HF_HOME at it, or free space.")
+        raise refusals.cannot("room", repo=repo, needed=size(needed), folder=folder, free=size(free))
 
 
 def need_gguf(repo: str, setting: str) -> None:
@@ -273,73 +243,65 @@ def need_gguf(repo: str, setting: str) -> None:
     for plugin in metadata.entry_points(group="vllm.general_plugins"):
         if "gguf" in plugin.value and (allowed is None or plugin.name in allowed.split(",")):
             return
-    remedy = f"Install its GGUF plugin (vllm-gguf-plugin) beside it, or set {setting} to the safetensors model."
-    refusals.fail(f"{repo} is GGUF, and this vLLM has no GGUF.", remedy)
+    raise refusals.cannot("gguf", repo=repo, setting=setting)
 
 
-def fetch_all(given: argparse.Namespace, repositories: list[Repository]) -> None:
+def fetch_all(repositories: list[Repository], stall: float, command: list[str]) -> None:
     """Asks for all of them before the first byte of any comes."""
     halves.keep(say)
-    needed, reading, silent = 0, None, False
+    reading, silent = None, False
     for each in repositories:
         try:
             if not (silent and each.folder):  # one question to a hub that does not answer has to do
                 each.ask()
-            needed += each.needed
-            room_for(each.repo, needed, each.cache)
+            room_for(each.repo, sum(other.needed for other in repositories), each.cache)
         except refusals.CannotError as cannot:
-            each.give_up(*cannot.args)
-            silent = cannot.args[-1] == refusals.TRANSIENT
-    if given.command and needed >= LARGE:  # vLLM's libraries come off the disk while the network is waited for
+            each.give_up(cannot)
+            silent = cannot.exit_code == refusals.TRANSIENT
+    if command and sum(each.needed for each in repositories) >= LARGE:
+        # vLLM's libraries come off the disk while the network is waited for.
         with contextlib.suppress(OSError):
             words = ["nice", "-n", "10", sys.executable, "-c", "import vllm.entrypoints.openai.api_server"]
             reading = Popen(words, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL)
     for each in repositories:
         try:
-            each.fetch(given.stall, partial(become, given, repositories))
+            each.fetch(stall)
         except refusals.CannotError as cannot:
-            each.give_up(*cannot.args)
+            each.give_up(cannot)
     if reading is not None:
         reading.kill()
         reading.wait()
 
 
-def become(given: argparse.Namespace, repositories: list[Repository]) -> NoReturn:
+def become(command: list[str], repositories: list[Repository], *, offline: bool) -> NoReturn:
+    """`offline`: it asks the hub nothing more."""
     folders = [str(each.folder or each.repo) for each in repositories]
-    for folder in folders if not given.command else [f"vLLM is started with {', '.join(folders)}"]:
+    for folder in folders if not command else [f"vLLM is started with {', '.join(folders)}"]:
         say(folder)
-    if not given.command:
+    if not command:
         os._exit(0)
-    if given.offline and all(each.folder and snapshot.self_contained(each.folder) for each in repositories):
+    if offline and all(each.folder and snapshot.self_contained(each.folder) for each in repositories):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    command = given.command
     for each, folder in zip(repositories, folders, strict=True):
         command = [word.replace(each.place, folder) for word in command]
     os.execvp(command[0], command)  # noqa: S606
 
 
 def main() -> None:
-    at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # threads that wait for the network would hold us up
-    parser = argparse.ArgumentParser()
-    parser.add_argument("repositories", nargs="+", type=json.loads, metavar="REPOSITORY")
-    parser.add_argument("--cache")
-    parser.add_argument("--offline", action="store_true", help="the command asks the hub nothing more")
-    parser.add_argument("--stall", type=float, default=STALL)
-    given = parser.parse_args(sys.argv[1:at])
-    given.command = sys.argv[at + 1 :]
+    given, command = json.loads(sys.argv[1]), sys.argv[3:]
     try:
         from huggingface_hub import constants, utils  # noqa: PLC0415
     except ImportError:
-        repositories = [Repository(Path(), each) for each in given.repositories]
-        if not given.command and any(each.folder is None for each in repositories):
-            cause = "The hub's client, huggingface_hub, is not in vLLM's environment."
-            repositories[0].give_up(cause, "Check SUPERVISOR_VLLM.", refusals.PERMANENT)
+        repositories = [Repository(Path(), each) for each in given["repositories"]]
+        for each in repositories if not command else ():
+            each.give_up(refusals.cannot("client"))
     else:
         utils.disable_progress_bars()  # ours is in the log
-        repositories = [Repository(Path(given.cache or constants.HF_HUB_CACHE), each) for each in given.repositories]
-        fetch_all(given, repositories)
-    become(given, repositories)
+        cache = Path(given.get("cache") or constants.HF_HUB_CACHE)
+        repositories = [Repository(cache, each) for each in given["repositories"]]
+        fetch_all(repositories, given["stall"], command)
+    become(command, repositories, offline=given.get("offline", False))
 
 
 if __name__ == "__main__":

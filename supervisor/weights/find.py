@@ -9,7 +9,7 @@ import contextlib
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from supervisor.weights.snapshot import PATTERNS, lacking
@@ -40,7 +40,7 @@ class Weights:
     source: str
     folder: Path | None = None
     download: bool = False
-    passed_over: tuple[str, ...] = field(default=())
+    passed_over: tuple[str, ...] = ()
     gguf: bool = False
 
 
@@ -49,7 +49,7 @@ def find(
 ) -> Weights:
     """Reads a few small files of each place."""
     gguf = load_format == "gguf" or GGUF.fullmatch(model) is not None
-    if _exists(Path(model)):
+    if os.path.exists(model):  # noqa: PTH110  # not so either where the name is too long, or may not be looked at
         return Weights(f"the folder {model}", Path(model), gguf=gguf)
     if not REPOSITORY.fullmatch(model) or gguf or environ.get("VLLM_USE_MODELSCOPE", "").lower() in TRUE:
         return Weights("left to vLLM", gguf=gguf)  # s3://..., another hub
@@ -73,39 +73,20 @@ def find(
     return Weights("the hub", None, True, tuple(passed_over))  # offline: to be told so at once
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # too long a name, or in somebody else's folder
-        return False
-
-
 def find_snapshot(cache: Path, model: str, revision: str | None) -> Path | None:
     """The folder of that revision (main, if none is asked for), where the cache has it.
 
     RunPod writes some folders' names in small letters; the exact one is preferred.
     """
-    with contextlib.suppress(OSError):  # somebody else's folder, too long a name
-        return _find_snapshot(cache, model, revision)
-    return None
-
-
-def _find_snapshot(cache: Path, model: str, revision: str | None) -> Path | None:
     repository = cache / f"models--{model.replace('/', '--')}"
-    if not repository.is_dir():
-        entries = {entry.name.lower(): entry.path for entry in os.scandir(cache)}
-        found = entries.get(repository.name.lower())
-        if found is None:
-            return None
-        repository = Path(found)
-    snapshots = repository / "snapshots"
-    try:
-        commit = (repository / "refs" / (revision or "main")).read_text().strip()
-    except (OSError, ValueError):
-        commit = revision if revision and COMMIT.fullmatch(revision) else ""
-    if commit:
-        return snapshots / commit if (snapshots / commit).is_dir() else None
-    if revision:
-        return None
-    there = [path for path in snapshots.iterdir() if path.is_dir()]
-    return max(there, key=lambda path: path.stat().st_mtime, default=None)
+    with contextlib.suppress(OSError):  # somebody else's folder, too long a name
+        if not repository.is_dir():
+            entries = {path.name.lower(): path for path in cache.iterdir()}
+            repository = entries.get(repository.name.lower(), repository)
+        snapshots, commit = repository / "snapshots", revision if COMMIT.fullmatch(revision or "") else None
+        with contextlib.suppress(OSError, ValueError):
+            commit = (repository / "refs" / (revision or "main")).read_text().strip()
+        if commit or not revision:
+            found: Iterable[Path] = [snapshots / commit] if commit else snapshots.iterdir()
+            return max(filter(Path.is_dir, found), key=lambda path: path.stat().st_mtime, default=None)
+    return None

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import inspect
-import os
 import re
 import time
 from collections.abc import Callable
@@ -47,9 +46,8 @@ def keep(tell: Callable[[str], object]) -> None:
             theirs(url=url, temp_file=temp_file, **more)
             return
         kept = Path(found["blob"] + KEPT)
-        kept.touch()
-        with kept.open("r+b") as file:
-            if file.seek(0, os.SEEK_END) > (more.get("expected_size") or 0):
+        with kept.open("a+b") as file:
+            if file.tell() > (more.get("expected_size") or 0):
                 file.seek(0)
                 file.truncate()
             theirs(url=url, temp_file=file, **more | {"resume_size": file.tell()})

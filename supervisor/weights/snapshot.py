@@ -11,86 +11,63 @@ import re
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-INDEX = "model.safetensors.index.json"
+# Which files vLLM reads, by patterns of their names, with the reasons.
+FILES: dict[str, Any] = json.loads(Path(__file__).with_name("files.json").read_bytes())
+# Weights, by --load-format.
+PATTERNS: dict[str, list[str]] = FILES["weights"]
 CONSOLIDATED = "consolidated*.safetensors"
-CONSOLIDATED_INDEX = "consolidated.safetensors.index.json"
-# Which weights vLLM takes, by --load-format: the first pattern that matches something (its default_loader.py). Formats
-# that are not here are loaded by programs of their own, from wherever these have them.
-PATTERNS: dict[str, tuple[str, ...]] = {
-    "auto": (CONSOLIDATED, "*.safetensors", "*.bin", "*.pt"),  # Mistral's own format before the hub's
-    "hf": ("*.safetensors", "*.bin", "*.pt"),
-    "safetensors": ("*.safetensors",),
-    "fastsafetensors": ("*.safetensors",),
-    "instanttensor": ("*.safetensors",),
-    "mistral": (CONSOLIDATED,),
-    "pt": ("*.pt",),
-    "npcache": ("*.bin",),
-    "dummy": (),
-    # What vLLM has beside the model: formats of ours.
-    "lora": ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt"),
-    "tokenizer": (),
-}
-# Without one of these it is none.
-CONFIGS = {"lora": ("adapter_config.json",), "tokenizer": ("*token*", "tekken.json", "vocab*", "*.model", "*.spm")}
-# Weights by name, and nobody's for inference.
-NOT_WEIGHTS = ("training_args.bin", "optimizer*", "scheduler*", "rng_state*")
-# Weights that some models of vLLM read beside those.
-BESIDE = (
-    "[0-9]*_*/model.safetensors", "[0-9]*_*/pytorch_model.bin",  # sentence-transformers' layers: 2_Dense/
-    "sparse_linear.pt", "colbert_linear.pt",  # BGE-M3
-    "mask_embedding.pt", "joint_head.safetensors",  # DFlash, Clef
-    "adapters/*/adapter_model.safetensors", "whisper-large-v3/*.safetensors",  # Jina, Kimi-Audio
-)  # fmt: skip
-# And where there are no others: Cosmos'.
-INSTEAD = ("[tv]*er/*.safetensors",)
-# All else that is read, by vLLM, its libraries and a model's own code: configurations, tokenizers, templates, code.
-READ = re.compile(r".+\.(json|jinja|txt|model|tiktoken|spm|vocab|codes|py|ya?ml)")
-# Folders that are not, whatever they hold: another format's, and what training left.
-NOT_READ = re.compile(r"(original|onnx|runs|checkpoint-\d+)/.+")
 LFS_POINTER = b"version https://git-lfs"
 PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 # A safetensors file's header; a larger one is none.
 HEADER_LIMIT = 100_000_000
 
 
+def fits(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
 def is_read(name: str) -> bool:
     """Whether vLLM may read a file that holds no weights."""
-    return READ.fullmatch(name) is not None and NOT_READ.fullmatch(name) is None
+    return fits(name, FILES["read"]) and not fits(name, FILES["not read"])
 
 
-def weights(names: Iterable[str], load_format: str, index: Callable[[str], object]) -> list[str] | None:
-    """The files of weights that vLLM will read; None for a load format that nothing is known of.
+def weights(names: Iterable[str], load_format: str, locate: Callable[[str], str | Path] | None = None) -> list[str]:
+    """The files of weights that vLLM will read; none for a load format that nothing is known of.
 
-    `index(name)` gives the parsed JSON of an index file. Parts of a row that are missing are in the list, too.
+    `locate(name)` gives the path of an index file. Parts of a row that are missing are in the list, too.
     """
-    patterns = PATTERNS.get(load_format)
-    if patterns is None:
-        return None
-    everything = {name for name in names if not NOT_READ.fullmatch(name)}
-    found = _of_the_model({name for name in everything if "/" not in name}, patterns, index)
+    patterns = PATTERNS.get(load_format, ())
+    everything = {name for name in names if not fits(name, FILES["not read"])}
+    found = _of_the_model({name for name in everything if "/" not in name}, patterns, locate)
     if patterns and load_format != "lora":
-        also = BESIDE if found else INSTEAD
-        found |= {name for name in everything if any(fnmatch(name, pattern) for pattern in also)}
+        found |= {name for name in everything if fits(name, FILES["beside" if found else "instead"])}
     return sorted(found)
 
 
-def _of_the_model(names: set[str], patterns: Iterable[str], index: Callable[[str], object]) -> set[str]:
-    present = {name for name in names if not any(fnmatch(name, pattern) for pattern in NOT_WEIGHTS)}
+def _of_the_model(names: set[str], patterns: Iterable[str], locate: Callable[[str], str | Path] | None) -> set[str]:
+    present = {name for name in names if not fits(name, FILES["not weights"])}
     for pattern in patterns:
         found = {name for name in present if fnmatch(name, pattern)}
-        listed = {CONSOLIDATED: CONSOLIDATED_INDEX, "*.safetensors": INDEX}.get(pattern, "")
-        if listed in present and (pattern != CONSOLIDATED or found):
-            content = index(listed)
-            files = content.get("weight_map") if isinstance(content, dict) else None
-            if isinstance(files, dict) and files:
-                return set(map(str, files.values()))
-        if pattern == "*.safetensors" and INDEX not in present:
-            found -= {name for name in found if fnmatch(name, CONSOLIDATED)} if len(found) > 1 else set()
+        index = FILES["indexes"].get(pattern)
+        if locate and index in present and (pattern != CONSOLIDATED or found):
+            listed = _content(locate(index)).get("weight_map")
+            if isinstance(listed, dict) and listed:
+                return set(map(str, listed.values()))
+        if pattern == "*.safetensors" and index not in present:
+            found = {name for name in found if not fnmatch(name, CONSOLIDATED)} or found
         if found:
             return found | {part for name in found for part in _row(name)}
     return set()
+
+
+def _content(path: str | Path) -> dict[str, Any]:
+    """Of a small file of JSON; nothing where it is none."""
+    with contextlib.suppress(OSError, ValueError):
+        content = json.loads(Path(path).read_bytes())
+        return content if isinstance(content, dict) else {}
+    return {}
 
 
 def _row(name: str) -> set[str]:
@@ -108,25 +85,15 @@ def lacking(folder: Path, load_format: str = "auto") -> str | None:
         names = {path.name for path in folder.iterdir()}
     except OSError as error:
         return f"it can't be read ({error.strerror})"
-    configs = CONFIGS.get(load_format, ("config.json", "params.json"))
-    if not any(fnmatch(name, config) for name in names for config in configs):
+    configs = FILES["configs"].get(load_format, FILES["configs"]["model"])
+    if not any(fits(name, configs) for name in names):
         return f"{configs[0] if load_format != 'tokenizer' else 'a tokenizer'} is missing"
     names |= {f"{path.parent.name}/{path.name}" for path in folder.glob("*/*")}
-
-    def index(name: str) -> object:
-        with contextlib.suppress(OSError, ValueError):
-            return json.loads((folder / name).read_bytes())
-        return None
-
-    needed = weights(names, load_format, index)
-    if needed is None or not PATTERNS[load_format]:
-        return None
-    if not needed:
+    needed = weights(names, load_format, folder.joinpath)
+    if not needed and PATTERNS.get(load_format):
         return "there are no weights"
-    for name in needed:
-        if (fault := damage(folder / name)) is not None:
-            return f"{name} {fault}"
-    return None
+    faults = ((name, damage(folder / name)) for name in needed)
+    return next((f"{name} {fault}" for name, fault in faults if fault is not None), None)
 
 
 def damage(path: Path) -> str | None:
@@ -158,8 +125,4 @@ def _length(first: bytes, file: BinaryIO) -> int:
 
 def self_contained(folder: Path) -> bool:
     """Whether its files name no code of another repository, which only the hub could give."""
-    for path in folder.glob("*config.json"):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            if "--" in json.dumps(json.loads(path.read_bytes()).get("auto_map", "")):
-                return False
-    return True
+    return not any("--" in json.dumps(_content(path).get("auto_map")) for path in folder.glob("*config.json"))

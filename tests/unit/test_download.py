@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import threading
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from supervisor.weights import download
-
-halves, refusals = download.halves, download.refusals  # it imports them as files beside it
+from supervisor.weights import download, halves, refusals
 
 
 class Client:
@@ -148,6 +150,112 @@ def test_an_older_client_has_neither_xet_nor_checksums(client: Client, tmp_path:
     repository._check()
 
 
+# What comes
+
+
+def test_a_name_that_leads_out_of_the_folder_is_none(client: Client, tmp_path: Path) -> None:
+    outside = tmp_path / "outside.json"
+    outside.write_text("somebody else's")
+    names = ["config.json", "model.safetensors", str(outside), f"/{outside}", "../../../../outside.json"]
+    rows = [SimpleNamespace(path=name, size=1, lfs=None, blob_id="0" * 40) for name in names]
+
+    class HfApi:
+        def model_info(self, _repo: str, **_: object) -> SimpleNamespace:
+            return SimpleNamespace(sha="a" * 40)
+
+        def list_repo_tree(self, _repo: str, **_: object) -> list[SimpleNamespace]:
+            return [*rows, SimpleNamespace(path="folder")]
+
+    def snapshot_download(repo_id: str, *, allow_patterns: list[str], dry_run: bool = False, **_: object) -> list[Any]:
+        assert dry_run
+        return [SimpleNamespace(filename=name, will_download=True) for name in allow_patterns]
+
+    client.hub.__dict__.update(HfApi=HfApi, snapshot_download=snapshot_download, hf_hub_download=print)
+    repository = download.Repository(tmp_path / "cache", {"repo": "org/name"})
+    repository.ask()
+    assert list(repository.files) == ["config.json", "model.safetensors"]
+    assert repository.needed == 2
+    assert outside.read_text() == "somebody else's"
+
+
+# How far it is
+
+
+class Partial(download.Repository):
+    """One of 10 MB, of which 6 MB came before."""
+
+    def __init__(self, cache: Path, given: Mapping[str, str], seconds: float = 0.4) -> None:
+        super().__init__(cache, given)
+        self.blobs.mkdir(parents=True)
+        (self.blobs / "large.kept.incomplete").write_bytes(bytes(6_000_000))
+        self.files, self.coming = {"large": SimpleNamespace(lfs=LARGE, size=10_000_000)}, [10_000_000]
+        self.over = threading.Event()
+        self.load: Any = partial(self.over.wait, seconds)
+
+
+def test_what_came_before_is_no_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(download, "REPORT_EVERY", 0.1)
+    Partial(tmp_path, {"repo": "org/name"})._load(stall=0.4, before=0)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == "weights: Downloading weights: 6.0 MB of 10.0 MB, 0.0 MB/s"
+
+
+def test_what_a_try_raises_in_its_thread_is_told(tmp_path: Path) -> None:
+    repository = Partial(tmp_path, {"repo": "org/name"})
+    repository.load = partial(int, "nothing")
+    with pytest.raises(ValueError, match="nothing"):
+        repository._load(stall=60, before=0)
+
+
+def test_a_newer_one_that_stands_still_keeps_nothing_else_from_coming(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is in the cache is served, and the next repository is fetched."""
+    monkeypatch.setattr(download.Repository, "ask", lambda _: None)
+    monkeypatch.setattr(download.Repository, "_check", lambda _: None)
+    monkeypatch.setattr(halves, "keep", lambda _: None)
+    (tmp_path / "config.json").write_text("{}")
+    still = Partial(tmp_path / "1", {"repo": "org/1", "have": str(tmp_path), "load_format": "dummy"}, 60)
+    other = Partial(tmp_path / "2", {"repo": "org/2"}, 0)
+    download.fetch_all([still, other], 0.2, [])
+    still.over.set()
+    assert (still.folder, other.folder) == (tmp_path, other.snapshot)
+    assert f"The download stands still: not a byte came in 0.2 s. Serving what is in the cache: {tmp_path}" in (
+        capsys.readouterr().out
+    )
+
+
+def test_what_is_given_up_needs_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a newer one there is none, so the one in the cache is served; what is small comes all the same."""
+    monkeypatch.setattr(download.Repository, "ask", lambda _: None)
+    monkeypatch.setattr(halves, "keep", lambda _: None)
+    (tmp_path / "config.json").write_text("{}")
+    newer = download.Repository(tmp_path, {"repo": "org/1", "have": str(tmp_path), "load_format": "dummy"})
+    newer.needed = 10**18
+    small = download.Repository(tmp_path, {"repo": "org/2"})
+    small.needed = 1000
+    download.fetch_all([newer, small], 60, [])
+    assert newer.folder == tmp_path
+
+
+def test_without_a_client_one_that_is_there_does_not_stand_for_one_that_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    model = {"repo": "org/1", "have": str(tmp_path), "load_format": "dummy"}
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.setattr("os._exit", sys.exit)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    for repositories, code in (([model], 0), ([model, {"repo": "org/2"}], 3)):
+        monkeypatch.setattr(sys, "argv", ["download.py", json.dumps({"repositories": repositories})])
+        with pytest.raises(SystemExit) as ended:
+            download.main()
+        assert ended.value.code == code
+    assert "huggingface_hub, is not in vLLM's environment. | Check SUPERVISOR_VLLM." in capsys.readouterr().out
+
+
 # GGUF
 
 
@@ -162,10 +270,9 @@ def plugins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_a_vllm_without_gguf(plugins: Path) -> None:
     with pytest.raises(refusals.CannotError) as error:
         download.need_gguf("org/name", "MODEL")
-    cause, remedy, code = error.value.args
-    assert cause == "org/name is GGUF, and this vLLM has no GGUF."
-    assert remedy.startswith("Install its GGUF plugin")
-    assert code == 3
+    assert error.value.cause == "org/name is GGUF, and this vLLM has no GGUF."
+    assert error.value.remedy.startswith("Install its GGUF plugin")
+    assert error.value.exit_code == 3
 
 
 def test_a_plugin_for_gguf(plugins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,14 +316,12 @@ def test_what_leads_to_the_hub_is_named(monkeypatch: pytest.MonkeyPatch, environ
         monkeypatch.setenv(name, value)
     with pytest.raises(refusals.CannotError) as error:
         refusals.unreachable("The hub could not be reached", OSError("no route"))
-    assert error.value.args == (
-        "The hub could not be reached: no route.",
-        f"Check {named}; it is tried again, and goes on where it stopped.",
-        4,
-    )
+    assert error.value.cause == "The hub could not be reached: no route."
+    assert error.value.remedy == f"Check {named}; it is tried again, and goes on where it stopped."
+    assert error.value.exit_code == 4
 
 
-def test_the_error_below_says_more(tmp_path: Path) -> None:
+def test_the_error_below_says_more() -> None:
     class LocalEntryNotFoundError(Exception):
         """The client's, of any trouble."""
 
@@ -229,7 +334,6 @@ def test_the_error_below_says_more(tmp_path: Path) -> None:
         error.__cause__ = below
         if told == "refused":
             refusals.refused(error, words)
-            refusals.disk(error, "org/name", tmp_path)
             assert refusals.reason(error) == "[Errno 111] refused"
         else:
             with pytest.raises(refusals.CannotError, match=told):
@@ -239,18 +343,21 @@ def test_the_error_below_says_more(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (OSError(28, "No space left on device"), "The disk became full"),
-        (PermissionError(13, "Permission denied", "/cache/x"), "may not be written by this user"),
+        (OSError(28, "No space left on device"), "The disk became full while org/name came to /cache."),
+        (PermissionError(13, "Permission denied", "/cache/x"), "/cache may not be written by this user."),
         (PermissionError(13, "Permission denied"), ""),  # a firewall's
-        (OSError(30, "Read-only file system", "/cache/x"), "is read-only"),
+        (OSError(30, "Read-only file system", "/cache/x"), "/cache is read-only."),
         (RuntimeError("Data processing error: No space left on device (os error 28)"), "The disk became full"),
         (NotADirectoryError(20, "Not a directory", "/cache/x"), "can't be written to (Not a directory)"),
+        (ConnectionRefusedError(111, "Connection refused"), ""),
     ],
 )
-def test_disks(error: Exception, told: str, tmp_path: Path) -> None:
+def test_disks(error: Exception, told: str) -> None:
+    words = {"repo": "org/name", "cache": "/cache"}
     if not told:
-        refusals.disk(error, "org/name", tmp_path)
+        refusals.refused(error, words)
         return
     with pytest.raises(refusals.CannotError) as found:
-        refusals.disk(error, "org/name", tmp_path)
-    assert told in found.value.args[0]
+        refusals.refused(error, words)
+    assert told in found.value.cause
+    assert found.value.exit_code == 3

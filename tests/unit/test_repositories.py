@@ -113,11 +113,15 @@ def test_whether_vllm_has_something_to_ask_the_hub(tmp_path: Path) -> None:
 
 def test_what_the_downloading_program_is_told(tmp_path: Path) -> None:
     given = settings(HF_HUB_OFFLINE="", TOKENIZER="org/t", DOWNLOAD_DIR=str(tmp_path), SUPERVISOR_STALL_TIMEOUT="20")
-    command = fetch_command(given, [model_of(given), *beside_the_model(given)[0]], "--")
-    at = command.index("--cache")
-    assert command[at : at + 4] == ("--cache", str(tmp_path), "--stall", "20.0")
-    assert [json.loads(word) for word in command[at + 4 : -1]] == [
-        {"repo": "org/model", "load_format": "auto", "place": "{weights}", "setting": "MODEL"},
-        {"repo": "org/t", "load_format": "tokenizer", "place": "{weights:1}", "setting": "TOKENIZER"},
-    ]
+    command = fetch_command(given, [model_of(given), *beside_the_model(given)[0]])
+    more = {"revision": None, "have": None, "gguf": False}
+    assert json.loads(command[-1]) == {
+        "repositories": [
+            {"repo": "org/model", "load_format": "auto", "place": "{weights}", "setting": "MODEL", **more},
+            {"repo": "org/t", "load_format": "tokenizer", "place": "{weights:1}", "setting": "TOKENIZER", **more},
+        ],
+        "cache": str(tmp_path),
+        "stall": 20.0,
+        "offline": False,
+    }
     assert words(given)["tokenizer"] == "{weights:1}"

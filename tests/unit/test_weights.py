@@ -66,6 +66,7 @@ MISTRAL = ["consolidated.safetensors", "params.json", "config.json", INDEX, *TWO
         (MISTRAL, "safetensors", index_of(*TWO), TWO),
         (["consolidated.safetensors", *TWO], "hf", None, TWO),
         (["consolidated.safetensors"], "hf", None, ["consolidated.safetensors"]),
+        (parts("consolidated", 2), "hf", None, parts("consolidated", 2)),
         (parts("consolidated", 2)[:1], "auto", None, parts("consolidated", 2)),
         (TWO, "mistral", None, []),
         (["pytorch_model.bin", "training_args.bin"], "auto", None, ["pytorch_model.bin"]),
@@ -91,18 +92,20 @@ MISTRAL = ["consolidated.safetensors", "params.json", "config.json", INDEX, *TWO
         (["adapter_model.bin", "checkpoint-9/adapter_model.safetensors"], "lora", None, ["adapter_model.bin"]),
         (["tokenizer.json", "model.safetensors"], "tokenizer", None, []),
         (["model.safetensors"], "dummy", None, []),
-        (["model.safetensors"], "runai_streamer", None, None),
+        (["model.safetensors"], "runai_streamer", None, []),
         ([], "auto", None, []),
     ],
 )  # fmt: skip
-def test_which_files_are_read(names: list[str], load_format: str, index: bytes | None, expected: object) -> None:
-    def read(name: str) -> object:
+def test_which_files_are_read(
+    tmp_path: Path, names: list[str], load_format: str, index: bytes | None, expected: list[str]
+) -> None:
+    def locate(name: str) -> Path:
         assert name in names
-        with contextlib.suppress(ValueError):
-            return json.loads(index or b"")
-        return None
+        path = tmp_path / name
+        path.write_bytes(index or b"")
+        return path
 
-    assert snapshot.weights(names, load_format, read) == expected
+    assert snapshot.weights(names, load_format, locate) == expected
 
 
 def test_what_is_read_beside_the_weights() -> None:
@@ -261,6 +264,7 @@ def test_which_snapshot(
 ) -> None:
     snapshots = make_cache(tmp_path, commits, refs)
     snapshots.mkdir(parents=True, exist_ok=True)
+    (snapshots / "dangling").symlink_to("nowhere")
     found = find_snapshot(tmp_path, MODEL, revision)
     assert found == (snapshots / expected if expected else None)
 

@@ -41,8 +41,12 @@ DOWNLOAD = ROOT / "supervisor" / "weights" / "download.py"
 MB = 1_000_000
 PART = 3 * MB
 PARTS = [f"model-{number:05}-of-00003.safetensors" for number in (1, 2, 3)]
-LARGE = '{"repo": "org/large"}'
 CHAT = {"model": "org/large", "messages": [{"role": "user", "content": "hi"}]}
+
+
+def told(repo: str) -> str:
+    """What the downloading program is told to fetch."""
+    return json.dumps({"repositories": [{"repo": repo}], "stall": 60})
 
 
 def safetensors(size: int, seed: int = 0) -> bytes:
@@ -144,7 +148,7 @@ class User:
         """The downloading program alone. `before`: what its Python does first."""
         program = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
         started = ["-c", "\n".join((*before, program))]
-        words = [PYTHON, *(started if before else ()), DOWNLOAD, json.dumps({"repo": repo})]
+        words = [PYTHON, *(started if before else ()), DOWNLOAD, told(repo)]
         environ = clean_environment(**self.environ(hub, **more))
         return subprocess.run(words, env=environ, capture_output=True, text=True, check=False, timeout=60)
 
@@ -581,7 +585,7 @@ def test_a_hub_that_wants_no_more_of_us(user: User, hub: Hub) -> None:
 
 def test_an_error_in_between_costs_nothing_that_has_come(user: User, hub: Hub, large: Path) -> None:
     hub.change(cut=2 * MB)
-    arguments = [PYTHON, DOWNLOAD, LARGE]
+    arguments = [PYTHON, DOWNLOAD, told("org/large")]
     environ = clean_environment(**user.environ(hub))
     with subprocess.Popen(arguments, env=environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         wait_until(lambda: hub.sent() >= 6 * MB, "the first halves")
@@ -718,7 +722,7 @@ def test_a_cache_below_a_file(user: User, hub: Hub) -> None:
 
 def test_two_workers_fill_one_cache(user: User, hub: Hub, large: Path) -> None:
     hub.change(rate=4 * MB)
-    arguments, environ = [PYTHON, DOWNLOAD, LARGE], clean_environment(**user.environ(hub))
+    arguments, environ = [PYTHON, DOWNLOAD, told("org/large")], clean_environment(**user.environ(hub))
     both = [subprocess.Popen(arguments, env=environ, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait(60) for process in both] == [0, 0]
     assert user.has("org/large", large)
