@@ -10,14 +10,16 @@ from typing import NamedTuple
 
 import pytest
 
-from supervisor.engine import tracebacks
+from supervisor.engine import topics, tracebacks
 from supervisor.engine.child import how_it_ended
 from supervisor.engine.diagnosis import FOLLOWING, GONE, REMEDIES, RULES, Diagnosis, Rule, diagnose, follows
+from supervisor.engine.topics import OPTIONS, TOPICS
 from supervisor.settings.knobs import KNOBS
 from supervisor.vllm import catalogue
 
 LOGS = Path(__file__).parent / "failures"
 ROWS = (*RULES, *FOLLOWING, *GONE)
+OF_TOPICS = {"part", "at", "governs", "named", "elsewhere", "otherwise"}
 
 
 class Row(NamedTuple):
@@ -308,15 +310,40 @@ def test_no_row_is_there_twice() -> None:
 
 def test_a_row_names_only_groups_that_its_pattern_has() -> None:
     for row in ROWS:
-        groups = set(row.regex.groupindex) | set(REMEDIES)
+        groups = set(row.regex.groupindex) | set(REMEDIES) | OF_TOPICS
         named = {name.lower() for name in re.findall(r"\{(\w+)\}", row.cause + row.remedy)}
         assert named <= groups, row.cause
 
 
 def test_no_pattern_runs_over_a_whole_log() -> None:
     """What repeats is bounded, or a log of 250,000 characters costs minutes. `[^\\n]+` ends with its line."""
-    for row in ROWS:
-        assert not re.search(r"(?<![\\\w-])\.[*+](?![^\[]*\])", row.pattern), row.pattern
+    for pattern in (*(row.pattern for row in ROWS), *(p for topic in TOPICS for p in (topic.words, topic.path))):
+        assert not re.search(r"(?<![\\\w-])\.[*+](?![^\[]*\])", pattern), pattern
+
+
+@pytest.mark.parametrize("topic", TOPICS, ids=lambda topic: topic.part)
+def test_every_topic_is_the_one_for_its_example(topic: topics.Topic) -> None:
+    """An error, or the frame where an error was raised that says nothing."""
+    lines = [topic.example, "AssertionError"] if "File" in topic.example else [topic.example]
+    failure = tracebacks.read([*("Traceback (most recent call last):",), *lines], follows)
+    assert topics.about(failure) is topic
+
+
+def test_what_an_error_is_about_says_what_to_change() -> None:
+    """The kind of error gives the words, its place the settings."""
+    frame = '  File "/venv/vllm/v1/attention/backends/mla/common.py", line 99, in forward'
+    lines = [f"{ROOT}{line}" for line in ("Traceback (most recent call last):", frame, "AssertionError: odd")]
+    assert "The attention fails: AssertionError: odd" in diagnose(1, lines).cause
+    assert "ATTENTION_BACKEND" in diagnose(1, lines).remedy
+    assert "LORA_MODULES" in diagnose(1, [*lines[:-1], f"{ROOT}ValueError: no LoRA here"]).remedy
+    assert "ATTENTION_BACKEND" in diagnose(1, [*lines[:-1], f"{ROOT}Odd: of no known class"]).remedy
+
+
+def test_settings_that_an_error_names_are_named() -> None:
+    error = "RuntimeError: chunked prefill, VLLM_USE_X=1, CUDA_ERROR_X, /a/mm_processor_kwargs.py, prefix-caching"
+    named = topics.named(tracebacks.read([error], follows))
+    assert named == ["VLLM_USE_X", "ENABLE_CHUNKED_PREFILL", "ENABLE_PREFIX_CACHING"]
+    assert "Look at VLLM_USE_X, ENABLE_CHUNKED_PREFILL" in diagnose(1, [error]).remedy
 
 
 CLEAN = ("clean-stop",)
@@ -366,8 +393,12 @@ def test_remedies_name_variables_that_exist() -> None:
         "FLASH_ATTN",
         "TRITON_ATTN",
     }  # the last two: values
+    assert set(OPTIONS) <= known
+    known |= {"VLLM_USE_V1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES", "HIP_VISIBLE_DEVICES", "HSA_OVERRIDE_GFX_VERSION"}
+    known |= {"TRITON_MLA"}
     known |= {"PYTORCH_CUDA_ALLOC_CONF", "TRITON_PTXAS_PATH", "RAY_ADDRESS", "UCX_TLS", "UCX_NET_DEVICES", "SYS_NICE"}
-    named = {name for row in ROWS for name in re.findall(r"(?<![{\w])[A-Z]+(?:_[A-Z\d]+)+(?![}\w*])", row.remedy)}
+    told = [row.remedy for row in (*ROWS, *TOPICS)]
+    named = {name for text in told for name in re.findall(r"(?<![{\w])[A-Z]+(?:_[A-Z\d]+)+(?![}\w*])", text)}
     assert named - known == set()
     assert {"MAX_MODEL_LEN", "HF_TOKEN"} < named
 
