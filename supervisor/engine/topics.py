@@ -63,7 +63,7 @@ def told(failure: Failure) -> dict[str, str]:
 
 def about(failure: Failure) -> Topic:
     """The first that fits; the last of the table fits all."""
-    error = (failure.error or "")[:LONGEST_ERROR]
+    error = _words(failure)
     frames = FRAME.findall(failure.raised)[-NEAR:]
     places = "\n".join(f"{path}:{function}" for path, function in frames)
     return next(t for t in TOPICS if t.patterns[0].search(error) or t.patterns[1].search(places))
@@ -71,11 +71,16 @@ def about(failure: Failure) -> Topic:
 
 def named(failure: Failure) -> list[str]:
     """The settings that the error names, as variables: as an option, as a variable, or in words (chunked prefill)."""
-    error = (failure.error or "")[:LONGEST_ERROR]
+    error = _words(failure)
     found = [name.lstrip("-").upper().replace("-", "_") for name in NAME.findall(error)]
-    words = re.sub(r"[\s-]", "_", PATH.sub("", error)).upper()
+    words = re.sub(r"[\s-]|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", PATH.sub("", error)).upper()
     found += [option for option in OPTIONS if _core(option) in words]
     return list(dict.fromkeys(found))
+
+
+def _words(failure: Failure) -> str:
+    """The error's, and those of its own line: of a refused setting only that names the part of vLLM's configuration."""
+    return f"{failure.error or ''}"[:LONGEST_ERROR] + "\n" + failure.raised.rpartition("\n")[2][:LONGEST_ERROR]
 
 
 def _core(option: str) -> str:
