@@ -395,6 +395,8 @@ def test_remedies_name_variables_that_exist() -> None:
     }  # the last two: values
     assert set(OPTIONS) <= known
     known |= {"VLLM_USE_V1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES", "HIP_VISIBLE_DEVICES", "HSA_OVERRIDE_GFX_VERSION"}
+    known |= {"CCL_ATL_TRANSPORT", "CCL_ZE_IPC_EXCHANGE", "HCCL_IF_IP", "HCCL_SOCKET_IFNAME", "TRITON_LIBCUDA_PATH"}
+    known |= {"FLEX_ATTENTION", "TORCH_SDPA", "IPC_LOCK", "SYS_PTRACE"}
     known |= {"TRITON_MLA", "TIKTOKEN_ENCODINGS_BASE", "TIKTOKEN_RS_CACHE_DIR"}
     known |= {"PYTORCH_CUDA_ALLOC_CONF", "TRITON_PTXAS_PATH", "RAY_ADDRESS", "UCX_TLS", "UCX_NET_DEVICES", "SYS_NICE"}
     told = [row.remedy for row in (*ROWS, *TOPICS)]
