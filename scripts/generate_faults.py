@@ -72,7 +72,13 @@ class Shown(dict[str, str]):
     """What is taken from the log, as `…`; and a kind of error's part of vLLM, which the second table has."""
 
     def __missing__(self, name: str) -> str:
-        part = {"part": "A part of vLLM", "at": "", "governs": "What the part's row says, below.", "named": ""}
+        part = {
+            "part": "A part of vLLM",
+            "at": "",
+            "governs": "What the part's row says, below.",
+            "named": "",
+            "in_use": "",
+        }
         return (part | {"otherwise": part["governs"], "elsewhere": part["governs"]}).get(name, "…")
 
 

@@ -18,6 +18,7 @@ TABLE = tomllib.loads(Path(__file__).with_name("causes.toml").read_text(encoding
 # How far out a frame still says what it is about: every traceback of vLLM's comes through its worker in the end.
 NEAR = 9
 LONGEST_ERROR = 2000
+LONGEST_LOG = 100_000
 FRAME = re.compile(r' +File "([^"\n]{1,400})", line \d+, in ([^\n]{1,100})')
 # `--max-num-seqs`, or a variable that is no option of vLLM's; a library's errors and constants look like those.
 NAME = re.compile(
@@ -25,6 +26,9 @@ NAME = re.compile(
     r"FLASHINFER|LMCACHE|MOONCAKE|NVSHMEM|DG|OMP|CCL|ZE|XLA|TPU|ASCEND)_(?!ERROR|STATUS|VERSION|SUCCESS|CHECK)[A-Z\d_]{2,60})\b"
 )
 PATH = re.compile(r"/\S{1,300}")
+# What a dying engine says of its settings ("Dumping input data for V1 LLM engine (v0.11.0) with config: ..."), where
+# they can be left out.
+IN_USE = re.compile(r"\b(speculative_config|kv_cache_dtype|quantization|kv_transfer_config)=(?!None|auto|'auto'|')\w")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +55,14 @@ def told(failure: Failure) -> dict[str, str]:
     """What a row for a kind of error may say: the header of `causes.toml` has them."""
     topic, names = about(failure), ", ".join(named(failure)[:4])
     elsewhere = "" if topic is TOPICS[-1] else topic.remedy
+    in_use = ", ".join(dict.fromkeys(name.upper() for name in IN_USE.findall(failure.whole[-LONGEST_LOG:])))
     return {
         "part": topic.part,
         "at": f"({topic.part})" if elsewhere else "",
         "governs": topic.remedy,
         "elsewhere": elsewhere,
         "otherwise": "" if names else elsewhere,
+        "in_use": f"The log shows {in_use} in use: leave that out first." if in_use else "",
         "named": f"Look at {names} first: change or unset it." if names else "",
     }
 

@@ -19,7 +19,8 @@ from supervisor.vllm import catalogue
 
 LOGS = Path(__file__).parent / "failures"
 ROWS = (*RULES, *FOLLOWING, *GONE)
-OF_TOPICS = {"part", "at", "governs", "named", "elsewhere", "otherwise"}
+KERNEL = "torch.AcceleratorError: CUDA error: an illegal memory access was encountered"
+OF_TOPICS = {"part", "at", "governs", "named", "elsewhere", "otherwise", "in_use"}
 
 
 class Row(NamedTuple):
@@ -339,6 +340,15 @@ def test_what_an_error_is_about_says_what_to_change() -> None:
     assert "ATTENTION_BACKEND" in diagnose(1, [*lines[:-1], f"{ROOT}Odd: of no known class"]).remedy
 
 
+def test_what_a_dying_engine_shows_of_its_settings_is_to_be_left_out_first() -> None:
+    dump = (
+        "Dumping input data for V1 LLM engine (v0.11.0) with config: model='m', speculative_config=SpeculativeConfig("
+    )
+    lines = [f"{ROOT}{dump}method='mtp'), kv_cache_dtype=auto, quantization=None,", f"{ROOT}{KERNEL}"]
+    assert "The log shows SPECULATIVE_CONFIG in use" in diagnose(1, lines).remedy
+    assert "in use" not in diagnose(1, lines[1:]).remedy
+
+
 def test_settings_that_an_error_names_are_named() -> None:
     error = "RuntimeError: chunked prefill, VLLM_USE_X=1, CUDA_ERROR_X, /a/mm_processor_kwargs.py, prefix-caching"
     named = topics.named(tracebacks.read([error], follows))
@@ -487,7 +497,7 @@ def test_an_error_in_the_log_of_one_that_hung_need_not_be_why() -> None:
 
 
 def test_memory_is_blamed_on_evidence_alone() -> None:
-    """Signal 9 that was not ours, or the container's count of such kills. `{}` is none: versions up to 0.11 say so of
+    """Signal 9 that was not ours, or the container's count of such kills. `{}` is none: vLLM says so of
     engines that ended by any error of their own."""
     gone = ["(APIServer pid=1) vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue."]
     assert diagnose(0, gone).cause == "vLLM's engine process was gone without a word."
