@@ -477,6 +477,18 @@ def test_what_a_client_did_wrong_is_not_why_the_engine_ended() -> None:
     assert "gone without a word" in diagnose(0, lines).cause
 
 
+def test_what_the_engine_says_of_a_workers_error_is_the_cause_where_the_worker_is_not_heard() -> None:
+    """Its own traceback may have left the lines that are kept. Where it is there, it has the place."""
+    relayed = (
+        "RuntimeError: Worker failed with error 'Odd thing in a kernel', please check the stack trace above for the"
+    )
+    assert diagnose(1, [*traceback(relayed), FAILED + "{}"]).cause == "vLLM fails: RuntimeError: Odd thing in a kernel."
+    several = "RuntimeError: Worker failed with error 'CUDA error: invalid argument"
+    assert "kernel" in diagnose(1, [*traceback(several), FAILED + "{}"]).cause
+    worker = "(Worker_TP1 pid=9) ERROR 11-28 19:00:00 [multiproc_executor.py:1] "
+    assert diagnose(1, [*traceback("Odd: of its own", worker), *traceback(several)]).cause == "Odd: of its own"
+
+
 def test_a_destructor_that_fails_in_the_end_is_not_the_cause() -> None:
     lines = [*traceback("Odd: first"), f"{ROOT}Exception ignored in: <function X.__del__ at 0x7f>"]
     assert diagnose(1, [*lines, *traceback("AttributeError: 'NoneType' has no attribute 'x'")]).cause == "Odd: first"
