@@ -15,15 +15,27 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from supervisor.engine.diagnosis import FOLLOWING, GONE, OOM_KILLED, REMEDIES, RULES, SIGNALS, Rule
+from supervisor.engine.topics import TOPICS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/faults.md"
 BEGIN, END = "<!-- scripts/generate_faults.py: from here -->", "<!-- scripts/generate_faults.py: to here -->"
 HEAD = "| vLLM's words, as an example | cause | remedy | tried again |\n| --- | --- | --- | --- |\n"
+ABOUT = """
+Where the table knows the kind of an error alone, it is put down to a part of vLLM, by the error's words or by where it
+was raised, and the remedy is the part's:
+
+| the part | what to change |
+| --- | --- |
+"""
 EXAMPLE = 110  # characters
 
 
 def table() -> str:
-    return HEAD + "".join(f"| {' | '.join(cells)} |\n" for cells in (*of_rules(), *of_ends()))
+    return HEAD + rows((*of_rules(), *of_ends())) + ABOUT + rows((cell(t.part), cell(t.remedy)) for t in TOPICS)
+
+
+def rows(of: Iterable[tuple[str, ...]]) -> str:
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in of)
 
 
 def of_rules() -> Iterator[tuple[str, ...]]:
@@ -52,15 +64,22 @@ def told(example: str) -> str:
 
 
 def said(text: str) -> str:
-    text = text.format_map(Shown(REMEDIES))
+    text = text.format_map(Shown(REMEDIES)).strip()
     return cell(re.sub(r"…(?: ?…)+", "…", text))
 
 
 class Shown(dict[str, str]):
-    """What is taken from the log, as `…`."""
+    """What is taken from the log, as `…`; and a kind of error's part of vLLM, which the second table has."""
 
     def __missing__(self, name: str) -> str:
-        return "…"
+        part = {
+            "part": "A part of vLLM",
+            "at": "",
+            "governs": "What the part's row says, below.",
+            "named": "",
+            "in_use": "",
+        }
+        return (part | {"otherwise": part["governs"], "elsewhere": part["governs"]}).get(name, "…")
 
 
 def cell(text: str) -> str:

@@ -1,20 +1,19 @@
 """Why the engine ended: exit code and log tail -> cause and remedy, by the ordered table in `causes.toml`.
 
-The end of the last traceback is the cause (tracebacks.py). The table says what it means and what to change; an error
-that no row knows is told as it stands. A permanent cause is one that another start would meet again.
+The end of the last traceback is the cause (tracebacks.py). The table says what it means and what to change: of the
+error itself, or of its kind and what it is about (topics.py). A permanent cause is one that another start meets again.
 """
 
 from __future__ import annotations
 
 import re
 import signal
-import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
-from supervisor.engine import tracebacks
+from supervisor.engine import topics, tracebacks
+from supervisor.engine.topics import TABLE
 
 # What is searched, in characters: clients help to write a log, and 80 searches of 500 long lines took 45 s.
 LONGEST_TEXT = 250_000
@@ -36,9 +35,6 @@ class Diagnosis:
     @property
     def text(self) -> str:
         return f"{self.cause} {self.remedy}".strip()
-
-
-TABLE = tomllib.loads(Path(__file__).with_name("causes.toml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +87,8 @@ def _by_who_ended_it(exit_code: int, ended_by_us: str | None, oom_killed: bool) 
 
 def _by_its_words(exit_code: int, failure: tracebacks.Failure, ended_by_us: str | None) -> Diagnosis:
     if failure.error is not None:
-        return Diagnosis(failure.error, "", permanent=exit_code > 0 or ended_by_us is not None, known=False)
+        permanent = exit_code > 0 or ended_by_us is not None
+        return Diagnosis(failure.error, topics.told(failure)["elsewhere"], permanent, known=False)
     if (known := find(FOLLOWING, failure)) is not None:
         return known
     if ended_by_us is not None:
@@ -105,8 +102,9 @@ def find(rules: Iterable[Rule], failure: tracebacks.Failure) -> Diagnosis | None
         if found := rule.regex.search((getattr(failure, rule.where) or "")[-LONGEST_TEXT:]):
             groups = {name: (value or "").strip().rstrip(".") for name, value in found.groupdict().items()}
             groups |= {name.upper(): value.upper().replace("-", "_") for name, value in groups.items()}
-            cause, remedy = (EMPTY.sub("", text.format_map(REMEDIES | groups)) for text in (rule.cause, rule.remedy))
-            return Diagnosis(cause, remedy, rule.permanent)
+            groups |= REMEDIES | topics.told(failure)
+            cause, remedy = (EMPTY.sub("", text.format_map(groups)) for text in (rule.cause, rule.remedy))
+            return Diagnosis(cause, remedy.strip(), rule.permanent)
     return None
 
 

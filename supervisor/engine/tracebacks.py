@@ -34,6 +34,8 @@ IGNORED = re.compile(r"Exception ignored ")
 FRAME = re.compile(r' +File "(?:[^"\n]*(?:site|dist)-packages/)?([^"\n]+)", line (\d+)')
 # pydantic's: what it refuses stands in the second line, without the values after it.
 REFUSED = re.compile(r"validation errors? for \w+\n  (?:Value error|Assertion failed), (.+?)(?: \[type=|$)")
+# What the engine says of a worker's error: of use where the worker's own words are not in the log any more.
+RELAYED = re.compile(r"Worker failed with error ['\"](.{3,1000}?)(?:['\"], please check the stack trace|$)")
 # A line that names an error, in a log without a traceback.
 NAMES_ERROR = re.compile(r"(?:Error|Exception)(?:_\w{1,40})?: |\berror: ")
 
@@ -73,6 +75,9 @@ def read(lines: Iterable[str], follows: Callable[[str], bool]) -> Failure:
             ends[line.who], error = line.begins, number
     whole = "\n".join(line.text for line in told)
     last = "\n".join(line.text for number, line in enumerate(told) if number >= ends.get(line.who, len(told)))
+    relayed = next((found[1] for line in reversed(told) if (found := RELAYED.search(line.text))), None)
+    if error is None and relayed is not None and not follows(relayed):
+        return Failure(whole, last or whole, f"RuntimeError: {relayed}", "")
     if error is None:
         named = (number for number, line in enumerate(told) if NAMES_ERROR.search(line.text) and not follows(line.text))
         error = max(named, default=None)

@@ -10,14 +10,17 @@ from typing import NamedTuple
 
 import pytest
 
-from supervisor.engine import tracebacks
+from supervisor.engine import topics, tracebacks
 from supervisor.engine.child import how_it_ended
 from supervisor.engine.diagnosis import FOLLOWING, GONE, REMEDIES, RULES, Diagnosis, Rule, diagnose, follows
+from supervisor.engine.topics import OPTIONS, TOPICS
 from supervisor.settings.knobs import KNOBS
 from supervisor.vllm import catalogue
 
 LOGS = Path(__file__).parent / "failures"
 ROWS = (*RULES, *FOLLOWING, *GONE)
+KERNEL = "torch.AcceleratorError: CUDA error: an illegal memory access was encountered"
+OF_TOPICS = {"part", "at", "governs", "named", "elsewhere", "otherwise", "in_use"}
 
 
 class Row(NamedTuple):
@@ -308,15 +311,49 @@ def test_no_row_is_there_twice() -> None:
 
 def test_a_row_names_only_groups_that_its_pattern_has() -> None:
     for row in ROWS:
-        groups = set(row.regex.groupindex) | set(REMEDIES)
+        groups = set(row.regex.groupindex) | set(REMEDIES) | OF_TOPICS
         named = {name.lower() for name in re.findall(r"\{(\w+)\}", row.cause + row.remedy)}
         assert named <= groups, row.cause
 
 
 def test_no_pattern_runs_over_a_whole_log() -> None:
     """What repeats is bounded, or a log of 250,000 characters costs minutes. `[^\\n]+` ends with its line."""
-    for row in ROWS:
-        assert not re.search(r"(?<![\\\w-])\.[*+](?![^\[]*\])", row.pattern), row.pattern
+    for pattern in (*(row.pattern for row in ROWS), *(p for topic in TOPICS for p in (topic.words, topic.path))):
+        assert not re.search(r"(?<![\\\w-])\.[*+](?![^\[]*\])", pattern), pattern
+
+
+@pytest.mark.parametrize("topic", TOPICS, ids=lambda topic: topic.part)
+def test_every_topic_is_the_one_for_its_example(topic: topics.Topic) -> None:
+    """An error, or the frame where an error was raised that says nothing."""
+    lines = [topic.example, "AssertionError"] if "File" in topic.example else [topic.example]
+    failure = tracebacks.read([*("Traceback (most recent call last):",), *lines], follows)
+    assert topics.about(failure) is topic
+
+
+def test_what_an_error_is_about_says_what_to_change() -> None:
+    """The kind of error gives the words, its place the settings."""
+    frame = '  File "/venv/vllm/v1/attention/backends/mla/common.py", line 99, in forward'
+    lines = [f"{ROOT}{line}" for line in ("Traceback (most recent call last):", frame, "AssertionError: odd")]
+    assert "The attention fails: AssertionError: odd" in diagnose(1, lines).cause
+    assert "ATTENTION_BACKEND" in diagnose(1, lines).remedy
+    assert "LORA_MODULES" in diagnose(1, [*lines[:-1], f"{ROOT}ValueError: no LoRA here"]).remedy
+    assert "ATTENTION_BACKEND" in diagnose(1, [*lines[:-1], f"{ROOT}Odd: of no known class"]).remedy
+
+
+def test_what_a_dying_engine_shows_of_its_settings_is_to_be_left_out_first() -> None:
+    dump = (
+        "Dumping input data for V1 LLM engine (v0.11.0) with config: model='m', speculative_config=SpeculativeConfig("
+    )
+    lines = [f"{ROOT}{dump}method='mtp'), kv_cache_dtype=auto, quantization=None,", f"{ROOT}{KERNEL}"]
+    assert "The log shows SPECULATIVE_CONFIG in use" in diagnose(1, lines).remedy
+    assert "in use" not in diagnose(1, lines[1:]).remedy
+
+
+def test_settings_that_an_error_names_are_named() -> None:
+    error = "RuntimeError: chunked prefill, VLLM_USE_X=1, CUDA_ERROR_X, /a/mm_processor_kwargs.py, prefix-caching"
+    named = topics.named(tracebacks.read([error], follows))
+    assert named == ["VLLM_USE_X", "ENABLE_CHUNKED_PREFILL", "ENABLE_PREFIX_CACHING"]
+    assert "Look at VLLM_USE_X, ENABLE_CHUNKED_PREFILL" in diagnose(1, [error]).remedy
 
 
 CLEAN = ("clean-stop",)
@@ -366,8 +403,14 @@ def test_remedies_name_variables_that_exist() -> None:
         "FLASH_ATTN",
         "TRITON_ATTN",
     }  # the last two: values
+    assert set(OPTIONS) <= known
+    known |= {"VLLM_USE_V1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES", "HIP_VISIBLE_DEVICES", "HSA_OVERRIDE_GFX_VERSION"}
+    known |= {"CCL_ATL_TRANSPORT", "CCL_ZE_IPC_EXCHANGE", "HCCL_IF_IP", "HCCL_SOCKET_IFNAME", "TRITON_LIBCUDA_PATH"}
+    known |= {"FLEX_ATTENTION", "TORCH_SDPA", "IPC_LOCK", "SYS_PTRACE"}
+    known |= {"TRITON_MLA", "TIKTOKEN_ENCODINGS_BASE", "TIKTOKEN_RS_CACHE_DIR"}
     known |= {"PYTORCH_CUDA_ALLOC_CONF", "TRITON_PTXAS_PATH", "RAY_ADDRESS", "UCX_TLS", "UCX_NET_DEVICES", "SYS_NICE"}
-    named = {name for row in ROWS for name in re.findall(r"(?<![{\w])[A-Z]+(?:_[A-Z\d]+)+(?![}\w*])", row.remedy)}
+    told = [row.remedy for row in (*ROWS, *TOPICS)]
+    named = {name for text in told for name in re.findall(r"(?<![{\w])[A-Z]+(?:_[A-Z\d]+)+(?![}\w*])", text)}
     assert named - known == set()
     assert {"MAX_MODEL_LEN", "HF_TOKEN"} < named
 
@@ -434,6 +477,18 @@ def test_what_a_client_did_wrong_is_not_why_the_engine_ended() -> None:
     assert "gone without a word" in diagnose(0, lines).cause
 
 
+def test_what_the_engine_says_of_a_workers_error_is_the_cause_where_the_worker_is_not_heard() -> None:
+    """Its own traceback may have left the lines that are kept. Where it is there, it has the place."""
+    relayed = (
+        "RuntimeError: Worker failed with error 'Odd thing in a kernel', please check the stack trace above for the"
+    )
+    assert diagnose(1, [*traceback(relayed), FAILED + "{}"]).cause == "vLLM fails: RuntimeError: Odd thing in a kernel."
+    several = "RuntimeError: Worker failed with error 'CUDA error: invalid argument"
+    assert "kernel" in diagnose(1, [*traceback(several), FAILED + "{}"]).cause
+    worker = "(Worker_TP1 pid=9) ERROR 11-28 19:00:00 [multiproc_executor.py:1] "
+    assert diagnose(1, [*traceback("Odd: of its own", worker), *traceback(several)]).cause == "Odd: of its own"
+
+
 def test_a_destructor_that_fails_in_the_end_is_not_the_cause() -> None:
     lines = [*traceback("Odd: first"), f"{ROOT}Exception ignored in: <function X.__del__ at 0x7f>"]
     assert diagnose(1, [*lines, *traceback("AttributeError: 'NoneType' has no attribute 'x'")]).cause == "Odd: first"
@@ -454,10 +509,11 @@ def test_an_error_in_the_log_of_one_that_hung_need_not_be_why() -> None:
 
 
 def test_memory_is_blamed_on_evidence_alone() -> None:
-    """Signal 9 that was not ours, no exit code where there should be one, or the container's count of such kills."""
+    """Signal 9 that was not ours, or the container's count of such kills. `{}` is none: vLLM says so of
+    engines that ended by any error of their own."""
     gone = ["(APIServer pid=1) vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue."]
     assert diagnose(0, gone).cause == "vLLM's engine process was gone without a word."
-    assert "kernel because memory ran out" in diagnose(1, [FAILED + "{}"]).cause
+    assert diagnose(1, [FAILED + "{}"]).cause == "vLLM's engine process was gone without a word."
     assert "gone without a word." in diagnose(1, [FAILED + "{'EngineCore': 1}"]).cause
     assert "killed by SIGKILL" in diagnose(1, [FAILED + "{'EngineCore': -9}"]).cause
     assert "container's memory ran out" in diagnose(0, gone, oom_killed=True).cause
