@@ -32,6 +32,7 @@ class Account(Observer):
         self.timeline.append({"at": self.since, "state": engine.state.value, "reason": ""})
         self.restarts: Counter[str] = Counter()  # by what ended the run before
         self.last_failure: dict[str, object] | None = None
+        self.last_start: float | None = None  # seconds, of the latest that came to serve
         self.lines: deque[str] = deque(maxlen=FOLLOWED_LINES)
         self.count = 0  # of lines, ever
 
@@ -43,6 +44,8 @@ class Account(Observer):
         self.reason = reason
         self.transitions[f"{before.value} -> {state.value}"] += 1
         self.timeline.append({"at": self.since, "state": state.value, "reason": reason})
+        if state is State.READY:
+            self.last_start = self.engine.clock() - self.engine.latest.began
         if state is State.STARTING:
             self.restarts[self.engine.latest.ended_by] += 1
 
@@ -80,7 +83,8 @@ class Account(Observer):
     def explanation(self) -> str:
         state, run = self.engine.state, self.engine.latest
         if state is State.STARTING:
-            doing = f"{run.doing}, {self.engine.clock() - run.began:.0f} s so far."
+            last = f" (the last start took {self.last_start:.0f} s)" if self.last_start else ""
+            doing = f"{run.doing}, {self.engine.clock() - run.began:.0f} s so far{last}."
             if self.stopped_for:
                 return f"The engine is restarting: {doing} It had stopped: {self.stopped_for}"
             return f"The engine is starting: {doing}"
@@ -98,6 +102,7 @@ class Account(Observer):
             "since": self.since,
             "reason": self.reason,
             "phases": phases.as_rows() if phases is not None else [before],
+            "expected_seconds": self._expected(),
             "progress": phases.progress if phases is not None else "",
             "restarts": self.restarts.total(),
             "restarts_by_cause": dict(self.restarts),
@@ -105,6 +110,14 @@ class Account(Observer):
             "last_failure": self.last_failure,
             "pid": alive.child.pid if alive is not None and alive.child is not None else None,
         }
+
+    def _expected(self) -> float | None:
+        """Until it serves again, if this start takes as long as the last one; None where nobody can tell."""
+        run, state = self.engine.latest, self.engine.state
+        if self.last_start is None or state not in (State.STARTING, State.RESTARTING):
+            return None
+        so_far = self.engine.clock() - run.began if state is State.STARTING else 0.0
+        return round(max(self.last_start - so_far, 0.0), 1)
 
     def log_after(self, number: int) -> tuple[int, list[str]]:
         """How many lines there were, ever, and those of them behind the first `number` that are kept."""

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 # own /server_info needs an admin key, and vLLM's log, which quotes what other clients sent. A list of what is shown and
 # not of what is hidden: a new fact is hidden until somebody thinks about it.
 FOR_EVERYBODY = frozenset({
-    "state", "since", "reason", "pid", "phases", "progress", "model", "mode", "vllm_version", "last_failure",
-    "restarts", "restarts_by_cause", "transitions", "in_flight", "waiting",
+    "state", "since", "reason", "pid", "phases", "progress", "expected_seconds", "model", "mode", "vllm_version",
+    "last_failure", "restarts", "restarts_by_cause", "transitions", "in_flight", "waiting",
     "now", "bounds", "statuses", "buckets", "reads", "happened",
 })  # fmt: skip
 LOG_OF_FAILURE = "log_tail"  # within `last_failure`

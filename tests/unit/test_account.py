@@ -1,0 +1,33 @@
+"""What is told of the engine, where it can be told without one."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from supervisor.around.account import Account
+from supervisor.engine.lifecycle import State
+from supervisor.engine.run import Change
+
+
+def test_how_long_a_restart_may_take() -> None:
+    """By the last start that came to serve; before the first, nobody can tell."""
+    now = 100.0
+    run = SimpleNamespace(began=100.0, doing="loading weights", phases=None, ended_by="exit")
+    engine: Any = SimpleNamespace(state=State.STARTING, latest=run, alive=None, clock=lambda: now, was_ready=False)
+    account = Account(engine)
+    assert account.status()["expected_seconds"] is None
+    assert account.explanation == "The engine is starting: loading weights, 0 s so far."
+
+    now, engine.state = 112.0, State.READY
+    account.changed(Change(State.STARTING, State.READY, ""))
+    assert account.status()["expected_seconds"] is None
+    engine.state = State.RESTARTING
+    assert account.status()["expected_seconds"] == 12.0
+    run.began, now, engine.state = 120.0, 125.0, State.STARTING
+    account.stopped_for = "It was killed."
+    assert account.status()["expected_seconds"] == 7.0
+    told = "loading weights, 5 s so far (the last start took 12 s). It had stopped: It was killed."
+    assert account.explanation == f"The engine is restarting: {told}"
+    now = 150.0
+    assert account.status()["expected_seconds"] == 0.0
