@@ -115,9 +115,8 @@ def test_a_permanent_failure_exits_3_and_names_what_to_change() -> None:
     with Supervisor(DEMO, "--", "--no-such-option", vllm=VLLM) as supervisor:
         supervisor.engine()
         assert supervisor.exit_code(START) == 3
-        assert (
-            "vLLM does not know the option --no-such-option. Take it out of SUPERVISOR_EXTRA_ARGS" in supervisor.output
-        )
+        assert "vLLM does not know the option --no-such-option" in supervisor.output
+        assert "SUPERVISOR_EXTRA_ARGS" in supervisor.output
         assert session_of(supervisor.engine()) == []
 
 
