@@ -22,7 +22,7 @@ RUN python3 -m venv --without-pip /opt/supervisor \
 
 # The supervisor, and the options of a vLLM whose catalogue is not shipped.
 FROM dependencies AS build
-COPY pyproject.toml ./
+COPY pyproject.toml README.md LICENSE ./
 COPY supervisor supervisor
 RUN PYTHONPATH=/src/tools scripts/image_install --no-deps --no-build-isolation --prefix /opt/package .
 COPY entrypoint.sh /opt/package/

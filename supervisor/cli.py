@@ -8,7 +8,6 @@ import signal
 import sys
 from typing import NoReturn
 
-from supervisor import __version__
 from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
 
 EXIT_SETTINGS = 2
@@ -29,6 +28,17 @@ def fail(problems: list[str]) -> NoReturn:
     sys.exit(EXIT_SETTINGS)
 
 
+def version() -> str:
+    try:
+        from supervisor import __version__  # noqa: PLC0415
+    except ImportError:  # their __init__.py is in the place of ours, or was removed with ours
+        fail([
+            "an unrelated package named supervisor (supervisord) was installed over this one, or removed from beside "
+            f"it, in {sys.prefix}. vLLM's dependencies bring it: install vllm-supervisor in an environment of its own."
+        ])  # fmt: skip
+    return __version__
+
+
 def parser() -> argparse.ArgumentParser:
     main_parser = _Parser(
         prog="supervisor",
@@ -36,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     main_parser.add_argument(
-        "-V", "--version", action="version", version=f"supervisor {__version__}", help="say which this is"
+        "-V", "--version", action="version", version=f"supervisor {version()}", help="say which this is"
     )
     verbs = main_parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
     up = verbs.add_parser("up", help="serve a model", allow_abbrev=False)

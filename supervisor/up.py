@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from supervisor import packages
 from supervisor.around.startup_plan import ENVIRONMENT, startup_plan
 from supervisor.bounded import Call
 from supervisor.engine.guard import Guard
@@ -33,6 +34,7 @@ LAUNCH_PATIENCE = 0.3
 
 def up(settings: Settings) -> int:
     """Serves until told to stop; returns the exit code. Raises SettingsError where it can't begin."""
+    settings = packages.check(settings)
     base = temporary_folder(settings.environ)
     if settings.mode == "queue" and not _fit(settings, base):
         return EXIT_UNFIT

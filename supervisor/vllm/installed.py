@@ -32,6 +32,11 @@ class Vllm:
     version: str
     python: tuple[str, ...] | None
 
+    @property
+    def is_beside_us(self) -> bool:
+        """Whether it is installed in the environment that this very process runs in."""
+        return bool(self.command) and Path(self.command[0]).resolve().parent == Path(sys.prefix, "bin").resolve()
+
     def may_have_plugins(self, environ: Mapping[str, str]) -> bool:
         """Whether something is beside it that may know more than it does, as far as can be seen: where it is not found
         itself, nobody knows. Looks at each package: 10 ms."""
@@ -69,7 +74,10 @@ def _command(asked: str | None, path: str | None) -> tuple[str, ...]:
     made = Path(sys.prefix).parent / ".vllm" / "bin" / "vllm"
     found = str(made) if made.exists() else shutil.which("vllm", path=path)
     if found is None:
-        raise VllmError("vLLM is not installed: run scripts/setup, or set SUPERVISOR_VLLM to the `vllm` command.")
+        raise VllmError(
+            "vLLM was not found. Install it into an environment of its own (`uv tool install vllm`, or in a checkout "
+            "scripts/setup), and put its `vllm` command on PATH or name it in SUPERVISOR_VLLM."
+        )
     return (found,)
 
 

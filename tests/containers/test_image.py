@@ -84,7 +84,7 @@ def test_the_build_fails_when_vllms_environment_is_touched(
 
 
 def test_a_vllm_without_a_shipped_catalogue_gets_one_at_build(image: str, tmp_path: Path) -> None:
-    for name in ("pyproject.toml", "entrypoint.sh", "Dockerfile"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "entrypoint.sh", "Dockerfile"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("requirements", "scripts", "supervisor"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", f"{PINNED}.json"))

@@ -174,7 +174,8 @@ def test_missing_vllm_says_what_to_run(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "supervisor: vLLM is not installed: run scripts/setup, or set SUPERVISOR_VLLM to the `vllm` command."
+        "supervisor: vLLM was not found. Install it into an environment of its own (`uv tool install vllm`, or in a "
+        "checkout scripts/setup), and put its `vllm` command on PATH or name it in SUPERVISOR_VLLM."
     ]
 
 

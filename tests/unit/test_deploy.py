@@ -14,7 +14,6 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import distribution
@@ -26,6 +25,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from supervisor import __version__
 from supervisor.gateway.app import OWN_PATHS
 from supervisor.serve import CLOSE_PATIENCE, TERMINATE_PATIENCE
 from supervisor.settings.knobs import size
@@ -37,7 +37,6 @@ from supervisor.vllm.installed import PINNED
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
 KUBERNETES = "1.33"
-VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 ENGINE = catalogue.parse((catalogue.FLAGS / f"{PINNED}.json").read_text())
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where it is there
 # Read by neither the supervisor nor vLLM, and yet needed -> by whom.
@@ -526,7 +525,7 @@ def test_it_may_end_in_its_own_time(place: Place, read: Any) -> None:
 
 @every_place
 def test_the_image_is_the_projects(place: Place) -> None:
-    assert place.image.split("/")[-1] == f"vllm-supervisor:{VERSION}"
+    assert place.image.split("/")[-1] == f"vllm-supervisor:{__version__}"
 
 
 def test_keys_are_read_where_they_are_mounted() -> None:
@@ -572,7 +571,7 @@ def test_what_is_asked_of_the_supervisor_itself_reaches_it_as_it_is(tmp_path: Pa
         env={"PATH": os.environ["PATH"]}, cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("usage: supervisor " if "h" in flag else f"supervisor {VERSION}\n")
+    assert done.stdout.startswith("usage: supervisor " if "h" in flag else f"supervisor {__version__}\n")
 
 
 # The pages

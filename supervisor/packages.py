@@ -1,0 +1,31 @@
+"""What is installed beside us: our distribution's extras (pyproject.toml), and a package that clashes with it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+from supervisor.settings.settings import Settings, SettingsError
+
+# For the queue, RunPod's and the simulated one: what the extra `runpod` brings.
+RUNPOD = ("aiohttp", "multidict", "runpod", "starlette", "urllib3", "yarl")
+
+
+def check(settings: Settings) -> Settings:
+    """The settings, with a warning more where vLLM shares our environment. Raises SettingsError where the mode needs an
+    extra that is not installed."""
+    if settings.mode == "queue":
+        from importlib.util import find_spec  # noqa: PLC0415
+
+        if missing := [name for name in RUNPOD if find_spec(name) is None]:
+            needed = " and ".join(missing)
+            raise SettingsError(
+                [f"queue mode needs {needed}: install the extra, pip install 'vllm-supervisor[runpod]'"]
+            )
+    if not settings.vllm.is_beside_us:
+        return settings
+    warning = (
+        f"vLLM and the supervisor share one environment ({sys.prefix}). vLLM's dependencies bring an unrelated package "
+        "named supervisor, and each may overwrite the other's files: give the supervisor an environment of its own"
+    )
+    return replace(settings, warnings=(*settings.warnings, warning))
