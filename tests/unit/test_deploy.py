@@ -525,7 +525,10 @@ def test_it_may_end_in_its_own_time(place: Place, read: Any) -> None:
 
 @every_place
 def test_the_image_is_the_projects(place: Place) -> None:
-    assert place.image.split("/")[-1] == f"vllm-supervisor:{__version__}"
+    """And where .github/workflows/image.yml puts it: `your-org` stands for the repository's owner, whom it asks."""
+    registry, _, name = place.image.rpartition("/")
+    assert name == f"vllm-supervisor:{__version__}"
+    assert registry == "ghcr.io/your-org" or registry.endswith(".amazonaws.com")  # SageMaker takes its own alone
 
 
 def test_keys_are_read_where_they_are_mounted() -> None:
