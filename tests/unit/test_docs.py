@@ -23,7 +23,7 @@ from supervisor.vllm import catalogue
 from supervisor.vllm.installed import PINNED
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 OPTIONS = catalogue.parse((catalogue.FLAGS / f"{PINNED}.json").read_text())
 KNOWN = (
     {knob.variable for knob in KNOBS}
@@ -37,13 +37,27 @@ KNOWN |= {name for names in ALIASES.values() for name in names}
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-        assert (page.parent / target).exists(), target
+        assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
-def test_variables_of_the_readme_are_read() -> None:
-    named = set(re.findall(r"`([A-Z][A-Z_]{3,})(?:=[^`]*)?`", (ROOT / "README.md").read_text()))
+@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")), ids=lambda page: page.name)
+def test_variables_of_the_first_pages_are_read(page: Path) -> None:
+    named = set(re.findall(r"`([A-Z][A-Z_]{3,})(?:=[^`]*)?`", page.read_text()))
     assert named - KNOWN == set()
-    assert "SUPERVISOR_DRAIN_TIMEOUT" in named
+    assert page.name != "README.md" or "SUPERVISOR_DRAIN_TIMEOUT" in named
+
+
+def test_the_rooms_are_those_that_are_told() -> None:
+    told = {name for row in tables("../CONTRIBUTING.md", "room", "what it is for", "the rule")
+            for name in re.findall(r"`(\w+)/`", row[0])}  # fmt: skip
+    folders = {path.name for path in (ROOT / "supervisor").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert told == folders - {"demo"}
+
+
+def test_scripts_that_pages_name_are_there() -> None:
+    for page in PAGES:
+        for name in re.findall(r"\bscripts/[\w./]*\w", page.read_text()):
+            assert (ROOT / name).exists(), (page.name, name)
 
 
 def uncommented() -> dict[str, Any]:

@@ -187,6 +187,17 @@ def tracked() -> list[str]:
 # Forms
 
 
+def test_who_publishes_has_one_name() -> None:
+    """`your-org`, until somebody does: in the manifests, the forms, the pages and the package's metadata."""
+    files = [*ROOT.glob("*.md"), ROOT / "pyproject.toml", *GITHUB.rglob("*.yml"), *(ROOT / "deploy").rglob("*.*")]
+    owners = {
+        owner
+        for path in files
+        for owner in re.findall(r"(?:github\.com|ghcr\.io)/([\w.-]+)/vllm-supervisor", path.read_text())
+    }
+    assert owners == {"your-org"}
+
+
 def test_the_forms_are_forms() -> None:
     forms = {path.name: yaml.safe_load(path.read_text()) for path in (GITHUB / "ISSUE_TEMPLATE").glob("*.yml")}
     assert problems("github-issue-config", forms.pop("config.yml")) == []
