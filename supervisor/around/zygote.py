@@ -68,7 +68,8 @@ def main() -> NoReturn:
     born = dict(os.environ)
     address, program, *words = sys.argv[1:]
     sys.argv[:] = [program, *words]
-    sys.path[0] = os.path.dirname(program)  # noqa: PTH120  # not this folder; the script's, as Python has it
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path[0] = os.path.dirname(program)  # noqa: PTH120  # not this folder; the script's, as Python has it
     try:
         run = entry(program)
         platform = load()
@@ -214,9 +215,10 @@ def stay(address: str, born: Mapping[str, str]) -> None:
         null = os.open(os.devnull, os.O_RDWR)
         for number in range(3):
             os.dup2(null, number)
-        with open(OOM_SCORE, "w") as file:  # noqa: PTH123
-            score = _read(OOM_SCORE)
-            file.write(FIRST_TO_GO)
+        os.close(null)
+        score = _read(OOM_SCORE)
+        _write(OOM_SCORE, FIRST_TO_GO)
+        _call_it("VLLM::Zygote")
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(address)
             send(connection, {"threads": threads})
@@ -263,8 +265,8 @@ def begin(request: Mapping[str, Any], score: str) -> None:
         if time.monotonic() > deadline:
             os._exit(1)
         time.sleep(0.001)
-    with contextlib.suppress(OSError), open(OOM_SCORE, "w") as file:  # noqa: PTH123
-        file.write(score)
+    _write(OOM_SCORE, score)
+    _call_it(" ".join([sys.argv[0], *request["argv"]]))
     for number, file_number in enumerate(request["files"], 1):
         os.dup2(file_number, number)
         os.close(file_number)
@@ -292,6 +294,17 @@ def _read(path: str) -> str:
     with contextlib.suppress(OSError), open(path, encoding="utf-8") as file:  # noqa: PTH123
         return file.read().strip()
     return ""
+
+
+def _call_it(title: str) -> None:
+    """For who looks at the processes. vLLM names its own so, where that package is there."""
+    with contextlib.suppress(Exception):
+        importlib.import_module("setproctitle").setproctitle(title)
+
+
+def _write(path: str, text: str) -> None:
+    with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:  # noqa: PTH123
+        file.write(text)
 
 
 if __name__ == "__main__":

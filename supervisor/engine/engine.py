@@ -293,9 +293,12 @@ class Engine:
             if run.served:
                 self._begin("reporting a failure", self.observers.ask, "failed", run, which, False)
 
-        final = not self.was_ready and not run.doubted
-        unknown = diagnosis.cause if final and not diagnosis.known else ""
-        failed = EngineFailed(diagnosis.permanent and final, run.served, unknown)
+        if run.doubted and not run.served:  # that start's failure was ours: it does not count
+            await self.observers.ask("clears")
+            self._send(run, Event.RETRY, "another start, in another way")
+            return
+        unknown = "" if diagnosis.known or self.was_ready else diagnosis.cause
+        failed = EngineFailed(diagnosis.permanent and not self.was_ready, run.served, unknown)
         try:
             await self._policy.again(failed, tell)
             self._send(run, Event.RETRY, "another start")

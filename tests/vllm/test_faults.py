@@ -111,6 +111,26 @@ def test_frozen_with_work_in_flight(served: Supervisor) -> None:
 # With supervisors of their own
 
 
+@pytest.mark.breaks_vllm
+def test_the_next_engine_is_forked_and_answers_the_same(served: Supervisor) -> None:
+    """docs/cold_start.md"""
+
+    def answers() -> list[object]:
+        prompts = [f"{number} {word}" for number in range(5) for word in ("Who", "The sea", "def f(x):", "\u20ac")]
+        bodies = [greedy(max_tokens=16, ignore_eos=True, messages=[{"role": "user", "content": it}]) for it in prompts]
+        return [served.client.post(CHAT, json=body, timeout=START).json()["choices"] for body in bodies]
+
+    before, starts, said = answers(), restarts(served), len(served.output)
+    os.kill(part(served, "VLLM::EngineCore"), signal.SIGKILL)
+    ready_again(served, starts)
+    assert "vLLM is forked: its modules were kept imported" in served.output[said:]
+    assert answers() == before
+    supervisor = psutil.Process(part(served, "")).parent()
+    assert supervisor is not None
+    (zygote,) = [each for each in supervisor.children() if each.name() == "VLLM::Zygote"]
+    assert zygote.num_threads() == 1
+
+
 def test_a_permanent_failure_exits_3_and_names_what_to_change() -> None:
     with Supervisor(DEMO, "--", "--no-such-option", vllm=VLLM) as supervisor:
         supervisor.engine()
