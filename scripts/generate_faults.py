@@ -78,6 +78,10 @@ class Shown(dict[str, str]):
             "governs": "What the part's row says, below.",
             "named": "",
             "in_use": "",
+            "instead": "",
+            "fit": REMEDIES["versions"],
+            "without": REMEDIES["kernels"],
+            "ranks": REMEDIES["any_ranks"],
         }
         return (part | {"otherwise": part["governs"], "elsewhere": part["governs"]}).get(name, "…")
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from supervisor.engine import topics, tracebacks
-from supervisor.engine.topics import TABLE
+from supervisor.engine.topics import REMEDIES, TABLE
 
 # What is searched, in characters: clients help to write a log, and 80 searches of 500 long lines took 45 s.
 LONGEST_TEXT = 250_000
@@ -54,7 +54,6 @@ class Rule:
         return re.compile(self.pattern, re.S)
 
 
-REMEDIES: dict[str, str] = TABLE["remedies"]
 RULES, FOLLOWING, GONE = (tuple(Rule(**row) for row in TABLE[name]) for name in ("cause", "following", "gone"))
 SIGNALS = {signal.Signals[name]: Diagnosis(**end, permanent=False) for name, end in TABLE["signals"].items()}
 OOM_KILLED = Diagnosis(**TABLE["oom_killed"], permanent=False)

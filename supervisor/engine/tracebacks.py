@@ -31,7 +31,9 @@ RAISED = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*(?::|$)")
 CHAINED = re.compile(r"The above exception was the direct cause|During handling of the above exception")
 # A destructor's: nobody gets it, and it comes when all is being torn down.
 IGNORED = re.compile(r"Exception ignored ")
-FRAME = re.compile(r' +File "(?:[^"\n]*(?:site|dist)-packages/)?([^"\n]+)", line (\d+)')
+FRAME = re.compile(r' +File "(?:[^"\n]*(?:site|dist)-packages/)?([^"\n]+)"(?:, line (\d+)(?! in)|, in )')
+# What vLLM shows of its settings: at the start, and of the engine when it is made or dies.
+SETTINGS = re.compile(r"(?:non-default args: |with config: |args: Namespace\()[^\n]+")
 # pydantic's: what it refuses stands in the second line, without the values after it.
 REFUSED = re.compile(r"validation errors? for \w+\n  (?:Value error|Assertion failed), (.+?)(?: \[type=|$)")
 # What the engine says of a worker's error: of use where the worker's own words are not in the log any more.
@@ -42,12 +44,14 @@ NAMES_ERROR = re.compile(r"(?:Error|Exception)(?:_\w{1,40})?: |\berror: ")
 
 class Failure(NamedTuple):
     """`whole`: the log without prefixes, harmless lines and quoted source. `last`: of that, what failed last; the whole
-    of it where there is no traceback. `error`: the last error's own words; `raised`: its traceback."""
+    of it where there is no traceback. `error`: the last error's own words; `raised`: its traceback. `settings`: what
+    the log shows of vLLM's."""
 
     whole: str
     last: str
     error: str | None
     raised: str
+    settings: str = ""
 
 
 class _Line(NamedTuple):
@@ -61,13 +65,15 @@ class _Process:
     """What one process has written so far."""
 
     inside = False  # a traceback
+    ignored = False  # the last one is a destructor's
     begins = 0
     place = previous = ""
 
 
 def read(lines: Iterable[str], follows: Callable[[str], bool]) -> Failure:
     """`follows` knows what a process says when it is another one that failed: never the cause."""
-    told = _told(lines)
+    told = _told(lines := list(lines))
+    settings = "\n".join(found[0] for line in lines if (found := SETTINGS.search(line)))
     ends: dict[str, int] = {}  # who -> where its last failure begins
     error = None
     for number, line in enumerate(told):
@@ -77,15 +83,15 @@ def read(lines: Iterable[str], follows: Callable[[str], bool]) -> Failure:
     last = "\n".join(line.text for number, line in enumerate(told) if number >= ends.get(line.who, len(told)))
     relayed = next((found[1] for line in reversed(told) if (found := RELAYED.search(line.text))), None)
     if error is None and relayed is not None and not follows(relayed):
-        return Failure(whole, last or whole, f"RuntimeError: {relayed}", "")
+        return Failure(whole, last or whole, f"RuntimeError: {relayed}", "", settings)
     if error is None:
         named = (number for number, line in enumerate(told) if NAMES_ERROR.search(line.text) and not follows(line.text))
         error = max(named, default=None)
     if error is None:
-        return Failure(whole, last or whole, None, "")
+        return Failure(whole, last or whole, None, "", settings)
     who, begins = told[error].who, told[error].begins
     frames = (line.text for line in told[begins : error + 1] if line.who == who) if begins is not None else ()
-    return Failure(whole, last or whole, _words(told, error), "\n".join(frames))
+    return Failure(whole, last or whole, _words(told, error), "\n".join(frames), settings)
 
 
 def _words(told: list[_Line], number: int) -> str:
@@ -129,11 +135,14 @@ def _told(lines: Iterable[str]) -> list[_Line]:
         if "Traceback (most recent call last)" in text:
             if not CHAINED.match(process.previous):
                 process.begins = len(told)
-            process.inside = not IGNORED.match(process.previous)
+            process.ignored = bool(IGNORED.match(process.previous))
+            process.inside = not process.ignored
         elif CHAINED.match(text):
             process.inside = True
-        elif process.inside and (frame := FRAME.match(text)):
-            process.place = f"{frame[1]}:{frame[2]}"
+        elif frame := FRAME.match(text):
+            if not (process.inside or process.ignored):  # its head has left the lines that are kept
+                process.inside, process.begins = True, len(told)
+            process.place = f"{frame[1]}:{frame[2]}" if frame[2] else frame[1]
         elif process.inside and RAISED.match(text):
             begins, place, process.inside = process.begins, process.place, False
         if text.strip():
