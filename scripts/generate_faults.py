@@ -79,6 +79,7 @@ class Shown(dict[str, str]):
             "named": "",
             "in_use": "",
             "instead": "",
+            "by_name": "",
             "fit": REMEDIES["versions"],
             "without": REMEDIES["kernels"],
             "ranks": REMEDIES["any_ranks"],

@@ -87,6 +87,7 @@ def told(failure: Failure) -> dict[str, str]:
         "governs": topic.remedy,
         "elsewhere": elsewhere,
         "otherwise": "" if names else elsewhere,
+        "by_name": elsewhere if topic.patterns[0].search(_words(failure)) else "",
         "in_use": f"The log shows {suspects} set: leave that out first." if suspects else "",
         "named": f"Look at {names} first: change or unset it." if names else "",
         "fit": REMEDIES["fit"].format(package=package.replace("_", "-")) if package else REMEDIES["versions"],

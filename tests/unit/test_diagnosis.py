@@ -21,7 +21,7 @@ LOGS = Path(__file__).parent / "failures"
 ROWS = (*RULES, *FOLLOWING, *GONE)
 KERNEL = "torch.AcceleratorError: CUDA error: an illegal memory access was encountered"
 OF_TOPICS = {"part", "at", "governs", "named", "elsewhere", "otherwise", "in_use"}
-OF_TOPICS |= {"instead", "without", "ranks", "fit"}
+OF_TOPICS |= {"by_name", "instead", "without", "ranks", "fit"}
 
 
 class Row(NamedTuple):
