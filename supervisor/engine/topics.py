@@ -20,7 +20,7 @@ TABLE = tomllib.loads(Path(__file__).with_name("causes.toml").read_text(encoding
 NEAR = 9
 LONGEST_ERROR = 2000
 LONGEST_LOG = 100_000
-FRAME = re.compile(r' +File "([^"\n]{1,400})"(?:, line \d+)?(?:, in ([^\n]{1,100}))?')
+FRAME = re.compile(r'(?m:^) *File "([^"\n]{1,400})"(?:, line \d+)?(?:, in ([^\n]{1,100}))?')
 # `--max-num-seqs`, or a variable that is no option of vLLM's; a library's errors and constants look like those.
 NAME = re.compile(
     r"(?<![\w./-])(?:--[a-z][a-z\d-]{2,50}|(?:VLLM|HF|NCCL|CUDA|HIP|HSA|ROCR|RAY|TRITON|TORCH|TORCHINDUCTOR|PYTORCH|UCX|GLOO|"

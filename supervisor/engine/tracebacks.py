@@ -11,6 +11,11 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+# What docker, Kubernetes and journald put before each line.
+STAMP = re.compile(
+    r"^(?:\d{4}-\d\d-\d\dT[\d:.]+(?:Z|[+-]\d\d:?\d\d) |"
+    r"[A-Z][a-z]{2} +\d+ \d\d:\d\d:\d\d \S{1,64} [\w./@-]{1,64}\[\d+\]: )"
+)
 # Who writes, before each line: "(EngineCore pid=12) ", "(Worker pid=9) (Worker_TP0 pid=9) ", "[rank0]: ", and Ray's
 # "(RayWorkerWrapper pid=9, ip=10.0.0.2) ".
 WHO = r"(?:\([^()\n]{0,80}pid=\d+[^()\n]{0,80}\) ?|\[rank\d+\]: ?)*"
@@ -21,17 +26,17 @@ LINE_PREFIX = re.compile(
 )
 # Levels below ERROR, of vLLM, torch and others: such a line may name an exception that was dealt with.
 HARMLESS = re.compile(
-    rf"^{WHO}(?:(?:DEBUG|INFO|WARNING)\b|\[?[IW]\d{{4}} |"
-    r"\[?\d{4}-\d\d-\d\d[ T][\d:.,]+\]?[\s\-|]{1,3}\[?(?:DEBUG|INFO|WARN))"
+    rf"^ ?{WHO}(?:(?:DEBUG|INFO|WARNING)\b|\[?[IW]\d{{4}} |"
+    r"\[?\d{4}-\d\d-\d\d[ T][\d:.,]+Z?\]?[\s\-|]{1,3}\[?(?:DEBUG|INFO|WARN))"
 )
 # The API server is at work: what failed before this did not end it, and may be a client's.
 SERVES = re.compile(r'HTTP/\d(?:\.\d)?" \d{3}\b|\bAvg prompt throughput|Application startup complete')
 # The exception's own line: its class, whatever that is called (`Unsupported`, `NoSuchBucket`), and mostly a text.
-RAISED = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*(?::|$)")
+RAISED = re.compile(r"(?!(?:try|else|finally|pass|return|raise|break|continue)(?::|$))[A-Za-z_]\w*(?:\.\w+)*(?::|$)")
 CHAINED = re.compile(r"The above exception was the direct cause|During handling of the above exception")
 # A destructor's: nobody gets it, and it comes when all is being torn down.
 IGNORED = re.compile(r"Exception ignored ")
-FRAME = re.compile(r' +File "(?:[^"\n]*(?:site|dist)-packages/)?([^"\n]+)"(?:, line (\d+)(?! in)|, in )')
+FRAME = re.compile(r' *File "(?:[^"\n]*(?:site|dist)-packages/)?([^"\n]+)"(?:, line (\d+)(?! in)|, in )')
 # What vLLM shows of its settings: at the start, and of the engine when it is made or dies.
 SETTINGS = re.compile(r"(?:non-default args: |with config: |args: Namespace\()[^\n]+")
 # pydantic's: what it refuses stands in the second line, without the values after it.
@@ -122,7 +127,7 @@ def _told(lines: Iterable[str]) -> list[_Line]:
     processes: dict[str, _Process] = {}
     serves: dict[str, int] = {}
     for raw in lines:
-        line = COLOUR.sub("", raw)
+        line = STAMP.sub("", COLOUR.sub("", raw))
         prefix = LINE_PREFIX.match(line)
         assert prefix is not None  # all of it may be missing
         who, text = prefix[1].strip(), line[prefix.end() :]

@@ -380,6 +380,13 @@ def test_a_traceback_whose_head_is_gone_says_where_it_was() -> None:
     assert diagnose(1, [*traceback("Odd: first", ""), *destructor, frame, "RuntimeError: x"]).cause == "Odd: first"
 
 
+def test_what_docker_and_journald_put_before_a_line_is_not_looked_at() -> None:
+    stamps = ("2026-03-11T17:57:10.976518836Z ", "2026-03-11T17:57:10+01:00 ", "Aug 17 18:42:18 host vllm[8052]: ")
+    for stamp in stamps:
+        assert diagnose(1, [stamp + line for line in (*traceback("Odd: last"), FAILED + "{}")]).cause == "Odd: last"
+        assert diagnose(1, [f"{stamp} INFO lib: RuntimeError: x"]).cause == "Its log does not say why."
+
+
 def test_settings_that_an_error_names_are_named() -> None:
     error = "RuntimeError: chunked prefill, VLLM_USE_X=1, CUDA_ERROR_X, /a/mm_processor_kwargs.py, prefix-caching"
     named = topics.named(tracebacks.read([error], follows))
