@@ -80,7 +80,7 @@ class Shown(dict[str, str]):
             "in_use": "",
             "instead": "",
             "by_name": "",
-            "fit": REMEDIES["versions"],
+            "fit": "",
             "without": REMEDIES["kernels"],
             "ranks": REMEDIES["any_ranks"],
         }

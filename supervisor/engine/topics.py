@@ -36,6 +36,8 @@ PATH = re.compile(r"/\S{1,300}")
 SET = re.compile(r"'([a-z]\w{1,60})': (?!None|False|'auto'|'')|\b([a-z]\w{1,60})=(?!None|False|auto|'auto'|''|0)")
 # Of all that is shown, what nobody has without asking for it.
 ASKED_FOR = {"speculative_config", "kv_cache_dtype", "kv_transfer_config", "enable_expert_parallel", "cpu_offload_gb"}
+# A part that can be left out, by its remedy.
+DOES_WITHOUT = re.compile(r"Leave|Unset|Set ")
 # Packages around vLLM that are made for one version of it, or of torch, as a frame's path has them.
 PACKAGE = re.compile(
     r"(?:(?:site|dist)-packages|venv)/(vllm_\w+|lmcache\w*|nixl\w*|mooncake\w*|deep_ep|deep_gemm|flashinfer|flash_attn\w*|aiter|"
@@ -87,10 +89,10 @@ def told(failure: Failure) -> dict[str, str]:
         "governs": topic.remedy,
         "elsewhere": elsewhere,
         "otherwise": "" if names else elsewhere,
-        "by_name": elsewhere if topic.patterns[0].search(_words(failure)) else "",
+        "by_name": elsewhere if DOES_WITHOUT.match(elsewhere) and topic.patterns[0].search(_words(failure)) else "",
         "in_use": f"The log shows {suspects} set: leave that out first." if suspects else "",
         "named": f"Look at {names} first: change or unset it." if names else "",
-        "fit": REMEDIES["fit"].format(package=package.replace("_", "-")) if package else REMEDIES["versions"],
+        "fit": REMEDIES["fit"].format(package=package.replace("_", "-")) if package else "",
         "without": topic.remedy if topic.compiles else REMEDIES["kernels"],
         "instead": _instead(_words(failure)),
         "ranks": REMEDIES[_ranks(f"{failure.settings[-LONGEST_LOG:]}\n{failure.whole[-LONGEST_LOG:]}")],
