@@ -17,6 +17,7 @@ from supervisor.engine.topics import REMEDIES, TABLE
 
 # What is searched, in characters: clients help to write a log, and 80 searches of 500 long lines took 45 s.
 LONGEST_TEXT = 250_000
+WORD = re.compile(r"-|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # max-num-seqs, KVTransferConfig
 EMPTY = re.compile(r" \( ?\)| (?=[,.:](?: |$)| )")  # where a group matched nothing
 # What the API server says on SIGTERM; the errors after it are those of things being taken away.
 TOLD_TO_STOP = re.compile(r"\[shutdown\] API server: shutdown triggered")
@@ -100,7 +101,7 @@ def find(rules: Iterable[Rule], failure: tracebacks.Failure) -> Diagnosis | None
     for rule in rules:
         if found := rule.regex.search((getattr(failure, rule.where) or "")[-LONGEST_TEXT:]):
             groups = {name: (value or "").strip().rstrip(".") for name, value in found.groupdict().items()}
-            groups |= {name.upper(): value.upper().replace("-", "_") for name, value in groups.items()}
+            groups |= {name.upper(): WORD.sub("_", value).upper() for name, value in groups.items()}
             groups |= REMEDIES | topics.told(failure)
             cause, remedy = (EMPTY.sub("", text.format_map(groups)) for text in (rule.cause, rule.remedy))
             return Diagnosis(cause, remedy.strip(), rule.permanent)

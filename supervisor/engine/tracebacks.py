@@ -33,6 +33,8 @@ HARMLESS = re.compile(
 SERVES = re.compile(r'HTTP/\d(?:\.\d)?" \d{3}\b|\bAvg prompt throughput|Application startup complete')
 # The exception's own line: its class, whatever that is called (`Unsupported`, `NoSuchBucket`), and mostly a text.
 RAISED = re.compile(r"(?!(?:try|else|finally|pass|return|raise|break|continue)(?::|$))[A-Za-z_]\w*(?:\.\w+)*(?::|$)")
+# The source of an assertion, where it tells more than a name.
+ASSERTED = re.compile(r" {4,}(assert [^\n]{12,200}[^(,\n])$")
 CHAINED = re.compile(r"The above exception was the direct cause|During handling of the above exception")
 # A destructor's: nobody gets it, and it comes when all is being torn down.
 IGNORED = re.compile(r"Exception ignored ")
@@ -63,7 +65,7 @@ class _Line(NamedTuple):
     who: str
     text: str
     begins: int | None  # of an exception's line: the number of the line where its chain of tracebacks begins
-    place: str
+    place: str  # and what was asserted there
 
 
 class _Process:
@@ -148,6 +150,8 @@ def _told(lines: Iterable[str]) -> list[_Line]:
             if not (process.inside or process.ignored):  # its head has left the lines that are kept
                 process.inside, process.begins = True, len(told)
             process.place = f"{frame[1]}:{frame[2]}" if frame[2] else frame[1]
+        elif process.inside and (asserted := ASSERTED.match(text)):
+            process.place += f": {asserted[1]}"
         elif process.inside and RAISED.match(text):
             begins, place, process.inside = process.begins, process.place, False
         if text.strip():
