@@ -19,6 +19,7 @@ from supervisor.engine.topics import REMEDIES, TABLE
 LONGEST_TEXT = 250_000
 WORD = re.compile(r"-|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # max-num-seqs, KVTransferConfig
 EMPTY = re.compile(r" \( ?\)| (?=[,.:](?: |$)| )")  # where a group matched nothing
+ELSE = re.compile(r"^Else (\w)")  # where nothing stands before it
 # What the API server says on SIGTERM; the errors after it are those of things being taken away.
 TOLD_TO_STOP = re.compile(r"\[shutdown\] API server: shutdown triggered")
 
@@ -104,7 +105,8 @@ def find(rules: Iterable[Rule], failure: tracebacks.Failure) -> Diagnosis | None
             groups |= {name.upper(): WORD.sub("_", value).upper() for name, value in groups.items()}
             groups |= REMEDIES | topics.told(failure)
             cause, remedy = (EMPTY.sub("", text.format_map(groups)) for text in (rule.cause, rule.remedy))
-            return Diagnosis(cause, remedy.strip(), rule.permanent)
+            remedy = ELSE.sub(lambda first: first[1].upper(), remedy.strip())
+            return Diagnosis(cause, remedy, rule.permanent)
     return None
 
 

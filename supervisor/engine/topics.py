@@ -28,6 +28,8 @@ NAME = re.compile(
 )
 # torch's name of an operation of vLLM's: made of words.
 OP = re.compile(r"'_OpNamespace' '\w{1,40}' object has no attribute '(\w{1,100})'|'_\w{0,40}C\w{0,40}::(\w{1,100})'")
+# What lacks something is no setting, though it be called CompilationConfig.
+OWNER = re.compile(r"'\w{1,60}' object has no")
 # What something is called with, wrongly, is nothing that the error is about.
 ARGUMENT = re.compile(r"arguments?:? '[^\n]{1,200}")
 PATH = re.compile(r"/\S{1,300}")
@@ -116,7 +118,7 @@ def about(failure: Failure) -> Topic:
 
 def named(failure: Failure) -> list[str]:
     """The settings that the error names, as variables: as an option, as a variable, or in words (chunked prefill)."""
-    error = _words(failure)
+    error = OWNER.sub("", _words(failure))
     found = [name.lstrip("-").upper().replace("-", "_") for name in NAME.findall(error)]
     words = re.sub(r"[\s-]|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", PATH.sub("", error)).upper()
     found += [option for option in OPTIONS if _core(option) in words]
