@@ -27,7 +27,9 @@ NAME = re.compile(
     r"FLASHINFER|LMCACHE|MOONCAKE|NVSHMEM|DG|OMP|CCL|ZE|XLA|TPU|ASCEND)_(?!ERROR|STATUS|VERSION|SUCCESS|CHECK)[A-Z\d_]{2,60})\b"
 )
 # torch's name of an operation of vLLM's: made of words.
-OP = re.compile(r"'_OpNamespace' '\w{1,40}' object has no attribute '(\w{1,100})'|'_\w{0,40}C\w{0,40}::(\w{1,100})'")
+OP = re.compile(
+    r"'_OpNamespace' '(\w{1,40})' object has no attribute '(\w{1,100})'|'(_\w{0,40}C\w{0,40})::(\w{1,100})'"
+)
 # What lacks something is no setting, though it be called CompilationConfig.
 OWNER = re.compile(r"'\w{1,60}' object has no")
 # What something is called with, wrongly, is nothing that the error is about.
@@ -148,7 +150,8 @@ def _ranks(log: str) -> str:
 
 def _words(failure: Failure) -> str:
     """The error's, and those of its own line: of a refused setting only that names the part of vLLM's configuration."""
-    error = OP.sub(lambda op: f"{op[0]} {(op[1] or op[2]).replace('_', ' ')}", f"{failure.error or ''}"[:LONGEST_ERROR])
+    error = f"{failure.error or ''}"[:LONGEST_ERROR]
+    error = OP.sub(lambda op: f"{op[0]} {' '.join(filter(None, op.groups())).replace('_', ' ')}", error)
     return ARGUMENT.sub("", f"{error}\n{failure.raised.rpartition(chr(10))[2][:LONGEST_ERROR]}")
 
 
