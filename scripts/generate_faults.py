@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from supervisor.engine.diagnosis import FOLLOWING, GONE, OOM_KILLED, REMEDIES, RULES, SIGNALS, Rule
+from supervisor.engine.diagnosis import EMPTY, FOLLOWING, GONE, OOM_KILLED, REMEDIES, RULES, SIGNALS, Rule
 from supervisor.engine.topics import TOPICS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/faults.md"
@@ -65,7 +65,7 @@ def told(example: str) -> str:
 
 def said(text: str) -> str:
     text = text.format_map(Shown(REMEDIES)).strip()
-    return cell(re.sub(r"…(?: ?…)+", "…", text))
+    return cell(EMPTY.sub("", re.sub(r"…(?: ?…)+", "…", text)))
 
 
 class Shown(dict[str, str]):

@@ -61,7 +61,7 @@ ALONE = re.compile(r"(?:tcp://|\(|\[)(?:127\.0\.0\.1|localhost)\b|engine/multipr
 class Topic:
     """A row of the table. `words` are looked for in the last error, `path` in the innermost frames as `path:function`;
     `part` begins a sentence, `remedy` is one or two, with three ways at most. `suspects`: settings to leave out where
-    the log shows that they are set, after those that `remedy` names. `compiles`: its kernels, at the start.
+    the log shows that they are set. `compiles`: its kernels, at the start.
     `example`: an error, or a frame's line."""
 
     words: str = "(?!)"
@@ -107,8 +107,7 @@ def in_use(failure: Failure) -> list[str]:
     """The settings that the log shows, of those that can be why."""
     topic, shown = about(failure), failure.settings[-LONGEST_LOG:]
     found = {plain or (every if every in ASKED_FOR else "") for plain, every in SET.findall(shown)}
-    suspects = dict.fromkeys((*re.findall(r"[A-Z]+(?:_[A-Z\d]+)+", topic.remedy), *topic.suspects))
-    return [name for name in suspects if name.lower() in found]
+    return [name for name in topic.suspects if name.lower() in found]
 
 
 def about(failure: Failure) -> Topic:
