@@ -14,8 +14,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from supervisor.engine.diagnosis import EMPTY, FOLLOWING, GONE, OOM_KILLED, REMEDIES, RULES, SIGNALS, Rule
-from supervisor.engine.topics import TOPICS
+from supervisor.engine.diagnosis import FOLLOWING, GONE, OOM_KILLED, REMEDIES, RULES, SIGNALS, Rule
+from supervisor.engine.topics import EMPTY, TOPICS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/faults.md"
 BEGIN, END = "<!-- scripts/generate_faults.py: from here -->", "<!-- scripts/generate_faults.py: to here -->"

@@ -16,6 +16,9 @@ from supervisor.engine.tracebacks import Failure
 from supervisor.settings.names import REMOVED
 
 TABLE = tomllib.loads(Path(__file__).with_name("causes.toml").read_text(encoding="utf-8"))
+EMPTY = re.compile(r" \( ?\)| (?=[,.:](?: |$)| )")  # where a group matched nothing
+ELSE = re.compile(r"^Else (\w)")  # where nothing stands before it
+WORD = re.compile(r"-|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # max-num-seqs, KVTransferConfig
 # How far out a frame still says what it is about: every traceback of vLLM's comes through its worker in the end.
 NEAR = 9
 LONGEST_ERROR = 2000
@@ -80,6 +83,16 @@ class Topic:
 TOPICS = tuple(Topic(**row) for row in TABLE["topic"])
 OPTIONS: list[str] = TABLE["options"]
 REMEDIES: dict[str, str] = TABLE["remedies"]
+
+
+def variable(name: str) -> str:
+    """An option's, or a configuration's class's."""
+    return WORD.sub("_", name).upper()
+
+
+def sentence(text: str, groups: dict[str, str]) -> str:
+    """With what was found put in, and without the gaps where nothing was."""
+    return ELSE.sub(lambda first: first[1].upper(), EMPTY.sub("", text.format_map(groups)).strip())
 
 
 def told(failure: Failure) -> dict[str, str]:

@@ -577,6 +577,12 @@ def test_without_a_line_that_tells_the_signal_does() -> None:
         "exit code 0", "killed by SIGKILL", "killed by signal 250")  # fmt: skip
 
 
+def test_what_a_shell_says_of_a_signal_is_one() -> None:
+    assert diagnose(137, []) == diagnose(-9, [])
+    assert diagnose(139, []) == diagnose(-11, [])
+    assert not diagnose(255, []).known
+
+
 def test_what_we_did_to_it_comes_before_the_signal() -> None:
     assert diagnose(-9, [], ended_by_us="It made no progress for 120 s").cause == "It made no progress for 120 s."
     assert diagnose(-9, [], ended_by_us="Not ready within SUPERVISOR_STARTUP_TIMEOUT=1 s").permanent
