@@ -100,7 +100,7 @@ def find(rules: Iterable[Rule], failure: tracebacks.Failure) -> Diagnosis | None
     """What the first of the rules says that matches."""
     for rule in rules:
         if found := rule.regex.search((getattr(failure, rule.where) or "")[-LONGEST_TEXT:]):
-            groups = {name: (value or "").strip().rstrip(".") for name, value in found.groupdict().items()}
+            groups = {name: " ".join((value or "").split()).rstrip(".") for name, value in found.groupdict().items()}
             groups |= {name.upper(): topics.variable(value) for name, value in groups.items()}
             groups |= REMEDIES | topics.told(failure)
             cause, remedy = (topics.sentence(text, groups) for text in (rule.cause, rule.remedy))

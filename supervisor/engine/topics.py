@@ -24,6 +24,11 @@ NEAR = 9
 LONGEST_ERROR = 2000
 LONGEST_LOG = 100_000
 FRAME = re.compile(r'(?m:^) *File "([^"\n]{1,400})"(?:, line \d+)?(?:, in ([^\n]{1,100}))?')
+# Around every call, whatever it is about.
+AROUND = re.compile(
+    r"vllm/tracing/\w+\.py:\w*wrapper|compilation/decorators\.py:__init__|/offloader/\w+\.py:wrap_modules|:decorate_context$"
+    r"|modules/module\.py:_\w*call_impl|:run_method$|:collective_rpc$|models/utils\.py:(?:make_layers|<genexpr>)"
+)
 # `--max-num-seqs`, or a variable that is no option of vLLM's; a library's errors and constants look like those.
 NAME = re.compile(
     r"(?<![\w./-])(?:--[a-z][a-z\d-]{2,50}|(?:VLLM|HF|NCCL|CUDA|HIP|HSA|ROCR|RAY|TRITON|TORCH|TORCHINDUCTOR|PYTORCH|UCX|GLOO|"
@@ -47,7 +52,7 @@ ASKED_FOR = {"speculative_config", "kv_cache_dtype", "kv_transfer_config", "enab
 DOES_WITHOUT = re.compile(r"Leave|Unset|Set ")
 # Packages around vLLM that are made for one version of it, or of torch, as a frame's path has them.
 PACKAGE = re.compile(
-    r"(?:(?:site|dist)-packages|venv)/(vllm_\w+|lmcache\w*|nixl\w*|mooncake\w*|deep_ep|deep_gemm|flashinfer|flash_attn\w*|aiter|"
+    r"(?:(?:site|dist)-packages|venv|vllm-workspace/[\w-]{1,40})/(vllm_\w+|lmcache\w*|nixl\w*|mooncake\w*|deep_ep|deep_gemm|flashinfer|flash_attn\w*|aiter|"
     r"xformers|bitsandbytes|torchao|compressed_tensors|gptqmodel|auto_gptq|awq|quark|modelopt|mistral_common|transformers|"
     r"xgrammar|outlines\w*|llguidance|tilelang|fla|mamba_ssm|causal_conv1d|torch_npu|tpu_inference|torch_xla|optimum\w*|"
     r"intel_extension_for_pytorch|habana_frameworks|ray|runai_model_streamer|fastsafetensors|open_clip|timm|mori)/"
@@ -141,7 +146,8 @@ def named(failure: Failure) -> list[str]:
 
 def _frames(failure: Failure) -> list[str]:
     """The innermost ones, as `path:function`."""
-    return [f"{path}:{function}" for path, function in FRAME.findall(failure.raised)[-NEAR:]]
+    frames = (f"{path}:{function}" for path, function in FRAME.findall(failure.raised))
+    return [frame for frame in frames if not AROUND.search(frame)][-NEAR:]
 
 
 def _package(place: str) -> str:

@@ -364,6 +364,19 @@ def test_what_vllm_says_of_its_settings_at_the_start_is_to_be_left_out_first() -
     assert "log shows" not in diagnose(1, ["RuntimeError: odd attention"]).remedy
 
 
+def test_what_is_around_every_call_is_not_what_an_error_is_about() -> None:
+    """vLLM 0.17 and later trace and compile whatever is called."""
+    around = (
+        "tracing/otel.py:sync_wrapper",
+        "compilation/decorators.py:__init__",
+        "model_executor/offloader/base.py:wrap_modules",
+    )
+    frames = [f'  File "/venv/vllm/{path}", line 9, in {name}' for path, name in (place.split(":") for place in around)]
+    model = '  File "/venv/vllm/model_executor/models/qwen2.py", line 9, in __init__'
+    lines = ["Traceback (most recent call last):", *frames, model, "RuntimeError: odd"]
+    assert diagnose(1, lines).cause == "vLLM's code for this model fails: RuntimeError: odd."
+
+
 def test_other_machines_are_asked_for_where_there_are_some() -> None:
     few = "torch.distributed.DistStoreError: Timed out after 601 seconds waiting for clients. 1/8 clients joined."
     said = "(APIServer pid=1) INFO 11-28 19:00:00 [utils.py:1] non-default args: {'model': 'm', "
@@ -381,7 +394,13 @@ def test_a_traceback_whose_head_is_gone_says_where_it_was() -> None:
 
 
 def test_what_docker_and_journald_put_before_a_line_is_not_looked_at() -> None:
-    stamps = ("2026-03-11T17:57:10.976518836Z ", "2026-03-11T17:57:10+01:00 ", "Aug 17 18:42:18 host vllm[8052]: ")
+    stamps = (
+        "2026-03-11T17:57:10.976518836Z ",
+        "2026-03-11T17:57:10+01:00 ",
+        "2026-04-19 12:59:20.215 | ",
+        "qwen3.5-4b  | ",
+        "Aug 17 18:42:18 host vllm[8052]: ",
+    )
     for stamp in stamps:
         assert diagnose(1, [stamp + line for line in (*traceback("Odd: last"), FAILED + "{}")]).cause == "Odd: last"
         assert diagnose(1, [f"{stamp} INFO lib: RuntimeError: x"]).cause == "Its log does not say why."
