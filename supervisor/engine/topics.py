@@ -27,6 +27,7 @@ FRAME = re.compile(r'(?m:^) *File "([^"\n]{1,400})"(?:, line \d+)?(?:, in ([^\n]
 # Around every call, whatever it is about.
 AROUND = re.compile(
     r"vllm/tracing/\w+\.py:\w*wrapper|compilation/decorators\.py:__init__|/offloader/\w+\.py:wrap_modules|:decorate_context$"
+    r"|compilation/(?:decorators|wrapper|cuda_graph|piecewise_backend)\.py:__call__|eval_frame\.py:|fx/graph_module\.py:"
     r"|modules/module\.py:_\w*call_impl|:run_method$|:collective_rpc$|models/utils\.py:(?:make_layers|<genexpr>)"
 )
 # `--max-num-seqs`, or a variable that is no option of vLLM's; a library's errors and constants look like those.
@@ -146,8 +147,8 @@ def named(failure: Failure) -> list[str]:
 
 def _frames(failure: Failure) -> list[str]:
     """The innermost ones, as `path:function`."""
-    frames = (f"{path}:{function}" for path, function in FRAME.findall(failure.raised))
-    return [frame for frame in frames if not AROUND.search(frame)][-NEAR:]
+    frames = [f"{path}:{function}" for path, function in FRAME.findall(failure.raised)]
+    return [frame for frame in frames if frame is frames[-1] or not AROUND.search(frame)][-NEAR:]
 
 
 def _package(place: str) -> str:
