@@ -28,6 +28,7 @@ FRAME = re.compile(r'(?m:^) *File "([^"\n]{1,400})"(?:, line \d+)?(?:, in ([^\n]
 AROUND = re.compile(
     r"vllm/tracing/\w+\.py:\w*wrapper|compilation/decorators\.py:__init__|/offloader/\w+\.py:wrap_modules|:decorate_context$"
     r"|compilation/(?:decorators|wrapper|cuda_graph|piecewise_backend)\.py:__call__|eval_frame\.py:|fx/graph_module\.py:"
+    r"|model_loader/\w+\.py:(?:load_model|initialize_model)$"
     r"|modules/module\.py:_\w*call_impl|:run_method$|:collective_rpc$|models/utils\.py:(?:make_layers|<genexpr>)"
 )
 # `--max-num-seqs`, or a variable that is no option of vLLM's; a library's errors and constants look like those.
