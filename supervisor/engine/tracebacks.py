@@ -21,9 +21,8 @@ STAMP = re.compile(
 WHO = r"(?:\([^()\n]{0,80}pid=\d+[^()\n]{0,80}\) ?|\[rank\d+\]: ?)*"
 # After it vLLM's own stamp: "ERROR 11-21 19:00:00 [core.py:1] "; without the first bracket up to 0.8, and without the
 # date where VLLM_LOGGING_CONFIG_PATH says so.
-LINE_PREFIX = re.compile(
-    rf"^({WHO})(?:[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d (?:\[[^\]]*\] ?|[\w/]+\.py:\d+\] ?)?|ERROR \[[\w/]+\.py:\d+\] ?)?"
-)
+WHEN = r"(?:\d{4}-)?\d\d-\d\d \d\d:\d\d:\d\d(?:[.,]\d+)?"
+LINE_PREFIX = re.compile(rf"^({WHO})(?:[A-Z]+ {WHEN} (?:\[[^\]]*\] ?|[\w/]+\.py:\d+\] ?)?|ERROR \[[\w/]+\.py:\d+\] ?)?")
 # Levels below ERROR, of vLLM, torch and others: such a line may name an exception that was dealt with.
 HARMLESS = re.compile(
     rf"^ ?{WHO}(?:(?:DEBUG|INFO|WARNING)\b|\[?[IW]\d{{4}} |"
