@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from supervisor.engine.diagnosis import FOLLOWING, GONE, OOM_KILLED, REMEDIES, RULES, SIGNALS, Rule
-from supervisor.engine.topics import TOPICS
+from supervisor.engine.topics import EMPTY, TOPICS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/faults.md"
 BEGIN, END = "<!-- scripts/generate_faults.py: from here -->", "<!-- scripts/generate_faults.py: to here -->"
@@ -65,7 +65,7 @@ def told(example: str) -> str:
 
 def said(text: str) -> str:
     text = text.format_map(Shown(REMEDIES)).strip()
-    return cell(re.sub(r"…(?: ?…)+", "…", text))
+    return cell(EMPTY.sub("", re.sub(r"…(?: ?…)+", "…", text)))
 
 
 class Shown(dict[str, str]):
@@ -78,6 +78,11 @@ class Shown(dict[str, str]):
             "governs": "What the part's row says, below.",
             "named": "",
             "in_use": "",
+            "instead": "",
+            "by_name": "",
+            "fit": "",
+            "without": REMEDIES["kernels"],
+            "ranks": REMEDIES["any_ranks"],
         }
         return (part | {"otherwise": part["governs"], "elsewhere": part["governs"]}).get(name, "…")
 

@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from supervisor.engine import topics, tracebacks
-from supervisor.engine.topics import TABLE
+from supervisor.engine.topics import REMEDIES, TABLE
 
 # What is searched, in characters: clients help to write a log, and 80 searches of 500 long lines took 45 s.
 LONGEST_TEXT = 250_000
-EMPTY = re.compile(r" \( ?\)| (?=[,.:](?: |$)| )")  # where a group matched nothing
 # What the API server says on SIGTERM; the errors after it are those of things being taken away.
 TOLD_TO_STOP = re.compile(r"\[shutdown\] API server: shutdown triggered")
 
@@ -54,7 +53,6 @@ class Rule:
         return re.compile(self.pattern, re.S)
 
 
-REMEDIES: dict[str, str] = TABLE["remedies"]
 RULES, FOLLOWING, GONE = (tuple(Rule(**row) for row in TABLE[name]) for name in ("cause", "following", "gone"))
 SIGNALS = {signal.Signals[name]: Diagnosis(**end, permanent=False) for name, end in TABLE["signals"].items()}
 OOM_KILLED = Diagnosis(**TABLE["oom_killed"], permanent=False)
@@ -68,6 +66,8 @@ def diagnose(
     """`exit_code` is -N for signal N; `lines` the last of the log; `ended_by_us` why we killed it, where we did (the
     exit code means nothing then); `oom_killed`: meanwhile the kernel killed something here because memory ran out."""
     failure = tracebacks.read(lines := list(lines), follows)
+    if exit_code > 128 and exit_code - 128 in map(int, SIGNALS):  # a shell's, of what it ran
+        exit_code = 128 - exit_code
     ended = _by_who_ended_it(exit_code, ended_by_us, oom_killed) or _by_its_words(exit_code, failure, ended_by_us)
     if any(TOLD_TO_STOP.search(line) for line in lines):
         ended = find(FOLLOWING, failure) or TERMINATED
@@ -100,11 +100,11 @@ def find(rules: Iterable[Rule], failure: tracebacks.Failure) -> Diagnosis | None
     """What the first of the rules says that matches."""
     for rule in rules:
         if found := rule.regex.search((getattr(failure, rule.where) or "")[-LONGEST_TEXT:]):
-            groups = {name: (value or "").strip().rstrip(".") for name, value in found.groupdict().items()}
-            groups |= {name.upper(): value.upper().replace("-", "_") for name, value in groups.items()}
+            groups = {name: " ".join((value or "").split()).rstrip(".") for name, value in found.groupdict().items()}
+            groups |= {name.upper(): topics.variable(value) for name, value in groups.items()}
             groups |= REMEDIES | topics.told(failure)
-            cause, remedy = (EMPTY.sub("", text.format_map(groups)) for text in (rule.cause, rule.remedy))
-            return Diagnosis(cause, remedy.strip(), rule.permanent)
+            cause, remedy = (topics.sentence(text, groups) for text in (rule.cause, rule.remedy))
+            return Diagnosis(cause, remedy, rule.permanent)
     return None
 
 

@@ -8,38 +8,78 @@ from __future__ import annotations
 
 import re
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from supervisor.engine.tracebacks import Failure
+from supervisor.settings.names import REMOVED
 
 TABLE = tomllib.loads(Path(__file__).with_name("causes.toml").read_text(encoding="utf-8"))
+EMPTY = re.compile(r" \( ?\)| (?=[,.:](?: |$)| )")  # where a group matched nothing
+ELSE = re.compile(r"^Else (\w)")  # where nothing stands before it
+WORD = re.compile(r"-|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # max-num-seqs, KVTransferConfig
 # How far out a frame still says what it is about: every traceback of vLLM's comes through its worker in the end.
 NEAR = 9
 LONGEST_ERROR = 2000
 LONGEST_LOG = 100_000
-FRAME = re.compile(r' +File "([^"\n]{1,400})", line \d+, in ([^\n]{1,100})')
+FRAME = re.compile(r'(?m:^) *File "([^"\n]{1,400})"(?:, line \d+)?(?:, in ([^\n]{1,100}))?')
+# Around every call, whatever it is about.
+AROUND = re.compile(
+    r"vllm/tracing/\w+\.py:\w*wrapper|compilation/decorators\.py:__init__|/offloader/\w+\.py:wrap_modules|:decorate_context$"
+    r"|compilation/(?:decorators|wrapper|cuda_graph|piecewise_backend)\.py:__call__|eval_frame\.py:|fx/graph_module\.py:"
+    r"|model_loader/\w+\.py:(?:load_model|initialize_model)$"
+    r"|modules/module\.py:_\w*call_impl|:run_method$|:collective_rpc$|models/utils\.py:(?:make_layers|<genexpr>)"
+)
 # `--max-num-seqs`, or a variable that is no option of vLLM's; a library's errors and constants look like those.
 NAME = re.compile(
     r"(?<![\w./-])(?:--[a-z][a-z\d-]{2,50}|(?:VLLM|HF|NCCL|CUDA|HIP|HSA|ROCR|RAY|TRITON|TORCH|TORCHINDUCTOR|PYTORCH|UCX|GLOO|"
     r"FLASHINFER|LMCACHE|MOONCAKE|NVSHMEM|DG|OMP|CCL|ZE|XLA|TPU|ASCEND)_(?!ERROR|STATUS|VERSION|SUCCESS|CHECK)[A-Z\d_]{2,60})\b"
 )
+# torch's name of an operation of vLLM's: made of words.
+OP = re.compile(
+    r"'_OpNamespace' '(\w{1,40})' object has no attribute '(\w{1,100})'|'(_\w{0,40}C\w{0,40})::(\w{1,100})'"
+)
+# What lacks something is no setting, though it be called CompilationConfig.
+OWNER = re.compile(r"'\w{1,60}' object has no")
+# What something is called with, wrongly, is nothing that the error is about.
+ARGUMENT = re.compile(r"arguments?:? '[^\n]{1,200}")
 PATH = re.compile(r"/\S{1,300}")
-# What a dying engine says of its settings ("Dumping input data for V1 LLM engine (v0.11.0) with config: ..."), where
-# they can be left out.
-IN_USE = re.compile(r"\b(speculative_config|kv_cache_dtype|quantization|kv_transfer_config)=(?!None|auto|'auto'|')\w")
+# An option that is set, in what vLLM shows of its settings: `'cpu_offload_gb': 4` of those that are not the default,
+# and `speculative_config=SpeculativeConfig(` of all of them.
+SET = re.compile(r"'([a-z]\w{1,60})': (?!None|False|'auto'|'')|\b([a-z]\w{1,60})=(?!None|False|auto|'auto'|''|0)")
+# Of all that is shown, what nobody has without asking for it.
+ASKED_FOR = {"speculative_config", "kv_cache_dtype", "kv_transfer_config", "enable_expert_parallel", "cpu_offload_gb"}
+# A part that can be left out, by its remedy.
+DOES_WITHOUT = re.compile(r"Leave|Unset|Set ")
+# Packages around vLLM that are made for one version of it, or of torch, as a frame's path has them.
+PACKAGE = re.compile(
+    r"(?:(?:site|dist)-packages|venv|vllm-workspace/[\w-]{1,40})/(vllm_\w+|lmcache\w*|nixl\w*|mooncake\w*|deep_ep|deep_gemm|flashinfer|flash_attn\w*|aiter|"
+    r"xformers|bitsandbytes|torchao|compressed_tensors|gptqmodel|auto_gptq|awq|quark|modelopt|mistral_common|transformers|"
+    r"xgrammar|outlines\w*|llguidance|tilelang|fla|mamba_ssm|causal_conv1d|torch_npu|tpu_inference|torch_xla|optimum\w*|"
+    r"intel_extension_for_pytorch|habana_frameworks|ray|runai_model_streamer|fastsafetensors|open_clip|timm|mori)/"
+)
+# Of several machines; the supervisor's own settings and vLLM's.
+SEVERAL = re.compile(
+    r"(?i:\bnnodes\W{1,4}(?:[2-9]|1\d)|\bnode_rank\W{1,4}[1-9]|'headless': True|in run_headless"
+    r"|\b(?:master_addr|data_parallel_address|data_parallel_rpc_ip)\W{1,4}(?!127\.|localhost|None|::1)\w)"
+)
+ALONE = re.compile(r"(?:tcp://|\(|\[)(?:127\.0\.0\.1|localhost)\b|engine/multiprocessing/")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Topic:
     """A row of the table. `words` are looked for in the last error, `path` in the innermost frames as `path:function`;
-    `part` begins a sentence, `remedy` is one or two. `example`: an error, or a frame's line."""
+    `part` begins a sentence, `remedy` is one or two, with three ways at most. `suspects`: settings to leave out where
+    the log shows that they are set. `compiles`: its kernels, at the start.
+    `example`: an error, or a frame's line."""
 
     words: str = "(?!)"
     path: str = "(?!)"
     part: str
     remedy: str
+    suspects: list[str] = field(default_factory=list)
+    compiles: bool = False
     example: str
 
     @cached_property
@@ -49,44 +89,90 @@ class Topic:
 
 TOPICS = tuple(Topic(**row) for row in TABLE["topic"])
 OPTIONS: list[str] = TABLE["options"]
+REMEDIES: dict[str, str] = TABLE["remedies"]
+
+
+def variable(name: str) -> str:
+    """An option's, or a configuration's class's."""
+    return WORD.sub("_", name).upper()
+
+
+def sentence(text: str, groups: dict[str, str]) -> str:
+    """With what was found put in, and without the gaps where nothing was."""
+    return ELSE.sub(lambda first: first[1].upper(), EMPTY.sub("", text.format_map(groups)).strip())
 
 
 def told(failure: Failure) -> dict[str, str]:
     """What a row for a kind of error may say: the header of `causes.toml` has them."""
-    topic, names = about(failure), ", ".join(named(failure)[:4])
+    topic, names, suspects = about(failure), ", ".join(named(failure)[:3]), ", ".join(in_use(failure)[:3])
     elsewhere = "" if topic is TOPICS[-1] else topic.remedy
-    in_use = ", ".join(dict.fromkeys(name.upper() for name in IN_USE.findall(failure.whole[-LONGEST_LOG:])))
+    package = next((name for path in reversed(_frames(failure)) if (name := _package(path))), "")
     return {
         "part": topic.part,
         "at": f"({topic.part})" if elsewhere else "",
         "governs": topic.remedy,
         "elsewhere": elsewhere,
         "otherwise": "" if names else elsewhere,
-        "in_use": f"The log shows {in_use} in use: leave that out first." if in_use else "",
+        "by_name": elsewhere if DOES_WITHOUT.match(elsewhere) and topic.patterns[0].search(_words(failure)) else "",
+        "in_use": f"The log shows {suspects} set: leave that out first." if suspects else "",
         "named": f"Look at {names} first: change or unset it." if names else "",
+        "fit": REMEDIES["fit"].format(package=package.replace("_", "-")) if package else "",
+        "without": topic.remedy if topic.compiles else REMEDIES["kernels"],
+        "instead": _instead(_words(failure)),
+        "ranks": REMEDIES[_ranks(f"{failure.settings[-LONGEST_LOG:]}\n{failure.whole[-LONGEST_LOG:]}")],
     }
+
+
+def in_use(failure: Failure) -> list[str]:
+    """The settings that the log shows, of those that can be why."""
+    topic, shown = about(failure), failure.settings[-LONGEST_LOG:]
+    found = {plain or (every if every in ASKED_FOR else "") for plain, every in SET.findall(shown)}
+    return [name for name in topic.suspects if name.lower() in found]
 
 
 def about(failure: Failure) -> Topic:
     """The first that fits; the last of the table fits all."""
     error = _words(failure)
-    frames = FRAME.findall(failure.raised)[-NEAR:]
-    places = "\n".join(f"{path}:{function}" for path, function in frames)
+    places = "\n".join(_frames(failure))
     return next(t for t in TOPICS if t.patterns[0].search(error) or t.patterns[1].search(places))
 
 
 def named(failure: Failure) -> list[str]:
     """The settings that the error names, as variables: as an option, as a variable, or in words (chunked prefill)."""
-    error = _words(failure)
+    error = OWNER.sub("", _words(failure))
     found = [name.lstrip("-").upper().replace("-", "_") for name in NAME.findall(error)]
     words = re.sub(r"[\s-]|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", PATH.sub("", error)).upper()
     found += [option for option in OPTIONS if _core(option) in words]
     return list(dict.fromkeys(found))
 
 
+def _frames(failure: Failure) -> list[str]:
+    """The innermost ones, as `path:function`."""
+    frames = [f"{path}:{function}" for path, function in FRAME.findall(failure.raised)]
+    return [frame for frame in frames if frame is frames[-1] or not AROUND.search(frame)][-NEAR:]
+
+
+def _package(place: str) -> str:
+    return found[1] if (found := PACKAGE.search(place)) else ""
+
+
+def _instead(text: str) -> str:
+    """What stands for the options of older vLLMs that are named."""
+    names = dict.fromkeys(re.findall(r"--([a-z][a-z\d_-]{1,60})", text))
+    told = ((name, REMOVED.get(name.replace("-", "_"))) for name in names)
+    return " ".join(f"Instead of --{name}: {advice}." for name, advice in told if advice)
+
+
+def _ranks(log: str) -> str:
+    """Whether they are on several machines, where the log tells."""
+    return "other_ranks" if SEVERAL.search(log) else "own_ranks" if ALONE.search(log) else "any_ranks"
+
+
 def _words(failure: Failure) -> str:
     """The error's, and those of its own line: of a refused setting only that names the part of vLLM's configuration."""
-    return f"{failure.error or ''}"[:LONGEST_ERROR] + "\n" + failure.raised.rpartition("\n")[2][:LONGEST_ERROR]
+    error = f"{failure.error or ''}"[:LONGEST_ERROR]
+    error = OP.sub(lambda op: f"{op[0]} {' '.join(filter(None, op.groups())).replace('_', ' ')}", error)
+    return ARGUMENT.sub("", f"{error}\n{failure.raised.rpartition(chr(10))[2][:LONGEST_ERROR]}")
 
 
 def _core(option: str) -> str:

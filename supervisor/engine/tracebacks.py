@@ -11,27 +11,35 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+# What docker, its compose and desktop, Kubernetes and journald put before each line.
+STAMP = re.compile(
+    r"^(?:[a-z][\w.-]{1,60} +\| )?(?:\d{4}-\d\d-\d\dT[\d:.]+(?:Z|[+-]\d\d:?\d\d) |\d{4}-\d\d-\d\d [\d:.]+ \| |"
+    r"[A-Z][a-z]{2} +\d+ \d\d:\d\d:\d\d \S{1,64} [\w./@-]{1,64}\[\d+\]: )?"
+)
 # Who writes, before each line: "(EngineCore pid=12) ", "(Worker pid=9) (Worker_TP0 pid=9) ", "[rank0]: ", and Ray's
 # "(RayWorkerWrapper pid=9, ip=10.0.0.2) ".
 WHO = r"(?:\([^()\n]{0,80}pid=\d+[^()\n]{0,80}\) ?|\[rank\d+\]: ?)*"
 # After it vLLM's own stamp: "ERROR 11-21 19:00:00 [core.py:1] "; without the first bracket up to 0.8, and without the
 # date where VLLM_LOGGING_CONFIG_PATH says so.
-LINE_PREFIX = re.compile(
-    rf"^({WHO})(?:[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d (?:\[[^\]]*\] ?|[\w/]+\.py:\d+\] ?)?|ERROR \[[\w/]+\.py:\d+\] ?)?"
-)
+WHEN = r"(?:\d{4}-)?\d\d-\d\d \d\d:\d\d:\d\d(?:[.,]\d+)?"
+LINE_PREFIX = re.compile(rf"^({WHO})(?:[A-Z]+ {WHEN} (?:\[[^\]]*\] ?|[\w/]+\.py:\d+\] ?)?|ERROR \[[\w/]+\.py:\d+\] ?)?")
 # Levels below ERROR, of vLLM, torch and others: such a line may name an exception that was dealt with.
 HARMLESS = re.compile(
-    rf"^{WHO}(?:(?:DEBUG|INFO|WARNING)\b|\[?[IW]\d{{4}} |"
-    r"\[?\d{4}-\d\d-\d\d[ T][\d:.,]+\]?[\s\-|]{1,3}\[?(?:DEBUG|INFO|WARN))"
+    rf"^ ?{WHO}(?:(?:DEBUG|INFO|WARNING)\b|\[?[IW]\d{{4}} |"
+    r"\[?\d{4}-\d\d-\d\d[ T][\d:.,]+Z?\]?[\s\-|]{1,3}\[?(?:DEBUG|INFO|WARN))"
 )
 # The API server is at work: what failed before this did not end it, and may be a client's.
 SERVES = re.compile(r'HTTP/\d(?:\.\d)?" \d{3}\b|\bAvg prompt throughput|Application startup complete')
 # The exception's own line: its class, whatever that is called (`Unsupported`, `NoSuchBucket`), and mostly a text.
-RAISED = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*(?::|$)")
+RAISED = re.compile(r"(?!(?:try|else|finally|pass|return|raise|break|continue)(?::|$))[A-Za-z_]\w*(?:\.\w+)*(?::|$)")
+# The source of an assertion, where it tells more than a name.
+ASSERTED = re.compile(r" {4,}(assert [^\n]{12,200}[^(,\n])$")
 CHAINED = re.compile(r"The above exception was the direct cause|During handling of the above exception")
 # A destructor's: nobody gets it, and it comes when all is being torn down.
 IGNORED = re.compile(r"Exception ignored ")
-FRAME = re.compile(r' +File "(?:[^"\n]*(?:site|dist)-packages/)?([^"\n]+)", line (\d+)')
+FRAME = re.compile(r' *File "(?:[^"\n]*(?:site|dist)-packages/)?([^"\n]+)"(?:, line (\d+)(?! in)|, in )')
+# What vLLM shows of its settings: at the start, and of the engine when it is made or dies.
+SETTINGS = re.compile(r"(?:non-default args: |with config: |args: Namespace\()[^\n]+")
 # pydantic's: what it refuses stands in the second line, without the values after it.
 REFUSED = re.compile(r"validation errors? for \w+\n  (?:Value error|Assertion failed), (.+?)(?: \[type=|$)")
 # What the engine says of a worker's error: of use where the worker's own words are not in the log any more.
@@ -42,32 +50,36 @@ NAMES_ERROR = re.compile(r"(?:Error|Exception)(?:_\w{1,40})?: |\berror: ")
 
 class Failure(NamedTuple):
     """`whole`: the log without prefixes, harmless lines and quoted source. `last`: of that, what failed last; the whole
-    of it where there is no traceback. `error`: the last error's own words; `raised`: its traceback."""
+    of it where there is no traceback. `error`: the last error's own words; `raised`: its traceback. `settings`: what
+    the log shows of vLLM's."""
 
     whole: str
     last: str
     error: str | None
     raised: str
+    settings: str = ""
 
 
 class _Line(NamedTuple):
     who: str
     text: str
     begins: int | None  # of an exception's line: the number of the line where its chain of tracebacks begins
-    place: str
+    place: str  # and what was asserted there
 
 
 class _Process:
     """What one process has written so far."""
 
     inside = False  # a traceback
+    ignored = False  # the last one is a destructor's
     begins = 0
     place = previous = ""
 
 
 def read(lines: Iterable[str], follows: Callable[[str], bool]) -> Failure:
     """`follows` knows what a process says when it is another one that failed: never the cause."""
-    told = _told(lines)
+    told = _told(lines := list(lines))
+    settings = "\n".join(found[0] for line in lines if (found := SETTINGS.search(line)))
     ends: dict[str, int] = {}  # who -> where its last failure begins
     error = None
     for number, line in enumerate(told):
@@ -77,15 +89,15 @@ def read(lines: Iterable[str], follows: Callable[[str], bool]) -> Failure:
     last = "\n".join(line.text for number, line in enumerate(told) if number >= ends.get(line.who, len(told)))
     relayed = next((found[1] for line in reversed(told) if (found := RELAYED.search(line.text))), None)
     if error is None and relayed is not None and not follows(relayed):
-        return Failure(whole, last or whole, f"RuntimeError: {relayed}", "")
+        return Failure(whole, last or whole, f"RuntimeError: {relayed}", "", settings)
     if error is None:
         named = (number for number, line in enumerate(told) if NAMES_ERROR.search(line.text) and not follows(line.text))
         error = max(named, default=None)
     if error is None:
-        return Failure(whole, last or whole, None, "")
+        return Failure(whole, last or whole, None, "", settings)
     who, begins = told[error].who, told[error].begins
     frames = (line.text for line in told[begins : error + 1] if line.who == who) if begins is not None else ()
-    return Failure(whole, last or whole, _words(told, error), "\n".join(frames))
+    return Failure(whole, last or whole, _words(told, error), "\n".join(frames), settings)
 
 
 def _words(told: list[_Line], number: int) -> str:
@@ -116,7 +128,7 @@ def _told(lines: Iterable[str]) -> list[_Line]:
     processes: dict[str, _Process] = {}
     serves: dict[str, int] = {}
     for raw in lines:
-        line = COLOUR.sub("", raw)
+        line = STAMP.sub("", COLOUR.sub("", raw))
         prefix = LINE_PREFIX.match(line)
         assert prefix is not None  # all of it may be missing
         who, text = prefix[1].strip(), line[prefix.end() :]
@@ -129,11 +141,16 @@ def _told(lines: Iterable[str]) -> list[_Line]:
         if "Traceback (most recent call last)" in text:
             if not CHAINED.match(process.previous):
                 process.begins = len(told)
-            process.inside = not IGNORED.match(process.previous)
+            process.ignored = bool(IGNORED.match(process.previous))
+            process.inside = not process.ignored
         elif CHAINED.match(text):
             process.inside = True
-        elif process.inside and (frame := FRAME.match(text)):
-            process.place = f"{frame[1]}:{frame[2]}"
+        elif frame := FRAME.match(text):
+            if not (process.inside or process.ignored):  # its head has left the lines that are kept
+                process.inside, process.begins = True, len(told)
+            process.place = f"{frame[1]}:{frame[2]}" if frame[2] else frame[1]
+        elif process.inside and (asserted := ASSERTED.match(text)):
+            process.place += f": {asserted[1]}"
         elif process.inside and RAISED.match(text):
             begins, place, process.inside = process.begins, process.place, False
         if text.strip():

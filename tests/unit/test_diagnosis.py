@@ -21,6 +21,7 @@ LOGS = Path(__file__).parent / "failures"
 ROWS = (*RULES, *FOLLOWING, *GONE)
 KERNEL = "torch.AcceleratorError: CUDA error: an illegal memory access was encountered"
 OF_TOPICS = {"part", "at", "governs", "named", "elsewhere", "otherwise", "in_use"}
+OF_TOPICS |= {"by_name", "instead", "without", "ranks", "fit"}
 
 
 class Row(NamedTuple):
@@ -205,7 +206,7 @@ QUOTED = (
     # MiniMax-01#42, and the same without NCCL's own line
     Row("torch.distributed.DistBackendError: NCCL error in: NCCLUtils.hpp:268, unhandled system error\n"
         "NCCL WARN Error while creating shared memory segment /dev/shm/nccl-xxxxx (size 7340384)", "/dev/shm",
-        "--shm-size", permanent=False),
+        "--shm-size"),
     Row("torch.distributed.DistBackendError: NCCL error in: NCCLUtils.hpp:268, unhandled system error (run with "
         "NCCL_DEBUG=INFO for details), NCCL version 2.21.5", "NCCL", "NCCL_DEBUG=INFO", permanent=False),
     # vllm#5645
@@ -345,8 +346,64 @@ def test_what_a_dying_engine_shows_of_its_settings_is_to_be_left_out_first() -> 
         "Dumping input data for V1 LLM engine (v0.11.0) with config: model='m', speculative_config=SpeculativeConfig("
     )
     lines = [f"{ROOT}{dump}method='mtp'), kv_cache_dtype=auto, quantization=None,", f"{ROOT}{KERNEL}"]
-    assert "The log shows SPECULATIVE_CONFIG in use" in diagnose(1, lines).remedy
-    assert "in use" not in diagnose(1, lines[1:]).remedy
+    assert "The log shows SPECULATIVE_CONFIG set" in diagnose(1, lines).remedy
+    assert "log shows" not in diagnose(1, lines[1:]).remedy
+
+
+def test_what_vllm_says_of_its_settings_at_the_start_is_to_be_left_out_first() -> None:
+    """Those alone that can be why: the attention's, where the attention fails."""
+    said = (
+        "(APIServer pid=1) INFO 11-28 19:00:00 [utils.py:1] non-default args: {'model': 'm', 'kv_cache_dtype': 'fp8', "
+    )
+    lines = [said + "'speculative_config': {'method': 'mtp'}, 'enable_lora': False, 'max_loras': None}"]
+    assert (
+        "The log shows KV_CACHE_DTYPE, SPECULATIVE_CONFIG set"
+        in diagnose(1, [*lines, "RuntimeError: odd attention"]).remedy
+    )
+    assert "log shows" not in diagnose(1, [*lines, "RuntimeError: no LoRA"]).remedy
+    assert "log shows" not in diagnose(1, ["RuntimeError: odd attention"]).remedy
+
+
+def test_what_is_around_every_call_is_not_what_an_error_is_about() -> None:
+    """vLLM 0.17 and later trace and compile whatever is called."""
+    around = (
+        "tracing/otel.py:sync_wrapper",
+        "compilation/decorators.py:__init__",
+        "model_executor/offloader/base.py:wrap_modules",
+    )
+    frames = [f'  File "/venv/vllm/{path}", line 9, in {name}' for path, name in (place.split(":") for place in around)]
+    model = '  File "/venv/vllm/model_executor/models/qwen2.py", line 9, in __init__'
+    lines = ["Traceback (most recent call last):", *frames, model, "RuntimeError: odd"]
+    assert diagnose(1, lines).cause == "vLLM's code for this model fails: RuntimeError: odd."
+
+
+def test_other_machines_are_asked_for_where_there_are_some() -> None:
+    few = "torch.distributed.DistStoreError: Timed out after 601 seconds waiting for clients. 1/8 clients joined."
+    said = "(APIServer pid=1) INFO 11-28 19:00:00 [utils.py:1] non-default args: {'model': 'm', "
+    assert diagnose(1, [said + "'nnodes': 2}", few]).remedy.startswith("Start the other machines")
+    here = "(EngineCore pid=1) INFO 11-28 19:00:00 [x.py:1] with config: x, distributed_init_method=tcp://127.0.0.1:5"
+    assert diagnose(1, [here, few]).remedy.startswith("All of them are on this machine")
+    assert diagnose(1, [few]).remedy.startswith("On one machine")
+
+
+def test_a_traceback_whose_head_is_gone_says_where_it_was() -> None:
+    frame = '  File "/venv/vllm/v1/attention/backends/mla/common.py", line 99, in forward'
+    assert "The attention fails" in diagnose(1, [frame, "RuntimeError: odd"]).cause
+    destructor = ["Exception ignored in: <function X.__del__>", "Traceback (most recent call last):"]
+    assert diagnose(1, [*traceback("Odd: first", ""), *destructor, frame, "RuntimeError: x"]).cause == "Odd: first"
+
+
+def test_what_docker_and_journald_put_before_a_line_is_not_looked_at() -> None:
+    stamps = (
+        "2026-03-11T17:57:10.976518836Z ",
+        "2026-03-11T17:57:10+01:00 ",
+        "2026-04-19 12:59:20.215 | ",
+        "qwen3.5-4b  | ",
+        "Aug 17 18:42:18 host vllm[8052]: ",
+    )
+    for stamp in stamps:
+        assert diagnose(1, [stamp + line for line in (*traceback("Odd: last"), FAILED + "{}")]).cause == "Odd: last"
+        assert diagnose(1, [f"{stamp} INFO lib: RuntimeError: x"]).cause == "Its log does not say why."
 
 
 def test_settings_that_an_error_names_are_named() -> None:
@@ -407,10 +464,19 @@ def test_remedies_name_variables_that_exist() -> None:
     known |= {"VLLM_USE_V1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES", "HIP_VISIBLE_DEVICES", "HSA_OVERRIDE_GFX_VERSION"}
     known |= {"CCL_ATL_TRANSPORT", "CCL_ZE_IPC_EXCHANGE", "HCCL_IF_IP", "HCCL_SOCKET_IFNAME", "TRITON_LIBCUDA_PATH"}
     known |= {"FLEX_ATTENTION", "TORCH_SDPA", "IPC_LOCK", "SYS_PTRACE"}
+    known |= {
+        "LMCACHE_CONFIG_FILE",
+        "LMCACHE_ENABLE_BLENDING",
+        "NIXL_PLUGIN_DIR",
+        "TORCHINDUCTOR_CACHE_DIR",
+        "VLLM_ATTENTION_BACKEND",
+    }
+    known |= {"NCCL_IB_DISABLE", "NCCL_IB_HCA"}
     known |= {"TRITON_MLA", "TIKTOKEN_ENCODINGS_BASE", "TIKTOKEN_RS_CACHE_DIR"}
     known |= {"PYTORCH_CUDA_ALLOC_CONF", "TRITON_PTXAS_PATH", "RAY_ADDRESS", "UCX_TLS", "UCX_NET_DEVICES", "SYS_NICE"}
     told = [row.remedy for row in (*ROWS, *TOPICS)]
     named = {name for text in told for name in re.findall(r"(?<![{\w])[A-Z]+(?:_[A-Z\d]+)+(?![}\w*])", text)}
+    named |= {name for topic in TOPICS for name in topic.suspects}
     assert named - known == set()
     assert {"MAX_MODEL_LEN", "HF_TOKEN"} < named
 
@@ -528,6 +594,12 @@ def test_without_a_line_that_tells_the_signal_does() -> None:
     assert not diagnose(-11, []).permanent
     assert (how_it_ended(0), how_it_ended(-9), how_it_ended(-250)) == (
         "exit code 0", "killed by SIGKILL", "killed by signal 250")  # fmt: skip
+
+
+def test_what_a_shell_says_of_a_signal_is_one() -> None:
+    assert diagnose(137, []) == diagnose(-9, [])
+    assert diagnose(139, []) == diagnose(-11, [])
+    assert not diagnose(255, []).known
 
 
 def test_what_we_did_to_it_comes_before_the_signal() -> None:
