@@ -145,17 +145,13 @@ class Prefork(Observer):
     def judged(self, run: Run, diagnosis: Diagnosis) -> None:
         if run.served or not self._is_ours(run):
             return
-        if not self.has_served and diagnosis.known and diagnosis.permanent and not self._may_be_ours(run, diagnosis):
+        told = diagnosis.known and diagnosis.permanent and not diagnosis.vague
+        if told and not self.has_served and not any(OUR_OWN.search(line) for line in run.log):
             return  # a mistake of the user's, who is not to wait for it twice
         self.plain = run.doubted = True
         self.failures += 1
         again = "all further ones are" if self.failures >= MOST_FAILURES else "the next one is"
         self.log.warning("a start with modules kept imported failed: %s a plain `vllm serve`", again)
-
-    def _may_be_ours(self, run: Run, diagnosis: Diagnosis) -> bool:
-        from supervisor.engine.diagnosis import REMEDIES  # noqa: PLC0415  # it is there: somebody has judged
-
-        return REMEDIES["own_fault"] in diagnosis.remedy or any(OUR_OWN.search(line) for line in run.log)
 
     def _is_ours(self, run: Run) -> bool:
         return run.child is not None and self.prefix[-2] in run.child.command.argv

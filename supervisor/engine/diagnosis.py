@@ -24,12 +24,13 @@ TOLD_TO_STOP = re.compile(r"\[shutdown\] API server: shutdown triggered")
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
     """What happened, and what to change. `permanent`: the same settings will end the same way. `known`: by the table,
-    by a signal, or because it was us; else it is vLLM's own last words, or nothing."""
+    by a signal, or because it was us; else it is vLLM's own last words, or nothing. `vague`: of vLLM a part is."""
 
     cause: str
     remedy: str
     permanent: bool
     known: bool = field(default=True, compare=False)
+    vague: bool = field(default=False, compare=False)
 
     @property
     def text(self) -> str:
@@ -104,7 +105,7 @@ def find(rules: Iterable[Rule], failure: tracebacks.Failure) -> Diagnosis | None
             groups |= {name.upper(): topics.variable(value) for name, value in groups.items()}
             groups |= REMEDIES | topics.told(failure)
             cause, remedy = (topics.sentence(text, groups) for text in (rule.cause, rule.remedy))
-            return Diagnosis(cause, remedy, rule.permanent)
+            return Diagnosis(cause, remedy, rule.permanent, vague="{governs}" in rule.remedy)
     return None
 
 
