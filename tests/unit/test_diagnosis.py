@@ -471,7 +471,7 @@ def test_remedies_name_variables_that_exist() -> None:
         "TORCHINDUCTOR_CACHE_DIR",
         "VLLM_ATTENTION_BACKEND",
     }
-    known |= {"NCCL_IB_DISABLE", "NCCL_IB_HCA"}
+    known |= {"NCCL_IB_DISABLE", "NCCL_IB_HCA", "NCCL_CUMEM_ENABLE", "NCCL_CUMEM_HOST_ENABLE"}
     known |= {"TRITON_MLA", "TIKTOKEN_ENCODINGS_BASE", "TIKTOKEN_RS_CACHE_DIR"}
     known |= {"PYTORCH_CUDA_ALLOC_CONF", "TRITON_PTXAS_PATH", "RAY_ADDRESS", "UCX_TLS", "UCX_NET_DEVICES", "SYS_NICE"}
     told = [row.remedy for row in (*ROWS, *TOPICS)]
