@@ -9,17 +9,25 @@ from typing import Any
 JSON = dict[str, Any]
 # Characters; vLLM's message may quote all that was sent.
 LONGEST_MESSAGE = 4000
+# OpenAI's `type` of an error of ours, by its status; of any other: what was sent is at fault.
+KINDS = {
+    403: "permission_error", 413: "result_too_large", 500: "server_error", 502: "upstream_error",
+    503: "service_unavailable",
+}  # fmt: skip
 
 
 @dataclass(eq=False)
 class JobError(Exception):
-    """`kind`, `param` and `code` are OpenAI's."""
+    """`kind` (from the status, where none is given), `param` and `code` are OpenAI's."""
 
     message: str
     status: int = 400
-    kind: str = "invalid_request_error"
+    kind: str = ""
     param: object = None
     code: object = None
+
+    def __post_init__(self) -> None:
+        self.kind = self.kind or KINDS.get(self.status, "invalid_request_error")
 
     def __str__(self) -> str:
         return self.message

@@ -34,6 +34,7 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import aiohttp
@@ -51,7 +52,7 @@ from supervisor.queue.errors import JSON
 from supervisor.queue.shapes import Reader
 from supervisor.queue.taken import Taken, apart
 from supervisor.queue.tokens import Batches
-from supervisor.queue.worker import Answer, Client, gateway, tell
+from supervisor.queue.worker import Answer, Client, tell
 
 T = TypeVar("T")
 
@@ -75,21 +76,20 @@ def next_order() -> str:
     return STDIN.readline().decode().strip() or "gone"
 
 
+@dataclass
 class LongPoll(Generic[T]):
     """Asks RunPod again and again: at once after an answer, else after 0.1 s, 0.2 s ... 10 s."""
 
-    def __init__(self, what: str, session: aiohttp.ClientSession, read: Callable[[bytes], list[T]]) -> None:
-        self.what = what
-        self.session = session
-        self.read = read
-        self.pause = 0.0
-        self.problem = ""  # that was told
-        self.waiting: asyncio.Timeout | None = None  # while no answer is on its way
+    what: str
+    session: aiohttp.ClientSession
+    read: Callable[[bytes], list[T]]
+    pause: float = 0.0
+    problem: str = ""  # that was told
+    waiting: asyncio.Timeout | None = None  # while no answer is on its way
 
     async def ask(self, url: str) -> list[T]:
         """What is read in the answer; nothing without one. RunPod's key follows no redirect."""
-        found: list[T] = []
-        problem = ""
+        found, problem = list[T](), ""
         try:
             async with asyncio.timeout(None) as self.waiting:
                 await asyncio.sleep(self.pause)
@@ -99,8 +99,8 @@ class LongPoll(Generic[T]):
             async with response:
                 if response.status not in (200, 204, 400):  # 400: FlashBoot, says the SDK
                     raise NotTaken(f"RunPod answers {response.status}")
-                body = await response.read() if response.status == 200 else b""
-            found = await asyncio.to_thread(self.read, body)
+                if response.status == 200:
+                    found = await asyncio.to_thread(self.read, await response.read())
         except TimeoutError:
             return []  # held for longer than we wait, or broken off
         except (aiohttp.ClientError, OSError, ValueError, NotTaken) as error:
@@ -137,11 +137,8 @@ class Link:
 
     def __init__(self, order: str, runpod: RunPod, client: Client, reader: Reader, jobs: int) -> None:
         """`order`: the supervisor's latest word; `jobs`: that may run at once."""
-        self.order = order
-        self.runpod = runpod
-        self.client = client
-        self.reader = reader
-        self.jobs = jobs
+        self.order, self.jobs = order, jobs
+        self.runpod, self.client, self.reader = runpod, client, reader
         self.running: dict[str, Delivery] = {}
         self.changed = asyncio.Event()  # an order came, or a job ended
         self.takes = LongPoll("taking jobs", runpod.session, apart)
@@ -228,9 +225,10 @@ async def work(order: str) -> None:
     about = json.loads(os.environ["SUPERVISOR_QUEUE"])
     batches = Batches(*about["batches"]) if about["batches"] else None
     reader = Reader(about["model"], llm=about["llm"], root=about["root"], tokens=batches)
-    async with AsyncClientSession() as session, gateway(about["socket"]) as own:
+    client = Client(about["socket"])
+    async with AsyncClientSession() as session, client.session:
         runpod = RunPod(session, rp_http.JOB_DONE_URL, rp_http.JOB_STREAM_URL)
-        await Link(order, runpod, Client(own), reader, about["jobs"]).run()
+        await Link(order, runpod, client, reader, about["jobs"]).run()
 
 
 def _die_with_parent() -> None:

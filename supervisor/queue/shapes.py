@@ -21,7 +21,7 @@ from multidict import CIMultiDict
 
 from supervisor.queue import runpod_llm, tokens
 from supervisor.queue.errors import JSON, JobError
-from supervisor.queue.fields import WORKERS, as_object, encoded, parsed, renamed
+from supervisor.queue.fields import TABLE, WORKERS, as_object, encoded, parsed, renamed, without
 from supervisor.queue.tokens import Batches
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -29,11 +29,6 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 COMPLETION_TOKENS = 512
 # What the gateway answers itself (gateway/app.py): its settings and its log are not the jobs', and its feed has no end.
 OWN_ROUTES = frozenset({"/ping", "/health", "/status", "/metrics", "/"})
-# The client's connection is not ours: what belongs to it does not go to vLLM. RunPod's key is no key of vLLM's.
-OWN_HEADERS = frozenset({
-    "authorization", "connection", "content-length", "expect", "host", "keep-alive", "proxy-authorization",
-    "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade",
-})  # fmt: skip
 HEADER_NAME = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.A)
 HEADER_VALUE = re.compile(r"[\x20-\x7e\x80-\xff]*")
 # What stands in a path or a query as it is, escapes among it.
@@ -102,10 +97,9 @@ class Reader:
         if marked or (self.llm and "sampling_params" not in content):
             mode, asked = runpod_llm.body(given)
             return Job(self._generation(asked, limited=True), partial(runpod_llm.result, mode=mode), as_list=False)
-        if self.tokens is None:
-            return Job(self._short(given))
-        batches = self.tokens.of(given)
-        return Job(self._short({**given, **COUNTED} if given.get("stream") else given), tokens.whole, tokens=batches)
+        batches = self.tokens and self.tokens.of(given)
+        request = self._short({**given, **COUNTED} if batches and given.get("stream") else given)
+        return Job(request, tokens.whole if batches else None, tokens=batches)
 
     def _batch(self, items: object) -> Job:
         if not isinstance(items, list) or not items:
@@ -157,7 +151,7 @@ class Reader:
             plain = plain[len(root) :] or "/"
         if plain in OWN_ROUTES:
             text = f"{plain} is the supervisor's own and not open to jobs. Ask for a route of the model's, such as "
-            raise JobError(f"{text}/v1/models.", 403, "permission_error", "route", "route_not_open")
+            raise JobError(f"{text}/v1/models.", 403, param="route", code="route_not_open")
         if isinstance(query, dict):
             query = urlencode(query, doseq=True, errors="surrogatepass")
         if not isinstance(query, str | None):
@@ -168,15 +162,14 @@ class Reader:
 
     def _filled(self, body: JSON) -> JSON:
         if self.in_batch:
-            body = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
+            body = without(body, ("stream", "stream_options"))
         return body if body.get("model") else {**body, "model": self.model}
 
     # The short shapes of both
 
     def _short(self, content: JSON) -> Request:
         """worker-vllm's."""
-        body = {name: value for name, value in content.items() if name not in WORKERS}
-        messages, prompt = content.get("messages"), content.get("prompt")
+        body, messages, prompt = without(content, WORKERS), content.get("messages"), content.get("prompt")
         if not messages and isinstance(prompt, str) and str(content.get("apply_chat_template")).lower() == "true":
             messages = [{"role": "user", "content": prompt}]
         if messages:
@@ -206,7 +199,7 @@ def _headers(content: object) -> CIMultiDict[str]:
     for name, value in as_object(content, "headers").items():
         if not HEADER_NAME.fullmatch(name):
             raise JobError(f"{name!r} is no name of a header.", param="headers")
-        if name.lower() not in OWN_HEADERS:
+        if name.lower() not in TABLE["headers"]:
             found.add(name, _header(value))
     return found
 
@@ -228,11 +221,12 @@ def _form(files: JSON, fields: JSON) -> tuple[bytes, str]:
     """multipart/form-data, as the audio routes want it. `files`: name -> {"base64", "filename"?, "content_type"?}."""
     from urllib3.filepost import encode_multipart_formdata  # noqa: PLC0415  # most jobs have no files
 
-    parts: list[Any] = []
-    for name, value in fields.items():
-        for each in value if isinstance(value, list) else [value]:  # a form has no lists: the field comes again
-            if each is not None:
-                parts.append((_utf8(name), _utf8(each if isinstance(each, str) else json.dumps(each))))
+    parts: list[Any] = [
+        (_utf8(name), _utf8(each if isinstance(each, str) else json.dumps(each)))
+        for name, value in fields.items()
+        for each in (value if isinstance(value, list) else [value])  # a form has no lists: the field comes again
+        if each is not None
+    ]
     for name, given in files.items():
         file = {"base64": given} if isinstance(given, str) else given
         if not isinstance(file, dict) or "base64" not in file:

@@ -38,7 +38,6 @@ class Posts:
     """RunPod's side of results."""
 
     done = stream = "http://runpod/$ID"
-    listens = True
     session = None
 
     def __init__(self, error: Exception | None = None) -> None:
