@@ -93,10 +93,9 @@ class RunPod:
         url = template.replace("$ID", job_id)
         url += f"{'&' if '?' in url else '?'}isStream={'true' if stream else 'false'}"
         headers = {**POST_HEADERS, "X-Request-ID": job_id, "Idempotency-Key": key}
+        post = self.session.post(url, data=body, headers=headers, timeout=POST_TIMEOUT, allow_redirects=False)
         try:
-            async with self.session.post(
-                url, data=body, headers=headers, timeout=POST_TIMEOUT, allow_redirects=False
-            ) as response:
+            async with post as response:
                 if response.status >= 300:
                     refusal = NotTaken if response.status in TRANSIENT else Refused
                     raise refusal(f"RunPod answers {response.status}")

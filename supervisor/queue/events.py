@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 
 # RunPod takes 1 MB per chunk; more than this at a time only delays what comes behind.
@@ -27,16 +28,9 @@ class Events:
         found = (self.begun and ALL.match(self.buffer, 0, CHUNK_LIMIT)) or FIRST.match(self.buffer)
         at = found.end() if found else 0
         if at > EVENT_LIMIT or (not at and (ended or len(self.buffer) > EVENT_LIMIT)):
-            at = self._whole_characters(CHUNK_LIMIT)
+            at = CHUNK_LIMIT
         self.begun |= at > 0
-        # What is no UTF-8 has no place in JSON; vLLM's events are JSON themselves.
-        text = self.buffer[:at].decode("utf-8", "replace")
+        # A character that would be torn stays. What is no UTF-8 has no place in JSON; vLLM's events are JSON.
+        text, at = codecs.utf_8_decode(self.buffer[:at], "replace", ended and at >= len(self.buffer))
         del self.buffer[:at]
         return text
-
-    def _whole_characters(self, limit: int) -> int:
-        """The length of what may be cut off at `limit` without tearing a code point."""
-        if len(self.buffer) <= limit:
-            return len(self.buffer)
-        # The byte behind the cut begins a character, or is one of the three at most that continue it.
-        return next((at for at in range(limit, limit - 4, -1) if self.buffer[at] & 0xC0 != 0x80), limit)

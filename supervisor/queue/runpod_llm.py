@@ -12,24 +12,15 @@ MARKS = ("mode", *LLM["constraining"])
 FIELDS = WORKERS.union(LLM["own"])
 
 
-def body(content: JSON) -> tuple[str, JSON]:
-    """Its mode, and what vLLM is asked: with `messages`, or with a `prompt`. Raises JobError."""
+def fields(content: JSON) -> tuple[str, JSON]:
+    """Its mode, and what vLLM gets beside `messages` or a `prompt`. Raises JobError."""
     constrained = any(content.get(name) for name in LLM["constraining"])
     asked = str(content.get("mode") or ("json" if constrained else "chat")).lower()
     mode = LLM["modes"].get(asked)
     if mode is None:
         raise JobError(f"mode {asked!r} is not one of: {', '.join(LLM['modes'])}.", param="mode")
     given = {name: value for name, value in content.items() if value is not None}
-    found = LLM["defaults"] | without(given, FIELDS) | (_constraint(content) if mode == "json" else {})
-    messages, prompt = content.get("messages"), content.get("prompt")
-    if messages and mode != "complete":
-        return mode, {**found, "messages": messages}
-    if prompt is None:
-        wanted = LLM["needs"][mode]
-        raise JobError(f"mode {mode} needs {wanted}.", param=wanted.split(maxsplit=1)[0])
-    if mode == "chat":
-        return mode, {**found, "messages": [{"role": "user", "content": prompt}]}
-    return mode, {**found, "prompt": prompt}
+    return mode, LLM["defaults"] | without(given, FIELDS) | (_constraint(content) if mode == "json" else {})
 
 
 def _constraint(content: JSON) -> JSON:

@@ -101,9 +101,9 @@ class LongPoll(Generic[T]):
                     raise NotTaken(f"RunPod answers {response.status}")
                 if response.status == 200:
                     found = await asyncio.to_thread(self.read, await response.read())
-        except TimeoutError:
-            return []  # held for longer than we wait, or broken off
         except (aiohttp.ClientError, OSError, ValueError, NotTaken) as error:
+            if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ClientError):
+                return []  # held for longer than we wait, or broken off
             problem = f"{error or type(error).__name__}"
         finally:
             self.waiting = None

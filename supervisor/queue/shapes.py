@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
-import math
 import posixpath
 import re
 from collections.abc import Callable
@@ -95,20 +94,22 @@ class Reader:
             raise JobError(f"The input has none of: {SHAPES}.")
         given = {**content, **as_object(content.get("sampling_params"), "sampling_params")}
         if marked or (self.llm and "sampling_params" not in content):
-            mode, asked = runpod_llm.body(given)
-            return Job(self._generation(asked, limited=True), partial(runpod_llm.result, mode=mode), as_list=False)
+            mode, fields = runpod_llm.fields(given)
+            return Job(self._generation(given, mode, fields), partial(runpod_llm.result, mode=mode), as_list=False)
         batches = self.tokens and self.tokens.of(given)
-        request = self._short({**given, **COUNTED} if batches and given.get("stream") else given)
+        fields = without(given, WORKERS) | (COUNTED if batches and given.get("stream") else {})
+        chat = str(given.get("apply_chat_template")).lower() == "true" and isinstance(given.get("prompt"), str)
+        request = self._generation(given, "chat" if chat else "short", fields)
         return Job(request, tokens.whole if batches else None, tokens=batches)
 
     def _batch(self, items: object) -> Job:
+        if self.in_batch:
+            raise JobError("A batch can't hold another one.", param="requests")
         if not isinstance(items, list) or not items:
             raise JobError("requests must be a list with at least one request.", param="requests")
         reader = dataclasses.replace(self, llm=True, in_batch=True)
 
         def read(item: object) -> Job | JobError:
-            if isinstance(item, dict) and item.get("requests") is not None:
-                return JobError("A batch can't hold another one.", param="requests")
             try:
                 return reader.read(item)
             except JobError as error:
@@ -142,9 +143,7 @@ class Reader:
         """Raises JobError where it is none, or one of the supervisor's own, however it is spelled."""
         if not isinstance(route, str) or not re.fullmatch(r"(?![^?]*://)[^\x00-\x20\x7f]+", route):
             raise JobError("The route must be a path, such as /v1/chat/completions.", param="route")
-        path = route if route.startswith("/") else f"/{route}"
-        if path.startswith("/openai/"):  # as it is in the endpoint's URL
-            path = path.removeprefix("/openai")
+        path = re.sub(r"\A/?(openai/)?", "/", route)  # `/openai`: as it is in the endpoint's URL
         # The one that is meant: without escapes, doubled slashes, dots, and a slash at its end.
         plain, root = posixpath.normpath("/" + unquote(path.partition("?")[0]).lstrip("/")), self.root.rstrip("/")
         if root and (plain == root or plain.startswith(root + "/")):
@@ -165,30 +164,22 @@ class Reader:
             body = without(body, ("stream", "stream_options"))
         return body if body.get("model") else {**body, "model": self.model}
 
-    # The short shapes of both
-
-    def _short(self, content: JSON) -> Request:
-        """worker-vllm's."""
-        body, messages, prompt = without(content, WORKERS), content.get("messages"), content.get("prompt")
-        if not messages and isinstance(prompt, str) and str(content.get("apply_chat_template")).lower() == "true":
-            messages = [{"role": "user", "content": prompt}]
-        if messages:
-            return self._generation({"messages": messages, **body})
-        if prompt is None:
-            raise JobError("messages is empty, and there is no prompt.", param="messages")
-        return self._generation({"prompt": prompt, **body}, limited=True)
-
-    def _generation(self, body: JSON, *, limited: bool = False) -> Request:
-        """A chat or a completion. A limit of null is none, and one beyond the model's own means as many as there is
-        room for: vLLM takes its own length for that, and refuses more. `limited`: where nobody says how much, too."""
-        longest = self.longest or math.inf
+    def _generation(self, given: JSON, mode: str, body: JSON) -> Request:
+        """A chat or a completion, of both short shapes. A limit of null is none, and one beyond the model's own means
+        as many as there is room for: vLLM takes its own length for that, and refuses more."""
+        messages, prompt = given.get("messages"), given.get("prompt")
+        if messages and mode != "complete":
+            asked = {"messages": messages}
+        elif prompt is None:
+            raise JobError(TABLE["needs"][mode], param="prompt" if mode == "complete" else "messages")
+        else:
+            asked = {"messages": [{"role": "user", "content": prompt}]} if mode == "chat" else {"prompt": prompt}
+        if "prompt" in asked and body.get("max_tokens") is None:
+            body["max_tokens"] = COMPLETION_TOKENS
         for name in ("max_tokens", "max_completion_tokens"):
-            limit = body.pop(name, None)
-            if limit is not None:
-                body[name] = self.longest if type(limit) is int and limit > longest else limit
-        if limited:
-            body.setdefault("max_tokens", min(COMPLETION_TOKENS, longest))
-        return self._request({"route": CHAT if "messages" in body else COMPLETIONS, "body": body})
+            if (limit := body.pop(name, None)) is not None:
+                body[name] = min(limit, self.longest or limit) if type(limit) is int else limit
+        return self._request({"route": CHAT if "messages" in asked else COMPLETIONS, "body": asked | body})
 
 
 # Pieces of requests
