@@ -9,6 +9,7 @@ import logging
 import re
 import tomllib
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from supervisor.kept import Kept
@@ -45,8 +46,9 @@ class QueueWorker(Kept):
     `count` gets what the worker tells of a job (queue/delivery.py); `lost` is called when it dies."""
 
     def __init__(self, environ: Mapping[str, str], count: Callable[[JSON], object], lost: Callable[[], object]) -> None:
-        super().__init__(["supervisor.queue.sdk"], environ, self._died, (self._said, self._complained))
         self.log = logging.getLogger("supervisor.queue")
+        complained = partial(self.log.warning, "%s", extra={"each": True})
+        super().__init__(["supervisor.queue.sdk"], environ, self._died, (self._said, complained))
         self.count, self.lost = count, lost
         self.say("starting")
 
@@ -81,6 +83,3 @@ class QueueWorker(Kept):
             level = logging.getLevelNamesMapping().get(str(said.get("level")), logging.INFO)
             # `each`: of a job's own line none is too much.
             self.log.log(level, "%s", said["message"], extra={"request": said.get("requestId"), "each": True})
-
-    def _complained(self, line: str) -> None:
-        self.log.warning("%s", line, extra={"each": True})

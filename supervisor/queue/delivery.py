@@ -1,6 +1,6 @@
 """What becomes of a job that was taken: its chunks and its result, posted to RunPod, and how it ended, told once.
 
-`TABLE` says what follows what; docs/jobs.md shows it to users as "How a job ends".
+`TABLE` says what follows what; docs/queue.md shows it to users as "How a job ends".
 """
 
 from __future__ import annotations

@@ -117,8 +117,6 @@ class Reader:
 
         return Job(None, batch=tuple(map(read, items)), as_list=False)
 
-    # Any route
-
     def _request(self, content: JSON) -> Request:
         body, headers = content.get("body"), _headers(content.get("headers"))
         data, content_type = None, None
@@ -182,17 +180,12 @@ class Reader:
         return self._request({"route": CHAT if "messages" in asked else COMPLETIONS, "body": asked | body})
 
 
-# Pieces of requests
-
-
 def _headers(content: object) -> CIMultiDict[str]:
-    found: CIMultiDict[str] = CIMultiDict()
-    for name, value in as_object(content, "headers").items():
+    given = as_object(content, "headers")
+    for name in given:
         if not HEADER_NAME.fullmatch(name):
             raise JobError(f"{name!r} is no name of a header.", param="headers")
-        if name.lower() not in TABLE["headers"]:
-            found.add(name, _header(value))
-    return found
+    return CIMultiDict({name: _header(value) for name, value in given.items() if name.lower() not in TABLE["headers"]})
 
 
 def _header(value: object) -> str:

@@ -1,7 +1,5 @@
 """One RunPod job's answer, as it is read from the gateway's private socket: whole, as a stream, or as a batch of these.
-
-Who posts is delivery.py; what arrives while a chunk is being posted gathers in the connection, and is the next one.
-"""
+Who posts is delivery.py."""
 
 from __future__ import annotations
 

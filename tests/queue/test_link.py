@@ -93,6 +93,23 @@ def test_one_that_is_cancelled_before_its_first_step_is_told(sdk: Any, capsys: p
     assert posts.got == []
 
 
+def test_one_whose_time_is_over_before_its_first_step_is_told_so(sdk: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """It counted as cancelled, and RunPod was told nothing."""
+    posts = Posts()
+
+    async def act(link: Any) -> None:
+        link._begin(Taken("a", {"prompt": "x"}))
+        link.heard("expire")
+        await asyncio.wait({link.running["a"].task})
+        await asyncio.sleep(0)
+        assert link.running == {}
+
+    within(sdk, posts, act)
+    assert told(capsys) == [("a", "taken"), ("a", "failed")]
+    (result,) = posts.got
+    assert json.loads(result["error"])["code"] == "shutting_down"
+
+
 def test_a_fault_of_ours_is_no_silence(sdk: Any, capsys: pytest.CaptureFixture[str]) -> None:
     async def act(link: Any) -> None:
         link._begin(Taken("a", {"prompt": "x"}))
