@@ -27,10 +27,8 @@ class JobError(Exception):
     code: object = None
 
     def __post_init__(self) -> None:
+        super().__init__(self.message)
         self.kind = self.kind or KINDS.get(self.status, "invalid_request_error")
-
-    def __str__(self) -> str:
-        return self.message
 
     @property
     def text(self) -> str:

@@ -18,7 +18,7 @@ import aiohttp
 from yarl import URL
 
 from supervisor.queue.errors import JSON, JobError
-from supervisor.queue.events import Events
+from supervisor.queue.events import cut
 from supervisor.queue.shapes import Job, Reader, Request
 from supervisor.queue.taken import Taken
 from supervisor.queue.tokens import Tokens
@@ -119,12 +119,12 @@ class Answer:
 
     async def _stream(self, content: aiohttp.StreamReader) -> AsyncIterator[str]:
         """The first event at once and by itself, then whatever has gathered by the time the last piece is posted."""
-        events, broken, text = Events(), None, ""
+        buffer, begun, broken, text = bytearray(), False, None, ""
         while text or not content.at_eof():
-            events.feed(content.read_nowait() if text else await content.readany())
+            buffer += content.read_nowait() if text else await content.readany()
             self.first_at = self.first_at or time.monotonic()
-            if text := events.cut(ended=content.at_eof()):
-                broken = broken or BROKEN.search(text)
+            if text := cut(buffer, begun=begun, ended=content.at_eof()):
+                begun, broken = True, broken or BROKEN.search(text)
                 yield text
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(CHUNK_GAP):
