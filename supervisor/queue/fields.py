@@ -17,6 +17,7 @@ from supervisor.queue.errors import JSON, JobError
 
 TABLE = tomllib.loads(Path(__file__).with_name("fields.toml").read_text(encoding="utf-8"))
 GONE, CONSTRAINTS, WORKERS = TABLE["gone"], TABLE["constraints"], frozenset(TABLE["workers"])
+OLD = frozenset(CONSTRAINTS).union(GONE)
 
 
 def without(body: JSON, names: Container[str]) -> JSON:
@@ -51,7 +52,7 @@ def renamed(body: JSON) -> JSON:
         if body.get(name) not in (None, *row["neutral"], body.get(row.get("same"))):
             raise JobError(f"vLLM has no {name} any more: {row['instead']}.", param=name)
     constraints = {old.removeprefix("guided_"): body[old] for old in CONSTRAINTS if body.get(old) not in (None, False)}
-    kept = without(body, {*CONSTRAINTS, *GONE})
+    kept = without(body, OLD)
     if not constraints:
         return kept
     given = as_object(kept.get("structured_outputs"), "structured_outputs")
