@@ -275,7 +275,7 @@ class Serving(Observer):
             llm=settings.model.source.endswith("LLM_MODEL"), root=str(settings.option("root_path") or ""),
             batches=batches if self.knobs.job_output == "tokens" else None,
         )  # fmt: skip
-        self.worker = QueueWorker(environ, jobs)
+        self.worker = QueueWorker(environ, jobs.report, jobs.worker_died)
         group.create_task(self.worker.run())
 
     def _listen_for_signals(self) -> None:

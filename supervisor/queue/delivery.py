@@ -1,6 +1,6 @@
 """What becomes of a job that was taken: its chunks and its result, posted to RunPod, and how it ended, told once.
 
-`TABLE` says what follows what; docs/jobs.md shows it to users as "How a job ends".
+`TABLE` says what follows what; docs/queue.md shows it to users as "How a job ends".
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 import aiohttp
 
@@ -33,12 +32,7 @@ TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 52
 CHUNK_BYTES = 1_000_000
 # As the SDK sends them: RunPod is used to it.
 POST_HEADERS = {"charset": "utf-8", "Content-Type": "application/x-www-form-urlencoded"}
-SHUT_DOWN = JobError(
-    "The worker was shut down before this job was done (SUPERVISOR_DRAIN_TIMEOUT). Please send it again.",
-    503,
-    "service_unavailable",
-    code="shutting_down",
-)
+SHUT_DOWN = "The worker was shut down before this job was done (SUPERVISOR_DRAIN_TIMEOUT). Please send it again."
 
 
 class State(Enum):
@@ -86,16 +80,12 @@ class Refused(NotTaken):
 
 @dataclass(frozen=True, slots=True)
 class RunPod:
-    """Where results go. `done`, `stream`: addresses with `$ID` for the job's."""
+    """Where results go. `done`, `stream`: addresses with `$ID` for the job's. In the Hub's tests, where nobody reads
+    streams, theirs is none."""
 
     session: aiohttp.ClientSession
     done: str
     stream: str
-
-    @property
-    def listens(self) -> bool:
-        """Not so in the Hub's tests, where nobody reads streams."""
-        return "://" in self.stream
 
     async def post(self, template: str, job_id: str, body: bytes, key: str, *, stream: bool) -> None:
         """Once. `key` is the same for all tries of one: after a reset nobody knows whether it was taken, but who knows
@@ -103,10 +93,9 @@ class RunPod:
         url = template.replace("$ID", job_id)
         url += f"{'&' if '?' in url else '?'}isStream={'true' if stream else 'false'}"
         headers = {**POST_HEADERS, "X-Request-ID": job_id, "Idempotency-Key": key}
+        post = self.session.post(url, data=body, headers=headers, timeout=POST_TIMEOUT, allow_redirects=False)
         try:
-            async with self.session.post(
-                url, data=body, headers=headers, timeout=POST_TIMEOUT, allow_redirects=False
-            ) as response:
+            async with post as response:
                 if response.status >= 300:
                     refusal = NotTaken if response.status in TRANSIENT else Refused
                     raise refusal(f"RunPod answers {response.status}")
@@ -120,10 +109,8 @@ class Delivery:
     first result has beside its output."""
 
     def __init__(self, answer: Answer, runpod: RunPod, first: Callable[[], Awaitable[JSON | None]]) -> None:
-        self.job_id = answer.job_id
-        self.answer = answer
-        self.runpod = runpod
-        self.first = first
+        self.answer, self.runpod, self.first = answer, runpod, first
+        self.job_id = answer.taken.job_id
         self.state = State.ANSWERING
         self.output: list[object] = []  # what came, and was posted: the result has all of it once more
         self.size = 0  # of that, in bytes
@@ -138,7 +125,7 @@ class Delivery:
     def expire(self) -> None:
         """There is no more time for an answer; that is still reported."""
         if self.state is State.ANSWERING:
-            self.error = SHUT_DOWN
+            self.error = JobError(SHUT_DOWN, 503, code="shutting_down")
             self.task.cancel()
 
     async def _run(self) -> None:
@@ -167,13 +154,12 @@ class Delivery:
                     body = encoded({"output": piece})
                     self.size += len(body)
                     check_size(self.size, self.job_id)
-                    fits = len(body) <= CHUNK_BYTES  # else the result has it
-                    if fits and self.answer.as_list and self.runpod.listens:
+                    # Else the result has it.
+                    if len(body) <= CHUNK_BYTES and self.answer.as_list and "://" in self.runpod.stream:
                         await self._post("chunk", body, f"/{len(self.output)}")
         except NotTaken as error:
             tell(f"a chunk could not be delivered: {error}", "ERROR", job_id=self.job_id)
-            text = f"A part of the stream could not be delivered to RunPod ({error})."
-            raise JobError(text, 502, "upstream_error") from None
+            raise JobError(f"A part of the stream could not be delivered to RunPod ({error}).", 502) from None
 
     async def _result(self) -> None:
         content: JSON = {"output": self.output if self.answer.as_list else self.output[0]}
@@ -184,15 +170,15 @@ class Delivery:
         await self._post("result", encoded(content), "")
 
     async def _error(self) -> None:
-        error = self.error or JobError(f"RunPod did not take the result ({self.why}).", 502, "upstream_error")
+        error = self.error or JobError(f"RunPod did not take the result ({self.why}).", 502)
         await self._post("result", encoded({"error": error.text}), "/error")
         # Of a 4xx no words: vLLM's quote what the user sent.
         self.why = f"{error.status}, {error.message if error.status >= 500 else error.kind}"
 
     async def _post(self, what: str, body: bytes, key: str) -> None:
         """Until RunPod has taken it, in order: the next one waits for this. Raises NotTaken."""
-        result = what == "result"
-        template, stream = (self.runpod.done, self.answer.as_list) if result else (self.runpod.stream, False)
+        done = what == "result"
+        template, stream = (self.runpod.done, self.answer.as_list) if done else (self.runpod.stream, False)
         deadline = time.monotonic() + PATIENCE
         for tries in itertools.count():  # by hand: tenacity costs a sixth of the worker's time on every chunk
             try:
@@ -214,11 +200,9 @@ class Delivery:
         elif (error := task.exception()) is not None:  # a fault of ours: RunPod gives the job out again
             self.state, self.why = State.UNDELIVERED, f"{type(error).__name__}: {error}"
         level = {State.FAILED: "WARNING", State.UNDELIVERED: "ERROR"}.get(self.state, "INFO")
-        seconds = time.monotonic() - self.began
-        line = f"job {self.state.value} after {seconds:.2f} s"
-        if self.answer.first_at:
-            line += f", first bytes after {self.answer.first_at - self.began:.3f} s"
-        count = self.posts.total()
-        line += f", {count} POST{'s' * (count != 1)}" + (f": {self.why}" if level != "INFO" else "")
-        job: dict[str, Any] = {"id": self.job_id, "outcome": self.state.value, "seconds": round(seconds, 4)}
-        tell(line, level, job_id=self.job_id, job={**job, "posts": self.posts})
+        seconds, count, first_at = time.monotonic() - self.began, self.posts.total(), self.answer.first_at
+        first = f", first bytes after {first_at - self.began:.3f} s" if first_at else ""
+        why = f": {self.why}" if level != "INFO" else ""
+        line = f"job {self.state.value} after {seconds:.2f} s{first}, {count} POST{'s' * (count != 1)}{why}"
+        job = {"id": self.job_id, "outcome": self.state.value, "seconds": round(seconds, 4), "posts": self.posts}
+        tell(line, level, job_id=self.job_id, job=job)

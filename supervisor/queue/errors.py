@@ -9,20 +9,26 @@ from typing import Any
 JSON = dict[str, Any]
 # Characters; vLLM's message may quote all that was sent.
 LONGEST_MESSAGE = 4000
+# OpenAI's `type` of an error of ours, by its status; of any other: what was sent is at fault.
+KINDS = {
+    403: "permission_error", 413: "result_too_large", 500: "server_error", 502: "upstream_error",
+    503: "service_unavailable",
+}  # fmt: skip
 
 
 @dataclass(eq=False)
 class JobError(Exception):
-    """`kind`, `param` and `code` are OpenAI's."""
+    """`kind` (from the status, where none is given), `param` and `code` are OpenAI's."""
 
     message: str
     status: int = 400
-    kind: str = "invalid_request_error"
+    kind: str = ""
     param: object = None
     code: object = None
 
-    def __str__(self) -> str:
-        return self.message
+    def __post_init__(self) -> None:
+        super().__init__(self.message)
+        self.kind = self.kind or KINDS.get(self.status, "invalid_request_error")
 
     @property
     def text(self) -> str:
@@ -46,13 +52,11 @@ class JobError(Exception):
         error = content.get("error", content.get("detail", content)) if isinstance(content, dict) else None
         if isinstance(error, dict) and isinstance(error.get("message"), str):
             kind, code = error.get("type"), error.get("code")
-            if status is None:
-                status = code if isinstance(code, int) and 400 <= code < 600 else 503
+            own = code if isinstance(code, int) and 400 <= code < 600 else 503
             kind = "upstream_error" if kind in (None, "", "error") else str(kind)
-            return cls(error["message"][:LONGEST_MESSAGE], status, kind, error.get("param"), code)
+            return cls(error["message"][:LONGEST_MESSAGE], status or own, kind, error.get("param"), code)
         if status is None:
-            words = "The engine stopped in the middle of this answer. Please send the job again."
-            return cls(words, 503, "service_unavailable")
+            return cls("The engine stopped in the middle of this answer. Please send the job again.", 503)
         if status == 404 and error == "Not Found" and path:  # FastAPI's, of a route that vLLM has for other models
             return cls(f"The model has no route {path}: it is for another task, or there is none.", status)
         words = error if isinstance(error, str) else body.decode("utf-8", "replace").strip() or "no further word"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 
 # RunPod takes 1 MB per chunk; more than this at a time only delays what comes behind.
@@ -12,31 +13,14 @@ EVENT_LIMIT = 450_000
 FIRST, ALL = re.compile(rb".*?\n\r?\n", re.S), re.compile(rb".*\n\r?\n", re.S)
 
 
-class Events:
-    """`feed(bytes)` as they come, `cut()` gives the next chunk as text, "" where no event is complete."""
-
-    def __init__(self) -> None:
-        self.buffer = bytearray()
-        self.begun = False
-
-    def feed(self, data: bytes) -> None:
-        self.buffer += data
-
-    def cut(self, *, ended: bool = False) -> str:
-        """With `ended`, what is left is given although no event's end follows."""
-        found = (self.begun and ALL.match(self.buffer, 0, CHUNK_LIMIT)) or FIRST.match(self.buffer)
-        at = found.end() if found else 0
-        if at > EVENT_LIMIT or (not at and (ended or len(self.buffer) > EVENT_LIMIT)):
-            at = self._whole_characters(CHUNK_LIMIT)
-        self.begun |= at > 0
-        # What is no UTF-8 has no place in JSON; vLLM's events are JSON themselves.
-        text = self.buffer[:at].decode("utf-8", "replace")
-        del self.buffer[:at]
-        return text
-
-    def _whole_characters(self, limit: int) -> int:
-        """The length of what may be cut off at `limit` without tearing a code point."""
-        if len(self.buffer) <= limit:
-            return len(self.buffer)
-        # The byte behind the cut begins a character, or is one of the three at most that continue it.
-        return next((at for at in range(limit, limit - 4, -1) if self.buffer[at] & 0xC0 != 0x80), limit)
+def cut(buffer: bytearray, *, begun: bool, ended: bool = False) -> str:
+    """Takes the next chunk off the buffer, as text: "" where no event is complete. `begun`: the first event is through;
+    `ended`: what is left is a chunk although no event's end follows."""
+    found = (begun and ALL.match(buffer, 0, CHUNK_LIMIT)) or FIRST.match(buffer)
+    at = found.end() if found else 0
+    if at > EVENT_LIMIT or (not at and (ended or len(buffer) > EVENT_LIMIT)):
+        at = CHUNK_LIMIT
+    # A character that would be torn stays. What is no UTF-8 has no place in JSON; vLLM's events are JSON themselves.
+    text, at = codecs.utf_8_decode(buffer[:at], "replace", ended and at >= len(buffer))
+    del buffer[:at]
+    return text

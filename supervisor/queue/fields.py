@@ -8,23 +8,20 @@ is exact, has no effect where its value asks for nothing, and fails the job othe
 from __future__ import annotations
 
 import json
+import tomllib
+from collections.abc import Container
+from pathlib import Path
 from typing import Any
 
 from supervisor.queue.errors import JSON, JobError
-from supervisor.queue.tokens import Batches
 
-# Of the short shapes: what is for the worker and not for vLLM.
-WORKERS = frozenset({"messages", "prompt", "sampling_params", "apply_chat_template", *Batches._fields})
-# What is in `structured_outputs` now, without `guided_`.
-CONSTRAINTS = (
-    "guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_json_object", "guided_whitespace_pattern",
-)  # fmt: skip
-# What is gone: values that ask for nothing, and what to do instead.
-GONE: dict[str, tuple[tuple[Any, ...], str]] = {
-    "best_of": ((1,), "ask for `n` answers, with `logprobs` to choose by"),
-    "early_stopping": ((False,), "a beam search has no such end any more: leave it out"),
-    "guided_decoding_backend": (("", "auto"), "the server's STRUCTURED_OUTPUTS_CONFIG names the backend"),
-}
+TABLE = tomllib.loads(Path(__file__).with_name("fields.toml").read_text(encoding="utf-8"))
+GONE, CONSTRAINTS, WORKERS = TABLE["gone"], TABLE["constraints"], frozenset(TABLE["workers"])
+OLD = frozenset(CONSTRAINTS).union(GONE)
+
+
+def without(body: JSON, names: Container[str]) -> JSON:
+    return {name: value for name, value in body.items() if name not in names}
 
 
 def parsed(value: object, name: str) -> Any:
@@ -51,12 +48,11 @@ def encoded(content: object) -> bytes:
 
 def renamed(body: JSON) -> JSON:
     """The body of a request as vLLM reads it today. Raises JobError."""
-    for name, (neutral, instead) in GONE.items():
-        value = body.get(name)
-        if value is not None and value not in neutral and not (name == "best_of" and value == body.get("n")):
-            raise JobError(f"vLLM has no {name} any more: {instead}.", param=name)
+    for name, row in GONE.items():
+        if body.get(name) not in (None, *row["neutral"], body.get(row.get("same"))):
+            raise JobError(f"vLLM has no {name} any more: {row['instead']}.", param=name)
     constraints = {old.removeprefix("guided_"): body[old] for old in CONSTRAINTS if body.get(old) not in (None, False)}
-    kept = {name: value for name, value in body.items() if name not in CONSTRAINTS and name not in GONE}
+    kept = without(body, OLD)
     if not constraints:
         return kept
     given = as_object(kept.get("structured_outputs"), "structured_outputs")

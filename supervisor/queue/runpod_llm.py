@@ -5,36 +5,22 @@ from __future__ import annotations
 import json
 
 from supervisor.queue.errors import JSON, JobError
-from supervisor.queue.fields import CONSTRAINTS, WORKERS, as_object
+from supervisor.queue.fields import CONSTRAINTS, TABLE, WORKERS, as_object, without
 
-# What it assumed where a request says nothing.
-DEFAULTS: JSON = {"temperature": 0.7, "top_p": 1.0}
-MODES = {"chat": "chat", "complete": "complete", "completion": "complete", "json": "json"}
-CONSTRAINING = ("json_schema", "schema", "regex", "guided_regex")
-MARKS = ("mode", *CONSTRAINING)
-# Its own fields, and those of the worker; its answer is one object, so nothing streams.
-FIELDS = WORKERS | {"mode", "json_schema", "schema", "regex", "stream", "stream_options", "requests"}
+LLM = TABLE["llm"]
+MARKS = ("mode", *LLM["constraining"])
+FIELDS = WORKERS.union(LLM["own"])
 
 
-def body(content: JSON) -> tuple[str, JSON]:
-    """Its mode, and what vLLM is asked: with `messages`, or with a `prompt`. Raises JobError."""
-    constrained = any(content.get(name) for name in CONSTRAINING)
+def fields(content: JSON) -> tuple[str, JSON]:
+    """Its mode, and what vLLM gets beside `messages` or a `prompt`. Raises JobError."""
+    constrained = any(content.get(name) for name in LLM["constraining"])
     asked = str(content.get("mode") or ("json" if constrained else "chat")).lower()
-    mode = MODES.get(asked)
+    mode = LLM["modes"].get(asked)
     if mode is None:
-        raise JobError(f"mode {asked!r} is not one of: {', '.join(MODES)}.", param="mode")
-    found = DEFAULTS | {name: value for name, value in content.items() if name not in FIELDS and value is not None}
-    if mode == "json":
-        found |= _constraint(content)
-    messages, prompt = content.get("messages"), content.get("prompt")
-    if messages and mode != "complete":
-        return mode, {**found, "messages": messages}
-    if prompt is None:
-        wanted = {"complete": "prompt", "chat": "messages", "json": "messages or prompt"}[mode]
-        raise JobError(f"mode {mode} needs {wanted}.", param=wanted.split(maxsplit=1)[0])
-    if mode == "chat":
-        return mode, {**found, "messages": [{"role": "user", "content": prompt}]}
-    return mode, {**found, "prompt": prompt}
+        raise JobError(f"mode {asked!r} is not one of: {', '.join(LLM['modes'])}.", param="mode")
+    given = {name: value for name, value in content.items() if value is not None}
+    return mode, LLM["defaults"] | without(given, FIELDS) | (_constraint(content) if mode == "json" else {})
 
 
 def _constraint(content: JSON) -> JSON:

@@ -34,6 +34,8 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 import aiohttp
@@ -51,7 +53,7 @@ from supervisor.queue.errors import JSON
 from supervisor.queue.shapes import Reader
 from supervisor.queue.taken import Taken, apart
 from supervisor.queue.tokens import Batches
-from supervisor.queue.worker import Answer, Client, gateway, tell
+from supervisor.queue.worker import Answer, Client, tell
 
 T = TypeVar("T")
 
@@ -75,38 +77,34 @@ def next_order() -> str:
     return STDIN.readline().decode().strip() or "gone"
 
 
+@dataclass
 class LongPoll(Generic[T]):
     """Asks RunPod again and again: at once after an answer, else after 0.1 s, 0.2 s ... 10 s."""
 
-    def __init__(self, what: str, session: aiohttp.ClientSession, read: Callable[[bytes], list[T]]) -> None:
-        self.what = what
-        self.session = session
-        self.read = read
-        self.pause = 0.0
-        self.problem = ""  # that was told
-        self.waiting: asyncio.Timeout | None = None  # while no answer is on its way
+    what: str
+    session: aiohttp.ClientSession
+    read: Callable[[bytes], list[T]]
+    pause: float = 0.0
+    problem: str = ""  # that was told
+    waiting: asyncio.Timeout | None = None  # runs while no answer is on its way
 
     async def ask(self, url: str) -> list[T]:
         """What is read in the answer; nothing without one. RunPod's key follows no redirect."""
-        found: list[T] = []
-        problem = ""
+        found, problem = list[T](), ""
         try:
             async with asyncio.timeout(None) as self.waiting:
                 await asyncio.sleep(self.pause)
                 began = time.monotonic()
                 response = await self.session.get(url, timeout=POLL_TIMEOUT, allow_redirects=False)
-            self.waiting = None
             async with response:
                 if response.status not in (200, 204, 400):  # 400: FlashBoot, says the SDK
                     raise NotTaken(f"RunPod answers {response.status}")
-                body = await response.read() if response.status == 200 else b""
-            found = await asyncio.to_thread(self.read, body)
-        except TimeoutError:
-            return []  # held for longer than we wait, or broken off
+                if response.status == 200:
+                    found = await asyncio.to_thread(self.read, await response.read())
         except (aiohttp.ClientError, OSError, ValueError, NotTaken) as error:
+            if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ClientError):
+                return []  # held for longer than we wait, or broken off
             problem = f"{error or type(error).__name__}"
-        finally:
-            self.waiting = None
         if not problem and (any(found) or time.monotonic() - began > INSTANT):
             if self.problem:
                 tell(f"{self.what}: RunPod answers again")
@@ -120,9 +118,9 @@ class LongPoll(Generic[T]):
 
     def break_off(self) -> None:
         """Unless an answer is on its way: its jobs must not be dropped."""
-        if self.waiting is not None:
-            self.waiting.reschedule(0)
-            self.waiting = None
+        with contextlib.suppress(RuntimeError):  # it does not wait any more
+            if self.waiting is not None:
+                self.waiting.reschedule(0)
 
 
 def stopped(body: bytes) -> list[str]:
@@ -137,11 +135,8 @@ class Link:
 
     def __init__(self, order: str, runpod: RunPod, client: Client, reader: Reader, jobs: int) -> None:
         """`order`: the supervisor's latest word; `jobs`: that may run at once."""
-        self.order = order
-        self.runpod = runpod
-        self.client = client
-        self.reader = reader
-        self.jobs = jobs
+        self.order, self.jobs = order, jobs
+        self.runpod, self.client, self.reader = runpod, client, reader
         self.running: dict[str, Delivery] = {}
         self.changed = asyncio.Event()  # an order came, or a job ended
         self.takes = LongPoll("taking jobs", runpod.session, apart)
@@ -161,15 +156,15 @@ class Link:
 
     def heard(self, order: str) -> None:
         """The engine's state changed, or the supervisor ends."""
-        self.order = order
+        self.order, loop = order, asyncio.get_running_loop()
         if order not in JOINED:
             self.takes.break_off()  # nothing is taken that could not be done
         if order in ("expire", "gone"):
             for delivery in self.running.values():
-                delivery.expire()
+                loop.call_soon(delivery.expire)  # behind its first step: one that has made none can report nothing
         if order == "gone":
-            asyncio.get_running_loop().remove_reader(0)
-            asyncio.get_running_loop().call_later(LAST_WORDS, os._exit, 1)
+            loop.remove_reader(0)
+            loop.call_later(LAST_WORDS, os._exit, 1)
         self.changed.set()
 
     async def _until(self, condition: Callable[[], bool]) -> None:
@@ -228,32 +223,25 @@ async def work(order: str) -> None:
     about = json.loads(os.environ["SUPERVISOR_QUEUE"])
     batches = Batches(*about["batches"]) if about["batches"] else None
     reader = Reader(about["model"], llm=about["llm"], root=about["root"], tokens=batches)
-    async with AsyncClientSession() as session, gateway(about["socket"]) as own:
+    client = Client(about["socket"])
+    async with AsyncClientSession() as session, client.session:
         runpod = RunPod(session, rp_http.JOB_DONE_URL, rp_http.JOB_STREAM_URL)
-        await Link(order, runpod, Client(own), reader, about["jobs"]).run()
-
-
-def _die_with_parent() -> None:
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
-
-async def _never(_: object) -> None:
-    """The SDK wants a handler; its loops, which would call it, are replaced."""
+        await Link(order, runpod, client, reader, about["jobs"]).run()
 
 
 def main() -> None:
     del sys.argv[1:]  # the SDK reads them, abbreviations included
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the supervisor
-    order = "starting"
-    while order not in JOINED:
-        if order in ENDING:
-            return
-        order = next_order()
+    while (order := next_order()) not in JOINED | ENDING:
+        pass  # vLLM is not there yet
+    if order in ENDING:
+        return
     # mypy sees no types in the SDK; tests/queue/test_sdk.py checks that these are there.
     rp_scale.JobScaler.run = lambda _: work(order)
-    os.register_at_fork(after_in_child=_die_with_parent)
-    runpod.serverless.start({"handler": _never})
+    if sys.platform == "linux":
+        die_with_parent = partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        os.register_at_fork(after_in_child=die_with_parent)
+    runpod.serverless.start({"handler": work})  # one is wanted, which the loops that are replaced would call
     # All is reported. Python's own way out of so many modules takes half a second that the drain may not have.
     sys.stdout.flush()
     os._exit(0)

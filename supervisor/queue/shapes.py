@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
-import math
 import posixpath
 import re
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from multidict import CIMultiDict
 
 from supervisor.queue import runpod_llm, tokens
 from supervisor.queue.errors import JSON, JobError
-from supervisor.queue.fields import WORKERS, as_object, encoded, parsed, renamed
+from supervisor.queue.fields import TABLE, WORKERS, as_object, encoded, parsed, renamed, without
 from supervisor.queue.tokens import Batches
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -29,11 +28,6 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 COMPLETION_TOKENS = 512
 # What the gateway answers itself (gateway/app.py): its settings and its log are not the jobs', and its feed has no end.
 OWN_ROUTES = frozenset({"/ping", "/health", "/status", "/metrics", "/"})
-# The client's connection is not ours: what belongs to it does not go to vLLM. RunPod's key is no key of vLLM's.
-OWN_HEADERS = frozenset({
-    "authorization", "connection", "content-length", "expect", "host", "keep-alive", "proxy-authorization",
-    "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade",
-})  # fmt: skip
 HEADER_NAME = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.A)
 HEADER_VALUE = re.compile(r"[\x20-\x7e\x80-\xff]*")
 # What stands in a path or a query as it is, escapes among it.
@@ -100,29 +94,28 @@ class Reader:
             raise JobError(f"The input has none of: {SHAPES}.")
         given = {**content, **as_object(content.get("sampling_params"), "sampling_params")}
         if marked or (self.llm and "sampling_params" not in content):
-            mode, asked = runpod_llm.body(given)
-            return Job(self._generation(asked, limited=True), partial(runpod_llm.result, mode=mode), as_list=False)
-        if self.tokens is None:
-            return Job(self._short(given))
-        batches = self.tokens.of(given)
-        return Job(self._short({**given, **COUNTED} if given.get("stream") else given), tokens.whole, tokens=batches)
+            mode, fields = runpod_llm.fields(given)
+            return Job(self._generation(given, mode, fields), partial(runpod_llm.result, mode=mode), as_list=False)
+        batches = self.tokens and self.tokens.of(given)
+        fields = without(given, WORKERS) | (COUNTED if batches and given.get("stream") else {})
+        chat = str(given.get("apply_chat_template")).lower() == "true" and isinstance(given.get("prompt"), str)
+        request = self._generation(given, "chat" if chat else "short", fields)
+        return Job(request, tokens.whole if batches else None, tokens=batches)
 
     def _batch(self, items: object) -> Job:
+        if self.in_batch:
+            raise JobError("A batch can't hold another one.", param="requests")
         if not isinstance(items, list) or not items:
             raise JobError("requests must be a list with at least one request.", param="requests")
         reader = dataclasses.replace(self, llm=True, in_batch=True)
 
         def read(item: object) -> Job | JobError:
-            if isinstance(item, dict) and item.get("requests") is not None:
-                return JobError("A batch can't hold another one.", param="requests")
             try:
                 return reader.read(item)
             except JobError as error:
                 return error
 
         return Job(None, batch=tuple(map(read, items)), as_list=False)
-
-    # Any route
 
     def _request(self, content: JSON) -> Request:
         body, headers = content.get("body"), _headers(content.get("headers"))
@@ -148,16 +141,14 @@ class Reader:
         """Raises JobError where it is none, or one of the supervisor's own, however it is spelled."""
         if not isinstance(route, str) or not re.fullmatch(r"(?![^?]*://)[^\x00-\x20\x7f]+", route):
             raise JobError("The route must be a path, such as /v1/chat/completions.", param="route")
-        path = route if route.startswith("/") else f"/{route}"
-        if path.startswith("/openai/"):  # as it is in the endpoint's URL
-            path = path.removeprefix("/openai")
+        path = re.sub(r"\A/?(openai/)?", "/", route)  # `/openai`: as it is in the endpoint's URL
         # The one that is meant: without escapes, doubled slashes, dots, and a slash at its end.
         plain, root = posixpath.normpath("/" + unquote(path.partition("?")[0]).lstrip("/")), self.root.rstrip("/")
         if root and (plain == root or plain.startswith(root + "/")):
             plain = plain[len(root) :] or "/"
         if plain in OWN_ROUTES:
             text = f"{plain} is the supervisor's own and not open to jobs. Ask for a route of the model's, such as "
-            raise JobError(f"{text}/v1/models.", 403, "permission_error", "route", "route_not_open")
+            raise JobError(f"{text}/v1/models.", 403, param="route", code="route_not_open")
         if isinstance(query, dict):
             query = urlencode(query, doseq=True, errors="surrogatepass")
         if not isinstance(query, str | None):
@@ -168,47 +159,33 @@ class Reader:
 
     def _filled(self, body: JSON) -> JSON:
         if self.in_batch:
-            body = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
+            body = without(body, ("stream", "stream_options"))
         return body if body.get("model") else {**body, "model": self.model}
 
-    # The short shapes of both
-
-    def _short(self, content: JSON) -> Request:
-        """worker-vllm's."""
-        body = {name: value for name, value in content.items() if name not in WORKERS}
-        messages, prompt = content.get("messages"), content.get("prompt")
-        if not messages and isinstance(prompt, str) and str(content.get("apply_chat_template")).lower() == "true":
-            messages = [{"role": "user", "content": prompt}]
-        if messages:
-            return self._generation({"messages": messages, **body})
-        if prompt is None:
-            raise JobError("messages is empty, and there is no prompt.", param="messages")
-        return self._generation({"prompt": prompt, **body}, limited=True)
-
-    def _generation(self, body: JSON, *, limited: bool = False) -> Request:
-        """A chat or a completion. A limit of null is none, and one beyond the model's own means as many as there is
-        room for: vLLM takes its own length for that, and refuses more. `limited`: where nobody says how much, too."""
-        longest = self.longest or math.inf
+    def _generation(self, given: JSON, mode: str, body: JSON) -> Request:
+        """A chat or a completion, of both short shapes. A limit of null is none, and one beyond the model's own means
+        as many as there is room for: vLLM takes its own length for that, and refuses more."""
+        messages, prompt = given.get("messages"), given.get("prompt")
+        if messages and mode != "complete":
+            asked = {"messages": messages}
+        elif prompt is None:
+            raise JobError(TABLE["needs"][mode], param="prompt" if mode == "complete" else "messages")
+        else:
+            asked = {"messages": [{"role": "user", "content": prompt}]} if mode == "chat" else {"prompt": prompt}
+        if "prompt" in asked and body.get("max_tokens") is None:
+            body["max_tokens"] = COMPLETION_TOKENS
         for name in ("max_tokens", "max_completion_tokens"):
-            limit = body.pop(name, None)
-            if limit is not None:
-                body[name] = self.longest if type(limit) is int and limit > longest else limit
-        if limited:
-            body.setdefault("max_tokens", min(COMPLETION_TOKENS, longest))
-        return self._request({"route": CHAT if "messages" in body else COMPLETIONS, "body": body})
-
-
-# Pieces of requests
+            if (limit := body.pop(name, None)) is not None:
+                body[name] = min(limit, self.longest or limit) if type(limit) is int else limit
+        return self._request({"route": CHAT if "messages" in asked else COMPLETIONS, "body": asked | body})
 
 
 def _headers(content: object) -> CIMultiDict[str]:
-    found: CIMultiDict[str] = CIMultiDict()
-    for name, value in as_object(content, "headers").items():
+    given = as_object(content, "headers")
+    for name in given:
         if not HEADER_NAME.fullmatch(name):
             raise JobError(f"{name!r} is no name of a header.", param="headers")
-        if name.lower() not in OWN_HEADERS:
-            found.add(name, _header(value))
-    return found
+    return CIMultiDict({name: _header(value) for name, value in given.items() if name.lower() not in TABLE["headers"]})
 
 
 def _header(value: object) -> str:
@@ -228,11 +205,12 @@ def _form(files: JSON, fields: JSON) -> tuple[bytes, str]:
     """multipart/form-data, as the audio routes want it. `files`: name -> {"base64", "filename"?, "content_type"?}."""
     from urllib3.filepost import encode_multipart_formdata  # noqa: PLC0415  # most jobs have no files
 
-    parts: list[Any] = []
-    for name, value in fields.items():
-        for each in value if isinstance(value, list) else [value]:  # a form has no lists: the field comes again
-            if each is not None:
-                parts.append((_utf8(name), _utf8(each if isinstance(each, str) else json.dumps(each))))
+    parts: list[Any] = [
+        (_utf8(name), _utf8(each if isinstance(each, str) else json.dumps(each)))
+        for name, value in fields.items()
+        for each in (value if isinstance(value, list) else [value])  # a form has no lists: the field comes again
+        if each is not None
+    ]
     for name, given in files.items():
         file = {"base64": given} if isinstance(given, str) else given
         if not isinstance(file, dict) or "base64" not in file:

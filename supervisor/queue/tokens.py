@@ -36,31 +36,28 @@ class Tokens:
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
         self.size = min(batches.min_batch_size, batches.max_batch_size)
-        self.pieces: dict[int, list[str]] = {}
+        self.pieces: list[tuple[int, str]] = []  # and of which answer each is
         self.usage: JSON = {}
         self.count = 0  # of pieces, where vLLM does not say how many tokens they were
 
     def feed(self, text: str) -> Iterator[JSON]:
         for line in text.splitlines():
             if line.startswith("data: {"):
-                self._add(json.loads(line.removeprefix("data:")))
-            full = sum(map(len, self.pieces.values())) >= self.size
-            if full or (self.pieces and line == "data: [DONE]"):
+                event = json.loads(line.removeprefix("data:"))
+                self.usage = event.get("usage") or self.usage
+                for choice in event.get("choices") or ():
+                    if piece := _text(choice):
+                        self.pieces.append((choice.get("index", 0), piece))
+            if len(self.pieces) >= self.size or (self.pieces and line == "data: [DONE]"):
                 self.size = min(self.size * self.batches.batch_size_growth_factor, self.batches.max_batch_size)
-                pieces, self.pieces = self.pieces, {}
-                choices = [{"tokens": pieces.get(index, [])} for index in range(max(pieces) + 1)]
+                self.count += len(self.pieces)
+                answers = range(max(self.pieces)[0] + 1)
+                choices = [{"tokens": [piece for at, piece in self.pieces if at == answer]} for answer in answers]
+                self.pieces = []
                 yield {"choices": choices, "usage": _usage({"completion_tokens": self.count, **self.usage})}
-
-    def _add(self, event: JSON) -> None:
-        self.usage = event.get("usage") or self.usage
-        for choice in event.get("choices") or ():
-            if text := _text(choice):
-                self.pieces.setdefault(choice.get("index", 0), []).append(text)
-                self.count += 1
 
 
 def whole(answer: JSON) -> JSON:
-    """OpenAI's JSON, so."""
     choices = [{"tokens": [_text(choice)]} for choice in answer.get("choices") or ()]
     return {"choices": choices, "usage": _usage(answer.get("usage") or {})}
 

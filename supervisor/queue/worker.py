@@ -1,24 +1,24 @@
 """One RunPod job's answer, as it is read from the gateway's private socket: whole, as a stream, or as a batch of these.
-
-Who posts is delivery.py; what arrives while a chunk is being posted gathers in the connection, and is the next one.
-"""
+Who posts is delivery.py."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import contextlib
+import itertools
 import json
 import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 from yarl import URL
 
 from supervisor.queue.errors import JSON, JobError
-from supervisor.queue.events import Events
+from supervisor.queue.events import cut
 from supervisor.queue.shapes import Job, Reader, Request
 from supervisor.queue.taken import Taken
 from supervisor.queue.tokens import Tokens
@@ -49,26 +49,21 @@ def check_size(size: int, job_id: str) -> None:
     """Of a result, in bytes. Raises JobError."""
     limit = SYNC_RESULT_LIMIT if job_id.startswith("sync-") else RESULT_LIMIT
     if size > limit - AROUND:
-        text = f"The result is larger than the {limit // 1_000_000} MB that RunPod takes: ask for less, or send it as "
-        raise JobError(f"{text}several jobs.", 413, "result_too_large")
-
-
-def gateway(socket: str) -> aiohttp.ClientSession:
-    """Connections to its private socket."""
-    return aiohttp.ClientSession(
-        connector=aiohttp.UnixConnector(socket, limit=0),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=30),
-        headers={"Accept-Encoding": "identity", "User-Agent": "supervisor-queue"},
-        skip_auto_headers=("Content-Type",),
-        read_bufsize=RESULT_LIMIT,  # more than gathers while RunPod can't be reached: vLLM is not held up by a POST
-    )
+        least = f"The result is larger than the {limit // 1_000_000} MB that RunPod takes"
+        raise JobError(f"{least}: ask for less, or send it as several jobs.", 413)
 
 
 class Client:
-    """HTTP over the gateway's private socket."""
+    """HTTP over the gateway's private socket. `session` is to be closed."""
 
-    def __init__(self, session: aiohttp.ClientSession) -> None:
-        self.session = session
+    def __init__(self, socket: str) -> None:
+        self.session = aiohttp.ClientSession(
+            connector=aiohttp.UnixConnector(socket, limit=0),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=30),
+            headers={"Accept-Encoding": "identity", "User-Agent": "supervisor-queue"},
+            skip_auto_headers=("Content-Type",),
+            read_bufsize=RESULT_LIMIT,  # more than gathers while RunPod can't be reached: vLLM is not held up by a POST
+        )
 
     @contextlib.asynccontextmanager
     async def ask(self, request: Request, request_id: str) -> AsyncIterator[aiohttp.ClientResponse]:
@@ -89,16 +84,15 @@ class Client:
             return None
 
 
+@dataclass(slots=True)
 class Answer:
     """Of one job."""
 
-    def __init__(self, taken: Taken, client: Client, reader: Reader) -> None:
-        self.taken = taken
-        self.job_id = taken.job_id
-        self.client = client
-        self.reader = reader
-        self.as_list = True  # RunPod's clients get a list of what came, or the object itself
-        self.first_at = 0.0  # when vLLM's first bytes came
+    taken: Taken
+    client: Client
+    reader: Reader
+    as_list: bool = True  # RunPod's clients get a list of what came, or the object itself
+    first_at: float = 0.0  # when vLLM's first bytes came
 
     async def pieces(self) -> AsyncGenerator[object, None]:
         """Those of a stream as they come, or else the one that there is. To be closed, and then vLLM hears of it at
@@ -112,7 +106,7 @@ class Answer:
                 results = await self._batch(job.batch)
                 yield {"model": self.reader.model, "count": len(results), "results": results}
                 return
-            async with self.client.ask(job.request, self.job_id) as response:
+            async with self.client.ask(job.request, self.taken.job_id) as response:
                 if not job.as_list or response.content_type != "text/event-stream":
                     yield await self._whole(response, job)
                     return
@@ -125,12 +119,12 @@ class Answer:
 
     async def _stream(self, content: aiohttp.StreamReader) -> AsyncIterator[str]:
         """The first event at once and by itself, then whatever has gathered by the time the last piece is posted."""
-        events, broken, text = Events(), None, ""
+        buffer, begun, broken, text = bytearray(), False, None, ""
         while text or not content.at_eof():
-            events.feed(content.read_nowait() if text else await content.readany())
+            buffer += content.read_nowait() if text else await content.readany()
             self.first_at = self.first_at or time.monotonic()
-            if text := events.cut(ended=content.at_eof()):
-                broken = broken or BROKEN.search(text)
+            if text := cut(buffer, begun=begun, ended=content.at_eof()):
+                begun, broken = True, broken or BROKEN.search(text)
                 yield text
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(CHUNK_GAP):
@@ -143,16 +137,14 @@ class Answer:
         turn = asyncio.Semaphore(BATCH_CONCURRENCY)
 
         async def one(number: int, item: Job | JobError) -> object:
-            try:
-                if isinstance(item, JobError):
-                    raise item
-                assert item.request is not None
-                async with turn, self.client.ask(item.request, f"{self.job_id}-{number}") as response:
-                    return await self._whole(response, item)
-            except Exception as error:  # noqa: BLE001  # it does not sink the others
-                return _as_job_error(error)
+            if isinstance(item, JobError):
+                return item
+            assert item.request is not None
+            async with turn, self.client.ask(item.request, f"{self.taken.job_id}-{number}") as response:
+                return await self._whole(response, item)
 
-        results = await asyncio.gather(*(one(number, item) for number, item in enumerate(items)))
+        answers = await asyncio.gather(*map(one, itertools.count(), items), return_exceptions=True)
+        results = [_as_job_error(answer) if isinstance(answer, Exception) else answer for answer in answers]
         failed = [result for result in results if isinstance(result, JobError) and result.status >= 500]
         if len(failed) == len(results):
             raise failed[0]
@@ -162,12 +154,12 @@ class Answer:
         """JSON as an object, text as text, everything else as base64 with its type."""
         self.first_at = self.first_at or time.monotonic()
         body, content_type = await _body(response, SYNC_RESULT_LIMIT), response.content_type
-        check_size(len(body), self.job_id)
+        check_size(len(body), self.taken.job_id)
         if content_type == "application/json" or content_type.endswith("+json"):
             try:
                 answer = json.loads(body, parse_constant=lambda _: None)  # NaN, which is no JSON
             except ValueError as error:
-                raise JobError(f"The answer is no JSON ({error}).", 502, "upstream_error") from None
+                raise JobError(f"The answer is no JSON ({error}).", 502) from None
             if isinstance(answer, dict) and answer.get("error"):
                 raise JobError.of(body, 502)
             return job.shape(answer) if job.shape is not None and isinstance(answer, dict) else answer
@@ -178,12 +170,10 @@ class Answer:
 
 async def _body(response: aiohttp.ClientResponse, most: int) -> bytes:
     """Or as much of it as anybody would read."""
-    body = bytearray()
-    async for data in response.content.iter_any():
-        body += data
-        if len(body) > most:
-            break
-    return bytes(body)
+    try:
+        return await response.content.readexactly(most)
+    except asyncio.IncompleteReadError as error:
+        return error.partial
 
 
 def _as_job_error(error: Exception) -> JobError:
@@ -192,5 +182,5 @@ def _as_job_error(error: Exception) -> JobError:
     if isinstance(error, aiohttp.ClientPayloadError):
         return JobError.of(b"")
     if isinstance(error, (aiohttp.ClientError, OSError)):
-        return JobError(f"The gateway gave no answer ({error or type(error).__name__}).", 502, "upstream_error")
-    return JobError(f"The worker could not do this job ({type(error).__name__}).", 500, "server_error")
+        return JobError(f"The gateway gave no answer ({error or type(error).__name__}).", 502)
+    return JobError(f"The worker could not do this job ({type(error).__name__}).", 500)

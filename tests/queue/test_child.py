@@ -37,6 +37,28 @@ def test_the_worker_has_no_secret_but_its_own() -> None:
     assert "secret" not in str(found)
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("RUNPOD_LOG_LEVEL", None, "WARN"), ("RUNPOD_LOG_LEVEL", "", "WARN"), ("RUNPOD_LOG_LEVEL", "warning", "WARN"),
+        ("RUNPOD_LOG_LEVEL", "DEBUG\n", "WARN"), ("RUNPOD_LOG_LEVEL", "DEBUG", "DEBUG"),
+        ("RUNPOD_PING_INTERVAL", None, "10000"), ("RUNPOD_PING_INTERVAL", "", "10000"),
+        ("RUNPOD_PING_INTERVAL", "1e4", "10000"), ("RUNPOD_PING_INTERVAL", "²", "10000"),
+        ("RUNPOD_PING_INTERVAL", "500", "1000"), ("RUNPOD_PING_INTERVAL", "0999", "1000"),
+        ("RUNPOD_PING_INTERVAL", "1000", "1000"), ("RUNPOD_PING_INTERVAL", "04000", "04000"),
+        ("RUNPOD_SKIP_GPU_CHECK", None, "true"), ("RUNPOD_SKIP_GPU_CHECK", "false", "false"),
+        ("RUNPOD_SKIP_AUTO_SYSTEM_CHECKS", None, "true"), ("RUNPOD_ENDPOINT_ID", None, "none"),
+        ("RUNPOD_ENDPOINT_ID", "e", "e"), ("RUNPOD_REALTIME_PORT", "80", None), ("PYTHONUNBUFFERED", "1", None),
+        ("PYTHONPATH", "/x", "/x"), ("PYTHON_PRIVATE_TOKEN", "secret", None),
+        ("RUNPOD_WEBHOOK_GET_JOB", "http://r/job-take/$RUNPOD_POD_ID", "http://r/job-take/p?"),
+    ],
+)  # fmt: skip
+def test_the_sdk_is_given_what_it_can_bear(name: str, given: str | None, expected: str | None) -> None:
+    """An interval of "" or "²" ended its import, and so the worker, again and again."""
+    environ = RUNPODS | ({name: given} if given is not None else {})
+    assert environment(environ).get(name) == expected
+
+
 class Elsewhere(HTTPServer):
     """Sends everybody on once; `asked` has each path, and the key that came with it."""
 

@@ -14,6 +14,7 @@ from supervisor.gateway.counts import OUTCOMES
 from supervisor.queue import delivery as deliveries
 from supervisor.queue.delivery import TABLE, Delivery, Event, NotTaken, Refused, State
 from supervisor.queue.errors import JobError
+from supervisor.queue.taken import Taken
 
 REFUSED, DOWN = Refused("RunPod answers 400"), NotTaken("RunPod answers 502")
 BROKEN = JobError("The engine stopped.", 503, "service_unavailable")
@@ -22,7 +23,7 @@ BROKEN = JobError("The engine stopped.", 503, "service_unavailable")
 class Scripted:
     """An answer whose pieces are known; `error` is there once they are through, as of a stream that breaks off."""
 
-    job_id = "j"
+    taken = Taken("j")
     first_at = 0.0
 
     def __init__(
@@ -49,7 +50,7 @@ class Scripted:
 class Listener:
     """RunPod: what it got, and what it says to each POST, in order; then it takes all."""
 
-    done, stream, listens = "done", "stream", True
+    done, stream = "done", "stream://"
 
     def __init__(self, *says: NotTaken | None) -> None:
         self.says = list(says)
@@ -61,7 +62,7 @@ class Listener:
         self.keys.append(key.partition("/")[2])
         if self.says and (error := self.says.pop(0)) is not None:
             raise error
-        self.got.append((template, json.loads(body)))
+        self.got.append((template.partition(":")[0], json.loads(body)))
 
 
 async def nothing() -> dict[str, Any] | None:
@@ -146,6 +147,15 @@ def test_a_whole_answer_is_a_chunk_and_a_result(ends: Ends) -> None:
     assert ends()[0] == "completed"
 
 
+def test_where_nobody_reads_streams_the_result_has_it_all(ends: Ends) -> None:
+    """The Hub's tests give the variable's name for an address."""
+    runpod = Listener()
+    runpod.stream = "JOB_STREAM_URL"
+    deliver(lambda: Scripted("a", "b"), runpod)
+    assert runpod.got == [("done", {"output": ["a", "b"]})]
+    assert ends()[0] == "completed"
+
+
 def test_runpod_llms_is_the_object_itself(ends: Ends) -> None:
     runpod = Listener()
     deliver(lambda: Scripted({"id": 1}, as_list=False), runpod)
@@ -220,7 +230,7 @@ def test_whose_time_is_over_does_not_wait_for_a_chunk(ends: Ends) -> None:
 
     class Stuck(Listener):
         async def post(self, template: str, job_id: str, body: bytes, key: str, *, stream: bool) -> None:
-            if template == "stream":
+            if template == self.stream:
                 await asyncio.Event().wait()
             await super().post(template, job_id, body, key, stream=stream)
 

@@ -11,11 +11,27 @@ import pytest
 
 from supervisor.local_runpod.queue import CHUNK_BYTES
 from supervisor.queue import events
-from supervisor.queue.events import CHUNK_LIMIT, EVENT_LIMIT, Events
+from supervisor.queue.events import CHUNK_LIMIT, EVENT_LIMIT, cut
 
 ENDS = ("\n\n", "\r\n\r\n")
 # Of 1, 2, 3 and 4 bytes.
 LETTERS = 'a"\\ :é߿€日�🙂\U0010ffff'
+
+
+class Events:
+    """A stream, as the worker cuts it."""
+
+    def __init__(self) -> None:
+        self.buffer = bytearray()
+        self.begun = False
+
+    def feed(self, data: bytes) -> None:
+        self.buffer += data
+
+    def cut(self, *, ended: bool = False) -> str:
+        text = cut(self.buffer, begun=self.begun, ended=ended)
+        self.begun |= bool(text)
+        return text
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import aiohttp
 import pytest
 
 from supervisor.queue.errors import JobError
@@ -38,7 +39,6 @@ class Posts:
     """RunPod's side of results."""
 
     done = stream = "http://runpod/$ID"
-    listens = True
     session = None
 
     def __init__(self, error: Exception | None = None) -> None:
@@ -91,6 +91,23 @@ def test_one_that_is_cancelled_before_its_first_step_is_told(sdk: Any, capsys: p
     within(sdk, posts, act)
     assert told(capsys) == [("a", "taken"), ("a", "cancelled")]
     assert posts.got == []
+
+
+def test_one_whose_time_is_over_before_its_first_step_is_told_so(sdk: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """It counted as cancelled, and RunPod was told nothing."""
+    posts = Posts()
+
+    async def act(link: Any) -> None:
+        link._begin(Taken("a", {"prompt": "x"}))
+        link.heard("expire")
+        await asyncio.wait({link.running["a"].task})
+        await asyncio.sleep(0)
+        assert link.running == {}
+
+    within(sdk, posts, act)
+    assert told(capsys) == [("a", "taken"), ("a", "failed")]
+    (result,) = posts.got
+    assert json.loads(result["error"])["code"] == "shutting_down"
 
 
 def test_a_fault_of_ours_is_no_silence(sdk: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,6 +184,23 @@ def test_a_poll_that_is_no_long_one_waits_longer_each_time(
         "stops: RunPod answers 500", "stops: RunPod answers 401", "stops: Expecting property name",
         "stops: RunPod answers again",
     ]  # fmt: skip
+
+
+def test_a_runpod_that_can_not_be_connected_to_is_told(sdk: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """It counts as a timeout, too, but not as a poll that was held: nothing was ever said of it."""
+
+    class Nobody:
+        async def get(self, *_: object, **__: object) -> None:
+            raise aiohttp.ConnectionTimeoutError("Connection timeout to host http://runpod")
+
+    async def run() -> float:
+        poll = sdk.LongPoll("taking jobs", Nobody(), sdk.stopped)
+        assert await poll.ask("u") == []
+        return poll.pause
+
+    assert asyncio.run(run()) == 0.1
+    (said,) = [json.loads(line)["message"] for line in capsys.readouterr().out.splitlines()]
+    assert said == "taking jobs: Connection timeout to host http://runpod"
 
 
 def test_no_poll_is_opened_by_one_who_leaves(sdk: Any) -> None:

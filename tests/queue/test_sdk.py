@@ -331,7 +331,7 @@ def test_seam_of_the_loops(sdk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sdk.rp_scale.JobScaler, "run", run_instead)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    scaler = sdk.rp_scale.JobScaler({"handler": sdk._never})
+    scaler = sdk.rp_scale.JobScaler({"handler": sdk.work})
     scaler.start()
     assert [scaler for scaler, _ in calls] == [scaler]
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from supervisor.queue.errors import JobError
+from supervisor.queue.fields import WORKERS
 from supervisor.queue.shapes import Reader
 from supervisor.queue.tokens import Batches, Tokens, whole
 from tests.harness import Supervisor
@@ -56,6 +57,11 @@ def test_several_answers_are_told_apart() -> None:
     assert list(tokens.feed(event(1, "b") + event(0, "a"))) == [
         {"choices": [{"tokens": ["a"]}, {"tokens": ["b"]}], "usage": {"input": 5, "output": 0}}
     ]
+
+
+def test_the_sizes_of_batches_are_the_workers_own_fields() -> None:
+    """vLLM gets none of them."""
+    assert WORKERS.issuperset(Batches._fields)
 
 
 @pytest.mark.parametrize("wrong", ["x", 0, -1, True, 1e9])
