@@ -23,6 +23,7 @@ from supervisor.around.account import Account
 from supervisor.around.gpus import gpus
 from supervisor.around.machine import Machine, amount, disk, versions
 from supervisor.bounded import bounded, within
+from supervisor.engine import tracebacks
 from supervisor.engine.run import Observer, Run
 from supervisor.secrets import Mask
 
@@ -128,7 +129,7 @@ class PostMortem(Observer):
 
 def block(bundle: Mapping[str, Any], where: str) -> list[str]:
     """What of it an issue needs at first sight."""
-    from supervisor.engine.diagnosis import last_error  # noqa: PLC0415  # 200 patterns to compile, for failures only
+    from supervisor.engine.diagnosis import follows  # noqa: PLC0415  # 200 patterns to compile, for failures only
 
     signal, code = bundle.get("signal"), bundle.get("exit_code")
     ended = f"signal {signal}" if signal is not None else f"exit code {code}" if code is not None else "ended by us"
@@ -154,7 +155,7 @@ def block(bundle: Mapping[str, Any], where: str) -> list[str]:
         "settings": _cut(" ".join(f"{row['name']}={shlex.quote(row['value'])}" for row in bundle["settings"]
                                   if not row["source"].startswith("default")), SHOWN_COMMAND),
         "command": _cut(bundle["command"], SHOWN_COMMAND),
-        "last error": _cut(last_error(bundle.get("log") or ()) or "", SHOWN_LINE),
+        "last error": _cut(tracebacks.read(bundle.get("log") or (), follows).error or "", SHOWN_LINE),
         "bundle": where,
     }  # fmt: skip
     rows = [f"  {name + ':':<12}{str(text).splitlines()[0]}" for name, text in lines.items() if text]

@@ -67,8 +67,7 @@ def diagnose(
     """`exit_code` is -N for signal N; `lines` the last of the log; `ended_by_us` why we killed it, where we did (the
     exit code means nothing then); `oom_killed`: meanwhile the kernel killed something here because memory ran out."""
     failure = tracebacks.read(lines := list(lines), follows)
-    if exit_code > 128 and exit_code - 128 in map(int, SIGNALS):  # a shell's, of what it ran
-        exit_code = 128 - exit_code
+    exit_code = 128 - exit_code if exit_code - 128 in map(int, SIGNALS) else exit_code  # a shell's, of what it ran
     ended = _by_who_ended_it(exit_code, ended_by_us, oom_killed) or _by_its_words(exit_code, failure, ended_by_us)
     if any(TOLD_TO_STOP.search(line) for line in lines):
         ended = find(FOLLOWING, failure) or TERMINATED
@@ -88,13 +87,18 @@ def _by_who_ended_it(exit_code: int, ended_by_us: str | None, oom_killed: bool) 
 
 def _by_its_words(exit_code: int, failure: tracebacks.Failure, ended_by_us: str | None) -> Diagnosis:
     if failure.error is not None:
-        permanent = exit_code > 0 or ended_by_us is not None
-        return Diagnosis(failure.error, topics.told(failure)["elsewhere"], permanent, known=False)
+        return _quoted(failure, permanent=exit_code > 0 or ended_by_us is not None)
     if (known := find(FOLLOWING, failure)) is not None:
         return known
     if ended_by_us is not None:
         return Diagnosis(f"{ended_by_us}.", "", permanent=False, known=False)
+    if (stray := tracebacks.stray(failure)) is not None:
+        return find(RULES, stray) or _quoted(stray, permanent=False)
     return find(GONE, failure) or UNKNOWN
+
+
+def _quoted(failure: tracebacks.Failure, *, permanent: bool) -> Diagnosis:
+    return Diagnosis(failure.error or "", topics.told(failure)["elsewhere"], permanent, known=False)
 
 
 def find(rules: Iterable[Rule], failure: tracebacks.Failure) -> Diagnosis | None:
@@ -112,8 +116,3 @@ def find(rules: Iterable[Rule], failure: tracebacks.Failure) -> Diagnosis | None
 def follows(text: str) -> bool:
     """Whether it is what is said where another process has failed: never the cause."""
     return any(rule.regex.search(text) for rule in (*FOLLOWING, *GONE))
-
-
-def last_error(lines: Iterable[str]) -> str | None:
-    """The last error that a log names; what only follows from one is none."""
-    return tracebacks.read(lines, follows).error

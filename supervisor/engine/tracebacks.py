@@ -48,6 +48,13 @@ RELAYED = re.compile(r"Worker failed with error ['\"](.{3,1000}?)(?:['\"], pleas
 NAMES_ERROR = re.compile(r"(?:Error|Exception)(?:_\w{1,40})?: |\berror: ")
 
 
+# As libraries have it that raise nothing, so many lines before the end.
+NEAR, STRAY = (
+    40,
+    re.compile(r"RESOURCE_EXHAUSTED|INVALID_ARGUMENT|\b(?:error|fatal) *: |is not valid\b|\w failed with \["),
+)
+
+
 class Failure(NamedTuple):
     """`whole`: the log without prefixes, harmless lines and quoted source. `last`: of that, what failed last; the whole
     of it where there is no traceback. `error`: the last error's own words; `raised`: its traceback. `settings`: what
@@ -159,3 +166,9 @@ def _told(lines: Iterable[str]) -> list[_Line]:
             told.append(_Line(who, text, begins, place))
     blank = _Line("", "", None, "")
     return [line if number >= serves.get(line.who, 0) else blank for number, line in enumerate(told)]
+
+
+def stray(failure: Failure) -> Failure | None:
+    """Where all tracebacks only follow: the last line before them that says what failed."""
+    found = [line for line in failure.whole.splitlines()[-NEAR:] if STRAY.search(line)]
+    return failure._replace(last="\n".join(found), error=found[-1], raised="") if found else None

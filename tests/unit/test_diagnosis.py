@@ -660,3 +660,17 @@ def test_a_log_that_clients_helped_to_write_costs_little() -> None:
     began = time.process_time()
     assert diagnose(1, lines).cause
     assert time.process_time() - began < 3
+
+
+def test_where_tracebacks_only_follow_the_last_stray_error_is_told() -> None:
+    """Of a library that raises nothing; an engine that was killed without a word has none."""
+    end = (
+        "(APIServer pid=1) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s):"
+    )
+    gloo = "[rank1]:[E528 08:52 ProcessGroupGloo.cpp:145] Gloo connectFullMesh failed with [tcp/pair.cc:144] no error"
+    found = diagnose(1, [f"(Worker pid=9) {gloo}", "(APIServer pid=1) Traceback (most recent call last):", end])
+    assert "connectFullMesh failed" in found.cause
+    assert not found.permanent
+    quiet = "(EngineCore pid=7) INFO 11-28 19:00:00 [core.py:10] one that failed with [x] is tried again"
+    assert "without a word" in diagnose(1, ["(APIServer pid=1) Traceback (most recent call last):", end]).cause
+    assert "without a word" in diagnose(1, [quiet, "(APIServer pid=1) Traceback (most recent call last):", end]).cause

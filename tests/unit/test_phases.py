@@ -7,8 +7,9 @@ import time
 import pytest
 
 from supervisor.around.phases import PHASES, Waterfall
+from supervisor.engine import tracebacks
 from supervisor.engine.child import how_it_ended
-from supervisor.engine.diagnosis import last_error
+from supervisor.engine.diagnosis import follows
 
 # vLLM 0.32's own lines, cut to what matters.
 LOG = """\
@@ -205,7 +206,7 @@ def test_phase_names_are_unique() -> None:
     ],
 )  # fmt: skip
 def test_last_error(lines: list[str], expected: str | None) -> None:
-    assert last_error(lines) == expected
+    assert tracebacks.read(lines, follows).error == expected
 
 
 def test_how_it_ended() -> None:
