@@ -145,6 +145,8 @@ class Prefork(Observer):
     def judged(self, run: Run, diagnosis: Diagnosis) -> None:
         if run.served or not self._is_ours(run):
             return
+        if run.broken is None and run.code == -signal.SIGKILL:
+            return  # by somebody else: nothing of ours ends so
         told = diagnosis.known and diagnosis.permanent and not diagnosis.vague
         if told and not self.has_served and not any(OUR_OWN.search(line) for line in run.log):
             return  # a mistake of the user's, who is not to wait for it twice

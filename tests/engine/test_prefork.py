@@ -171,6 +171,14 @@ def test_a_cause_that_is_known_ends_the_first_start(start: Start) -> None:
         assert FAILED not in supervisor.output
 
 
+def test_a_start_that_somebody_kills_is_not_doubted(start: Start) -> None:
+    """It counts as it always did."""
+    with start(FAKE_VLLM_PLAN='{"load_seconds": 30}', SUPERVISOR_MAX_RESTARTS="0") as supervisor:
+        os.kill(supervisor.engine(), signal.SIGKILL)
+        assert supervisor.exit_code() == 3
+        assert FAILED not in supervisor.output
+
+
 def test_switched_off(start: Start) -> None:
     with start(SUPERVISOR_FAST_RESTART="false") as supervisor:
         supervisor.ready()
