@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 PATIENCE = 5.0
 # Bytes that have to be free: what a zygote does not share with an engine is 0.2 to 0.5 GB.
 LEAST_MEMORY = 2_000_000_000
-# Starts that failed before they served, and between them none that did not.
+# Starts that failed before they served, where none between them came to serve.
 MOST_FAILURES = 2
 # What is no mistake of the user's where we forked.
 OUR_OWN = re.compile("forked subprocess|fork method|after fork", re.I)

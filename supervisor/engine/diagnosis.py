@@ -24,7 +24,8 @@ TOLD_TO_STOP = re.compile(r"\[shutdown\] API server: shutdown triggered")
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
     """What happened, and what to change. `permanent`: the same settings will end the same way. `known`: by the table,
-    by a signal, or because it was us; else it is vLLM's own last words, or nothing. `vague`: of vLLM a part is."""
+    by a signal, or because it was us; else it is vLLM's own last words, or nothing. `vague`: it is known which part of
+    vLLM failed, and not what it is about that part."""
 
     cause: str
     remedy: str

@@ -48,11 +48,9 @@ RELAYED = re.compile(r"Worker failed with error ['\"](.{3,1000}?)(?:['\"], pleas
 NAMES_ERROR = re.compile(r"(?:Error|Exception)(?:_\w{1,40})?: |\berror: ")
 
 
-# As libraries have it that raise nothing, so many lines before the end.
-NEAR, STRAY = (
-    40,
-    re.compile(r"RESOURCE_EXHAUSTED|INVALID_ARGUMENT|\b(?:error|fatal) *: |is not valid\b|\w failed with \["),
-)
+# What libraries say that raise nothing; and how many lines before the end it is looked for.
+STRAY = re.compile(r"RESOURCE_EXHAUSTED|INVALID_ARGUMENT|\b(?:error|fatal) *: |is not valid\b|\w failed with \[")
+NEAR = 40
 
 
 class Failure(NamedTuple):

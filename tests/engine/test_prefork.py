@@ -79,16 +79,23 @@ def the_zygote(supervisor: Supervisor) -> psutil.Process:
     return found
 
 
+def first_to_go(pid: int) -> int:
+    """Where memory runs out: the kernel's score, as it was set."""
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+
 def test_a_crashed_engine_is_followed_by_a_fork(start: Start) -> None:
     with start() as supervisor:
         supervisor.ready()
         zygote = the_zygote(supervisor)
         assert zygote.num_threads() == 1
+        assert first_to_go(zygote.pid) == 1000
         for _ in range(3):
             crash(supervisor, FORKED)
             engine = psutil.Process(supervisor.engine())
             assert os.getsid(engine.pid) == engine.pid
             assert engine.ppid() == supervisor.process.pid
+            assert first_to_go(engine.pid) == first_to_go(supervisor.process.pid)
             assert the_zygote(supervisor) == zygote
         supervisor.signal(signal.SIGTERM)
         assert supervisor.exit_code() == 0
@@ -103,24 +110,15 @@ def test_its_words_and_its_end_are_as_of_any_other(start: Start) -> None:
         crash(supervisor, "vLLM ended (killed by SIGKILL)")
 
 
-def test_a_zygote_that_was_killed(start: Start) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
+def test_a_zygote_that_was_killed_or_hangs(start: Start, number: int) -> None:
     with start() as supervisor:
         supervisor.ready()
         first = the_zygote(supervisor)
-        first.kill()
-        crash(supervisor, f"{ANEW}the process that keeps its modules imported does not answer")
-        assert the_zygote(supervisor) != first
-        crash(supervisor, FORKED)
-
-
-@pytest.mark.slow
-def test_a_zygote_that_hangs(start: Start) -> None:
-    with start() as supervisor:
-        supervisor.ready()
-        first = the_zygote(supervisor)
-        first.suspend()
+        first.send_signal(number)
         crash(supervisor, f"{ANEW}the process that keeps its modules imported does not answer")
         assert not first.is_running()
+        assert the_zygote(supervisor) != first
         crash(supervisor, FORKED)
 
 
@@ -244,3 +242,36 @@ def test_vllms_own_objections_to_a_fork_hold() -> None:
     assert not zygote.may_fork(config(data=2))
     assert not zygote.may_fork(config(name="WhisperForConditionalGeneration"))
     assert not zygote.may_fork(config(ipc="torch_shm"))
+
+
+def test_the_method_is_set_after_vllms_own_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Platform:
+        @classmethod
+        def check_and_update_config(cls, config: object) -> None:
+            os.environ[zygote.METHOD] = "spawn"
+
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(world_size=1, data_parallel_size=1),
+        model_config=SimpleNamespace(architecture="LlamaForCausalLM"),
+    )
+    monkeypatch.setenv(zygote.METHOD, "")
+    monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=Platform()))  # type: ignore[arg-type]
+    zygote.allow_forks({zygote.METHOD: "spawn"})  # the user's word
+    Platform().check_and_update_config(config)
+    assert os.environ[zygote.METHOD] == "spawn"
+    zygote.allow_forks({})
+    Platform().check_and_update_config(config)
+    assert os.environ[zygote.METHOD] == "fork"
+    config.parallel_config.world_size = 2
+    Platform().check_and_update_config(config)
+    assert os.environ[zygote.METHOD] == "spawn"
+
+
+def test_a_model_is_looked_at_in_a_process_of_its_own() -> None:
+    """Where that fails, vLLM does it as it does."""
+
+    def fails() -> int:
+        raise ValueError("no such class")
+
+    assert zygote.forked(lambda _: 0, os.getpid) not in (0, os.getpid())
+    assert zygote.forked(lambda job: f"instead of {job.__name__}", fails) == "instead of fails"
