@@ -196,10 +196,17 @@ class Partial(download.Repository):
 def test_what_came_before_is_no_speed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(download, "REPORT_EVERY", 0.1)
-    Partial(tmp_path, {"repo": "org/name"})._load(stall=0.4, before=0)
+    monkeypatch.setattr(download, "REPORT_EVERY", 0)
+    repository = Partial(tmp_path, {"repo": "org/name"}, 60)
+
+    def say(text: str) -> None:
+        print(text)
+        repository.over.set()
+
+    monkeypatch.setattr(download, "say", say)
+    repository._load(stall=60, before=0)
     first = capsys.readouterr().out.splitlines()[0]
-    assert first == "weights: Downloading weights: 6.0 MB of 10.0 MB, 0.0 MB/s"
+    assert first == "Downloading weights: 6.0 MB of 10.0 MB, 0.0 MB/s"
 
 
 def test_what_a_try_raises_in_its_thread_is_told(tmp_path: Path) -> None:
