@@ -45,7 +45,9 @@ REFUSED = re.compile(r"validation errors? for \w+\n  (?:Value error|Assertion fa
 # What the engine says of a worker's error: of use where the worker's own words are not in the log any more.
 RELAYED = re.compile(r"Worker failed with error ['\"](.{3,1000}?)(?:['\"], please check the stack trace|$)")
 # A line that names an error, in a log without a traceback.
-NAMES_ERROR = re.compile(r"(?:Error|Exception)(?:_\w{1,40})?: |\berror: ")
+NAMES_ERROR = re.compile(r"(?:Error|Exception)(?:_\w{1,40}|\(\w{1,20}\))?(?:: |\(['\"])|\berror: ")
+# One as vLLM's V0 wrote it before its traceback: `ValueError('text')`.
+SHOWN = re.compile(r"(\w+(?:Error|Exception))\((['\"])(.*)\2\)$")
 
 
 # What libraries say that raise nothing; and how many lines before the end it is looked for.
@@ -107,7 +109,7 @@ def read(lines: Iterable[str], follows: Callable[[str], bool]) -> Failure:
 
 def _words(told: list[_Line], number: int) -> str:
     """What an exception says; its place where that is nothing, and the next line where it only announces one."""
-    text, place = told[number].text.strip(), told[number].place
+    text, place = SHOWN.sub(r"\1: \3", told[number].text.strip()), told[number].place
     if found := REFUSED.search(_message(told, number)):
         return f"ValueError: {found[1]}"
     if re.fullmatch(r"[\w.]+:?", text):

@@ -201,6 +201,8 @@ def test_phase_names_are_unique() -> None:
         (["(EngineCore pid=1) ERROR 11-21 19:00:00 [core.py:1] ValueError: too large"], "ValueError: too large"),
         (["  File x", "RuntimeError: something else"], "RuntimeError: something else"),
         (["vllm serve: error: unrecognized arguments: --nope"], "vllm serve: error: unrecognized arguments: --nope"),
+        (["ERROR 03-19 11:54:51 [engine.py:158] ValueError('no \"seats\" left')"], 'ValueError: no "seats" left'),
+        (["[PID: 37] AclNN_Parameter_Error(EZ1001): too wide"], "[PID: 37] AclNN_Parameter_Error(EZ1001): too wide"),
         (["(Worker pid=3) WARNING 11-21 19:34:54 [utils.py:597] fallback. Exception: no primitive"], None),
         (["INFO:     Application startup complete."], None),
     ],
