@@ -59,17 +59,26 @@ def used() -> list[int] | None:
 
 
 def gpus() -> dict[str, Any] | None:
-    """`driver`, and of each GPU in `gpus` its `name` and its memory in bytes: `total`, `used`, and where it is known
-    `reserved`, which the driver keeps for itself. None where there is no driver to ask."""
+    """`driver`; `cuda`, the latest that it takes, where it tells; and of each GPU in `gpus` its `name` and its memory
+    in bytes: `total`, `used`, and where it is known `reserved`, which the driver keeps for itself. None where there is
+    no driver to ask."""
     with _library() as nvml:
         if nvml is None:
             return None
         try:
             handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
             found = [{"name": nvml.nvmlDeviceGetName(handle), **_memory(nvml, handle)} for handle in handles]
-            return {"driver": nvml.nvmlSystemGetDriverVersion(), "gpus": found}
+            return {"driver": nvml.nvmlSystemGetDriverVersion(), "cuda": _cuda(nvml), "gpus": found}
         except nvml.NVMLError as error:  # one that fell off the bus
             return {"driver": "", "gpus": [], "error": str(error)}
+
+
+def _cuda(nvml: Any) -> str:
+    """Of the `libcuda` that the loader finds: of a newer one that stands for the driver's own, too."""
+    with contextlib.suppress(nvml.NVMLError, AttributeError):
+        found = int(nvml.nvmlSystemGetCudaDriverVersion_v2())
+        return f"{found // 1000}.{found % 1000 // 10}"
+    return ""
 
 
 def _memory(nvml: Any, handle: Any) -> dict[str, int]:

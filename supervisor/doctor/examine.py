@@ -1,30 +1,78 @@
 """`supervisor doctor`: is this machine fit to serve, and if not, what is to be changed.
 
-Each check (checks.py) is asked by itself, all at the same time: one that hangs, on a driver or a name server, is told
-as such when the time is up, and one that fails by a fault of its own is a row like the others.
+Each check is asked by itself, all at the same time: one that hangs, on a driver or a name server, is told as such when
+the time is up, and one that fails by a fault of its own is a row like the others.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 from supervisor.around.machine import Machine
-from supervisor.doctor.checks import CHECKS
+from supervisor.bounded import Call
+from supervisor.doctor import machine, model
 from supervisor.doctor.hub import Hub
 from supervisor.doctor.patient import FAIL, OK, WARN, Patient, Row
+from supervisor.engine.workspace import temporary_folder
 from supervisor.secrets import Mask
-from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
+from supervisor.settings.settings import Arguments, SettingsError, gather
 
 PATIENCE = 10.0
 # Of that, for the settings, which the checks need: an unknown `vllm` is asked for its version.
 SETTINGS_PATIENCE = 5.0
+LATE_SETTINGS = (
+    "the settings could not be read in {:g} s. A vLLM that is new here is asked for its version and its options once, "
+    "which takes it 10 s: `supervisor explain` does that. Or `vllm --version` hangs"
+)
 COLOURS = {OK: "green", WARN: "yellow", FAIL: "bold red"}
 
 Check = Callable[[Patient], Row | Iterable[Row] | None]
+
+
+def settings(patient: Patient) -> Iterable[Row]:
+    if patient.settings is None:
+        told = [Row(FAIL, problem) for problem in patient.problems]
+    else:
+        asked, mode = patient.settings.model, patient.settings.mode
+        told = [Row(OK, f"valid: {asked.value} ({asked.source}), mode {mode}")]
+    return [*told, *(Row(WARN, warning) for warning in patient.warnings)]
+
+
+# In the order in which they are shown.
+CHECKS: dict[str, Check] = {
+    "settings": settings,
+    "vllm": machine.engine,
+    "packages": machine.clash,
+    "gpu": machine.gpus,
+    "gpu memory": machine.gpu_memory,
+    "driver": machine.driver,
+    "shm": machine.shared_memory,
+    "memory": machine.memory,
+    "port": machine.port,
+    "volume": partial(
+        machine.writable, lambda patient: patient.volume,
+        "Mount it writable, or downloads and caches last for one start.", WARN,
+    ),
+    "cache": partial(
+        machine.writable, lambda patient: patient.settings.cache if patient.settings else None,
+        "Set SUPERVISOR_CACHE_DIR, or each start compiles anew.", WARN,
+    ),
+    "downloads": partial(
+        machine.writable, lambda patient: patient.downloads, "Set HF_HOME to a folder that can be written.", FAIL
+    ),
+    "temporary": partial(
+        machine.writable, lambda patient: temporary_folder(patient.environ), "Set TMPDIR, or mount a tmpfs on /tmp.",
+        FAIL,
+    ),
+    "hub": model.hub,
+    "model": model.access,
+    "disk": model.model_disk,
+    "weights": model.weights,
+}  # fmt: skip
 
 
 def show(given: Arguments, environ: Mapping[str, str], *, as_json: bool) -> int:
@@ -48,56 +96,39 @@ def show(given: Arguments, environ: Mapping[str, str], *, as_json: bool) -> int:
 def admit(
     given: Arguments,
     environ: Mapping[str, str],
-    machine: Machine | None = None,
+    where: Machine | None = None,
     patience: float = SETTINGS_PATIENCE,
 ) -> Patient:
     """Reads the settings, in a thread that may stay behind."""
-    found: list[Settings | SettingsError] = []
-
-    def read() -> None:
-        try:
-            found.append(gather(given, environ))
-        except SettingsError as error:
-            found.append(error)
-
-    thread = threading.Thread(target=read, daemon=True)
-    thread.start()
-    thread.join(patience)
-    late = SettingsError(
-        [
-            f"the settings could not be read in {patience:g} s. A vLLM that is new here is asked for its version and "
-            "its options once, which takes it 10 s: `supervisor explain` does that. Or `vllm --version` hangs"
-        ]
-    )
-    result = found[0] if found else late
-    hub = Hub(environ)
-    if isinstance(result, Settings):
-        return Patient(environ, machine or Machine(), hub, result)
-    return Patient(environ, machine or Machine(), hub, None, tuple(result.problems), tuple(result.warnings))
+    patient = partial(Patient, environ, where or Machine(), Hub(environ))
+    reading = Call(partial(gather, given, environ))
+    if not reading.wait(patience):
+        return patient(None, (LATE_SETTINGS.format(patience),))
+    try:
+        found = reading.result()
+    except SettingsError as error:
+        return patient(None, tuple(error.problems), tuple(error.warnings))
+    return patient(found, (), tuple(found.warnings))
 
 
 def examine(patient: Patient, checks: Mapping[str, Check], patience: float) -> list[Row]:
     """All checks at once, in threads that are left behind where they hang; their rows in the table's order."""
-    found: dict[str, list[Row]] = {}
-
-    def run(name: str, check: Check) -> None:
-        try:
-            rows = check(patient)
-        except Exception as error:  # noqa: BLE001  # a fault of one check must not hide what the others found
-            rows = Row(WARN, f"the check itself failed: {type(error).__name__}: {error}", "This is a bug: report it.")
-        listed = [] if rows is None else [rows] if isinstance(rows, Row) else rows
-        found[name] = [row.named(name) for row in listed]
-
-    threads = {
-        name: threading.Thread(target=run, args=(name, check), daemon=True, name=name) for name, check in checks.items()
-    }
-    for thread in threads.values():
-        thread.start()
     deadline = time.monotonic() + patience
-    for thread in threads.values():
-        thread.join(max(0.0, deadline - time.monotonic()))
+    calls = {name: Call(partial(_rows, check, patient)) for name, check in checks.items()}
     late = Row(WARN, f"no answer within {PATIENCE:g} s", "What it asks hangs: a driver, a network disk, a name server.")
-    return [row for name in checks for row in found.get(name, [late.named(name)])]
+    return [
+        row.named(name)
+        for name, call in calls.items()
+        for row in (call.result() if call.wait(max(0.0, deadline - time.monotonic())) else [late])
+    ]
+
+
+def _rows(check: Check, patient: Patient) -> list[Row]:
+    try:
+        found = check(patient)
+    except Exception as error:  # noqa: BLE001  # a fault of one check must not hide what the others found
+        return [Row(WARN, f"the check itself failed: {type(error).__name__}: {error}", "This is a bug: report it.")]
+    return [found] if isinstance(found, Row) else list(found or ())
 
 
 def _table(rows: Iterable[Row]) -> None:

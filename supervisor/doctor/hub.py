@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +15,15 @@ from supervisor.repositories import hub_cache
 
 PATIENCE = 3.0
 ENDPOINT = "https://huggingface.co"
-TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """`status` is 0 where none came, and then `why` says why. `skew`: seconds that our clock is ahead of the hub's."""
+    """`status` is 0 where none came, and then `why` says why."""
 
     status: int
     content: Any = None
     why: str = ""
-    skew: float | None = None
 
 
 class Hub:
@@ -41,27 +37,24 @@ class Hub:
         with self._lock:
             # Where nobody answered, nobody will: the other checks are not kept waiting for that.
             silent = next((answer for answer in self._answers.values() if not answer.status), None)
-            if silent is not None:
-                return silent
-            if path not in self._answers:
+            if silent is None and path not in self._answers:
                 # A name server that is silent, or an address for each of its lines, is not covered by the timeout.
                 answer = within(PATIENCE + 1, lambda: self._ask(path))
                 self._answers[path] = answer or Answer(0, why=f"no answer in {PATIENCE + 1:g} s")
-            return self._answers[path]
+            return silent or self._answers[path]
 
     def hello(self) -> Answer:
         """Whether it is there, and what it thinks of our token, if we have one."""
         return self.ask("/api/whoami-v2")
 
-    def model(self, name: str, revision: str | None) -> Answer:
-        return self.ask(f"/api/models/{name}/revision/{urllib.parse.quote(revision or 'main', safe='')}?blobs=true")
+    def model(self, name: str, revision: str) -> Answer:
+        return self.ask(f"/api/models/{name}/revision/{urllib.parse.quote(revision, safe='')}?blobs=true")
 
     def _ask(self, path: str) -> Answer:
         import httpx  # noqa: PLC0415  # 0.2 s that the doctor's other checks need not wait for
 
         from supervisor import asking  # noqa: PLC0415  # as above
 
-        began = time.time()
         try:
             with asking.client(self.endpoint, PATIENCE, authorization=self.token and f"Bearer {self.token}") as client:
                 answer = client.get(path, follow_redirects=True)
@@ -72,19 +65,15 @@ class Hub:
         content = None
         with contextlib.suppress(ValueError):
             content = answer.json()
-        skew = None
-        with contextlib.suppress(KeyError, TypeError, ValueError):
-            skew = (began + time.time()) / 2 - parsedate_to_datetime(answer.headers["Date"]).timestamp()
-        return Answer(answer.status_code, content, answer.headers.get("X-Error-Message") or "", skew)
+        return Answer(answer.status_code, content, answer.headers.get("X-Error-Message") or "")
 
 
 def token(environ: Mapping[str, str]) -> str:
     """As the hub's client looks for it."""
-    for name in TOKENS:
-        if environ.get(name, "").strip():
-            return environ[name].strip()
-    path = environ.get("HF_TOKEN_PATH")
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if found := environ.get(name, "").strip():
+            return found
     home = hub_cache({**environ, "HF_HUB_CACHE": "", "HUGGINGFACE_HUB_CACHE": ""}).parent
     with contextlib.suppress(OSError, ValueError):
-        return (Path(path) if path else home / "token").read_text().strip()
+        return Path(environ.get("HF_TOKEN_PATH") or home / "token").read_text().strip()
     return ""

