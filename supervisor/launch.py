@@ -63,6 +63,7 @@ class Launch:
             queue=settings.mode == "queue",
             colour=not settings.environ.get("NO_COLOR"),
             terminal=os.isatty(2),
+            folds=knobs.log_level != "debug",
         )
         # On a terminal the start is shown below the log; "dumb" ones can't go back a line.
         terminal = all(map(os.isatty, (1, 2))) and settings.environ.get("TERM") != "dumb"

@@ -9,25 +9,32 @@ import json
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 PLAIN, DIM = "\x1b[0m", "\x1b[2m"
 COLOURS = {"INFO": "\x1b[36m", "WARNING": "\x1b[33m", "ERROR": "\x1b[31m", "CRITICAL": "\x1b[31m"}
 # `(EngineCore pid=7) WARNING 11-26 03:16:45 [core.py:77] ...`, and uvicorn's `INFO:     Started ...`.
 VLLM_LEVEL = re.compile(r"(?:\([^()]*\) )*(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b")
+# What each start of vLLM's has and nobody reads on a terminal: its banner, its routes, uvicorn's own start.
+FOLDED = re.compile(
+    r"INFO [^\[]*\[[\w.]+:\d+\] (?:$|.*[█▄▀]|Available routes are|Route: /)|"
+    r"INFO: +(?:Started server process|Waiting for application startup|Application startup complete)"
+)
 TRACEBACK = re.compile(r"(?:\([^()]*\) )*Traceback \(most recent call last\)")
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """`as_json`, else text. `colour`: on terminals, of which stderr may be one. `queue`: RunPod's shape."""
+    """`as_json`, else text. `colour`: on terminals, of which stderr may be one. `queue`: RunPod's shape. `folds`: what
+    nobody reads of vLLM's is counted, on a terminal."""
 
     mask: Callable[[str], str]
     as_json: bool = False
     queue: bool = False
     colour: bool = True
     terminal: bool = False
+    folds: bool = False
 
     def json(self, level: str, logger: str, message: str, at: float, request: str | None, **more: object) -> str:
         """One object. `at`: Unix time; `more` has no secrets."""
@@ -61,9 +68,18 @@ class VllmLines:
         self.as_json = form.as_json
         self.form = unmasked(form)
         self.terminal = terminal and form.colour
+        self.folds = terminal and form.folds and not form.as_json
+        self.folded = 0  # lines since the last one that was shown
         self.level = "INFO"
 
     def __call__(self, raw: bytes, text: str) -> bytes:
+        if self.folds and FOLDED.search(f"{text} "):
+            self.folded += 1
+            return b""
+        if folded := self.folded:
+            self.folded = 0
+            note = f"... {folded} lines of vLLM's banner and routes (SUPERVISOR_LOG_LEVEL=debug shows them)"
+            return self(note.encode(), note) + self(raw, text)
         if not self.as_json and not self.terminal:
             return raw + b"\n"
         if found := VLLM_LEVEL.match(text):
@@ -85,7 +101,7 @@ def printable(text: str) -> str:
 
 def unmasked(form: Form) -> Form:
     """For lines whose parts are masked one by one."""
-    return Form(_as_it_is, form.as_json, form.queue, form.colour, form.terminal)
+    return replace(form, mask=_as_it_is)
 
 
 def _as_it_is(text: str) -> str:

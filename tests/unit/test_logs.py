@@ -337,6 +337,36 @@ def test_text_is_vllms_own_bytes_and_on_a_terminal_steps_back_but_for_what_is_wr
     assert VllmLines(Form(MASK, colour=False), terminal=True)(b"ERROR 1", "ERROR 1") == b"ERROR 1\n"
 
 
+BANNER = """\
+(APIServer pid=9) INFO 11-30 03:30:37 [api_utils.py:347]
+(APIServer pid=9) INFO 11-30 03:30:37 [api_utils.py:347]  ▄▄ ▄█ █     █     █ ▀▄▀ █  version 0.32.0
+(APIServer pid=9) INFO 11-30 03:30:37 [api_utils.py:286] non-default args: {'model_tag': 'demo'}
+(APIServer pid=9) INFO 11-30 03:30:54 [launcher.py:186] Available routes are:
+(APIServer pid=9) INFO 11-30 03:30:54 [launcher.py:195] Route: /openapi.json, Methods: GET, HEAD
+INFO:     Started server process [9]
+(APIServer pid=9) WARNING 11-30 03:30:54 [launcher.py:195] Route: /twice is there
+INFO:     Application startup complete.
+(APIServer pid=9) ERROR 11-30 03:30:54 [x.py:1] █ no
+INFO:     127.0.0.1:1 - "GET /docs HTTP/1.1" 200 OK""".splitlines()
+
+
+def test_on_a_terminal_banner_and_routes_are_folded_and_nothing_else() -> None:
+    shown = VllmLines(Form(MASK, colour=False, folds=True), terminal=True)
+    lines = "".join(shown(line.encode(), line).decode() for line in BANNER).splitlines()
+    assert [line for line in lines if not line.startswith("...")] == [BANNER[index] for index in (2, 6, 8, 9)]
+    assert [line.split()[1] for line in lines if line.startswith("...")] == ["2", "3", "1"]
+    assert "SUPERVISOR_LOG_LEVEL=debug" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("form", "terminal"),
+    [(Form(MASK, folds=True), False), (Form(MASK), True), (Form(MASK, as_json=True, folds=True), True)],
+)
+def test_elsewhere_nothing_is_folded(form: Form, terminal: bool) -> None:
+    shown = VllmLines(form, terminal=terminal)
+    assert all(shown(line.encode(), line) for line in BANNER)
+
+
 # The access log
 
 # What the loop's clock lacks.
