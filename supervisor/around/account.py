@@ -80,6 +80,11 @@ class Account(Observer):
         return self.engine.state is State.DRAINING
 
     @property
+    def state(self) -> str:
+        state = self.engine.state
+        return (State.RESTARTING if self.stopped_for and state is State.STARTING else state).value
+
+    @property
     def explanation(self) -> str:
         state, run = self.engine.state, self.engine.latest
         if state is State.STARTING:

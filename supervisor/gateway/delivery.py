@@ -72,6 +72,7 @@ class Answered(Receiver):
 
     door: Door
     request: Request
+    held_for = ""  # the engine's state while it was held
 
     @property
     def named(self) -> Mapping[str, str]:
@@ -187,6 +188,8 @@ class Delivery(Delivering, Sink):
     def mark(self, what: str) -> None:
         """`held` for the engine, `waiting` for its turn, `sent` to vLLM, `lost` there; what was before ends."""
         self.marks = (*self.marks, (what, self.gate.loop.time()))
+        if what == "held":
+            self.answered.held_for = self.gate.engine.state
 
     # What the gate calls
 

@@ -223,6 +223,8 @@ class Exchange(Record, Answered):
             self.ends_by_close = True
         if not head.has_request_id:
             lines += (b"X-Request-Id: ", self.request_id, b"\r\n")
+        if self.held_for:
+            lines.append(_state(self.held_for))
         lines.append(b"\r\n" if self._keeps() else b"Connection: close\r\n\r\n")
         if not isinstance(self.body, Events):  # vLLM sends a stream's head at once: its first event is waited for
             self.first_at = self.door.time()
@@ -253,6 +255,8 @@ class Exchange(Record, Answered):
         self.first_at = self.over_at = self.door.time()
         keeps = self._keeps()
         end = b"\r\n\r\n" if keeps else b"\r\nConnection: close\r\n\r\n"
+        if self.held_for:
+            end = b"\r\n" + _state(self.held_for) + end[2:]
         self.client.write(b"".join((known.before, digits, known.after, self.request_id, end, body)))
         self._over(KEEP if keeps else self._then())
 
@@ -306,6 +310,8 @@ class Exchange(Record, Answered):
         self.status, self.cut, self.ours = refusal.status, refusal.code or "", True
         self.first_at = self.over_at = self.door.time()
         more = self.door.policy.origins.lines(self.request.header(b"origin"))
+        if state := self.held_for or (self.door.gate.engine.state if refusal.code == "engine_unavailable" else ""):
+            more += _state(state)
         head, body = refusal.head_and_body(self._path(), self.request_id, more)
         self.sent = len(body)
         end = b"\r\n" if self._keeps() else b"Connection: close\r\n\r\n"
@@ -379,3 +385,8 @@ class Exchange(Record, Answered):
                 log.exception("a watcher of requests failed", extra=self.named)
         if then is not None:
             self.client.done(self, then)
+
+
+def _state(name: str) -> bytes:
+    """For clients that want to know why they waited, or have to."""
+    return b"X-Supervisor-State: %b\r\n" % name.encode()

@@ -40,6 +40,10 @@ class Engine(Protocol):
         """The engine still answers what was there before the signal came."""
 
     @property
+    def state(self) -> str:
+        """In a word, for a client: `starting`, `restarting`, `ready`, ..."""
+
+    @property
     def explanation(self) -> str:
         """Why it is not ready, in a sentence for a client: the phase while it loads, the cause when it failed."""
 

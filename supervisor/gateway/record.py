@@ -29,6 +29,7 @@ class Record:
     first_at = 0.0  # when the answer's first byte went to the client, a stream's first event; 0: none did
     over_at = 0.0
     sent = 0  # bytes of the answer's body, its framing included
+    held_for = ""  # the engine's state that it had to wait for
     ours = False  # the answer is ours alone
     cut = ""  # the code of what refused it, or broke it off
     cached = ""  # how the cache answered it, in a word
@@ -83,7 +84,12 @@ def waits(record: Record) -> list[tuple[str, float]]:
 
 def note(record: Record) -> str:
     """What was unusual about it, for the access log."""
-    found = [f"{seconds:.1f} s {what}" for what, seconds in waits(record) if what in WAITS and seconds >= NOTED_WAIT]
+    state = f" ({record.held_for})"
+    found = [
+        f"{seconds:.1f} s {what}{state if what == 'held' else ''}"
+        for what, seconds in waits(record)
+        if what in WAITS and seconds >= NOTED_WAIT
+    ]
     if record.replayed:
         found.append("sent again")
     if record.cached:

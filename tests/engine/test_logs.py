@@ -144,7 +144,7 @@ def test_a_request_that_waited_and_was_sent_again_says_so(tmp_path: Path) -> Non
         answer = supervisor.client.post(COMPLETIONS, json=body, headers={"X-Request-Id": "waited"})
         assert answer.status_code == 200
         supervisor.says(
-            r"POST /v1/completions 200 in .* B, [\d.]+ s held, sent again, from 127.0.0.1 \(request waited\)"
+            r"POST /v1/completions 200 in .*, [\d.]+ s held \(restarting\), sent again, from .* \(request waited\)"
         )
         assert PROMPT not in supervisor.output
 

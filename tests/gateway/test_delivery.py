@@ -55,12 +55,13 @@ class Scene:
 
     def __init__(self, *, is_head: bool = False) -> None:
         self.calls: list[str] = []
-        self.engine = SimpleNamespace(ready=True, over=False, explanation="The engine loads.")
+        self.engine = SimpleNamespace(ready=True, over=False, state="starting", explanation="The engine loads.")
         self.counts = Counts()
         self.generation, self.open = 7, True
         self.loop = SimpleNamespace(time=lambda: 1.0)
         self.upstream = SimpleNamespace(send=self._sent)
         self.named = {"request": "r"}
+        self.held_for = ""
         self.body: list[tuple[bytes, bool]] = []  # as the client's side got it
         request = Request(b"HEAD" if is_head else b"POST", b"/v1/completions", b"/v1/completions", [])
         self.request, self.gate, self.private = request, self, False
@@ -571,6 +572,7 @@ def test_the_marks_tell_what_it_waited_for() -> None:
     scene.delivery.mark("held")  # as the gate does
     scene.delivery.go()
     assert [what for what, _ in scene.delivery.marks] == ["lost", "held", "sent"]
+    assert scene.held_for == "starting"
     undisturbed = Scene().is_in(S.SENT)
     assert undisturbed.delivery.marks == ()
     assert undisturbed.delivery.went

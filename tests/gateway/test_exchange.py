@@ -302,8 +302,26 @@ def test_a_request_is_held_until_the_engine_is_ready() -> None:
         assert (world.waiting, world.engine.requests) == (1, [])
         world.engine_is("ready")
         world.engine.request().answers()
-        assert client.answer().status == 200
+        answer = client.answer()
+        assert (answer.status, answer.header(b"x-supervisor-state")) == (200, b"starting")
+        another = world.client()
+        another.asks()
+        world.engine.request().answers()
+        assert another.answer().header(b"x-supervisor-state") is None
         assert is_idle(world)
+
+
+def test_a_known_answer_to_one_that_was_held_tells_it_too() -> None:
+    with World() as world:
+        for held in (False, False, True):
+            client = world.client()
+            if held:
+                world.engine_is("restarting")
+            client.asks()
+            if held:
+                world.engine_is("ready")
+            world.engine.request().answers()
+            assert client.answer().header(b"x-supervisor-state") == (b"restarting" if held else None)
 
 
 def test_a_request_is_held_for_the_hold_timeout_at_most() -> None:
@@ -315,6 +333,7 @@ def test_a_request_is_held_for_the_hold_timeout_at_most() -> None:
         world.passes(1.5)
         assert client.answer().status == 503
         assert client.answer().header(b"retry-after") == b"5"
+        assert client.answer().header(b"x-supervisor-state") == b"starting"
         assert is_idle(world)
 
 

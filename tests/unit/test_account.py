@@ -29,5 +29,6 @@ def test_how_long_a_restart_may_take() -> None:
     assert account.status()["expected_seconds"] == 7.0
     told = "loading weights, 5 s so far (the last start took 12 s). It had stopped: It was killed."
     assert account.explanation == f"The engine is restarting: {told}"
+    assert account.state == "restarting"
     now = 150.0
     assert account.status()["expected_seconds"] == 0.0

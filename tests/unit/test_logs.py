@@ -393,6 +393,7 @@ def record(
         "cached": "",
         "marks": (),
         "replayed": False,
+        "held_for": "",
     }
     return types.SimpleNamespace(
         request=types.SimpleNamespace(method=method, path=path), address=client, cut=note, began=began,
@@ -515,7 +516,7 @@ RECORDS = st.builds(
     | WORDS.map(lambda text: b"0c5f" + text.encode()) | st.binary(max_size=30).map(bytes)
     | st.integers(0, 10**9).map(lambda number: b"0c5f%012d" % number),
     client=st.sampled_from([b"", b"10.0.0.3", b"::1", b"fe80::1%eth0"]),
-    note=st.sampled_from(["", "1.4 s held, sent again", "client gone"])
+    note=st.sampled_from(["", "1.4 s held (restarting), sent again", "client gone"])
     | WORDS.filter(str.isprintable),  # ours, too
 )  # fmt: skip
 
