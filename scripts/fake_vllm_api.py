@@ -143,7 +143,7 @@ PER_REQUEST = {"per_request": True}
 
 @dataclass(frozen=True)
 class Plan:
-    """How to misbehave: each key of a plan is a field here (manual: docs/fake_vllm.md). -1 means never."""
+    """How to misbehave: each key of a plan is a field here (manual: docs/development/fake_vllm.md). -1 means never."""
 
     load_seconds: float = 0.0
     die_at_start: JSON = field(default_factory=dict)  # log, code or signal, after

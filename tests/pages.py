@@ -29,11 +29,11 @@ class Block(NamedTuple):
 # Run by tests/vllm/test_pages.py, tests/queue/test_pages.py or tests/containers/test_image.py.
 QUEUE = Block("README.md", "scripts/up --mode queue")
 CONTAINER = Block("docs/queue.md", "docker exec")
-SIMULATOR = Block("docs/simulator.md", "-m supervisor.local_runpod.simulator")
-FAKE_RUNPOD = Block("docs/simulator.md", "python scripts/fake_runpod")
-WORKER = Block("docs/simulator.md", "export RUNPOD_")
-CLIENT = Block("docs/simulator.md", "curl -N")
-FAULTS = Block("docs/simulator.md", "curl -X DELETE")
+SIMULATOR = Block("docs/development/simulator.md", "-m supervisor.local_runpod.simulator")
+FAKE_RUNPOD = Block("docs/development/simulator.md", "python scripts/fake_runpod")
+WORKER = Block("docs/development/simulator.md", "export RUNPOD_")
+CLIENT = Block("docs/development/simulator.md", "curl -N")
+FAULTS = Block("docs/development/simulator.md", "curl -X DELETE")
 # These need RunPod's cloud, an endpoint and a key: they are run with addresses of ours in place of RunPod's.
 QUEUE_IN_THE_CLOUD = Block("docs/runpod.md", "https://api.runpod.ai/v2/$ENDPOINT")
 BALANCER_IN_THE_CLOUD = Block("docs/runpod.md", "https://$ENDPOINT.api.runpod.ai")
@@ -45,7 +45,7 @@ NAMED = (
     PICTURE,
 )  # fmt: skip
 # Of these pages all blocks are named; of README.md those of the section on RunPod.
-PAGES = ("README.md", "docs/queue.md", "docs/runpod.md", "docs/simulator.md")
+PAGES = ("README.md", "docs/queue.md", "docs/runpod.md", "docs/development/simulator.md")
 
 
 def blocks(page: str) -> list[str]:

@@ -2,8 +2,9 @@
 
 A client's requests repeat their heads, and so do vLLM's answers, but for the Content-Length. What the strict parser
 made of a head is kept under its own bytes, less the digits of the length; the next one that is the same, byte for byte,
-is written from that, and half of a small request's price is saved (docs/performance.md). What is read for the first
-time, and everything unusual, goes through the parser: chunked and large bodies, pipelining, `Expect`, upgrades.
+is written from that, and half of a small request's price is saved (docs/development/performance.md). What is read for
+the first time, and everything unusual, goes through the parser: chunked and large bodies, pipelining, `Expect`,
+upgrades.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 What comes back reaches the sink as one `ResponseHead` and then the raw bytes of the body, framing included, exactly as
 vLLM wrote them: httptools only watches for where the message ends. One connection carries one request at a time.
 
-No coroutine runs per request and no body is parsed: this is the path of every token (docs/performance.md).
+No coroutine runs per request and no body is parsed: this is the path of every token (docs/development/performance.md).
 """
 
 from __future__ import annotations

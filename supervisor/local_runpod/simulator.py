@@ -2,7 +2,7 @@
 
     python -m supervisor.local_runpod.simulator --port 8000
 
-`docs/simulator.md` has the routes, `queue.py` what jobs go through; `scripts/fake_runpod` puts faults around all this.
+`docs/development/simulator.md` has the routes, `queue.py` what jobs go through; `scripts/fake_runpod` adds faults.
 """
 
 from __future__ import annotations

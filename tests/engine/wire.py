@@ -273,7 +273,7 @@ def origin_form(target: bytes) -> bytes:
 
 
 def without_hop_by_hop(request: Request) -> Fields:
-    """The headers that travel on (docs/architecture.md, "The path of a request"), but for the framing."""
+    """The headers that travel on (docs/development/architecture.md, "The path of a request"), but for the framing."""
     dropped = {b"connection", b"keep-alive", b"proxy-connection", b"te", b"upgrade"}
     for value in request.values(b"connection"):
         dropped |= {token.strip(b" \t").lower() for token in value.split(b",")}

@@ -1,4 +1,4 @@
-"""The commands of docs/simulator.md and docs/runpod.md, as they stand there, over the fake vLLM."""
+"""The commands of docs/development/simulator.md and docs/runpod.md, as they stand there, over the fake vLLM."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_what_is_shown_is_compared(page: str, found: object, fits: bool) -> None
     assert (not list(differences(shown(page), found))) == fits
 
 
-# docs/simulator.md
+# docs/development/simulator.md
 
 
 @contextlib.contextmanager

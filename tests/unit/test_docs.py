@@ -23,7 +23,7 @@ from supervisor.vllm import catalogue
 from supervisor.vllm.installed import PINNED
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 OPTIONS = catalogue.parse((catalogue.FLAGS / f"{PINNED}.json").read_text())
 KNOWN = (
     {knob.variable for knob in KNOBS}

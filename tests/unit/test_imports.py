@@ -1,4 +1,4 @@
-"""The arrows between the rooms (docs/architecture.md): down only, without a circle; imports inside functions, too."""
+"""The arrows between the rooms (docs/development/architecture.md): down only, no circle; imports in functions, too."""
 
 from __future__ import annotations
 
