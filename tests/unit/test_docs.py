@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from supervisor.vllm.installed import PINNED
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+LINKING = [*PAGES, *sorted((ROOT / "deploy").rglob("*.md"))]
 OPTIONS = catalogue.parse((catalogue.FLAGS / f"{PINNED}.json").read_text())
 KNOWN = (
     {knob.variable for knob in KNOBS}
@@ -34,10 +36,58 @@ KNOWN = (
 KNOWN |= {name for names in ALIASES.values() for name in names}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+# Links
+
+
+def prose(page: Path) -> str:
+    """The page without its blocks of code."""
+    return re.sub(r"^( *)```.*?^\1```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+@cache
+def anchors(page: Path) -> frozenset[str]:
+    """What may stand behind `#`: GitHub's name of each heading, and each `<a id>`."""
+    found = set(re.findall(r'<a id="([^"]+)">', prose(page)))
+    for heading in re.findall(r"^#+ (.*)", prose(page), re.MULTILINE):
+        shown = re.sub(r"!?\[([^]]*)\]\([^)]*\)", r"\1", heading)
+        slug = re.sub(r"[^\w -]", "", shown.strip().lower()).replace(" ", "-")
+        numbered = (f"{slug}-{number}" for number in count(1))
+        found.add(slug if slug not in found else next(each for each in numbered if each not in found))
+    return frozenset(found)
+
+
+def astray(page: Path) -> list[str]:
+    """Its links to files or anchors that are not there."""
+    found = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        there = target.exists() and target.is_relative_to(ROOT)
+        named = not anchor or (there and target.suffix == ".md" and anchor in anchors(target))
+        if not link.startswith("https://") and not (there and named):
+            found.append(link)
+    return found
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-        assert target.startswith("https://") or (page.parent / target).exists(), target
+    assert astray(page) == []
+
+
+def test_links_that_lead_nowhere_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    page, other = tmp_path / "page.md", tmp_path / "other.md"
+    other.write_text('# `scripts/up`: [a](b.md)\n## Twice\n## Twice\n```\n# none\n```\n| <a id="row"></a>x |\n')
+    assert anchors(other) == {"scriptsup-a", "twice", "twice-1", "row"}
+    page.write_text(
+        "# Here\n[1](other.md) [2](other.md#twice-1) [3](#here) [4](https://nowhere.example/#x)\n```\n[5](code.md)\n```\n"
+        "[6](gone.md) ![7](gone.png) [8](other.md#none) [9](#gone) [10](../outside.md) [11](other.md#Twice)\n"
+    )
+    gone = ["gone.md", "gone.png", "other.md#none", "#gone", "../outside.md", "other.md#Twice"]
+    assert astray(page) == gone
+
+
+# What pages name
 
 
 @pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")), ids=lambda page: page.name)
