@@ -1,6 +1,7 @@
 """The fenced blocks of README.md and docs, for tests that run them as they stand: a changed page is a changed test.
 
-Each block of the pages on RunPod's queue is named below. `tests/queue/test_pages.py` fails for one that is not.
+Each block of README.md and of the pages on RunPod's queue is named below. `tests/queue/test_pages.py` fails for one
+that is not.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ class Block(NamedTuple):
         return [line for line in re.split(r"(?<!\\)\n", self.text()) if line.strip()]
 
 
+# Run by tests/engine/test_readme.py; TRY by tests/vllm/test_pages.py as well.
+TRY = Block("README.md", '"model": "demo"')
+OWN = Block("README.md", "SUPERVISOR_VLLM=scripts/fake_vllm")
+DOCKER = Block("README.md", "docker build")  # tests/containers/test_image.py
+WRONG = Block("README.md", "MAX_MODEL_LENGTH")  # tests/engine/test_cli.py
 # Run by tests/vllm/test_pages.py, tests/queue/test_pages.py or tests/containers/test_image.py.
 QUEUE = Block("README.md", "scripts/up --mode queue")
 CONTAINER = Block("docs/queue.md", "docker exec")
@@ -41,19 +47,15 @@ BALANCER_IN_THE_CLOUD = Block("docs/runpod.md", "https://$ENDPOINT.api.runpod.ai
 PICTURE = Block("docs/queue.md", "RunPod ◄──")
 
 NAMED = (
-    QUEUE, CONTAINER, SIMULATOR, FAKE_RUNPOD, WORKER, CLIENT, FAULTS, QUEUE_IN_THE_CLOUD, BALANCER_IN_THE_CLOUD,
-    PICTURE,
+    TRY, OWN, DOCKER, WRONG, QUEUE, CONTAINER, SIMULATOR, FAKE_RUNPOD, WORKER, CLIENT, FAULTS, QUEUE_IN_THE_CLOUD,
+    BALANCER_IN_THE_CLOUD, PICTURE,
 )  # fmt: skip
-# Of these pages all blocks are named; of README.md those of the section on RunPod.
+# Of these pages all blocks are named.
 PAGES = ("README.md", "docs/queue.md", "docs/runpod.md", "docs/development/simulator.md")
 
 
 def blocks(page: str) -> list[str]:
-    text = (ROOT / page).read_text()
-    if page == "README.md":
-        text = text[text.index("\n## RunPod\n") + 1 :]
-        text = text[: text.index("\n## ")]
-    return re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return re.findall(r"^```\w*\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
 
 
 # docs/jobs.md: inputs, and what comes out

@@ -21,7 +21,7 @@ from supervisor.vllm import catalogue
 from supervisor.vllm.installed import PINNED
 from tests.containers.conftest import MODEL, RIG, START, Container, podman, ran, rig, volume
 from tests.harness import DEMO, ROOT, Supervisor, clean_environment, events, self_signed, wait_until
-from tests.pages import CONTAINER, QUEUE
+from tests.pages import CONTAINER, DOCKER, QUEUE
 from tests.queue.conftest import RunPod
 
 pytestmark = pytest.mark.container
@@ -255,11 +255,35 @@ def docker(tmp_path: Path) -> Iterator[dict[str, str]]:
         docker.write_text(
             "#!/bin/sh\n"
             f'if [ "$1" = run ]; then shift && exec {RIG} run {shlex.join(given)} "$@"; fi\n'
+            f'if [ "$1" = build ]; then exec {RIG} build; fi\n'
             f'exec {RIG} podman "$@"\n'
         )
         docker.chmod(0o755)
         yield {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     rig("podman", "rm", "--force", "--time", "0", "--ignore", "queue")
+
+
+def test_the_commands_of_the_readme(image: str, docker: dict[str, str]) -> None:
+    """The first one was run already: it finds its layers."""
+    build, serve, explain, other = DOCKER.commands()
+    assert build.split() == ["docker", "build", "-t", image, "."]
+
+    def printed(command: str) -> str:
+        done = subprocess.run(
+            ["bash", "-c", command], env=clean_environment(**docker), cwd=ROOT, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, timeout=100, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    printed(build)
+    assert re.search(r"^MODEL +Qwen/Qwen3-0\.6B +environment MODEL", printed(explain), re.MULTILINE)
+    assert printed(other).splitlines()[-1].startswith(PINNED)
+    with Supervisor(program=("bash", "-c", f"exec {serve}"), vllm=None, verb="", environ=docker) as container:
+        container.ready(60)
+        assert container.client.post(CHAT, json=HELLO).status_code == 200
+        container.signal(signal.SIGTERM)
+        assert container.exit_code() == 0
 
 
 def test_the_queue_in_a_container_as_the_page_has_it(image: str, docker: dict[str, str]) -> None:

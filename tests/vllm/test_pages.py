@@ -1,4 +1,4 @@
-"""README.md's commands for the queue and the examples of docs/jobs.md, as they stand there, on the real vLLM."""
+"""README.md's commands and the examples of docs/jobs.md, as they stand there, on the real vLLM."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.harness import ROOT, Supervisor, clean_environment
-from tests.pages import QUEUE, differences, examples, shown
+from tests.pages import QUEUE, TRY, differences, examples, shown
 from tests.queue.conftest import RunPod
 from tests.vllm.conftest import link_to
 
@@ -58,6 +58,15 @@ def newcomer(served: Supervisor, tmp_path_factory: pytest.TempPathFactory) -> It
         yield Newcomer(clean_environment(**environ), supervisor)
         supervisor.signal(signal.SIGTERM)
         assert supervisor.exit_code(30) == 0
+
+
+def test_the_readmes_first_question(served: Supervisor) -> None:
+    """`served` is what the first command started."""
+    _, curl = TRY.commands()
+    answer: dict[str, Any] = json.loads(Newcomer(clean_environment(), served).says(curl))
+    assert answer["model"] == "demo"
+    text = answer["choices"][0]["message"]["content"]
+    assert len(text.split()) >= 4, text
 
 
 def test_the_readmes_curl(newcomer: Newcomer) -> None:
