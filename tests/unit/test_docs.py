@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from datetime import date
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -88,6 +89,12 @@ def test_links_that_lead_nowhere_are_found(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 # What pages name
+
+
+def test_decisions_are_dated_newest_first() -> None:
+    text = (ROOT / "docs/development/decisions.md").read_text()
+    days = [date.fromisoformat(heading) for heading in re.findall(r"^## (.*)", text, re.MULTILINE)]
+    assert days == sorted(set(days), reverse=True) != []
 
 
 @pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")), ids=lambda page: page.name)
