@@ -1,10 +1,10 @@
-"""The list of vLLM's series that the alert rules and the dashboard are checked by (tests/engine/test_prometheus.py)."""
+"""The list of vLLM's series that the alert rules and the dashboard are checked by (tests/deploy/test_prometheus.py)."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.engine.test_prometheus import VLLMS, known
+from tests.deploy.test_prometheus import VLLMS, known
 from tests.harness import Supervisor
 
 pytestmark = pytest.mark.vllm
