@@ -47,7 +47,7 @@ RELAYED = re.compile(r"Worker failed with error ['\"](.{3,1000}?)(?:['\"], pleas
 # A line that names an error, in a log without a traceback.
 NAMES_ERROR = re.compile(r"(?:Error|Exception)(?:_\w{1,40}|\(\w{1,20}\))?(?:: |\(['\"])|\berror: ")
 # One as vLLM's V0 wrote it before its traceback: `ValueError('text')`.
-SHOWN = re.compile(r"(\w+(?:Error|Exception))\((['\"])(.*)\2\)$")
+SHOWN = re.compile(r"^(\w{1,80}(?:Error|Exception))\((['\"])(.*)\2\)$")
 
 
 # What libraries say that raise nothing; and how many lines before the end it is looked for.
