@@ -31,9 +31,11 @@ AROUND = re.compile(
     r"|model_loader/\w+\.py:(?:load_model|initialize_model)$"
     r"|modules/module\.py:_\w*call_impl|:run_method$|:collective_rpc$|models/utils\.py:(?:make_layers|<genexpr>)"
 )
-# `--max-num-seqs`, or a variable that is no option of vLLM's; a library's errors and constants look like those.
+# `--max-num-seqs`, or a variable that is no option of vLLM's; a library's errors and constants look like those, and
+# what is said of pip and docker has options too.
 NAME = re.compile(
-    r"(?<![\w./-])(?:--[a-z][a-z\d-]{2,50}|(?:VLLM|HF|NCCL|CUDA|HIP|HSA|ROCR|RAY|TRITON|TORCH|TORCHINDUCTOR|PYTORCH|UCX|GLOO|"
+    r"(?<![\w./-])(?:--(?!(?:upgrade|user|pre|no-deps|force-reinstall|gpus|ipc|shm-size|device|privileged)(?![\w-]))"
+    r"[a-z][a-z\d-]{2,50}|(?:VLLM|HF|NCCL|CUDA|HIP|HSA|ROCR|RAY|TRITON|TORCH|TORCHINDUCTOR|PYTORCH|UCX|GLOO|"
     r"FLASHINFER|LMCACHE|MOONCAKE|NVSHMEM|DG|OMP|CCL|ZE|XLA|TPU|ASCEND)_(?!ERROR|STATUS|VERSION|SUCCESS|CHECK)[A-Z\d_]{2,60})\b"
 )
 # torch's name of an operation of vLLM's: made of words.
@@ -115,7 +117,7 @@ def told(failure: Failure) -> dict[str, str]:
         "otherwise": "" if names else elsewhere,
         "by_name": elsewhere if DOES_WITHOUT.match(elsewhere) and topic.patterns[0].search(_words(failure)) else "",
         "in_use": f"The log shows {suspects} set: leave that out first." if suspects else "",
-        "named": f"Look at {names} first: change or unset it." if names else "",
+        "named": f"Look at {names} first: set it otherwise, or unset it." if names else "",
         "fit": REMEDIES["fit"].format(package=package.replace("_", "-")) if package else "",
         "without": topic.remedy if topic.compiles else REMEDIES["kernels"],
         "instead": _instead(_words(failure)),

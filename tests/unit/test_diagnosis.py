@@ -471,6 +471,15 @@ def test_remedies_name_variables_that_exist() -> None:
         "TORCHINDUCTOR_CACHE_DIR",
         "VLLM_ATTENTION_BACKEND",
     }
+    known |= {
+        "LD_PRELOAD",
+        "PYTHONPATH",
+        "ASCEND_RT_VISIBLE_DEVICES",
+        "TPU_WORKER_HOSTNAMES",
+        "TPU_WORKER_ID",
+        "ALL_PROXY",
+        "NUMBA_CACHE_DIR",
+    }
     known |= {"NCCL_IB_DISABLE", "NCCL_IB_HCA", "NCCL_CUMEM_ENABLE", "NCCL_CUMEM_HOST_ENABLE"}
     known |= {"TRITON_MLA", "TIKTOKEN_ENCODINGS_BASE", "TIKTOKEN_RS_CACHE_DIR"}
     known |= {"PYTORCH_CUDA_ALLOC_CONF", "TRITON_PTXAS_PATH", "RAY_ADDRESS", "UCX_TLS", "UCX_NET_DEVICES", "SYS_NICE"}
