@@ -271,7 +271,7 @@ def test_the_commands_of_the_readme(image: str, docker: dict[str, str]) -> None:
     def printed(command: str) -> str:
         done = subprocess.run(
             ["bash", "-c", command], env=clean_environment(**docker), cwd=ROOT, stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, timeout=100, check=False,
+            capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return done.stdout
