@@ -22,19 +22,13 @@ from typing import TYPE_CHECKING
 from supervisor.gateway.delivery import KEEP_LIMIT, Answered, Delivery
 from supervisor.gateway.door import Delivering
 from supervisor.gateway.http1 import Framing, KnownAnswer, Request, ResponseHead
-from supervisor.gateway.policy import ADMIN_ROUTES
+from supervisor.gateway.policy import ADMIN_ROUTES, CACHED_ROUTES
 
 if TYPE_CHECKING:
     from supervisor.gateway.errors import Refusal, UpstreamError
     from supervisor.gateway.exchange import Exchange
     from supervisor.gateway.record import Record
 
-# Whether the body has to ask for it. Of the other routes none is here: /v1/responses keeps a state, audio is a form.
-ROUTES = {
-    "/v1/chat/completions": True, "/v1/completions": True, "/v1/messages": True,
-    "/v1/embeddings": False, "/v2/embed": False, "/pooling": False, "/classify": False, "/score": False,
-    "/v1/score": False, "/rerank": False, "/v1/rerank": False, "/v2/rerank": False,
-}  # fmt: skip
 # Headers by which vLLM's answer differs.
 VARYING = frozenset({b"content-type", b"endpoint-load-metrics-format", b"origin", b"x-data-parallel-rank"})
 # An answer that would take more than this share of the memory is not kept.
@@ -64,7 +58,7 @@ class Cache:
         request = exchange.request
         if (
             request.method == b"POST"
-            and exchange.verdict.route in ROUTES
+            and exchange.verdict.route in CACHED_ROUTES
             and request.http11
             and not (request.chunked or request.expects_continue)
             and b"no-store" not in _control(request)
@@ -76,7 +70,7 @@ class Cache:
         """Its body is there: answers it, or sends it on."""
         exchange, body = asked.exchange, asked.body
         request = exchange.request
-        if not _deterministic(body, asked=ROUTES[exchange.verdict.route]):
+        if not _deterministic(body, asked=CACHED_ROUTES[exchange.verdict.route]):
             self.results["bypass"] += 1
             asked.go_on()
             return

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 600.0, 3600.0)
 # Seconds between two reads of a stream: a token of a fast engine, and what a person calls stuck.
 GAP_BOUNDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
-# The route of what is no route, or was refused before anybody looked. Routes are the prefixes of policy.py's lists, and
-# so are few.
+# The route of what is no route, or was refused before anybody looked. Routes are the prefixes of routes.toml, and so
+# are few.
 OTHER = "other"
 
 

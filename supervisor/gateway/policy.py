@@ -1,7 +1,7 @@
 """Who may ask for what, how much, and how often.
 
 What can be said of a request by its head alone is a `Verdict`, which is kept with a head that comes again; what depends
-on the moment (the rate) is asked each time.
+on the moment (the rate) is asked each time. routes.toml has vLLM's routes.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ from __future__ import annotations
 import ipaddress
 import math
 import sys
+import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from hmac import compare_digest
+from pathlib import Path
 from urllib.parse import unquote
 
 from supervisor.gateway.counts import OTHER
@@ -32,38 +35,25 @@ SHOWN_PATH = 100
 # Names by which this machine's loopback is reached, and that nobody can have in the DNS; the last two from containers.
 LOOPBACK_NAMES = frozenset({"localhost", "*.localhost", "host.docker.internal", "host.containers.internal"})
 METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
-# vLLM's routes for those who use the model (tests/vllm/test_routes.py compares both lists with vLLM's own). A prefix
-# opens what lies below it as well, unless a longer one closes that again.
-OPEN_ROUTES = (
-    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/cohere/v2/chat", "/v1/systemone",
-    "/v1/decisions", "/generative_scoring", "/inference/v1/generate", "/tokenize", "/detokenize", "/invocations",
-    "/v1/embeddings", "/v2/embed", "/pooling", "/classify", "/score", "/v1/score", "/rerank", "/v1/rerank",
-    "/v2/rerank", "/v1/audio", "/v1/realtime", "/v1/models", "/version", "/load", "/openapi.json", "/docs",
-    "/redoc", "/static", "/health", "/ping", "/metrics",
-)  # fmt: skip
-# Those of them that vLLM's API server can't answer without its engine.
-ENGINE_ROUTES = frozenset(OPEN_ROUTES[: OPEN_ROUTES.index("/v1/realtime")]) - {"/tokenize", "/detokenize"}
-# Routes that change the server, stop other people's requests, or show its configuration.
-ADMIN_ROUTES = (
-    "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/adapters", "/start_profile", "/stop_profile",
-    "/tokenizer_info", "/kv_event_sources", "/scale_elastic_ep", "/is_scaling_elastic_ep", "/fault_tolerance",
-    "/inference/v1/abort_requests", "/abort_requests", "/collective_rpc", "/server_info", "/reset_prefix_cache",
-    "/reset_mm_cache", "/reset_encoder_cache", "/sleep", "/release_kv_cache_memory", "/wake_up", "/is_sleeping",
-    "/pause", "/resume", "/is_paused", "/init_weight_transfer_engine", "/shutdown_weight_transfer_engine",
-    "/start_weight_update", "/start_draft_weight_update", "/update_weights", "/finish_weight_update",
-    "/update_weight_version", "/weight_info", "/weight_checker", "/get_world_size",
-)  # fmt: skip
+_TABLE = tomllib.loads(Path(__file__).with_name("routes.toml").read_text(encoding="utf-8"))
+ENGINE_ROUTES: frozenset[str] = frozenset(_TABLE["engine"])
+OPEN_ROUTES: tuple[str, ...] = (*_TABLE["engine"], *_TABLE["server"])
+ADMIN_ROUTES: tuple[str, ...] = (*_TABLE["admin"],)
+# Whether the body has to ask for an answer that may be kept.
+CACHED_ROUTES: dict[str, bool] = dict.fromkeys(_TABLE["cached"]["sampled"], True)
+CACHED_ROUTES |= dict.fromkeys(_TABLE["cached"]["plain"], False)
 ADMIN_ONLY = Refusal(
     403, "This route needs an admin key: it can change the server, or shows its configuration.", "admin_key_needed"
 )
 # Clients whose rate is remembered; those that have not used theirs up are forgotten first.
 CLIENTS_LIMIT = 10_000
+ROUNDING = 1e-6  # seconds: sixty times a sixtieth of a minute is not always a minute
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a request's head tells. `client`: the key that was given, for limits by client; `route`: the prefix of the
-    lists above that its path has, for metrics; `admin`: its key is an administrator's; `failed`: its keys are not
+    """What a request's head tells. `client`: the key that was given, for limits by client; `route`: the prefix of
+    routes.toml that its path has, for metrics; `admin`: its key is an administrator's; `failed`: its keys are not
     valid."""
 
     refusal: Refusal | None
@@ -107,9 +97,6 @@ class Routes:
         hint = f"Did you mean {near}?" if near else "SUPERVISOR_ALLOW_ROUTES opens others."
         return Refusal(404, f"There is no route {path[:SHOWN_PATH]} here. {hint}", "route_not_found")
 
-    def refusal(self, path: bytes) -> Refusal | None:
-        return self.find(path)[1]
-
 
 class Origins:
     """CORS for our own answers, and for preflights, by the options that vLLM's own middleware has."""
@@ -128,16 +115,22 @@ class Origins:
         self.headers = None if "*" in headers else ", ".join(headers).encode()
         self.credentials = credentials
 
-    def lines(self, origin: bytes | None) -> bytes:
+    def fields(self, origin: bytes | None) -> Headers:
         """What an answer to a page from there carries."""
         if not self.allowed:
-            return b""
+            return []
         if self.all and not self.credentials:
-            return b"Access-Control-Allow-Origin: *\r\n" if origin is not None else b""
-        if origin is None or not (self.all or origin in self.allowed):
-            return b"Vary: Origin\r\n"
-        credentials = b"Access-Control-Allow-Credentials: true\r\n" if self.credentials else b""
-        return b"Access-Control-Allow-Origin: %b\r\nVary: Origin\r\n%b" % (origin, credentials)
+            return [(b"access-control-allow-origin", b"*")] if origin is not None else []
+        found = [(b"vary", b"Origin")]
+        if origin is not None and (self.all or origin in self.allowed):
+            found.insert(0, (b"access-control-allow-origin", origin))
+            if self.credentials:
+                found.append((b"access-control-allow-credentials", b"true"))
+        return found
+
+    def lines(self, origin: bytes | None) -> bytes:
+        """The same, as they stand in a head."""
+        return b"".join(b"%b: %b\r\n" % (name.title(), value) for name, value in self.fields(origin))
 
     def preflight(self, headers: Headers) -> Headers | None:
         """What a browser is told that asks whether it may. None: it may not."""
@@ -145,14 +138,10 @@ class Origins:
         origin = asked.get(b"origin", b"")
         if not (self.all or origin in self.allowed):
             return None
+        found = [*self.fields(origin), (b"access-control-allow-methods", self.methods)]
         wanted = asked.get(b"access-control-request-headers", b"") if self.headers is None else self.headers
-        lines = self.lines(origin).split(b"\r\n")[:-1]
-        return [
-            *((name.lower(), value) for name, _, value in (line.partition(b": ") for line in lines)),
-            (b"access-control-allow-methods", self.methods),
-            *([(b"access-control-allow-headers", wanted)] if wanted else []),
-            (b"access-control-max-age", b"600"),
-        ]
+        found += [(b"access-control-allow-headers", wanted)] if wanted else []
+        return [*found, (b"access-control-max-age", b"600")]
 
 
 def is_preflight(method: bytes, headers: Headers) -> bool:
@@ -165,30 +154,21 @@ class Rate:
     """Requests per minute for each client: a bucket that holds as many, and fills steadily."""
 
     def __init__(self, per_minute: int) -> None:
-        self.capacity = float(per_minute)
-        self.per_second = per_minute / 60
-        self.buckets: dict[bytes, tuple[float, float]] = {}  # tokens left, and when
+        self.per_minute = per_minute
+        self.full_at: dict[bytes, float] = {}  # when a client's bucket is full again
 
     def take(self, client: bytes, now: float) -> Refusal | None:
-        tokens, at = self.buckets.get(client, (self.capacity, now))
-        tokens = min(self.capacity, tokens + (now - at) * self.per_second)
-        if tokens < 1:
-            wait = math.ceil((1 - tokens) / self.per_second)
-            text = f"More than {self.capacity:.0f} requests in a minute: the next one is taken in {wait} s."
-            return Refusal(429, text, "rate_limit_exceeded", retry_after=wait)
-        if client not in self.buckets and len(self.buckets) >= CLIENTS_LIMIT:
-            self._forget(now)
-        self.buckets[client] = (tokens - 1, now)
+        full_at = max(self.full_at.get(client, now), now) + 60 / self.per_minute
+        wait = full_at - (now + 60)  # an empty one is full in a minute
+        if wait > ROUNDING:
+            text = f"More than {self.per_minute} requests in a minute: the next one is taken in {math.ceil(wait)} s."
+            return Refusal(429, text, "rate_limit_exceeded", retry_after=math.ceil(wait))
+        if client not in self.full_at and len(self.full_at) >= CLIENTS_LIMIT:
+            full = [each for each, at in self.full_at.items() if at <= now]
+            for each in full or list(self.full_at)[: CLIENTS_LIMIT // 2]:
+                del self.full_at[each]
+        self.full_at[client] = full_at
         return None
-
-    def _forget(self, now: float) -> None:
-        full = [
-            client
-            for client, (tokens, at) in self.buckets.items()
-            if tokens + (now - at) * self.per_second >= self.capacity
-        ]
-        for client in full or list(self.buckets)[: CLIENTS_LIMIT // 2]:
-            del self.buckets[client]
 
 
 class Policy:
@@ -260,12 +240,10 @@ class Policy:
         found = next((value for name, value in headers if name.lower() == b"host"), b"localhost")
         host = found.decode("latin-1").lower()
         name = host.partition("]")[0][1:] if host.startswith("[") else host.partition(":")[0]
-        if _is_address(name) or _among(name, LOOPBACK_NAMES) or _among(name, self.hosts):
+        if _is_address(name) or any(fnmatchcase(name, known) for known in LOOPBACK_NAMES | self.hosts):
             return None
-        text = (
-            f"This server has no keys, and is not known as {name[:SHOWN_PATH]}: SUPERVISOR_ALLOWED_HOSTS names others."
-        )
-        return Refusal(403, text, "host_not_allowed")
+        told = f"This server has no keys, and is not known as {name[:SHOWN_PATH]}"
+        return Refusal(403, f"{told}: SUPERVISOR_ALLOWED_HOSTS names others.", "host_not_allowed")
 
     def refused(self, verdict: Verdict, address: bytes, now: float) -> Refusal | None:
         """What its client is told. Wrong keys are answered so many times a minute, and then with less; a valid one is
@@ -296,8 +274,3 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _among(name: str, hosts: frozenset[str]) -> bool:
-    """`*.example.com` stands for all names below."""
-    return name in hosts or any(host.startswith("*.") and name.endswith(host[1:]) for host in hosts)
