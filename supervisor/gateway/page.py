@@ -9,14 +9,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 HTML = Path(__file__).with_name("page.html")
-
-Send = Callable[[dict[str, Any]], Any]
 
 
 def wanted(headers: Iterable[tuple[bytes, bytes]]) -> bool:
@@ -26,8 +23,8 @@ def wanted(headers: Iterable[tuple[bytes, bytes]]) -> bool:
 
 
 @cache
-def _page() -> tuple[bytes, list[tuple[bytes, bytes]]]:
-    """Its bytes and its head: only what is written in the file may run, and it may ask this server alone."""
+def answer() -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """Only what is written in the file may run, and it may ask this server alone."""
     text = HTML.read_bytes()
 
     def hashes(element: bytes) -> str:
@@ -39,18 +36,12 @@ def _page() -> tuple[bytes, list[tuple[bytes, bytes]]]:
         "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
         "require-trusted-types-for 'script'; trusted-types 'none'"
     )
-    return text, [
+    fields = [
         (b"content-type", b"text/html; charset=utf-8"),
-        (b"content-length", b"%d" % len(text)),
         (b"content-security-policy", policy.encode()),
         (b"x-content-type-options", b"nosniff"),
         (b"referrer-policy", b"no-referrer"),
         (b"cache-control", b"no-cache"),
         (b"vary", b"Accept"),
     ]
-
-
-async def show(send: Send) -> None:
-    body, head = _page()
-    await send({"type": "http.response.start", "status": 200, "headers": head})
-    await send({"type": "http.response.body", "body": body})
+    return 200, fields, text
