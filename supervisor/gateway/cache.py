@@ -15,19 +15,19 @@ import hashlib
 import json
 import re
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from supervisor.gateway.delivery import KEEP_LIMIT, Answered, Delivery
 from supervisor.gateway.door import Delivering
+from supervisor.gateway.exchange import Exchange
 from supervisor.gateway.http1 import Framing, KnownAnswer, Request, ResponseHead
 from supervisor.gateway.policy import ADMIN_ROUTES, CACHED_ROUTES
 
 if TYPE_CHECKING:
     from supervisor.gateway.errors import Refusal, UpstreamError
-    from supervisor.gateway.exchange import Exchange
     from supervisor.gateway.record import Record
 
 # Headers by which vLLM's answer differs.
@@ -152,7 +152,8 @@ class Asked(Delivering):
         self.parts: list[bytes] = []
         self.size = 0
         self.begun = False  # its client has the answer's head
-        self.at, self.paused = 0, False  # parts of the body that it has; whether it takes no more for now
+        self.unread: deque[tuple[bytes, bool]] = deque()  # of the answer's body
+        self.paused = False  # its client takes no more for now
 
     @property
     def body(self) -> bytes:
@@ -204,10 +205,9 @@ class Recording(Answered):
         self.first = first
         self.door, self.request = first.door, first.request
         self.head: ResponseHead | None = None
-        self.parts: list[tuple[bytes, bool]] = []
+        self.parts: list[tuple[bytes, bool]] = []  # while it may be kept
         self.size = OVERHEAD  # that it takes, so far
-        self.complete = False
-        self.lost_by: UpstreamError | None = None
+        self.end: Callable[[Exchange], None] | None = None  # what is then told to each that has read all of it
         self.readers: list[Asked] = []
         self.source = Delivery(self, head)
 
@@ -217,26 +217,22 @@ class Recording(Answered):
 
     def join(self, reader: Asked) -> None:
         reader.recording, reader.source = self, self.source
+        reader.unread.extend(self.parts)
         self.readers.append(reader)
         self.tell(reader)
 
     def tell(self, reader: Asked) -> None:
         """What there is, as far as its client takes it."""
         exchange = reader.exchange
-        if self.head is None or exchange.response_complete:
+        if exchange.response_complete:
             return
-        if not reader.begun:
+        if self.head is not None and not reader.begun:
             reader.begun = True
             exchange.answer(self.head)
-        while reader.at < len(self.parts) and not reader.paused:
-            data, in_chunk = self.parts[reader.at]
-            reader.at += 1
-            exchange.data(data, in_chunk)
-        if self.complete and reader.at == len(self.parts) and not reader.paused:
-            if self.lost_by is None:
-                exchange.ended()
-            else:
-                exchange.lost(self.lost_by)
+        while reader.unread and not reader.paused:
+            exchange.data(*reader.unread.popleft())
+        if self.end is not None and not reader.unread and not reader.paused:
+            self.end(exchange)
 
     def left(self, reader: Asked) -> None:
         """It has all of it, or its client is gone."""
@@ -246,19 +242,20 @@ class Recording(Answered):
 
     def pace(self) -> None:
         """It goes on while one of the readers can, and ends with the last of them."""
-        if self.complete:
+        if self.end is not None:
             return
         if not self.readers:
-            self._end()
+            self._over(Exchange.ended)
         elif all(reader.paused for reader in self.readers):
             self.source.pause()
         else:
             self.source.resume()
 
-    def _end(self, kept: Kept | None = None) -> None:
-        self.complete = True
+    def _over(self, end: Callable[[Exchange], None], kept: Kept | None = None) -> None:
+        self.end = end
         self.cache.over(self, kept)
         self.source.abort()
+        self._tell_all()
 
     def _tell_all(self) -> None:
         for reader in list(self.readers):
@@ -277,34 +274,29 @@ class Recording(Answered):
         self.ended()
 
     def data(self, data: bytes, in_chunk: bool) -> None:
-        if data:
-            self.parts.append((data, in_chunk))
-            self.size += len(data)
-        self._tell_all()
-        if self.size > self.cache.largest:  # what all have read goes
+        if not data:
+            return
+        self.parts.append((data, in_chunk))
+        self.size += len(data)
+        if self.size > self.cache.largest:
             self.cache.over(self)
-            read = min((reader.at for reader in self.readers), default=len(self.parts))
-            del self.parts[:read]
-            for reader in self.readers:
-                reader.at -= read
+            self.parts.clear()  # what all have read goes
+        for reader in list(self.readers):
+            reader.unread.append((data, in_chunk))
+            self.tell(reader)
 
     def ended(self) -> None:
         head, body = self.head, b"".join(data for data, _ in self.parts)
         assert head is not None
         is_well = head.status == OK and head.framing is not Framing.CLOSE and FAILED.search(body) is None
         self.source.release()
-        self._end(Kept(head, body, time.monotonic(), self.size) if is_well else None)
-        self._tell_all()
+        self._over(Exchange.ended, Kept(head, body, time.monotonic(), self.size) if is_well else None)
 
     def lost(self, error: UpstreamError) -> None:
-        self.lost_by = error
-        self._end()
-        self._tell_all()
+        self._over(lambda exchange: exchange.lost(error))
 
     def refused(self, refusal: Refusal) -> None:
-        self._end()
-        for reader in list(self.readers):
-            reader.exchange.refused(refusal)
+        self._over(lambda exchange: exchange.refused(refusal))
 
 
 def _control(request: Request) -> bytes:
