@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from dataclasses import dataclass
 from http import HTTPStatus
+from pathlib import Path
+from typing import Any
 
+TABLE: dict[str, Any] = tomllib.loads(Path(__file__).with_name("refusals.toml").read_text(encoding="utf-8"))
 # By status: OpenAI's name for the kind of error, and Anthropic's.
 KINDS = {
     400: ("invalid_request_error", "invalid_request_error"),
@@ -64,6 +68,12 @@ class Refusal:
     def _openai(self) -> dict[str, object]:
         kind = KINDS.get(self.status, OTHERS)[0]
         return {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
+
+
+def refuse(code: str, retry_after: int | None = None, **words: object) -> Refusal:
+    """One of refusals.toml. `words` are for the gaps in its message."""
+    status, message = TABLE[code]
+    return Refusal(status, message.format_map(words), code, retry_after)
 
 
 def _anthropic(kind: str, message: str) -> dict[str, object]:

@@ -6,34 +6,33 @@ on the moment (the rate) is asked each time. routes.toml has vLLM's routes.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import math
 import sys
 import tomllib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from hmac import compare_digest
 from pathlib import Path
 from urllib.parse import unquote
 
 from supervisor.gateway.counts import OTHER
-from supervisor.gateway.errors import Refusal
+from supervisor.gateway.errors import Refusal, refuse
 from supervisor.gateway.http1 import KEY_PROTOCOL, Headers, Request
 
-UNAUTHORIZED = Refusal(
-    401, "A valid key is needed: 'Authorization: Bearer KEY' or 'X-API-Key: KEY'.", "invalid_api_key"
-)
+UNAUTHORIZED = refuse("invalid_api_key")
+ADMIN_ONLY = refuse("admin_key_needed")
 # Wrong keys that one address may try in a minute before it is told no more than that.
 FAILURES = 60
-TOO_MANY_FAILURES = Refusal(
-    429, f"More than {FAILURES} wrong keys in a minute from this address.", "too_many_wrong_keys", retry_after=60
-)
+TOO_MANY_FAILURES = refuse("too_many_wrong_keys", 60, limit=FAILURES)
 # Keys of one request that are looked at.
 KEYS_LIMIT = 8
 SHOWN_PATH = 100
 # Names by which this machine's loopback is reached, and that nobody can have in the DNS; the last two from containers.
-LOOPBACK_NAMES = frozenset({"localhost", "*.localhost", "host.docker.internal", "host.containers.internal"})
+LOOPBACK_NAMES = ("localhost", "*.localhost", "host.docker.internal", "host.containers.internal")
 METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 _TABLE = tomllib.loads(Path(__file__).with_name("routes.toml").read_text(encoding="utf-8"))
 ENGINE_ROUTES: frozenset[str] = frozenset(_TABLE["engine"])
@@ -42,9 +41,6 @@ ADMIN_ROUTES: tuple[str, ...] = (*_TABLE["admin"],)
 # Whether the body has to ask for an answer that may be kept.
 CACHED_ROUTES: dict[str, bool] = dict.fromkeys(_TABLE["cached"]["sampled"], True)
 CACHED_ROUTES |= dict.fromkeys(_TABLE["cached"]["plain"], False)
-ADMIN_ONLY = Refusal(
-    403, "This route needs an admin key: it can change the server, or shows its configuration.", "admin_key_needed"
-)
 # Clients whose rate is remembered; those that have not used theirs up are forgotten first.
 CLIENTS_LIMIT = 10_000
 ROUNDING = 1e-6  # seconds: sixty times a sixtieth of a minute is not always a minute
@@ -95,37 +91,29 @@ class Routes:
         parts = path.rstrip("/").split("/")
         near = self.hints.get("/".join(parts[-2:])) or self.hints.get(parts[-1])
         hint = f"Did you mean {near}?" if near else "SUPERVISOR_ALLOW_ROUTES opens others."
-        return Refusal(404, f"There is no route {path[:SHOWN_PATH]} here. {hint}", "route_not_found")
+        return refuse("route_not_found", path=path[:SHOWN_PATH], hint=hint)
 
 
+@dataclass(frozen=True)
 class Origins:
     """CORS for our own answers, and for preflights, by the options that vLLM's own middleware has."""
 
-    def __init__(
-        self,
-        allowed: Iterable[str] = (),
-        methods: Iterable[str] = ("*",),
-        headers: Iterable[str] = ("*",),
-        *,
-        credentials: bool = False,
-    ) -> None:
-        self.allowed = frozenset(origin.encode() for origin in allowed)
-        self.all = b"*" in self.allowed
-        self.methods = ", ".join(METHODS if "*" in methods else methods).encode()
-        self.headers = None if "*" in headers else ", ".join(headers).encode()
-        self.credentials = credentials
+    allowed: Collection[str] = ()
+    methods: Collection[str] = ("*",)
+    headers: Collection[str] = ("*",)
+    credentials: bool = False
+
+    def _allows(self, origin: bytes | None) -> bool:
+        return origin is not None and ("*" in self.allowed or origin.decode("latin-1") in self.allowed)
 
     def fields(self, origin: bytes | None) -> Headers:
         """What an answer to a page from there carries."""
-        if not self.allowed:
-            return []
-        if self.all and not self.credentials:
+        if "*" in self.allowed and not self.credentials:
             return [(b"access-control-allow-origin", b"*")] if origin is not None else []
-        found = [(b"vary", b"Origin")]
-        if origin is not None and (self.all or origin in self.allowed):
+        found = [(b"vary", b"Origin")] if self.allowed else []
+        if origin is not None and self._allows(origin):
             found.insert(0, (b"access-control-allow-origin", origin))
-            if self.credentials:
-                found.append((b"access-control-allow-credentials", b"true"))
+            found += [(b"access-control-allow-credentials", b"true")] if self.credentials else []
         return found
 
     def lines(self, origin: bytes | None) -> bytes:
@@ -135,11 +123,13 @@ class Origins:
     def preflight(self, headers: Headers) -> Headers | None:
         """What a browser is told that asks whether it may. None: it may not."""
         asked = {name.lower(): value for name, value in headers}
-        origin = asked.get(b"origin", b"")
-        if not (self.all or origin in self.allowed):
+        origin, wanted = asked.get(b"origin", b""), asked.get(b"access-control-request-headers", b"")
+        if not self._allows(origin):
             return None
-        found = [*self.fields(origin), (b"access-control-allow-methods", self.methods)]
-        wanted = asked.get(b"access-control-request-headers", b"") if self.headers is None else self.headers
+        if "*" not in self.headers:
+            wanted = ", ".join(self.headers).encode()
+        methods = ", ".join(METHODS if "*" in self.methods else self.methods).encode()
+        found = [*self.fields(origin), (b"access-control-allow-methods", methods)]
         found += [(b"access-control-allow-headers", wanted)] if wanted else []
         return [*found, (b"access-control-max-age", b"600")]
 
@@ -161,8 +151,8 @@ class Rate:
         full_at = max(self.full_at.get(client, now), now) + 60 / self.per_minute
         wait = full_at - (now + 60)  # an empty one is full in a minute
         if wait > ROUNDING:
-            text = f"More than {self.per_minute} requests in a minute: the next one is taken in {math.ceil(wait)} s."
-            return Refusal(429, text, "rate_limit_exceeded", retry_after=math.ceil(wait))
+            wait = math.ceil(wait)
+            return refuse("rate_limit_exceeded", wait, limit=self.per_minute, wait=wait)
         if client not in self.full_at and len(self.full_at) >= CLIENTS_LIMIT:
             full = [each for each, at in self.full_at.items() if at <= now]
             for each in full or list(self.full_at)[: CLIENTS_LIMIT // 2]:
@@ -171,46 +161,26 @@ class Rate:
         return None
 
 
+@dataclass
 class Policy:
     """Asked once for each head."""
 
-    def __init__(
-        self,
-        api_keys: Iterable[str] = (),
-        admin_keys: Iterable[str] = (),
-        *,
-        routes: Routes | None = None,
-        origins: Origins | None = None,
-        hosts: Iterable[str] | None = None,
-        rate: int | None = None,
-        max_body: int = sys.maxsize,
-        timeout: float = math.inf,
-        elsewhere: Refusal | None = None,
-    ) -> None:
-        """`hosts`: what `Host` may be beside localhost and addresses, None for any; `rate` in requests per minute and
-        client; `max_body` in bytes; `timeout` of a whole request, in seconds; `elsewhere`: why no request is taken
-        here."""
-        self.set_keys(api_keys, admin_keys)
-        self.routes = routes or Routes()
-        self.origins = origins or Origins()
-        self.hosts = None if hosts is None else frozenset(host.lower() for host in hosts)
-        self.rate = Rate(rate) if rate else None
-        self.failures = Rate(FAILURES)
-        self.max_body = max_body
-        self.timeout = timeout
-        self.elsewhere = elsewhere
-
-    def set_keys(self, api_keys: Iterable[str], admin_keys: Iterable[str]) -> None:
-        self.keys = tuple(key.encode() for key in api_keys)
-        self.admin_keys = tuple(key.encode() for key in admin_keys)
+    api_keys: Collection[str] = ()
+    admin_keys: Collection[str] = ()
+    routes: Routes = field(default_factory=Routes)
+    origins: Origins = Origins()
+    hosts: Collection[str] | None = None  # what `Host` may be beside localhost and addresses; None: anything
+    rate: Rate | None = None  # of each client
+    max_body: int = sys.maxsize  # bytes
+    timeout: float = math.inf  # of a whole request, in seconds
+    elsewhere: Refusal | None = None  # why no request is taken here
+    failures: Rate = field(default_factory=partial(Rate, FAILURES))
 
     def too_large(self) -> Refusal:
-        text = f"The request's body is larger than {self.max_body} bytes (SUPERVISOR_MAX_BODY)."
-        return Refusal(413, text, "request_too_large")
+        return refuse("request_too_large", limit=self.max_body)
 
     def too_late(self) -> Refusal:
-        text = f"The request took longer than {self.timeout:g} s (SUPERVISOR_REQUEST_TIMEOUT)."
-        return Refusal(504, text, "request_timeout")
+        return refuse("request_timeout", limit=self.timeout)
 
     def judge(self, request: Request) -> Verdict:
         route, refusal = self.routes.find(request.path)
@@ -225,13 +195,13 @@ class Policy:
         known = b""
         for given in keys_given(headers):
             # Every key is compared, so that the time tells nothing of which one came close.
-            if sum(compare_digest(given, key) for key in self.admin_keys) > 0:
+            if sum(compare_digest(given, key.encode()) for key in self.admin_keys):
                 return Verdict(None, given, admin=True)
-            if sum(compare_digest(given, key) for key in self.keys) > 0:
+            if sum(compare_digest(given, key.encode()) for key in self.api_keys):
                 known = given
         if known:
             return Verdict(None, known)
-        return Verdict(UNAUTHORIZED, failed=True) if self.keys else Verdict(self._host_refused(headers))
+        return Verdict(UNAUTHORIZED, failed=True) if self.api_keys else Verdict(self._host_refused(headers))
 
     def _host_refused(self, headers: Headers) -> Refusal | None:
         """DNS rebinding: a page's own name leads here, and its browser believes that it asks its own server."""
@@ -240,10 +210,12 @@ class Policy:
         found = next((value for name, value in headers if name.lower() == b"host"), b"localhost")
         host = found.decode("latin-1").lower()
         name = host.partition("]")[0][1:] if host.startswith("[") else host.partition(":")[0]
-        if _is_address(name) or any(fnmatchcase(name, known) for known in LOOPBACK_NAMES | self.hosts):
+        if any(fnmatchcase(name, known.lower()) for known in (*LOOPBACK_NAMES, *self.hosts)):
             return None
-        told = f"This server has no keys, and is not known as {name[:SHOWN_PATH]}"
-        return Refusal(403, f"{told}: SUPERVISOR_ALLOWED_HOSTS names others.", "host_not_allowed")
+        with contextlib.suppress(ValueError):
+            ipaddress.ip_address(name)
+            return None
+        return refuse("host_not_allowed", name=name[:SHOWN_PATH])
 
     def refused(self, verdict: Verdict, address: bytes, now: float) -> Refusal | None:
         """What its client is told. Wrong keys are answered so many times a minute, and then with less; a valid one is
@@ -266,11 +238,3 @@ def keys_given(headers: Headers) -> list[bytes]:
             tokens = [token.strip() for token in value.split(b",")]
             found += [token[len(KEY_PROTOCOL) :] for token in tokens if token.startswith(KEY_PROTOCOL)]
     return found[:KEYS_LIMIT]
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True

@@ -36,7 +36,7 @@ NUMBER = re.compile(r"[0-9]{1,15}")
 
 def sees_all(policy: Policy, headers: list[tuple[bytes, bytes]], *, private: bool) -> bool:
     """`private`: asked over the unix socket."""
-    return private or not (policy.keys or policy.admin_keys) or policy.identify(headers).admin
+    return private or not (policy.api_keys or policy.admin_keys) or policy.identify(headers).admin
 
 
 def lines_seen(query: bytes) -> int | None:
