@@ -1,29 +1,46 @@
 """Our own routes, as an ASGI app: `/ping`, `/health`, `/status`, `/metrics`, the page at `/`, and CORS preflights for
-every path, which a browser asks without a key and before it asks anything else."""
+every path, which a browser asks without a key and before it asks anything else.
+
+`/status` tells everything to administrators, to everybody where no keys are set at all, and over the private unix
+socket, which only the supervisor's own user can open. Whoever else may ask is told what `FOR_EVERYBODY` names.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import parse_qsl
 
-from supervisor.gateway import page, told
+from supervisor.gateway import page
 from supervisor.gateway.ask import ask
+from supervisor.gateway.counts import BOUNDS, Counts
 from supervisor.gateway.gate import Engine, Gate
-from supervisor.gateway.policy import is_preflight
+from supervisor.gateway.policy import Policy, is_preflight
 
 if TYPE_CHECKING:
     from supervisor.gateway.cache import Cache
-    from supervisor.gateway.counts import Counts
     from supervisor.gateway.http1 import Headers
-    from supervisor.gateway.policy import Policy
     from supervisor.gateway.upstream import Upstream
 
 OWN_PATHS = frozenset({b"/ping", b"/health", b"/status", b"/metrics", b"/"})
 READY = {b"/ping": "ready", b"/health": "ok"}
 METHODS = ("GET", "HEAD", "POST")
-NOTHING = 204
+# How the server is and what it counts. The rest is how it is set up (settings, paths, vLLM's command), as which vLLM's
+# own /server_info needs an admin key, and vLLM's log, which quotes what other clients sent. A list of what is shown and
+# not of what is hidden: a new fact is hidden until somebody thinks about it.
+FOR_EVERYBODY = frozenset({
+    "state", "since", "reason", "pid", "phases", "progress", "expected_seconds", "model", "mode", "vllm_version",
+    "last_failure", "restarts", "restarts_by_cause", "transitions", "in_flight", "waiting",
+    "now", "bounds", "statuses", "buckets", "reads", "happened",
+})  # fmt: skip
+LOG_OF_FAILURE = "log_tail"  # within `last_failure`
+TRANSITIONS = 30
+LONGEST_LINE = 1000  # characters; vLLM's log may have a line of 64 kB
+NUMBER = re.compile(r"[0-9]{1,15}")
 # Seconds for vLLM to tell its metrics, before only ours are told.
 METRICS_PATIENCE = 5.0
 
@@ -68,34 +85,35 @@ class OwnRoutes:
     async def __call__(self, scope: Scope, receive: object, send: Send) -> None:
         headers: Headers = scope["headers"]
         if is_preflight(scope["method"].encode(), headers):
-            status, fields, body = self._preflight(headers)
+            allowed = self.policy.origins.preflight(headers)
+            refused = _json(400, {"error": "This page's origin is none of ALLOWED_ORIGINS."})
+            status, fields, body = (204, allowed, b"") if allowed is not None else refused
         else:
             status, fields, body = await self._answer(scope)
             fields = [*fields, *self.policy.origins.fields(dict(headers).get(b"origin"))]
-        if status != NOTHING:
+        if status != 204:
             fields.append((b"content-length", b"%d" % len(body)))
         await send({"type": "http.response.start", "status": status, "headers": fields})
         await send({"type": "http.response.body", "body": body})
 
-    def _preflight(self, headers: Headers) -> Answer:
-        allowed = self.policy.origins.preflight(headers)
-        if allowed is None:
-            return _json(400, {"error": "This page's origin is none of ALLOWED_ORIGINS."})
-        return NOTHING, allowed, b""
-
     async def _answer(self, scope: Scope) -> Answer:
-        path, engine = self._path(scope["raw_path"]), self.engine
+        path = self._path(scope["raw_path"])
         if scope["method"] not in METHODS:
             return _json(405, {"error": "GET, HEAD or POST"}, (b"allow", b"GET, HEAD, POST"))
         if path in READY:
-            if engine.ready:
-                return _json(200, {"status": READY[path]})
-            # RunPod's load balancer: 204 keeps the worker in its list while it loads, 200 sends it work.
-            loads = path == b"/ping" and not engine.over
-            return (NOTHING, [], b"") if loads else _json(503, {"status": engine.explanation})
+            return self._ready(path)
         if path == b"/" and page.wanted(scope["headers"]):
             return page.answer()
-        return self._refused(scope) or (await self._metrics() if path == b"/metrics" else self._told(scope))
+        if (refused := self._refused(scope)) is not None:
+            return refused
+        return await self._metrics() if path == b"/metrics" else self._told(scope)
+
+    def _ready(self, path: bytes) -> Answer:
+        if self.engine.ready:
+            return _json(200, {"status": READY[path]})
+        # RunPod's load balancer: 204 keeps the worker in its list while it loads, 200 sends it work.
+        loads = path == b"/ping" and not self.engine.over
+        return (204, [], b"") if loads else _json(503, {"status": self.engine.explanation})
 
     def _refused(self, scope: Scope) -> Answer | None:
         """The rest is told only to those who have a key, where there are keys."""
@@ -108,26 +126,52 @@ class OwnRoutes:
         again = [(b"retry-after", b"%d" % refusal.retry_after)] if refusal.retry_after else []
         return _json(refusal.status, {"error": refusal.message}, *again)
 
-    def _status(self) -> dict[str, object]:
-        return {**self.engine.status(), "in_flight": self.in_flight(), "waiting": self.gate.waiting}
+    def shows_all(self, scope: Scope) -> bool:
+        """With API keys alone nobody is an administrator over HTTP."""
+        policy = self.policy
+        return _private(scope) or not (policy.api_keys or policy.admin_keys) or policy.identify(scope["headers"]).admin
 
     def _told(self, scope: Scope) -> Answer:
-        content = told.told(
-            self._status(), self.facts, self.engine, self.counts, self.upstream.reads,
-            full=told.sees_all(self.policy, scope["headers"], private=_private(scope)),
-            after=told.lines_seen(scope["query_string"]),
-        )  # fmt: skip
+        content = self.status(after=lines_seen(scope["query_string"]))
+        content = content if self.shows_all(scope) else for_everybody(content)
         return _json(200, content, (b"cache-control", b"no-store"))
+
+    def status(self, after: int | None = None) -> dict[str, Any]:
+        """`after` a line of vLLM's log: with what the page needs beside it."""
+        content = {**self.engine.status(), "in_flight": self.in_flight(), "waiting": self.gate.waiting, **self.facts}
+        if after is not None:
+            line, log = self.engine.log_after(after)
+            content |= {
+                "now": time.time(), "bounds": BOUNDS, "statuses": self.counts.statuses, "buckets": self.counts.buckets,
+                "reads": self.upstream.reads, "happened": list(self.engine.timeline)[-TRANSITIONS:],
+                "line": line, "log": [text[:LONGEST_LINE] for text in log],
+            }  # fmt: skip
+        return content
 
     async def _metrics(self) -> Answer:
         """Ours, and vLLM's own as they are."""
-        from supervisor.gateway.metrics import CONTENT_TYPE, Exposition  # noqa: PLC0415  # 20 ms, for those who ask
+        from supervisor.gateway.metrics import CONTENT_TYPE, exposition  # noqa: PLC0415  # 20 ms, for those who ask
 
-        text = Exposition(self.counts, self.facts, self._status(), self.cache).text()
+        text = exposition(self.counts, self.status(), self.cache)
         if self.engine.ready:
             status, vllms = await ask(self.upstream, "/metrics", patience=METRICS_PATIENCE) or (0, b"")
             text += vllms if status == 200 else b""
         return 200, [(b"content-type", CONTENT_TYPE)], text
+
+
+def lines_seen(query: bytes) -> int | None:
+    """The N of `after=N`, 0 where it is no number; None where nobody asks for what is new."""
+    value = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True)).get("after")
+    if value is None:
+        return None
+    return int(value) if NUMBER.fullmatch(value) else 0
+
+
+def for_everybody(status: Mapping[str, Any]) -> dict[str, Any]:
+    found = {name: value for name, value in status.items() if name in FOR_EVERYBODY}
+    if isinstance(failure := found.get("last_failure"), Mapping):
+        found["last_failure"] = {name: value for name, value in failure.items() if name != LOG_OF_FAILURE}
+    return found
 
 
 def _json(status: int, content: Mapping[str, object], *more: tuple[bytes, bytes]) -> Answer:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,14 +42,12 @@ class Histogram:
         return sum(self.buckets)
 
 
+@dataclass(slots=True)
 class Series:
     """Answers of one route with one status: until their first byte, and until their last."""
 
-    __slots__ = ("first", "whole")
-
-    def __init__(self) -> None:
-        self.first = Histogram()
-        self.whole = Histogram()
+    first: Histogram = field(default_factory=Histogram)
+    whole: Histogram = field(default_factory=Histogram)
 
 
 class Jobs:
@@ -83,7 +82,7 @@ class Counts:
     """Of all requests that are over; of a stream, the time between its reads as well."""
 
     def __init__(self) -> None:
-        self.answers: dict[tuple[str, int], Series] = {}
+        self.answers: defaultdict[tuple[str, int], Series] = defaultdict(Series)  # by route and status
         self.gaps = Histogram(GAP_BOUNDS)
         self.gap = self.gaps.observe  # between two reads of a stream; several events may have come with one
         self.received = 0  # bytes of requests' bodies
@@ -95,10 +94,7 @@ class Counts:
 
     def ended(self, record: Record) -> None:
         """One request is over. A watcher of the gateway's doors."""
-        key = record.request.verdict.route, record.status  # type: ignore[union-attr]  # it was judged
-        series = self.answers.get(key)
-        if series is None:
-            series = self.answers[key] = Series()
+        series = self.answers[record.request.verdict.route, record.status]  # type: ignore[union-attr]  # it was judged
         began, first_at = record.began, record.first_at
         series.whole.observe(record.over_at - began)
         series.first.observe((first_at or record.over_at) - began)
