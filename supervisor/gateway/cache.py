@@ -35,9 +35,7 @@ VARYING = frozenset({b"content-type", b"endpoint-load-metrics-format", b"origin"
 # An answer that would take more than this share of the memory is not kept.
 LARGEST_SHARE = 1 / 4
 OVERHEAD = 1000  # bytes that an answer takes beside its own, about
-RESULTS = ("hit", "shared", "miss", "bypass")
-NOTES = {"hit": "cache hit", "shared": "shared"}  # for the access log
-OK = 200
+RESULTS = {"hit": "cache hit", "shared": "shared", "miss": "", "bypass": ""}  # and how the access log has it
 # An engine that dies makes an error event of it, and vLLM's API server ends the stream as if it were well.
 FAILED = re.compile(rb"""(?m)^(?:data: ?\{"error"|event: ?error)|"finish_reason": ?"(?:abort|error)\"""")
 
@@ -107,7 +105,7 @@ class Cache:
 
     def _say(self, exchange: Exchange, result: str, more: bytes = b"") -> None:
         self.results[result] += 1
-        exchange.cached = NOTES.get(result, "")
+        exchange.cached = RESULTS[result]
         exchange.more_lines = b"X-Supervisor-Cache: %b\r\n%b" % (result.encode(), more)
 
     def over(self, recording: Recording, kept: Kept | None = None) -> None:
@@ -149,8 +147,7 @@ class Asked(Delivering):
         self.cache = cache
         self.exchange = exchange
         self.head = head
-        self.parts: list[bytes] = []
-        self.size = 0
+        self.received = bytearray()  # of its body
         self.begun = False  # its client has the answer's head
         self.unread: deque[tuple[bytes, bool]] = deque()  # of the answer's body
         self.paused = False  # its client takes no more for now
@@ -158,16 +155,15 @@ class Asked(Delivering):
     @property
     def body(self) -> bytes:
         """It stands with a head that came before."""
-        return b"".join(self.parts) or self.head[self.head.find(b"\r\n\r\n") + 4 :]
+        return bytes(self.received) or self.head[self.head.find(b"\r\n\r\n") + 4 :]
 
     def begin(self, complete: bool) -> None:
         if complete:
             self.cache.decide(self)
 
     def write(self, data: bytes) -> None:
-        self.parts.append(data)
-        self.size += len(data)
-        if self.size > KEEP_LIMIT:  # too large to be looked at
+        self.received += data
+        if len(self.received) > KEEP_LIMIT:  # too large to be looked at
             self.go_on(complete=False)
 
     def end(self) -> None:
@@ -176,8 +172,8 @@ class Asked(Delivering):
     def go_on(self, *, complete: bool) -> None:
         """As without a cache."""
         self.exchange.delivering = delivery = Delivery(self.exchange, self.head)
-        for data in self.parts:
-            delivery.write(data)
+        if self.received:
+            delivery.write(bytes(self.received))
         delivery.begin(complete)
 
     def abort(self) -> None:
@@ -288,7 +284,7 @@ class Recording(Answered):
     def ended(self) -> None:
         head, body = self.head, b"".join(data for data, _ in self.parts)
         assert head is not None
-        is_well = head.status == OK and head.framing is not Framing.CLOSE and FAILED.search(body) is None
+        is_well = head.status == 200 and head.framing is not Framing.CLOSE and FAILED.search(body) is None
         self.source.release()
         self._over(Exchange.ended, Kept(head, body, time.monotonic(), self.size) if is_well else None)
 

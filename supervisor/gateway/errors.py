@@ -7,24 +7,10 @@ import tomllib
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
 
-TABLE: dict[str, Any] = tomllib.loads(Path(__file__).with_name("refusals.toml").read_text(encoding="utf-8"))
-# By status: OpenAI's name for the kind of error, and Anthropic's.
-KINDS = {
-    400: ("invalid_request_error", "invalid_request_error"),
-    401: ("authentication_error", "authentication_error"),
-    403: ("permission_error", "permission_error"),
-    404: ("invalid_request_error", "not_found_error"),
-    408: ("timeout_error", "api_error"),
-    413: ("invalid_request_error", "request_too_large"),
-    415: ("invalid_request_error", "invalid_request_error"),
-    429: ("rate_limit_error", "rate_limit_error"),
-    502: ("upstream_error", "api_error"),
-    503: ("service_unavailable", "overloaded_error"),
-    504: ("timeout_error", "timeout_error"),
-}
-OTHERS = ("server_error", "api_error")
+TABLE = tomllib.loads(Path(__file__).with_name("refusals.toml").read_text(encoding="utf-8"))
+KINDS: dict[str, tuple[str, str]] = TABLE["kinds"]
+REFUSALS: dict[str, tuple[int, str]] = TABLE["refusals"]
 
 
 class UpstreamError(Exception):
@@ -40,11 +26,15 @@ class Refusal:
     code: str | None = None
     retry_after: int | None = None
 
+    @property
+    def kinds(self) -> tuple[str, str]:
+        """OpenAI's name for the kind of error, and Anthropic's."""
+        return KINDS.get(str(self.status), ("server_error", "api_error"))
+
     def head_and_body(self, path: bytes, request_id: bytes, more: bytes = b"") -> tuple[bytes, bytes]:
         """The response's status line and headers, without the blank line, and its body. `more`: header lines."""
         if path.startswith(b"/v1/messages"):
-            kind = KINDS.get(self.status, OTHERS)[1]
-            content = {**_anthropic(kind, self.message), "request_id": request_id.decode("latin-1")}
+            content = {**_anthropic(self.kinds[1], self.message), "request_id": request_id.decode("latin-1")}
         else:
             content = self._openai()
         body = json.dumps(content).encode()
@@ -66,13 +56,12 @@ class Refusal:
         return b"event: error\ndata: %b\n\n" % json.dumps(content).encode()
 
     def _openai(self) -> dict[str, object]:
-        kind = KINDS.get(self.status, OTHERS)[0]
-        return {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
+        return {"error": {"message": self.message, "type": self.kinds[0], "param": None, "code": self.code}}
 
 
 def refuse(code: str, retry_after: int | None = None, **words: object) -> Refusal:
     """One of refusals.toml. `words` are for the gaps in its message."""
-    status, message = TABLE[code]
+    status, message = REFUSALS[code]
     return Refusal(status, message.format_map(words), code, retry_after)
 
 

@@ -30,7 +30,6 @@ FAILURES = 60
 TOO_MANY_FAILURES = refuse("too_many_wrong_keys", 60, limit=FAILURES)
 # Keys of one request that are looked at.
 KEYS_LIMIT = 8
-SHOWN_PATH = 100
 # Names by which this machine's loopback is reached, and that nobody can have in the DNS; the last two from containers.
 LOOPBACK_NAMES = ("localhost", "*.localhost", "host.docker.internal", "host.containers.internal")
 METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
@@ -39,8 +38,7 @@ ENGINE_ROUTES: frozenset[str] = frozenset(_TABLE["engine"])
 OPEN_ROUTES: tuple[str, ...] = (*_TABLE["engine"], *_TABLE["server"])
 ADMIN_ROUTES: tuple[str, ...] = (*_TABLE["admin"],)
 # Whether the body has to ask for an answer that may be kept.
-CACHED_ROUTES: dict[str, bool] = dict.fromkeys(_TABLE["cached"]["sampled"], True)
-CACHED_ROUTES |= dict.fromkeys(_TABLE["cached"]["plain"], False)
+CACHED_ROUTES: dict[str, bool] = _TABLE["cached"]
 # Clients whose rate is remembered; those that have not used theirs up are forgotten first.
 CLIENTS_LIMIT = 10_000
 ROUNDING = 1e-6  # seconds: sixty times a sixtieth of a minute is not always a minute
@@ -49,14 +47,12 @@ ROUNDING = 1e-6  # seconds: sixty times a sixtieth of a minute is not always a m
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What a request's head tells. `client`: the key that was given, for limits by client; `route`: the prefix of
-    routes.toml that its path has, for metrics; `admin`: its key is an administrator's; `failed`: its keys are not
-    valid."""
+    routes.toml that its path has, for metrics; `admin`: its key is an administrator's."""
 
     refusal: Refusal | None
     client: bytes = b""
     route: str = OTHER
     admin: bool = False
-    failed: bool = False
 
 
 class Routes:
@@ -85,13 +81,12 @@ class Routes:
             if (prefix := text[:at]) in self.table:
                 return prefix, self.table[prefix]
             at = text.rfind("/", 0, at)
-        return OTHER, self.table[""] if "" in self.table else self._unknown(text)
-
-    def _unknown(self, path: str) -> Refusal:
-        parts = path.rstrip("/").split("/")
+        if "" in self.table:
+            return OTHER, self.table[""]
+        parts = text.rstrip("/").split("/")
         near = self.hints.get("/".join(parts[-2:])) or self.hints.get(parts[-1])
         hint = f"Did you mean {near}?" if near else "SUPERVISOR_ALLOW_ROUTES opens others."
-        return refuse("route_not_found", path=path[:SHOWN_PATH], hint=hint)
+        return OTHER, refuse("route_not_found", path=text, hint=hint)
 
 
 @dataclass(frozen=True)
@@ -188,7 +183,7 @@ class Policy:
         if verdict.admin:
             refusal = None
         refusal = verdict.refusal or refusal or self.elsewhere
-        return Verdict(refusal, verdict.client, route, verdict.admin, verdict.failed)
+        return Verdict(refusal, verdict.client, route, verdict.admin)
 
     def identify(self, headers: Headers) -> Verdict:
         """Whether one of the keys is valid, and whose it is; and whether a browser was tricked into asking here."""
@@ -201,7 +196,7 @@ class Policy:
                 known = given
         if known:
             return Verdict(None, known)
-        return Verdict(UNAUTHORIZED, failed=True) if self.api_keys else Verdict(self._host_refused(headers))
+        return Verdict(UNAUTHORIZED if self.api_keys else self._host_refused(headers))
 
     def _host_refused(self, headers: Headers) -> Refusal | None:
         """DNS rebinding: a page's own name leads here, and its browser believes that it asks its own server."""
@@ -215,12 +210,12 @@ class Policy:
         with contextlib.suppress(ValueError):
             ipaddress.ip_address(name)
             return None
-        return refuse("host_not_allowed", name=name[:SHOWN_PATH])
+        return refuse("host_not_allowed", name=name)
 
     def refused(self, verdict: Verdict, address: bytes, now: float) -> Refusal | None:
         """What its client is told. Wrong keys are answered so many times a minute, and then with less; a valid one is
         let in whatever others at its address (a proxy's, maybe) have tried."""
-        if verdict.failed and self.failures.take(address, now) is not None:
+        if verdict.refusal is UNAUTHORIZED and self.failures.take(address, now) is not None:
             return TOO_MANY_FAILURES
         return verdict.refusal
 

@@ -46,11 +46,6 @@ class Record:
         return self.client.address
 
     @property
-    def went(self) -> bool:
-        """vLLM had it."""
-        return self.delivering is not None and self.delivering.went
-
-    @property
     def replayed(self) -> bool:
         """It was sent again, for the engine died."""
         return self.delivering is not None and self.delivering.replayed

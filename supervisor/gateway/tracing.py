@@ -165,7 +165,7 @@ class Tracing:
 def parts(record: Record) -> Iterator[tuple[str, float, float, bool]]:
     """What became of it, in order: name of a span, from, to, and whether it was lost with its engine."""
     marks = (*record.marks, ("over", record.over_at))
-    if record.went and marks[0][0] in ("lost", "over"):
+    if record.delivering is not None and record.delivering.went and marks[0][0] in ("lost", "over"):
         marks = (("sent", record.began), *marks)  # at once, which is not worth a mark
     again = False
     for (what, since), (then, until) in pairwise(marks):

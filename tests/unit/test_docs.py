@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from supervisor.gateway.delivery import TABLE, Delivery, Event, State
-from supervisor.gateway.errors import TABLE as REFUSALS
+from supervisor.gateway.errors import REFUSALS
 from supervisor.settings.knobs import KNOBS
 from supervisor.settings.names import ALIASES, OWNED
 from supervisor.settings.settings import Arguments, gather
