@@ -18,7 +18,7 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping
 from operator import attrgetter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from supervisor.gateway.delivery import KEEP_LIMIT, Answered, Delivery
 from supervisor.gateway.door import Delivering
@@ -40,11 +40,14 @@ RESULTS = {"hit": "cache hit", "shared": "shared", "miss": "", "bypass": ""}  # 
 FAILED = re.compile(rb"""(?m)^(?:data: ?\{"error"|event: ?error)|"finish_reason": ?"(?:abort|error)\"""")
 
 
+# What an exchange is told of its answer: one of its methods, and what it is called with.
+Call = tuple[Any, ...]
+
+
 class Kept(NamedTuple):
     """A whole answer."""
 
-    head: ResponseHead
-    body: bytes
+    calls: tuple[Call, ...]
     at: float
     size: int  # that it takes, in bytes
 
@@ -88,9 +91,8 @@ class Cache:
         if not fresh and (kept := self.kept.get(key)) is not None:
             self.kept.move_to_end(key)
             self._say(exchange, "hit", b"Age: %d\r\n" % (time.monotonic() - kept.at))
-            exchange.answer(kept.head)
-            exchange.data(kept.body, False)
-            exchange.ended()
+            for call, *about in kept.calls:
+                call(exchange, *about)
         elif not fresh and (recording := self.recordings.get(key)) is not None:
             self._say(exchange, "shared")
             recording.join(asked)
@@ -148,8 +150,7 @@ class Asked(Delivering):
         self.exchange = exchange
         self.head = head
         self.received = bytearray()  # of its body
-        self.begun = False  # its client has the answer's head
-        self.unread: deque[tuple[bytes, bool]] = deque()  # of the answer's body
+        self.unread: deque[Call] = deque()  # of the answer
         self.paused = False  # its client takes no more for now
 
     @property
@@ -189,11 +190,17 @@ class Asked(Delivering):
         self.paused = False
         if self.recording is not None:
             self.recording.pace()
-            self.recording.tell(self)
+        self.catch_up()
+
+    def catch_up(self) -> None:
+        """Tells its client what there is, as far as it takes it."""
+        while self.unread and not self.paused and not self.exchange.response_complete:
+            call, *about = self.unread.popleft()
+            call(self.exchange, *about)
 
 
 class Recording(Answered):
-    """An answer as it comes: its head, and the reads of its body, chunks and all. Its delivery's `Answered`."""
+    """An answer as its delivery tells it; each reader is told the same."""
 
     def __init__(self, cache: Cache, key: bytes, first: Exchange, head: bytes) -> None:
         self.cache = cache
@@ -201,9 +208,9 @@ class Recording(Answered):
         self.first = first
         self.door, self.request = first.door, first.request
         self.head: ResponseHead | None = None
-        self.parts: list[tuple[bytes, bool]] = []  # while it may be kept
+        self.calls: list[Call] = []  # while it may be kept
         self.size = OVERHEAD  # that it takes, so far
-        self.end: Callable[[Exchange], None] | None = None  # what is then told to each that has read all of it
+        self.complete = False
         self.readers: list[Asked] = []
         self.source = Delivery(self, head)
 
@@ -213,22 +220,9 @@ class Recording(Answered):
 
     def join(self, reader: Asked) -> None:
         reader.recording, reader.source = self, self.source
-        reader.unread.extend(self.parts)
+        reader.unread.extend(self.calls)
         self.readers.append(reader)
-        self.tell(reader)
-
-    def tell(self, reader: Asked) -> None:
-        """What there is, as far as its client takes it."""
-        exchange = reader.exchange
-        if exchange.response_complete:
-            return
-        if self.head is not None and not reader.begun:
-            reader.begun = True
-            exchange.answer(self.head)
-        while reader.unread and not reader.paused:
-            exchange.data(*reader.unread.popleft())
-        if self.end is not None and not reader.unread and not reader.paused:
-            self.end(exchange)
+        reader.catch_up()
 
     def left(self, reader: Asked) -> None:
         """It has all of it, or its client is gone."""
@@ -238,31 +232,36 @@ class Recording(Answered):
 
     def pace(self) -> None:
         """It goes on while one of the readers can, and ends with the last of them."""
-        if self.end is not None:
+        if self.complete:
             return
         if not self.readers:
-            self._over(Exchange.ended)
+            self._end(Exchange.ended)
         elif all(reader.paused for reader in self.readers):
             self.source.pause()
         else:
             self.source.resume()
 
-    def _over(self, end: Callable[[Exchange], None], kept: Kept | None = None) -> None:
-        self.end = end
+    def _tell(self, *call: Any) -> None:
+        self.calls.append(call)
+        if self.size > self.cache.largest:
+            self.cache.over(self)
+            self.calls.clear()  # who has read it needs it no more
+        for reader in list(self.readers):
+            reader.unread.append(call)
+            reader.catch_up()
+
+    def _end(self, *call: Any, kept: Kept | None = None) -> None:
+        self.complete = True
         self.cache.over(self, kept)
         self.source.abort()
-        self._tell_all()
-
-    def _tell_all(self) -> None:
-        for reader in list(self.readers):
-            self.tell(reader)
+        self._tell(*call)
 
     # Answered
 
     def answer(self, head: ResponseHead) -> None:
         self.head = head.for_others()
         self.size += len(head.fields)
-        self._tell_all()
+        self._tell(Exchange.answer, self.head)
 
     def whole(self, known: KnownAnswer, digits: bytes, body: bytes) -> None:
         self.answer(known.with_length(digits))
@@ -270,29 +269,25 @@ class Recording(Answered):
         self.ended()
 
     def data(self, data: bytes, in_chunk: bool) -> None:
-        if not data:
-            return
-        self.parts.append((data, in_chunk))
         self.size += len(data)
-        if self.size > self.cache.largest:
-            self.cache.over(self)
-            self.parts.clear()  # what all have read goes
-        for reader in list(self.readers):
-            reader.unread.append((data, in_chunk))
-            self.tell(reader)
+        if data:
+            self._tell(Exchange.data, data, in_chunk)
 
     def ended(self) -> None:
-        head, body = self.head, b"".join(data for data, _ in self.parts)
+        head, body = self.head, b"".join(data for _, data, _ in self.calls[1:])
         assert head is not None
-        is_well = head.status == 200 and head.framing is not Framing.CLOSE and FAILED.search(body) is None
+        kept = None
+        if head.status == 200 and head.framing is not Framing.CLOSE and FAILED.search(body) is None:
+            calls = (Exchange.answer, head), (Exchange.data, body, False), (Exchange.ended,)
+            kept = Kept(calls, time.monotonic(), self.size)
         self.source.release()
-        self._over(Exchange.ended, Kept(head, body, time.monotonic(), self.size) if is_well else None)
+        self._end(Exchange.ended, kept=kept)
 
     def lost(self, error: UpstreamError) -> None:
-        self._over(lambda exchange: exchange.lost(error))
+        self._end(Exchange.lost, error)
 
     def refused(self, refusal: Refusal) -> None:
-        self._over(lambda exchange: exchange.refused(refusal))
+        self._end(Exchange.refused, refusal)
 
 
 def _control(request: Request) -> bytes:
