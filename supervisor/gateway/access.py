@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -35,25 +36,21 @@ UNITS = ("B", "kB", "MB", "GB")
 GAP, SECONDS = "\0", "\1"
 
 
+@dataclass(eq=False)
 class AccessLog:
     """`ended(record)` for each; `flush()` before the end."""
 
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        form: Form,
-        put: Callable[[bytes, int], None],
-        level: str = "info",
-        ours: bytes = b" ",
-    ) -> None:
-        """`put` writes lines, so many; above `level` info, those of failures alone. `ours`: how the ids begin that no
-        client made."""
-        self.ours = ours  # who has seen one can begin like it: no more than letters and digits are taken for ours
-        self.from_status = FROM_STATUS[level]
-        self.loop = loop
-        self.form = unmasked(form)
-        self.mask = form.mask
-        self.put = put
+    loop: asyncio.AbstractEventLoop
+    form: Form
+    put: Callable[[bytes, int], None]  # writes lines, so many
+    level: str = "info"  # above it, those of failures alone
+    # How the ids begin that no client made. Who has seen one can begin like it: no more than letters and digits are
+    # taken for ours.
+    ours: bytes = b" "
+
+    def __post_init__(self) -> None:
+        self.from_status = FROM_STATUS[self.level]
+        self.mask, self.form = self.form.mask, unmasked(self.form)
         self.batch: list[Record] = []
         self._shape = lru_cache(KEPT)(self._with_gaps)
         self._foreign_id = lru_cache(KEPT)(self._masked_id)
