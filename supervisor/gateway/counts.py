@@ -96,8 +96,16 @@ class Counts:
         """One request is over. A watcher of the gateway's doors."""
         series = self.answers[record.request.verdict.route, record.status]  # type: ignore[union-attr]  # it was judged
         began, first_at = record.began, record.first_at
-        series.whole.observe(record.over_at - began)
-        series.first.observe((first_at or record.over_at) - began)
+        seconds = record.over_at - began
+        at = bisect_left(BOUNDS, seconds)
+        whole, first = series.whole, series.first
+        whole.buckets[at] += 1
+        whole.seconds += seconds
+        if 0 < first_at != record.over_at:
+            first.observe(first_at - began)
+        else:  # one place for both
+            first.buckets[at] += 1
+            first.seconds += seconds
         self.aborted += record.gone and first_at > 0
 
     # In all, for the status page
