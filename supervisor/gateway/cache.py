@@ -38,8 +38,6 @@ OVERHEAD = 1000  # bytes that an answer takes beside its own, about
 RESULTS = {"hit": "cache hit", "shared": "shared", "miss": "", "bypass": ""}  # and how the access log has it
 # An engine that dies makes an error event of it, and vLLM's API server ends the stream as if it were well.
 FAILED = re.compile(rb"""(?m)^(?:data: ?\{"error"|event: ?error)|"finish_reason": ?"(?:abort|error)\"""")
-
-
 # What an exchange is told of its answer: one of its methods, and what it is called with.
 Call = tuple[Any, ...]
 
@@ -91,8 +89,8 @@ class Cache:
         if not fresh and (kept := self.kept.get(key)) is not None:
             self.kept.move_to_end(key)
             self._say(exchange, "hit", b"Age: %d\r\n" % (time.monotonic() - kept.at))
-            for call, *about in kept.calls:
-                call(exchange, *about)
+            asked.unread.extend(kept.calls)
+            asked.catch_up()
         elif not fresh and (recording := self.recordings.get(key)) is not None:
             self._say(exchange, "shared")
             recording.join(asked)
