@@ -40,7 +40,7 @@ from supervisor.gateway.ask import ask
 from supervisor.gateway.counts import Jobs
 from supervisor.gateway.errors import Refusal
 from supervisor.gateway.gate import Admission
-from supervisor.gateway.policy import Origins, Policy, Routes
+from supervisor.gateway.policy import Origins, Policy, Rate, Routes
 from supervisor.gateway.server import Gateway
 from supervisor.gateway.upstream import Upstream
 from supervisor.launch import SIGNALS, Launch
@@ -189,12 +189,13 @@ class Serving(Observer):
     def _gateway(self) -> Gateway:
         settings, knobs = self.settings, self.knobs
         policy = Policy(
-            *(keys.values for keys in settings.keys),
+            settings.keys[0].values,
+            settings.keys[1].values,
             routes=Routes(knobs.allow_routes or (), str(settings.option("root_path") or "")),
             origins=self._origins(),
             # A page of a browser's reaches what listens on loopback; under which names others are known can't be told.
             hosts=knobs.allowed_hosts if listen.on_loopback(knobs.host) else None,
-            rate=knobs.rate_limit,
+            rate=Rate(knobs.rate_limit) if knobs.rate_limit else None,
             max_body=knobs.max_body,
             timeout=knobs.request_timeout or math.inf,
             elsewhere=elsewhere(settings),

@@ -1,33 +1,52 @@
 """Our own routes, as an ASGI app: `/ping`, `/health`, `/status`, `/metrics`, the page at `/`, and CORS preflights for
-every path, which a browser asks without a key and before it asks anything else."""
+every path, which a browser asks without a key and before it asks anything else.
+
+`/status` tells everything to administrators, to everybody where no keys are set at all, and over the private unix
+socket, which only the supervisor's own user can open. Whoever else may ask is told what `FOR_EVERYBODY` names.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import parse_qsl
 
-from supervisor.gateway import page, told
+from supervisor.gateway import page
 from supervisor.gateway.ask import ask
+from supervisor.gateway.counts import BOUNDS, Counts
 from supervisor.gateway.gate import Engine, Gate
-from supervisor.gateway.policy import is_preflight
+from supervisor.gateway.policy import Policy, is_preflight
 
 if TYPE_CHECKING:
     from supervisor.gateway.cache import Cache
-    from supervisor.gateway.counts import Counts
     from supervisor.gateway.http1 import Headers
-    from supervisor.gateway.metrics import Exposition
-    from supervisor.gateway.policy import Policy
     from supervisor.gateway.upstream import Upstream
 
 OWN_PATHS = frozenset({b"/ping", b"/health", b"/status", b"/metrics", b"/"})
+READY = {b"/ping": "ready", b"/health": "ok"}
 METHODS = ("GET", "HEAD", "POST")
+# How the server is and what it counts. The rest is how it is set up (settings, paths, vLLM's command), as which vLLM's
+# own /server_info needs an admin key, and vLLM's log, which quotes what other clients sent. A list of what is shown and
+# not of what is hidden: a new fact is hidden until somebody thinks about it.
+FOR_EVERYBODY = frozenset({
+    "state", "since", "reason", "pid", "phases", "progress", "expected_seconds", "model", "mode", "vllm_version",
+    "last_failure", "restarts", "restarts_by_cause", "transitions", "in_flight", "waiting",
+    "now", "bounds", "statuses", "buckets", "reads", "happened",
+})  # fmt: skip
+LOG_OF_FAILURE = "log_tail"  # within `last_failure`
+TRANSITIONS = 30
+LONGEST_LINE = 1000  # characters; vLLM's log may have a line of 64 kB
+NUMBER = re.compile(r"[0-9]{1,15}")
 # Seconds for vLLM to tell its metrics, before only ours are told.
 METRICS_PATIENCE = 5.0
 
 Scope = dict[str, Any]
-Send = Callable[[dict[str, Any]], Any]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+Answer = tuple[int, "Headers", bytes]  # status, header fields, body
 
 
 class EngineView(Engine, Protocol):
@@ -55,7 +74,6 @@ class OwnRoutes:
     in_flight: Callable[[], int]
     facts: Mapping[str, object]
     cache: Cache | None = None
-    exposition: Exposition | None = None
 
     def is_own(self, path: bytes) -> bool:
         return path in OWN_PATHS or (bool(self.policy.routes.root) and self._path(path) in OWN_PATHS)
@@ -64,100 +82,100 @@ class OwnRoutes:
         """Below vLLM's --root-path ours are, too."""
         return (self.policy.routes.below_root(path) or "/").encode("latin-1", "replace")
 
-    async def __call__(self, scope: Scope, receive: Callable[[], Any], send: Send) -> None:
-        assert scope["type"] == "http"
+    async def __call__(self, scope: Scope, receive: object, send: Send) -> None:
         headers: Headers = scope["headers"]
-        path = self._path(scope["raw_path"])
-        answer = _Answer(send, self._cors(headers))
         if is_preflight(scope["method"].encode(), headers):
             allowed = self.policy.origins.preflight(headers)
-            if allowed is None:
-                await answer.json(400, {"error": "This page's origin is none of ALLOWED_ORIGINS."})
-            else:
-                await _Answer(send, allowed).empty(204)
-        elif scope["method"] not in METHODS:
-            await answer.json(405, {"error": "GET, HEAD or POST"}, [(b"allow", b"GET, HEAD, POST")])
-        elif path == b"/ping":
-            await self._ping(answer)
-        elif path == b"/health":
-            ready = self.engine.ready
-            await answer.json(200 if ready else 503, {"status": "ok" if ready else self.engine.explanation})
-        elif path == b"/" and page.wanted(headers):
-            await page.show(send)
+            refused = _json(400, {"error": "This page's origin is none of ALLOWED_ORIGINS."})
+            status, fields, body = (204, allowed, b"") if allowed is not None else refused
         else:
-            await self._told(path, scope, answer)
+            status, fields, body = await self._answer(scope)
+            fields = [*fields, *self.policy.origins.fields(dict(headers).get(b"origin"))]
+        if status != 204:
+            fields.append((b"content-length", b"%d" % len(body)))
+        await send({"type": "http.response.start", "status": status, "headers": fields})
+        await send({"type": "http.response.body", "body": body})
 
-    def _cors(self, headers: Headers) -> Headers:
-        origin = next((value for name, value in headers if name == b"origin"), None)
-        lines = self.policy.origins.lines(origin).split(b"\r\n")[:-1]
-        return [(name.lower(), value) for name, _, value in (line.partition(b": ") for line in lines)]
+    async def _answer(self, scope: Scope) -> Answer:
+        path = self._path(scope["raw_path"])
+        if scope["method"] not in METHODS:
+            return _json(405, {"error": "GET, HEAD or POST"}, (b"allow", b"GET, HEAD, POST"))
+        if path in READY:
+            return self._ready(path)
+        if path == b"/" and page.wanted(scope["headers"]):
+            return page.answer()
+        if (refused := self._refused(scope)) is not None:
+            return refused
+        return await self._metrics() if path == b"/metrics" else self._told(scope)
 
-    async def _told(self, path: bytes, scope: Scope, answer: _Answer) -> None:
-        """What only those are told who have a key, where there are keys."""
-        private = _private(scope)
-        if not private:
-            verdict = self.policy.identify(scope["headers"])
-            address = scope["client"][0].encode() if scope["client"] else b""
-            if (refusal := self.policy.refused(verdict, address, self.gate.loop.time())) is not None:
-                again = [(b"retry-after", b"%d" % refusal.retry_after)] if refusal.retry_after else []
-                await answer.json(refusal.status, {"error": refusal.message}, again)
-                return
-        if path == b"/metrics":
-            await self._metrics(answer)
-            return
-        status = {**self.engine.status(), "in_flight": self.in_flight(), "waiting": self.gate.waiting}
-        content = told.told(
-            status, self.facts, self.engine, self.counts, self.upstream.reads,
-            full=told.sees_all(self.policy, scope["headers"], private=private),
-            after=told.lines_seen(scope["query_string"]),
-        )  # fmt: skip
-        await answer.json(200, content, [(b"cache-control", b"no-store")])
-
-    async def _metrics(self, answer: _Answer) -> None:
-        from supervisor.gateway.metrics import CONTENT_TYPE, Exposition  # noqa: PLC0415  # 20 ms, for those who ask
-
-        if self.exposition is None:
-            self.exposition = Exposition(self.counts, self.facts, self._look, self.cache)
-        text = self.exposition.text() + await self._vllms_metrics()
-        await answer.give(200, text, [(b"content-type", CONTENT_TYPE)])
-
-    def _look(self) -> dict[str, object]:
-        waiting = self.gate.waiting
-        return {**self.engine.status(), "requests_in_flight": self.in_flight(), "requests_waiting": waiting}
-
-    async def _vllms_metrics(self) -> bytes:
-        if not self.engine.ready:
-            return b""
-        answer = await ask(self.upstream, "/metrics", patience=METRICS_PATIENCE)
-        return answer[1] if answer is not None and answer[0] == 200 else b""
-
-    async def _ping(self, answer: _Answer) -> None:
-        """RunPod's load balancer: 204 keeps the worker in its list while it loads, 200 sends it work."""
+    def _ready(self, path: bytes) -> Answer:
         if self.engine.ready:
-            await answer.json(200, {"status": "ready"})
-        elif self.engine.over:
-            await answer.json(503, {"status": self.engine.explanation})
-        else:
-            await answer.empty(204)
+            return _json(200, {"status": READY[path]})
+        # RunPod's load balancer: 204 keeps the worker in its list while it loads, 200 sends it work.
+        loads = path == b"/ping" and not self.engine.over
+        return (204, [], b"") if loads else _json(503, {"status": self.engine.explanation})
+
+    def _refused(self, scope: Scope) -> Answer | None:
+        """The rest is told only to those who have a key, where there are keys."""
+        if _private(scope):
+            return None
+        address = scope["client"][0].encode() if scope["client"] else b""
+        refusal = self.policy.refused(self.policy.identify(scope["headers"]), address, self.gate.loop.time())
+        if refusal is None:
+            return None
+        again = [(b"retry-after", b"%d" % refusal.retry_after)] if refusal.retry_after else []
+        return _json(refusal.status, {"error": refusal.message}, *again)
+
+    def shows_all(self, scope: Scope) -> bool:
+        """With API keys alone nobody is an administrator over HTTP."""
+        policy = self.policy
+        return _private(scope) or not (policy.api_keys or policy.admin_keys) or policy.identify(scope["headers"]).admin
+
+    def _told(self, scope: Scope) -> Answer:
+        content = self.status(after=lines_seen(scope["query_string"]))
+        content = content if self.shows_all(scope) else for_everybody(content)
+        return _json(200, content, (b"cache-control", b"no-store"))
+
+    def status(self, after: int | None = None) -> dict[str, Any]:
+        """`after` a line of vLLM's log: with what the page needs beside it."""
+        content = {**self.engine.status(), "in_flight": self.in_flight(), "waiting": self.gate.waiting, **self.facts}
+        if after is not None:
+            line, log = self.engine.log_after(after)
+            content |= {
+                "now": time.time(), "bounds": BOUNDS, "statuses": self.counts.statuses, "buckets": self.counts.buckets,
+                "reads": self.upstream.reads, "happened": list(self.engine.timeline)[-TRANSITIONS:],
+                "line": line, "log": [text[:LONGEST_LINE] for text in log],
+            }  # fmt: skip
+        return content
+
+    async def _metrics(self) -> Answer:
+        """Ours, and vLLM's own as they are."""
+        from supervisor.gateway.metrics import CONTENT_TYPE, exposition  # noqa: PLC0415  # 20 ms, for those who ask
+
+        text = exposition(self.counts, self.status(), self.cache)
+        if self.engine.ready:
+            status, vllms = await ask(self.upstream, "/metrics", patience=METRICS_PATIENCE) or (0, b"")
+            text += vllms if status == 200 else b""
+        return 200, [(b"content-type", CONTENT_TYPE)], text
 
 
-@dataclass(slots=True)
-class _Answer:
-    send: Send
-    cors: Headers
+def lines_seen(query: bytes) -> int | None:
+    """The N of `after=N`, 0 where it is no number; None where nobody asks for what is new."""
+    value = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True)).get("after")
+    if value is None:
+        return None
+    return int(value) if NUMBER.fullmatch(value) else 0
 
-    async def json(self, status: int, content: Mapping[str, object], headers: Headers | None = None) -> None:
-        fields = [(b"content-type", b"application/json"), *(headers or [])]
-        await self.give(status, json.dumps(content).encode() + b"\n", fields)
 
-    async def give(self, status: int, body: bytes, headers: Headers) -> None:
-        fields = [*headers, (b"content-length", b"%d" % len(body)), *self.cors]
-        await self.send({"type": "http.response.start", "status": status, "headers": fields})
-        await self.send({"type": "http.response.body", "body": body})
+def for_everybody(status: Mapping[str, Any]) -> dict[str, Any]:
+    found = {name: value for name, value in status.items() if name in FOR_EVERYBODY}
+    if isinstance(failure := found.get("last_failure"), Mapping):
+        found["last_failure"] = {name: value for name, value in failure.items() if name != LOG_OF_FAILURE}
+    return found
 
-    async def empty(self, status: int) -> None:
-        await self.send({"type": "http.response.start", "status": status, "headers": self.cors})
-        await self.send({"type": "http.response.body"})
+
+def _json(status: int, content: Mapping[str, object], *more: tuple[bytes, bytes]) -> Answer:
+    return status, [(b"content-type", b"application/json"), *more], json.dumps(content).encode() + b"\n"
 
 
 def _private(scope: Scope) -> bool:

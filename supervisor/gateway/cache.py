@@ -15,35 +15,39 @@ import hashlib
 import json
 import re
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from supervisor.gateway.delivery import KEEP_LIMIT, Answered, Delivery
 from supervisor.gateway.door import Delivering
+from supervisor.gateway.exchange import Exchange
 from supervisor.gateway.http1 import Framing, KnownAnswer, Request, ResponseHead
-from supervisor.gateway.policy import ADMIN_ROUTES
+from supervisor.gateway.policy import ADMIN_ROUTES, CACHED_ROUTES
 
 if TYPE_CHECKING:
     from supervisor.gateway.errors import Refusal, UpstreamError
-    from supervisor.gateway.exchange import Exchange
     from supervisor.gateway.record import Record
 
-# Whether the body has to ask for it. Of the other routes none is here: /v1/responses keeps a state, audio is a form.
-ROUTES = {
-    "/v1/chat/completions": True, "/v1/completions": True, "/v1/messages": True,
-    "/v1/embeddings": False, "/v2/embed": False, "/pooling": False, "/classify": False, "/score": False,
-    "/v1/score": False, "/rerank": False, "/v1/rerank": False, "/v2/rerank": False,
-}  # fmt: skip
 # Headers by which vLLM's answer differs.
 VARYING = frozenset({b"content-type", b"endpoint-load-metrics-format", b"origin", b"x-data-parallel-rank"})
 # An answer that would take more than this share of the memory is not kept.
 LARGEST_SHARE = 1 / 4
 OVERHEAD = 1000  # bytes that an answer takes beside its own, about
-RESULTS = ("hit", "shared", "miss", "bypass")
-HEADER = b"X-Supervisor-Cache: "
+RESULTS = {"hit": "cache hit", "shared": "shared", "miss": "", "bypass": ""}  # and how the access log has it
 # An engine that dies makes an error event of it, and vLLM's API server ends the stream as if it were well.
 FAILED = re.compile(rb"""(?m)^(?:data: ?\{"error"|event: ?error)|"finish_reason": ?"(?:abort|error)\"""")
+# What an exchange is told of its answer: one of its methods, and what it is called with.
+Call = tuple[Any, ...]
+
+
+class Kept(NamedTuple):
+    """A whole answer."""
+
+    calls: tuple[Call, ...]
+    at: float
+    size: int  # that it takes, in bytes
 
 
 class Cache:
@@ -56,155 +60,206 @@ class Cache:
         self.largest = memory * LARGEST_SHARE
         self.kept: OrderedDict[bytes, Kept] = OrderedDict()  # the one that was asked for last is the last
         self.size = 0
-        self.recordings: dict[bytes, Recording] = {}
+        self.recordings: dict[bytes, Recording] = {}  # that may be joined, and kept when they are whole
         self.results: Counter[str] = Counter(dict.fromkeys(RESULTS, 0))
-        self.epoch = 0  # of the model: an administrator may change it
 
     def deliver(self, exchange: Exchange, head: bytes) -> Delivering:
         request = exchange.request
         if (
             request.method == b"POST"
-            and exchange.verdict.route in ROUTES
+            and exchange.verdict.route in CACHED_ROUTES
             and request.http11
             and not (request.chunked or request.expects_continue)
             and b"no-store" not in _control(request)
         ):
-            return Undecided(self, exchange, head)
+            return Asked(self, exchange, head)
         return Delivery(exchange, head)
 
-    def decide(self, asked: Undecided) -> None:
+    def decide(self, asked: Asked) -> None:
         """Its body is there: answers it, or sends it on."""
         exchange, body = asked.exchange, asked.body
         request = exchange.request
-        if not _deterministic(body, asked=ROUTES[exchange.verdict.route]):
+        if not _deterministic(body, asked=CACHED_ROUTES[exchange.verdict.route]):
             self.results["bypass"] += 1
-            asked.go_on()
+            asked.go_on(complete=True)
             return
         key = _key(exchange, body)
         control = _control(request)
         fresh = b"no-cache" in control or b"max-age=0" in control
         if not fresh and (kept := self.kept.get(key)) is not None:
             self.kept.move_to_end(key)
-            self.results["hit"] += 1
-            exchange.cached = "cache hit"
-            Reader(kept, exchange, b"hit\r\nAge: %d" % (time.monotonic() - kept.at)).read()
+            self._say(exchange, "hit", b"Age: %d\r\n" % (time.monotonic() - kept.at))
+            asked.unread.extend(kept.calls)
+            asked.catch_up()
         elif not fresh and (recording := self.recordings.get(key)) is not None:
-            self.results["shared"] += 1
-            exchange.cached = "shared"
-            recording.join(exchange, b"shared")
+            self._say(exchange, "shared")
+            recording.join(asked)
         else:
-            self.results["miss"] += 1
+            self._say(exchange, "miss")
+            asked.went = True
             # Its id is in vLLM's answer, and may come to others: so it is none that a client made.
             head = request.again(b"%d" % len(body), self.new_id(), body)
             recording = self.recordings[key] = Recording(self, key, exchange, head)
-            recording.join(exchange, b"miss")
+            recording.join(asked)
             recording.source.begin(True)
 
-    def over(self, recording: Recording, kept: Kept | None = None) -> None:
-        """A recording is whole, or was given up."""
-        if self.recordings.get(recording.key) is recording:
-            del self.recordings[recording.key]
-        if kept is None or recording.epoch != self.epoch or kept.size > self.largest:
-            return
-        self._forget(recording.key)
-        self.kept[recording.key] = kept
-        self.size += kept.size
-        while self.size > self.memory:
-            self._forget(next(iter(self.kept)))
+    def _say(self, exchange: Exchange, result: str, more: bytes = b"") -> None:
+        self.results[result] += 1
+        exchange.cached = RESULTS[result]
+        exchange.more_lines = b"X-Supervisor-Cache: %b\r\n%b" % (result.encode(), more)
 
-    def _forget(self, key: bytes) -> None:
+    def over(self, recording: Recording, kept: Kept | None = None) -> None:
+        """It is whole, or was given up, or has become too large to be kept: nobody joins it any more."""
+        key = recording.key
+        if self.recordings.get(key) is not recording:
+            return  # somebody asked afresh since, or an administrator changed the model
+        del self.recordings[key]
+        if kept is None:
+            return
         if (before := self.kept.pop(key, None)) is not None:
             self.size -= before.size
+        self.kept[key] = kept
+        self.size += kept.size
+        while self.size > self.memory:
+            self.size -= self.kept.popitem(last=False)[1].size
 
     def ended(self, record: Record) -> None:
         """A watcher: of what an administrator asks for."""
         verdict = record.verdict
         if verdict.route in ADMIN_ROUTES and record.request.method != b"GET" and verdict.refusal is None:
-            self.epoch += 1  # other weights, another adapter: who knows
-            self.recordings.clear()
+            self.recordings.clear()  # other weights, another adapter: who knows
             self.kept.clear()
             self.size = 0
 
 
-class Answer:
-    """One that is there, or comes: its head, and the reads of its body as they came, chunks and all."""
+class Asked(Delivering):
+    """One request: its body until all of it is there, then its client's way through a recording."""
 
-    head: ResponseHead | None = None
-    parts: list[tuple[bytes, bool]]
-    complete = True
-    lost_by: UpstreamError | None = None
-    source: Delivering = Delivering()  # what produces it
+    recording: Recording | None = None
+    source = Delivering()  # what produces the answer; what that goes through, this one does
+    marks = property(attrgetter("source.marks"))
+    replayed = property(attrgetter("source.replayed"))
+    waits = property(attrgetter("source.waits"))
+    content = property(attrgetter("source.content"))
+    working = property(attrgetter("source.working"))
 
-    def pace(self) -> None: ...  # a reader stands still, or goes on
-
-    def left(self, reader: Reader) -> None: ...  # it has all of it, or its client is gone
-
-
-class Kept(Answer):
-    """A whole answer."""
-
-    def __init__(self, head: ResponseHead, body: bytes) -> None:
+    def __init__(self, cache: Cache, exchange: Exchange, head: bytes) -> None:
+        self.cache = cache
+        self.exchange = exchange
         self.head = head
-        self.parts = [(body, False)] if body else []
-        self.at = time.monotonic()
-        self.size = len(head.fields) + len(body) + OVERHEAD
+        self.received = bytearray()  # of its body
+        self.unread: deque[Call] = deque()  # of the answer
+        self.paused = False  # its client takes no more for now
+
+    @property
+    def body(self) -> bytes:
+        """It stands with a head that came before."""
+        return bytes(self.received) or self.head[self.head.find(b"\r\n\r\n") + 4 :]
+
+    def begin(self, complete: bool) -> None:
+        if complete:
+            self.cache.decide(self)
+
+    def write(self, data: bytes) -> None:
+        self.received += data
+        if len(self.received) > KEEP_LIMIT:  # too large to be looked at
+            self.go_on(complete=False)
+
+    def end(self) -> None:
+        self.cache.decide(self)
+
+    def go_on(self, *, complete: bool) -> None:
+        """As without a cache."""
+        self.exchange.delivering = delivery = Delivery(self.exchange, self.head)
+        if self.received:
+            delivery.write(bytes(self.received))
+        delivery.begin(complete)
+
+    def abort(self) -> None:
+        if self.recording is not None:
+            self.recording.left(self)
+
+    def pause(self) -> None:
+        self.paused = True
+        if self.recording is not None:
+            self.recording.pace()
+
+    def resume(self) -> None:
+        self.paused = False
+        if self.recording is not None:
+            self.recording.pace()
+        self.catch_up()
+
+    def catch_up(self) -> None:
+        """Tells its client what there is, as far as it takes it."""
+        while self.unread and not self.paused and not self.exchange.response_complete:
+            call, *about = self.unread.popleft()
+            call(self.exchange, *about)
 
 
-class Recording(Answer, Answered):
-    """An answer as it comes. For its delivery it is who gets it (`Answered`)."""
-
-    source: Delivery
+class Recording(Answered):
+    """An answer as its delivery tells it; each reader is told the same."""
 
     def __init__(self, cache: Cache, key: bytes, first: Exchange, head: bytes) -> None:
         self.cache = cache
         self.key = key
-        self.epoch = cache.epoch
         self.first = first
-        self.readers: list[Reader] = []
-        self.parts = []
-        self.size = 0  # of the body, so far
+        self.door, self.request = first.door, first.request
+        self.head: ResponseHead | None = None
+        self.calls: list[Call] = []  # while it may be kept
+        self.size = OVERHEAD  # that it takes, so far
         self.complete = False
-        self.door = first.door
-        self.request = first.request
+        self.readers: list[Asked] = []
         self.source = Delivery(self, head)
 
     @property
     def named(self) -> Mapping[str, str]:
         return self.first.named
 
-    def join(self, exchange: Exchange, result: bytes) -> None:
-        reader = Reader(self, exchange, result)
+    def join(self, reader: Asked) -> None:
+        reader.recording, reader.source = self, self.source
+        reader.unread.extend(self.calls)
         self.readers.append(reader)
-        reader.read()
+        reader.catch_up()
 
-    def left(self, reader: Reader) -> None:
-        if reader not in self.readers:
-            return
-        self.readers.remove(reader)
-        if not self.readers and not self.complete:
-            self.complete = True
-            self.cache.over(self)
-            self.source.abort()
-        else:
+    def left(self, reader: Asked) -> None:
+        """It has all of it, or its client is gone."""
+        if reader in self.readers:
+            self.readers.remove(reader)
             self.pace()
 
-    def _go_on(self) -> None:
-        for reader in list(self.readers):
-            reader.read()
-
     def pace(self) -> None:
-        """It goes on while one of the readers can."""
-        if not self.complete and self.readers:
-            if all(reader.paused for reader in self.readers):
-                self.source.pause()
-            else:
-                self.source.resume()
+        """It goes on while one of the readers can, and ends with the last of them."""
+        if self.complete:
+            return
+        if not self.readers:
+            self._end(Exchange.ended)
+        elif all(reader.paused for reader in self.readers):
+            self.source.pause()
+        else:
+            self.source.resume()
+
+    def _tell(self, *call: Any) -> None:
+        self.calls.append(call)
+        if self.size > self.cache.largest:
+            self.cache.over(self)
+            self.calls.clear()  # who has read it needs it no more
+        for reader in list(self.readers):
+            reader.unread.append(call)
+            reader.catch_up()
+
+    def _end(self, *call: Any, kept: Kept | None = None) -> None:
+        self.complete = True
+        self.cache.over(self, kept)
+        self.source.abort()
+        self._tell(*call)
 
     # Answered
 
     def answer(self, head: ResponseHead) -> None:
         self.head = head.for_others()
-        self._go_on()
+        self.size += len(head.fields)
+        self._tell(Exchange.answer, self.head)
 
     def whole(self, known: KnownAnswer, digits: bytes, body: bytes) -> None:
         self.answer(known.with_length(digits))
@@ -212,162 +267,31 @@ class Recording(Answer, Answered):
         self.ended()
 
     def data(self, data: bytes, in_chunk: bool) -> None:
+        self.size += len(data)
         if data:
-            self.parts.append((data, in_chunk))
-            self.size += len(data)
-        self._go_on()
-        if self.size > self.cache.largest:
-            self._let_go()
-
-    def _let_go(self) -> None:
-        """Too large to be kept: nobody joins any more, and what all have read goes."""
-        self.cache.over(self)
-        read = min((reader.at for reader in self.readers), default=len(self.parts))
-        del self.parts[:read]
-        for reader in self.readers:
-            reader.at -= read
+            self._tell(Exchange.data, data, in_chunk)
 
     def ended(self) -> None:
-        self.complete = True
-        body = b"".join(data for data, _ in self.parts)
-        head = self.head
+        head, body = self.head, b"".join(data for _, data, _ in self.calls[1:])
         assert head is not None
-        is_whole = head.status == 200 and head.framing is not Framing.CLOSE and self.size == len(body)
-        self.cache.over(self, Kept(head, body) if is_whole and FAILED.search(body) is None else None)
+        kept = None
+        if head.status == 200 and head.framing is not Framing.CLOSE and FAILED.search(body) is None:
+            calls = (Exchange.answer, head), (Exchange.data, body, False), (Exchange.ended,)
+            kept = Kept(calls, time.monotonic(), self.size)
         self.source.release()
-        self.source.abort()
-        self._go_on()
+        self._end(Exchange.ended, kept=kept)
 
     def lost(self, error: UpstreamError) -> None:
-        self._give_up()
-        self.lost_by = error
-        self._go_on()
+        self._end(Exchange.lost, error)
 
     def refused(self, refusal: Refusal) -> None:
-        self._give_up()
-        for reader in list(self.readers):
-            reader.exchange.refused(refusal)
-
-    def _give_up(self) -> None:
-        self.complete = True
-        self.cache.over(self)
-        self.source.release()
-        self.source.abort()
-
-
-class Reader(Delivering):
-    """One client's way through an answer. For its exchange it is a `Delivering`."""
-
-    def __init__(self, answer: Answer, exchange: Exchange, result: bytes) -> None:
-        self.answer = answer
-        self.exchange = exchange
-        self.went = result == b"miss"
-        self.at, self.paused = 0, False  # parts of the body that it has; whether its client takes no more for now
-        exchange.delivering = self
-        exchange.more_lines = b"%b%b\r\n" % (HEADER, result)
-
-    def read(self) -> None:
-        """Passes on what there is, as far as the client takes it."""
-        answer, exchange = self.answer, self.exchange
-        if answer.head is None or exchange.response_complete:
-            return
-        if exchange.body is None:
-            exchange.answer(answer.head)
-        while self.at < len(answer.parts) and not self.paused:
-            data, in_chunk = answer.parts[self.at]
-            self.at += 1
-            exchange.data(data, in_chunk)
-        if answer.complete and self.at == len(answer.parts) and not self.paused:
-            if answer.lost_by is None:
-                exchange.ended()
-            else:
-                exchange.lost(answer.lost_by)
-
-    @property
-    def marks(self) -> tuple[tuple[str, float], ...]:  # type: ignore[override]
-        """What its source went through, it did."""
-        return self.answer.source.marks
-
-    @property
-    def replayed(self) -> bool:  # type: ignore[override]
-        return self.answer.source.replayed
-
-    @property
-    def waits(self) -> bool:  # type: ignore[override]
-        return self.answer.source.waits
-
-    @property
-    def content(self) -> bytes:  # type: ignore[override]
-        return self.answer.source.content
-
-    @property
-    def working(self) -> bool:  # type: ignore[override]
-        return self.answer.source.working
-
-    def abort(self) -> None:
-        self.answer.left(self)
-
-    def pause(self) -> None:
-        self.paused = True
-        self.answer.pace()
-
-    def resume(self) -> None:
-        self.paused = False
-        self.answer.pace()
-        self.read()
-
-
-class Undecided(Delivering):
-    """A request whose body is not there yet. For its exchange it is a `Delivering`, until there is another."""
-
-    def __init__(self, cache: Cache, exchange: Exchange, head: bytes) -> None:
-        self.cache = cache
-        self.exchange = exchange
-        self.head = head
-        self.parts: list[bytes] = []
-        self.size = 0
-        self.begun = self.complete = False
-
-    @property
-    def body(self) -> bytes:
-        """It stands with a head that came before."""
-        return b"".join(self.parts) or self.head[self.head.find(b"\r\n\r\n") + 4 :]
-
-    def begin(self, complete: bool) -> None:
-        self.begun, self.complete = True, complete
-        if complete:
-            self.cache.decide(self)
-
-    def write(self, data: bytes) -> None:
-        self.parts.append(data)
-        self.size += len(data)
-        if self.begun and self.size > KEEP_LIMIT:  # too large to be looked at
-            self.go_on()
-
-    def end(self) -> None:
-        self.complete = True
-        if self.begun:
-            self.cache.decide(self)
-
-    def go_on(self) -> None:
-        exchange = self.exchange
-        delivery = Delivery(exchange, self.head)
-        exchange.delivering = delivery
-        for data in self.parts:
-            delivery.write(data)
-        delivery.begin(self.complete)
-
-    def abort(self) -> None:
-        self.begun = False
+        self._end(Exchange.refused, refusal)
 
 
 def _control(request: Request) -> bytes:
     """What the client says of caches."""
-    return (
-        b",".join(value for name, value in request.headers if name.lower() == b"cache-control")
-        .lower()
-        .replace(b" ", b"")
-    )
+    values = (value for name, value in request.headers if name.lower() == b"cache-control")
+    return b",".join(values).lower().replace(b" ", b"")
 
 
 def _key(exchange: Exchange, body: bytes) -> bytes:
@@ -375,10 +299,10 @@ def _key(exchange: Exchange, body: bytes) -> bytes:
 
     Not the same JSON: the order of a tool's properties is part of the prompt.
     """
-    headers = sorted((name.lower(), value) for name, value in exchange.request.headers if name.lower() in VARYING)
-    fields = [part for field in headers for part in field]
-    parts = (b"%d" % exchange.door.private, exchange.verdict.client, exchange.request.target, *fields, body)
-    return hashlib.sha256(b"".join(b"%d:%b" % (len(part), part) for part in parts)).digest()
+    request = exchange.request
+    varying = sorted((name.lower(), value) for name, value in request.headers if name.lower() in VARYING)
+    said = repr((exchange.door.private, exchange.verdict.client, request.target, varying))
+    return hashlib.sha256(said.encode() + body).digest()
 
 
 def _deterministic(body: bytes, *, asked: bool) -> bool:
@@ -388,7 +312,5 @@ def _deterministic(body: bytes, *, asked: bool) -> bool:
         return False  # vLLM says what is wrong with it
     if not isinstance(content, dict):
         return False
-    if not asked:
-        return True
     temperature, seed = content.get("temperature"), content.get("seed")
-    return (temperature == 0 and not isinstance(temperature, bool)) or type(seed) is int
+    return not asked or (temperature == 0 and not isinstance(temperature, bool)) or type(seed) is int

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
+from collections import Counter, defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,37 +16,38 @@ if TYPE_CHECKING:
 BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 600.0, 3600.0)
 # Seconds between two reads of a stream: a token of a fast engine, and what a person calls stuck.
 GAP_BOUNDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
-# The route of what is no route, or was refused before anybody looked. Routes are the prefixes of policy.py's lists, and
-# so are few.
+# The route of what is no route, or was refused before anybody looked. Routes are the prefixes of routes.toml, and so
+# are few.
 OTHER = "other"
+# How a job ends. `lost`: with its worker, which died; `undelivered`: RunPod did not take the result.
+OUTCOMES = ("completed", "failed", "cancelled", "undelivered", "lost")
 
 
 class Histogram:
     """Observations by upper bound, and their sum."""
 
-    __slots__ = ("buckets", "seconds")
+    __slots__ = ("bounds", "buckets", "seconds")
 
-    def __init__(self, bounds: tuple[float, ...]) -> None:
+    def __init__(self, bounds: tuple[float, ...] = BOUNDS) -> None:
+        self.bounds = bounds
         self.buckets = [0] * (len(bounds) + 1)
         self.seconds = 0.0
 
-    def add(self, other: Histogram) -> None:
-        self.buckets = [mine + theirs for mine, theirs in zip(self.buckets, other.buckets, strict=True)]
-        self.seconds += other.seconds
+    def observe(self, seconds: float) -> None:
+        self.buckets[bisect_left(self.bounds, seconds)] += 1
+        self.seconds += seconds
+
+    @property
+    def count(self) -> int:
+        return sum(self.buckets)
 
 
+@dataclass(slots=True)
 class Series:
     """Answers of one route with one status: until their first byte, and until their last."""
 
-    __slots__ = ("first", "whole")
-
-    def __init__(self) -> None:
-        self.first = Histogram(BOUNDS)
-        self.whole = Histogram(BOUNDS)
-
-
-# How a job ends. `lost`: with its worker, which died; `undelivered`: RunPod did not take the result.
-OUTCOMES = ("completed", "failed", "cancelled", "undelivered", "lost")
+    first: Histogram = field(default_factory=Histogram)
+    whole: Histogram = field(default_factory=Histogram)
 
 
 class Jobs:
@@ -52,9 +55,11 @@ class Jobs:
 
     def __init__(self) -> None:
         self.began: dict[str, float] = {}  # by id: those that are not over
-        self.ended = {outcome: Histogram(BOUNDS) for outcome in OUTCOMES}
-        # (what, what became of it): each try to give RunPod a chunk or a result.
-        self.posts = {(what, end): 0 for what in ("chunk", "result") for end in ("taken", "refused", "failed")}
+        self.ended = {outcome: Histogram() for outcome in OUTCOMES}
+        # What, and what became of it: each try to give RunPod a chunk or a result.
+        self.posts = Counter(
+            {f"{what} {end}": 0 for what in ("chunk", "result") for end in ("taken", "refused", "failed")}
+        )
         self.deaths = 0
 
     def report(self, job: Mapping[str, Any]) -> None:
@@ -63,29 +68,23 @@ class Jobs:
             self.began[job["id"]] = time.monotonic()
             return
         self.began.pop(job["id"], None)
-        self._end(job["outcome"], job["seconds"])
-        for name, count in job["posts"].items():
-            what, end = name.split()
-            self.posts[what, end] += count
+        self.ended[job["outcome"]].observe(job["seconds"])
+        self.posts.update(job["posts"])
 
     def worker_died(self) -> None:
         self.deaths += 1
         for began in self.began.values():
-            self._end("lost", time.monotonic() - began)
+            self.ended["lost"].observe(time.monotonic() - began)
         self.began.clear()
-
-    def _end(self, outcome: str, seconds: float) -> None:
-        ended = self.ended[outcome]
-        ended.buckets[bisect_left(BOUNDS, seconds)] += 1
-        ended.seconds += seconds
 
 
 class Counts:
     """Of all requests that are over; of a stream, the time between its reads as well."""
 
     def __init__(self) -> None:
-        self.answers: dict[tuple[str, int], Series] = {}
+        self.answers: defaultdict[tuple[str, int], Series] = defaultdict(Series)  # by route and status
         self.gaps = Histogram(GAP_BOUNDS)
+        self.gap = self.gaps.observe  # between two reads of a stream; several events may have come with one
         self.received = 0  # bytes of requests' bodies
         self.sent = 0  # bytes of answers' bodies
         self.aborted = 0  # by clients, in the midst of their answers
@@ -95,40 +94,31 @@ class Counts:
 
     def ended(self, record: Record) -> None:
         """One request is over. A watcher of the gateway's doors."""
-        key = record.request.verdict.route, record.status  # type: ignore[union-attr]  # it was judged
-        series = self.answers.get(key)
-        if series is None:
-            series = self.answers[key] = Series()
-        whole = first = record.over_at - record.began
-        at = since = bisect_left(BOUNDS, whole)
-        if 0 < record.first_at != record.over_at:
-            first = record.first_at - record.began
-            since = bisect_left(BOUNDS, first)
-        series.first.buckets[since] += 1
-        series.first.seconds += first
-        series.whole.buckets[at] += 1
-        series.whole.seconds += whole
-        self.aborted += record.gone and record.first_at > 0
-
-    def gap(self, seconds: float) -> None:
-        """Between two reads of a stream; several events may have come with one."""
-        gaps = self.gaps
-        gaps.buckets[bisect_left(GAP_BOUNDS, seconds)] += 1
-        gaps.seconds += seconds
+        series = self.answers[record.request.verdict.route, record.status]  # type: ignore[union-attr]  # it was judged
+        began, first_at = record.began, record.first_at
+        seconds = record.over_at - began
+        at = bisect_left(BOUNDS, seconds)
+        whole, first = series.whole, series.first
+        whole.buckets[at] += 1
+        whole.seconds += seconds
+        if 0 < first_at != record.over_at:
+            first.observe(first_at - began)
+        else:  # one place for both
+            first.buckets[at] += 1
+            first.seconds += seconds
+        self.aborted += record.gone and first_at > 0
 
     # In all, for the status page
 
     @property
-    def statuses(self) -> dict[int, int]:
-        found: dict[int, int] = {}
+    def statuses(self) -> Mapping[int, int]:
+        found: Counter[int] = Counter()
         for (_, status), series in self.answers.items():
-            found[status] = found.get(status, 0) + sum(series.first.buckets)
+            found[status] += series.first.count
         return found
 
     @property
     def buckets(self) -> list[int]:
         """Until the first byte, by BOUNDS."""
-        total = Histogram(BOUNDS)
-        for series in self.answers.values():
-            total.add(series.first)
-        return total.buckets
+        every = [[0] * (len(BOUNDS) + 1), *(series.first.buckets for series in self.answers.values())]
+        return list(map(sum, zip(*every, strict=True)))

@@ -1,7 +1,7 @@
-"""The page at `/`.
+"""The page at `/`: page.html, with a head as page.toml has it.
 
-It holds no data, so everybody may have it; what it shows it asks for once a second (`/status?after=N`, told.py), with
-the key that its reader gives it.
+It holds no data, so everybody may have it; what it shows it asks for once a second (`/status?after=N`), with the key
+that its reader gives it.
 """
 
 from __future__ import annotations
@@ -9,14 +9,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Callable, Iterable
+import tomllib
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 HTML = Path(__file__).with_name("page.html")
-
-Send = Callable[[dict[str, Any]], Any]
 
 
 def wanted(headers: Iterable[tuple[bytes, bytes]]) -> bool:
@@ -26,31 +24,12 @@ def wanted(headers: Iterable[tuple[bytes, bytes]]) -> bool:
 
 
 @cache
-def _page() -> tuple[bytes, list[tuple[bytes, bytes]]]:
-    """Its bytes and its head: only what is written in the file may run, and it may ask this server alone."""
+def answer() -> tuple[int, list[tuple[bytes, bytes]], bytes]:
     text = HTML.read_bytes()
-
-    def hashes(element: bytes) -> str:
-        found = re.findall(b"<%b>(.*?)</%b>" % (element, element), text, re.DOTALL)
-        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(part).digest()).decode()}'" for part in found)
-
-    policy = (
-        f"default-src 'none'; script-src {hashes(b'script')}; style-src {hashes(b'style')}; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-        "require-trusted-types-for 'script'; trusted-types 'none'"
-    )
-    return text, [
-        (b"content-type", b"text/html; charset=utf-8"),
-        (b"content-length", b"%d" % len(text)),
-        (b"content-security-policy", policy.encode()),
-        (b"x-content-type-options", b"nosniff"),
-        (b"referrer-policy", b"no-referrer"),
-        (b"cache-control", b"no-cache"),
-        (b"vary", b"Accept"),
-    ]
-
-
-async def show(send: Send) -> None:
-    body, head = _page()
-    await send({"type": "http.response.start", "status": 200, "headers": head})
-    await send({"type": "http.response.body", "body": body})
+    hashes = {}
+    for element in ("script", "style"):
+        found = re.findall(f"<{element}>(.*?)</{element}>".encode(), text, re.DOTALL)
+        digests = (base64.b64encode(hashlib.sha256(part).digest()).decode() for part in found)
+        hashes[element] = " ".join(f"'sha256-{digest}'" for digest in digests)
+    head = tomllib.loads(HTML.with_suffix(".toml").read_text(encoding="utf-8"))
+    return 200, [(name.encode(), value.format(**hashes).encode()) for name, value in head.items()], text

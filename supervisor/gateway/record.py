@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -46,20 +47,6 @@ class Record:
         return self.client.address
 
     @property
-    def private(self) -> bool:
-        """It came from the queue worker."""
-        return self.door.private
-
-    @property
-    def tls(self) -> bool:
-        return self.door.tls
-
-    @property
-    def went(self) -> bool:
-        """vLLM had it."""
-        return self.delivering is not None and self.delivering.went
-
-    @property
     def replayed(self) -> bool:
         """It was sent again, for the engine died."""
         return self.delivering is not None and self.delivering.replayed
@@ -75,25 +62,11 @@ class Record:
         return {"request": self.request_id.decode("latin-1")}
 
 
-def waits(record: Record) -> list[tuple[str, float]]:
-    """(what, seconds), in order."""
-    marks = record.marks
-    ends = [*(at for _, at in marks[1:]), record.over_at]
-    return [(what, end - at) for (what, at), end in zip(marks, ends, strict=False)]
-
-
 def note(record: Record) -> str:
     """What was unusual about it, for the access log."""
-    state = f" ({record.held_for})"
-    found = [
-        f"{seconds:.1f} s {what}{state if what == 'held' else ''}"
-        for what, seconds in waits(record)
-        if what in WAITS and seconds >= NOTED_WAIT
-    ]
-    if record.replayed:
-        found.append("sent again")
-    if record.cached:
-        found.append(record.cached)
-    if record.gone:
-        found.append("client gone")
-    return ", ".join([*found, record.cut] if record.cut else found)
+    found = []
+    for (what, since), (_, until) in pairwise((*record.marks, ("over", record.over_at))):
+        if what in WAITS and until - since >= NOTED_WAIT:
+            found.append(f"{until - since:.1f} s {what}" + (f" ({record.held_for})" if what == "held" else ""))
+    again, gone = "sent again" if record.replayed else "", "client gone" if record.gone else ""
+    return ", ".join(filter(None, [*found, again, record.cached, gone, record.cut]))

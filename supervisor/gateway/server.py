@@ -106,7 +106,7 @@ class Gateway:
 
     def set_keys(self, api_keys: Iterable[str], admin_keys: Iterable[str]) -> None:
         """From now on these are valid; requests that run are not stopped."""
-        self.policy.set_keys(api_keys, admin_keys)
+        self.policy.api_keys, self.policy.admin_keys = tuple(api_keys), tuple(admin_keys)
         self.public.memo.known.clear()
         self.clients.forget_heads()
 

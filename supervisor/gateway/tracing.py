@@ -13,7 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 from supervisor import __version__
 from supervisor.gateway.access import shown_path
@@ -90,80 +91,67 @@ class Tracing:
 
     def __init__(self, provider: TracerProvider, mask: Callable[[str], str]) -> None:
         from opentelemetry import trace  # noqa: PLC0415
-        from opentelemetry.context import Context  # noqa: PLC0415
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415
 
         self.provider = provider
         self.tracer = provider.get_tracer("supervisor.gateway", __version__)
         self.mask = mask
         self.extract = TraceContextTextMapPropagator().extract
-        self.within = trace.set_span_in_context
-        self.server, self.error = trace.SpanKind.SERVER, trace.Status(trace.StatusCode.ERROR)
-        self.nowhere = Context()
+        self.trace = trace
 
     def ended(self, record: Record) -> None:
         """A watcher of the doors."""
-        now = record.over_at
-        offset = time.time_ns() - int(now * 1e9)
+        offset = time.time_ns() - int(record.over_at * 1e9)
 
         def unix(at: float) -> int:
             return offset + int(at * 1e9)
 
-        name, attributes = self._facts(record)
+        trace, facts = self.trace, self._facts(record)
+        error = trace.Status(trace.StatusCode.ERROR)
+        name = f"{facts['http.request.method'].replace('_OTHER', 'HTTP')} {facts.get('http.route', '')}".rstrip()
         parent = self._parent(record.request.headers)
-        span = self.tracer.start_span(name, parent, self.server, attributes, start_time=unix(record.began))
+        span = self.tracer.start_span(name, parent, trace.SpanKind.SERVER, facts, start_time=unix(record.began))
         if not span.is_recording():
             return
-        below = self.within(span, self.nowhere)
         for what, since, until, lost in parts(record):
-            part = self.tracer.start_span(what, below, start_time=unix(since))
+            part = self.tracer.start_span(what, trace.set_span_in_context(span), start_time=unix(since))
             if lost:
                 part.set_attribute("error.type", "engine_no_answer")
-                part.set_status(self.error)
+                part.set_status(error)
             part.end(unix(until))
         if record.first_at:
             span.add_event("first_byte", timestamp=unix(record.first_at))
-        if "error.type" in attributes:
-            span.set_status(self.error)
-        span.end(unix(now))
+        if "error.type" in facts:
+            span.set_status(error)
+        span.end(unix(record.over_at))
 
-    def _facts(self, record: Record) -> tuple[str, dict[str, str | int | bool]]:
-        method, status, cut = record.request.method.decode("latin-1"), record.status, record.cut
-        route = record.verdict.route
-        known = method in METHODS
-        name = method if known else "HTTP"
-        facts: dict[str, str | int | bool] = {
-            "http.request.method": method if known else "_OTHER",
-            "url.path": shown_path(self.mask, record.request.path),
-            "url.scheme": "https" if record.tls else "http",
+    def _facts(self, record: Record) -> dict[str, Any]:
+        request, status, cut = record.request, record.status, record.cut
+        method, route = request.method.decode("latin-1"), record.verdict.route
+        failed = status >= 500 or (cut and not record.ours)
+        facts = {
+            "http.request.method": method if method in METHODS else "_OTHER",
+            "http.route": route if route != OTHER else "",
+            "http.response.status_code": status if status != CLIENT_GONE else 0,  # it is not sent to anybody
+            "url.path": shown_path(self.mask, request.path),
+            "url.scheme": "https" if record.door.tls else "http",
+            "error.type": (cut or str(status)) if failed else "",
             "vllm_supervisor.request_id": record.request_id.decode("latin-1"),
+            "vllm_supervisor.code": cut,
+            "vllm_supervisor.cache": record.cached,
+            "vllm_supervisor.client_gone": record.gone,
+            "vllm_supervisor.replayed": record.replayed,
+            "vllm_supervisor.job": record.door.private,
         }
-        if route != OTHER:
-            facts["http.route"] = route
-            name = f"{name} {route}"
-        if status and status != CLIENT_GONE:  # which is not sent to anybody
-            facts["http.response.status_code"] = status
-        if status >= 500 or (cut and not record.ours):
-            facts["error.type"] = cut or str(status)
-        more: dict[str, str | bool] = {
-            "code": cut,
-            "cache": record.cached,
-            "client_gone": record.gone,
-            "replayed": record.replayed,
-            "job": record.private,
-        }
-        facts |= {f"vllm_supervisor.{key}": value for key, value in more.items() if value}
-        return name, facts
+        return {name: value for name, value in facts.items() if value}
 
     def _parent(self, headers: Headers) -> Context:
         """As the W3C has it: several `tracestate` are one list, several `traceparent` are none."""
-        found: dict[str, list[str]] = {"traceparent": [], "tracestate": []}
-        for name, value in headers:
-            if (values := found.get(name.decode("latin-1").lower())) is not None:
-                values.append(value.decode("latin-1").strip())
-        if not found["traceparent"]:
-            return self.nowhere
-        return self.extract({name: ",".join(values) for name, values in found.items() if values}, self.nowhere)
+
+        def joined(wanted: bytes) -> str:
+            return b",".join(value.strip() for name, value in headers if name.lower() == wanted).decode("latin-1")
+
+        return self.extract({"traceparent": joined(b"traceparent"), "tracestate": joined(b"tracestate")})
 
     def close(self) -> None:
         """Delivers what is left."""
@@ -176,13 +164,12 @@ class Tracing:
 
 def parts(record: Record) -> Iterator[tuple[str, float, float, bool]]:
     """What became of it, in order: name of a span, from, to, and whether it was lost with its engine."""
-    marks, began, now = record.marks, record.began, record.over_at
-    if record.went and (not marks or marks[0][0] == "lost"):
-        marks = (("sent", began), *marks)  # at once, which is not worth a mark
+    marks = (*record.marks, ("over", record.over_at))
+    if record.delivering is not None and record.delivering.went and marks[0][0] in ("lost", "over"):
+        marks = (("sent", record.began), *marks)  # at once, which is not worth a mark
     again = False
-    for (what, since), (then, until) in zip(marks, (*marks[1:], ("", now)), strict=False):
-        if what == "lost":
-            again = True
-        else:
+    for (what, since), (then, until) in pairwise(marks):
+        if what != "lost":
             name = "replay" if again and what == "sent" else NAMES[what]
-            yield name, max(since, began), max(until, began), then == "lost"
+            yield name, max(since, record.began), max(until, record.began), then == "lost"
+        again |= what == "lost"

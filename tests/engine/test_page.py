@@ -17,10 +17,17 @@ from typing import Any
 import httpx
 import pytest
 
+from supervisor.gateway.app import (
+    FOR_EVERYBODY,
+    LONGEST_LINE,
+    TRANSITIONS,
+    OwnRoutes,
+    for_everybody,
+    lines_seen,
+)
 from supervisor.gateway.counts import Counts
 from supervisor.gateway.page import HTML, wanted
 from supervisor.gateway.policy import Policy
-from supervisor.gateway.told import FOR_EVERYBODY, LONGEST_LINE, TRANSITIONS, lines_seen, sees_all, told
 from supervisor.status import _Private
 from tests.engine.test_relay import CHAT, chat
 from tests.harness import Supervisor, wait_until
@@ -215,18 +222,25 @@ def test_a_poll_is_bounded_however_much_vllm_logs(tmp_path: Path) -> None:
         assert set(map(len, found["log"])) == {LONGEST_LINE}
 
 
+def routes(policy: Policy, **facts: object) -> OwnRoutes:
+    """Of an engine that has been in many states."""
+    timeline = deque({"at": float(number), "state": "starting", "reason": ""} for number in range(100))
+    status = {"state": "ready", "new": 1}
+    engine: Any = SimpleNamespace(timeline=timeline, log_after=lambda _: (0, []), status=lambda: status)
+    gate: Any = SimpleNamespace(waiting=0)
+    upstream: Any = SimpleNamespace(reads=0)
+    return OwnRoutes(engine, policy, gate, Counts(), upstream, lambda: 0, facts)
+
+
 def test_of_many_transitions_the_last_ones_are_told() -> None:
-    timeline = [{"at": float(number), "state": "starting", "reason": ""} for number in range(100)]
-    engine: Any = SimpleNamespace(timeline=deque(timeline), log_after=lambda number: (0, []))
-    found = told({}, {}, engine, Counts(), 0, full=False, after=0)
-    assert found["happened"] == timeline[-TRANSITIONS:]
+    own = routes(Policy())
+    assert own.status(after=0)["happened"] == list(own.engine.timeline)[-TRANSITIONS:]
 
 
 def test_what_nobody_has_thought_about_is_for_administrators_alone() -> None:
-    engine: Any = SimpleNamespace(timeline=[], log_after=lambda number: (0, []))
-    for full in (True, False):
-        found = told({"state": "ready", "new": 1}, {"fact": 2}, engine, Counts(), 0, full=full, after=None)
-        assert found == ({"state": "ready", "new": 1, "fact": 2} if full else {"state": "ready"})
+    found = routes(Policy(), fact=2).status()
+    assert found == {"state": "ready", "new": 1, "fact": 2, "in_flight": 0, "waiting": 0}
+    assert for_everybody(found) == {"state": "ready", "in_flight": 0, "waiting": 0}
 
 
 # Who sees what
@@ -348,5 +362,5 @@ def test_administrators_see_everything_and_others_the_rest(tmp_path: Path) -> No
 def test_who_sees_everything(api_keys: list[str], admin_keys: list[str], given: str, full: bool) -> None:
     policy = Policy(api_keys, admin_keys)
     headers = [(b"x-api-key", given.encode())] if given else []
-    assert sees_all(policy, headers, private=False) is full
-    assert sees_all(policy, headers, private=True)
+    assert routes(policy).shows_all({"server": ("127.0.0.1", 8000), "headers": headers}) is full
+    assert routes(policy).shows_all({"server": ("gateway.sock", None), "headers": headers})

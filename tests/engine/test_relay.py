@@ -562,19 +562,24 @@ def test_a_request_over_its_time_is_ended(limited: Supervisor) -> None:
 # A question of ours, among the requests
 
 
-def test_a_connection_that_vllm_keeps_open_is_not_closed_under_the_next_request(tmp_path: Path) -> None:
-    """A probe asks for its connection to be closed. Where vLLM does not, the pool has it, or a request by then."""
+def test_a_connection_that_vllm_keeps_open_is_closed_and_no_request_has_it(tmp_path: Path) -> None:
+    """A probe asks for its connection to be closed, and does not wait for that."""
+    left = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while await reader.readuntil(b"\r\n\r\n"):
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\no")
+        await asyncio.sleep(0)
+        writer.write(b"k")
+        assert await reader.read() == b""
+        left.set()
 
     async def scenario() -> None:
         server = await asyncio.start_unix_server(serve, tmp_path / "s")
         upstream = Upstream(str(tmp_path / "s"))
         assert await ask(upstream, "/health", patience=5) == (200, b"ok")
-        assert [connection.transport.is_closing() for connection in upstream.idle] == [False]
-        upstream.close()
+        assert upstream.idle == []
+        await asyncio.wait_for(left.wait(), 5)
         server.close()
 
     asyncio.run(scenario())

@@ -69,6 +69,20 @@ def test_what_vllm_refuses_then_is_an_event(path: str, end: bytes, known: bool) 
         assert world.active == 0
 
 
+def test_with_a_cache_what_is_no_stream_becomes_an_event_as_well() -> None:
+    """It was passed as it came, into a stream of chunks."""
+    body, refusal = b'{"stream": true, "seed": 7}', b'{"error": {"message": "No such model."}}'
+    with World(engine="starting", event_keep_alive=10, cache=1_000_000) as world:
+        clients = [world.client() for _ in range(2)]
+        for client in clients:
+            client.asks(CHAT, body)
+        world.passes(12)
+        world.engine_is("ready")
+        world.engine.request().answers(404, refusal)
+        for client in clients:
+            assert client.answer().body == b":\n\ndata: " + refusal + b"\n\ndata: [DONE]\n\n"
+
+
 def test_an_engine_that_fails_then_is_told_by_an_event() -> None:
     with World(engine="starting", event_keep_alive=10) as world:
         client = world.client()

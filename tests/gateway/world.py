@@ -35,7 +35,7 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from supervisor.gateway import client as clients
 from supervisor.gateway.exchange import Exchange
 from supervisor.gateway.gate import Admission
-from supervisor.gateway.policy import Policy
+from supervisor.gateway.policy import Policy, Rate
 from supervisor.gateway.record import Record
 from supervisor.gateway.server import Gateway
 from supervisor.gateway.upstream import Upstream
@@ -386,7 +386,12 @@ class World:
         """Times in seconds; `limit` requests run at once, and `waiting` more may wait; `cache` in bytes."""
         self.options = {"client_timeout": client_timeout, "keep_alive": keep_alive, "cache_memory": cache}
         self.options["event_keep_alive"] = event_keep_alive
-        self.policy = {"api_keys": keys, "rate": rate, "max_body": max_body, "timeout": request_timeout}
+        self.policy = {
+            "api_keys": keys,
+            "rate": Rate(rate) if rate else None,
+            "max_body": max_body,
+            "timeout": request_timeout,
+        }
         self.admission = (limit, waiting, hold_timeout)
         self.faults_expected = faults_expected
         self.first_state = engine

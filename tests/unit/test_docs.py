@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from supervisor.gateway.delivery import TABLE, Delivery, Event, State
+from supervisor.gateway.errors import REFUSALS
 from supervisor.settings.knobs import KNOBS
 from supervisor.settings.names import ALIASES, OWNED
 from supervisor.settings.settings import Arguments, gather
@@ -193,8 +194,9 @@ def test_the_page_of_faults_says_what_each_state_and_event_is() -> None:
 
 @cache
 def refusals() -> set[tuple[int, str]]:
-    """(status, code) of all that the code makes; where either is decided there, each that it may be, with each."""
-    found = set()
+    """(status, code) of the table, and of all that the code makes; where either is decided there, each that it may be,
+    with each."""
+    found = {(status, code) for code, (status, _) in REFUSALS.items()}
     for path in (ROOT / "supervisor").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Refusal":

@@ -172,7 +172,7 @@ FLOORS = (
     "reader",
     "client",
     "cache",
-    "told page metrics access tracing",
+    "page metrics access tracing",
     "app",
     "server",
 )
@@ -185,7 +185,6 @@ FOR_TYPES = {
     ("record", "door"): "what is told of a request is, in part, where it came in and how it is on its way",
     ("door", "exchange"): "what comes in by it are exchanges: it holds them, and judges their heads",
     ("reader", "client"): "a client's connection is a reader, and what all connections have in common stands there",
-    ("told", "app"): "what may be asked of the engine is declared where most of it is asked",
 }
 GATEWAY = {module.split(".")[2]: module for module in MODULES if room(module) == "gateway"}
 LONGEST_ROOM = 2_900  # lines

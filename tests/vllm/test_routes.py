@@ -65,7 +65,7 @@ def test_the_table_is_well_formed() -> None:
 
 def test_every_route_is_in_the_table(routes: dict[str, list[str]], running: set[str]) -> None:
     new = sorted((routes.keys() | running) - TABLE.keys())
-    assert not new, "vLLM has routes that nobody has judged: see tests/vllm/routes.json and gateway/policy.py"
+    assert not new, "vLLM has routes that nobody has judged: see tests/vllm/routes.json and gateway/routes.toml"
 
 
 def test_the_table_has_nothing_that_vllm_lacks(routes: dict[str, list[str]], version: tuple[int, ...]) -> None:
