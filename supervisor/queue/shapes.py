@@ -48,14 +48,13 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One request, passed on as it comes; or, with `shape`, one whose JSON answer is reshaped; or a batch of these.
-
-    `as_list`: the result is a list of what came, as worker-vllm's users know it; else it is the object itself.
-    """
+    """One request, passed on as it comes; or, with `shape`, one whose JSON answer is reshaped; or a batch of these, to
+    be read each by itself. `as_list`: the result is a list of what came, as worker-vllm's users know it; else it is the
+    object itself."""
 
     request: Request | None
     shape: Callable[[JSON], JSON] | None = None
-    batch: tuple[Job | JobError, ...] = ()
+    batch: tuple[Callable[[], Job], ...] = ()
     as_list: bool = True
     tokens: Batches | None = None  # a stream is given in worker-vllm's batches
 
@@ -108,14 +107,7 @@ class Reader:
         if not isinstance(items, list) or not items:
             raise JobError("requests must be a list with at least one request.", param="requests")
         reader = dataclasses.replace(self, llm=True, in_batch=True)
-
-        def read(item: object) -> Job | JobError:
-            try:
-                return reader.read(item)
-            except JobError as error:
-                return error
-
-        return Job(None, batch=tuple(map(read, items)), as_list=False)
+        return Job(None, batch=tuple(partial(reader.read, item) for item in items), as_list=False)
 
     def _request(self, content: JSON) -> Request:
         body, headers = content.get("body"), _headers(content.get("headers"))

@@ -8,7 +8,7 @@ A stream gave the same, so many pieces of text at a time: the least at first, th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from typing import NamedTuple
 
 from supervisor.queue.errors import JSON, JobError
@@ -29,37 +29,29 @@ class Batches(NamedTuple):
                 raise JobError(f"{name} must be a number from 1 on.", param=name)
         return self._replace(**given)
 
-
-class Tokens:
-    """Of one job, to be fed with whole events, the last of which is [DONE]."""
-
-    def __init__(self, batches: Batches) -> None:
-        self.batches = batches
-        self.size = min(batches.min_batch_size, batches.max_batch_size)
-        self.pieces: list[tuple[int, str]] = []  # and of which answer each is
-        self.usage: JSON = {}
-        self.count = 0  # of pieces, where vLLM does not say how many tokens they were
-
-    def feed(self, text: str) -> Iterator[JSON]:
-        for line in text.splitlines():
-            if line.startswith("data: {"):
-                event = json.loads(line.removeprefix("data:"))
-                self.usage = event.get("usage") or self.usage
-                for choice in event.get("choices") or ():
-                    if piece := _text(choice):
-                        self.pieces.append((choice.get("index", 0), piece))
-            if len(self.pieces) >= self.size or (self.pieces and line == "data: [DONE]"):
-                self.size = min(self.size * self.batches.batch_size_growth_factor, self.batches.max_batch_size)
-                self.count += len(self.pieces)
-                answers = range(max(self.pieces)[0] + 1)
-                choices = [{"tokens": [piece for at, piece in self.pieces if at == answer]} for answer in answers]
-                self.pieces = []
-                yield {"choices": choices, "usage": _usage({"completion_tokens": self.count, **self.usage})}
+    async def cut(self, stream: AsyncIterator[str]) -> AsyncIterator[JSON]:
+        """A stream of whole events, the last of which is [DONE]."""
+        size = min(self.min_batch_size, self.max_batch_size)
+        pieces: list[tuple[int, str]] = []  # and of which answer each is
+        usage: JSON = {}
+        count = 0  # of pieces, where vLLM does not say how many tokens they were
+        async for text in stream:
+            for line in text.splitlines():
+                if line.startswith("data: {"):
+                    event = json.loads(line.removeprefix("data:"))
+                    usage = event.get("usage") or usage
+                    told = ((choice.get("index", 0), _text(choice)) for choice in event.get("choices") or ())
+                    pieces += [(answer, piece) for answer, piece in told if piece]
+                if len(pieces) >= size or (pieces and line == "data: [DONE]"):
+                    size = min(size * self.batch_size_growth_factor, self.max_batch_size)
+                    count += len(pieces)
+                    answers = [[piece for at, piece in pieces if at == answer] for answer in range(max(pieces)[0] + 1)]
+                    pieces = []
+                    yield _output(answers, {"completion_tokens": count, **usage})
 
 
 def whole(answer: JSON) -> JSON:
-    choices = [{"tokens": [_text(choice)]} for choice in answer.get("choices") or ()]
-    return {"choices": choices, "usage": _usage(answer.get("usage") or {})}
+    return _output([[_text(choice)] for choice in answer.get("choices") or ()], answer.get("usage") or {})
 
 
 def _text(choice: JSON) -> str:
@@ -68,5 +60,6 @@ def _text(choice: JSON) -> str:
     return message.get("content") or choice.get("text") or ""
 
 
-def _usage(usage: JSON) -> JSON:
-    return {"input": usage.get("prompt_tokens", 0), "output": usage.get("completion_tokens", 0)}
+def _output(answers: list[list[str]], usage: JSON) -> JSON:
+    counts = {"input": usage.get("prompt_tokens", 0), "output": usage.get("completion_tokens", 0)}
+    return {"choices": [{"tokens": tokens} for tokens in answers], "usage": counts}

@@ -21,7 +21,6 @@ from supervisor.queue.errors import JSON, JobError
 from supervisor.queue.events import cut
 from supervisor.queue.shapes import Job, Reader, Request
 from supervisor.queue.taken import Taken
-from supervisor.queue.tokens import Tokens
 
 # Seconds from the end of one chunk's POST to the next one: some tokens gather, and nobody reads faster.
 CHUNK_GAP = 0.05
@@ -110,10 +109,9 @@ class Answer:
                 if not job.as_list or response.content_type != "text/event-stream":
                     yield await self._whole(response, job)
                     return
-                feed = Tokens(job.tokens).feed if job.tokens is not None else lambda text: [text]
-                async for text in self._stream(response.content):
-                    for piece in feed(text):
-                        yield piece
+                stream = self._stream(response.content)
+                async for piece in job.tokens.cut(stream) if job.tokens else stream:
+                    yield piece
         except Exception as error:  # noqa: BLE001  # whatever it is, the job must not end as if it were done
             raise _as_job_error(error) from None
 
@@ -132,16 +130,15 @@ class Answer:
         if broken is not None:
             raise JobError.of((broken[1] or broken[2] or "").encode())
 
-    async def _batch(self, items: tuple[Job | JobError, ...]) -> list[object]:
+    async def _batch(self, items: tuple[Callable[[], Job], ...]) -> list[object]:
         """Raises JobError where all failed for the engine's sake: what is the same for all is the job's."""
         turn = asyncio.Semaphore(BATCH_CONCURRENCY)
 
-        async def one(number: int, item: Job | JobError) -> object:
-            if isinstance(item, JobError):
-                return item
-            assert item.request is not None
-            async with turn, self.client.ask(item.request, f"{self.taken.job_id}-{number}") as response:
-                return await self._whole(response, item)
+        async def one(number: int, read: Callable[[], Job]) -> object:
+            job = read()
+            assert job.request is not None
+            async with turn, self.client.ask(job.request, f"{self.taken.job_id}-{number}") as response:
+                return await self._whole(response, job)
 
         answers = await asyncio.gather(*map(one, itertools.count(), items), return_exceptions=True)
         results = [_as_job_error(answer) if isinstance(answer, Exception) else answer for answer in answers]

@@ -76,6 +76,21 @@ def check(case: Case, reader: Reader) -> Job:
     return job
 
 
+def items_of(reader: Reader, *items: object) -> list[Job | JobError]:
+    """What is read of each of a batch."""
+    job = reader.read({"requests": [*items]})
+    assert job.request is None
+    assert not job.as_list
+    assert len(job.batch) == len(items)
+    found: list[Job | JobError] = []
+    for read in job.batch:
+        try:
+            found.append(read())
+        except JobError as error:
+            found.append(error)
+    return found
+
+
 def refusal(content: object, reader: Reader = READER) -> JobError:
     with pytest.raises(JobError) as caught:
         reader.read(content)
@@ -218,7 +233,7 @@ def test_no_job_reaches_the_supervisors_own_routes(ours: str, reader: Reader) ->
             assert (error.status, error.kind, error.param) == (403, "permission_error", "route"), content
             assert error.code == "route_not_open"
             assert f"{ours} is the supervisor's own" in error.message
-            (item,) = reader.read({"requests": [content]}).batch
+            (item,) = items_of(reader, content)
             assert isinstance(item, JobError)
             assert item.code == "route_not_open"
 
@@ -775,13 +790,9 @@ def test_a_batch_of_every_shape_with_bad_ones_among_them() -> None:
         {"route": "/\ud83d", "query": "\ud83d"},
         {"openai_input": DEEP},
     ]
-    job = READER.read({"requests": items})
-    assert job.request is None
-    assert not job.as_list
-    assert len(job.batch) == len(items)
     found = [
         item.message if isinstance(item, JobError) else (item.request and item.request.path, item.shape is not None)
-        for item in job.batch
+        for item in items_of(READER, *items)
     ]
     assert found == [
         (CHAT, True),
@@ -830,7 +841,7 @@ def test_a_batch_comes_before_all_others() -> None:
 )
 def test_nothing_streams_in_a_batch(item: dict[str, Any], body: object) -> None:
     given = json.dumps(item)
-    (job,) = READER.read({"requests": [item]}).batch
+    (job,) = items_of(READER, item)
     assert isinstance(job, Job)
     assert job.request is not None
     assert body_of(job.request) == body
@@ -839,7 +850,7 @@ def test_nothing_streams_in_a_batch(item: dict[str, Any], body: object) -> None:
 
 def test_a_form_does_not_stream_in_a_batch() -> None:
     item = {"route": "/x", "body": {"stream": True, "language": "en"}, "files": {"file": ""}}
-    (job,) = READER.read({"requests": [item]}).batch
+    (job,) = items_of(READER, item)
     assert isinstance(job, Job)
     assert job.request is not None
     assert dict(fields_of(parsed(job.request))) == {"language": "en", "model": "demo"}
