@@ -48,7 +48,7 @@ class State(Enum):
 
 class Event(Enum):
     DONE = "all of the answer is there, or RunPod has what was posted"
-    BROKEN = "there is no answer, or it broke off, or a part of it could not be delivered"
+    BROKEN = "there is no answer, or it broke off"
     REFUSED = "RunPod does not take it"
     UNREACHED = "RunPod could not be reached for 90 s"
     UNWANTED = "RunPod says that nobody waits for it: it was cancelled, or its time is over"
@@ -57,6 +57,9 @@ class Event(Enum):
 TABLE: Mapping[tuple[State, Event], State] = {
     (State.ANSWERING, Event.DONE): State.RESULT,
     (State.ANSWERING, Event.BROKEN): State.ERROR,
+    # A chunk: a stream with a gap is worse than none.
+    (State.ANSWERING, Event.REFUSED): State.ERROR,
+    (State.ANSWERING, Event.UNREACHED): State.ERROR,
     (State.ANSWERING, Event.UNWANTED): State.CANCELLED,
     (State.RESULT, Event.DONE): State.COMPLETED,
     # Too large, most likely. An error is small, and says more to who waits than an empty result.
@@ -137,8 +140,9 @@ class Delivery:
             except JobError as error:
                 self.error, event = error, Event.BROKEN
             except NotTaken as error:
-                self.why = str(error)
-                event = Event.REFUSED if isinstance(error, Refused) else Event.UNREACHED
+                part = "a part of the stream" if self.state is State.ANSWERING else "the result"
+                self.error = self.error or JobError(f"RunPod did not take {part} ({error}).", 502)
+                self.why, event = str(error), Event.REFUSED if isinstance(error, Refused) else Event.UNREACHED
             except asyncio.CancelledError:
                 expired = self.state is State.ANSWERING and self.error is not None
                 event = Event.BROKEN if expired else Event.UNWANTED
@@ -146,20 +150,15 @@ class Delivery:
             self.state = TABLE[self.state, event]
 
     async def _answer(self) -> None:
-        """A chunk that can't be delivered fails the job: a stream with a gap is worse."""
-        try:
-            async with contextlib.aclosing(self.answer.pieces()) as pieces:
-                async for piece in pieces:
-                    self.output.append(piece)
-                    body = encoded({"output": piece})
-                    self.size += len(body)
-                    check_size(self.size, self.job_id)
-                    # Else the result has it.
-                    if len(body) <= CHUNK_BYTES and self.answer.as_list and "://" in self.runpod.stream:
-                        await self._post("chunk", body, f"/{len(self.output)}")
-        except NotTaken as error:
-            tell(f"a chunk could not be delivered: {error}", "ERROR", job_id=self.job_id)
-            raise JobError(f"A part of the stream could not be delivered to RunPod ({error}).", 502) from None
+        async with contextlib.aclosing(self.answer.pieces()) as pieces:
+            async for piece in pieces:
+                self.output.append(piece)
+                body = encoded({"output": piece})
+                self.size += len(body)
+                check_size(self.size, self.job_id)
+                # Else the result has it.
+                if len(body) <= CHUNK_BYTES and self.answer.as_list and "://" in self.runpod.stream:
+                    await self._post("chunk", body, f"/{len(self.output)}")
 
     async def _result(self) -> None:
         content: JSON = {"output": self.output if self.answer.as_list else self.output[0]}
@@ -170,10 +169,10 @@ class Delivery:
         await self._post("result", encoded(content), "")
 
     async def _error(self) -> None:
-        error = self.error or JobError(f"RunPod did not take the result ({self.why}).", 502)
-        await self._post("result", encoded({"error": error.text}), "/error")
+        assert self.error is not None
+        await self._post("result", encoded({"error": self.error.text}), "/error")
         # Of a 4xx no words: vLLM's quote what the user sent.
-        self.why = f"{error.status}, {error.message if error.status >= 500 else error.kind}"
+        self.why = f"{self.error.status}, {self.error.message if self.error.status >= 500 else self.error.kind}"
 
     async def _post(self, what: str, body: bytes, key: str) -> None:
         """Until RunPod has taken it, in order: the next one waits for this. Raises NotTaken."""

@@ -26,7 +26,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import io
 import json
 import os
 import signal
@@ -69,7 +68,7 @@ POLL_TIMEOUT = aiohttp.ClientTimeout(total=85, sock_connect=10)
 # An answer without a job that comes sooner than this was no long poll: the next one waits, longer each time.
 INSTANT = 0.5
 SLOWEST_POLL = 10.0
-STDIN = io.FileIO(0, closefd=False)
+STDIN = open(0, "rb", buffering=0, closefd=False)  # noqa: SIM115  # as long as we are
 
 
 def next_order() -> str:
@@ -105,15 +104,13 @@ class LongPoll(Generic[T]):
             if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ClientError):
                 return []  # held for longer than we wait, or broken off
             problem = f"{error or type(error).__name__}"
-        if not problem and (any(found) or time.monotonic() - began > INSTANT):
-            if self.problem:
-                tell(f"{self.what}: RunPod answers again")
-            self.pause, self.problem = 0.0, ""
-            return found
+        well = not problem and (any(found) or time.monotonic() - began > INSTANT)
+        if well and self.problem:
+            tell(f"{self.what}: RunPod answers again")
         if problem not in ("", self.problem):
             tell(f"{self.what}: {problem}", "WARNING")
-            self.problem = problem
-        self.pause = min(max(2 * self.pause, 0.1), SLOWEST_POLL)
+        self.problem = "" if well else problem or self.problem
+        self.pause = 0.0 if well else min(max(2 * self.pause, 0.1), SLOWEST_POLL)
         return found
 
     def break_off(self) -> None:
@@ -190,12 +187,13 @@ class Link:
         JobsProgress().add(taken.job_id)
         delivery = Delivery(Answer(taken, self.client, self.reader), self.runpod, self._first)
         self.running[taken.job_id] = delivery
-        delivery.task.add_done_callback(lambda _: self._over(taken.job_id))
 
-    def _over(self, job_id: str) -> None:
-        del self.running[job_id]
-        JobsProgress().remove(job_id)
-        self.changed.set()
+        def over(_: object) -> None:
+            del self.running[taken.job_id]
+            JobsProgress().remove(taken.job_id)
+            self.changed.set()
+
+        delivery.task.add_done_callback(over)
 
     async def _first(self) -> JSON | None:
         """What RunPod's first result since vLLM's start tells beside its output: its job waited for all of this."""

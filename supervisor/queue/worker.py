@@ -26,8 +26,6 @@ from supervisor.queue.taken import Taken
 CHUNK_GAP = 0.05
 # Bytes. RunPod's limits on a result, and the room that is kept for what is around it.
 RESULT_LIMIT, SYNC_RESULT_LIMIT, AROUND = 10_000_000, 20_000_000, 50_000
-ERROR_LIMIT = 1_000_000
-START_PATIENCE = 1.0
 # Of one batch, at once; the rest of it waits its turn here instead of in vLLM.
 BATCH_CONCURRENCY = 100
 # An event that says that the answer is broken off: the gateway's, and vLLM's own, by the dialects of both. It begins a
@@ -40,8 +38,7 @@ BROKEN = re.compile(
 def tell(message: str = "", level: str = "INFO", *, job_id: str | None = None, job: JSON | None = None) -> None:
     """A line for the supervisor, which logs and counts (queue/child.py), in the shape of the SDK's own: `requestId` is
     the job's. `job`: `{"id", "outcome": "taken"}`, or how it ended with its seconds and POSTs."""
-    line = {"requestId": job_id, "message": message, "level": level}
-    print(json.dumps(line | ({"job": job} if job is not None else {})), flush=True)
+    print(json.dumps({"requestId": job_id, "message": message, "level": level, "job": job}), flush=True)
 
 
 def check_size(size: int, job_id: str) -> None:
@@ -71,13 +68,13 @@ class Client:
         headers = {"X-Request-Id": request_id, **request.headers}
         async with self.session.request(request.method, url, data=request.body, headers=headers) as response:
             if response.status >= 400:
-                raise JobError.of(await _body(response, ERROR_LIMIT), response.status, request.path)
+                raise JobError.of(await response.read(), response.status, request.path)
             yield response
 
     async def look(self, route: str, find: Callable[[Any], Any]) -> Any:
         """What `find` sees in a small answer's JSON; None where it fails, or nothing comes within a second."""
         try:
-            async with asyncio.timeout(START_PATIENCE), self.session.get(f"http://gateway{route}") as response:
+            async with asyncio.timeout(1), self.session.get(f"http://gateway{route}") as response:
                 return find(await response.json())
         except (aiohttp.ClientError, OSError, ValueError, LookupError, TypeError):
             return None
@@ -150,8 +147,12 @@ class Answer:
     async def _whole(self, response: aiohttp.ClientResponse, job: Job) -> object:
         """JSON as an object, text as text, everything else as base64 with its type."""
         self.first_at = self.first_at or time.monotonic()
-        body, content_type = await _body(response, SYNC_RESULT_LIMIT), response.content_type
+        try:
+            body = await response.content.readexactly(SYNC_RESULT_LIMIT)
+        except asyncio.IncompleteReadError as error:
+            body = error.partial
         check_size(len(body), self.taken.job_id)
+        content_type = response.content_type
         if content_type == "application/json" or content_type.endswith("+json"):
             try:
                 answer = json.loads(body, parse_constant=lambda _: None)  # NaN, which is no JSON
@@ -163,14 +164,6 @@ class Answer:
         if content_type.startswith("text/") or not body:
             return body.decode("utf-8", "replace")
         return {"content_type": content_type, "base64": base64.b64encode(body).decode()}
-
-
-async def _body(response: aiohttp.ClientResponse, most: int) -> bytes:
-    """Or as much of it as anybody would read."""
-    try:
-        return await response.content.readexactly(most)
-    except asyncio.IncompleteReadError as error:
-        return error.partial
 
 
 def _as_job_error(error: Exception) -> JobError:

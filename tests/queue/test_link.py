@@ -64,7 +64,7 @@ def link_of(sdk: Any, posts: Posts, jobs: int = 3) -> Any:
 
 def told(capsys: pytest.CaptureFixture[str]) -> list[tuple[str, str]]:
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    return [(line["job"]["id"], line["job"]["outcome"]) for line in said if "job" in line]
+    return [(line["job"]["id"], line["job"]["outcome"]) for line in said if line["job"]]
 
 
 def within(sdk: Any, posts: Posts, act: Callable[[Any], Awaitable[None]]) -> None:
