@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from supervisor.kept import Kept
-from supervisor.queue.errors import JSON
+from supervisor.queue.jobs import JSON
 from supervisor.secrets import SECRET_NAME
 
 # What the worker may be given, and what its SDK can't bear.

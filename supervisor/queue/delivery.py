@@ -13,25 +13,20 @@ import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 import aiohttp
 
-from supervisor.queue.errors import JSON, JobError
-from supervisor.queue.fields import encoded
+from supervisor.queue.jobs import JSON, JobError, encoded
 from supervisor.queue.worker import Answer, check_size, tell
 
 POST_TIMEOUT = aiohttp.ClientTimeout(total=60, sock_connect=10)
-# A result or chunk is sent again for so long, after pauses of up to these, in seconds.
-PATIENCE = 90.0
+PATIENCE = 90.0  # seconds: a result or chunk is sent again for so long, after pauses of up to these
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0
-# Nothing but these is worth another try.
-TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})
-# What RunPod takes as one chunk.
-CHUNK_BYTES = 1_000_000
-# As the SDK sends them: RunPod is used to it.
-POST_HEADERS = {"charset": "utf-8", "Content-Type": "application/x-www-form-urlencoded"}
+TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})  # worth another try
+CHUNK_BYTES = 1_000_000  # what RunPod takes as one chunk
+POST_HEADERS = {"charset": "utf-8", "Content-Type": "application/x-www-form-urlencoded"}  # as the SDK sends them
 SHUT_DOWN = "The worker was shut down before this job was done (SUPERVISOR_DRAIN_TIMEOUT). Please send it again."
 
 
@@ -81,8 +76,7 @@ class Refused(NotTaken):
     """Nor will it take the same one later."""
 
 
-@dataclass(frozen=True, slots=True)
-class RunPod:
+class RunPod(NamedTuple):
     """Where results go. `done`, `stream`: addresses with `$ID` for the job's. In the Hub's tests, where nobody reads
     streams, theirs is none."""
 
@@ -204,4 +198,4 @@ class Delivery:
         why = f": {self.why}" if level != "INFO" else ""
         line = f"job {self.state.value} after {seconds:.2f} s{first}, {count} POST{'s' * (count != 1)}{why}"
         job = {"id": self.job_id, "outcome": self.state.value, "seconds": round(seconds, 4), "posts": self.posts}
-        tell(line, level, job_id=self.job_id, job=job)
+        tell(line, level, job)

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import codecs
 import contextlib
-import itertools
 import json
 import re
 import time
@@ -17,17 +17,17 @@ from typing import Any
 import aiohttp
 from yarl import URL
 
-from supervisor.queue.errors import JSON, JobError
-from supervisor.queue.events import cut
+from supervisor.queue.jobs import JSON, JobError, Taken
 from supervisor.queue.shapes import Job, Reader, Request
-from supervisor.queue.taken import Taken
 
-# Seconds from the end of one chunk's POST to the next one: some tokens gather, and nobody reads faster.
-CHUNK_GAP = 0.05
+CHUNK_GAP = 0.05  # seconds from the end of one chunk's POST to the next: some tokens gather, and nobody reads faster
 # Bytes. RunPod's limits on a result, and the room that is kept for what is around it.
 RESULT_LIMIT, SYNC_RESULT_LIMIT, AROUND = 10_000_000, 20_000_000, 50_000
-# Of one batch, at once; the rest of it waits its turn here instead of in vLLM.
-BATCH_CONCURRENCY = 100
+BATCH_CONCURRENCY = 100  # requests of one batch; the rest of it waits its turn here instead of in vLLM
+CHUNK_LIMIT = 256 * 1024  # bytes; RunPod takes more, but that would only delay what comes behind
+# A single event that is longer than this is cut, between two characters: quotes and backslashes double in JSON.
+EVENT_LIMIT = 450_000
+FIRST, ALL = re.compile(rb".*?\n\r?\n", re.S), re.compile(rb".*\n\r?\n", re.S)  # an empty line ends an event
 # An event that says that the answer is broken off: the gateway's, and vLLM's own, by the dialects of both. It begins a
 # line, as no text of a model's can: line ends and quotes are escaped there.
 BROKEN = re.compile(
@@ -35,10 +35,10 @@ BROKEN = re.compile(
 )
 
 
-def tell(message: str = "", level: str = "INFO", *, job_id: str | None = None, job: JSON | None = None) -> None:
-    """A line for the supervisor, which logs and counts (queue/child.py), in the shape of the SDK's own: `requestId` is
-    the job's. `job`: `{"id", "outcome": "taken"}`, or how it ended with its seconds and POSTs."""
-    print(json.dumps({"requestId": job_id, "message": message, "level": level, "job": job}), flush=True)
+def tell(message: str = "", level: str = "INFO", job: JSON | None = None) -> None:
+    """A line for the supervisor, which logs and counts (queue/child.py), in the shape of the SDK's own. `job`: `{"id",
+    "outcome": "taken"}`, or how it ended with its seconds and POSTs."""
+    print(json.dumps({"requestId": job and job["id"], "message": message, "level": level, "job": job}), flush=True)
 
 
 def check_size(size: int, job_id: str) -> None:
@@ -103,12 +103,12 @@ class Answer:
                 yield {"model": self.reader.model, "count": len(results), "results": results}
                 return
             async with self.client.ask(job.request, self.taken.job_id) as response:
-                if not job.as_list or response.content_type != "text/event-stream":
+                if job.as_list and response.content_type == "text/event-stream":
+                    stream = self._stream(response.content)
+                    async for piece in job.tokens.cut(stream) if job.tokens else stream:
+                        yield piece
+                else:
                     yield await self._whole(response, job)
-                    return
-                stream = self._stream(response.content)
-                async for piece in job.tokens.cut(stream) if job.tokens else stream:
-                    yield piece
         except Exception as error:  # noqa: BLE001  # whatever it is, the job must not end as if it were done
             raise _as_job_error(error) from None
 
@@ -137,7 +137,7 @@ class Answer:
             async with turn, self.client.ask(job.request, f"{self.taken.job_id}-{number}") as response:
                 return await self._whole(response, job)
 
-        answers = await asyncio.gather(*map(one, itertools.count(), items), return_exceptions=True)
+        answers = await asyncio.gather(*(one(*each) for each in enumerate(items)), return_exceptions=True)
         results = [_as_job_error(answer) if isinstance(answer, Exception) else answer for answer in answers]
         failed = [result for result in results if isinstance(result, JobError) and result.status >= 500]
         if len(failed) == len(results):
@@ -174,3 +174,16 @@ def _as_job_error(error: Exception) -> JobError:
     if isinstance(error, (aiohttp.ClientError, OSError)):
         return JobError(f"The gateway gave no answer ({error or type(error).__name__}).", 502)
     return JobError(f"The worker could not do this job ({type(error).__name__}).", 500)
+
+
+def cut(buffer: bytearray, *, begun: bool, ended: bool = False) -> str:
+    """Takes the next chunk off the buffer, as text: "" where no event is complete. `begun`: the first event is through;
+    `ended`: what is left is a chunk although no event's end follows."""
+    found = (begun and ALL.match(buffer, 0, CHUNK_LIMIT)) or FIRST.match(buffer)
+    at = found.end() if found else 0
+    if at > EVENT_LIMIT or (not at and (ended or len(buffer) > EVENT_LIMIT)):
+        at = CHUNK_LIMIT
+    # A character that would be torn stays. What is no UTF-8 has no place in JSON; vLLM's events are JSON themselves.
+    text, at = codecs.utf_8_decode(buffer[:at], "replace", ended and at >= len(buffer))
+    del buffer[:at]
+    return text

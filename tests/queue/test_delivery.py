@@ -13,8 +13,7 @@ import pytest
 from supervisor.gateway.counts import OUTCOMES
 from supervisor.queue import delivery as deliveries
 from supervisor.queue.delivery import TABLE, Delivery, Event, NotTaken, Refused, State
-from supervisor.queue.errors import JobError
-from supervisor.queue.taken import Taken
+from supervisor.queue.jobs import JobError, Taken
 
 REFUSED, DOWN = Refused("RunPod answers 400"), NotTaken("RunPod answers 502")
 BROKEN = JobError("The engine stopped.", 503, "service_unavailable")

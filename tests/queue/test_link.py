@@ -11,9 +11,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from supervisor.queue.errors import JobError
+from supervisor.queue.jobs import JobError, Taken
 from supervisor.queue.shapes import Reader, Request
-from supervisor.queue.taken import Taken
 
 pytestmark = pytest.mark.slow  # the import
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from supervisor.queue.errors import JobError
-from supervisor.queue.fields import WORKERS
+from supervisor.queue.jobs import JobError
+from supervisor.queue.older_workers import WORKERS, Batches
+from supervisor.queue.older_workers import tokens_of as whole
 from supervisor.queue.shapes import Reader
-from supervisor.queue.tokens import Batches, whole
 from tests.harness import Supervisor
 from tests.queue.conftest import RunPod, in_queue_mode, joined
 

@@ -15,8 +15,8 @@ import openai
 import psutil
 import pytest
 
+from supervisor.queue.older_workers import Batches
 from supervisor.queue.shapes import Job, Reader
-from supervisor.queue.tokens import Batches
 from tests.harness import Supervisor, events, session_of, wait_until
 from tests.queue.conftest import RunPod
 from tests.queue.test_tokens import cut
@@ -470,7 +470,7 @@ def test_errors_are_vllms(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"question": "What are you?"}, "The input has none of: openai_route, route,"),
+        ({"question": "What are you?"}, "The input must be an object with one of: openai_route, route,"),
         ({}, "The input must be an object with one of: openai_route, route,"),
         ({"mode": "json", "prompt": "a", "schema": "{no"}, "schema is text that is no JSON"),
         ({"openai_input": "[" * 100_000}, "The input is nested too deeply."),
