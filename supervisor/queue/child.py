@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from supervisor.kept import Kept
-from supervisor.queue.errors import JSON
+from supervisor.queue.jobs import JSON
 from supervisor.secrets import SECRET_NAME
 
 # What the worker may be given, and what its SDK can't bear.
@@ -58,9 +58,8 @@ class QueueWorker(Kept):
         for word, seconds in (("draining", patience), ("expire", reserve)):
             self.say(word)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
-                    await self.ended.wait()
-                    return
+                await asyncio.wait_for(self.ended.wait(), seconds)
+                return
         if self.child is not None:
             self.log.warning("the queue worker did not end: killed")
             self.child.kill()
@@ -71,12 +70,9 @@ class QueueWorker(Kept):
 
     def _said(self, line: str) -> None:
         """The SDK's lines, and the worker's own: JSON, as RunPod's console reads it; or whatever was printed."""
-        try:
-            said = json.loads(line)
-        except ValueError:
-            said = None
-        if not isinstance(said, dict):
-            said = {"message": line}
+        said: JSON = {"message": line}
+        with contextlib.suppress(ValueError, TypeError):
+            said |= json.loads(line)
         if isinstance(job := said.get("job"), dict):
             self.count(job)
         if said.get("message"):

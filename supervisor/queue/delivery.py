@@ -13,25 +13,20 @@ import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 import aiohttp
 
-from supervisor.queue.errors import JSON, JobError
-from supervisor.queue.fields import encoded
+from supervisor.queue.jobs import JSON, JobError, encoded
 from supervisor.queue.worker import Answer, check_size, tell
 
 POST_TIMEOUT = aiohttp.ClientTimeout(total=60, sock_connect=10)
-# A result or chunk is sent again for so long, after pauses of up to these, in seconds.
-PATIENCE = 90.0
+PATIENCE = 90.0  # seconds: a result or chunk is sent again for so long, after pauses of up to these
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0
-# Nothing but these is worth another try.
-TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})
-# What RunPod takes as one chunk.
-CHUNK_BYTES = 1_000_000
-# As the SDK sends them: RunPod is used to it.
-POST_HEADERS = {"charset": "utf-8", "Content-Type": "application/x-www-form-urlencoded"}
+TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})  # worth another try
+CHUNK_BYTES = 1_000_000  # what RunPod takes as one chunk
+POST_HEADERS = {"charset": "utf-8", "Content-Type": "application/x-www-form-urlencoded"}  # as the SDK sends them
 SHUT_DOWN = "The worker was shut down before this job was done (SUPERVISOR_DRAIN_TIMEOUT). Please send it again."
 
 
@@ -48,7 +43,7 @@ class State(Enum):
 
 class Event(Enum):
     DONE = "all of the answer is there, or RunPod has what was posted"
-    BROKEN = "there is no answer, or it broke off, or a part of it could not be delivered"
+    BROKEN = "there is no answer, or it broke off"
     REFUSED = "RunPod does not take it"
     UNREACHED = "RunPod could not be reached for 90 s"
     UNWANTED = "RunPod says that nobody waits for it: it was cancelled, or its time is over"
@@ -57,6 +52,9 @@ class Event(Enum):
 TABLE: Mapping[tuple[State, Event], State] = {
     (State.ANSWERING, Event.DONE): State.RESULT,
     (State.ANSWERING, Event.BROKEN): State.ERROR,
+    # A chunk: a stream with a gap is worse than none.
+    (State.ANSWERING, Event.REFUSED): State.ERROR,
+    (State.ANSWERING, Event.UNREACHED): State.ERROR,
     (State.ANSWERING, Event.UNWANTED): State.CANCELLED,
     (State.RESULT, Event.DONE): State.COMPLETED,
     # Too large, most likely. An error is small, and says more to who waits than an empty result.
@@ -78,8 +76,7 @@ class Refused(NotTaken):
     """Nor will it take the same one later."""
 
 
-@dataclass(frozen=True, slots=True)
-class RunPod:
+class RunPod(NamedTuple):
     """Where results go. `done`, `stream`: addresses with `$ID` for the job's. In the Hub's tests, where nobody reads
     streams, theirs is none."""
 
@@ -137,8 +134,9 @@ class Delivery:
             except JobError as error:
                 self.error, event = error, Event.BROKEN
             except NotTaken as error:
-                self.why = str(error)
-                event = Event.REFUSED if isinstance(error, Refused) else Event.UNREACHED
+                part = "a part of the stream" if self.state is State.ANSWERING else "the result"
+                self.error = self.error or JobError(f"RunPod did not take {part} ({error}).", 502)
+                self.why, event = str(error), Event.REFUSED if isinstance(error, Refused) else Event.UNREACHED
             except asyncio.CancelledError:
                 expired = self.state is State.ANSWERING and self.error is not None
                 event = Event.BROKEN if expired else Event.UNWANTED
@@ -146,20 +144,15 @@ class Delivery:
             self.state = TABLE[self.state, event]
 
     async def _answer(self) -> None:
-        """A chunk that can't be delivered fails the job: a stream with a gap is worse."""
-        try:
-            async with contextlib.aclosing(self.answer.pieces()) as pieces:
-                async for piece in pieces:
-                    self.output.append(piece)
-                    body = encoded({"output": piece})
-                    self.size += len(body)
-                    check_size(self.size, self.job_id)
-                    # Else the result has it.
-                    if len(body) <= CHUNK_BYTES and self.answer.as_list and "://" in self.runpod.stream:
-                        await self._post("chunk", body, f"/{len(self.output)}")
-        except NotTaken as error:
-            tell(f"a chunk could not be delivered: {error}", "ERROR", job_id=self.job_id)
-            raise JobError(f"A part of the stream could not be delivered to RunPod ({error}).", 502) from None
+        async with contextlib.aclosing(self.answer.pieces()) as pieces:
+            async for piece in pieces:
+                self.output.append(piece)
+                body = encoded({"output": piece})
+                self.size += len(body)
+                check_size(self.size, self.job_id)
+                # Else the result has it.
+                if len(body) <= CHUNK_BYTES and self.answer.as_list and "://" in self.runpod.stream:
+                    await self._post("chunk", body, f"/{len(self.output)}")
 
     async def _result(self) -> None:
         content: JSON = {"output": self.output if self.answer.as_list else self.output[0]}
@@ -170,10 +163,10 @@ class Delivery:
         await self._post("result", encoded(content), "")
 
     async def _error(self) -> None:
-        error = self.error or JobError(f"RunPod did not take the result ({self.why}).", 502)
-        await self._post("result", encoded({"error": error.text}), "/error")
+        assert self.error is not None
+        await self._post("result", encoded({"error": self.error.text}), "/error")
         # Of a 4xx no words: vLLM's quote what the user sent.
-        self.why = f"{error.status}, {error.message if error.status >= 500 else error.kind}"
+        self.why = f"{self.error.status}, {self.error.message if self.error.status >= 500 else self.error.kind}"
 
     async def _post(self, what: str, body: bytes, key: str) -> None:
         """Until RunPod has taken it, in order: the next one waits for this. Raises NotTaken."""
@@ -205,4 +198,4 @@ class Delivery:
         why = f": {self.why}" if level != "INFO" else ""
         line = f"job {self.state.value} after {seconds:.2f} s{first}, {count} POST{'s' * (count != 1)}{why}"
         job = {"id": self.job_id, "outcome": self.state.value, "seconds": round(seconds, 4), "posts": self.posts}
-        tell(line, level, job_id=self.job_id, job=job)
+        tell(line, level, job)

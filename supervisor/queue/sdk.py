@@ -5,16 +5,15 @@ The SDK starts the worker, tells RunPod that it lives and which jobs it has (a p
 addresses and the key. What is replaced, and why; `tests/queue/test_sdk.py` fails when a new SDK no longer has the
 fault, or moves the seam:
 
-| seam | fault |
-| --- | --- |
-| `rp_scale.JobScaler.run`: the loops | asks again at once after 401, refused, 204: 1000s per second |
-| the same | a job that can't be read, or comes without `input`, loses all that came with it |
-| the same | begins a job up to 0.1 s late; half-full looks full, and then it sleeps for 1 s |
-| the same | a line of log per second where there is no stop channel; a queued job can't be stopped |
-| the same | its drain waits for long polls, and drops a job that they still bring |
-| the same: posts | a 429, a reset, a timeout or a lone surrogate loses the data; an error becomes a Python repr |
-| `cpuinfo` | imported for a debugger, it runs several programs: 1 s |
-| `os.fork` | the heartbeat's process outlives the worker and keeps it alive for RunPod |
+- `rp_scale.JobScaler.run`, the loops: they
+  - ask again at once after 401, refused, 204: 1000s per second
+  - lose all that came with a job that can't be read, or has no `input`
+  - begin a job up to 0.1 s late; half-full looks full, and then they sleep for 1 s
+  - write a line of log per second where there is no stop channel, and can't stop a queued job
+  - wait for long polls when they drain, and drop a job that these still bring
+  - lose what a 429, a reset, a timeout or a lone surrogate meets, and make a Python repr of an error
+- `cpuinfo`: imported for a debugger, it runs several programs: 1 s
+- `os.fork`: the heartbeat's process outlives the worker and keeps it alive for RunPod
 
 The supervisor writes the engine's state to our standard input, a word per line; its end means that the supervisor is
 gone. The queue is joined when the engine is ready, or has failed for good: then each job gets the diagnosis.
@@ -26,7 +25,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import io
 import json
 import os
 import signal
@@ -40,7 +38,6 @@ from typing import Generic, TypeVar
 
 import aiohttp
 
-# For a debugger that nobody asked for, the SDK's import asks several programs about the CPU: 1 s of work.
 sys.modules.setdefault("cpuinfo", types.SimpleNamespace(get_cpu_info=lambda: {"brand_raw": ""}))  # type: ignore[arg-type]
 
 import runpod
@@ -48,28 +45,24 @@ from runpod.http_client import AsyncClientSession
 from runpod.serverless.modules import rp_http, rp_job, rp_scale
 from runpod.serverless.modules.worker_state import JobsProgress
 
-from supervisor.queue.delivery import Delivery, NotTaken, RunPod
-from supervisor.queue.errors import JSON
+from supervisor.queue.delivery import Delivery, RunPod
+from supervisor.queue.jobs import JSON, Taken, apart
+from supervisor.queue.older_workers import Batches
 from supervisor.queue.shapes import Reader
-from supervisor.queue.taken import Taken, apart
-from supervisor.queue.tokens import Batches
 from supervisor.queue.worker import Answer, Client, tell
 
 T = TypeVar("T")
 
 PR_SET_PDEATHSIG = 1
-# The supervisor's words (see queue/child.py): with these jobs are taken (`failed`: only to be told why) ...
+# The supervisor's words (queue/child.py): with these jobs are taken (`failed`: only to be told why), after those none.
 JOINED = frozenset({"ready", "failed"})
-# ... and after these none is. `expire`: no more time for those that run; `gone`: the supervisor itself is no more.
-ENDING = frozenset({"draining", "expire", "gone"})
-# How long jobs have, in seconds, to be reported as failed once the supervisor is gone.
-LAST_WORDS = 3.0
-# Seconds. RunPod holds a poll for up to half a minute; the SDK gives up after 90.
-POLL_TIMEOUT = aiohttp.ClientTimeout(total=85, sock_connect=10)
+ENDING = frozenset({"draining", "expire", "gone"})  # `gone`: the supervisor itself is no more
+LAST_WORDS = 3.0  # seconds that jobs have to be reported as failed once the supervisor is gone
+POLL_TIMEOUT = aiohttp.ClientTimeout(total=85, sock_connect=10)  # RunPod holds a poll for up to half a minute
 # An answer without a job that comes sooner than this was no long poll: the next one waits, longer each time.
 INSTANT = 0.5
 SLOWEST_POLL = 10.0
-STDIN = io.FileIO(0, closefd=False)
+STDIN = open(0, "rb", buffering=0, closefd=False)  # noqa: SIM115  # as long as we are
 
 
 def next_order() -> str:
@@ -97,23 +90,21 @@ class LongPoll(Generic[T]):
                 began = time.monotonic()
                 response = await self.session.get(url, timeout=POLL_TIMEOUT, allow_redirects=False)
             async with response:
-                if response.status not in (200, 204, 400):  # 400: FlashBoot, says the SDK
-                    raise NotTaken(f"RunPod answers {response.status}")
                 if response.status == 200:
                     found = await asyncio.to_thread(self.read, await response.read())
-        except (aiohttp.ClientError, OSError, ValueError, NotTaken) as error:
+                elif response.status not in (204, 400):  # 400: FlashBoot, says the SDK
+                    problem = f"RunPod answers {response.status}"
+        except (aiohttp.ClientError, OSError, ValueError) as error:
             if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ClientError):
                 return []  # held for longer than we wait, or broken off
             problem = f"{error or type(error).__name__}"
-        if not problem and (any(found) or time.monotonic() - began > INSTANT):
-            if self.problem:
-                tell(f"{self.what}: RunPod answers again")
-            self.pause, self.problem = 0.0, ""
-            return found
+        well = not problem and (any(found) or time.monotonic() - began > INSTANT)
+        if well and self.problem:
+            tell(f"{self.what}: RunPod answers again")
         if problem not in ("", self.problem):
             tell(f"{self.what}: {problem}", "WARNING")
-            self.problem = problem
-        self.pause = min(max(2 * self.pause, 0.1), SLOWEST_POLL)
+        self.problem = "" if well else problem or self.problem
+        self.pause = 0.0 if well else min(max(2 * self.pause, 0.1), SLOWEST_POLL)
         return found
 
     def break_off(self) -> None:
@@ -140,7 +131,7 @@ class Link:
         self.running: dict[str, Delivery] = {}
         self.changed = asyncio.Event()  # an order came, or a job ended
         self.takes = LongPoll("taking jobs", runpod.session, apart)
-        self.delivered_one = False
+        self.untold = True  # how long vLLM's start took
 
     async def run(self) -> None:
         """Until the supervisor wants the end and every job that was taken is reported, whatever poll is open."""
@@ -190,19 +181,18 @@ class Link:
         JobsProgress().add(taken.job_id)
         delivery = Delivery(Answer(taken, self.client, self.reader), self.runpod, self._first)
         self.running[taken.job_id] = delivery
-        delivery.task.add_done_callback(lambda _: self._over(taken.job_id))
 
-    def _over(self, job_id: str) -> None:
-        del self.running[job_id]
-        JobsProgress().remove(job_id)
-        self.changed.set()
+        def over(_: object) -> None:
+            del self.running[taken.job_id]
+            JobsProgress().remove(taken.job_id)
+            self.changed.set()
+
+        delivery.task.add_done_callback(over)
 
     async def _first(self) -> JSON | None:
         """What RunPod's first result since vLLM's start tells beside its output: its job waited for all of this."""
-        if self.delivered_one:
-            return None
-        self.delivered_one = True
-        phases = await self.client.look("/status", lambda status: status["phases"])
+        untold, self.untold = self.untold, False
+        phases = await self.client.look("/status", lambda status: status["phases"]) if untold else None
         if not phases:
             return None
         seconds = sum(phase["seconds"] for phase in phases)
@@ -230,8 +220,6 @@ async def work(order: str) -> None:
 
 
 def main() -> None:
-    del sys.argv[1:]  # the SDK reads them, abbreviations included
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the supervisor
     while (order := next_order()) not in JOINED | ENDING:
         pass  # vLLM is not there yet
     if order in ENDING:

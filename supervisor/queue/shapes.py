@@ -1,40 +1,29 @@
-"""RunPod jobs: an input -> the HTTP requests that it stands for; their answers -> the job's result. Pure: no I/O.
-
-The shapes are those that users of worker-vllm and of runpod-LLM send; `docs/jobs.md` shows each with its result.
-"""
+"""A job's input -> the HTTP requests that it stands for. Pure: no I/O. docs/jobs.md shows each shape and its result."""
 
 from __future__ import annotations
 
 import base64
-import dataclasses
 import json
 import posixpath
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlencode
 
 from multidict import CIMultiDict
 
-from supervisor.queue import runpod_llm, tokens
-from supervisor.queue.errors import JSON, JobError
-from supervisor.queue.fields import TABLE, WORKERS, as_object, encoded, parsed, renamed, without
-from supervisor.queue.tokens import Batches
+from supervisor.queue.jobs import JSON, JobError, as_object, encoded, parsed, without
+from supervisor.queue.older_workers import MARKS, TABLE, WORKERS, Batches, llm_fields, llm_result, renamed, tokens_of
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-# vLLM stops a completion after 16 tokens where nobody says otherwise, which no user of these shapes means.
-COMPLETION_TOKENS = 512
+COMPLETION_TOKENS = 512  # where nobody says otherwise vLLM stops after 16, which no user of these shapes means
 # What the gateway answers itself (gateway/app.py): its settings and its log are not the jobs', and its feed has no end.
 OWN_ROUTES = frozenset({"/ping", "/health", "/status", "/metrics", "/"})
 HEADER_NAME = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.A)
 HEADER_VALUE = re.compile(r"[\x20-\x7e\x80-\xff]*")
-# What stands in a path or a query as it is, escapes among it.
-UNQUOTED = "/?=&%+,:;@!$'()*~[]"
-# Each event of a stream tells how many tokens there are so far.
-COUNTED: JSON = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-SHAPES = "openai_route, route, messages, prompt, mode, requests"
+UNQUOTED = "/?=&%+,:;@!$'()*~[]"  # stands in a path or a query as it is, escapes among it
 
 
 class Request(NamedTuple):
@@ -46,16 +35,14 @@ class Request(NamedTuple):
     body: bytes | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One request, passed on as it comes; or, with `shape`, one whose JSON answer is reshaped; or a batch of these.
-
-    `as_list`: the result is a list of what came, as worker-vllm's users know it; else it is the object itself.
-    """
+class Job(NamedTuple):
+    """One request, passed on as it comes; or, with `shape`, one whose JSON answer is reshaped; or a batch of these, to
+    be read each by itself. `as_list`: the result is a list of what came, as worker-vllm's users know it; else it is the
+    object itself."""
 
     request: Request | None
     shape: Callable[[JSON], JSON] | None = None
-    batch: tuple[Job | JobError, ...] = ()
+    batch: tuple[Callable[[], Job], ...] = ()
     as_list: bool = True
     tokens: Batches | None = None  # a stream is given in worker-vllm's batches
 
@@ -74,10 +61,8 @@ class Reader:
 
     def read(self, content: object) -> Job:
         """Raises JobError, which says what is wrong with the input."""
-        if not isinstance(content, dict) or not content:
-            raise JobError(f"The input must be an object with one of: {SHAPES}.")
         try:
-            return self._of_shape(content)
+            return self._of_shape(content if isinstance(content, dict) else {})
         except RecursionError:
             raise JobError("The input is nested too deeply.") from None
 
@@ -89,33 +74,26 @@ class Reader:
             return Job(self._request({"route": content.get("openai_route") or CHAT, "body": body}))
         if content.get("route"):
             return Job(self._request(content))
-        marked = any(content.get(mark) is not None for mark in runpod_llm.MARKS)
+        marked = any(content.get(mark) is not None for mark in MARKS)
         if not marked and "messages" not in content and "prompt" not in content:
-            raise JobError(f"The input has none of: {SHAPES}.")
+            raise JobError(TABLE["needs"]["any"])
         given = {**content, **as_object(content.get("sampling_params"), "sampling_params")}
         if marked or (self.llm and "sampling_params" not in content):
-            mode, fields = runpod_llm.fields(given)
-            return Job(self._generation(given, mode, fields), partial(runpod_llm.result, mode=mode), as_list=False)
+            mode, fields = llm_fields(given)
+            return Job(self._generation(given, mode, fields), partial(llm_result, mode=mode), as_list=False)
         batches = self.tokens and self.tokens.of(given)
-        fields = without(given, WORKERS) | (COUNTED if batches and given.get("stream") else {})
+        fields = without(given, WORKERS) | (TABLE["counted"] if batches and given.get("stream") else {})
         chat = str(given.get("apply_chat_template")).lower() == "true" and isinstance(given.get("prompt"), str)
         request = self._generation(given, "chat" if chat else "short", fields)
-        return Job(request, tokens.whole if batches else None, tokens=batches)
+        return Job(request, tokens_of if batches else None, tokens=batches)
 
     def _batch(self, items: object) -> Job:
         if self.in_batch:
             raise JobError("A batch can't hold another one.", param="requests")
         if not isinstance(items, list) or not items:
             raise JobError("requests must be a list with at least one request.", param="requests")
-        reader = dataclasses.replace(self, llm=True, in_batch=True)
-
-        def read(item: object) -> Job | JobError:
-            try:
-                return reader.read(item)
-            except JobError as error:
-                return error
-
-        return Job(None, batch=tuple(map(read, items)), as_list=False)
+        reader = replace(self, llm=True, in_batch=True)
+        return Job(None, batch=tuple(partial(reader.read, item) for item in items), as_list=False)
 
     def _request(self, content: JSON) -> Request:
         body, headers = content.get("body"), _headers(content.get("headers"))
@@ -198,29 +176,23 @@ def _binary(text: Any, name: str) -> bytes:
     try:
         return base64.b64decode(re.sub(r"\s", "", text), validate=True)  # programs break its lines
     except (TypeError, ValueError):
-        raise JobError(f"{name} has base64 that is none.", param=name) from None
+        raise JobError(f"{name} has no base64 that can be read.", param=name) from None
 
 
 def _form(files: JSON, fields: JSON) -> tuple[bytes, str]:
     """multipart/form-data, as the audio routes want it. `files`: name -> {"base64", "filename"?, "content_type"?}."""
     from urllib3.filepost import encode_multipart_formdata  # noqa: PLC0415  # most jobs have no files
 
+    files, fields = json.loads(encoded([files, fields]))  # half of a surrogate pair has no place in a form either
     parts: list[Any] = [
-        (_utf8(name), _utf8(each if isinstance(each, str) else json.dumps(each)))
+        (name, each if isinstance(each, str) else json.dumps(each))
         for name, value in fields.items()
         for each in (value if isinstance(value, list) else [value])  # a form has no lists: the field comes again
         if each is not None
     ]
     for name, given in files.items():
-        file = {"base64": given} if isinstance(given, str) else given
-        if not isinstance(file, dict) or "base64" not in file:
-            raise JobError(f"files.{name} needs base64.", param="files")
-        content = _binary(file["base64"], f"files.{name}")
+        file = {"base64": given} if isinstance(given, str) else as_object(given, f"files.{name}")
+        content = _binary(file.get("base64"), f"files.{name}")
         kind = _header(file.get("content_type") or "application/octet-stream")
-        parts.append((_utf8(name), (_utf8(str(file.get("filename") or name)), content, kind)))
+        parts.append((name, (str(file.get("filename") or name), content, kind)))
     return encode_multipart_formdata(parts)
-
-
-def _utf8(text: str) -> str:
-    """Without lone surrogates, which JSON can carry and a form can't."""
-    return text.encode("utf-8", "replace").decode()

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import codecs
 import contextlib
-import itertools
 import json
 import re
 import time
@@ -17,20 +17,17 @@ from typing import Any
 import aiohttp
 from yarl import URL
 
-from supervisor.queue.errors import JSON, JobError
-from supervisor.queue.events import cut
+from supervisor.queue.jobs import JSON, JobError, Taken
 from supervisor.queue.shapes import Job, Reader, Request
-from supervisor.queue.taken import Taken
-from supervisor.queue.tokens import Tokens
 
-# Seconds from the end of one chunk's POST to the next one: some tokens gather, and nobody reads faster.
-CHUNK_GAP = 0.05
+CHUNK_GAP = 0.05  # seconds from the end of one chunk's POST to the next: some tokens gather, and nobody reads faster
 # Bytes. RunPod's limits on a result, and the room that is kept for what is around it.
 RESULT_LIMIT, SYNC_RESULT_LIMIT, AROUND = 10_000_000, 20_000_000, 50_000
-ERROR_LIMIT = 1_000_000
-START_PATIENCE = 1.0
-# Of one batch, at once; the rest of it waits its turn here instead of in vLLM.
-BATCH_CONCURRENCY = 100
+BATCH_CONCURRENCY = 100  # requests of one batch; the rest of it waits its turn here instead of in vLLM
+CHUNK_LIMIT = 256 * 1024  # bytes; RunPod takes more, but that would only delay what comes behind
+# A single event that is longer than this is cut, between two characters: quotes and backslashes double in JSON.
+EVENT_LIMIT = 450_000
+FIRST, ALL = re.compile(rb".*?\n\r?\n", re.S), re.compile(rb".*\n\r?\n", re.S)  # an empty line ends an event
 # An event that says that the answer is broken off: the gateway's, and vLLM's own, by the dialects of both. It begins a
 # line, as no text of a model's can: line ends and quotes are escaped there.
 BROKEN = re.compile(
@@ -38,11 +35,10 @@ BROKEN = re.compile(
 )
 
 
-def tell(message: str = "", level: str = "INFO", *, job_id: str | None = None, job: JSON | None = None) -> None:
-    """A line for the supervisor, which logs and counts (queue/child.py), in the shape of the SDK's own: `requestId` is
-    the job's. `job`: `{"id", "outcome": "taken"}`, or how it ended with its seconds and POSTs."""
-    line = {"requestId": job_id, "message": message, "level": level}
-    print(json.dumps(line | ({"job": job} if job is not None else {})), flush=True)
+def tell(message: str = "", level: str = "INFO", job: JSON | None = None) -> None:
+    """A line for the supervisor, which logs and counts (queue/child.py), in the shape of the SDK's own. `job`: `{"id",
+    "outcome": "taken"}`, or how it ended with its seconds and POSTs."""
+    print(json.dumps({"requestId": job and job["id"], "message": message, "level": level, "job": job}), flush=True)
 
 
 def check_size(size: int, job_id: str) -> None:
@@ -72,13 +68,13 @@ class Client:
         headers = {"X-Request-Id": request_id, **request.headers}
         async with self.session.request(request.method, url, data=request.body, headers=headers) as response:
             if response.status >= 400:
-                raise JobError.of(await _body(response, ERROR_LIMIT), response.status, request.path)
+                raise JobError.of(await response.read(), response.status, request.path)
             yield response
 
     async def look(self, route: str, find: Callable[[Any], Any]) -> Any:
         """What `find` sees in a small answer's JSON; None where it fails, or nothing comes within a second."""
         try:
-            async with asyncio.timeout(START_PATIENCE), self.session.get(f"http://gateway{route}") as response:
+            async with asyncio.timeout(1), self.session.get(f"http://gateway{route}") as response:
                 return find(await response.json())
         except (aiohttp.ClientError, OSError, ValueError, LookupError, TypeError):
             return None
@@ -107,13 +103,12 @@ class Answer:
                 yield {"model": self.reader.model, "count": len(results), "results": results}
                 return
             async with self.client.ask(job.request, self.taken.job_id) as response:
-                if not job.as_list or response.content_type != "text/event-stream":
-                    yield await self._whole(response, job)
-                    return
-                feed = Tokens(job.tokens).feed if job.tokens is not None else lambda text: [text]
-                async for text in self._stream(response.content):
-                    for piece in feed(text):
+                if job.as_list and response.content_type == "text/event-stream":
+                    stream = self._stream(response.content)
+                    async for piece in job.tokens.cut(stream) if job.tokens else stream:
                         yield piece
+                else:
+                    yield await self._whole(response, job)
         except Exception as error:  # noqa: BLE001  # whatever it is, the job must not end as if it were done
             raise _as_job_error(error) from None
 
@@ -132,18 +127,17 @@ class Answer:
         if broken is not None:
             raise JobError.of((broken[1] or broken[2] or "").encode())
 
-    async def _batch(self, items: tuple[Job | JobError, ...]) -> list[object]:
+    async def _batch(self, items: tuple[Callable[[], Job], ...]) -> list[object]:
         """Raises JobError where all failed for the engine's sake: what is the same for all is the job's."""
         turn = asyncio.Semaphore(BATCH_CONCURRENCY)
 
-        async def one(number: int, item: Job | JobError) -> object:
-            if isinstance(item, JobError):
-                return item
-            assert item.request is not None
-            async with turn, self.client.ask(item.request, f"{self.taken.job_id}-{number}") as response:
-                return await self._whole(response, item)
+        async def one(number: int, read: Callable[[], Job]) -> object:
+            job = read()
+            assert job.request is not None
+            async with turn, self.client.ask(job.request, f"{self.taken.job_id}-{number}") as response:
+                return await self._whole(response, job)
 
-        answers = await asyncio.gather(*map(one, itertools.count(), items), return_exceptions=True)
+        answers = await asyncio.gather(*(one(*each) for each in enumerate(items)), return_exceptions=True)
         results = [_as_job_error(answer) if isinstance(answer, Exception) else answer for answer in answers]
         failed = [result for result in results if isinstance(result, JobError) and result.status >= 500]
         if len(failed) == len(results):
@@ -153,8 +147,12 @@ class Answer:
     async def _whole(self, response: aiohttp.ClientResponse, job: Job) -> object:
         """JSON as an object, text as text, everything else as base64 with its type."""
         self.first_at = self.first_at or time.monotonic()
-        body, content_type = await _body(response, SYNC_RESULT_LIMIT), response.content_type
+        try:
+            body = await response.content.readexactly(SYNC_RESULT_LIMIT)
+        except asyncio.IncompleteReadError as error:
+            body = error.partial
         check_size(len(body), self.taken.job_id)
+        content_type = response.content_type
         if content_type == "application/json" or content_type.endswith("+json"):
             try:
                 answer = json.loads(body, parse_constant=lambda _: None)  # NaN, which is no JSON
@@ -168,14 +166,6 @@ class Answer:
         return {"content_type": content_type, "base64": base64.b64encode(body).decode()}
 
 
-async def _body(response: aiohttp.ClientResponse, most: int) -> bytes:
-    """Or as much of it as anybody would read."""
-    try:
-        return await response.content.readexactly(most)
-    except asyncio.IncompleteReadError as error:
-        return error.partial
-
-
 def _as_job_error(error: Exception) -> JobError:
     if isinstance(error, JobError):
         return error
@@ -184,3 +174,16 @@ def _as_job_error(error: Exception) -> JobError:
     if isinstance(error, (aiohttp.ClientError, OSError)):
         return JobError(f"The gateway gave no answer ({error or type(error).__name__}).", 502)
     return JobError(f"The worker could not do this job ({type(error).__name__}).", 500)
+
+
+def cut(buffer: bytearray, *, begun: bool, ended: bool = False) -> str:
+    """Takes the next chunk off the buffer, as text: "" where no event is complete. `begun`: the first event is through;
+    `ended`: what is left is a chunk although no event's end follows."""
+    found = (begun and ALL.match(buffer, 0, CHUNK_LIMIT)) or FIRST.match(buffer)
+    at = found.end() if found else 0
+    if at > EVENT_LIMIT or (not at and (ended or len(buffer) > EVENT_LIMIT)):
+        at = CHUNK_LIMIT
+    # A character that would be torn stays. What is no UTF-8 has no place in JSON; vLLM's events are JSON themselves.
+    text, at = codecs.utf_8_decode(buffer[:at], "replace", ended and at >= len(buffer))
+    del buffer[:at]
+    return text

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 import pytest
 
 from supervisor.local_runpod.queue import CHUNK_BYTES
-from supervisor.queue import events
-from supervisor.queue.events import CHUNK_LIMIT, EVENT_LIMIT, cut
+from supervisor.queue import worker
+from supervisor.queue.worker import CHUNK_LIMIT, EVENT_LIMIT, cut
 
 ENDS = ("\n\n", "\r\n\r\n")
 # Of 1, 2, 3 and 4 bytes.
@@ -37,8 +37,8 @@ class Events:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits that a short stream meets many times."""
-    monkeypatch.setattr(events, "CHUNK_LIMIT", 40)
-    monkeypatch.setattr(events, "EVENT_LIMIT", 100)
+    monkeypatch.setattr(worker, "CHUNK_LIMIT", 40)
+    monkeypatch.setattr(worker, "EVENT_LIMIT", 100)
 
 
 def event(random_: random.Random, end: str, length: int) -> str:

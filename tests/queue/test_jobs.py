@@ -13,8 +13,8 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request as HttpRequest
 
 from supervisor.gateway.app import OWN_PATHS
-from supervisor.queue.errors import JobError
-from supervisor.queue.runpod_llm import result as llm_result
+from supervisor.queue.jobs import JobError
+from supervisor.queue.older_workers import llm_result
 from supervisor.queue.shapes import OWN_ROUTES, Job, Reader, Request
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -74,6 +74,21 @@ def check(case: Case, reader: Reader) -> Job:
     assert body_of(job.request) == case.body
     assert dict(job.request.headers) == (JSON_TYPE if case.body is not None else {})
     return job
+
+
+def items_of(reader: Reader, *items: object) -> list[Job | JobError]:
+    """What is read of each of a batch."""
+    job = reader.read({"requests": [*items]})
+    assert job.request is None
+    assert not job.as_list
+    assert len(job.batch) == len(items)
+    found: list[Job | JobError] = []
+    for read in job.batch:
+        try:
+            found.append(read())
+        except JobError as error:
+            found.append(error)
+    return found
 
 
 def refusal(content: object, reader: Reader = READER) -> JobError:
@@ -218,7 +233,7 @@ def test_no_job_reaches_the_supervisors_own_routes(ours: str, reader: Reader) ->
             assert (error.status, error.kind, error.param) == (403, "permission_error", "route"), content
             assert error.code == "route_not_open"
             assert f"{ours} is the supervisor's own" in error.message
-            (item,) = reader.read({"requests": [content]}).batch
+            (item,) = items_of(reader, content)
             assert isinstance(item, JobError)
             assert item.code == "route_not_open"
 
@@ -775,13 +790,9 @@ def test_a_batch_of_every_shape_with_bad_ones_among_them() -> None:
         {"route": "/\ud83d", "query": "\ud83d"},
         {"openai_input": DEEP},
     ]
-    job = READER.read({"requests": items})
-    assert job.request is None
-    assert not job.as_list
-    assert len(job.batch) == len(items)
     found = [
         item.message if isinstance(item, JobError) else (item.request and item.request.path, item.shape is not None)
-        for item in job.batch
+        for item in items_of(READER, *items)
     ]
     assert found == [
         (CHAT, True),
@@ -830,7 +841,7 @@ def test_a_batch_comes_before_all_others() -> None:
 )
 def test_nothing_streams_in_a_batch(item: dict[str, Any], body: object) -> None:
     given = json.dumps(item)
-    (job,) = READER.read({"requests": [item]}).batch
+    (job,) = items_of(READER, item)
     assert isinstance(job, Job)
     assert job.request is not None
     assert body_of(job.request) == body
@@ -839,7 +850,7 @@ def test_nothing_streams_in_a_batch(item: dict[str, Any], body: object) -> None:
 
 def test_a_form_does_not_stream_in_a_batch() -> None:
     item = {"route": "/x", "body": {"stream": True, "language": "en"}, "files": {"file": ""}}
-    (job,) = READER.read({"requests": [item]}).batch
+    (job,) = items_of(READER, item)
     assert isinstance(job, Job)
     assert job.request is not None
     assert dict(fields_of(parsed(job.request))) == {"language": "en", "model": "demo"}
@@ -855,11 +866,10 @@ class Wrong(NamedTuple):
     param: str | None = None
 
 
-NONE_OF = "The input has none of: openai_route, route, messages, prompt, mode, requests."
 NO_OBJECT = "The input must be an object with one of: openai_route, route, messages, prompt, mode, requests."
 NO_PATH = "The route must be a path, such as /v1/chat/completions."
 NO_METHOD = "method must be an HTTP method, such as POST."
-NO_BASE64 = "body has base64 that is none."
+NO_BASE64 = "body has no base64 that can be read."
 NO_HEADER = "A header has a character that HTTP does not allow."
 NO_FILES = "files must be an object."
 NO_SAMPLING = "sampling_params must be an object."
@@ -871,11 +881,11 @@ WRONG = (
     Wrong("none", None, NO_OBJECT),
     Wrong("text", "hi", NO_OBJECT),
     Wrong("list", [{"prompt": "a"}], NO_OBJECT),
-    Wrong("unknown", {"question": "hi"}, NONE_OF),
-    Wrong("only-sampling-params", {"sampling_params": {"n": 1}}, NONE_OF),
+    Wrong("unknown", {"question": "hi"}, NO_OBJECT),
+    Wrong("only-sampling-params", {"sampling_params": {"n": 1}}, NO_OBJECT),
     Wrong("only-mode", {"mode": "chat"}, "mode chat needs messages.", "messages"),
     Wrong("only-mode-json", {"mode": "json"}, "mode json needs messages or prompt.", "messages"),
-    Wrong("empty-openai-input", {"openai_input": {}}, NONE_OF),
+    Wrong("empty-openai-input", {"openai_input": {}}, NO_OBJECT),
     Wrong(
         "openai-input-no-json",
         {"openai_input": "{hi"},
@@ -910,11 +920,16 @@ WRONG = (
     Wrong(
         "file-without-base64",
         {"route": "/x", "files": {"file": {"filename": "a"}}},
-        "files.file needs base64.",
-        "files",
+        "files.file has no base64 that can be read.",
+        "files.file",
     ),
-    Wrong("file-is-a-number", {"route": "/x", "files": {"file": 1}}, "files.file needs base64.", "files"),
-    Wrong("file-base64", {"route": "/x", "files": {"file": "?"}}, "files.file has base64 that is none.", "files.file"),
+    Wrong("file-is-a-number", {"route": "/x", "files": {"file": 1}}, "files.file must be an object.", "files.file"),
+    Wrong(
+        "file-base64",
+        {"route": "/x", "files": {"file": "?"}},
+        "files.file has no base64 that can be read.",
+        "files.file",
+    ),
     Wrong(
         "file-content-type",
         {"route": "/x", "files": {"file": {"base64": "", "content_type": "a\nb"}}},
@@ -966,7 +981,7 @@ WRONG = (
         "schema-text-no-object", {"prompt": "a", "json_schema": "5"}, "json_schema must be an object.", "json_schema"
     ),
     Wrong("no-requests", {"requests": []}, NO_REQUESTS, "requests"),
-    Wrong("requests-null", {"requests": None}, NONE_OF),
+    Wrong("requests-null", {"requests": None}, NO_OBJECT),
     Wrong("requests-no-list", {"requests": {"prompt": "a"}}, NO_REQUESTS, "requests"),
 )
 

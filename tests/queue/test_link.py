@@ -11,9 +11,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from supervisor.queue.errors import JobError
+from supervisor.queue.jobs import JobError, Taken
 from supervisor.queue.shapes import Reader, Request
-from supervisor.queue.taken import Taken
 
 pytestmark = pytest.mark.slow  # the import
 
@@ -64,7 +63,7 @@ def link_of(sdk: Any, posts: Posts, jobs: int = 3) -> Any:
 
 def told(capsys: pytest.CaptureFixture[str]) -> list[tuple[str, str]]:
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    return [(line["job"]["id"], line["job"]["outcome"]) for line in said if "job" in line]
+    return [(line["job"]["id"], line["job"]["outcome"]) for line in said if line["job"]]
 
 
 def within(sdk: Any, posts: Posts, act: Callable[[Any], Awaitable[None]]) -> None:

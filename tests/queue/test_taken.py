@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supervisor.queue.taken import Taken, apart
+from supervisor.queue.jobs import Taken, apart
 
 GOOD = b'{"id": "good", "input": {"prompt": "[{\\"]},"}}'
 BAD = {

@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import AsyncIterator
 from itertools import chain
 from typing import Any
 
 import pytest
 
-from supervisor.queue.errors import JobError
-from supervisor.queue.fields import WORKERS
+from supervisor.queue.jobs import JobError
+from supervisor.queue.older_workers import WORKERS, Batches
+from supervisor.queue.older_workers import tokens_of as whole
 from supervisor.queue.shapes import Reader
-from supervisor.queue.tokens import Batches, Tokens, whole
 from tests.harness import Supervisor
 from tests.queue.conftest import RunPod, in_queue_mode, joined
 
 HI = [{"role": "user", "content": "hi"}]
+DONE = "data: [DONE]\n\n"
 
 
 def event(index: int, text: str, count: int = 0) -> str:
     usage = {"prompt_tokens": 5, "completion_tokens": count}
     choices = [{"index": index, "delta": {"content": text}}] if text else []
     return f"data: {json.dumps({'choices': choices, 'usage': usage})}\n\n"
+
+
+def cut(batches: Batches, *texts: str) -> list[dict[str, Any]]:
+    async def stream() -> AsyncIterator[str]:
+        for text in texts:
+            yield text
+
+    async def collect() -> list[dict[str, Any]]:
+        return [batch async for batch in batches.cut(stream())]
+
+    return asyncio.run(collect())
 
 
 def test_a_whole_answer() -> None:
@@ -41,20 +55,15 @@ def test_a_whole_answer() -> None:
     ],
 )
 def test_batches_grow(batches: Batches, sizes: list[int]) -> None:
-    tokens, found = Tokens(batches), []
-    for number in range(50):
-        found += tokens.feed(event(0, f"t{number} ", number + 1))
-    found += tokens.feed("data: [DONE]\n\n")
-    assert list(tokens.feed("data: [DONE]\n\n")) == []
-    pieces: list[Any] = [batch["choices"][0]["tokens"] for batch in found]  # type: ignore[index]
+    found = cut(batches, *(event(0, f"t{number} ", number + 1) for number in range(50)), DONE, DONE)
+    pieces: list[Any] = [batch["choices"][0]["tokens"] for batch in found]
     assert [len(each) for each in pieces] == sizes
     assert list(chain.from_iterable(pieces)) == [f"t{number} " for number in range(50)]
-    assert found[-1]["usage"] == {"input": 5, "output": 50}  # type: ignore[index]
+    assert found[-1]["usage"] == {"input": 5, "output": 50}
 
 
 def test_several_answers_are_told_apart() -> None:
-    tokens = Tokens(Batches(2, 2))
-    assert list(tokens.feed(event(1, "b") + event(0, "a"))) == [
+    assert cut(Batches(2, 2), event(1, "b") + event(0, "a")) == [
         {"choices": [{"tokens": ["a"]}, {"tokens": ["b"]}], "usage": {"input": 5, "output": 0}}
     ]
 

@@ -167,7 +167,7 @@ def test_no_more_jobs_are_taken_than_may_run(endpoint: Supervisor, runpod: RunPo
     ("content", "status", "words"),
     [
         ({}, 400, "input must be an object"),
-        ({"nonsense": 1}, 400, "has none of: openai_route"),
+        ({"nonsense": 1}, 400, "an object with one of: openai_route"),
         ("text", 400, "input must be an object"),
         ({"messages": []}, 400, "messages is empty"),
         ({"openai_route": "no path"}, 400, "must be a path"),

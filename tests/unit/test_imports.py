@@ -133,7 +133,7 @@ def test_of_the_queue_only_the_child_knows_more_than_http() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "most"), [("queue", 1_314), ("local_runpod", 900), ("weights", 785), ("settings", 1_600)]
+    ("name", "most"), [("queue", 1_200), ("local_runpod", 900), ("weights", 785), ("settings", 1_600)]
 )
 def test_a_room_does_not_grow(name: str, most: int) -> None:
     files = {module: len(path.read_text().splitlines()) for module, path in MODULES.items() if room(module) == name}

@@ -15,10 +15,11 @@ import openai
 import psutil
 import pytest
 
+from supervisor.queue.older_workers import Batches
 from supervisor.queue.shapes import Job, Reader
-from supervisor.queue.tokens import Batches, Tokens
 from tests.harness import Supervisor, events, session_of, wait_until
 from tests.queue.conftest import RunPod
+from tests.queue.test_tokens import cut
 from tests.vllm.test_serving import CHAT, WEATHER, timeless
 
 pytestmark = pytest.mark.vllm
@@ -469,7 +470,7 @@ def test_errors_are_vllms(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"question": "What are you?"}, "The input has none of: openai_route, route,"),
+        ({"question": "What are you?"}, "The input must be an object with one of: openai_route, route,"),
         ({}, "The input must be an object with one of: openai_route, route,"),
         ({"mode": "json", "prompt": "a", "schema": "{no"}, "schema is text that is no JSON"),
         ({"openai_input": "[" * 100_000}, "The input is nested too deeply."),
@@ -618,8 +619,7 @@ def test_worker_vllms_output_of_old(served: Supervisor, content: dict[str, objec
     assert usage == {"input": answer.json()["usage"]["prompt_tokens"], "output": 20}
     job, answer = asked(stream=True)
     assert job.tokens is not None
-    tokens = Tokens(job.tokens)
-    batches: list[Any] = [*tokens.feed(answer.text)]
+    batches = cut(job.tokens, answer.text)
     assert ["".join(piece for batch in batches for piece in batch["choices"][0]["tokens"])] == choice["tokens"]
     assert [len(batch["choices"][0]["tokens"]) for batch in batches][:4] == [1, 2, 4, 8]
     assert batches[-1]["usage"] == usage

@@ -1,0 +1,145 @@
+"""What clients of both older workers send and expect, where vLLM's server has it otherwise: fields that have another
+name now, or are gone; runpod-LLM's requests and results; worker-vllm's output of old. Pure: no I/O.
+
+vLLM passes over what it does not know, so that a constraint would be lost without a word: a field is renamed where that
+is exact, has no effect where its value asks for nothing, and fails the job otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import NamedTuple
+
+from supervisor.queue.jobs import JSON, JobError, as_object, without
+
+TABLE = tomllib.loads(Path(__file__).with_name("fields.toml").read_text(encoding="utf-8"))
+GONE, CONSTRAINTS, LLM, WORKERS = TABLE["gone"], TABLE["constraints"], TABLE["llm"], frozenset(TABLE["workers"])
+OLD = frozenset(CONSTRAINTS).union(GONE)
+LLM_FIELDS = WORKERS.union(LLM["own"])
+MARKS = ("mode", *LLM["constraining"])  # of runpod-LLM's requests
+
+
+def renamed(body: JSON) -> JSON:
+    """The body of a request as vLLM reads it today. Raises JobError."""
+    for name, row in GONE.items():
+        if body.get(name) not in (None, *row["neutral"], body.get(row.get("same"))):
+            raise JobError(f"vLLM has no {name} any more: {row['instead']}.", param=name)
+    constraints = {old.removeprefix("guided_"): body[old] for old in CONSTRAINTS if body.get(old) not in (None, False)}
+    kept = without(body, OLD)
+    if not constraints:
+        return kept
+    given = as_object(kept.get("structured_outputs"), "structured_outputs")
+    for twice in constraints.keys() & given.keys():
+        raise JobError(f"structured_outputs.{twice} is there twice, once as guided_{twice}.", param=twice)
+    return {**kept, "structured_outputs": {**given, **constraints}}
+
+
+def llm_fields(content: JSON) -> tuple[str, JSON]:
+    """The mode of runpod-LLM's request, and what vLLM gets beside `messages` or a `prompt`. Raises JobError."""
+    constrained = any(content.get(name) for name in LLM["constraining"])
+    asked = str(content.get("mode") or ("json" if constrained else "chat")).lower()
+    if (mode := LLM["modes"].get(asked)) is None:
+        raise JobError(f"mode {asked!r} is not one of: {', '.join(LLM['modes'])}.", param="mode")
+    kept = {name: value for name, value in content.items() if value is not None and name not in LLM_FIELDS}
+    return mode, LLM["defaults"] | kept | (_constraint(content) if mode == "json" else {})
+
+
+def _constraint(content: JSON) -> JSON:
+    name = "json_schema" if content.get("json_schema") else "schema"
+    if schema := as_object(content.get(name), name):
+        # OpenAI's is {"name", "schema"}.
+        named = schema if isinstance(schema.get("schema"), dict) and "type" not in schema else {"schema": schema}
+        return {"response_format": {"type": "json_schema", "json_schema": {"name": "result", **named}}}
+    if pattern := content.get("regex") or content.get("guided_regex"):
+        return {"guided_regex": pattern}  # `renamed` writes it as vLLM has it
+    if any(content.get(name) for name in ("response_format", "structured_outputs", *CONSTRAINTS)):  # said otherwise
+        return {}
+    return {"response_format": {"type": "json_object"}}
+
+
+def llm_result(answer: JSON, mode: str) -> JSON:
+    """An OpenAI answer as runpod-LLM's clients know it: `mode`, three counts of tokens, and in json mode the value."""
+    choices = [_choice(choice, index, mode) for index, choice in enumerate(answer.get("choices") or [])]
+    usage = answer.get("usage") or {}
+    counts = {name: usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
+    return {"id": answer.get("id"), "model": answer.get("model"), "mode": mode, "choices": choices, "usage": counts}
+
+
+def _choice(choice: JSON, index: int, mode: str) -> JSON:
+    kept: JSON = {"index": choice.get("index", index), "finish_reason": choice.get("finish_reason")}
+    if "message" in choice:
+        message = choice["message"] or {}
+        text = message.get("content")
+        kept["message"] = {"role": message.get("role", "assistant"), "content": text}
+        if calls := message.get("tool_calls"):  # beside them vLLM says "" where a call is required
+            kept["message"] |= {"content": text or None, "tool_calls": calls}
+    else:
+        text = kept["text"] = choice.get("text")
+    if mode == "json":
+        try:
+            value = json.loads(text or "")
+            json.dumps(value, allow_nan=False)  # Python reads NaN, and 1e999 as infinity; RunPod does not
+            kept["json"] = value
+        except (ValueError, RecursionError) as error:
+            kept["json_parse_error"] = str(error)
+    return kept
+
+
+class Batches(NamedTuple):
+    """worker-vllm's output until the end of July 2026, for programs that read it: `SUPERVISOR_JOB_OUTPUT=tokens`.
+
+        [{"choices": [{"tokens": ["a whole text"]}], "usage": {"input": 5, "output": 20}}]
+
+    A stream gave the same, so many pieces of text at a time: the least at first, then more and more, up to the most.
+    The names are those that a request has for these."""
+
+    max_batch_size: float = 50
+    min_batch_size: float = 1
+    batch_size_growth_factor: float = 3.0
+
+    def of(self, content: JSON) -> Batches:
+        """As one request wants them. Raises JobError."""
+        given = {name: content[name] for name in self._fields if content.get(name) is not None}
+        for name, value in given.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value < 1e6:
+                raise JobError(f"{name} must be a number from 1 on.", param=name)
+        return self._replace(**given)
+
+    async def cut(self, stream: AsyncIterator[str]) -> AsyncIterator[JSON]:
+        """A stream of whole events, the last of which is [DONE]."""
+        size = min(self.min_batch_size, self.max_batch_size)
+        pieces: list[tuple[int, str]] = []  # and of which answer each is
+        usage: JSON = {}
+        count = 0  # of pieces, where vLLM does not say how many tokens they were
+        async for text in stream:
+            for line in text.splitlines():
+                if line.startswith("data: {"):
+                    event = json.loads(line.removeprefix("data:"))
+                    usage = event.get("usage") or usage
+                    told = ((choice.get("index", 0), _text(choice)) for choice in event.get("choices") or ())
+                    pieces += [(answer, piece) for answer, piece in told if piece]
+                if len(pieces) >= size or (pieces and line == "data: [DONE]"):
+                    size = min(size * self.batch_size_growth_factor, self.max_batch_size)
+                    count += len(pieces)
+                    answers = [[piece for at, piece in pieces if at == answer] for answer in range(max(pieces)[0] + 1)]
+                    pieces = []
+                    yield _output(answers, {"completion_tokens": count, **usage})
+
+
+def tokens_of(answer: JSON) -> JSON:
+    """The same of an answer that is whole."""
+    return _output([[_text(choice)] for choice in answer.get("choices") or ()], answer.get("usage") or {})
+
+
+def _text(choice: JSON) -> str:
+    """Of a chat or a completion, all of it or a piece."""
+    message = choice.get("message") or choice.get("delta") or {}
+    return message.get("content") or choice.get("text") or ""
+
+
+def _output(answers: list[list[str]], usage: JSON) -> JSON:
+    counts = {"input": usage.get("prompt_tokens", 0), "output": usage.get("completion_tokens", 0)}
+    return {"choices": [{"tokens": tokens} for tokens in answers], "usage": counts}
