@@ -27,6 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 1200.0  # seconds for one start
+HELD_TOO_LONG = 503
 
 
 def free_port() -> int:
@@ -71,9 +72,9 @@ def start(folder: Path, arguments: list[str], environ: dict[str, str], began: fl
         while process.poll() is None:
             try:
                 text = answer(port)
-            except urllib.error.HTTPError as error:
-                sys.exit(f"answered with {error.code}: {error.read().decode()}")
-            except OSError:
+            except OSError as error:  # nobody listens yet, or the request was held for as long as one is
+                if isinstance(error, urllib.error.HTTPError) and error.code != HELD_TOO_LONG:
+                    sys.exit(f"answered with {error.code}: {error.read().decode()}")
                 time.sleep(0.05)
                 continue
             answered.set()

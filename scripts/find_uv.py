@@ -70,10 +70,13 @@ def configuration() -> dict[str, str]:
     return {name: value for name, value in told.items() if not environ.get(name)}
 
 
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+
+
 def version(uv: str) -> tuple[int, ...]:
     """(0,) where it does not run, as a version manager's stand-in may not."""
-    done = subprocess.run([uv, "--version"], capture_output=True, text=True, check=False)
-    return tuple(int(part) for part in re.findall(r"\d+", done.stdout)[:2]) or (0,)
+    return tuple(int(part) for part in re.findall(r"\d+", run(uv, "--version").stdout)[:2]) or (0,)
 
 
 def installed() -> str:
@@ -86,13 +89,12 @@ def installed() -> str:
     new = Path(tempfile.mkdtemp(prefix=".uv.", dir=ROOT))
     python = getattr(sys, "_base_executable", sys.executable)  # an environment that uv made has no pip
     try:
-        if subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=False).returncode:
-            # Debian has pip in one package, and venv, which brings it, in another.
-            subprocess.run([python, "-m", "venv", new / "pip"], capture_output=True, check=False)
-            python = str(new / "pip/bin/python")
-        pip = [python, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--target", str(new / "uv")]
+        pip = ["-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--target", str(new / "uv")]
         pip += ["--no-deps", "--require-hashes", "--only-binary", ":all:", "-r", str(lock)]
-        done = subprocess.run(pip, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        done = run(python, *pip)
+        if "No module named pip" in done.stderr:  # Debian has pip in one package, and venv, which brings it, in another
+            run(python, "-m", "venv", str(new / "pip"))
+            done = run(str(new / "pip/bin/python"), *pip)
         if done.returncode:
             said = [line for line in done.stderr.splitlines() if line.strip() and "is ignored" not in line]
             sys.exit("\n    ".join(["uv can't be fetched:", *said[-8:]]))
