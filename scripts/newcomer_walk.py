@@ -40,7 +40,7 @@ def main() -> None:
             url = ""
             try:
                 for line in supervisor.stdout:
-                    if re.match(r"\[\d/\d\]|\d\d:\d\d:\d\d supervisor", line):
+                    if re.match(r"  \.v(env|llm): |\d\d:\d\d:\d\d supervisor", line):
                         say(line.rstrip())
                     if found := re.search(r"supervisor: ready: (http://\S+)", line):
                         url = found[1]

@@ -7,6 +7,7 @@ is not there.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -31,8 +32,10 @@ def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[
     return done
 
 
-def pip(*arguments: str | Path) -> None:
-    done = run(sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments)
+def uv(*arguments: str | Path) -> None:
+    found = run(sys.executable, ROOT / "scripts/find_uv.py")
+    assert found.returncode == 0, found.stderr
+    done = run("bash", "-c", f'{found.stdout}"$UV" "$@"', "uv", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -51,8 +54,8 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("empty") / "venv"
     done = run(sys.executable, "-m", "venv", "--without-pip", folder)
     assert done.returncode == 0, done.stderr
-    into = ["--python", folder / "bin/python"]
-    pip(*into, "install", "--quiet", "--no-index", "--no-deps", wheel)
+    into = ["--python", folder]
+    uv("pip", "install", "--offline", "--no-deps", *into, wheel)
     (site,) = folder.glob("lib/python3*/site-packages")
     with zipfile.ZipFile(wheel) as packed:
         (metadata,) = [name for name in packed.namelist() if name.endswith(".dist-info/METADATA")]
@@ -62,7 +65,7 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             if line.startswith("Requires-Dist: ")
         ]
     link(asked, site)
-    pip(*into, "check")
+    uv("pip", "check", *into)
     return folder
 
 
@@ -78,7 +81,11 @@ def link(asked: list[str], site: Path, seen: set[str] | None = None) -> None:
         found = distribution(name)
         for top in {Path(file).parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
             if not (site / top).exists():
-                (site / top).symlink_to(Path(str(found.locate_file(top))).resolve())
+                its = Path(str(found.locate_file(top))).resolve()
+                if top.endswith(".dist-info"):  # uv takes no link for one
+                    shutil.copytree(its, site / top)
+                else:
+                    (site / top).symlink_to(its)
         link(list(found.requires or ()), site, seen)
 
 
