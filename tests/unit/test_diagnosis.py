@@ -120,11 +120,11 @@ PRODUCED = (
     Row("killed-while-starting", "killed by SIGKILL", "memory", permanent=False),
     Row("killed-while-loading", "killed by SIGKILL", "memory", permanent=False),
     Row("engine-killed-while-loading", "engine process was killed by SIGKILL", "memory", permanent=False),
-    Row("engine-killed-when-ready", "engine process was gone without a word", "memory", permanent=False),  # exit code 0
+    Row("engine-killed-when-ready", "the last lines of its log", "memory", permanent=False),  # exit code 0
     Row("engine-segfault-while-loading", "crashed (segmentation fault)", "ENFORCE_EAGER", permanent=False),
     Row("segfault", "crashed (segmentation fault)", "ENFORCE_EAGER", permanent=False),
     Row("bus-error", "SIGBUS", "--shm-size", permanent=False),
-    Row("worker-killed-when-ready", "engine process was gone without a word", "memory", permanent=False),
+    Row("worker-killed-when-ready", "the last lines of its log", "memory", permanent=False),
 
     # Several machines
     Row("ranks-others-absent", "Only 1/2 ranks came within 1801 s", "MASTER_ADDR and MASTER_PORT", permanent=False),
@@ -549,7 +549,7 @@ def test_what_a_client_did_wrong_is_not_why_the_engine_ended() -> None:
         "(APIServer pid=1) ERROR 11-28 19:00:00 [x.py:1] vllm.v1.engine.exceptions.EngineDeadError: EngineCore "
         "encountered an issue. See stack trace (above) for the root cause.",
     ]
-    assert "gone without a word" in diagnose(0, lines).cause
+    assert "do not say why" in diagnose(0, lines).cause
 
 
 def test_what_the_engine_says_of_a_workers_error_is_the_cause_where_the_worker_is_not_heard() -> None:
@@ -587,9 +587,9 @@ def test_memory_is_blamed_on_evidence_alone() -> None:
     """Signal 9 that was not ours, or the container's count of such kills. `{}` is none: vLLM says so of
     engines that ended by any error of their own."""
     gone = ["(APIServer pid=1) vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue."]
-    assert diagnose(0, gone).cause == "vLLM's engine process was gone without a word."
-    assert diagnose(1, [FAILED + "{}"]).cause == "vLLM's engine process was gone without a word."
-    assert "gone without a word." in diagnose(1, [FAILED + "{'EngineCore': 1}"]).cause
+    silent = "vLLM's engine ended, or did not start, and the last lines of its log do not say why."
+    assert diagnose(0, gone).cause == diagnose(1, [FAILED + "{}"]).cause == silent
+    assert "do not say why." in diagnose(1, [FAILED + "{'EngineCore': 1}"]).cause
     assert "killed by SIGKILL" in diagnose(1, [FAILED + "{'EngineCore': -9}"]).cause
     assert "container's memory ran out" in diagnose(0, gone, oom_killed=True).cause
     assert "container's memory ran out" in diagnose(-9, [], "VLLM::Worker (pid 9) died", oom_killed=True).cause
@@ -660,7 +660,7 @@ def test_an_unknown_error_is_told_as_it_is_and_what_follows_from_it_is_not() -> 
         "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}",
     ]
     assert diagnose(1, lines) == Diagnosis("OddError: 'layers.9'", "", permanent=True)
-    assert "engine process was gone" in diagnose(1, lines[2:]).cause
+    assert "do not say why" in diagnose(1, lines[2:]).cause
 
 
 def test_a_log_that_clients_helped_to_write_costs_little() -> None:
@@ -681,5 +681,5 @@ def test_where_tracebacks_only_follow_the_last_stray_error_is_told() -> None:
     assert "connectFullMesh failed" in found.cause
     assert not found.permanent
     quiet = "(EngineCore pid=7) INFO 11-28 19:00:00 [core.py:10] one that failed with [x] is tried again"
-    assert "without a word" in diagnose(1, ["(APIServer pid=1) Traceback (most recent call last):", end]).cause
-    assert "without a word" in diagnose(1, [quiet, "(APIServer pid=1) Traceback (most recent call last):", end]).cause
+    assert "do not say why" in diagnose(1, ["(APIServer pid=1) Traceback (most recent call last):", end]).cause
+    assert "do not say why" in diagnose(1, [quiet, "(APIServer pid=1) Traceback (most recent call last):", end]).cause
