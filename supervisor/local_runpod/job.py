@@ -17,8 +17,7 @@ import httpx
 
 from supervisor import asking, status
 
-# Of one question; /stream waits up to a second for news.
-PATIENCE = 30.0
+PATIENCE = 30.0  # seconds for an answer; /stream waits up to one for news
 FAILED = 1
 WAITING = ("IN_QUEUE", "IN_PROGRESS")
 START = "start one with `supervisor up MODEL --mode queue`"
@@ -118,20 +117,21 @@ class Endpoint:
 
 
 def _run(endpoint: Endpoint, job: Mapping[str, Any], *, stream: bool) -> int:
-    where = str(endpoint.ask("POST", "/run", json.dumps(job)).get("id"))
-    pressed: list[int] = []
+    where, pressed = str(endpoint.ask("POST", "/run", json.dumps(job)).get("id")), list[int]()
 
     def interrupted(number: int, _: object) -> None:
-        # Kept, for Python drops what is raised within a finalizer: one Ctrl-C of some hundreds was seen to do nothing.
+        # Seen after each answer, within a second: raised at once, it once hung in the HTTP client's locks.
         pressed.append(number)
-        raise KeyboardInterrupt
+        if len(pressed) > 1:
+            raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupted)
     try:
         return _follow(endpoint, where, pressed, stream=stream)
     except KeyboardInterrupt:
-        endpoint.ask("POST", f"/cancel/{where}")
-        print("supervisor: the job was cancelled", file=sys.stderr)
+        if is_patient := len(pressed) == 1:
+            endpoint.ask("POST", f"/cancel/{where}")
+        print(f"supervisor: the job was {'' if is_patient else 'not '}cancelled", file=sys.stderr)
         raise
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -113,9 +114,29 @@ def test_ctrl_c_cancels_it(queue: str, folder: Path) -> None:
     wait_until(lambda: http.get(health).json()["jobs"]["inProgress"] == 0, "the end of the job")
 
 
-def test_an_interrupt_that_python_dropped_is_noticed_at_the_next_look() -> None:
+def test_an_interrupt_is_noticed_at_the_next_look() -> None:
     with pytest.raises(KeyboardInterrupt):
         job._follow(job.Endpoint("http://127.0.0.1:9"), "id", [signal.SIGINT], stream=True)
+
+
+@pytest.mark.parametrize(("presses", "told"), [(1, "was cancelled"), (2, "was not cancelled")])
+def test_who_presses_twice_waits_for_nobody(presses: int, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = []
+
+    def ask(_: str, path: str, __: str | None = None) -> dict[str, str]:
+        asked.append(path)
+        for _press in range(presses if path == "/stream/7" else 0):
+            signal.raise_signal(signal.SIGINT)
+        return {"id": "7", "status": "IN_PROGRESS"}
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            job._run(SimpleNamespace(ask=ask), {}, stream=True)  # type: ignore[arg-type]
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert asked == ["/run", "/stream/7"] + ["/cancel/7"] * (presses == 1)
+    assert told in capsys.readouterr().err
 
 
 def test_where_no_job_can_go(send: Send, running: Supervisor, tmp_path: Path) -> None:
