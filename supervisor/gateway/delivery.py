@@ -102,7 +102,6 @@ class Answered(Receiver):
 class Delivery(Delivering, Sink):
     """One request. `answered` gets what becomes of it: `answer`, `whole` or `switched`, or else `refused`."""
 
-    is_relayed = True
     # The state of a new one. Kept in the class: what a small request never touches costs it nothing.
     state = State.WAITING
     connection: UpstreamConnection | None = None

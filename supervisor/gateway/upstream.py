@@ -67,7 +67,6 @@ class Sink(Receiver):
     """Who sends one request, and receives its answer, or names somebody else for its body (`connection.receiver`)."""
 
     is_head = False
-    is_relayed = False  # a client's, not one of our own questions
     websocket = False  # asked for
 
     def connected(self, connection: UpstreamConnection) -> None:
@@ -162,7 +161,7 @@ class UpstreamConnection(asyncio.Protocol):
         if sink is None:  # nobody asked: a late answer must never reach the next request
             self.transport.abort()
             return
-        self.upstream.reads += sink.is_relayed
+        self.upstream.reads += 1
         alone = self.in_head and self.request_sent and not self.raw_head
         if alone and (found := self.heads.find(data)) is not None and not sink.is_head:
             self.sink = self.receiver = None
@@ -221,7 +220,6 @@ class UpstreamConnection(asyncio.Protocol):
             or not 200 <= head.status < 500  # 500 and 503 may be a dying engine's
             or head.has_request_id
             or not self.keep_alive
-            or not sink.is_relayed
             or sink.is_head
         ):
             return None
