@@ -89,6 +89,18 @@ def session_of(pid: int) -> list[int]:
     return found
 
 
+def gone(*processes: psutil.Process) -> bool:
+    """Whether none of them runs any more; its parent may not have asked for it yet."""
+
+    def is_gone(process: psutil.Process) -> bool:
+        try:
+            return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:  # between the two
+            return True
+
+    return all(map(is_gone, processes))
+
+
 RECORD = re.compile(r"\(|\{|\d\d:\d\d:\d\d |(?:DEBUG|INFO|WARNING|ERROR|CRITICAL)\b")
 FAULT = re.compile(r"Traceback|Exception in|Fatal error|exception was never retrieved")
 

@@ -24,7 +24,7 @@ import psutil
 import pytest
 
 from tests.engine.stand_ins import STAND_INS, Watched, missing
-from tests.harness import Supervisor, http, session_of, wait_until
+from tests.harness import Supervisor, gone, http, session_of, wait_until
 
 COMPLETIONS = "/v1/completions"
 # A machine with NVIDIA's driver, as far as anybody looks.
@@ -127,10 +127,6 @@ def answers_ping(supervisor: Supervisor, seconds: float = 3.0) -> int:
 
 def descendants(supervisor: Supervisor) -> list[psutil.Process]:
     return psutil.Process(supervisor.process.pid).children(recursive=True)
-
-
-def all_gone(processes: list[psutil.Process]) -> bool:
-    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
 
 
 # A GPU's driver
@@ -443,7 +439,7 @@ def test_weights_that_hang_at_the_first_start(disk: Callable[[Path], Disk], tmp_
         children = descendants(supervisor)
         supervisor.signal(signal.SIGTERM)
         supervisor.leaves(0, 4, "after SIGTERM")
-        wait_until(lambda: all_gone(children), "the end of all that it had started", 2)
+        wait_until(lambda: gone(*children), "the end of all that it had started", 2)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ import pytest
 from supervisor.around import zygote
 from supervisor.around.prefork import LEAST_MEMORY, Prefork, prefork
 from tests.engine.test_faults import CHAT, OFTEN, chat
-from tests.harness import DEMO, Supervisor, session_of, wait_until
+from tests.harness import DEMO, Supervisor, gone, session_of, wait_until
 
 IMPORTABLE = Path(__file__).with_name("stand_ins") / "importable"
 SCRIPT = (
@@ -191,7 +191,7 @@ def test_nothing_outlives_a_supervisor_that_was_killed(start: Start) -> None:
         crash(supervisor, FORKED)
         zygote, engine = the_zygote(supervisor), supervisor.engine()
         supervisor.process.kill()
-        wait_until(lambda: not zygote.is_running() or zygote.status() == psutil.STATUS_ZOMBIE, "the zygote's end")
+        wait_until(lambda: gone(zygote), "the zygote's end")
         wait_until(lambda: not session_of(engine), "the engine's end")
 
 

@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from tests.engine.stand_ins import STAND_INS, Watched, missing
-from tests.harness import SUPERVISOR, clean_environment, session_of, wait_until
+from tests.harness import SUPERVISOR, clean_environment, gone, session_of, wait_until
 
 SOMEBODY = 65534
 FRESH = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child", sys.executable)
@@ -94,10 +94,6 @@ class Namespaced(Elsewhere):
         assert answer, "process 1 is gone"
         found: int | bool = json.loads(answer)
         return found
-
-
-def gone(process: psutil.Process) -> bool:
-    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
 def workspaces(base: Path) -> list[Path]:

@@ -19,7 +19,7 @@ import pytest
 
 from supervisor.gateway.counts import OUTCOMES
 from tests.engine.test_metrics import Scrape
-from tests.harness import ROOT, Supervisor, wait_until
+from tests.harness import ROOT, Supervisor, gone, wait_until
 from tests.queue.conftest import RunPod, in_queue_mode, joined
 
 CHAT = "/v1/chat/completions"
@@ -432,16 +432,6 @@ def the_worker(supervisor: Supervisor) -> psutil.Process:
     return found
 
 
-def all_gone(processes: list[psutil.Process]) -> bool:
-    def is_gone(process: psutil.Process) -> bool:
-        try:
-            return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:  # between the two
-            return True
-
-    return all(map(is_gone, processes))
-
-
 def test_sigterm_lets_jobs_finish_and_reports_those_that_do_not() -> None:
     with (
         RunPod("--hold", "60") as runpod,
@@ -489,7 +479,7 @@ def test_sigterm_while_it_loads() -> None:
         worker = wait_until(lambda: [the_worker(supervisor)] if supervisor.engine() else [], "the worker")
         supervisor.signal(signal.SIGTERM)
         assert supervisor.exit_code() == 0
-        assert all_gone(list(worker))  # type: ignore[call-overload]
+        assert gone(*worker)
         assert runpod.log("job-take-batch") == []  # it had not joined
 
 
@@ -503,7 +493,7 @@ def test_a_worker_that_is_killed_is_started_again_and_its_heartbeat_dies_with_it
         job = runpod.run(faulty({"max_tokens": 300}, token_interval=0.01))
         wait_until(lambda: running(supervisor) == 1, "the generation")
         worker.kill()
-        wait_until(lambda: all_gone([worker, heartbeat]), "the heartbeat's end", 2)
+        wait_until(lambda: gone(*[worker, heartbeat]), "the heartbeat's end", 2)
         wait_until(lambda: running(supervisor) == 0, "the generation's end")
         supervisor.says(r"the queue worker ended \(killed by SIGKILL\)")
         scrape = Scrape(supervisor)
@@ -534,7 +524,7 @@ def test_a_killed_supervisor_takes_the_worker_along() -> None:
         wait_until(lambda: runpod.job(job)["chunks"], "the stream")
         supervisor.signal(signal.SIGKILL)
         assert runpod.result(job)["status"] == "FAILED"  # and is not left to RunPod's patience
-        wait_until(lambda: all_gone(family), "the worker's end")
+        wait_until(lambda: gone(*family), "the worker's end")
 
 
 # Around it
@@ -629,7 +619,7 @@ def test_the_hubs_test_runner() -> None:
             wait_until(lambda: runpod.log("job-stop"), "the stop channel's poll")
             supervisor.signal(signal.SIGTERM)
             assert supervisor.exit_code(8) == 0
-            assert all_gone([worker])
+            assert gone(*[worker])
             assert runpod.status(runpod.run(HELLO))["status"] == "IN_QUEUE"
 
 
@@ -731,4 +721,4 @@ def test_outside_of_runpod_a_simulated_one_is_started() -> None:
         family = psutil.Process(supervisor.process.pid).children(recursive=True)
         supervisor.signal(signal.SIGINT)
         assert supervisor.exit_code() == 0
-        assert all_gone(family)
+        assert gone(*family)
