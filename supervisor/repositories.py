@@ -98,9 +98,8 @@ def asks_the_hub(settings: Settings, found: list[Repository]) -> bool:
 
 
 def python(settings: Settings) -> tuple[str, ...]:
-    """vLLM's Python; empty where `vllm` is started by something else, a shell's script or `nice`."""
-    words = settings.vllm.python or ()
-    return words if any(Path(word).name.startswith("python") for word in words) else ()
+    """vLLM's; empty where it is not known."""
+    return settings.vllm.python or ()
 
 
 def fetch_command(settings: Settings, repositories: list[Repository], *, offline: bool = False) -> tuple[str, ...]:

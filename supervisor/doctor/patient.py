@@ -107,15 +107,18 @@ class Patient:
             vllm = self.vllm
         except installed.VllmError:
             return None
+        beside = next(installed.beside(Path(vllm.command[0]), "torch"), None)
+        if vllm.python is None:
+            return beside
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             done = subprocess.run(
-                [*(vllm.python or ("/",)), "-B", "-c", WHERE], env=dict(self.environ), timeout=ASKING_PATIENCE,
-                check=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                [*vllm.python, "-B", "-c", WHERE], env=dict(self.environ), timeout=ASKING_PATIENCE, check=True,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             )  # fmt: skip
             folder = Path(os.fsdecode(done.stdout.rpartition(b"\n")[2]))
             if folder.is_absolute() and folder.is_dir():
                 return folder
-        return next(installed.beside(Path(vllm.command[0]), "torch"), None)
+        return beside
 
     @cached_property
     def cuda(self) -> str | None:

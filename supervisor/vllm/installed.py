@@ -26,7 +26,8 @@ class VllmError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Vllm:
-    """`command` starts it (`[*command, "serve", ...]`); `python` runs programs in its environment, where known."""
+    """`command` starts it (`[*command, "serve", ...]`); `python` runs programs in its environment: None where it is not
+    known, for a shell's script or `nice` starts vLLM."""
 
     command: tuple[str, ...]
     version: str
@@ -56,7 +57,8 @@ def find(asked: str | None, path: str | None, cache: Path) -> Vllm:
     """The vLLM to run: the one asked for, else the one that `scripts/setup` made, else the one on PATH."""
     command = _command(asked, path)
     program = Path(command[0])
-    python = _python(program) if len(command) == 1 else (command[0],)
+    starter = (_python(program) if len(command) == 1 else (command[0],)) or ()
+    python = starter if any(Path(word).name.startswith("python") for word in starter) else None
     version = _version_beside(program) if len(command) == 1 else None
     return Vllm(command, version or _version_asked(command, cache), python)
 

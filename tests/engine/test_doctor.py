@@ -525,6 +525,21 @@ def test_a_torch_beside_vllm_is_found_without_asking_its_python(tmp_path: Path) 
     assert patient(tmp_path, SUPERVISOR_VLLM=program).cuda == "12.8"
 
 
+def test_what_starts_vllm_and_is_no_python_is_not_asked(tmp_path: Path) -> None:
+    """A shell would take the question for its own commands, `import` among them."""
+    program, site = an_environment(tmp_path)
+    shell = f"#!/bin/sh\ncase $* in *-c*) touch {tmp_path}/asked ;; esac\necho 0.32.0\n"
+    made(tmp_path, {"bin/shell": shell})
+    (tmp_path / "bin/shell").chmod(0o755)
+    (tmp_path / "bin/vllm").write_text(f"#!{tmp_path}/bin/shell\n")
+    a_torch(site, "'12.8'")
+    found = patient(tmp_path, SUPERVISOR_VLLM=program)
+    assert found.cuda == "12.8"
+    assert found.vllm.python is None
+    assert patient(tmp_path, SUPERVISOR_VLLM=f"nice {program}").vllm.python is None
+    assert not (tmp_path / "asked").exists()
+
+
 @pytest.mark.parametrize("python", ["exit 0", "exit 1", "exec sleep 60", "echo /no/such/folder", "printf '\\377\\n'"])
 def test_a_python_that_does_not_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, python: str) -> None:
     monkeypatch.setattr("supervisor.doctor.patient.ASKING_PATIENCE", 0.5)
