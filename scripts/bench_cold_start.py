@@ -144,7 +144,7 @@ def hear(process: subprocess.Popen[str], waterfall: Waterfall, log: Path, ready:
     source = process.stdout
 
     def read() -> None:
-        with log.open("a") as file:
+        with log.open("a", buffering=1) as file:
             for line in source:
                 waterfall.hear(line.rstrip())
                 file.write(line)
