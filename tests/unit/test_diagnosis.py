@@ -475,6 +475,7 @@ def test_remedies_name_variables_that_exist() -> None:
         "LD_PRELOAD",
         "PYTHONPATH",
         "ASCEND_RT_VISIBLE_DEVICES",
+        "ROCR_VISIBLE_DEVICES",
         "TPU_WORKER_HOSTNAMES",
         "TPU_WORKER_ID",
         "ALL_PROXY",
