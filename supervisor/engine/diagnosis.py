@@ -17,6 +17,7 @@ from supervisor.engine.topics import REMEDIES, TABLE
 
 # What is searched, in characters: clients help to write a log, and 80 searches of 500 long lines took 45 s.
 LONGEST_TEXT = 250_000
+LONGEST_QUOTE = 1000
 # What the API server says on SIGTERM; the errors after it are those of things being taken away.
 TOLD_TO_STOP = re.compile(r"\[shutdown\] API server: shutdown triggered")
 
@@ -59,6 +60,7 @@ RULES, FOLLOWING, GONE = (tuple(Rule(**row) for row in TABLE[name]) for name in 
 SIGNALS = {signal.Signals[name]: Diagnosis(**end, permanent=False) for name, end in TABLE["signals"].items()}
 OOM_KILLED = Diagnosis(**TABLE["oom_killed"], permanent=False)
 TERMINATED = Diagnosis("It was told to stop (SIGTERM), and not by us.", "", permanent=False)
+NEAREST = "Its log does not say why; what comes closest to it there: "
 UNKNOWN = Diagnosis("Its log does not say why.", "", permanent=False, known=False)
 
 
@@ -95,11 +97,16 @@ def _by_its_words(exit_code: int, failure: tracebacks.Failure, ended_by_us: str 
         return Diagnosis(f"{ended_by_us}.", "", permanent=False, known=False)
     if (stray := tracebacks.stray(failure)) is not None:
         return find(RULES, stray) or _quoted(stray, permanent=False)
-    return find(GONE, failure) or UNKNOWN
+    if (known := find(GONE, failure)) is not None or exit_code == 0:
+        return known or UNKNOWN
+    nearest = tracebacks.stray(failure, tracebacks.FAULT)
+    return _quoted(nearest, permanent=False, before=NEAREST) if nearest is not None else UNKNOWN
 
 
-def _quoted(failure: tracebacks.Failure, *, permanent: bool) -> Diagnosis:
-    return Diagnosis(failure.error or "", topics.told(failure)["elsewhere"], permanent, known=False)
+def _quoted(failure: tracebacks.Failure, *, permanent: bool, before: str = "") -> Diagnosis:
+    words = failure.error or ""
+    shown = words if len(words) <= LONGEST_QUOTE else f"{words[:LONGEST_QUOTE]}..."
+    return Diagnosis(f"{before}{shown}", topics.told(failure)["elsewhere"], permanent, known=False)
 
 
 def find(rules: Iterable[Rule], failure: tracebacks.Failure) -> Diagnosis | None:

@@ -43,7 +43,10 @@ SETTINGS = re.compile(r"(?:non-default args: |with config: |args: Namespace\()[^
 # pydantic's: what it refuses stands in the second line, without the values after it.
 REFUSED = re.compile(r"validation errors? for \w+\n  (?:Value error|Assertion failed), (.+?)(?: \[type=|$)")
 # What the engine says of a worker's error: of use where the worker's own words are not in the log any more.
-RELAYED = re.compile(r"Worker failed with error ['\"](.{3,1000}?)(?:['\"], please check the stack trace|$)")
+RELAYED = re.compile(
+    r"Worker failed with error ['\"](.{3,1000}?)(?:['\"], please check the stack trace|$)"
+    r"|^(?!.{0,300}Worker failed)(.{3,1000})['\"], please check the stack trace"  # the last of its lines
+)
 # A line that names an error, in a log without a traceback.
 NAMES_ERROR = re.compile(r"(?:Error|Exception)(?:_\w{1,40}|\(\w{1,20}\))?(?:: |\(['\"])|\berror: ")
 # One as vLLM's V0 wrote it before its traceback: `ValueError('text')`.
@@ -53,6 +56,11 @@ SHOWN = re.compile(r"^(\w{1,80}(?:Error|Exception))\((['\"])(.*)\2\)$")
 # What libraries say that raise nothing; and how many lines before the end it is looked for.
 STRAY = re.compile(r"RESOURCE_EXHAUSTED|INVALID_ARGUMENT|\b(?:error|fatal) *: |is not valid\b|\w failed with \[")
 NEAR = 40
+# A line that may tell of a fault, where nothing else does.
+FAULT = re.compile(
+    r"(?i)\b(?:errors?|errno|failed|failure|fatal|cannot|can't|could not|unable to|unsupported|only supports|invalid|denied"
+    r"|refused|abort(?:ed|ing)|panic|no such|out of|not (?:found|supported|available|permitted|allowed|implemented))\b"
+)
 
 
 class Failure(NamedTuple):
@@ -94,7 +102,7 @@ def read(lines: Iterable[str], follows: Callable[[str], bool]) -> Failure:
             ends[line.who], error = line.begins, number
     whole = "\n".join(line.text for line in told)
     last = "\n".join(line.text for number, line in enumerate(told) if number >= ends.get(line.who, len(told)))
-    relayed = next((found[1] for line in reversed(told) if (found := RELAYED.search(line.text))), None)
+    relayed = next((found[1] or found[2] for line in reversed(told) if (found := RELAYED.search(line.text))), None)
     if error is None and relayed is not None and not follows(relayed):
         return Failure(whole, last or whole, f"RuntimeError: {relayed}", "", settings)
     if error is None:
@@ -113,7 +121,7 @@ def _words(told: list[_Line], number: int) -> str:
     if found := REFUSED.search(_message(told, number)):
         return f"ValueError: {found[1]}"
     if re.fullmatch(r"[\w.]+:?", text):
-        where = f" in {place}" if place else ""
+        where = f" in {place}" if place and not place.startswith("assert ") else place and f": {place}"
         return f"vLLM failed an internal check ({text.rstrip(':')}){where}."
     return f"{text} {_next(told, number).strip()}" if text.endswith(":") else text
 
@@ -156,8 +164,10 @@ def _told(lines: Iterable[str]) -> list[_Line]:
             if not (process.inside or process.ignored):  # its head has left the lines that are kept
                 process.inside, process.begins = True, len(told)
             process.place = f"{frame[1]}:{frame[2]}" if frame[2] else frame[1]
-        elif process.inside and (asserted := ASSERTED.match(text)):
-            process.place += f": {asserted[1]}"
+        elif asserted := ASSERTED.match(text):
+            if not process.inside:  # as above
+                process.inside, process.begins, process.place = True, len(told), ""
+            process.place = f"{process.place}: {asserted[1]}".removeprefix(": ")
         elif process.inside and RAISED.match(text):
             begins, place, process.inside = process.begins, process.place, False
         if text.strip():
@@ -168,7 +178,7 @@ def _told(lines: Iterable[str]) -> list[_Line]:
     return [line if number >= serves.get(line.who, 0) else blank for number, line in enumerate(told)]
 
 
-def stray(failure: Failure) -> Failure | None:
+def stray(failure: Failure, sign: re.Pattern[str] = STRAY) -> Failure | None:
     """Where all tracebacks only follow: the last line before them that says what failed."""
-    found = [line for line in failure.whole.splitlines()[-NEAR:] if STRAY.search(line)]
+    found = [line for line in failure.whole.splitlines()[-NEAR:] if sign.search(line)]
     return failure._replace(last="\n".join(found), error=found[-1], raised="") if found else None

@@ -672,6 +672,37 @@ def test_a_log_that_clients_helped_to_write_costs_little() -> None:
     assert time.process_time() - began < 3
 
 
+def test_where_nothing_raises_the_line_that_comes_closest_is_shown() -> None:
+    lines = [
+        "INFO 11-30 10:00:00 [x.py:1] no such file, and that is well",
+        "[libx] Unable to open the device",
+        "goodbye",
+    ]
+    said = diagnose(1, lines)
+    assert said.cause == "Its log does not say why; what comes closest to it there: [libx] Unable to open the device"
+    assert (said.known, said.permanent) == (False, False)
+    assert diagnose(0, lines).cause == diagnose(1, ["goodbye"]).cause == "Its log does not say why."
+    for line in ("error " * 10_000, "Odd: " + "x" * 60_000):
+        assert len(diagnose(1, [line]).cause) < 1100
+        assert len(diagnose(1, traceback(line)).cause) < 1100
+
+
+def test_an_assertion_whose_frame_has_left_the_log_is_an_error() -> None:
+    lines = ["    assert self.blocks == other.blocks", "AssertionError"]
+    assert (
+        diagnose(1, lines).cause
+        == "vLLM failed an internal check (AssertionError): assert self.blocks == other.blocks."
+    )
+
+
+def test_of_a_workers_error_over_several_lines_the_last_is_told() -> None:
+    relayed = [
+        "    x = tl.arange(0, N)",
+        "an odd thing happened', please check the stack trace above for the root cause",
+    ]
+    assert "an odd thing happened" in diagnose(1, [*relayed, FAILED + "{}"]).cause
+
+
 def test_where_tracebacks_only_follow_the_last_stray_error_is_told() -> None:
     """Of a library that raises nothing; an engine that was killed without a word has none."""
     end = (
