@@ -59,7 +59,8 @@ NEAR = 40
 # A line that may tell of a fault, where nothing else does.
 FAULT = re.compile(
     r"(?i)\b(?:errors?|errno|failed|failure|fatal|cannot|can't|could not|unable to|unsupported|only supports|invalid"
-    r"|denied|refused|abort(?:ed|ing)|panic|no such|out of|not (?:found|supported|available|permitted|allowed|implemented))\b"
+    r"|denied|refused|abort(?:ed|ing)|panic|no such|out of"
+    r"|not (?:found|supported|available|permitted|allowed|implemented))\b"
 )
 
 
