@@ -16,9 +16,10 @@ PLAIN, DIM = "\x1b[0m", "\x1b[2m"
 COLOURS = {"INFO": "\x1b[36m", "WARNING": "\x1b[33m", "ERROR": "\x1b[31m", "CRITICAL": "\x1b[31m"}
 # `(EngineCore pid=7) WARNING 11-26 03:16:45 [core.py:77] ...`, and uvicorn's `INFO:     Started ...`.
 VLLM_LEVEL = re.compile(r"(?:\([^()]*\) )*(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b")
-# What each start of vLLM's has and nobody reads on a terminal: its banner, its routes, uvicorn's own start.
+# What each start of vLLM's has and nobody reads on a terminal: its banner, all its options, its routes, and uvicorn's
+# own start.
 FOLDED = re.compile(
-    r"INFO [^\[]*\[[\w.]+:\d+\] (?:$|.*[█▄▀]|Available routes are|Route: /)|"
+    r"INFO [^\[]*\[[\w.]+:\d+\] (?:$|.*[█▄▀]|Initializing a V1 LLM engine|Available routes are|Route: /)|"
     r"INFO: +(?:Started server process|Waiting for application startup|Application startup complete)"
 )
 TRACEBACK = re.compile(r"(?:\([^()]*\) )*Traceback \(most recent call last\)")
@@ -73,12 +74,13 @@ class VllmLines:
         self.level = "INFO"
 
     def __call__(self, raw: bytes, text: str) -> bytes:
-        if self.folds and FOLDED.search(f"{text} "):
-            self.folded += 1
+        if self.folds and (not text.strip() or FOLDED.search(f"{text} ")):
+            self.folded += text.strip() != ""
             return b""
         if folded := self.folded:
             self.folded = 0
-            note = f"... {folded} lines of vLLM's banner and routes (SUPERVISOR_LOG_LEVEL=debug shows them)"
+            lines = "line" if folded == 1 else "lines"
+            note = f"... {folded} {lines} of vLLM's banner, options and routes (SUPERVISOR_LOG_LEVEL=debug shows all)"
             return self(note.encode(), note) + self(raw, text)
         if not self.as_json and not self.terminal:
             return raw + b"\n"

@@ -33,6 +33,7 @@ class Account(Observer):
         self.restarts: Counter[str] = Counter()  # by what ended the run before
         self.last_failure: dict[str, object] | None = None
         self.last_start: float | None = None  # seconds, of the latest that came to serve
+        self.last_phases: dict[str, float] = {}  # of the same, in order
         self.lines: deque[str] = deque(maxlen=FOLLOWED_LINES)
         self.count = 0  # of lines, ever
 
@@ -46,6 +47,7 @@ class Account(Observer):
         self.timeline.append({"at": self.since, "state": state.value, "reason": reason})
         if state is State.READY:
             self.last_start = self.engine.clock() - self.engine.latest.began
+            self.last_phases = self._phases()
         if state is State.STARTING:
             self.restarts[self.engine.latest.ended_by] += 1
 
@@ -117,12 +119,24 @@ class Account(Observer):
         }
 
     def _expected(self) -> float | None:
-        """Until it serves again, if this start takes as long as the last one; None where nobody can tell."""
-        run, state = self.engine.latest, self.engine.state
+        """Until it serves again: as long as what is still to come took the last time; None where nobody can tell. A
+        forked start is over in seconds what takes the first one half a minute, so the time so far says little."""
+        state, begun = self.engine.state, self._phases()
         if self.last_start is None or state not in (State.STARTING, State.RESTARTING):
             return None
-        so_far = self.engine.clock() - run.began if state is State.STARTING else 0.0
-        return round(max(self.last_start - so_far, 0.0), 1)
+        now = next(reversed(begun), "")
+        if state is State.RESTARTING or now not in self.last_phases:
+            so_far = self.engine.clock() - self.engine.latest.began if state is State.STARTING else 0.0
+            return round(max(self.last_start - so_far, 0.0), 1)
+        names = list(self.last_phases)
+        rest = sum(self.last_phases[name] for name in names[names.index(now) + 1 :])
+        return round(max(self.last_phases[now] - begun[now], 0.0) + rest, 1)
+
+    def _phases(self) -> dict[str, float]:
+        """Those of the latest run, with their seconds."""
+        phases = self.engine.latest.phases
+        rows = phases.as_rows() if phases is not None else []
+        return {str(row["name"]): float(str(row["seconds"])) for row in rows}
 
     def log_after(self, number: int) -> tuple[int, list[str]]:
         """How many lines there were, ever, and those of them behind the first `number` that are kept."""

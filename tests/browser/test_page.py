@@ -11,12 +11,15 @@ import contextlib
 import functools
 import http.client
 import http.server
+import io
 import itertools
 import json
 import os
 import re
 import signal
 import socketserver
+import subprocess
+import termios
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +27,9 @@ from typing import Any
 
 import pytest
 from playwright import sync_api as playwright
+from rich import terminal_theme
+from rich.console import Console
+from rich.text import Text
 
 from tests.harness import ROOT, Supervisor, wait_until
 
@@ -688,9 +694,52 @@ def test_pictures(tabs: Tabs) -> None:
                 picture(page, name)
         os.kill(served.engine(), signal.SIGKILL)
         page = pages["light"]
-        expect(page.locator("#reason")).to_contain_text("Now: starting the engine core", timeout=120_000)
+        expect(page.locator("#reason")).to_contain_text("Now: ", timeout=120_000)  # a second or two
         page.get_by_text("vLLM’s last lines before it").click()
         page.evaluate("document.activeElement.blur()")
         picture(page, "crash")
         tabs.close()
         served.engine_pid = served.client.get("/status").json()["pid"]
+
+
+def on_a_terminal(data: bytes) -> list[str]:
+    """The lines that are left, colours and all: `supervisor.terminal` goes back by lines, and draws them anew."""
+    lines: list[str] = []
+    for part in re.split(r"\x1b\[\?7[lh]|(\x1b\[\d+F)\x1b\[J", data.decode().replace("\r\n", "\n")):
+        if part is not None and (back := re.fullmatch(r"\x1b\[(\d+)F", part)):
+            del lines[-int(back[1]) :]
+        elif part:
+            lines += part.splitlines()
+    return lines
+
+
+@pytest.mark.skipif("SCREENSHOTS" not in os.environ, reason="makes a picture, where SCREENSHOTS=1 asks for it")
+@pytest.mark.timeout(300)
+def test_picture_of_the_terminal(tabs: Tabs, tmp_path: Path) -> None:
+    """`scripts/up` on 118 columns, from its first line until it is ready."""
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (46, 118))
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("SUPERVISOR_")}
+    environ |= {"TERM": "xterm-256color"}
+    started = subprocess.Popen([ROOT / "scripts" / "up"], stdin=theirs, stdout=theirs, stderr=theirs, env=environ)
+    os.close(theirs)
+    data = b""
+    while b"max_tokens" not in data and b"curl " not in data:
+        data += os.read(ours, 65536)
+    text = Text.from_ansi("\n".join(on_a_terminal(data)).replace(str(ROOT), "/app"))
+    started.terminate()
+    with contextlib.suppress(OSError):
+        while os.read(ours, 65536):
+            pass
+    assert started.wait(60) == 0
+    console = Console(record=True, width=118, file=io.StringIO(), force_terminal=True)
+    console.print(text)
+    drawn = console.export_html(theme=terminal_theme.MONOKAI, inline_styles=True)
+    style = "<style>body { margin: 8px } pre { font-size: 13px !important; margin: 0 }</style>"
+    (file := tmp_path / "terminal.html").write_text(drawn.replace("</head>", f"{style}</head>"))
+    context = tabs.browser.new_context(viewport={"width": 960, "height": 560})
+    page = context.new_page()
+    page.goto(file.as_uri())
+    page.evaluate("scrollTo(0, document.body.scrollHeight)")
+    picture(page, "terminal")
+    context.close()

@@ -32,3 +32,22 @@ def test_how_long_a_restart_may_take() -> None:
     assert account.state == "restarting"
     now = 150.0
     assert account.status()["expected_seconds"] == 0.0
+
+
+def test_what_is_still_to_come_takes_as_long_as_the_last_time() -> None:
+    """A fork has vLLM imported at once: of 30 s, 25 are over then."""
+    rows = {"importing vLLM": 25.0, "loading weights": 3.0, "warming up": 2.0}
+    phases = SimpleNamespace(progress="", as_rows=lambda: [{"name": name, "seconds": rows[name]} for name in rows])
+    run = SimpleNamespace(began=0.0, doing="", phases=phases, ended_by="exit")
+    engine: Any = SimpleNamespace(state=State.READY, latest=run, alive=None, clock=lambda: 30.0)
+    account = Account(engine)
+    account.changed(Change(State.STARTING, State.READY, ""))
+    engine.state = State.STARTING
+    for rows, left in (
+        ({"importing vLLM": 0.25}, 29.8),
+        ({"importing vLLM": 0.25, "loading weights": 0.0}, 5.0),
+        ({"importing vLLM": 0.25, "loading weights": 4.0}, 2.0),
+        ({"importing vLLM": 0.25, "loading weights": 4.0, "warming up": 3.0}, 0.0),
+        ({"asking the hub": 1.0}, 0.0),  # what the last one did not have: by the time so far
+    ):
+        assert account.status()["expected_seconds"] == left, rows

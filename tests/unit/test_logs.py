@@ -341,6 +341,10 @@ BANNER = """\
 (APIServer pid=9) INFO 11-30 03:30:37 [api_utils.py:347]
 (APIServer pid=9) INFO 11-30 03:30:37 [api_utils.py:347]  ▄▄ ▄█ █     █     █ ▀▄▀ █  version 0.32.0
 (APIServer pid=9) INFO 11-30 03:30:37 [api_utils.py:286] non-default args: {'model_tag': 'demo'}
+(EngineCore pid=7) INFO 11-30 03:30:40 [core.py:133] Initializing a V1 LLM engine (v0.32.0) with config: model='demo'
+(EngineCore pid=7) INFO 11-30 03:30:40 [ompmultiprocessing.py:185] OpenMP thread binding info:
+
+	local_world_size=1, reserve_cpu_num=1
 (APIServer pid=9) INFO 11-30 03:30:54 [launcher.py:186] Available routes are:
 (APIServer pid=9) INFO 11-30 03:30:54 [launcher.py:195] Route: /openapi.json, Methods: GET, HEAD
 INFO:     Started server process [9]
@@ -353,8 +357,10 @@ INFO:     127.0.0.1:1 - "GET /docs HTTP/1.1" 200 OK""".splitlines()
 def test_on_a_terminal_banner_and_routes_are_folded_and_nothing_else() -> None:
     shown = VllmLines(Form(MASK, colour=False, folds=True), terminal=True)
     lines = "".join(shown(line.encode(), line).decode() for line in BANNER).splitlines()
-    assert [line for line in lines if not line.startswith("...")] == [BANNER[index] for index in (2, 6, 8, 9)]
-    assert [line.split()[1] for line in lines if line.startswith("...")] == ["2", "3", "1"]
+    assert [line for line in lines if not line.startswith("...")] == [BANNER[at] for at in (2, 4, 6, 10, 12, 13)]
+    assert [line.split()[1:3] for line in lines if line.startswith("...")] == [
+        ["2", "lines"], ["1", "line"], ["3", "lines"], ["1", "line"],
+    ]  # fmt: skip
     assert "SUPERVISOR_LOG_LEVEL=debug" in lines[0]
 
 
