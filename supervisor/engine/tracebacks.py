@@ -23,9 +23,9 @@ WHO = r"(?:\([^()\n]{0,80}pid=\d+[^()\n]{0,80}\) ?|\[rank\d+\]: ?)*"
 # date where VLLM_LOGGING_CONFIG_PATH says so.
 WHEN = r"(?:\d{4}-)?\d\d-\d\d \d\d:\d\d:\d\d(?:[.,]\d+)?"
 LINE_PREFIX = re.compile(rf"^({WHO})(?:[A-Z]+ {WHEN} (?:\[[^\]]*\] ?|[\w/]+\.py:\d+\] ?)?|ERROR \[[\w/]+\.py:\d+\] ?)?")
-# Levels below ERROR, of vLLM, torch and others: such a line may name an exception that was dealt with.
+# Levels below ERROR, of vLLM, torch and others: such a line may name an exception that was dealt with. One is bad news.
 HARMLESS = re.compile(
-    rf"^ ?{WHO}(?:(?:DEBUG|INFO|WARNING)\b|\[?[IW]\d{{4}} |"
+    rf"^(?!.*Available KV cache memory: -) ?{WHO}(?:(?:DEBUG|INFO|WARNING)\b|\[?[IW]\d{{4}} |"
     r"\[?\d{4}-\d\d-\d\d[ T][\d:.,]+Z?\]?[\s\-|]{1,3}\[?(?:DEBUG|INFO|WARN))"
 )
 # The API server is at work: what failed before this did not end it, and may be a client's.
@@ -56,11 +56,11 @@ SHOWN = re.compile(r"^(\w{1,80}(?:Error|Exception))\((['\"])(.*)\2\)$")
 # What libraries say that raise nothing; and how many lines before the end it is looked for.
 STRAY = re.compile(r"RESOURCE_EXHAUSTED|INVALID_ARGUMENT|\b(?:error|fatal) *: |is not valid\b|\w failed with \[")
 NEAR = 40
-# A line that may tell of a fault, where nothing else does.
+# A line that may tell of a fault, where nothing else does; not one that only announces it.
 FAULT = re.compile(
-    r"(?i)\b(?:errors?|errno|failed|failure|fatal|cannot|can't|could not|unable to|unsupported|only supports|invalid"
-    r"|denied|refused|abort(?:ed|ing)|panic|no such|out of"
-    r"|not (?:found|supported|available|permitted|allowed|implemented))\b"
+    r"(?i)^(?!.*(?:failed to start|handler failed|hit an exception)).*"
+    r"\b(?:errors?|errno|failed|failure|fatal|cannot|can't|could not|unable to|unsupported|only supports|invalid|denied"
+    r"|refused|abort(?:ed|ing)|panic|no such|out of|not (?:found|supported|available|permitted|allowed|implemented))\b"
 )
 
 

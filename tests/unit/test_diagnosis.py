@@ -479,7 +479,9 @@ def test_remedies_name_variables_that_exist() -> None:
         "TPU_WORKER_HOSTNAMES",
         "TPU_WORKER_ID",
         "ALL_PROXY",
+        "AWS_REGION",
         "NUMBA_CACHE_DIR",
+        "RUNAI_STREAMER_LOG_TO_STDERR",
     }
     known |= {"NCCL_IB_DISABLE", "NCCL_IB_HCA", "NCCL_CUMEM_ENABLE", "NCCL_CUMEM_HOST_ENABLE"}
     known |= {"TRITON_MLA", "TIKTOKEN_ENCODINGS_BASE", "TIKTOKEN_RS_CACHE_DIR"}
