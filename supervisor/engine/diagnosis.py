@@ -99,7 +99,7 @@ def _by_its_words(exit_code: int, failure: tracebacks.Failure, ended_by_us: str 
         return find(RULES, stray) or _quoted(stray, permanent=False)
     if (known := find(GONE, failure)) is not None or exit_code == 0:
         return known or UNKNOWN
-    nearest = tracebacks.stray(failure, tracebacks.FAULT)
+    nearest = tracebacks.nearest(failure)
     return _quoted(nearest, permanent=False, before=NEAREST) if nearest is not None else UNKNOWN
 
 

@@ -56,12 +56,12 @@ SHOWN = re.compile(r"^(\w{1,80}(?:Error|Exception))\((['\"])(.*)\2\)$")
 # What libraries say that raise nothing; and how many lines before the end it is looked for.
 STRAY = re.compile(r"RESOURCE_EXHAUSTED|INVALID_ARGUMENT|\b(?:error|fatal) *: |is not valid\b|\w failed with \[")
 NEAR = 40
-# A line that may tell of a fault, where nothing else does; not one that only announces it.
+# A line that may tell of a fault, where nothing else does; and what only announces one.
 FAULT = re.compile(
-    r"(?i)^(?!.*(?:failed to start|handler failed|hit an exception)).*"
-    r"\b(?:errors?|errno|failed|failure|fatal|cannot|can't|could not|unable to|unsupported|only supports|invalid|denied"
+    r"(?i)\b(?:errors?|errno|failed|failure|fatal|cannot|can't|could not|unable to|unsupported|only supports|invalid|denied"
     r"|refused|abort(?:ed|ing)|panic|no such|out of|not (?:found|supported|available|permitted|allowed|implemented))\b"
 )
+ANNOUNCED = re.compile(r"(?i)failed to start|handler failed|hit an exception")
 
 
 class Failure(NamedTuple):
@@ -179,7 +179,16 @@ def _told(lines: Iterable[str]) -> list[_Line]:
     return [line if number >= serves.get(line.who, 0) else blank for number, line in enumerate(told)]
 
 
-def stray(failure: Failure, sign: re.Pattern[str] = STRAY) -> Failure | None:
+def stray(failure: Failure) -> Failure | None:
     """Where all tracebacks only follow: the last line before them that says what failed."""
-    found = [line for line in failure.whole.splitlines()[-NEAR:] if sign.search(line)]
+    return _last(failure, STRAY.search)
+
+
+def nearest(failure: Failure) -> Failure | None:
+    """Where nothing says so: the last line that may."""
+    return _last(failure, lambda line: FAULT.search(line) and not ANNOUNCED.search(line))
+
+
+def _last(failure: Failure, tells: Callable[[str], object]) -> Failure | None:
+    found = [line for line in failure.whole.splitlines()[-NEAR:] if tells(line)]
     return failure._replace(last="\n".join(found), error=found[-1], raised="") if found else None

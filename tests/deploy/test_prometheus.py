@@ -329,6 +329,7 @@ def test_prometheus_operator_takes_the_rules() -> None:
     assert sum(len(group["rules"]) for group in content["spec"]["groups"]) == len(RULES)
 
 
+@pytest.mark.slow
 def test_keys_are_rotated_as_the_page_says(tmp_path: Path) -> None:
     section = PAGE[PAGE.index("## Key rotation") :]
     add, look, remove = re.findall(r"^   ```\n(.*?)^   ```$", section, re.M | re.S)

@@ -234,6 +234,7 @@ def test_second_signal_does_not_wait() -> None:
         leaves_nothing(supervisor, workspace)
 
 
+@pytest.mark.slow
 def test_vllm_that_ignores_sigterm_is_killed_with_all_that_it_started() -> None:
     plan = [{"ignore_sigterm": True, "leave_orphan": True}]
     with Supervisor("m", plan=plan, environ={"SUPERVISOR_DRAIN_TIMEOUT": "1"}) as supervisor:
@@ -249,6 +250,7 @@ def test_vllm_that_ignores_sigterm_is_killed_with_all_that_it_started() -> None:
 # Failures
 
 
+@pytest.mark.slow
 def test_startup_timeout_is_exit_3_and_names_the_variable() -> None:
     with Supervisor("m", plan=[{"load_seconds": 60}], environ={"SUPERVISOR_STARTUP_TIMEOUT": "3"}) as supervisor:
         supervisor.engine()
@@ -257,6 +259,7 @@ def test_startup_timeout_is_exit_3_and_names_the_variable() -> None:
         assert session_of(supervisor.engine()) == []
 
 
+@pytest.mark.slow
 def test_a_stopped_reader_of_our_output_stops_nothing() -> None:
     """A full pipe on stdout and stderr: its lines are lost, requests are not."""
     read, write = os.pipe()

@@ -236,6 +236,7 @@ def test_a_crash_loop_ends_with_4(tmp_path: Path) -> None:
         assert "SUPERVISOR_MAX_RESTARTS" in supervisor.output
 
 
+@pytest.mark.slow
 def test_a_permanent_cause_is_told_to_all_who_wait_and_exits_3(tmp_path: Path) -> None:
     """And before its end it leaves a post-mortem."""
     log = ["ValueError: Model architectures ['Nonsense'] are not supported for now."]
@@ -340,6 +341,7 @@ def test_sigkill_of_the_supervisor_takes_vllm_along() -> None:
         assert not [path for path in segments if "psm_fake" in path and Path(path).exists()]
 
 
+@pytest.mark.slow
 def test_a_new_start_cleans_what_it_finds_of_its_own_and_nothing_else() -> None:
     """Supervisor and guard are both killed: the next start on this machine does their work."""
     with (
@@ -421,6 +423,7 @@ def test_a_temporary_folder_that_can_not_be_written_is_named() -> None:
 # Drain
 
 
+@pytest.mark.slow
 def test_at_sigterm_running_streams_complete_and_waiting_requests_are_refused() -> None:
     environ = {"SUPERVISOR_MAX_CONCURRENCY": "8"}
     with Supervisor("m", environ=environ) as supervisor, contextlib.ExitStack() as stack:

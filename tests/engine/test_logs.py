@@ -137,6 +137,7 @@ def test_no_prompt_and_no_answer_is_in_it(supervisor: Supervisor, client: httpx.
     assert text not in supervisor.output
 
 
+@pytest.mark.slow
 def test_a_request_that_waited_and_was_sent_again_says_so(tmp_path: Path) -> None:
     plan = [{"die_after_requests": 0}, {"load_seconds": 0.3}]
     with Supervisor("m", plan=plan, environ={"FAKE_VLLM_COUNT": str(tmp_path / "n")}).ready() as supervisor:

@@ -176,6 +176,7 @@ def test_other_methods_and_the_feed_that_was(running: Supervisor) -> None:
     assert running.client.get("/status/events").status_code == 404  # no route of ours, nor of the model's
 
 
+@pytest.mark.slow
 def test_the_start_is_told_phase_by_phase() -> None:
     with Supervisor("m", plan=[{"load_seconds": 3}]) as served:
         served.says("importing vLLM")
@@ -187,6 +188,7 @@ def test_the_start_is_told_phase_by_phase() -> None:
     assert "loading weights" in {row["name"] for row in seen[-1]["phases"]}
 
 
+@pytest.mark.slow
 def test_a_crash_and_the_recovery_are_told_and_the_log_goes_on(tmp_path: Path) -> None:
     environ = {"FAKE_VLLM_COUNT": str(tmp_path / "n")}
     with Supervisor("m", plan=[{}, {"load_seconds": 1}], environ=environ) as served:

@@ -34,6 +34,7 @@ def bundles(folder: Path) -> list[Path]:
     return sorted((folder / "postmortem").glob("*"))
 
 
+@pytest.mark.slow
 def test_a_crash_leaves_a_bundle_and_a_block_without_secrets(tmp_path: Path) -> None:
     environ = {"SUPERVISOR_CACHE_DIR": str(tmp_path), **SECRETS}
     with Supervisor("m", "--", "--max-num-seqs", "7", environ=environ) as supervisor:
@@ -90,6 +91,7 @@ def test_only_the_last_few_stay(tmp_path: Path) -> None:
     assert left[:-1] == old[1:]
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_a_line_and_no_request(tmp_path: Path) -> None:
     """No file can grow by a byte (`ulimit -f 0`): post-mortem, notes and caches are lost, the requests are not."""
     full = ("bash", "-c", 'ulimit -f 0; exec "$@"', "bash")

@@ -103,6 +103,7 @@ def test_a_crashed_engine_is_followed_by_a_fork(start: Start) -> None:
         assert not session_of(supervisor.engine())
 
 
+@pytest.mark.slow
 def test_its_words_and_its_end_are_as_of_any_other(start: Start) -> None:
     with start() as supervisor:
         supervisor.ready()
@@ -122,6 +123,7 @@ def test_a_zygote_that_was_killed_or_hangs(start: Start, number: int) -> None:
         crash(supervisor, FORKED)
 
 
+@pytest.mark.slow
 def test_with_cuda_there_is_no_zygote(start: Start) -> None:
     with start("cuda") as supervisor:
         supervisor.ready()
@@ -130,6 +132,7 @@ def test_with_cuda_there_is_no_zygote(start: Start) -> None:
         assert FORKED not in supervisor.output
 
 
+@pytest.mark.slow
 def test_cuda_that_comes_later(start: Start, tmp_path: Path) -> None:
     with start("cuda-later") as supervisor:
         supervisor.ready()
@@ -151,6 +154,7 @@ def test_a_fork_that_fails_is_followed_by_a_plain_start(start: Start, fault: str
         crash(supervisor, FORKED, f"{FAILED}the next one is a plain")
 
 
+@pytest.mark.slow
 def test_a_first_start_that_fails_is_followed_by_a_plain_one(start: Start) -> None:
     """At once, and it does not count. An error that nobody knows would be the end, where it is vLLM's own."""
     with start("dies-anyway", SUPERVISOR_MAX_RESTARTS="0") as supervisor:
@@ -177,6 +181,7 @@ def test_a_start_that_somebody_kills_is_not_doubted(start: Start) -> None:
         assert FAILED not in supervisor.output
 
 
+@pytest.mark.slow
 def test_switched_off(start: Start) -> None:
     with start(SUPERVISOR_FAST_RESTART="false") as supervisor:
         supervisor.ready()

@@ -544,6 +544,7 @@ def test_a_larger_body_is_refused_and_the_client_learns_why(limited: Supervisor,
         assert raw.rest() == b""
 
 
+@pytest.mark.slow
 def test_a_request_over_its_time_is_ended(limited: Supervisor) -> None:
     with limited.connect() as raw:
         answer = raw.send(get("/fake/hang")).answer()

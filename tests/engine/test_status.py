@@ -104,6 +104,7 @@ def test_a_url_that_does_not_answer(ask: Ask, tmp_path: Path, url: str) -> None:
     assert url in line
 
 
+@pytest.mark.slow
 def test_in_queue_mode_with_a_certificate_jobs_are_done_and_it_is_asked_as_ever(ask: Ask, tmp_path: Path) -> None:
     environ = {"TMPDIR": str(tmp_path), **self_signed(tmp_path)}
     with RunPod("--hold", "5") as runpod, in_queue_mode(runpod, environ=environ) as served:

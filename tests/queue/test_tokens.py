@@ -98,6 +98,7 @@ def old() -> Any:
         yield supervisor, runpod
 
 
+@pytest.mark.slow
 def test_from_end_to_end(old: tuple[Supervisor, RunPod]) -> None:
     supervisor, runpod = old
     assert "has no effect" not in supervisor.output

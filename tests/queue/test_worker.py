@@ -228,6 +228,7 @@ def test_lone_surrogates_go_in_and_come_out(endpoint: Supervisor, runpod: RunPod
     assert out["x"].startswith("a")
 
 
+@pytest.mark.slow
 def test_a_result_above_runpods_limit_is_an_error_and_not_a_lost_job(endpoint: Supervisor, runpod: RunPod) -> None:
     error = runpod.failed({"route": "/fake/bytes?n=11000000"})
     assert (error["status"], error["type"]) == (413, "result_too_large")
@@ -403,6 +404,7 @@ def test_nothing_is_taken_while_it_restarts_and_pings_go_on() -> None:
         os.unlink(environ["FAKE_VLLM_COUNT"])
 
 
+@pytest.mark.slow
 def test_an_engine_that_failed_for_good_tells_each_job_why() -> None:
     with RunPod("--hold", "2") as runpod:
         line = "ValueError: No available memory for the cache blocks."
@@ -432,6 +434,7 @@ def the_worker(supervisor: Supervisor) -> psutil.Process:
     return found
 
 
+@pytest.mark.slow
 def test_sigterm_lets_jobs_finish_and_reports_those_that_do_not() -> None:
     with (
         RunPod("--hold", "60") as runpod,
@@ -454,6 +457,7 @@ def test_sigterm_lets_jobs_finish_and_reports_those_that_do_not() -> None:
             assert "SUPERVISOR_DRAIN_TIMEOUT" in json.loads(status["error"])["message"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [False, True], ids=["once", "twice"])
 def test_it_leaves_with_its_last_job_whatever_poll_is_open(again: bool) -> None:
     """The poll for stops was opened anew each second, and then waited for: 20 s of a GPU at each scale-down. A second
@@ -474,6 +478,7 @@ def test_it_leaves_with_its_last_job_whatever_poll_is_open(again: bool) -> None:
         assert [entry for entry in runpod.log("job-stop") if entry["status"] is None]  # it was open
 
 
+@pytest.mark.slow
 def test_sigterm_while_it_loads() -> None:
     with RunPod("--hold", "60") as runpod, in_queue_mode(runpod, plan=[{"load_seconds": 60}]) as supervisor:
         worker = wait_until(lambda: [the_worker(supervisor)] if supervisor.engine() else [], "the worker")
@@ -514,6 +519,7 @@ def test_a_worker_that_is_killed_is_started_again_and_its_heartbeat_dies_with_it
         assert not [child for child in children if child.status() == psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.slow
 def test_a_killed_supervisor_takes_the_worker_along() -> None:
     with RunPod("--hold", "60") as runpod, in_queue_mode(runpod) as supervisor:
         supervisor.ready().engine()
@@ -555,6 +561,7 @@ def posts(runpod: RunPod) -> dict[tuple[str, str], int]:
     return found
 
 
+@pytest.mark.slow
 def test_jobs_and_posts_are_counted_as_runpod_saw_them() -> None:
     with RunPod("--hold", "2") as runpod, in_queue_mode(runpod) as supervisor:
         first = runpod.result(runpod.run({**HELLO, "max_tokens": 2}), 30)
@@ -597,6 +604,7 @@ def test_jobs_and_posts_are_counted_as_runpod_saw_them() -> None:
         assert counted == seen
 
 
+@pytest.mark.slow
 def test_the_hubs_test_runner() -> None:
     """It gives an address without a query, no stream, no ping, and has port 80 for itself. Then, with nothing to do,
     SIGTERM: no open poll is waited for, and no job is taken."""
@@ -664,6 +672,7 @@ def test_a_job_that_can_not_be_read_fails_and_harms_no_other(endpoint: Superviso
     endpoint.says("2 POSTs|1 POST")
 
 
+@pytest.mark.slow
 def test_a_simulated_runpod_that_dies_is_started_again() -> None:
     with Supervisor("m", "--mode", "queue") as supervisor:
         url = supervisor.says(r"ready: a simulated RunPod endpoint, (http://\S+)", 20)[1]
@@ -682,6 +691,7 @@ def test_a_simulated_runpod_that_dies_is_started_again() -> None:
         assert not [child for child in children if child.status() == psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.slow
 def test_a_simulated_runpod_is_for_this_machine_and_asks_for_the_keys_that_there_are() -> None:
     environ = {"SUPERVISOR_HOST": "0.0.0.0", "SUPERVISOR_API_KEYS": "key-of-a-client"}
     with Supervisor("m", "--mode", "queue", environ=environ) as supervisor:
@@ -707,6 +717,7 @@ def test_a_simulated_runpod_is_for_this_machine_and_asks_for_the_keys_that_there
         assert "SUPERVISOR_API_KEYS" in without.stderr
 
 
+@pytest.mark.slow
 def test_outside_of_runpod_a_simulated_one_is_started() -> None:
     with Supervisor("m", "--mode", "queue") as supervisor:
         line = supervisor.says(r"ready: a simulated RunPod endpoint, http://\S+\n  (curl .+)\n", 20)[1]

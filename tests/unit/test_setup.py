@@ -23,6 +23,8 @@ import pytest
 
 from tests.harness import wait_until
 
+pytestmark = pytest.mark.slow  # shells, a dozen processes for each
+
 ROOT = Path(__file__).resolve().parents[2]
 BASE = Path(getattr(sys, "_base_executable", sys.executable)).resolve()  # it has pip; our own environment has none
 VERSION = f"python3.{sys.version_info.minor}"
