@@ -58,8 +58,9 @@ STRAY = re.compile(r"RESOURCE_EXHAUSTED|INVALID_ARGUMENT|\b(?:error|fatal) *: |i
 NEAR = 40
 # A line that may tell of a fault, where nothing else does; and what only announces one.
 FAULT = re.compile(
-    r"(?i)\b(?:errors?|errno|failed|failure|fatal|cannot|can't|could not|unable to|unsupported|only supports|invalid|denied"
-    r"|refused|abort(?:ed|ing)|panic|no such|out of|not (?:found|supported|available|permitted|allowed|implemented))\b"
+    r"(?i)\b(?:errors?|errno|failed|failure|fatal|cannot|can't|could not|unable to|unsupported|only supports|invalid"
+    r"|denied|refused|abort(?:ed|ing)|panic|no such|out of"
+    r"|not (?:found|supported|available|permitted|allowed|implemented))\b"
 )
 ANNOUNCED = re.compile(r"(?i)failed to start|handler failed|hit an exception")
 
