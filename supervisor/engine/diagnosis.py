@@ -71,7 +71,7 @@ def diagnose(
     exit code means nothing then); `oom_killed`: meanwhile the kernel killed something here because memory ran out."""
     failure = tracebacks.read(lines := list(lines), follows)
     exit_code = 128 - exit_code if exit_code - 128 in map(int, SIGNALS) else exit_code  # a shell's, of what it ran
-    ended = _by_who_ended_it(exit_code, ended_by_us, oom_killed) or _by_its_words(exit_code, failure, ended_by_us)
+    ended = _by_who_ended_it(exit_code, ended_by_us, oom_killed) or _by_its_words(exit_code, failure, ended_by_us, lines)
     if any(TOLD_TO_STOP.search(line) for line in lines):
         ended = find(FOLLOWING, failure) or TERMINATED
     return find(RULES, failure) or ended
@@ -88,7 +88,9 @@ def _by_who_ended_it(exit_code: int, ended_by_us: str | None, oom_killed: bool) 
     return Diagnosis(f"{ended_by_us}.", REMEDIES["other_ranks"] if others else "", permanent=slow and not others)
 
 
-def _by_its_words(exit_code: int, failure: tracebacks.Failure, ended_by_us: str | None) -> Diagnosis:
+def _by_its_words(
+    exit_code: int, failure: tracebacks.Failure, ended_by_us: str | None, lines: Iterable[str]
+) -> Diagnosis:
     if failure.error is not None:
         return _quoted(failure, permanent=exit_code > 0 or ended_by_us is not None)
     if (known := find(FOLLOWING, failure)) is not None:
@@ -99,7 +101,7 @@ def _by_its_words(exit_code: int, failure: tracebacks.Failure, ended_by_us: str 
         return find(RULES, stray) or _quoted(stray, permanent=False)
     if (known := find(GONE, failure)) is not None or exit_code == 0:
         return known or UNKNOWN
-    nearest = tracebacks.nearest(failure)
+    nearest = tracebacks.nearest(failure, lines)
     return _quoted(nearest, permanent=False, before=NEAREST) if nearest is not None else UNKNOWN
 
 

@@ -62,6 +62,7 @@ FAULT = re.compile(
     r"|denied|refused|abort(?:ed|ing)|panic|no such|out of"
     r"|not (?:found|supported|available|permitted|allowed|implemented))\b"
 )
+WARNED = re.compile(r"\bWARNING\b.{0,200}\w(?:Error|Exception): ")
 ANNOUNCED = re.compile(r"(?i)failed to start|handler failed|hit an exception")
 
 
@@ -185,9 +186,10 @@ def stray(failure: Failure) -> Failure | None:
     return _last(failure, STRAY.search)
 
 
-def nearest(failure: Failure) -> Failure | None:
-    """Where nothing says so: the last line that may."""
-    return _last(failure, lambda line: FAULT.search(line) and not ANNOUNCED.search(line))
+def nearest(failure: Failure, lines: Iterable[str]) -> Failure | None:
+    """Where nothing says so: the last line that may; of warnings, one that names an error."""
+    found = _last(failure, lambda line: FAULT.search(line) and not ANNOUNCED.search(line))
+    return found or _last(failure._replace(whole="\n".join(lines)), WARNED.search)
 
 
 def _last(failure: Failure, tells: Callable[[str], object]) -> Failure | None:
