@@ -71,7 +71,8 @@ def diagnose(
     exit code means nothing then); `oom_killed`: meanwhile the kernel killed something here because memory ran out."""
     failure = tracebacks.read(lines := list(lines), follows)
     exit_code = 128 - exit_code if exit_code - 128 in map(int, SIGNALS) else exit_code  # a shell's, of what it ran
-    ended = _by_who_ended_it(exit_code, ended_by_us, oom_killed) or _by_its_words(exit_code, failure, ended_by_us, lines)
+    ended = _by_who_ended_it(exit_code, ended_by_us, oom_killed)
+    ended = ended or _by_its_words(exit_code, failure, ended_by_us, lines)
     if any(TOLD_TO_STOP.search(line) for line in lines):
         ended = find(FOLLOWING, failure) or TERMINATED
     return find(RULES, failure) or ended
