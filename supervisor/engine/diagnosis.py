@@ -17,7 +17,6 @@ from supervisor.engine.topics import REMEDIES, TABLE
 
 # What is searched, in characters: clients help to write a log, and 80 searches of 500 long lines took 45 s.
 LONGEST_TEXT = 250_000
-LONGEST_QUOTE = 1000
 # What the API server says on SIGTERM; the errors after it are those of things being taken away.
 TOLD_TO_STOP = re.compile(r"\[shutdown\] API server: shutdown triggered")
 
@@ -64,23 +63,19 @@ NEAREST = "Its log does not say why; what comes closest to it there: "
 UNKNOWN = Diagnosis("Its log does not say why.", "", permanent=False, known=False)
 
 
-def diagnose(
-    exit_code: int, lines: Iterable[str], ended_by_us: str | None = None, *, oom_killed: bool = False
-) -> Diagnosis:
-    """`exit_code` is -N for signal N; `lines` the last of the log; `ended_by_us` why we killed it, where we did (the
-    exit code means nothing then); `oom_killed`: meanwhile the kernel killed something here because memory ran out."""
+def diagnose(code: int, lines: Iterable[str], ended_by_us: str | None = None, *, oom_killed: bool = False) -> Diagnosis:
+    """`code` is the exit code, -N for signal N; `lines` the last of the log; `ended_by_us` why we killed it, where we
+    did (the code means nothing then); `oom_killed`: meanwhile the kernel killed something here for want of memory."""
     failure = tracebacks.read(lines := list(lines), follows)
-    exit_code = 128 - exit_code if exit_code - 128 in map(int, SIGNALS) else exit_code  # a shell's, of what it ran
-    ended = _by_who_ended_it(exit_code, ended_by_us, oom_killed)
-    ended = ended or _by_its_words(exit_code, failure, ended_by_us, lines)
-    if any(TOLD_TO_STOP.search(line) for line in lines):
-        ended = find(FOLLOWING, failure) or TERMINATED
-    return find(RULES, failure) or ended
+    code = 128 - code if code - 128 in map(int, SIGNALS) else code  # a shell's, of what it ran
+    stopped = (find(FOLLOWING, failure) or TERMINATED) if any(map(TOLD_TO_STOP.search, lines)) else None
+    ended = stopped or _by_who_ended_it(code, ended_by_us, oom_killed)
+    return find(RULES, failure) or ended or _by_its_words(code, failure, ended_by_us, lines)
 
 
-def _by_who_ended_it(exit_code: int, ended_by_us: str | None, oom_killed: bool) -> Diagnosis | None:
-    if ended_by_us is None and exit_code < 0 and -exit_code in SIGNALS:
-        return SIGNALS[signal.Signals(-exit_code)]
+def _by_who_ended_it(code: int, ended_by_us: str | None, oom_killed: bool) -> Diagnosis | None:
+    if ended_by_us is None and code < 0 and -code in SIGNALS:
+        return SIGNALS[signal.Signals(-code)]
     if oom_killed:
         return OOM_KILLED
     if ended_by_us is None or " died" in ended_by_us:
@@ -89,27 +84,23 @@ def _by_who_ended_it(exit_code: int, ended_by_us: str | None, oom_killed: bool) 
     return Diagnosis(f"{ended_by_us}.", REMEDIES["other_ranks"] if others else "", permanent=slow and not others)
 
 
-def _by_its_words(
-    exit_code: int, failure: tracebacks.Failure, ended_by_us: str | None, lines: Iterable[str]
-) -> Diagnosis:
+def _by_its_words(code: int, failure: tracebacks.Failure, ended_by_us: str | None, lines: list[str]) -> Diagnosis:
     if failure.error is not None:
-        return _quoted(failure, permanent=exit_code > 0 or ended_by_us is not None)
+        return _quoted(failure, permanent=code > 0 or ended_by_us is not None)
     if (known := find(FOLLOWING, failure)) is not None:
         return known
     if ended_by_us is not None:
         return Diagnosis(f"{ended_by_us}.", "", permanent=False, known=False)
     if (stray := tracebacks.stray(failure)) is not None:
         return find(RULES, stray) or _quoted(stray, permanent=False)
-    if (known := find(GONE, failure)) is not None or exit_code == 0:
-        return known or UNKNOWN
-    nearest = tracebacks.nearest(failure, lines)
-    return _quoted(nearest, permanent=False, before=NEAREST) if nearest is not None else UNKNOWN
+    if (known := find(GONE, failure)) is None and code and (nearest := tracebacks.nearest(failure, lines)) is not None:
+        return _quoted(nearest, permanent=False, before=NEAREST)
+    return known or UNKNOWN
 
 
 def _quoted(failure: tracebacks.Failure, *, permanent: bool, before: str = "") -> Diagnosis:
-    words = failure.error or ""
-    shown = words if len(words) <= LONGEST_QUOTE else f"{words[:LONGEST_QUOTE]}..."
-    return Diagnosis(f"{before}{shown}", topics.told(failure)["elsewhere"], permanent, known=False)
+    words = f"{before}{failure.error or ''}"[: topics.LONGEST_ERROR]
+    return Diagnosis(words, topics.told(failure)["elsewhere"], permanent, known=False)
 
 
 def find(rules: Iterable[Rule], failure: tracebacks.Failure) -> Diagnosis | None:
