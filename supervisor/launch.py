@@ -55,10 +55,10 @@ class Launch:
         self.guard = guard
         self.environ = environ
         self.fast = fast
-        self.mask = settings.mask
+        self.mask = settings.mask  # the only one: keys that are read again become secrets of every line
         knobs = settings.knobs
         self.form = Form(
-            settings.mask,
+            self.mask,
             as_json=knobs.log_format == "json",
             queue=settings.mode == "queue",
             colour=not settings.environ.get("NO_COLOR"),

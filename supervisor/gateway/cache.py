@@ -218,6 +218,8 @@ class Recording(Answered):
 
     def join(self, reader: Asked) -> None:
         reader.recording, reader.source = self, self.source
+        if self.held_for:
+            reader.exchange.held(self.held_for)
         reader.unread.extend(self.calls)
         self.readers.append(reader)
         reader.catch_up()
@@ -255,6 +257,11 @@ class Recording(Answered):
         self._tell(*call)
 
     # Answered
+
+    def held(self, state: str) -> None:
+        self.held_for = state
+        for reader in self.readers:
+            reader.exchange.held(state)
 
     def answer(self, head: ResponseHead) -> None:
         self.head = head.for_others()

@@ -79,6 +79,10 @@ class Answered(Receiver):
         """Its request's id, for a line of log."""
         raise NotImplementedError
 
+    def held(self, state: str) -> None:
+        """It waits for the engine, which is in this state."""
+        self.held_for = state
+
     def interim(self, head: ResponseHead) -> None:
         """A 1xx."""
 
@@ -188,7 +192,7 @@ class Delivery(Delivering, Sink):
         """`held` for the engine, `waiting` for its turn, `sent` to vLLM, `lost` there; what was before ends."""
         self.marks = (*self.marks, (what, self.gate.loop.time()))
         if what == "held":
-            self.answered.held_for = self.gate.engine.state
+            self.answered.held(self.gate.engine.state)
 
     # What the gate calls
 

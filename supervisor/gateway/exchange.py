@@ -313,9 +313,10 @@ class Exchange(Record, Answered):
         if state := self.held_for or (self.door.gate.engine.state if refusal.code == "engine_unavailable" else ""):
             more += _state(state)
         head, body = refusal.head_and_body(self._path(), self.request_id, more)
+        body = b"" if self.request.is_head else body
         self.sent = len(body)
         end = b"\r\n" if self._keeps() else b"Connection: close\r\n\r\n"
-        self.client.write(head + end + (b"" if self.request.is_head else body))
+        self.client.write(head + end + body)
         self._complete()
 
     def pause_request(self) -> None:

@@ -371,6 +371,8 @@ def test_while_it_starts_those_who_ask_the_same_wait_together() -> None:
         answers = together(supervisor, same(), 5, {})
         assert [answer.status_code for answer in answers] == [200] * 5
         assert generations(supervisor) == 1
+        assert {answer.headers["x-supervisor-state"] for answer in answers} == {"starting"}
+        supervisor.says(r"POST /v1/completions 200 .* s held \(starting\)")
 
 
 def test_one_that_dies_before_the_first_byte_is_asked_again_for_all(tmp_path: Path) -> None:

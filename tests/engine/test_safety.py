@@ -97,6 +97,9 @@ def test_keys_are_read_again_on_sighup_and_the_old_ones_are_void(guarded: Superv
         guarded.says("keys read again: 1 for clients, 1 for administrators")
         assert raw.send(good).answer().status == 401  # on the same connection, too
     assert ask(guarded, "/v1/models", "third-key-3").status_code == 200
+    assert ask(guarded, "/v1/third-key-3", "third-key-3").status_code == 404  # a secret of every line from now on
+    guarded.says(r"GET /v1/\*\*\*\* 404")
+    assert "third-key-3" not in guarded.output
     keys.unlink()
     guarded.process.send_signal(signal.SIGHUP)
     guarded.says("the keys stay as they were")

@@ -103,6 +103,9 @@ class Scene:
 
     # The client's side
 
+    def held(self, state: str) -> None:
+        self.held_for = state
+
     def interim(self, head: ResponseHead) -> None:
         self.calls.append(f"interim {head.status}")
 
