@@ -135,8 +135,12 @@ class Mask:
         return text
 
     def command(self, argv: Iterable[str]) -> str:
-        """A command line as a person may see it, ready to paste but for what is masked."""
-        return shlex.join(map(self, argv))
+        """A command line as a person may see it, ready to paste but for what is masked: what follows an option with a
+        secret's name, too."""
+        words = list(argv)
+        named = (word[:2] == "--" and SECRET_NAME.search(word[2:].upper().replace("-", "_")) for word in words)
+        pairs = zip(words, (None, *named), strict=False)
+        return shlex.join(MASK if after and word[:1] != "-" else self(word) for word, after in pairs)
 
 
 def _small(text: str) -> str:

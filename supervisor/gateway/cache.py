@@ -200,6 +200,8 @@ class Asked(Delivering):
 class Recording(Answered):
     """An answer as its delivery tells it; each reader is told the same."""
 
+    held_for = ""
+
     def __init__(self, cache: Cache, key: bytes, first: Exchange, head: bytes) -> None:
         self.cache = cache
         self.key = key

@@ -72,16 +72,12 @@ class Answered(Receiver):
 
     door: Door
     request: Request
-    held_for = ""  # the engine's state while it was held
+    held: Callable[[str], object]  # it waits for the engine, which is in this state
 
     @property
     def named(self) -> Mapping[str, str]:
         """Its request's id, for a line of log."""
         raise NotImplementedError
-
-    def held(self, state: str) -> None:
-        """It waits for the engine, which is in this state."""
-        self.held_for = state
 
     def interim(self, head: ResponseHead) -> None:
         """A 1xx."""

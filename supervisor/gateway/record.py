@@ -36,6 +36,9 @@ class Record:
     cached = ""  # how the cache answered it, in a word
     gone = False  # its client is, before the answer's end
 
+    def held(self, state: str) -> None:
+        self.held_for = state
+
     @property
     def verdict(self) -> Verdict:
         assert self.request.verdict is not None

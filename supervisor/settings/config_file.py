@@ -6,6 +6,7 @@ be another program's: it is read only where it says that it is ours, and is pass
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -63,8 +64,7 @@ def read_unnamed() -> ConfigFile:
         elif path.exists() or path.is_symlink():
             file.pass_over("is not a file")
     with _told(file.problem):
-        content = _content_of_ours(text)
-        if content is not None:
+        if (content := _content_of_ours(text)) is not None:
             _fill(file, content)
         elif any(line.strip() and not line.lstrip().startswith("#") for line in text.splitlines()):
             file.pass_over("has no `supervisor:` section")
@@ -100,7 +100,8 @@ def _normal_keys(mapping: dict[Any, Any]) -> dict[str, Any]:
 def _fill(file: ConfigFile, content: dict[str, Any]) -> None:
     knobs = content.pop("supervisor", None) or {}
     if isinstance(knobs, dict):
-        file.knobs = _normal_keys(knobs)
+        every = _normal_keys(knobs).items()  # lists are texts as a variable's
+        file.knobs = {key: ",".join(map(str, value)) if isinstance(value, list) else value for key, value in every}
     else:
         file.problems.append(f"{file.label}: 'supervisor' must be a mapping, such as 'supervisor: {{port: 8000}}'")
     file.content = content
@@ -130,10 +131,10 @@ def _text(path: Path) -> str:
 def _mapping(text: str) -> dict[str, Any]:
     import yaml  # noqa: PLC0415  # takes 30 ms, and most starts have no file
 
-    try:
-        content = yaml.safe_load(text)
-    # PyYAML lets through what its readers of values raise: a date such as 2024-13-45, or `!!bool maybe`.
-    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
+    try:  # as JSON has it: a date is a text
+        content = json.loads(json.dumps(yaml.safe_load(text), default=lambda date: date.isoformat()))
+    # PyYAML lets through what its readers of values raise, such as `!!bool maybe`; a mapping may hold itself.
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError, LookupError, AttributeError) as error:
         where = f" at line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
         nested = "it is nested too deeply" if isinstance(error, RecursionError) else None
         why = nested or getattr(error, "problem", None) or error

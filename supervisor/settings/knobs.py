@@ -64,22 +64,22 @@ class Keys:
 
 
 def keys(value: str) -> Keys:
-    """Keys between commas, or `@file` with one on each line."""
+    """Keys between commas, or `@file` with one on each line, and comments."""
     value = value.strip()
     file = value[1:] if value.startswith("@") else None
     if file is not None:
         try:
-            value = Path(file).read_text().replace("\n", ",")
+            value = re.sub(r"(?m)^[ \t]*#.*", "", Path(file).read_text()).replace("\n", ",")
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or "not a text"
             raise BadValue(f"keys, such as key1,key2, or @file with a key on each line ({why})") from None
     found = tuple(key.strip() for key in value.split(",") if key.strip())
     if not found:
         raise BadValue("at least one key, such as key1,key2; there is nothing but blanks")
-    if not all(key.isascii() and key.isprintable() for key in found):
-        raise BadValue("keys of printable ASCII characters, such as key1,key2")
     for key in (value.strip(), *found):
         clean(key)
+    if not all(re.fullmatch(r"[!-Z\\^-~]+", key) for key in found):  # a list in JSON or Python would be other keys
+        raise BadValue("keys of printable ASCII characters without blanks and brackets, such as key1,key2")
     return Keys(found, file)
 
 

@@ -200,10 +200,9 @@ def _knob(knob: Knob, sources: Sequence[Source], file: ConfigFile, report: Repor
 
 def _mode(asked: object, environ: Mapping[str, str]) -> str:
     """http or queue. RunPod's load balancer may give its workers a queue's address as well."""
-    if asked in ("http", "queue"):
-        return str(asked)
     balanced = environ.get("PORT_HEALTH") or environ.get("HEALTH_CHECK_PATH")
-    return "queue" if environ.get("RUNPOD_WEBHOOK_GET_JOB") and not balanced else "http"
+    found = "queue" if environ.get("RUNPOD_WEBHOOK_GET_JOB") and not balanced else "http"
+    return str(asked) if asked in ("http", "queue") else found
 
 
 def _cache(knobs: Knobs, volume: volumes.Volume | None, environ: Mapping[str, str]) -> Path:

@@ -453,3 +453,29 @@ def test_scripts_up_does_not_wait_for_a_pipe(checkout: Path, folder: Path) -> No
         env={"PATH": os.environ["PATH"]}, cwd=folder, capture_output=True, text=True, check=True, timeout=10,
     )  # fmt: skip
     assert done.stdout == DEMO.format(root=checkout)
+
+
+# Values that JSON has not
+
+
+def test_a_date_is_a_text(folder: Path) -> None:
+    (folder / "a.yaml").write_text("revision: 2024-01-02\nhf_overrides: {a: 2024-01-01}\n")
+    settings = read(folder, SUPERVISOR_CONFIG="a.yaml")
+    assert sorted(argv(settings)) == sorted(["--revision", "2024-01-02", "--hf-overrides", '{"a": "2024-01-01"}'])
+
+
+@pytest.mark.parametrize("value", ["{a: !!binary aGk=}", "{a: !!set {x}}", "&q {x: *q}", "{2024-01-03: 1}"])
+def test_what_no_option_can_be_is_told(folder: Path, value: str) -> None:
+    (folder / "a.yaml").write_text(f"hf_overrides: {value}\n")
+    (problem,) = problems(folder, SUPERVISOR_CONFIG="a.yaml")
+    assert "a.yaml" in problem
+
+
+def test_keys_may_be_a_list(folder: Path) -> None:
+    (folder / "a.yaml").write_text("supervisor: {api_keys: [key-number-1, key-number-2]}\n")
+    settings = read(folder, SUPERVISOR_CONFIG="a.yaml")
+    assert settings.keys[0].values == ("key-number-1", "key-number-2")
+    assert "key-number-2" not in settings.mask("key-number-2")
+    (folder / "a.yaml").write_text("supervisor: {api_keys: {a: key-number-1}}\n")
+    (problem,) = problems(folder, SUPERVISOR_CONFIG="a.yaml")
+    assert "brackets" in problem

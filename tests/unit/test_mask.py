@@ -255,3 +255,22 @@ def test_what_is_the_same_letter_for_a_pattern_is_the_same_for_a_sign() -> None:
     for odd in letters:
         (plain,) = (letter for letter in "iks" if re.fullmatch(letter, odd, re.IGNORECASE))
         assert secrets._small(f"A{odd}b") == f"a{plain}b"
+
+
+def test_what_follows_an_option_with_a_secrets_name_is_one() -> None:
+    words = [
+        "vllm",
+        "serve",
+        "m",
+        "--zz-password",
+        "supersecret",
+        "--aws-secret-access-key",
+        "abc",
+        "--max-num-seqs",
+        "4",
+    ]
+    shown = Mask({}).command([*words, "--tokenizer", "org/name", "--max-num-batched-tokens", "99", "--hf-token", "--x"])
+    assert shown == (
+        "vllm serve m --zz-password '****' --aws-secret-access-key '****' --max-num-seqs 4 "
+        "--tokenizer org/name --max-num-batched-tokens 99 --hf-token --x"
+    )

@@ -242,6 +242,21 @@ def test_a_blank_key_in_the_file_of_settings_is_refused(folder: Path) -> None:
     assert "(config.yaml supervisor.api_keys)" in problem
 
 
+def test_keys_are_no_list_in_json_and_their_file_may_have_comments(folder: Path) -> None:
+    (problem,) = problems(folder, SUPERVISOR_API_KEYS='["key-number-1", "key-number-2"]')
+    assert "brackets" in problem
+    (folder / "keys").write_text("# ours\nkey-number-1\n\n  # theirs\nkey-number-2\n")
+    assert read(folder, SUPERVISOR_API_KEYS="@keys").keys[0].values == ("key-number-1", "key-number-2")
+    (problem,) = problems(folder, SUPERVISOR_API_KEYS="key-number-1 # mine")
+    assert "--env-file" in problem
+    assert "key-number" not in problem
+
+
+@pytest.mark.parametrize("name", ["VLLM_NO_USAGE_STATS", "VLLM_DO_NOT_TRACK", "VLLM_DISABLE_LOG_LOGO"])
+def test_what_vllm_takes_for_yes_as_a_number_alone_is_one(folder: Path, name: str) -> None:
+    assert read(folder, **{name: "true"}).environ[name] == "1"
+
+
 def test_a_file_of_keys_may_have_blanks_around_its_name(folder: Path) -> None:
     (folder / "keys").write_text("the-key-of-the-file\n")
     assert read(folder, SUPERVISOR_API_KEYS=f" @{folder / 'keys'}\n").knobs.api_keys == Keys(

@@ -184,7 +184,7 @@ def known_names(option_name: str) -> list[str]:
 
 
 def switches(variables: dict[str, Callable[[], Any]]) -> list[str]:
-    """Variables that are a number to vLLM and mean yes or no: of a word, such as `false`, it dies."""
+    """Variables that are a number to vLLM and mean yes or no: at a word, such as `true`, it dies, or takes it as no."""
     found = []
     for name, look in variables.items():
 
@@ -197,7 +197,8 @@ def switches(variables: dict[str, Callable[[], Any]]) -> list[str]:
             finally:
                 del os.environ[name]
 
-        if name.startswith("VLLM_") and [read(text) for text in ("0", "1", "no")] == ["False", "True", "error"]:
+        a_number = [read("0"), read("1")] == ["False", "True"] and (read("no") == "error" or read("true") == "False")
+        if name.startswith("VLLM_") and a_number:
             found.append(name)
     return sorted(found)
 
