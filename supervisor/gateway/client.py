@@ -329,8 +329,13 @@ class ClientConnection(RequestReader):
                 one.unwanted = True  # where its body ends nobody knows
                 one.end_now(refusal)
             return
-        if one is not None:
-            self.cut()  # an answer is under way: a second one in its midst would corrupt it
+        if one is not None or self.waiting:
+            if not (self.between or self.in_head):
+                self.cut()  # an answer is under way: a second one in its midst would corrupt it
+            elif not self.deaf:  # what lies behind whole requests is none: these are answered, and that is all
+                self.deaf = self.between = True
+                self.in_head, self.unparsed = False, b""
+                (self.waiting[-1] if self.waiting else one).keep_alive = False  # type: ignore[union-attr]  # one of them is
             return
         if not self.between and not self.in_head:
             self.linger()  # the rest of a request that was answered early: there is no second answer to it

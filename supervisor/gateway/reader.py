@@ -69,6 +69,7 @@ class RequestReader(HttpToolsProtocol, Client):
         self.framing = b""  # of a request that offers another protocol: the header lines that tell its body's length
         self.reading_on = False  # its head is read for the second time
         self.lingering = False  # answered and half closed; whatever still comes is thrown away
+        self.deaf = False  # what came behind the last request is none, and nothing more is read of it
 
     def arrived(self, one: Exchange | RequestResponseCycle) -> None:
         raise NotImplementedError
@@ -99,7 +100,7 @@ class RequestReader(HttpToolsProtocol, Client):
 
     def _more(self, data: bytes) -> None:
         """Of a request, or behind one."""
-        if self.lingering:
+        if self.lingering or self.deaf:
             return
         if self.tunnel is not None:
             self.tunnel.tunnel(data)
@@ -125,7 +126,7 @@ class RequestReader(HttpToolsProtocol, Client):
         if self.unparsed:
             data, self.unparsed = self.unparsed + data, b""
         at = 0
-        while at < len(data) and not self.lingering and self.tunnel is None:
+        while at < len(data) and not (self.lingering or self.deaf) and self.tunnel is None:
             if len(self.waiting) >= PIPELINED:
                 self.unparsed = data[at:]
                 if len(self.unparsed) > UNPARSED_LIMIT:
@@ -146,7 +147,7 @@ class RequestReader(HttpToolsProtocol, Client):
         return CHUNKED_SLICE if chunked else max(self.body_left, SLICE)
 
     def _feed(self, data: bytes) -> None:
-        while data and not self.lingering:
+        while data and not (self.lingering or self.deaf):
             self.head_read += len(data)
             before = self.incoming
             try:

@@ -626,6 +626,35 @@ def test_garbage_is_refused_and_the_connection_closed() -> None:
         assert client.closed
 
 
+@pytest.mark.parametrize(
+    "behind",
+    [b"}}", b"\x16\x03\x01 \r\n\r\n", b"GET / HTTP/1.1\r\nX: " + b"x" * 40_000],
+    ids=["a body's rest", "TLS", "a head"],
+)
+@pytest.mark.parametrize("requests", [1, 3])
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_is_no_request_behind_whole_ones_costs_them_nothing(behind: bytes, requests: int, stream: bool) -> None:
+    """A Content-Length that counts letters is too small by what they take more."""
+    with World() as world:
+        client = world.client()
+        client.sends(post() * requests + behind)
+        for number in range(requests):
+            request = world.engine.request()
+            if stream:
+                request.streams(b"data: 1")
+            if number == requests - 1:
+                client.sends(behind)
+            if stream:
+                request.finishes()
+            else:
+                request.answers(200, b"whole")
+        assert client.statuses == [200] * requests
+        assert all(answer.ended if stream else answer.body == b"whole" for answer in client.answers())
+        world.passes(5)
+        assert client.closed
+        assert [one.status for one in world.ended] == [200] * requests
+
+
 def test_a_body_that_does_not_come_is_refused() -> None:
     with World(client_timeout=10) as world:
         client = world.client()

@@ -344,7 +344,6 @@ def test_a_client_that_half_closes_and_takes_nothing_is_not_kept_for_ever() -> N
     "how",
     [
         "its client takes nothing",
-        "its client sends garbage",
         "the shutdown cuts it",
         "the request timeout ends it",
     ],
@@ -359,8 +358,6 @@ def test_an_answer_whose_end_only_the_close_tells_never_looks_complete_when_it_i
             client.stops_reading()
             request.sends(b"x" * 100_000)
             world.passes(15)
-        elif how == "its client sends garbage":
-            client.sends(b"\x16\x03\x01 \r\n\r\n")
         elif how == "the shutdown cuts it":
             world.terminates(patience=5)
             world.passes(6)
