@@ -724,7 +724,7 @@ def test_picture_of_the_terminal(tabs: Tabs, tmp_path: Path) -> None:
     started = subprocess.Popen([ROOT / "scripts" / "up"], stdin=theirs, stdout=theirs, stderr=theirs, env=environ)
     os.close(theirs)
     data = b""
-    while b"max_tokens" not in data and b"curl " not in data:
+    while b"curl " not in data or not data.endswith(b"\n"):  # its last line, and all of it
         data += os.read(ours, 65536)
     text = Text.from_ansi("\n".join(on_a_terminal(data)).replace(str(ROOT), "/app"))
     started.terminate()

@@ -197,8 +197,8 @@ def switches(variables: dict[str, Callable[[], Any]]) -> list[str]:
             finally:
                 del os.environ[name]
 
-        a_number = [read("0"), read("1")] == ["False", "True"] and (read("no") == "error" or read("true") == "False")
-        if name.startswith("VLLM_") and a_number:
+        is_one = [read("0"), read("1")] == ["False", "True"] and (read("no") == "error" or read("true") == "False")
+        if name.startswith("VLLM_") and is_one:
             found.append(name)
     return sorted(found)
 
