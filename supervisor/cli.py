@@ -11,6 +11,14 @@ from typing import NoReturn
 from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
 
 EXIT_SETTINGS = 2
+VERBS = {
+    "up": "serve a model",
+    "explain": "show every setting, its source, and vLLM's command",
+    "status": "ask a running supervisor how it is; exit code 0 where it is ready",
+    "fetch": "download the model, or say where it is",
+    "doctor": "check the machine; exit code 0 where nothing failed",
+    "job": "send one job to a supervisor in queue mode",
+}
 # Verbs that need no valid settings: they ask a supervisor that runs, or tell what is wrong with them.
 ASKING = ("status", "doctor", "job")
 
@@ -40,31 +48,20 @@ def version() -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    main_parser = _Parser(
-        prog="supervisor",
-        description="Runs `vllm serve` as a child and relays to it.",
-        allow_abbrev=False,
-    )
-    main_parser.add_argument(
-        "-V", "--version", action="version", version=f"supervisor {version()}", help="say which this is"
-    )
-    verbs = main_parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
-    up = verbs.add_parser("up", help="serve a model", allow_abbrev=False)
-    explain = verbs.add_parser("explain", help="show every setting, its source, and vLLM's command", allow_abbrev=False)
-    explain.add_argument("--json", action="store_true", help="for machines")
-    status = verbs.add_parser(
-        "status", help="ask a running supervisor how it is; exit code 0 where it is ready", allow_abbrev=False
-    )
-    status.add_argument("--url", metavar="URL", help="one on another machine, such as http://gpu1:8000")
-    status.add_argument("--json", action="store_true", help="all that it tells, for machines")
-    fetch = verbs.add_parser("fetch", help="download the model, or say where it is", allow_abbrev=False)
-    doctor = verbs.add_parser("doctor", help="check the machine; exit code 0 where nothing failed", allow_abbrev=False)
-    doctor.add_argument("--json", action="store_true", help="for machines")
-    job = verbs.add_parser("job", help="send one job to a supervisor in queue mode", allow_abbrev=False)
-    job.add_argument("job", metavar="FILE|JSON|-", help="a job, or only its input (docs/jobs.md)")
-    job.add_argument("--stream", action="store_true", help="print the text as it comes")
-    job.add_argument("--url", metavar="URL", help="one on another machine, such as http://gpu1:8000")
-    for verb in (up, explain, fetch, doctor):
+    about = "Runs `vllm serve` as a child and relays to it."
+    main_parser = _Parser(prog="supervisor", description=about, allow_abbrev=False)
+    text = f"supervisor {version()}"
+    main_parser.add_argument("-V", "--version", action="version", version=text, help="say which this is")
+    found = main_parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+    verbs = {name: found.add_parser(name, help=text, allow_abbrev=False) for name, text in VERBS.items()}
+    for name in ("explain", "status", "doctor"):
+        verbs[name].add_argument("--json", action="store_true", help="all of it, for machines")
+    verbs["job"].add_argument("job", metavar="FILE|JSON|-", help="a job, or only its input (docs/jobs.md)")
+    verbs["job"].add_argument("--stream", action="store_true", help="print the text as it comes")
+    for name in ("status", "job"):
+        verbs[name].add_argument("--url", metavar="URL", help="one on another machine, such as http://gpu1:8000")
+    for name in ("up", "explain", "fetch", "doctor"):
+        verb = verbs[name]
         verb.add_argument("model", nargs="?", metavar="MODEL", help="a model's name on the hub, or a folder")
         verb.add_argument("--config", metavar="FILE", help="the file of settings; SUPERVISOR_CONFIG names it, too")
         verb.add_argument("--mode", metavar="MODE", help="auto, http or queue")
@@ -88,13 +85,14 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, Arguments]:
     parsed, unknown = parser().parse_known_args(argv[:at])
     if unknown:
         parser().error(_vllms_own(unknown))
-    model, config, mode, host, port = (
-        getattr(parsed, name, None) for name in ("model", "config", "mode", "host", "port")
-    )
-    return parsed, Arguments(model, config, mode, host, port, tuple(argv[at + 1 :]))
+    named = {name: getattr(parsed, name, None) for name in ("model", "config", "mode", "host", "port")}
+    return parsed, Arguments(**named, vllm_args=tuple(argv[at + 1 :]))
 
 
 def main(argv: list[str] | None = None) -> None:
+    for name in ("stdin", "stdout", "stderr"):  # closed (`2>&-`): its place would be the next file's that is opened
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115, PTH123  # to the end
     parsed, given = arguments(sys.argv[1:] if argv is None else argv)
     try:
         code = ask(parsed, given) if parsed.verb in ASKING else run(parsed, gather(given, os.environ))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ipaddress
 import resource
 import socket
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from supervisor.settings.settings import Settings, SettingsError
 
@@ -16,8 +16,7 @@ LOOPBACK = "127.0.0.1"
 MOST_FILES = 65_536
 
 
-@dataclass(frozen=True, slots=True)
-class Listeners:
+class Listeners(NamedTuple):
     """Bound sockets. `front` is where clients come: the gateway's first, or the simulated RunPod's."""
 
     gateway: tuple[socket.socket, ...]

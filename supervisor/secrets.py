@@ -59,7 +59,9 @@ SECRET_TEXT = (
     # The hub's, OpenAI's, RunPod's, GitHub's, Amazon's and Google's tokens.
     Shape(
         lambda text, small: _UNDERSCORED(text) or _DASHED(text) or _CAPITAL(text),
-        re.compile(r"\b(?:hf_|sk-|rpa_|gh[pousr]_|github_pat_|AKIA|AIza|xox[bp]-)[A-Za-z0-9_-]{8,}"),
+        re.compile(
+            r"\b(?:hf_(?!(?:[a-z]{8,15}|[a-z]{1,20}(?:_[a-z]{1,20}){1,6})\b)|sk-|rpa_|gh[pousr]_|github_pat_|AKIA|AIza|xox[bp]-)[A-Za-z0-9_-]{8,}"
+        ),
     ),
     # JSON web tokens. Of a run of such characters only the first `eyJ` counts, and the look ahead is made once.
     Shape(
@@ -97,7 +99,7 @@ SECRET_TEXT = (
         lambda text, small: "--" in text and _named(small),
         re.compile(
             r"(?i)(?P<keep>(?<![\w.-])[\w.]*(?:-[\w.]+)*--(?=[\w.-]+[ =])"
-            rf"[\w.-]*(?:(?:{_WHOSE}|(?<=--))token|{_NAME})[ =]'?)[^\s'\-][^\s']*"
+            rf"[\w.-]*(?:(?:{_WHOSE}|(?<=--))token|{_NAME})[ =]'?)[^\s'\-(][^\s']*"
         ),
     ),
 )

@@ -11,9 +11,8 @@ import logging
 import math
 import signal
 import sys
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import uvloop
 
@@ -71,8 +70,7 @@ TOLD = frozenset({State.STARTING, State.READY, State.RESTARTING, State.FAILED})
 TRACING_PATIENCE = 30.0
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(NamedTuple):
     """What is there when vLLM is being spawned. `pending` holds signals that nobody has heard yet."""
 
     settings: Settings

@@ -6,9 +6,8 @@ import contextlib
 import threading
 import urllib.parse
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from supervisor.bounded import within
 from supervisor.repositories import hub_cache
@@ -17,8 +16,7 @@ PATIENCE = 3.0
 ENDPOINT = "https://huggingface.co"
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """`status` is 0 where none came, and then `why` says why."""
 
     status: int

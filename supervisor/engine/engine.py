@@ -11,9 +11,8 @@ import logging
 import signal
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from supervisor.bounded import Call
 from supervisor.engine import heartbeat
@@ -34,8 +33,7 @@ SLOW_LOOK = 10.0
 EXIT_CANNOT_START, EXIT_LIMIT = 3, 4
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(NamedTuple):
     """Seconds: until it must be ready; until it must be gone after SIGTERM; without progress (0: never hung). And the
     restarts. `warm_up`: a first request, a completion's body, before it is ready."""
 

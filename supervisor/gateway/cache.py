@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from supervisor.gateway.delivery import KEEP_LIMIT, Answered, Delivery
 from supervisor.gateway.door import Delivering
+from supervisor.gateway.endings import FAILED
 from supervisor.gateway.exchange import Exchange
 from supervisor.gateway.http1 import Framing, KnownAnswer, Request, ResponseHead
 from supervisor.gateway.policy import ADMIN_ROUTES, CACHED_ROUTES
@@ -36,8 +36,6 @@ VARYING = frozenset({b"content-type", b"endpoint-load-metrics-format", b"origin"
 LARGEST_SHARE = 1 / 4
 OVERHEAD = 1000  # bytes that an answer takes beside its own, about
 RESULTS = {"hit": "cache hit", "shared": "shared", "miss": "", "bypass": ""}  # and how the access log has it
-# An engine that dies makes an error event of it, and vLLM's API server ends the stream as if it were well.
-FAILED = re.compile(rb"""(?m)^(?:data: ?\{"error"|event: ?error)|"finish_reason": ?"(?:abort|error)\"""")
 # What an exchange is told of its answer: one of its methods, and what it is called with.
 Call = tuple[Any, ...]
 

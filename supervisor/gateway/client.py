@@ -22,6 +22,7 @@ from supervisor.gateway.door import KEEP, Door, Then
 from supervisor.gateway.errors import Refusal
 from supervisor.gateway.exchange import Exchange
 from supervisor.gateway.gate import RETRY_AFTER
+from supervisor.gateway.http1 import START, Request
 from supervisor.gateway.reader import OWN_BODY_LIMIT, PIPELINED, UNPARSED_LIMIT, RequestReader
 
 if TYPE_CHECKING:
@@ -137,11 +138,15 @@ class ClientConnection(RequestReader):
         """A client that is gone answers bytes with a reset."""
         if isinstance(self.answering, Exchange):
             nothing = self.answering.nothing()
-            if nothing is None:
-                self.transport.abort()
-                return
             self.write(nothing)
+            if nothing == START:
+                self.write = self._write_the_rest
         self.loop.call_later(GONE_KNOWN_AFTER, self._abort_if_gone)
+
+    def _write_the_rest(self, answer: bytes) -> None:
+        """Of an answer whose first bytes were sent before it."""
+        self.write = self.transport.write
+        self.write(answer.removeprefix(START))
 
     def _abort_if_gone(self) -> None:
         if not self.transport.is_closing() and is_gone(self.transport):
@@ -340,9 +345,17 @@ class ClientConnection(RequestReader):
         if not self.between and not self.in_head:
             self.linger()  # the rest of a request that was answered early: there is no second answer to it
             return
-        head, body = refusal.head_and_body(b"", self.door.new_id())
-        self.write(head + b"Connection: close\r\n\r\n" + body)
-        self.linger()
+        self._begin(self._unread(refusal))
+
+    def _unread(self, refusal: Refusal) -> Exchange:
+        """For who counts and logs: a request of which no more is known than was read."""
+        method, target = (self.parser.get_method(), self.url) if self.headers else (b"-", b"-")
+        request = Request(method, target, target.partition(b"?")[0], [])
+        request.verdict = self.door.policy.judge(request)
+        exchange = Exchange(self, self.door, request, self.door.new_id())
+        exchange.refusal = request.unfit(refusal)
+        exchange.keep_alive = False
+        return exchange
 
 
 def reset(transport: asyncio.Transport) -> None:

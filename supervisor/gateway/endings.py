@@ -29,6 +29,8 @@ STREAM_ENDS = (b"data: [DONE]\n\n\r\n", b'"type":"message_stop"}\n\n\r\n')
 # a comment, or what every stream of /v1/responses begins with.
 NO_SIGN = re.compile(rb"(?:[0-9A-Fa-f]+\r\n)?(?::|event: response\.(?:created|in_progress)\b)")
 COMMENT = re.compile(rb"(?:[0-9A-Fa-f]+\r\n)?:")
+# An engine that dies makes an error event of it, and vLLM's API server ends the stream as if it were well.
+FAILED = re.compile(rb"""(?m)^(?:data: ?\{"error"|event: ?error)|"finish_reason": ?"(?:abort|error)\"""")
 COMMENT_CHUNK = b"3\r\n:\n\n\r\n"
 # A comment that keeps a connection alive is small; an event with a token in it is not.
 LARGEST_COMMENT = 64
@@ -67,17 +69,17 @@ class Events(Body):
     """Of an event stream in chunks. Half an event is of no use to its client, and a stream that stops there could not
     be ended well: so it gets whole ones, unless one is too large to be kept."""
 
-    __slots__ = ("latest", "partial", "torn")
+    __slots__ = ("before", "latest", "partial", "torn")
 
     def __init__(self, dechunker: Dechunker | None = None) -> None:
         super().__init__(dechunker)
         self.partial = b""  # bytes that end within an event, and that the client has not got
         self.torn = False  # the client has half an event, and maybe half a chunk
-        self.latest = b""  # what the client got last
+        self.before = self.latest = b""  # what the client got last but one, and last
 
     def feed(self, data: bytes, in_chunk: bool) -> bytes:
         if not (self.partial or in_chunk or self.torn) and data.endswith(USUAL_ENDS):  # nearly always
-            self.latest = data
+            self.before, self.latest = self.latest, data
             return data if self.dechunker is None else self.dechunker.feed(data)
         if self.torn:
             # The end of an event may come in pieces.
@@ -91,12 +93,17 @@ class Events(Body):
                     return b""
                 self.torn = True
             self.partial = b""
-            self.latest = data
+            self.before, self.latest = self.latest, data
         return data if self.dechunker is None else self.dechunker.feed(data)
 
     def rest(self) -> bytes:
         data, self.partial = self.partial, b""
         return data if self.dechunker is None else self.dechunker.feed(data)
+
+    @property
+    def failed(self) -> bool:
+        """vLLM itself has ended it by an error: the end mark stands behind that, and maybe in a piece of its own."""
+        return FAILED.search(self.before + self.latest) is not None
 
     def ending(self, refusal: Refusal, path: bytes) -> bytes | None:
         if self.torn:

@@ -15,7 +15,7 @@ from supervisor.gateway.delivery import BROKEN_OFF, Answered
 from supervisor.gateway.door import KEEP, Client, Door, Then
 from supervisor.gateway.endings import COMMENT_CHUNK, PLAIN, Body, Events, Late, Tunnel, is_comment
 from supervisor.gateway.errors import Refusal, UpstreamError
-from supervisor.gateway.http1 import WATCHED, Dechunker, Framing, KnownAnswer, Request, ResponseHead
+from supervisor.gateway.http1 import START, WATCHED, Dechunker, Framing, KnownAnswer, Request, ResponseHead
 from supervisor.gateway.record import CLIENT_GONE, Record
 
 if TYPE_CHECKING:
@@ -162,12 +162,12 @@ class Exchange(Record, Answered):
         held = self.request.expects_continue and self.delivering is not None and self.delivering.waits
         return not (self.complete or held)
 
-    def nothing(self) -> bytes | None:
-        """Bytes that mean nothing at this moment (RFC 9110, 15.2, before an answer), and that all clients know. None:
-        this one knows none."""
+    def nothing(self) -> bytes:
+        """Bytes that mean nothing at this moment (RFC 9110, 15.2, before an answer), and that all clients know. One of
+        HTTP/1.0 knows none: it is sent what its answer begins with."""
         if self.body is not None:
             return self.body.nothing()
-        return CONTINUE if self.request.http11 else None
+        return CONTINUE if self.request.http11 else START
 
     def client_gone(self) -> None:
         """Nobody will read the answer: vLLM is told at once, by closing its connection."""
@@ -282,7 +282,9 @@ class Exchange(Record, Answered):
         assert self.delivering is not None
         self.delivering.release()
         self._send(self.body.rest())
-        if isinstance(self.body, Tunnel):
+        if isinstance(self.body, Events) and self.body.failed:
+            self.cut = "engine_error"
+        elif isinstance(self.body, Tunnel):
             self.unwanted = True  # what the client still sends, its own close among it
         self._complete()
 

@@ -7,8 +7,7 @@ turn. The gate sees the engine only through `Engine`, and a request only through
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from supervisor.gateway.ask import ask
 from supervisor.gateway.counts import Counts
@@ -70,8 +69,7 @@ class Waiting(Protocol):
         """Of the engine that had it: the answer to `ask`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Admission:
+class Admission(NamedTuple):
     """How many requests may run at once (None: as many as come), and how many more may wait. `hold`: how long, in
     seconds, for their turn or for the engine."""
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Headers = list[tuple[bytes, bytes]]
 
 VERSIONS = ("1.1", "1.0")
+START = b"HTTP/1.1 "  # of each answer
 # Of a request: bytes of its head, headers, bytes of its target. Of an answer's head vLLM may have twice as many.
 HEAD_LIMIT, HEADERS_LIMIT, TARGET_LIMIT = 32 * 1024, 100, 8 * 1024
 ANSWER_HEAD_LIMIT = 64 * 1024
@@ -108,7 +109,7 @@ class Request:
         if self.method == b"CONNECT":
             refusal = NO_TUNNELS
         if refusal is not None:
-            return self._unfit(refusal)
+            return self.unfit(refusal)
         lines = [self.method, b" ", self.target, b" HTTP/1.1\r\n"]
         has_host = False
         named: frozenset[bytes] = frozenset()
@@ -118,7 +119,7 @@ class Request:
                 lines += (name, b": ", value, b"\r\n")
             elif lower == b"host":
                 if has_host:
-                    return self._unfit(TWO_HOSTS)
+                    return self.unfit(TWO_HOSTS)
                 has_host = True
                 lines += (name, b": ", value, b"\r\n")
             elif lower == b"content-length":
@@ -129,9 +130,9 @@ class Request:
                     self.client_id = value
             elif lower == b"transfer-encoding":
                 if value.lower() != b"chunked":
-                    return self._unfit(UNKNOWN_CODING)
+                    return self.unfit(UNKNOWN_CODING)
                 if not self.http11:
-                    return self._unfit(CHUNKS_BEFORE_1_1)
+                    return self.unfit(CHUNKS_BEFORE_1_1)
                 self.chunked = True
                 lines.append(b"Transfer-Encoding: chunked\r\n")
             elif lower == b"expect":
@@ -155,10 +156,10 @@ class Request:
             elif lower == b"connection" and value.lower() not in (b"close", b"keep-alive"):
                 named |= {token.strip() for token in value.lower().split(b",")} - {b""}
         if self.websocket and (self.chunked or self.length):
-            return self._unfit(FRAMES_OR_BODY)
+            return self.unfit(FRAMES_OR_BODY)
         if not has_host:
             if self.http11:
-                return self._unfit(NO_HOST)
+                return self.unfit(NO_HOST)
             lines.append(b"Host: vllm\r\n")
         if tls:  # vLLM's redirects are made of it
             lines.append(b"X-Forwarded-Proto: https\r\n")
@@ -168,7 +169,8 @@ class Request:
         self.written = b"".join(lines)
         return refusal
 
-    def _unfit(self, refusal: Refusal) -> Refusal:
+    def unfit(self, refusal: Refusal) -> Refusal:
+        """Nothing behind it can be read either."""
         self.keep_alive = False
         self.endless = True
         return refusal

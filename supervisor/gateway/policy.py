@@ -17,6 +17,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from hmac import compare_digest
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import unquote
 
 from supervisor.gateway.counts import OTHER
@@ -44,8 +45,7 @@ CLIENTS_LIMIT = 10_000
 ROUNDING = 1e-6  # seconds: sixty times a sixtieth of a minute is not always a minute
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What a request's head tells. `client`: the key that was given, for limits by client; `route`: the prefix of
     routes.toml that its path has, for metrics; `admin`: its key is an administrator's."""
 

@@ -80,14 +80,9 @@ class Gateway:
             watchers += (cache.ended,)
         common = (self.gate, self.counts, self.new_id, self.loop.time, deliver, self.present)
         self.public = Door(
-            policy,
-            *common,
-            Memo(),
-            policy.max_body,
-            tls=certificate is not None,
-            watchers=watchers,
-            keep_alive=event_keep_alive,
-        )
+            policy, *common, Memo(), policy.max_body,
+            tls=certificate is not None, watchers=watchers, keep_alive=event_keep_alive,
+        )  # fmt: skip
         # Who comes by the private socket is the same user, on this machine. RunPod has asked for its own key; no job is
         # an administrator, though. How large jobs may be, and how many run at once, is the queue's.
         trusting = Policy(routes=policy.routes, elsewhere=policy.elsewhere, timeout=policy.timeout)
@@ -194,21 +189,11 @@ class _Server(uvicorn.Server):
         self.gateway = gateway
         super().__init__(
             uvicorn.Config(
-                cast(Any, gateway.routes),
-                http=cast(Any, self.public),
-                ws="none",
-                loop="none",
-                lifespan="off",
-                interface="asgi3",
-                log_config=None,
-                access_log=False,
-                proxy_headers=False,
-                server_header=False,
-                ssl_certfile=certificate,
-                ssl_keyfile=key,
-                timeout_graceful_shutdown=close_patience,
+                cast(Any, gateway.routes), http=cast(Any, self.public), ws="none", loop="none", lifespan="off",
+                interface="asgi3", log_config=None, access_log=False, proxy_headers=False, server_header=False,
+                ssl_certfile=certificate, ssl_keyfile=key, timeout_graceful_shutdown=close_patience,
             )
-        )
+        )  # fmt: skip
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from supervisor.settings.platform import AUTO
 from supervisor.settings.sources import Asked, Found, Report, Source, find
@@ -22,8 +22,7 @@ OF_SEVERAL = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
 SPREAD = ("TENSOR_PARALLEL_SIZE", "PIPELINE_PARALLEL_SIZE", "DATA_PARALLEL_SIZE")
 
 
-@dataclass(frozen=True, slots=True)
-class Cluster:
+class Cluster(NamedTuple):
     """`replicas`: each machine has whole models (data parallelism), else a part of one. `port`: rank 0's, where the
     parts keep together, or where replicas shake hands. `environ`: below what the user set."""
 

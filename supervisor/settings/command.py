@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from supervisor.settings.names import DEFAULTS, WITHHELD, WITHHELD_PREFIXES
 from supervisor.settings.settings import Settings
@@ -18,8 +19,7 @@ class Command:
     fetches: bool = False  # the weights are fetched first, by the same process
 
 
-@dataclass(frozen=True, slots=True)
-class Serving:
+class Serving(NamedTuple):
     """What is known of a start beside the settings: `model` stands for MODEL, `environ` below what the user set."""
 
     model: str

@@ -41,10 +41,8 @@ class ConfigFile:
         self.problems.append(f"{self.label} {why}")
 
     def pass_over(self, why: str) -> None:
-        self.warnings.append(
-            f"{self.label} in this folder is not read: it {why}. "
-            "Name it with --config (or SUPERVISOR_CONFIG) if it is meant for this."
-        )
+        advice = "Name it with --config (or SUPERVISOR_CONFIG) if it is meant for this."
+        self.warnings.append(f"{self.label} in this folder is not read: it {why}. {advice}")
 
 
 def read(name: str, source: str) -> ConfigFile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Callable
@@ -25,6 +26,7 @@ def number(read: Callable[[str], Any], least: float, below: float, expected: str
     return reader
 
 
+path = os.path.expanduser  # ~nobody stays as it is
 seconds = number(float, 0, 1e9, "seconds, from 0 to a billion, such as 120")
 ratio = number(float, 1, 1e6, "a number from 1 on, such as 3")
 count = number(int, 0, 10**6, "a whole number, zero or more, such as 5")
@@ -136,7 +138,7 @@ class Knobs:
     host: str = knob("127.0.0.1", str)
     port: int = knob("8000", port_number, prefix="")  # platforms set these two
     port_health: int | None = knob(None, port_number, prefix="")
-    vllm: str | None = knob(None, str, is_program=True)
+    vllm: str | None = knob(None, path, is_program=True)
     extra_args: tuple[str, ...] = knob("", words, template=True)
     startup_timeout: float = knob("1200", seconds)
     warm_up: bool = knob("false", read_bool)
@@ -163,13 +165,13 @@ class Knobs:
     allowed_hosts: tuple[str, ...] = knob("", hosts)
     rate_limit: int | None = knob(None, count)
     response_cache: int | None = knob(None, size)
-    tls_cert: str | None = knob(None, str)
-    tls_key: str | None = knob(None, str)
+    tls_cert: str | None = knob(None, path)
+    tls_key: str | None = knob(None, path)
     log_format: str = knob("text", choice("text", "json"))
     log_level: str = knob("info", choice("debug", "info", "warning", "error"))
     access_log: bool = knob("true", read_bool)
-    volume: str | None = knob(None, str)
-    cache_dir: str | None = knob(None, str)
+    volume: str | None = knob(None, path)
+    cache_dir: str | None = knob(None, path)
 
 
 KNOBS: tuple[Knob, ...] = tuple(Knob(each.name, **each.metadata) for each in fields(Knobs))

@@ -19,7 +19,7 @@ DEMO = Path(__file__).resolve().parent.parent / "demo" / "model"
 WARM_UP = b'{"prompt": "one two three four five six seven eight nine ten eleven twelve", "max_tokens": 1}'
 # Seconds for a disk to tell whether something is there. A network volume may hang.
 DISK_PATIENCE = 3.0
-NAME = re.compile(r"(?!models--)[\w.-]+(/[\w.-]+)?", re.ASCII)
+NAME = re.compile(r"(?!models--|-)[\w.-]+(/[\w.-]+)?", re.ASCII)
 STORED = re.compile(r"(s3|gs|az)://.+", re.DOTALL)  # vLLM reads from these itself
 # Ollama's form, and llama.cpp's: `org/name:Q4_K_M`.
 QUANTIZED = re.compile(r"[\w.-]+/[\w.-]+:(ud-)?(i?q\d|tq\d|bf?16|f16|f32|mxfp4)\w*", re.ASCII | re.I)
@@ -32,6 +32,8 @@ def read(name: str, vllm: Vllm, catalogue: Catalogue, environ: Mapping[str, str]
     there = within(DISK_PATIENCE, Path(path).exists) if is_path or not NAME.fullmatch(name) else False
     is_gguf = QUANTIZED.fullmatch(name) or (name.lower().endswith(".gguf") and "/" in name)
     known = not is_path and (is_gguf or STORED.fullmatch(name) or NAME.fullmatch(name))
+    if there and within(DISK_PATIENCE, lambda: os.path.isdir(path) and not os.listdir(path)):  # noqa: PTH112, PTH208
+        raise BadValue("a folder with a model in it; this one is empty")
     if there is not False or known:  # a hanging disk: the launch waits
         if is_gguf and not _reads_gguf(vllm, catalogue, environ):
             raise BadValue(NO_GGUF.format(version=vllm.version))

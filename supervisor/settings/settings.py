@@ -113,12 +113,6 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     environ = cleaned(environ, catalogue, report)
     content = {key.upper(): Found(f"{file.label} {key}", file.content[key]) for key in file.content}
     users = [*environments(environ), {name: found for name, found in content.items() if name not in OURS}]
-    vllms = find(users, "CONFIG") if catalogue.by_key else []
-    vllms_file = config_file.read_vllm_config(str(vllms[0].given).strip(), vllms[0].source) if vllms else ConfigFile("")
-    models_file = {"MODEL": Found(vllms_file.label, vllms_file.content.get("model"))}
-    model = _model([arguments.source, *users, models_file, defaults], environ, report, vllm, catalogue)
-    is_demo = model is not None and within(models.DISK_PATIENCE, Path(model.value).resolve) == models.DEMO
-    in_file = options.of_vllms_file(vllms_file, catalogue, report)
     in_raw: dict[str, tuple[Option, Setting]] = {}
     if catalogue.by_key:
         (extra,) = [setting for setting in own if setting.name == "SUPERVISOR_EXTRA_ARGS"]
@@ -127,6 +121,12 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
         _known(options.keys(catalogue), file.content, file, report)
         report.warnings += typos.unread(environ, _names(catalogue, environ), catalogue)
     asked_for = [{name: Found(setting.source, setting.value) for name, (_, setting) in in_raw.items()}, *users]
+    vllms = find(asked_for, "CONFIG") if catalogue.by_key else []
+    vllms_file = config_file.read_vllm_config(str(vllms[0].given).strip(), vllms[0].source) if vllms else ConfigFile("")
+    models_file = {"MODEL": Found(vllms_file.label, vllms_file.content.get("model"))}
+    model = _model([arguments.source, *users, models_file, defaults], environ, report, vllm, catalogue)
+    is_demo = model is not None and within(models.DISK_PATIENCE, Path(model.value).resolve) == models.DEMO
+    in_file = options.of_vllms_file(vllms_file, catalogue, report)
     users += [clusters.derived(environ, asked_for)]
     users += [INSTEAD_OF_VLLMS] if knobs.access_log else []
     users += [beneath("demo model")] if is_demo else []
@@ -150,21 +150,10 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
         raise SettingsError(problems, warnings)
     config = [Setting("SUPERVISOR_CONFIG", file.label, source, report.overrode(named[1:])) for source, _ in named[:1]]
     return Settings(
-        model=model,
-        mode=mode,
-        options=chosen,
-        raw=given,
-        knobs=knobs,
-        knob_settings=(*config, *own),
-        vllm_args=(*(knobs.extra_args or ()), *arguments.vllm_args),
-        vllm=vllm,
-        is_demo=is_demo,
-        cluster=cluster,
-        volume=volume,
-        cache=cache,
-        warnings=tuple(warnings),
-        environ=dict(environ),
-    )
+        model=model, mode=mode, options=chosen, raw=given, knobs=knobs, knob_settings=(*config, *own),
+        vllm_args=(*(knobs.extra_args or ()), *arguments.vllm_args), vllm=vllm, is_demo=is_demo, cluster=cluster,
+        volume=volume, cache=cache, warnings=tuple(warnings), environ=dict(environ),
+    )  # fmt: skip
 
 
 def _mask(environ: Mapping[str, str], file: ConfigFile) -> Mask:
@@ -210,7 +199,7 @@ def _cache(knobs: Knobs, volume: volumes.Volume | None, environ: Mapping[str, st
         return Path(knobs.cache_dir)
     if volume is not None and volume.writable:
         return volume.path / "supervisor"
-    home = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME", "/tmp"), ".cache")  # noqa: PTH118, S108
+    home = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME") or "/tmp", ".cache")  # noqa: PTH118, S108
     return Path(home) / "vllm-supervisor"
 
 

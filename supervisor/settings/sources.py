@@ -17,6 +17,7 @@ from supervisor.vllm.catalogue import Catalogue
 from supervisor.vllm.installed import Vllm
 from supervisor.vllm.values import BadValue, clean, read_bool
 
+KEEPS_COMMENTS = "docker's --env-file keeps what stands behind a #"
 LONGEST_SHOWN = 200  # characters of a value, in a line that tells what is wrong with it
 # Variables that vLLM and its libraries read themselves, and that fail them where they are set to nothing, as compose's
 # `${VAR:-}` and RunPod's Hub do: nine of thirteen that were tried ended vLLM with an error that names no variable.
@@ -38,8 +39,7 @@ def beneath(source: str) -> dict[str, Found]:
     return {variable: Found(source, given) for variable, given in DEFAULTS[source].items()}
 
 
-@dataclass(frozen=True, slots=True)
-class Arguments:
+class Arguments(NamedTuple):
     """What the command line of `up` and `explain` says. None means: not given."""
 
     model: str | None = None
@@ -142,13 +142,15 @@ class Report:
         """What the first of the sources says; None where that can't be read, which is a problem then. `own`: see
         `values.clean`."""
         (source, given), *others = found
+        comment = re.search(r"\s#", str(given))
         try:
             value = read(clean(given, **own))
         except BadValue as error:
-            if re.search(r"\s#", str(given)):
-                error = BadValue(f"{error}; docker's --env-file keeps what stands behind a #")
-            self.problems.append(f"{name}={MASK if secret else self.shown(given)} ({source}): expected {error}")
+            more = f"; {KEEPS_COMMENTS}" if comment else ""
+            self.problems.append(f"{name}={MASK if secret else self.shown(given)} ({source}): expected {error}{more}")
             return None
+        if comment and source.startswith("environment") and not (secret or own.get("template")):
+            self.warnings.append(f"{name}={self.shown(given)} ({source}): {KEEPS_COMMENTS}")
         return Setting(name, value, source, self.overrode(others, secret=secret), secret)
 
 

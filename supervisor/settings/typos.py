@@ -39,11 +39,19 @@ class Names(frozenset[str]):
                 found[word[:4]].add(name)
         return found
 
+    @cached_property
+    def in_one(self) -> dict[str, str]:
+        return {name.replace("_", ""): name for name in self if "_" in name}
+
     def meant(self, name: str) -> str | None:
         """The known name that `name` is most probably meant to be."""
         upper = name.upper().replace("-", "_")
         if upper in self:
             return upper
+        if found := self.in_one.get(upper.replace("_", "")):  # MAXMODELLEN
+            return found
+        if upper.startswith("NO_") and upper[3:] in self:  # as vLLM's --no-enable-prefix-caching
+            return f"{upper[3:]}=false"
         for prefix in PREFIXES:
             rest = upper.removeprefix(prefix)
             if rest != upper and rest in self and ("_" in rest or prefix in ("VLLM_", "SUPERVISOR_")):
@@ -64,8 +72,7 @@ def _likeness(words: list[str], known: list[str]) -> float:
         return min(map(_word_likeness, words, known))
     shorter, longer = sorted((words, known), key=len)
     without = [longer[:at] + longer[at + 1 :] for at, word in enumerate(longer) if word in FILLERS]
-    is_same = "".join(words) == "".join(known)  # TENSOR_PARALLELSIZE
-    return 0.95 if is_same or (len(shorter) > 1 and shorter in without) else 0.0
+    return 0.95 if len(shorter) > 1 and shorter in without else 0.0
 
 
 def _word_likeness(word: str, known: str) -> float:

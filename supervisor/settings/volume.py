@@ -6,8 +6,8 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 # Where RunPod mounts network volumes and its cached models: in serverless workers, and in pods.
 SERVERLESS, POD = Path("/runpod-volume"), Path("/workspace")
@@ -15,8 +15,7 @@ SERVERLESS, POD = Path("/runpod-volume"), Path("/workspace")
 HUB = "huggingface-cache"
 
 
-@dataclass(frozen=True, slots=True)
-class Volume:
+class Volume(NamedTuple):
     path: Path
     writable: bool
 

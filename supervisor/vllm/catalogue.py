@@ -86,7 +86,10 @@ class Option:
         if self.is_switch:
             return read_bool(given)
         if self.kind in ("list", "append"):
-            return tuple(self._read_item(clean(item), ITEM_READERS) for item in items(given))
+            found = tuple(self._read_item(clean(item), ITEM_READERS) for item in items(given))
+            if self.kind == "list" and len(found) > 1 and any(item.startswith("-") for item in found):
+                raise BadValue("items of which none begins with a dash")  # it would be an option of its own
+            return found
         if self.type == "json" and isinstance(self.default, list) and not str(given).lstrip().startswith(("[", "{")):
             return json.dumps(items(given))  # ALLOWED_ORIGINS=https://a,https://b
         return self._read_item(given, READERS)

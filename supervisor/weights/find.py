@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from supervisor.weights.snapshot import PATTERNS, lacking
 
@@ -21,8 +22,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 TRUE = ("1", "true", "yes", "on")
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """A cache as the hub's client lays it out. `settled`: whoever filled it chose what is served, and nobody asks the
     hub whether there is something newer."""
 

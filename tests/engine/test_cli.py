@@ -97,6 +97,24 @@ def test_version_is_one_line_and_needs_no_verb(asked: Asked, flag: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"supervisor {__version__}\n", "")
 
 
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (1, 2), (0, 1, 2)])
+@pytest.mark.parametrize(("arguments", "code"), [(["--version"], 0), (["explain", DEMO], 0), (["explain", "--x"], 2)])
+def test_a_parent_may_have_closed_the_outputs(
+    closed: tuple[int, ...], arguments: list[str], code: int, tmp_path: Path
+) -> None:
+    """As some runners of services do. What is opened next would stand where we write, and be written into."""
+    redirected = " ".join(f"{number}>&-" for number in closed)
+    script = f"exec {shlex.join(map(str, [SUPERVISOR, *arguments]))} {redirected}"
+    done = subprocess.run(
+        ["bash", "-c", script], env=clean_environment(SUPERVISOR_VLLM=str(FAKE)), cwd=tmp_path, timeout=30,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    assert (1 in closed or code == 2) == (done.stdout == "")
+    assert (2 in closed or code == 0) == (done.stderr == "")
+
+
 def test_version_imports_nothing_that_is_heavy(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("supervisor: {vllm: /no/such/vllm}\n")  # nor does it read anything
     program = "import atexit, sys; atexit.register(lambda: print(*sys.modules)); from supervisor import cli; cli.main()"

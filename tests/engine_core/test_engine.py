@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import signal
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +21,7 @@ COUNTERS = b'vllm:iteration_tokens_total_count{engine="0"} %d\n'
 
 
 def limits(**more: Any) -> Any:
-    return dataclasses.replace(LIMITS, **more)
+    return LIMITS._replace(**more)
 
 
 # Runs, and news of earlier ones

@@ -566,13 +566,66 @@ def test_a_client_that_says_no_more_gets_its_answers_and_is_closed_on(stream: bo
         assert is_idle(world)
 
 
-def test_a_client_of_http_1_0_that_says_no_more_is_taken_for_one_that_is_gone() -> None:
-    """There is nothing that it could be sent, by which one could tell."""
-    with World() as world:
+@pytest.mark.parametrize("begun", ["no answer", "a refusal", "a stream", "a whole answer", "a known answer"])
+def test_a_client_of_http_1_0_that_says_no_more_gets_its_answer(begun: str) -> None:
+    """It knows no interim answers: one looks for it with the first bytes of its own."""
+    with World(hold_timeout=40) as world:
+        if begun == "a known answer":
+            before = world.client()
+            before.asks()
+            world.engine.request().answers()
+        if begun == "a refusal":
+            world.engine_is("starting")
         client = world.client()
         client.sends(post().replace(b"HTTP/1.1", b"HTTP/1.0"))
         client.half_closes()
+        world.passes(30)
+        if begun == "a stream":
+            world.engine.request().streams(b"data: 1")
+            world.engine.requests[-1].finishes()
+        elif begun != "a refusal":
+            world.engine.request().answers(200)
+        world.passes(30)
+        assert client.answer().status == (503 if begun == "a refusal" else 200)
+        assert client.received.count(b"HTTP/1.1") == 1
+        assert client.closed
+        assert is_idle(world)
+
+
+def test_a_client_of_http_1_0_that_is_gone_is_known_to_be() -> None:
+    """nginx, as it is shipped, speaks so to us: a request whose own client left would go on for nobody."""
+    with World() as world:
+        client = world.client()
+        client.sends(post().replace(b"HTTP/1.1", b"HTTP/1.0"))
+        client.leaves()
         assert world.engine.request().gone
+        assert is_idle(world)
+
+
+@pytest.mark.parametrize(
+    ("sent", "waits", "status", "path"),
+    [
+        (b"GARBAGE\r\n\r\n", 0, 400, b"-"),
+        (b"\x16\x03\x01\x02\x00\x01", 0, 400, b"-"),
+        (b"GET /v1/models?key=x HTTP/1.1\r\nHost: x\r\nAccept: x\r\nno header\r\n\r\n", 0, 400, b"/v1/models"),
+        (b"GET /v1/models HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 40_000, 0, 431, b"/v1/models"),
+        (b"POST /v1/comp", 70, 408, b"-"),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Le", 70, 408, b"/v1/completions"),
+    ],
+)
+def test_what_is_no_request_is_counted_and_logged_as_one(sent: bytes, waits: int, status: int, path: bytes) -> None:
+    with World() as world:
+        client = world.client()
+        client.sends(sent)
+        world.passes(waits)
+        assert client.answer().status == status
+        assert client.answer().header(b"connection") == b"close"
+        assert [(ended.status, ended.path) for ended in world.ended] == [(status, path)]
+        assert client.answer().header(b"x-request-id") == world.ended[0].id
+        assert world.gateway.counts.statuses == {status: 1}
+        world.passes(5)
+        assert client.closed
+        assert is_idle(world)
 
 
 def test_a_client_that_leaves_while_it_is_held_is_not_answered() -> None:
@@ -767,3 +820,35 @@ def test_bytes_are_counted_as_they_go() -> None:
         request = world.engine.request()
         request.streams(b"data: {}", b"data: {}")
         assert world.sent_bytes == 150 + 2 * len(chunk(b"data: {}\n\n"))
+
+
+OPENAI_ERROR = b'data: {"error":{"message":"EngineCore died","type":"InternalServerError","code":500}}\n\n'
+ANTHROPIC_ERROR = b'event: error\ndata: {"type":"error","error":{"type":"internal_error","message":"dead"}}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        ((chunk(OPENAI_ERROR), chunk(DONE)), "engine_error"),
+        ((chunk(OPENAI_ERROR) + chunk(DONE),), "engine_error"),
+        ((chunk(OPENAI_ERROR + DONE),), "engine_error"),
+        ((chunk(OPENAI_ERROR)[:30], chunk(OPENAI_ERROR)[30:], chunk(DONE)), "engine_error"),
+        ((chunk(ANTHROPIC_ERROR), chunk(b'event: message_stop\ndata: {"type":"message_stop"}\n\n')), "engine_error"),
+        ((chunk(ANTHROPIC_ERROR),), "engine_error"),  # as /v1/responses ends
+        ((chunk(b'data: {"choices":[{"delta":{"content":"data: {\\"error\\":"}}]}\n\n'), chunk(DONE)), ""),
+        ((chunk(b'data: {"choices":[],"error":null}\n\n'), chunk(DONE)), ""),
+    ],
+)
+def test_a_stream_that_vllm_ends_by_an_error_is_no_plain_success(end: tuple[bytes, ...], code: str) -> None:
+    with World() as world:
+        told: list[str] = []
+        world.watched_by(lambda record: told.append(record.cut))  # type: ignore[attr-defined]
+        client = world.client()
+        client.asks()
+        request = world.engine.request()
+        request.streams(b'data: {"choices":[{}]}', b'data: {"choices":[{}]}')
+        for piece in end:
+            request.sends(piece)
+        request.sends(b"0\r\n\r\n")
+        assert client.answer().status == 200
+        assert told == [code]

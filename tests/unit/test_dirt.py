@@ -341,6 +341,7 @@ def test_a_plugin_on_pythons_path_counts_and_where_vllm_is_not_found_nobody_know
 
 def test_a_folder_with_a_blank_in_its_name(folder: Path) -> None:
     (folder / "my model").mkdir()
+    (folder / "my model" / "config.json").write_text("{}")
     assert read(folder, MODEL="my model").model.value == "my model"
 
 

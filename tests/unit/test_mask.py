@@ -166,14 +166,15 @@ _FIELD = (
     r"|[\w.-]*(?:secret|passw(?:or)?d|passphrase|credential|api[_-]?key|access[_-]?key|private[_-]?key|signature)"
     r"(?:[_-](?:id|key|value))?s?)"
 )
+WORD = r"(?!(?:[a-z]{8,15}|[a-z]{1,20}(?:_[a-z]{1,20}){1,6})\b)"  # `hf_overrides` is an option
 PLAIN = (
-    re.compile(r"\b(?:hf_|sk-|rpa_|gh[pousr]_|github_pat_|AKIA|AIza|xox[bp]-)[A-Za-z0-9_-]{8,}"),
+    re.compile(rf"\b(?:hf_{WORD}|sk-|rpa_|gh[pousr]_|github_pat_|AKIA|AIza|xox[bp]-)[A-Za-z0-9_-]{{8,}}"),
     re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*"),
     re.compile(r"(?i)(?P<keep>\bbearer +)[A-Za-z0-9._~+/=-]{6,}"),
     re.compile(r"(?P<keep>\w://)[^/\s@'\"]+(?=@)"),
     re.compile(rf"(?i)(?P<keep>[?&;](?:{_FIELD}|sig|key|auth)=)[^&\s'\";]+"),
     re.compile(rf"(?i)(?P<keep>[\"'](?:{_FIELD}|authorization)\\?[\"']\s*:\s*\\?[\"'])(?:\\.|[^\"'\\])+"),
-    re.compile(rf"(?i)(?P<keep>--(?:{_FIELD}|api-key|hf-token)[ =]'?)[^\s'\-][^\s']*"),
+    re.compile(rf"(?i)(?P<keep>--(?:{_FIELD}|api-key|hf-token)[ =]'?)[^\s'\-(][^\s']*"),
 )
 KNOWN = ("aaaaaaaa", "aaaaaaaa=b", "token: a", 'a"token')
 NAMES = (

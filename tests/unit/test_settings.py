@@ -535,3 +535,79 @@ def test_on_runpod_a_queue_without_its_address_is_no_simulated_one(tmp_path: Pat
     found = problems(tmp_path, **{variable: "x", "SUPERVISOR_MODE": "queue"})
     (problem,) = [each for each in found if "RUNPOD_WEBHOOK_GET_JOB" in each]
     assert f"{variable} is set" in problem
+
+
+# What a value may do that nobody meant
+
+
+@pytest.mark.parametrize("name", ["--help", "-x", "-", "--seed=1"])
+def test_a_model_is_no_option(folder: Path, name: str) -> None:
+    (problem,) = problems(folder, Arguments(), MODEL=name)
+    assert problem.startswith(f"MODEL={name} (environment MODEL): expected ")
+
+
+@pytest.mark.parametrize("given", ["a,--api-key,secret1", "a -b", '["a", "--disable-log-stats"]'])
+def test_an_item_of_a_list_is_no_option(folder: Path, given: str) -> None:
+    """`--served-model-name a --api-key x` is a name and a key."""
+    (problem,) = problems(folder, SERVED_MODEL_NAME=given)
+    assert problem.endswith("expected items of which none begins with a dash")
+
+
+def test_a_model_s_folder_has_something_in_it(folder: Path) -> None:
+    """A volume that is not mounted is an empty folder."""
+    (folder / "model").mkdir()
+    (problem,) = problems(folder, Arguments(model="./model"))
+    assert problem == "MODEL=./model (command line): expected a folder with a model in it; this one is empty"
+
+
+@pytest.mark.parametrize("name", ["SUPERVISOR_CACHE_DIR", "SUPERVISOR_VOLUME", "SUPERVISOR_TLS_CERT"])
+def test_a_tilde_is_the_home(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docker's -e and compose leave it as it is, and a folder named `~` was made."""
+    monkeypatch.setenv("HOME", str(folder))
+    (knob,) = (knob for knob in KNOBS if knob.variable == name)
+    assert knob.read("~/x") == f"{folder}/x"
+
+
+def test_an_empty_home_is_none(folder: Path) -> None:
+    assert read(folder, HOME="").cache == Path("/tmp/.cache/vllm-supervisor")
+
+
+@pytest.mark.parametrize("name", ["SERVED_MODEL_NAME", "REVISION", "VLLM_LOGGING_PREFIX", "SUPERVISOR_CACHE_DIR"])
+def test_a_comment_behind_a_value_is_told(folder: Path, name: str) -> None:
+    settings = read(folder, **{name: f"{folder} # the best"})
+    (told,) = [line for line in settings.warnings if "#" in line]
+    about = "docker's --env-file keeps what stands behind a #"
+    assert told == f"{name}={folder} # the best (environment {name}): {about}"
+
+
+def test_a_comment_in_a_secret_is_told_without_it(folder: Path) -> None:
+    settings = read(folder, HF_TOKEN="abcdefghij # mine")
+    assert not any("abcdefghij" in line for line in settings.warnings)
+
+
+def test_a_hash_within_a_template_or_a_word_is_none(folder: Path) -> None:
+    settings = read(folder, CHAT_TEMPLATE="{{ x }} # y {% if z %}", SERVED_MODEL_NAME="a#b", REVISION="#1")
+    assert not any("#" in line for line in settings.warnings)
+
+
+# vLLM's own file of options
+
+
+@pytest.mark.parametrize("where", ["environment", "extra", "command line"])
+def test_vllms_file_is_looked_at_wherever_it_is_named(folder: Path, where: str) -> None:
+    (folder / "v.yaml").write_text("max-num-seqs: 0\nport: 9000\nno-such-thing-at-all: 1\n")
+    if where == "environment":
+        found = problems(folder, CONFIG="v.yaml")
+    elif where == "extra":
+        found = problems(folder, SUPERVISOR_EXTRA_ARGS="--config v.yaml")
+    else:
+        found = problems(folder, Arguments(model="m", vllm_args=("--config=v.yaml",)))
+    assert [line.split(": ")[0].rpartition("(")[0].strip() for line in found] == ["MAX_NUM_SEQS=0 (v.yaml", "v.yaml"]
+    assert "at least 1" in found[0]
+
+
+def test_what_vllms_file_has_and_vllm_has_not_is_told(folder: Path) -> None:
+    (folder / "v.yaml").write_text("no-such-thing-at-all: 1\n")
+    assert [line for line in read(folder, CONFIG="v.yaml").warnings if "no_such" in line] == [
+        "v.yaml (environment CONFIG): vLLM 0.32.0 has no option no_such_thing_at_all, and most likely ends at it"
+    ]

@@ -42,6 +42,11 @@ def test_other_programs_variables_are_none_of_our_business() -> None:
     [
         ("MAX_MODEL_LENGTH", "MAX_MODEL_LEN"),
         ("MAX_MODLE_LEN", "MAX_MODEL_LEN"),
+        ("MAXMODELLEN", "MAX_MODEL_LEN"),
+        ("GPUMEMORYUTILIZATION", "GPU_MEMORY_UTILIZATION"),
+        ("SUPERVISOR_APIKEYS", "SUPERVISOR_API_KEYS"),
+        ("NO_ENABLE_PREFIX_CACHING", "ENABLE_PREFIX_CACHING=false"),
+        ("NO_ENFORCE_EAGER", "ENFORCE_EAGER=false"),
         ("MODEL_LEN", "MAX_MODEL_LEN"),
         ("max_model_len", "MAX_MODEL_LEN"),
         ("MAX-MODEL-LEN", "MAX_MODEL_LEN"),

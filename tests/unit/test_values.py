@@ -151,9 +151,12 @@ KEPT = (
     "http://127.0.0.1:8000/v1/chat/completions?key2=a&stream=true",
     "X-Request-Id: 0123456789abcdef0123456789abcdef",
     "/models/sk-learn/model.safetensors skip-tokenizer-init",
+    "hf_overrides: 3; vLLM's hf_config_path, hf_text_config (supervisor.hf_transfer)",
+    "--api-key (command line): can't be passed to vLLM",
 )
 HIDDEN = (
-    "hf_abcdefghijklmnop", "sk-proj-abcdefgh12345678", "rpa_ABCDEFGH12345678", "ghp_abcdefgh12345678",
+    "hf_abcdefghijklmnop", "hf_ABCDEFGHIJKL", "hf_abcdefgh12345678",
+    "sk-proj-abcdefgh12345678", "rpa_ABCDEFGH12345678", "ghp_abcdefgh12345678",
     "AKIAABCDEFGH12345678", "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.c2lnbmF0dXJl",
 )  # fmt: skip
 
