@@ -297,7 +297,8 @@ class Run:
         found = {}
         for leader in ours.children():
             with contextlib.suppress(psutil.Error, OSError):
-                if os.getsid(leader.pid) == leader.pid and leader.cmdline()[:1] != ours.cmdline()[:1]:
+                leads = os.getsid(leader.pid) == leader.pid and leader.name() != "VLLM::Zygote"
+                if leads and leader.cmdline()[:1] != ours.cmdline()[:1]:
                     found[""] = leader.pid
                     for part in leader.children(recursive=True):
                         found[part.name()[:16]] = part.pid

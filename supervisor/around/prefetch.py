@@ -6,6 +6,7 @@ vLLM needs 10 to 40 s before it opens the first file, time in which the disk or 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterable
@@ -61,7 +62,7 @@ class Prefetch:
         self.over.set()
 
     def _read(self) -> None:
-        buffer = bytearray(PIECE)
+        buffer = mmap.mmap(-1, PIECE)  # a thread's heap keeps what it once had: 34 MB for good
         while True:
             with self.lock:
                 if not self.left or self.over.is_set():

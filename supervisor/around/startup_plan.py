@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,8 +60,9 @@ class StartupPlan:
                 (self.folder / NOTE).write_text(self.note)
 
     def taken(self, run: Run, diagnosis: Diagnosis) -> bool:
-        """Whether a start took one, and may have failed for that."""
-        return any(TAKEN in line for line in run.log) and (not run.served or "memory" in diagnosis.cause.lower())
+        """Whether a start took one, and may have failed for that: not where somebody killed it."""
+        wanting = not run.served or "memory" in diagnosis.cause.lower()
+        return wanting and run.code != -signal.SIGKILL and any(TAKEN in line for line in run.log)
 
     def forget(self) -> str:
         self._remove()

@@ -7,6 +7,7 @@ how to launch vLLM, how to ask it, who passes requests to it, who looks on.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import time
@@ -171,6 +172,7 @@ class Engine:
         hear = partial(self._hear, run, child, phases)
         child.lines.follow(lambda: self._loop.call_soon_threadsafe(hear))
         self.observers.tell("began", run)
+        gc.collect()  # what attended to the last run is a ring (TaskGroup's traceback), and has its log
         guarded = self.observers.guarded
         async with asyncio.TaskGroup() as group:
             group.create_task(self._await_exit(run, child))

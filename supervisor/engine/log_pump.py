@@ -64,11 +64,12 @@ class LogPump:
 
     def _run(self) -> None:
         rest = b""
-        while data := os.read(self.source.fileno(), LONGEST_LINE):
-            *lines, rest = (rest + data).split(b"\n")
-            if len(rest) > LONGEST_LINE:
-                lines, rest = [*lines, rest], b""
-            self._pass_on(lines)
+        with self.source:
+            while data := os.read(self.source.fileno(), LONGEST_LINE):
+                *lines, rest = (rest + data).split(b"\n")
+                if len(rest) > LONGEST_LINE:
+                    lines, rest = [*lines, rest], b""
+                self._pass_on(lines)
         self._pass_on([rest] if rest else [])
 
     def _pass_on(self, raw: list[bytes]) -> None:

@@ -187,8 +187,9 @@ class Delivery(Delivering, Sink):
     def mark(self, what: str) -> None:
         """`held` for the engine, `waiting` for its turn, `sent` to vLLM, `lost` there; what was before ends."""
         self.marks = (*self.marks, (what, self.gate.loop.time()))
-        if what == "held":
-            self.answered.held(self.gate.engine.state)
+        if what == "held":  # what is ready, and took no connection, is known to be gone in a moment
+            state = self.gate.engine.state
+            self.answered.held("restarting" if state == "ready" else state)
 
     # What the gate calls
 

@@ -42,21 +42,11 @@ class Gateway:
     """All of it. `run_on(sockets)` serves until `stop`."""
 
     def __init__(
-        self,
-        engine: EngineView,
-        upstream: Upstream,
-        policy: Policy,
-        admission: Admission,
-        *,
-        facts: Mapping[str, object],
-        client_timeout: float = CLIENT_TIMEOUT,
-        keep_alive: float = KEEP_ALIVE,
-        cache_memory: int = 0,
-        event_keep_alive: float = 0.0,
-        certificate: str | None = None,
-        key: str | None = None,
+        self, engine: EngineView, upstream: Upstream, policy: Policy, admission: Admission, *,
+        facts: Mapping[str, object], client_timeout: float = CLIENT_TIMEOUT, keep_alive: float = KEEP_ALIVE,
+        cache_memory: int = 0, event_keep_alive: float = 0.0, certificate: str | None = None, key: str | None = None,
         close_patience: int = 5,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """`facts` never change and are shown at `/status`. `cache_memory` in bytes, 0 for no cache.
         `event_keep_alive`: seconds between comments to streams that wait, 0 for none. `certificate` and
         `key`: files, for HTTPS. `close_patience`: seconds for the own routes' last bytes."""

@@ -325,6 +325,29 @@ def test_twenty_crashes_leave_no_shared_memory_and_no_files(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
+def test_restarts_leave_no_open_files_and_no_memory(tmp_path: Path) -> None:
+    """On a GPU 17 of them had left 28 files open, and 100 MB: what a run was attended by held itself, and the weights'
+    readers had their buffers in heaps that never shrink."""
+    header = json.dumps({"x": {"dtype": "U8", "shape": [300_000_000], "data_offsets": [0, 300_000_000]}}).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 300_000_000)
+    (tmp_path / "config.json").write_text("{}")
+    seen = []
+    with Supervisor(tmp_path, environ=OFTEN) as supervisor:
+        for restart in range(8):
+            ready_again(supervisor, restart)
+            facts = psutil.Process(supervisor.process.pid)
+            seen.append((facts.num_fds(), facts.memory_info().rss))
+            os.kill(supervisor.client.get("/status").json()["pid"], signal.SIGKILL)
+        ready_again(supervisor, 8)
+        ends(supervisor)
+    files, memory = zip(*seen[1:], strict=True)
+    assert max(files) - min(files) <= 2, seen
+    assert max(memory) - min(memory) < 6_000_000, seen
+
+
 # The supervisor itself
 
 

@@ -157,3 +157,21 @@ def test_before_the_last_file_is_taken_idle_clients_go_and_only_our_own_routes_a
         world.passes(700)
         world.client(file=most - 9)
         assert world.told("Raise the limit (ulimit -n)") == 2
+
+
+@pytest.mark.parametrize("how", ["nobody listens", "the connection breaks"])
+def test_who_came_before_its_death_was_known_waits_for_a_restart(how: str) -> None:
+    """It was told that it had waited for an engine that was ready."""
+    with World() as world:
+        client = world.client()
+        if how == "nobody listens":
+            world.engine.dies()
+        client.asks()
+        if how == "the connection breaks":
+            world.engine.request()
+            world.engine.dies()
+        world.engine_is("restarting")
+        world.passes(3)
+        world.engine_is("ready")
+        world.engine.request().answers()
+        assert client.answer().header(b"x-supervisor-state") == b"restarting"

@@ -12,7 +12,7 @@ import pytest
 
 from supervisor.around.caches import CacheKeeper
 from supervisor.around.startup_plan import StartupPlan, startup_plan
-from supervisor.engine.diagnosis import Diagnosis
+from supervisor.engine.diagnosis import Diagnosis, diagnose
 from supervisor.settings.settings import Arguments, Settings, gather
 from tests.harness import FAKE, wait_until
 
@@ -25,9 +25,10 @@ def settings(**environ: str) -> Settings:
     return gather(Arguments(model="org/m"), {"SUPERVISOR_VLLM": str(FAKE), "HOME": "/none", **environ})
 
 
-def run(root: Path, *log: str, served: bool = False) -> Any:
+def run(root: Path, *log: str, served: bool = False, code: int = 1) -> Any:
     command = SimpleNamespace(environ={"VLLM_CACHE_ROOT": str(root)})
-    return SimpleNamespace(child=SimpleNamespace(command=command), log=list(log), served=served, doubted=False)
+    child = SimpleNamespace(command=command)
+    return SimpleNamespace(child=child, log=list(log), served=served, doubted=False, code=code)
 
 
 def written(root: Path) -> Path:
@@ -73,21 +74,24 @@ def test_one_of_which_nothing_is_noted_is_somebody_elses(tmp_path: Path, plan_fi
 
 
 @pytest.mark.parametrize(
-    ("log", "served", "diagnosis", "forgotten"),
+    ("log", "served", "diagnosis", "code", "forgotten"),
     [
-        ([TAKEN], False, NO_MEMORY, True),
-        ([TAKEN], False, OTHER, True),
-        ([TAKEN], True, NO_MEMORY, True),
-        ([TAKEN], True, OTHER, False),
-        ([], False, NO_MEMORY, False),
+        ([TAKEN], False, NO_MEMORY, 1, True),
+        ([TAKEN], False, OTHER, 1, True),
+        ([TAKEN], True, NO_MEMORY, 1, True),
+        ([TAKEN], True, OTHER, 1, False),
+        ([], False, NO_MEMORY, 1, False),
+        # Killed, by the kernel maybe, for want of the machine's memory: that is not the GPU's.
+        ([TAKEN], True, diagnose(-9, []), -9, False),
+        ([TAKEN], False, diagnose(-9, []), -9, False),
     ],
 )
 def test_a_failure_with_it_forgets_it(
-    tmp_path: Path, plan_file: Path, log: list[str], served: bool, diagnosis: Diagnosis, forgotten: bool
+    tmp_path: Path, plan_file: Path, log: list[str], served: bool, diagnosis: Diagnosis, code: int, forgotten: bool
 ) -> None:
     """And the next start is another one, even where its cause would be final."""
     keeper = CacheKeeper(None, StartupPlan(settings()))
-    failed = run(tmp_path, *log, served=served)
+    failed = run(tmp_path, *log, served=served, code=code)
     kept_for(tmp_path)
     keeper.began(failed)
     assert keeper.plan is not None
