@@ -18,7 +18,7 @@ def client(url: str, patience: float, *, authorization: str = "") -> httpx.Clien
         address = httpx.URL(url if "://" in url else f"http://{url}")
     except httpx.InvalidURL as error:
         raise ValueError(str(error)) from None
-    if address.scheme not in ("http", "https") or not address.host or address.port == 0:
+    if address.scheme not in ("http", "https") or not address.host or address.port not in (None, *range(1, 65536)):
         raise ValueError(f"{url} is no address")
     return httpx.Client(
         base_url=address.copy_with(query=None, fragment=None),

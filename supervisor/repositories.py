@@ -132,7 +132,7 @@ def hub_cache(environ: Mapping[str, str]) -> Path:
             return Path(environ[name]).expanduser()
     home = environ.get("HF_HOME")
     if not home:
-        cache = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME", "/tmp"), ".cache")  # noqa: PTH118, S108
+        cache = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME") or "/tmp", ".cache")  # noqa: PTH118, S108
         home = os.path.join(cache, "huggingface")  # noqa: PTH118
     return Path(home).expanduser() / "hub"
 

@@ -142,7 +142,7 @@ def about(failure: Failure) -> Topic:
 def named(failure: Failure) -> list[str]:
     """The settings that the error names, as variables: as an option, as a variable, or in words (chunked prefill)."""
     error = OWNER.sub("", _words(failure))
-    found = [name.lstrip("-").upper().replace("-", "_") for name in NAME.findall(error)]
+    found = [name.lstrip("-").upper().replace("-", "_").removeprefix("NO_") for name in NAME.findall(error)]
     words = re.sub(r"[\s-]|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", PATH.sub("", error)).upper()
     found += [option for option in OPTIONS if _core(option) in words]
     return list(dict.fromkeys(found))

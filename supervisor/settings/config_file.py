@@ -49,7 +49,7 @@ def read(name: str, source: str) -> ConfigFile:
     """Reads the file that `source` names, such as `environment SUPERVISOR_CONFIG`."""
     file = ConfigFile(name)
     with _told(file.problem, source):
-        _fill(file, _mapping(_text(Path(os.path.expanduser(name)))))  # noqa: PTH111  # ~nobody stays as it is
+        _fill(file, _mapping(Path(os.path.expanduser(name)).read_text()))  # noqa: PTH111  # ~nobody stays as it is
     return file
 
 
@@ -58,7 +58,7 @@ def read_unnamed() -> ConfigFile:
     file, path, text = ConfigFile(CONFIG_NAME, is_named=False), Path(CONFIG_NAME), ""
     with _told(file.pass_over):
         if path.is_file():  # reading a pipe would wait for somebody who writes
-            text = _text(path)
+            text = path.read_text()
         elif path.exists() or path.is_symlink():
             file.pass_over("is not a file")
     with _told(file.problem):
@@ -76,7 +76,7 @@ def read_vllm_config(path: str, source: str) -> ConfigFile:
         file.problems.append(f"CONFIG={path} ({source}): expected a YAML file, such as /path/vllm.yaml")
         return file
     with _told(file.problem):
-        file.content = _mapping(_text(Path(path)))
+        file.content = _mapping(Path(path).read_text())
     return file
 
 
@@ -87,6 +87,8 @@ def _told(tell: Callable[[str], None], source: str = "") -> Iterator[None]:
         yield
     except OSError as error:
         tell(f"can't be read ({error.strerror}{source and f'; named by {source}'})")
+    except UnicodeDecodeError as error:
+        tell(f"is not a text ({error.reason} at byte {error.start})")
     except MalformedError as error:
         tell(str(error))
 
@@ -119,18 +121,18 @@ def _content_of_ours(text: str) -> dict[str, Any] | None:
     return content if has_schema_line or isinstance(content.get("supervisor", ""), dict | None) else None
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except UnicodeDecodeError as error:
-        raise MalformedError(f"is not a text ({error.reason} at byte {error.start})") from None
-
-
 def _mapping(text: str) -> dict[str, Any]:
     import yaml  # noqa: PLC0415  # takes 30 ms, and most starts have no file
 
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            names = [key.value for key, _ in node.value]
+            if twice := [name for name in names if names.count(name) > 1]:  # to YAML the last one counts
+                raise yaml.MarkedYAMLError(problem=f"{twice[0]} is there twice", problem_mark=node.start_mark)
+            return super().construct_mapping(node, deep)
+
     try:  # as JSON has it: a date is a text
-        content = json.loads(json.dumps(yaml.safe_load(text), default=lambda date: date.isoformat()))
+        content = json.loads(json.dumps(yaml.load(text, Loader), default=lambda date: date.isoformat()))  # noqa: S506
     # PyYAML lets through what its readers of values raise, such as `!!bool maybe`; a mapping may hold itself.
     except (yaml.YAMLError, RecursionError, ValueError, TypeError, LookupError, AttributeError) as error:
         where = f" at line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""

@@ -103,10 +103,8 @@ def of_vllms_file(file: ConfigFile, catalogue: Catalogue, report: Report) -> dic
         if key in OWNED:
             report.problems.append(f"{file.label}: {key} can't be set there: {OWNED[key]}")
         elif option is None:
-            why = missing(key, catalogue)
-            told = report.problems if why else report.warnings
-            unknown = f"{file.label}: vLLM {catalogue.version} has no option {key}"
-            told.append(unknown + (why or ", and most likely ends at it"))
+            why, told = missing(key, catalogue), f"{file.label}: vLLM {catalogue.version} has no option {key}"
+            (report.problems if why else report.warnings).append(told + (why or ", and most likely ends at it"))
         elif key != "model" and not option.is_unset(given):
             found[option.variable] = report.setting(option.variable, [Found(f"{file.label} {key}", given)], option.read)
     return {variable: setting for variable, setting in found.items() if setting is not None}

@@ -186,6 +186,7 @@ def test_a_misspelt_field_is_found() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_prometheus_operator_takes_it() -> None:
     """The models pass over fields that they don't know: those are missing from what comes out."""
     from cloudcoil.models.prometheus_operator.v1 import PodMonitor  # noqa: PLC0415  # 1 s, for this test alone

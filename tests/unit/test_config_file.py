@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -479,3 +480,26 @@ def test_keys_may_be_a_list(folder: Path) -> None:
     (folder / "a.yaml").write_text("supervisor: {api_keys: {a: key-number-1}}\n")
     (problem,) = problems(folder, SUPERVISOR_CONFIG="a.yaml")
     assert "brackets" in problem
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("seed: 1\nmax_model_len: 2\nseed: 3\n", "at line 1: seed is there twice"),
+        ("supervisor:\n  port: 1\n  mode: http\n  port: 2\n", "at line 2: port is there twice"),
+        ("seed: 1\nhf_overrides:\n  a: {b: 1, b: 2}\n", "at line 3: b is there twice"),
+    ],
+)
+def test_what_is_there_twice_is_told(folder: Path, text: str, told: str) -> None:
+    """The last one counted, without a word: a file that was put together of two."""
+    (folder / "a.yaml").write_text(text)
+    (problem,) = problems(folder, SUPERVISOR_CONFIG="a.yaml")
+    assert problem == f"a.yaml is not valid YAML {told}"
+    (folder / "vllm.yaml").write_text(text)
+    assert any(told in line for line in problems(folder, CONFIG="vllm.yaml"))
+
+
+def test_what_is_merged_is_not_there_twice(folder: Path) -> None:
+    (folder / "a.yaml").write_text("hf_overrides: {a: &x {b: 1, c: 2}, d: {<<: *x, c: 3}}\n")
+    (found,) = (s for o, s in read(folder, SUPERVISOR_CONFIG="a.yaml").options if o.key == "hf_overrides")
+    assert json.loads(str(found.value)) == {"a": {"b": 1, "c": 2}, "d": {"b": 1, "c": 3}}

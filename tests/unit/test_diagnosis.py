@@ -41,7 +41,7 @@ PRODUCED = (
     Row("option-choice", "--dtype: invalid choice: 'float8'", "DTYPE"),
     Row("option-json", "--override-generation-config is no JSON: {temperature}", "OVERRIDE_GENERATION_CONFIG"),
     Row("option-range", "gpu_memory_utilization: Input should be less than or equal to 1", "GPU_MEMORY_UTILIZATION"),
-    Row("option-combination", "max_num_batched_tokens (16) must be greater than", "explain"),
+    Row("option-combination", "MAX_NUM_BATCHED_TOKENS=16 does not give each of MAX_NUM_SEQS=64", "MAX_NUM_SEQS=16"),
     Row("block-size", "no blocks of 16 tokens (CPU_ATTN: [MultipleOf(32)])", "BLOCK_SIZE"),
     Row("length-above-model", "MAX_MODEL_LEN=8192 is more than the 2048", "MAX_MODEL_LEN=2048"),
 
@@ -463,7 +463,7 @@ def test_remedies_name_variables_that_exist() -> None:
     assert set(OPTIONS) <= known
     known |= {"VLLM_USE_V1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES", "HIP_VISIBLE_DEVICES", "HSA_OVERRIDE_GFX_VERSION"}
     known |= {"CCL_ATL_TRANSPORT", "CCL_ZE_IPC_EXCHANGE", "HCCL_IF_IP", "HCCL_SOCKET_IFNAME", "TRITON_LIBCUDA_PATH"}
-    known |= {"FLEX_ATTENTION", "TORCH_SDPA", "IPC_LOCK", "SYS_PTRACE"}
+    known |= {"FLEX_ATTENTION", "TORCH_SDPA", "IPC_LOCK", "SYS_PTRACE", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"}
     known |= {
         "LMCACHE_CONFIG_FILE",
         "LMCACHE_ENABLE_BLENDING",
@@ -486,6 +486,7 @@ def test_remedies_name_variables_that_exist() -> None:
     known |= {"NCCL_IB_DISABLE", "NCCL_IB_HCA", "NCCL_CUMEM_ENABLE", "NCCL_CUMEM_HOST_ENABLE"}
     known |= {"TRITON_MLA", "TIKTOKEN_ENCODINGS_BASE", "TIKTOKEN_RS_CACHE_DIR"}
     known |= {"PYTORCH_CUDA_ALLOC_CONF", "TRITON_PTXAS_PATH", "RAY_ADDRESS", "UCX_TLS", "UCX_NET_DEVICES", "SYS_NICE"}
+    known |= {"FLASHINFER_WORKSPACE_BASE", "FLASHINFER_CUBIN_DIR", "MOONCAKE_CONFIG_PATH"}
     told = [row.remedy for row in (*ROWS, *TOPICS)]
     named = {name for text in told for name in re.findall(r"(?<![{\w])[A-Z]+(?:_[A-Z\d]+)+(?![}\w*])", text)}
     named |= {name for topic in TOPICS for name in topic.suspects}
@@ -666,6 +667,7 @@ def test_an_unknown_error_is_told_as_it_is_and_what_follows_from_it_is_not() -> 
     assert "do not say why" in diagnose(1, lines[2:]).cause
 
 
+@pytest.mark.slow
 def test_a_log_that_clients_helped_to_write_costs_little() -> None:
     """In the event loop: 500 lines of 64 kB took 45 s, in which nobody was answered. Now they are kept in part."""
     lines = ["a" * 4000, "Gloo connectFullMesh failed remote=[" * 110, "Error_a" * 570] * 160
@@ -684,7 +686,7 @@ def test_where_nothing_raises_the_line_that_comes_closest_is_shown() -> None:
     assert said.cause == "Its log does not say why; what comes closest to it there: [libx] Unable to open the device"
     assert (said.known, said.permanent) == (False, False)
     assert diagnose(0, lines).cause == diagnose(1, ["goodbye"]).cause == "Its log does not say why."
-    for line in ("error " * 10_000, "Odd: " + "x" * 60_000):
+    for line in ("error " * 1_000, "Odd: " + "x" * 6_000):
         assert len(diagnose(1, [line]).cause) < 2500
         assert len(diagnose(1, traceback(line)).cause) < 2500
 

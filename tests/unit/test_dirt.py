@@ -61,6 +61,12 @@ VALUES = {
     "CUDA_VISIBLE_DEVICES": "0,1",
 }
 IN_FILES = {variable for variable in VALUES if variable.lower() in CATALOGUE.by_key} - {"MODEL", "PORT", "HF_TOKEN"}
+# One of each way in which a value is read; the others take a while.
+QUICK = {
+    "MAX_MODEL_LEN", "DTYPE", "REVISION", "SERVED_MODEL_NAME", "ENFORCE_EAGER", "HF_OVERRIDES", "PORT", "MODEL",
+    "HF_TOKEN", "SUPERVISOR_API_KEYS", "SUPERVISOR_HOLD_TIMEOUT", "VLLM_LOGGING_LEVEL",
+}  # fmt: skip
+EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in VALUES]
 TOLD = re.compile("stands in quotes|has a placeholder")
 AROUND = ["{}\n", "{}\r\n", "{}\r", " {}\t", "\n{}"]
 COPIED = ["\ufeff{}", "{}\u00a0", "\u200b{}\u200b\n"]
@@ -97,7 +103,7 @@ def problems(folder: Path, **environ: str) -> list[str]:
     return caught.value.problems
 
 
-@pytest.mark.parametrize("variable", VALUES)
+@pytest.mark.parametrize("variable", EACH)
 def test_white_space_around_a_value_is_none_of_it(folder: Path, variable: str) -> None:
     value = VALUES[variable]
     meant = effective(read(folder, **{variable: value}))
@@ -106,7 +112,7 @@ def test_white_space_around_a_value_is_none_of_it(folder: Path, variable: str) -
         assert effective(settings) == meant, repr(form)
 
 
-@pytest.mark.parametrize("variable", VALUES)
+@pytest.mark.parametrize("variable", EACH)
 def test_a_value_in_quotes_is_told_with_who_keeps_them(folder: Path, variable: str) -> None:
     for form in (*QUOTED, *ODD_QUOTES):
         if form.strip()[0] in VALUES[variable]:
@@ -117,7 +123,7 @@ def test_a_value_in_quotes_is_told_with_who_keeps_them(folder: Path, variable: s
         assert "secret" not in problem
 
 
-@pytest.mark.parametrize("variable", VALUES)
+@pytest.mark.parametrize("variable", EACH)
 def test_a_placeholder_is_refused_wherever_it_stands(folder: Path, variable: str) -> None:
     for form, told in PLACEHOLDERS.items():
         given = form.format(VALUES[variable]) if "{}" in form else form.format()
@@ -129,7 +135,7 @@ def test_a_placeholder_is_refused_wherever_it_stands(folder: Path, variable: str
         assert f"a placeholder like {told}, which nothing has filled in" in found[0]
 
 
-@pytest.mark.parametrize("variable", sorted(IN_FILES))
+@pytest.mark.parametrize("variable", [each for each in EACH if each.values[0] in IN_FILES])
 def test_the_files_are_read_as_variables_are(folder: Path, variable: str) -> None:
     """config.yaml, and the file of vLLM's own --config, which vLLM reads itself."""
     key, value = variable.lower(), VALUES[variable]
