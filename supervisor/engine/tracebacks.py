@@ -56,13 +56,13 @@ SHOWN = re.compile(r"^(\w{1,80}(?:Error|Exception))\((['\"])(.*)\2\)$")
 # What libraries say that raise nothing; and how many lines before the end it is looked for.
 STRAY = re.compile(r"RESOURCE_EXHAUSTED|INVALID_ARGUMENT|\b(?:error|fatal) *: |is not valid\b|\w failed with \[")
 NEAR = 40
-# A line that may tell of a fault, where nothing else does; and what only announces one.
+# A line that may tell of a fault, where nothing else does; what only announces one.
 FAULT = re.compile(
     r"(?i)\b(?:errors?|errno|failed|failure|fatal|cannot|can't|could not|unable to|unsupported|only supports|invalid"
     r"|denied|refused|abort(?:ed|ing)|panic|no such|out of"
     r"|not (?:found|supported|available|permitted|allowed|implemented))\b"
 )
-WARNED = re.compile(r"\bWARNING\b.{0,200}\w(?:Error|Exception): ")
+WARNED = re.compile(r"\bWARNING\b.{0,200}\w(?:Error|Exception)[:(]")
 ANNOUNCED = re.compile(r"(?i)failed to start|handler failed|hit an exception")
 
 
