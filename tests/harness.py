@@ -37,7 +37,7 @@ SUPERVISOR = Path(sys.prefix) / "bin" / "supervisor"
 http = httpx.Client(verify=False, timeout=60)
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 10.0) -> object:
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 30.0) -> object:
     """Polls until `condition` is true and returns what it gave; fails with `what` after `seconds`."""
     deadline, pause = time.monotonic() + seconds, 0.005
     while not (result := condition()):
@@ -195,7 +195,7 @@ class Supervisor:
     def output(self) -> str:
         return self.raw_output.decode(errors="replace")
 
-    def says(self, pattern: str, seconds: float = 10.0) -> re.Match[str]:
+    def says(self, pattern: str, seconds: float = 30.0) -> re.Match[str]:
         """Waits until its output has the pattern; no longer than until it has ended."""
 
         def found_or_over() -> re.Match[str] | bool | None:
