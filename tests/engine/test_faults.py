@@ -345,7 +345,8 @@ def test_restarts_leave_no_open_files_and_no_memory(tmp_path: Path) -> None:
         ends(supervisor)
     files, memory = zip(*seen[1:], strict=True)
     assert max(files) - min(files) <= 2, seen
-    assert max(memory) - min(memory) < 6_000_000, seen
+    # Its readers may be at work while one looks.
+    assert min(memory[-3:]) - min(memory[:3]) < 6_000_000, seen
 
 
 # The supervisor itself
