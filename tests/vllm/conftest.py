@@ -50,6 +50,7 @@ def served(simulated: RunPod) -> Iterator[Supervisor]:
         "SUPERVISOR_RESTART_WINDOW": "0.05",
         "SUPERVISOR_STALL_TIMEOUT": "15",
         "SUPERVISOR_HOLD_TIMEOUT": str(START),
+        "SUPERVISOR_DRAIN_TIMEOUT": "90",  # a long stream on a busy machine
         **simulated.environment(),
     }
     # As a newcomer starts it: without a word on the model or on where vLLM is.
