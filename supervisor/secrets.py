@@ -59,8 +59,10 @@ SECRET_TEXT = (
     # The hub's, OpenAI's, RunPod's, GitHub's, Amazon's and Google's tokens.
     Shape(
         lambda text, small: _UNDERSCORED(text) or _DASHED(text) or _CAPITAL(text),
+        # vLLM's `hf_overrides` and its kin are words; tokens have digits and capitals.
         re.compile(
-            r"\b(?:hf_(?!(?:[a-z]{8,15}|[a-z]{1,20}(?:_[a-z]{1,20}){1,6})\b)|sk-|rpa_|gh[pousr]_|github_pat_|AKIA|AIza|xox[bp]-)[A-Za-z0-9_-]{8,}"
+            r"\b(?:hf_(?!(?:[a-z]{8,15}|[a-z]{1,20}(?:_[a-z]{1,20}){1,6})\b)"
+            r"|sk-|rpa_|gh[pousr]_|github_pat_|AKIA|AIza|xox[bp]-)[A-Za-z0-9_-]{8,}"
         ),
     ),
     # JSON web tokens. Of a run of such characters only the first `eyJ` counts, and the look ahead is made once.

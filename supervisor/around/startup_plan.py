@@ -61,8 +61,9 @@ class StartupPlan:
 
     def taken(self, run: Run, diagnosis: Diagnosis) -> bool:
         """Whether a start took one, and may have failed for that: not where somebody killed it."""
+        killed = run.broken is None and run.code == -signal.SIGKILL
         wanting = not run.served or "memory" in diagnosis.cause.lower()
-        return wanting and run.code != -signal.SIGKILL and any(TAKEN in line for line in run.log)
+        return wanting and not killed and any(TAKEN in line for line in run.log)
 
     def forget(self) -> str:
         self._remove()

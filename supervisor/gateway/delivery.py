@@ -187,7 +187,7 @@ class Delivery(Delivering, Sink):
     def mark(self, what: str) -> None:
         """`held` for the engine, `waiting` for its turn, `sent` to vLLM, `lost` there; what was before ends."""
         self.marks = (*self.marks, (what, self.gate.loop.time()))
-        if what == "held":  # what is ready, and took no connection, is known to be gone in a moment
+        if what == "held":  # a ready engine that let it down is known to be gone in a moment
             state = self.gate.engine.state
             self.answered.held("restarting" if state == "ready" else state)
 

@@ -71,7 +71,7 @@ def keys(value: str) -> Keys:
     file = value[1:] if value.startswith("@") else None
     if file is not None:
         try:
-            value = re.sub(r"(?m)^[ \t]*#.*", "", Path(file).read_text()).replace("\n", ",")
+            value = re.sub(r"(?m)^[ \t]*#.*", "", Path(path(file)).read_text()).replace("\n", ",")
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or "not a text"
             raise BadValue(f"keys, such as key1,key2, or @file with a key on each line ({why})") from None

@@ -40,7 +40,7 @@ class Names(frozenset[str]):
         return found
 
     @cached_property
-    def in_one(self) -> dict[str, str]:
+    def run_together(self) -> dict[str, str]:
         return {name.replace("_", ""): name for name in self if "_" in name}
 
     def meant(self, name: str) -> str | None:
@@ -48,7 +48,7 @@ class Names(frozenset[str]):
         upper = name.upper().replace("-", "_")
         if upper in self:
             return upper
-        if found := self.in_one.get(upper.replace("_", "")):  # MAXMODELLEN
+        if found := self.run_together.get(upper.replace("_", "")):  # MAXMODELLEN
             return found
         if upper.startswith("NO_") and upper[3:] in self:  # as vLLM's --no-enable-prefix-caching
             return f"{upper[3:]}=false"

@@ -136,7 +136,7 @@ def test_a_rank_that_never_comes_is_waited_for_again_and_then_given_up(rank: int
     with whole() as ranks:
         limits = {"SUPERVISOR_STARTUP_TIMEOUT": "4", "SUPERVISOR_MAX_RESTARTS": "1", "SUPERVISOR_RESTART_WINDOW": "60"}
         alone = ranks.rank(rank, **limits)
-        alone.says("restart 1 of 1", 30)
+        alone.says("restart 1 of 1")
         waits(alone, "starting")
         failure = alone.client.get("/status").json()["last_failure"]
         assert (

@@ -25,10 +25,10 @@ def settings(**environ: str) -> Settings:
     return gather(Arguments(model="org/m"), {"SUPERVISOR_VLLM": str(FAKE), "HOME": "/none", **environ})
 
 
-def run(root: Path, *log: str, served: bool = False, code: int = 1) -> Any:
+def run(root: Path, *log: str, served: bool = False, code: int = 1, broken: str | None = None) -> Any:
     command = SimpleNamespace(environ={"VLLM_CACHE_ROOT": str(root)})
     child = SimpleNamespace(command=command)
-    return SimpleNamespace(child=child, log=list(log), served=served, doubted=False, code=code)
+    return SimpleNamespace(child=child, log=list(log), served=served, doubted=False, code=code, broken=broken)
 
 
 def written(root: Path) -> Path:
@@ -119,3 +119,10 @@ def test_the_users_word_and_vllms_version_decide() -> None:
     assert startup_plan(settings(SUPERVISOR_FAST_RESTART="false")) is None
     old = dataclasses.replace(settings(), vllm=dataclasses.replace(settings().vllm, version="0.1", python=None))
     assert startup_plan(old) is None
+
+
+def test_a_start_that_we_ended_forgets_it(plan_file: Path) -> None:
+    """It hung, maybe for that; and its code is the same as where somebody else kills it."""
+    plan = StartupPlan(settings())
+    assert plan.taken(run(plan_file, TAKEN, code=-9, broken="vLLM was not ready after 4 s"), OTHER)
+    assert not plan.taken(run(plan_file, TAKEN, code=-9), OTHER)
