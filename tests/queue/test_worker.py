@@ -649,8 +649,8 @@ def test_a_machine_without_its_gpus_is_reported_and_left() -> None:
 
 
 BAD = {
-    "nested": '{"input": {"prompt": ' + "[" * 1500 + "]" * 1500 + "}}",
     "a long number": '{"input": {"prompt": "a", "seed": ' + "9" * 5000 + "}}",
+    "a longer one": '{"input": {"prompt": [' + "9" * 50_000 + "]}}",
 }
 
 
