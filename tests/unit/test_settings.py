@@ -393,7 +393,8 @@ def test_no_model_on_a_laptop_is_the_demo(folder: Path, monkeypatch: pytest.Monk
     found = argv(settings)
     assert found[found.index("--max-model-len") + 1] == "512"
     assert "--enable-auto-tool-choice" in found
-    assert build(settings, "s", "f").environ["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    environ = build(settings, "s", "f").environ
+    assert (environ["VLLM_CPU_KVCACHE_SPACE"], environ["OMP_NUM_THREADS"]) == ("1", "1")
 
 
 @pytest.mark.parametrize(
