@@ -62,7 +62,7 @@ FAULT = re.compile(
     r"|denied|refused|abort(?:ed|ing)|panic|no such|out of"
     r"|not (?:found|supported|available|permitted|allowed|implemented))\b"
 )
-WARNED = re.compile(r"\bWARNING\b.{0,200}\w(?:Error|Exception)[:(]")
+WARNED = re.compile(r"\bWARNING\b.{0,200}\w(?:Error|Exception)[:(]|\] No platform detected, vLLM")
 ANNOUNCED = re.compile(r"(?i)failed to start|handler failed|hit an exception")
 
 
