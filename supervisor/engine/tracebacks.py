@@ -59,7 +59,7 @@ NEAR = 40
 # A line that may tell of a fault, where nothing else does; what only announces one.
 FAULT = re.compile(
     r"(?i)\b(?:errors?|errno|failed|failure|fatal|cannot|can't|could not|unable to|unsupported|only supports|invalid"
-    r"|denied|refused|abort(?:ed|ing)|panic|no such|out of"
+    r"|denied|refused|abort(?:ed|ing)|panic(?:ked)?|no such|out of"
     r"|not (?:found|supported|available|permitted|allowed|implemented))\b"
 )
 WARNED = re.compile(r"\bWARNING\b.{0,200}\w(?:Error|Exception)[:(]|\] No platform detected, vLLM")
@@ -175,7 +175,7 @@ def _told(lines: Iterable[str]) -> list[_Line]:
             begins, place, process.inside = process.begins, process.place, False
         if text.strip():
             process.previous = text
-        if not text.startswith("    "):
+        if not text.startswith("    ") or text.startswith(("    TypeError: ", "    ValueError: ")):  # what is within
             told.append(_Line(who, text, begins, place))
     blank = _Line("", "", None, "")
     return [line if number >= serves.get(line.who, 0) else blank for number, line in enumerate(told)]
