@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-# What docker, its compose and desktop, Kubernetes and journald put before each line.
+# What docker, its compose and desktop, Kubernetes and journald put before each line; a name in brackets.
 STAMP = re.compile(
-    r"^(?:[a-z][\w.-]{1,60} +\| )?(?:\d{4}-\d\d-\d\dT[\d:.]+(?:Z|[+-]\d\d:?\d\d) |\d{4}-\d\d-\d\d [\d:.]+ \| |"
+    r"^(?:[a-z][\w.-]{1,60} +\| |\[[\w./ -]{2,120}\] (?= ?(?:\([A-Z]\w+ pid=|(?:DEBUG|INFO|WARNING|ERROR)\b)))?"
+    r"(?:\d{4}-\d\d-\d\dT[\d:.]+(?:Z|[+-]\d\d:?\d\d) |\d{4}-\d\d-\d\d [\d:.]+ \| |"
     r"[A-Z][a-z]{2} +\d+ \d\d:\d\d:\d\d \S{1,64} [\w./@-]{1,64}\[\d+\]: )?"
 )
 # Who writes, before each line: "(EngineCore pid=12) ", "(Worker pid=9) (Worker_TP0 pid=9) ", "[rank0]: ", and Ray's

@@ -400,6 +400,7 @@ def test_what_docker_and_journald_put_before_a_line_is_not_looked_at() -> None:
         "2026-04-19 12:59:20.215 | ",
         "qwen3.5-4b  | ",
         "Aug 17 18:42:18 host vllm[8052]: ",
+        "[pod/vllm-0/vllm] ",
     )
     for stamp in stamps:
         assert diagnose(1, [stamp + line for line in (*traceback("Odd: last"), FAILED + "{}")]).cause == "Odd: last"
