@@ -63,7 +63,7 @@ FAULT = re.compile(
     r"|denied|refused|abort(?:ed|ing)|panic(?:ked)?|no such|out of"
     r"|not (?:found|supported|available|permitted|allowed|implemented))\b"
 )
-WARNED = re.compile(r"\bWARNING\b.{0,200}\w(?:Error|Exception)[:(]|\] No platform detected, vLLM")
+WARNED = re.compile(r"\bWARNING\b.{0,200}\w(?:Error|Exception)[:(]|\] No platform detected, vLLM|Python stub: \w")
 ANNOUNCED = re.compile(r"(?i)failed to start|handler failed|hit an exception")
 
 
