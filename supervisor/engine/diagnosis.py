@@ -87,10 +87,8 @@ def _by_who_ended_it(code: int, ended_by_us: str | None, oom_killed: bool) -> Di
 def _by_its_words(code: int, failure: tracebacks.Failure, ended_by_us: str | None, lines: list[str]) -> Diagnosis:
     if failure.error is not None:
         return _quoted(failure, permanent=code > 0 or ended_by_us is not None)
-    if (known := find(FOLLOWING, failure)) is not None:
-        return known
-    if ended_by_us is not None:
-        return Diagnosis(f"{ended_by_us}.", "", permanent=False, known=False)
+    if (known := find(FOLLOWING, failure)) is not None or ended_by_us is not None:
+        return known or Diagnosis(f"{ended_by_us}.", "", permanent=False, known=False)
     if (stray := tracebacks.stray(failure)) is not None:
         return find(RULES, stray) or _quoted(stray, permanent=False)
     if (known := find(GONE, failure)) is None and code and (nearest := tracebacks.nearest(failure, lines)) is not None:
@@ -100,6 +98,8 @@ def _by_its_words(code: int, failure: tracebacks.Failure, ended_by_us: str | Non
 
 def _quoted(failure: tracebacks.Failure, *, permanent: bool, before: str = "") -> Diagnosis:
     words = f"{before}{failure.error or ''}"[: topics.LONGEST_ERROR]
+    if before and (row := find(RULES, failure._replace(whole=words, last=words))) and not row.vague:  # of a guess
+        return Diagnosis(words, row.remedy, permanent, known=False)
     return Diagnosis(words, topics.told(failure)["elsewhere"], permanent, known=False)
 
 

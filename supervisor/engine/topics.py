@@ -36,7 +36,7 @@ AROUND = re.compile(
 NAME = re.compile(
     r"(?<![\w./-])(?:--(?!(?:upgrade|user|pre|no-deps|force-reinstall|gpus|ipc|shm-size|device|privileged)(?![\w-]))"
     r"[a-z][a-z\d-]{2,50}|(?:VLLM|HF|NCCL|CUDA|HIP|HSA|ROCR|RAY|TRITON|TORCH|TORCHINDUCTOR|PYTORCH|UCX|GLOO|"
-    r"FLASHINFER|LMCACHE|MOONCAKE|NVSHMEM|DG|OMP|CCL|ZE|XLA|TPU|ASCEND)_(?!ERROR|STATUS|VERSION|SUCCESS|CHECK)[A-Z\d_]{2,60})\b"
+    r"FLASHINFER|LMCACHE|MOONCAKE|NVSHMEM|DG|OMP|CCL|ZE|XLA|TPU|ASCEND)_(?!ERROR|STATUS|VERSION|ABI_|SUCCESS|CHECK)[A-Z\d_]{2,60})\b"
 )
 # torch's name of an operation of vLLM's: made of words.
 OP = re.compile(

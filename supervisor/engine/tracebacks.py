@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-# What docker, its compose and desktop, Kubernetes and journald put before each line.
+# What docker, its compose and desktop, Kubernetes and journald put before each line; a name in brackets.
 STAMP = re.compile(
-    r"^(?:[a-z][\w.-]{1,60} +\| )?(?:\d{4}-\d\d-\d\dT[\d:.]+(?:Z|[+-]\d\d:?\d\d) |\d{4}-\d\d-\d\d [\d:.]+ \| |"
+    r"^(?:[a-z][\w.-]{1,60} +\| |\[[\w./ -]{2,120}\] (?= ?(?:\([A-Z]\w+ pid=|(?:DEBUG|INFO|WARNING|ERROR)\b)))?"
+    r"(?:\d{4}-\d\d-\d\dT[\d:.]+(?:Z|[+-]\d\d:?\d\d) |\d{4}-\d\d-\d\d [\d:.]+ \| |"
     r"[A-Z][a-z]{2} +\d+ \d\d:\d\d:\d\d \S{1,64} [\w./@-]{1,64}\[\d+\]: )?"
 )
 # Who writes, before each line: "(EngineCore pid=12) ", "(Worker pid=9) (Worker_TP0 pid=9) ", "[rank0]: ", and Ray's
@@ -59,10 +60,10 @@ NEAR = 40
 # A line that may tell of a fault, where nothing else does; what only announces one.
 FAULT = re.compile(
     r"(?i)\b(?:errors?|errno|failed|failure|fatal|cannot|can't|could not|unable to|unsupported|only supports|invalid"
-    r"|denied|refused|abort(?:ed|ing)|panic|no such|out of"
+    r"|denied|refused|abort(?:ed|ing)|panic(?:ked)?|no such|out of"
     r"|not (?:found|supported|available|permitted|allowed|implemented))\b"
 )
-WARNED = re.compile(r"\bWARNING\b.{0,200}\w(?:Error|Exception)[:(]")
+WARNED = re.compile(r"\bWARNING\b.{0,200}\w(?:Error|Exception)[:(]|\] No platform detected, vLLM|Python stub: \w")
 ANNOUNCED = re.compile(r"(?i)failed to start|handler failed|hit an exception")
 
 
@@ -175,7 +176,7 @@ def _told(lines: Iterable[str]) -> list[_Line]:
             begins, place, process.inside = process.begins, process.place, False
         if text.strip():
             process.previous = text
-        if not text.startswith("    "):
+        if not text.startswith("    ") or text.startswith(("    TypeError: ", "    ValueError: ")):  # what is within
             told.append(_Line(who, text, begins, place))
     blank = _Line("", "", None, "")
     return [line if number >= serves.get(line.who, 0) else blank for number, line in enumerate(told)]

@@ -400,6 +400,7 @@ def test_what_docker_and_journald_put_before_a_line_is_not_looked_at() -> None:
         "2026-04-19 12:59:20.215 | ",
         "qwen3.5-4b  | ",
         "Aug 17 18:42:18 host vllm[8052]: ",
+        "[pod/vllm-0/vllm] ",
     )
     for stamp in stamps:
         assert diagnose(1, [stamp + line for line in (*traceback("Odd: last"), FAILED + "{}")]).cause == "Odd: last"
@@ -488,6 +489,7 @@ def test_remedies_name_variables_that_exist() -> None:
     known |= {"PYTORCH_CUDA_ALLOC_CONF", "TRITON_PTXAS_PATH", "RAY_ADDRESS", "UCX_TLS", "UCX_NET_DEVICES", "SYS_NICE"}
     known |= {"FLASHINFER_WORKSPACE_BASE", "FLASHINFER_CUBIN_DIR", "MOONCAKE_CONFIG_PATH"}
     known |= {"PYTHONHASHSEED", "EP_DISABLE_GIN"}
+    known |= {"NCCL_IB_GID_INDEX", "NCCL_IB_TIMEOUT", "NCCL_IB_RETRY_CNT", "NCCL_NET_GDR_LEVEL", "NET_BIND_SERVICE"}
     told = [row.remedy for row in (*ROWS, *TOPICS)]
     named = {name for text in told for name in re.findall(r"(?<![{\w])[A-Z]+(?:_[A-Z\d]+)+(?![}\w*])", text)}
     named |= {name for topic in TOPICS for name in topic.suspects}
