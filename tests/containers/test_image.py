@@ -370,7 +370,7 @@ def test_nobody_on_a_read_only_root(served: Container) -> None:
         "--shm-size=1g", f"--volume={volume('nobody')}:/cache",
     )  # fmt: skip
     environ = {"SUPERVISOR_CACHE_DIR": "/cache", "MAX_MODEL_LEN": "2048"}
-    environ |= {"ENFORCE_EAGER": "true", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environ |= {"ENFORCE_EAGER": "true", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
     with Container(fake=False, environ=environ, options=options) as container:
         container.ready(START)
         answer = container.client.post(CHAT, json={"model": MODEL, **HELLO, "max_tokens": 20})
