@@ -108,7 +108,7 @@ def _import(name: str) -> None:
 
 def platform_name() -> str:
     platforms = sys.modules.get("vllm.platforms")
-    return str(getattr(getattr(platforms, "current_platform", None), "device_type", ""))
+    return str(getattr(getattr(platforms, "current_platform", None), "device_name", ""))
 
 
 def as_script(program: str) -> None:

@@ -244,7 +244,7 @@ def test_vllms_own_objections_to_a_fork_hold(monkeypatch: pytest.MonkeyPatch) ->
         return SimpleNamespace(parallel_config=SimpleNamespace(**given | parallel), model_config=model)
 
     def platform(name: str) -> None:
-        module = SimpleNamespace(current_platform=SimpleNamespace(device_type=name))
+        module = SimpleNamespace(current_platform=SimpleNamespace(device_name=name))
         monkeypatch.setitem(sys.modules, "vllm.platforms", module)  # type: ignore[arg-type]
 
     platform("cuda")
@@ -260,6 +260,8 @@ def test_vllms_own_objections_to_a_fork_hold(monkeypatch: pytest.MonkeyPatch) ->
     assert not zygote.may_fork(config(**several | {"nnodes": 2}))
     for backend in ("ray", "external_launcher", object):
         assert not zygote.may_fork(config(**several | {"distributed_executor_backend": backend}))
+    platform("rocm")
+    assert not zygote.may_fork(config(**several))
     platform("cpu")
     assert zygote.may_fork(config())
     assert zygote.may_fork(config(distributed_executor_backend="mp"))
