@@ -108,7 +108,7 @@ def _import(name: str) -> None:
 
 def platform_name() -> str:
     platforms = sys.modules.get("vllm.platforms")
-    return str(getattr(getattr(platforms, "current_platform", None), "device_type", ""))
+    return str(getattr(getattr(platforms, "current_platform", None), "device_name", ""))
 
 
 def as_script(program: str) -> None:
@@ -119,9 +119,8 @@ def as_script(program: str) -> None:
 
 
 def allow_forks(born: Mapping[str, str]) -> None:
-    """vLLM's command line and its CPU platform want new processes, because something may have been begun that does not
-    outlive a fork: a program's own use of CUDA, OpenMP's threads. Here nothing was. Its check for that comes later, and
-    stays."""
+    """vLLM's command line and its CPU platform want new processes, as something may have begun that does not outlive a
+    fork: a program's own use of CUDA, OpenMP's threads. Here nothing was. Its check for that comes later, and stays."""
     if METHOD in born:
         return
     platform = type(sys.modules["vllm.platforms"].current_platform)
@@ -166,12 +165,13 @@ def forked(instead: Callable[[Callable[[], Any]], Any], job: Callable[[], Any]) 
 
 
 def may_fork(config: Any) -> bool:
-    """One engine with one worker. Whisper's may hang, and torch's shared memory fails, says vLLM itself."""
+    """One engine on one machine. GPUs' workers are forked before EngineCore starts its threads, as offline; CPUs' get
+    OpenMP's settings at a new start. Whisper's may hang, and torch's shared memory fails, says vLLM itself."""
     parallel, model = config.parallel_config, config.model_config
     multimodal = getattr(model, "multimodal_config", None)
     return (
-        parallel.world_size == 1
-        and parallel.data_parallel_size == 1
+        (parallel.world_size == 1 or (platform_name() == "cuda" and parallel.distributed_executor_backend == "mp"))
+        and getattr(parallel, "nnodes", 1) == parallel.data_parallel_size == 1
         and "Whisper" not in str(getattr(model, "architecture", ""))
         and getattr(multimodal, "mm_tensor_ipc", None) != "torch_shm"
     )

@@ -235,18 +235,37 @@ def test_a_script_that_is_not_pips_is_run_as_it_is(tmp_path: Path, text: str) ->
     assert prefork(["/usr/bin/python3"], [str(script)], tmp_path) is None
 
 
-def test_vllms_own_objections_to_a_fork_hold() -> None:
-    def config(world: int = 1, data: int = 1, name: str = "LlamaForCausalLM", ipc: str = "direct_rpc") -> object:
-        parallel = SimpleNamespace(world_size=world, data_parallel_size=data)
+def test_vllms_own_objections_to_a_fork_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    def config(
+        data: int = 1, name: str = "LlamaForCausalLM", ipc: str = "direct_rpc", **parallel: object
+    ) -> SimpleNamespace:
+        given = {"world_size": 1, "data_parallel_size": data, "distributed_executor_backend": "uni", "nnodes": 1}
         model = SimpleNamespace(architecture=name, multimodal_config=SimpleNamespace(mm_tensor_ipc=ipc))
-        return SimpleNamespace(parallel_config=parallel, model_config=model)
+        return SimpleNamespace(parallel_config=SimpleNamespace(**given | parallel), model_config=model)
 
+    def platform(name: str) -> None:
+        module = SimpleNamespace(current_platform=SimpleNamespace(device_name=name))
+        monkeypatch.setitem(sys.modules, "vllm.platforms", module)  # type: ignore[arg-type]
+
+    platform("cuda")
     assert zygote.may_fork(config())
-    assert zygote.may_fork(SimpleNamespace(parallel_config=config().parallel_config, model_config=None))  # type: ignore[attr-defined]
-    assert not zygote.may_fork(config(world=2))
+    assert zygote.may_fork(SimpleNamespace(parallel_config=config().parallel_config, model_config=None))
     assert not zygote.may_fork(config(data=2))
     assert not zygote.may_fork(config(name="WhisperForConditionalGeneration"))
     assert not zygote.may_fork(config(ipc="torch_shm"))
+    several = {"world_size": 2, "distributed_executor_backend": "mp"}
+    assert zygote.may_fork(config(**several))
+    assert not zygote.may_fork(config(data=2, **several))
+    assert not zygote.may_fork(config(name="WhisperForConditionalGeneration", **several))
+    assert not zygote.may_fork(config(**several | {"nnodes": 2}))
+    for backend in ("ray", "external_launcher", object):
+        assert not zygote.may_fork(config(**several | {"distributed_executor_backend": backend}))
+    platform("rocm")
+    assert not zygote.may_fork(config(**several))
+    platform("cpu")
+    assert zygote.may_fork(config())
+    assert zygote.may_fork(config(distributed_executor_backend="mp"))
+    assert not zygote.may_fork(config(**several))
 
 
 def test_the_method_is_set_after_vllms_own_check(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 
 class CpuPlatform:
-    device_type = "cpu"
+    device_name = "cpu"
 
     @classmethod
     def check_and_update_config(cls, config: object) -> None: ...
