@@ -15,7 +15,7 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 STAMP = re.compile(
     r"^(?:[a-z][\w.-]{1,60} +\| |\[[\w./ -]{2,120}\] (?= ?(?:\([A-Z]\w+ pid=|(?:DEBUG|INFO|WARNING|ERROR)\b)))?"
     r"(?:\d{4}-\d\d-\d\dT[\d:.]+(?:Z|[+-]\d\d:?\d\d) |\d{4}-\d\d-\d\d [\d:.]+ \| |"
-    r"[A-Z][a-z]{2} +\d+ \d\d:\d\d:\d\d \S{1,64} [\w./@-]{1,64}\[\d+\]: )?"
+    r"[A-Z][a-z]{2} +\d+ \d\d:\d\d:\d\d \S{1,64} [\w./@-]{1,64}\[\d+\]: )?(?: INFO dynamo_engine_vllm::worker: VLLM: )?"
 )
 # Who writes, before each line: "(EngineCore pid=12) ", "(Worker pid=9) (Worker_TP0 pid=9) ", "[rank0]: ", and Ray's
 # "(RayWorkerWrapper pid=9, ip=10.0.0.2) ".
@@ -64,7 +64,7 @@ FAULT = re.compile(
     r"|not (?:found|supported|available|permitted|allowed|implemented))\b"
 )
 WARNED = re.compile(r"\bWARNING\b.{0,200}\w(?:Error|Exception)[:(]|\] No platform detected, vLLM|Python stub: \w")
-ANNOUNCED = re.compile(r"(?i)failed to start|handler failed|hit an exception")
+ANNOUNCED = re.compile(r"(?i)failed to start(?! [^\n:]{1,40}: (?!NoneType)\w)|handler failed|hit an exception")
 
 
 class Failure(NamedTuple):
@@ -147,7 +147,7 @@ def _told(lines: Iterable[str]) -> list[_Line]:
     processes: dict[str, _Process] = {}
     serves: dict[str, int] = {}
     for raw in lines:
-        line = STAMP.sub("", COLOUR.sub("", raw))
+        line = STAMP.sub("", COLOUR.sub("", raw)).rstrip()
         prefix = LINE_PREFIX.match(line)
         assert prefix is not None  # all of it may be missing
         who, text = prefix[1].strip(), line[prefix.end() :]
