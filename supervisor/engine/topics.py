@@ -46,6 +46,8 @@ OP = re.compile(
 OWNER = re.compile(r"'\w{1,60}' object has no")
 # What something is called with, wrongly, is nothing that the error is about.
 ARGUMENT = re.compile(r"arguments?:? '[^\n]{1,200}")
+# A name of Python's: whole, for block_size_m is not BLOCK_SIZE.
+SNAKE = re.compile(r"(?<![A-Za-z])[A-Za-z]+\d*(?:_[A-Za-z\d]+)+")
 PATH = re.compile(r"/\S{1,300}")
 # An option that is set, in what vLLM shows of its settings: `'cpu_offload_gb': 4` of those that are not the default,
 # and `speculative_config=SpeculativeConfig(` of all of them.
@@ -71,22 +73,28 @@ ALONE = re.compile(r"(?:tcp://|\(|\[)(?:127\.0\.0\.1|localhost)\b|engine/multipr
 
 @dataclass(frozen=True, kw_only=True)
 class Topic:
-    """A row of the table. `words` are looked for in the last error, `path` in the innermost frames as `path:function`;
-    `part` begins a sentence, `remedy` is one or two, with three ways at most. `suspects`: settings to leave out where
-    the log shows that they are set. `compiles`: its kernels, at the start.
+    """A row of the table. `words` are looked for in the last error, `path` in the innermost frames as `path:function`.
+    `weak`: words that are said of much else too, and prove nothing; `general`: a path that all sorts of errors come
+    through. `part` begins a sentence, `remedy` is one or two, with three ways at most. `suspects`: settings to leave
+    out where the log shows that they are set. `compiles`: its kernels, at the start.
     `example`: an error, or a frame's line."""
 
     words: str = "(?!)"
+    weak: str = "(?!)"
     path: str = "(?!)"
     part: str
     remedy: str
     suspects: list[str] = field(default_factory=list)
     compiles: bool = False
+    general: bool = False
     example: str
 
     @cached_property
-    def patterns(self) -> tuple[re.Pattern[str], re.Pattern[str]]:
-        return re.compile(self.words), re.compile(self.path)
+    def patterns(self) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
+        return re.compile(self.words), re.compile(self.path), re.compile(self.weak)
+
+    def sure(self, error: str, places: str) -> bool:
+        return bool(self.patterns[0].search(error) or self.patterns[1].search(places))
 
 
 TOPICS = tuple(Topic(**row) for row in TABLE["topic"])
@@ -107,12 +115,14 @@ def sentence(text: str, groups: dict[str, str]) -> str:
 def told(failure: Failure) -> dict[str, str]:
     """What a row for a kind of error may say: the header of `causes.toml` has them."""
     topic, names, suspects = about(failure), ", ".join(named(failure)[:3]), ", ".join(in_use(failure)[:3])
-    elsewhere = "" if topic is TOPICS[-1] else topic.remedy
+    sure = topic.sure(_words(failure), _places(failure))
+    governs = topic.remedy if sure else f"Where it is about {_within(topic.part)}: {_within(topic.remedy)}"
+    elsewhere = "" if topic is TOPICS[-1] else governs
     package = next((name for path in reversed(_frames(failure)) if (name := _package(path))), "")
     return {
-        "part": topic.part,
-        "at": f"({topic.part})" if elsewhere else "",
-        "governs": topic.remedy,
+        "part": topic.part if sure else TOPICS[-1].part,
+        "at": f"({topic.part})" if elsewhere and sure else "",
+        "governs": governs,
         "elsewhere": elsewhere,
         "otherwise": "" if names else elsewhere,
         "by_name": elsewhere if DOES_WITHOUT.match(elsewhere) and topic.patterns[0].search(_words(failure)) else "",
@@ -125,6 +135,11 @@ def told(failure: Failure) -> dict[str, str]:
     }
 
 
+def _within(text: str) -> str:
+    """As it stands within a sentence."""
+    return text[0].lower() + text[1:] if text[1:2].islower() else text
+
+
 def in_use(failure: Failure) -> list[str]:
     """The settings that the log shows, of those that can be why."""
     topic, shown = about(failure), failure.settings[-LONGEST_LOG:]
@@ -133,18 +148,23 @@ def in_use(failure: Failure) -> list[str]:
 
 
 def about(failure: Failure) -> Topic:
-    """The first that fits; the last of the table fits all."""
-    error = _words(failure)
-    places = "\n".join(_frames(failure))
-    return next(t for t in TOPICS if t.patterns[0].search(error) or t.patterns[1].search(places))
+    """The first that fits; the last of the table fits all. Weak words give way to a place, and to another's words."""
+    error, places = _words(failure), _places(failure)
+    first = next(t for t in TOPICS if t.sure(error, places) or t.patterns[2].search(error))
+    if first.sure(error, places):
+        return first
+    others = (t for t in TOPICS[:-1] if t.sure(error, "" if t.general else places))
+    return next(others, first)
 
 
 def named(failure: Failure) -> list[str]:
     """The settings that the error names, as variables: as an option, as a variable, or in words (chunked prefill)."""
     error = OWNER.sub("", _words(failure))
     found = [name.lstrip("-").upper().replace("-", "_").removeprefix("NO_") for name in NAME.findall(error)]
-    words = re.sub(r"[\s-]|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", PATH.sub("", error)).upper()
-    found += [option for option in OPTIONS if _core(option) in words]
+    plain = PATH.sub("", error)
+    names = {name.upper() for name in SNAKE.findall(plain)}
+    words = re.sub(r"[\s-]|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", SNAKE.sub("|", plain)).upper()
+    found += [option for option in OPTIONS if _core(option) in words or names & {option, _core(option)}]
     return list(dict.fromkeys(found))
 
 
@@ -152,6 +172,10 @@ def _frames(failure: Failure) -> list[str]:
     """The innermost ones, as `path:function`."""
     frames = [f"{path}:{function}" for path, function in FRAME.findall(failure.raised)]
     return [frame for frame in frames if frame is frames[-1] or not AROUND.search(frame)][-NEAR:]
+
+
+def _places(failure: Failure) -> str:
+    return "\n".join(_frames(failure))
 
 
 def _package(place: str) -> str:

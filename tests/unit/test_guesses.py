@@ -1,0 +1,185 @@
+"""What is said from weak evidence says so: of a few words that stand for many things no part of vLLM is accused."""
+
+from __future__ import annotations
+
+import pytest
+
+from supervisor.engine import topics, tracebacks
+from supervisor.engine.diagnosis import diagnose, follows
+
+FRAME = '  File "/venv/vllm/{}", line 99, in {}'
+
+
+def raised(error: str, *places: str) -> list[str]:
+    frames = (FRAME.format(*place.split(":")) for place in places)
+    return ["Traceback (most recent call last):", *frames, error]
+
+
+# vLLM's own messages (0.28 to 0.32), each with a word of a part that it is not about; the place is not in the log.
+@pytest.mark.parametrize(
+    ("error", "accused"),
+    [
+        ("TypeError: Expected PleShortConvMetadata for layer 'weights', got dict", "weights"),
+        ("RuntimeError: QSA cache head size must be positive", "attention"),
+        ("ValueError: block_size has not been initialized.", "attention"),
+        ("RuntimeError: a parameter has invalid dtype name 'x'; expected the name of a torch.dtype", "number format"),
+        ("ValueError: Persistent workspace 'x' has shape=(1,), dtype=int8; requested another", "number format"),
+        ("RuntimeError: publishing rank needs 8 destination placements", "several GPUs"),
+        ("AssertionError: Should not be called as prefix caching is disabled.", "prefix caching"),
+        ("RuntimeError: You cannot tie weights between stages when only 1 exists", "weights"),
+        ("ValueError: Unknown pooling mode: max3", "embedding"),
+        ("RuntimeError: staging image of the buffer was not written", "pictures"),
+        ("ValueError: expected 2D uint8 mxfp8 scales, got 1", "quantization"),
+        ("ValueError: no more than 8 experts here", "layer of experts"),
+        ("TypeError: No tokenization of an empty list", "tokenizer"),
+    ],
+)
+def test_a_word_alone_accuses_no_part(error: str, accused: str) -> None:
+    said = diagnose(1, [error])
+    assert accused.lower() not in said.cause.replace(error.partition(": ")[2].rstrip("."), "").lower()
+    assert "Where it is about" in said.remedy
+
+
+# The same with the frame where it was raised, which says what it is about.
+@pytest.mark.parametrize(
+    ("error", "place", "part"),
+    [
+        ("ValueError: Image budget: dtype x", "v1/attention/backends/utils.py:fill", "The attention"),
+        ("AssertionError: weight 1 must be uint8", "model_executor/layers/fused_moe/experts/x.py:run", "experts"),
+        ("RuntimeError: The model tokenizer must be given", "tool_parsers/hermes_tool_parser.py:__init__", "parser"),
+        ("ValueError: tokenized text of another length", "multimodal/processing/processor.py:apply", "pictures"),
+        ("AssertionError: Weight matrix must be contiguous", "model_executor/layers/quantization/x.py:a", "quantiz"),
+        ("RuntimeError: no image in the batch", "distributed/kv_transfer/kv_connector/v1/x.py:load", "KV connector"),
+        ("ValueError: EC Mooncake control channel failed", "v1/engine/core.py:run", "encoders' output"),
+        ("RuntimeError: nccl_m2n supports rank 1..8", "v1/engine/core.py:run", "weights from a training"),
+        ("AssertionError: 2 heads", "models/minimax_m3/common/sparse_attention.py:forward", "The attention"),
+    ],
+)
+def test_a_place_comes_before_a_word(error: str, place: str, part: str) -> None:
+    failure = tracebacks.read(raised(error, place), follows)
+    assert part in topics.told(failure)["part"]
+
+
+def test_a_place_that_everything_comes_through_does_not_come_before_a_word() -> None:
+    """A model's own file: its pictures are prepared in it as well."""
+    lines = raised("ValueError: Only image or video is supported", "model_executor/models/glm4_1v.py:get")
+    assert "about the preparation of pictures" in diagnose(1, lines).remedy
+
+
+def test_words_that_name_a_part_still_do() -> None:
+    for error, part in (
+        ("RuntimeError: the vision tower gave up", "The preparation of pictures"),
+        ("RuntimeError: FlashAttention gave up", "The attention"),
+        ("RuntimeError: GPTQ gave up", "The model's quantization"),
+        ("RuntimeError: no LoRA here", "LoRA"),
+    ):
+        assert diagnose(1, [error]).cause.startswith(part)
+
+
+# A text that vLLM's authors wrote tells of a check, and not of a slip in its code.
+@pytest.mark.parametrize(
+    "error",
+    [
+        "TypeError: Expected DotsOCRConfig, got Qwen2Config",
+        "TypeError: module_name must be str, list[str], or None.",
+        "TypeError: Warmup domains must be direct expressions",
+        "KeyError: \"publisher 'zmq' already registered\"",
+        "IndexError: routed-experts layer 8 exceeds capture buffer layer count 4",
+        "AttributeError: To go on, get_x must be implemented",
+        "TypeError: Cannot append to a constant list",
+    ],
+)
+def test_a_check_is_no_slip_in_the_code(error: str) -> None:
+    cause = diagnose(1, [error]).cause
+    assert "in its own code" not in cause
+    assert error.partition(": ")[2].rstrip(".") in cause
+
+
+@pytest.mark.parametrize(
+    "error",
+    ["TypeError: 'NoneType' object is not subscriptable", "KeyError: 'odd'", "KeyError: 14", "KeyError: None",
+     "IndexError: list index out of range", "AttributeError: 'X' object has no attribute 'y'",
+     "TypeError: unsupported operand type(s) for +: 'Tensor' and 'Tensor'", "NameError: name 'x' is not defined",
+     "TypeError: int() argument must be a string, a bytes-like object or a real number, not 'NoneType'"],
+)  # fmt: skip
+def test_a_slip_in_the_code_is_one(error: str) -> None:
+    assert "fails in its own code" in diagnose(1, [error]).cause
+
+
+def test_a_size_in_a_kernel_is_not_the_setting_that_its_name_begins_with() -> None:
+    for error in (
+        "ValueError: block_size_m must be one of (8, 16), got 4",
+        "ValueError: page_block_size=32 is odd",
+        "ValueError: draft_tensor_parallel_size=4 is odd",
+    ):
+        assert topics.named(tracebacks.read([error], follows)) == []
+    for error in ("ValueError: block_size=8 is odd", "ValueError: the block size is odd; config.block_size"):
+        assert topics.named(tracebacks.read([error], follows)) == ["BLOCK_SIZE"]
+
+
+def test_what_is_not_of_layers_is_not_told_as_theirs() -> None:
+    for error in (
+        "ValueError: query, key and positions must have the same number of tokens",
+        "AssertionError: source and target must have the same number of rows",
+        "AssertionError: both must have the same number of requests",
+    ):
+        assert "layers" not in diagnose(1, [error]).cause
+    assert "mostly" in diagnose(1, ["ValueError: EC source shape mismatch for mm_hash=1"]).cause
+
+
+def test_a_number_that_may_not_be_zero_was_not_divided_by() -> None:
+    assert "divided" not in diagnose(1, ["ValueError: logit_sigma cannot be 0 (division by zero)"]).cause
+    assert "divided" in diagnose(1, ["ZeroDivisionError: integer division or modulo by zero"]).cause
+    assert diagnose(-8, []).cause == diagnose(136, []).cause
+    assert "SIGFPE" in diagnose(-8, []).cause
+
+
+# pydantic's words
+
+
+REFUSED = "pydantic_core._pydantic_core.ValidationError: 1 validation error for "
+
+
+@pytest.mark.parametrize("space", ["", " "])
+def test_what_pydantic_refuses_is_told_and_not_the_class_that_it_stands_in(space: str) -> None:
+    """A space at the end of the line hid the next one, and an adapter was blamed for MAX_LORA_RANK."""
+    lines = [f"{REFUSED}LoRAConfig{space}", f"  Value error, max_lora_rank (1) must be one of (8, 16). [type=x]{space}"]
+    said = diagnose(1, lines)
+    assert "max_lora_rank (1) must be one of (8, 16)" in said.cause
+    assert "MAX_LORA_RANK" in said.remedy
+    assert "adapter" not in said.text
+
+
+def test_a_reason_that_is_not_in_the_log_is_not_made_up() -> None:
+    said = diagnose(1, [f"{REFUSED}LoRAConfig"])
+    assert "is not in this log" in said.cause
+    assert "adapter" not in said.text
+    assert (
+        "greater than 0" in diagnose(1, [f"{REFUSED}LoRAConfig", "max_loras", "  Input should be greater than 0"]).cause
+    )
+
+
+# Code from outside, a worker of another kind, a processor that is none
+
+
+def test_code_that_was_written_for_an_older_vllm_is_told_as_such() -> None:
+    moved = "X._get_y has been moved to `Z.build_y` in v0.16. You should override `Z.build_y` instead."
+    for line in (f"ValueError: {moved}", f"ERROR:app.engine:Failed to load the model: {moved}"):
+        said = diagnose(1, [line])
+        assert "older vLLM" in said.cause
+        assert "LANGUAGE_MODEL_ONLY" not in said.remedy
+        assert said.permanent
+
+
+def test_a_processor_that_is_none_is_not_the_tokenizers_fault() -> None:
+    for word in ("processor", "proceesor"):  # as vLLM wrote it up to 0.11
+        error = f"TypeError: Invalid type of HuggingFace {word}. Expected type: <class 'a.b.ProcessorMixin'>, but "
+        said = diagnose(1, [f"{error}found type: <class 'transformers.models.llama.LlamaTokenizerFast'>"])
+        assert "LlamaTokenizerFast in its place" in said.cause
+        assert "preprocessor_config.json" in said.remedy
+
+
+def test_a_start_that_failed_with_words_is_told_with_them() -> None:
+    said = diagnose(1, ["kserve ERROR [__main__.py:254] Failed to start model server: integer modulo by zero"])
+    assert "integer modulo by zero" in said.cause
+    assert diagnose(1, ["ERROR: Failed to start engine: NoneType: None"]).cause == "Its log does not say why."
