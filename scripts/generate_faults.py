@@ -22,8 +22,8 @@ BEGIN, END = "<!-- scripts/generate_faults.py: from here -->", "<!-- scripts/gen
 HEAD = "| vLLM's words, as an example | cause | remedy | tried again |\n| --- | --- | --- | --- |\n"
 ABOUT = """
 Where the table knows the kind of an error alone, it is put down to a part of vLLM, by the error's words or by where it
-was raised, and the remedy is the part's. Of words that are said of much else too (a weight, an image) no part is accused:
-the remedy then begins with "Where it is about":
+was raised, and the remedy is the part's. Words that are said of much else too (a weight, an image) accuse no part: the
+remedy then begins with "Where it is about":
 
 | the part | what to change |
 | --- | --- |
