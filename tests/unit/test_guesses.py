@@ -183,3 +183,38 @@ def test_a_start_that_failed_with_words_is_told_with_them() -> None:
     said = diagnose(1, ["kserve ERROR [__main__.py:254] Failed to start model server: integer modulo by zero"])
     assert "integer modulo by zero" in said.cause
     assert diagnose(1, ["ERROR: Failed to start engine: NoneType: None"]).cause == "Its log does not say why."
+
+
+# Libraries' words
+
+
+@pytest.mark.parametrize(
+    ("error", "package"),
+    [
+        ("ImportError: Using `vptq` quantization requires VPTQ>=0.0.4: `pip install -U vptq`", "vptq"),
+        ("ImportError: Loading a GPTQ quantized model requires optimum (`pip install optimum`)", "optimum"),
+        ("ValueError: accelerate is required when loading a GGUF file `pip install accelerate`.", "accelerate"),
+        ("ImportError: This function needs ray installed: `pip install ray[tune]`", "ray"),
+        ("RuntimeError: LayerRepository requires `kernels` to be installed. Run `pip install kernels`.", "kernels"),
+    ],
+)
+def test_a_package_that_is_missing_is_no_conflict_of_settings(error: str, package: str) -> None:
+    said = diagnose(1, [error])
+    assert package in said.cause
+    assert "settings" not in said.cause
+    assert "image" in said.remedy
+
+
+def test_what_is_called_a_memory_error_need_not_be_the_machines() -> None:
+    for error in (
+        "MemoryError: Did not find any devices to dispatch model to",
+        "SessionMemoryError: failed to download memory store 8",
+    ):
+        assert "machine's memory" not in diagnose(1, [error]).cause
+    for error in ("MemoryError", "MemoryError: bad allocation", "numpy._ArrayMemoryError: Unable to allocate 2.0 GiB"):
+        assert "machine's memory" in diagnose(1, [error]).cause
+
+
+def test_what_an_error_asks_for_is_not_put_into_vllms_mouth() -> None:
+    said = diagnose(1, ["ValueError: `streamer` goes with one beam. Make sure that `num_beams` is set to 1."])
+    assert said.remedy.startswith("The error says: Make sure")
