@@ -185,7 +185,94 @@ def test_a_start_that_failed_with_words_is_told_with_them() -> None:
     assert diagnose(1, ["ERROR: Failed to start engine: NoneType: None"]).cause == "Its log does not say why."
 
 
+# Noise: what stands in many a log, and stops nothing
+
+
+KNOWN = "ValueError: Odd setting: x is not supported"
+
+
+@pytest.mark.parametrize(
+    "noise", ["/bin/sh: 1: nvcc: not found", "sh: 1: hipcc: not found", "/bin/sh: 1: gcc: not found"]
+)
+def test_a_compiler_that_is_looked_for_is_missing_only_where_something_is_built(noise: str) -> None:
+    assert "Odd setting" in diagnose(1, [noise, *raised(KNOWN, "x/y.py:f")]).cause
+    built = [f"FAILED: x.cuda.o {noise}", *raised("RuntimeError: Error building extension 'x'", "x/y.py:f")]
+    assert "image has no" in diagnose(1, built).cause
+
+
+@pytest.mark.parametrize("noise", ["free(): invalid pointer", "double free or corruption (!prev)"])
+def test_what_glibc_says_at_the_end_of_a_process_that_failed_is_not_why(noise: str) -> None:
+    assert "Odd setting" in diagnose(-6, [*raised(KNOWN, "x/y.py:f"), noise]).cause
+    assert "damaged its own memory" in diagnose(-6, [noise]).cause
+
+
+# Servers that are not the hub
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "requests.exceptions.HTTPError: 401 Client Error: Unauthorized for url: https://registry.example/v2/x",
+        "requests.exceptions.HTTPError: 503 Server Error: Service Unavailable for url: http://otel:4318/v1/traces",
+        "httpx.HTTPStatusError: Server error '502 Bad Gateway' for url 'http://localhost:8001/v1/models'",
+        "httpx.HTTPStatusError: Client error '403 Forbidden' for url 'https://measure.example/x'",
+        "requests.exceptions.ConnectionError: HTTPConnectionPool(host='localhost', port=9090): Max retries exceeded "
+        "with url: /register (Caused by NewConnectionError: Connection refused)",
+        "urllib3.exceptions.MaxRetryError: HTTPConnectionPool(host='169.254.169.254', port=80): Max retries exceeded "
+        "with url: /latest/api/token",
+    ],
+)
+def test_not_every_server_is_the_hub(error: str) -> None:
+    said = diagnose(1, [error])
+    assert "not the hub" in said.cause
+    assert "HF_TOKEN" not in said.remedy
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "requests.exceptions.HTTPError: 503 Server Error: Service Unavailable for url: https://mirror.example/api/models/x",
+        "httpx.HTTPStatusError: Server error '502 Bad Gateway' for url 'http://hub:8000/a/b/resolve/main/config.json'",
+        "requests.exceptions.ConnectionError: HTTPSConnectionPool(host='mirror.example', port=443): Max retries "
+        "exceeded with url: /a/b/resolve/main/config.json (Caused by NewConnectionError: Connection refused)",
+        "requests.exceptions.ReadTimeout: HTTPSConnectionPool(host='mirror.example', port=443): Read timed out.",
+    ],
+)
+def test_the_hub_is_known_by_what_it_is_asked_for(error: str) -> None:
+    said = diagnose(1, [error])
+    assert said.cause.startswith("The hub")
+    assert not said.permanent
+
+
+# A key that is not there
+
+
+def test_a_key_of_the_configuration_is_no_part_of_the_weights() -> None:
+    for key in ("attention_bias", "mlp_bias", "logit_scale"):
+        assert "config.json" in diagnose(1, [f"KeyError: '{key}'"]).cause
+    assert "weights" not in diagnose(1, ["KeyError: 'weight_transfer_config'"]).cause.replace("of weights from", "")
+    for key in ("layers.0.mlp.gate.weight", "q_proj_bias", "layers.0.k_scale", "w13_bias", "a.b.bias"):
+        assert "model's weights have a part" in diagnose(1, [f"KeyError: '{key}'"]).cause
+
+
 # Libraries' words
+
+
+def test_what_safetensors_refuses_need_not_be_a_damaged_file() -> None:
+    assert "damaged" not in diagnose(1, ["safetensors_rust.SafetensorError: device nvidia:0 is invalid"]).cause
+    assert "damaged" in diagnose(1, ["safetensors_rust.SafetensorError: Error while deserializing header: x"]).cause
+
+
+def test_a_yaml_file_that_cannot_be_read_is_no_conflict_of_settings() -> None:
+    said = diagnose(1, ["yaml.scanner.ScannerError: mapping values are not allowed here"])
+    assert "YAML file can't be read" in said.cause
+    assert "CONFIG" in said.remedy
+
+
+def test_a_tokenizer_that_two_threads_use_is_not_damaged() -> None:
+    said = diagnose(1, ["RuntimeError: Already borrowed"])
+    assert "whole" not in said.remedy
+    assert not said.permanent
 
 
 @pytest.mark.parametrize(
