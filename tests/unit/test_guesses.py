@@ -305,3 +305,34 @@ def test_what_is_called_a_memory_error_need_not_be_the_machines() -> None:
 def test_what_an_error_asks_for_is_not_put_into_vllms_mouth() -> None:
     said = diagnose(1, ["ValueError: `streamer` goes with one beam. Make sure that `num_beams` is set to 1."])
     assert said.remedy.startswith("The error says: Make sure")
+
+
+def test_what_a_models_own_code_lacks_is_not_put_down_to_vllm() -> None:
+    frame = '  File "/root/modules/transformers_modules/acme/tiny/abc/modeling_tiny.py", line 33, in <module>'
+    error = "ImportError: cannot import name 'is_x' from 'transformers.utils.import_utils' (/venv/x.py)"
+    assert diagnose(1, ["Traceback (most recent call last):", frame, error]).cause.startswith("The model's own code")
+    assert "installed transformers and this vLLM" in diagnose(1, [error]).cause
+
+
+def test_shared_memory_is_no_disk() -> None:
+    error = "RuntimeError: unable to open file </dev/shm/torch_1> in read-write mode: No space left on device (28)"
+    assert "shared memory" in diagnose(1, [error]).cause
+
+
+def test_a_name_that_other_things_have_is_not_the_part_of_that_name() -> None:
+    for error, accused in (
+        ("RuntimeError: Dynamo etcd lease lost", "torch.compile fails"),
+        ("ValueError: TCPConnector is closed", "KV connector"),
+        ("RuntimeError: MediaConnector is closed", "KV connector"),
+        ("RuntimeError: connection pool is full", "embedding"),
+    ):
+        assert accused not in diagnose(1, [error]).text
+    assert "The KV connector" in diagnose(1, ["ValueError: NixlConnector is closed"]).cause
+    assert "torch.compile" in diagnose(1, ["RuntimeError: torch._dynamo gave up"]).cause
+
+
+def test_a_check_within_that_names_a_setting_is_not_one_of_what_was_set() -> None:
+    said = diagnose(1, ["AssertionError: tensor_parallel_size is None"])
+    assert "does not take" not in said.cause
+    assert "where it is set" in said.remedy
+    assert "does not take" in diagnose(1, ["ValueError: max_model_len must be positive"]).cause
