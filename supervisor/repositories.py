@@ -18,6 +18,7 @@ from typing import Any
 
 from supervisor.settings import volume
 from supervisor.settings.settings import Settings
+from supervisor.vllm.values import json_object
 from supervisor.weights import find, snapshot
 
 # Where the image keeps weights that were baked in (Dockerfile).
@@ -170,7 +171,7 @@ def _draft(value: Any, settings: Settings, swap: Swap) -> Any:
 
 
 def _speculative(value: Any, settings: Settings, swap: Swap) -> Any:
-    content = _parsed(value)
+    content = json_object(value) or {}
     if not isinstance(content.get("model"), str):
         return value
     revision = content.get("revision")
@@ -179,21 +180,13 @@ def _speculative(value: Any, settings: Settings, swap: Swap) -> Any:
 
 def _adapters(value: Any, _settings: Settings, swap: Swap) -> Any:
     def one(text: str) -> str:
-        content = _parsed(text)
+        content = json_object(text) or {}
         if isinstance(content.get("path"), str):
             return json.dumps(content | {"path": swap(content["path"], None, "lora")})
         name, equals, path = text.partition("=")
         return f"{name}={swap(path, None, 'lora')}" if equals and not content else text
 
     return tuple(map(one, map(str, value)))
-
-
-def _parsed(value: Any) -> dict[str, Any]:
-    try:
-        content = value if isinstance(value, dict) else json.loads(str(value))
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 READERS: dict[str, Callable[[Any, Settings, Swap], Any]] = {

@@ -116,13 +116,6 @@ def heads(asked: Asked) -> Iterator[str]:
         )
 
 
-def drafts(asked: Asked) -> Iterator[str]:
-    """vLLM's own rule: a draft by n-grams, by a part of the model, or by another model, which has to be named."""
-    config = json_object(asked["SPECULATIVE_CONFIG"].value)  # none, where it has numbers such as 32k
-    if config is not None and not config.keys() & {"model", "method"}:
-        yield f"{asked['SPECULATIVE_CONFIG'].named}: it names neither a method, such as ngram, nor a model"
-
-
 def short_keys(asked: Asked) -> Iterator[str]:
     for name, setting in asked.settings.items():
         keys = setting.value.values if isinstance(setting.value, Keys) else ()
@@ -146,6 +139,6 @@ def gpus(asked: Asked) -> Iterator[str]:
 
 
 # vLLM does not start with these, or nobody would be served.
-PROBLEMS: tuple[Rule, ...] = (partial(told, "problems"), tls, names, adapters, files, drafts, heads)
+PROBLEMS: tuple[Rule, ...] = (partial(told, "problems"), tls, names, adapters, files, heads)
 # It starts, and somebody may wonder.
 WARNINGS: tuple[Rule, ...] = (partial(told, "warnings"), short_keys, gpus)

@@ -72,10 +72,9 @@ def read_unnamed() -> ConfigFile:
 def read_vllm_config(path: str, source: str) -> ConfigFile:
     """Looks into the file of vLLM's own `--config`, which vLLM reads itself, for what concerns us."""
     file = ConfigFile(f"{path} ({source})")
-    if Path(path).suffix not in (".yaml", ".yml"):
-        file.problems.append(f"CONFIG={path} ({source}): expected a YAML file, such as /path/vllm.yaml")
-        return file
     with _told(file.problem):
+        if Path(path).suffix not in (".yaml", ".yml"):  # vLLM's own rule
+            raise MalformedError("is no YAML file, such as /path/vllm.yaml")
         file.content = _mapping(Path(path).read_text())
     return file
 

@@ -35,19 +35,15 @@ def read(name: str, vllm: Vllm, catalogue: Catalogue, environ: Mapping[str, str]
     if there and within(DISK_PATIENCE, lambda: os.path.isdir(path) and not os.listdir(path)):  # noqa: PTH112, PTH208
         raise BadValue("a folder with a model in it; this one is empty")
     if there is not False or known:  # a hanging disk: the launch waits
-        if is_gguf and not _reads_gguf(vllm, catalogue, environ):
+        named = [row.names for row in catalogue.by_key.values() if row.key in ("load_format", "quantization")]
+        lacks_gguf = any(named) and not any("gguf" in names for names in named)  # where nobody knows, it may have it
+        if is_gguf and lacks_gguf and not vllm.may_have_plugins(environ):
             raise BadValue(NO_GGUF.format(version=vllm.version))
         return path
     for pattern, told in INSTEAD.items():
         if found := re.compile(pattern, re.ASCII | re.DOTALL).fullmatch(name):
             raise BadValue(told.format(**found.groupdict()))
     raise AssertionError("the last of them fits all")
-
-
-def _reads_gguf(vllm: Vllm, catalogue: Catalogue, environ: Mapping[str, str]) -> bool:
-    """True where nobody knows."""
-    known = [option.names for option in catalogue.by_key.values() if option.key in ("load_format", "quantization")]
-    return not any(known) or any("gguf" in names for names in known) or vllm.may_have_plugins(environ)
 
 
 def forbids_demo(environ: Mapping[str, str]) -> str | None:

@@ -18,26 +18,13 @@ from supervisor.settings.config_file import ConfigFile
 from supervisor.settings.knobs import KNOBS, Keys, Knob, Knobs
 from supervisor.settings.names import ALIASES, OURS, REMOVED, SAGEMAKER
 from supervisor.settings.options import Options
-from supervisor.settings.sources import (
-    Arguments,
-    Asked,
-    Found,
-    Report,
-    Setting,
-    Source,
-    beneath,
-    cleaned,
-    environments,
-    find,
-)
+from supervisor.settings.sources import Arguments, Asked, Found, Report, Setting, Source, beneath, environments, find
 from supervisor.vllm import catalogue as catalogues
 from supervisor.vllm import installed
 from supervisor.vllm.catalogue import Catalogue, Option
 from supervisor.vllm.installed import Vllm, VllmError
 
 __all__ = ["Arguments", "Setting", "Settings", "SettingsError", "gather"]
-# Our access log says more than vLLM's, which has a line for each look at its health besides.
-INSTEAD_OF_VLLMS = {"DISABLE_UVICORN_ACCESS_LOG": Found("SUPERVISOR_ACCESS_LOG", True)}
 
 
 class SettingsError(Exception):
@@ -110,7 +97,7 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
         report.problems.append(str(error))
         vllm, catalogue = Vllm((), "", None), Catalogue("", {})
 
-    environ = cleaned(environ, catalogue, report)
+    environ = report.cleaned(environ, catalogue)
     content = {key.upper(): Found(f"{file.label} {key}", file.content[key]) for key in file.content}
     users = [*environments(environ), {name: found for name, found in content.items() if name not in OURS}]
     in_raw: dict[str, tuple[Option, Setting]] = {}
@@ -128,7 +115,7 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     is_demo = model is not None and within(models.DISK_PATIENCE, Path(model.value).resolve) == models.DEMO
     in_file = options.of_vllms_file(vllms_file, catalogue, report)
     users += [clusters.derived(environ, asked_for)]
-    users += [INSTEAD_OF_VLLMS] if knobs.access_log else []
+    users += [beneath("SUPERVISOR_ACCESS_LOG")] if knobs.access_log else []
     users += [beneath("demo model")] if is_demo else []
     chosen, given = options.resolve(catalogue, users, environ, report, raw=tuple(in_raw.values()))
 

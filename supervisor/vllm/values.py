@@ -151,10 +151,6 @@ def _text(given: object) -> str:
     return str(given).lower() if isinstance(given, bool) else str(given)
 
 
-def _comma_separated(given: object) -> str:
-    return ",".join(_text(item) for item in items(given))
-
-
 def _text_or_json(given: object) -> str:
     """An item of a list, such as one of LORA_MODULES: `name=path`, or an object."""
     return json.dumps(given) if isinstance(given, dict | list) else _text(given)
@@ -218,7 +214,7 @@ READERS: dict[str, Callable[[object], str]] = {
     "float": _float,
     "str": _text,
     "folded": _text,  # has choices
-    "csv": _comma_separated,
+    "csv": lambda given: ",".join(map(_text, items(given))),
     "json": _json,
     "json_human": _json_with_human_ints,
     "json_or_str": _json_or_text,

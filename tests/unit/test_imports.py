@@ -36,7 +36,7 @@ ARROWS = {
     "output": "",
     "packages": "settings",
     "queue": "queue kept secrets",
-    "repositories": "settings weights",
+    "repositories": "settings vllm weights",
     "secrets": "",
     "settings": "settings bounded secrets vllm",
     "status": "asking engine settings vllm",
