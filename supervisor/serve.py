@@ -283,12 +283,12 @@ class Serving(Observer):
         for heard in self.start.pending:
             self.engine.stop(heard)
         if any(keys.file for keys in self.settings.keys) and not sys.stdin.isatty():
-            self.loop.add_signal_handler(signal.SIGHUP, self._read_keys_again)
+            self.loop.add_signal_handler(signal.SIGHUP, lambda: self.loop.create_task(self._read_keys_again()))
 
-    def _read_keys_again(self) -> None:
+    async def _read_keys_again(self) -> None:
         """SIGHUP, where keys are in files and no terminal could have been closed."""
         try:
-            api_keys, admin_keys = (keys.read_again().values for keys in self.settings.keys)
+            api_keys, admin_keys = await Call(lambda: [keys.read_again().values for keys in self.settings.keys])
         except BadValue as error:
             self.log.error("the keys stay as they were: expected %s", error)  # noqa: TRY400  # no bug of ours
             return

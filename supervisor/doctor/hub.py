@@ -72,6 +72,4 @@ def token(environ: Mapping[str, str]) -> str:
         if found := environ.get(name, "").strip():
             return found
     home = hub_cache({**environ, "HF_HUB_CACHE": "", "HUGGINGFACE_HUB_CACHE": ""}).parent
-    with contextlib.suppress(OSError, ValueError):
-        return Path(environ.get("HF_TOKEN_PATH") or home / "token").read_text().strip()
-    return ""
+    return (within(PATIENCE, Path(environ.get("HF_TOKEN_PATH") or home / "token").read_text) or "").strip()

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from supervisor.bounded import read_file
+
 CONFIG_NAME = "config.yaml"
 # What says that a file is ours, beside a `supervisor:` section: the first line of our example, which editors go by.
 SCHEMA_LINE = re.compile(r"\ufeff?# *yaml-language-server: *\$schema=(\S*/)?config\.schema\.json\s")
@@ -49,7 +51,7 @@ def read(name: str, source: str) -> ConfigFile:
     """Reads the file that `source` names, such as `environment SUPERVISOR_CONFIG`."""
     file = ConfigFile(name)
     with _told(file.problem, source):
-        _fill(file, _mapping(Path(os.path.expanduser(name)).read_text()))  # noqa: PTH111  # ~nobody stays as it is
+        _fill(file, _mapping(read_file(Path(os.path.expanduser(name))).decode()))  # noqa: PTH111  # ~nobody stays as it is
     return file
 
 
@@ -58,7 +60,7 @@ def read_unnamed() -> ConfigFile:
     file, path, text = ConfigFile(CONFIG_NAME, is_named=False), Path(CONFIG_NAME), ""
     with _told(file.pass_over):
         if path.is_file():  # reading a pipe would wait for somebody who writes
-            text = path.read_text()
+            text = read_file(path).decode()
         elif path.exists() or path.is_symlink():
             file.pass_over("is not a file")
     with _told(file.problem):
@@ -75,7 +77,7 @@ def read_vllm_config(path: str, source: str) -> ConfigFile:
     with _told(file.problem):
         if Path(path).suffix not in (".yaml", ".yml"):  # vLLM's own rule
             raise MalformedError("is no YAML file, such as /path/vllm.yaml")
-        file.content = _mapping(Path(path).read_text())
+        file.content = _mapping(read_file(Path(path), again=True).decode())
     return file
 
 

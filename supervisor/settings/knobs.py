@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from supervisor.bounded import read_file
 from supervisor.vllm.values import BadValue, clean, read_bool, read_choice
 
 
@@ -55,7 +56,7 @@ SHORT_KEY = 8  # characters; one with less can be tried out, which is told, and 
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """Keys, and the file that they were read from, if any."""
+    """Keys, and the plain file that they were read from, if any."""
 
     values: tuple[str, ...] = ()
     file: str | None = None
@@ -71,10 +72,12 @@ def keys(value: str) -> Keys:
     file = value[1:] if value.startswith("@") else None
     if file is not None:
         try:
-            value = re.sub(r"(?m)^[ \t]*#.*", "", Path(path(file)).read_text()).replace("\n", ",")
+            text = read_file(named := Path(path(file))).decode()
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or "not a text"
             raise BadValue(f"keys, such as key1,key2, or @file with a key on each line ({why})") from None
+        value = ",".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+        file = file if named.is_file() else None  # a pipe is read once
     found = tuple(key.strip() for key in value.split(",") if key.strip())
     if not found:
         raise BadValue("at least one key, such as key1,key2; there is nothing but blanks")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -236,13 +237,10 @@ def test_what_is_no_file_or_can_not_be_read_is_passed_over(folder: Path) -> None
 def test_one_that_this_user_may_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "config.yaml").write_text("supervisor:\n")
 
-    def refuse(path: Path) -> str:  # root may read everything
-        if path.name == "config.yaml":
-            raise PermissionError(13, "Permission denied", str(path))
-        return read_text(path)
+    def refuse(path: Path) -> bytes:  # root may read everything
+        raise PermissionError(13, "Permission denied", str(path))
 
-    read_text = Path.read_text
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr("supervisor.settings.config_file.read_file", refuse)
     assert read(folder).warnings == (f"{NOT_READ}it can't be read (Permission denied){ADVICE}",)
 
 
@@ -503,3 +501,71 @@ def test_what_is_merged_is_not_there_twice(folder: Path) -> None:
     (folder / "a.yaml").write_text("hf_overrides: {a: &x {b: 1, c: 2}, d: {<<: *x, c: 3}}\n")
     (found,) = (s for o, s in read(folder, SUPERVISOR_CONFIG="a.yaml").options if o.key == "hf_overrides")
     assert json.loads(str(found.value)) == {"a": {"b": 1, "c": 2}, "d": {"b": 1, "c": 3}}
+
+
+# What is no plain file
+
+
+@pytest.fixture
+def odd(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Names of what is no file of settings, and what is said of each."""
+    monkeypatch.setattr("supervisor.bounded.FILE_PATIENCE", 0.2)
+    os.mkfifo(folder / "pipe.yaml")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "socket.yaml"))
+    (folder / "huge.yaml").write_bytes(b"# " + b"x" * 2**20)
+    (folder / "zero.yaml").symlink_to("/dev/zero")
+    silent = "nothing came of it in 0.2 s: a pipe that nobody fills, or a disk that hangs"
+    large = "it has more than 1 MiB"
+    return {"pipe.yaml": silent, "socket.yaml": "No such device or address", "huge.yaml": large, "zero.yaml": large}
+
+
+PLAIN = "it is no plain file"
+
+
+def test_what_never_ends_or_never_comes_is_told(folder: Path, odd: dict[str, str]) -> None:
+    for name, told in odd.items():
+        (problem,) = problems(folder, SUPERVISOR_CONFIG=name)
+        assert problem == f"{name} can't be read ({told}; named by environment SUPERVISOR_CONFIG)"
+        for variable in ("SUPERVISOR_API_KEYS", "SUPERVISOR_ADMIN_KEYS"):
+            (problem,) = problems(folder, **{variable: f"@{name}"})
+            assert told in problem
+        (folder / "a.yaml").write_text(f"supervisor: {{api_keys: '@{name}'}}\n")
+        (problem,) = problems(folder, SUPERVISOR_CONFIG="a.yaml")
+        assert told in problem
+
+
+def test_what_others_read_once_more_has_to_be_a_plain_file(folder: Path, odd: dict[str, str]) -> None:
+    for name, told in odd.items():
+        expected = told if name == "huge.yaml" else PLAIN
+        (problem,) = problems(folder, CONFIG=name)
+        assert problem == f"{name} (environment CONFIG) can't be read ({expected})"
+        (problem,) = problems(folder, Arguments(model="m", vllm_args=("--config", name)))
+        assert problem == f"{name} (command line) can't be read ({expected})"
+        (problem,) = problems(folder, SUPERVISOR_TLS_CERT=name)
+        assert f"({expected})" in problem
+        for variable in ("CHAT_TEMPLATE", "TOOL_PARSER_PLUGIN"):
+            if name != "huge.yaml":
+                (problem,) = problems(folder, **{variable: f"./{name}"})
+                assert problem.endswith("expected a file that is there")
+
+
+def test_a_large_file_that_nobody_named_is_passed_over(folder: Path, odd: dict[str, str]) -> None:
+    (folder / "huge.yaml").rename(folder / "config.yaml")
+    assert read(folder).warnings == (f"{NOT_READ}it can't be read ({odd['huge.yaml']}){ADVICE}",)
+
+
+def test_what_a_shell_fills_is_read(folder: Path) -> None:
+    """`--config <(vault ...)`, and `SUPERVISOR_API_KEYS=@/dev/stdin`; the keys of a pipe stay as they are at SIGHUP."""
+    reading, writing = os.pipe()
+    os.write(writing, b"supervisor: {port: 3}\nseed: 3\n")
+    os.close(writing)
+    settings = read(folder, Arguments(model="m", config=f"/dev/fd/{reading}"))
+    assert (argv(settings), settings.knobs.port) == (["--seed", "3"], 3)
+    os.close(reading)
+    reading, writing = os.pipe()
+    os.write(writing, b"key-number-1\r\nkey-number-2\n")
+    os.close(writing)
+    keys, _ = read(folder, SUPERVISOR_API_KEYS=f"@/dev/fd/{reading}").keys
+    assert keys.values == keys.read_again().values == ("key-number-1", "key-number-2")
+    os.close(reading)
