@@ -113,7 +113,7 @@ def read_file(path: Path, *, again: bool = False) -> bytes:
 
     def read() -> bytes:
         if again and not stat.S_ISREG(path.stat().st_mode):
-            raise OSError(0, "it is no plain file")
+            raise OSError(0, "no plain file")
         with path.open("rb") as file:
             return file.read(LARGEST_FILE + 1)
 

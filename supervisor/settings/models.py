@@ -19,7 +19,7 @@ DEMO = Path(__file__).resolve().parent.parent / "demo" / "model"
 WARM_UP = b'{"prompt": "one two three four five six seven eight nine ten eleven twelve", "max_tokens": 1}'
 # Seconds for a disk to tell whether something is there. A network volume may hang.
 DISK_PATIENCE = 3.0
-NAME = re.compile(r"(?!models--|-)[\w.-]+(/[\w.-]+)?", re.ASCII)
+NAME = re.compile(r"(?!models--|-|(?i:true|false|yes|no|on|off|none|null)$)[\w.-]+(/[\w.-]+)?", re.ASCII)
 STORED = re.compile(r"(s3|gs|az)://.+", re.DOTALL)  # vLLM reads from these itself
 # Ollama's form, and llama.cpp's: `org/name:Q4_K_M`.
 QUANTIZED = re.compile(r"[\w.-]+/[\w.-]+:(ud-)?(i?q\d|tq\d|bf?16|f16|f32|mxfp4)\w*", re.ASCII | re.I)

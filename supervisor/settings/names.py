@@ -29,7 +29,8 @@ ZERO_MEANS_UNSET = frozenset(_TABLE["zero means unset"])
 FORMER: dict[str, str] = _TABLE["former"]
 INSTEAD: dict[str, str] = _TABLE["instead"]
 NO_GGUF: str = _TABLE["no gguf"]
-DOCKERS = frozenset(_TABLE["docker's"]["options"])
+NEAR_MISSES: dict[str, Any] = _TABLE["near misses"]
+NO_OPTIONS: dict[str, str] = _TABLE["no options"]
 WITHHELD, WITHHELD_PREFIXES = frozenset(_TABLE["not passed on"]["names"]), tuple(_TABLE["not passed on"]["prefixes"])
 # Options by key (`swap_space`), and variables.
 REMOVED, REMOVED_ENVIRONMENT = _removed("removed options"), _removed("removed variables")

@@ -77,8 +77,10 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     """Reads every source. Raises SettingsError with all problems at once."""
     sources = [arguments.source, *environments(environ)]
     named = find(sources, "SUPERVISOR_CONFIG")
-    file = config_file.read(str(named[0].given).strip(), named[0].source) if named else config_file.read_unnamed()
-    report = Report(_mask(environ, file), list(file.problems), list(file.warnings))
+    report = Report(Mask(environ))
+    file = config_file.read(*named[0], report) if named else config_file.read_unnamed(report)
+    hidden = [str(file.knobs.get(knob.field, "")) for knob in KNOBS if knob.secret]
+    report.mask.add([*hidden, *(part.strip() for text in hidden for part in text.split(","))])
     section = ((knob.variable, knob.field) for knob in KNOBS)
     sources += [{name: Found(f"{file.label} supervisor.{key}", file.knobs.get(key)) for name, key in section}]
     asked_mode = _knob(KNOBS[0], sources, file, report)  # the platform's defaults go by it
@@ -109,7 +111,7 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
         report.warnings += typos.unread(environ, _names(catalogue, environ), catalogue)
     asked_for = [{name: Found(setting.source, setting.value) for name, (_, setting) in in_raw.items()}, *users]
     vllms = find(asked_for, "CONFIG") if catalogue.by_key else []
-    vllms_file = config_file.read_vllm_config(str(vllms[0].given).strip(), vllms[0].source) if vllms else ConfigFile("")
+    vllms_file = config_file.read_vllm_config(*vllms[0], report) if vllms else ConfigFile("")
     models_file = {"MODEL": Found(vllms_file.label, vllms_file.content.get("model"))}
     model = _model([arguments.source, *users, models_file, defaults], environ, report, vllm, catalogue)
     is_demo = model is not None and within(models.DISK_PATIENCE, Path(model.value).resolve) == models.DEMO
@@ -141,11 +143,6 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
         vllm_args=(*(knobs.extra_args or ()), *arguments.vllm_args), vllm=vllm, is_demo=is_demo, cluster=cluster,
         volume=volume, cache=cache, warnings=tuple(warnings), environ=dict(environ),
     )  # fmt: skip
-
-
-def _mask(environ: Mapping[str, str], file: ConfigFile) -> Mask:
-    hidden = {str(file.knobs[knob.field]) for knob in KNOBS if knob.secret and knob.field in file.knobs}
-    return Mask(environ, hidden | {part.strip() for text in hidden for part in text.split(",")})
 
 
 def _known(known: Collection[str], given: Iterable[str], file: ConfigFile, report: Report, section: str = "") -> None:

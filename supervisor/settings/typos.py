@@ -12,20 +12,14 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 
-from supervisor.settings.names import NO_EFFECT, OWNED, REMOVED, REMOVED_ENVIRONMENT, SAGEMAKER
+from supervisor.settings.names import NEAR_MISSES, NO_EFFECT, OWNED, REMOVED, REMOVED_ENVIRONMENT, SAGEMAKER
 from supervisor.vllm.catalogue import Catalogue, key_of
 
-# Variables that Kubernetes makes for each service of a namespace, whatever its name: VLLM_PORT=tcp://10.0.0.1:8000.
-SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT_\d+_(TCP|UDP)(_|$)")
-# Put before a known name by those who remember another tool's way. worker-vllm had one of its own for a while.
-PREFIXES = ("VLLM_", "LLM_", "SUPERVISOR_", "ENGINE_", "VLLM_ARG_", "VLLM_RUNPOD_")
-# Words that are easily forgotten, or added.
-FILLERS = frozenset({"NUM", "MAX", "MEMORY", "SIZE", "NAME", "ENABLE", "CODE", "CALL", "COUNT", "PATH", "FILE"})
+SERVICE_LINK = re.compile(NEAR_MISSES["service links"])
+PREFIXES, FILLERS, OTHERS = (tuple[str, ...](NEAR_MISSES[part]) for part in ("prefixes", "fillers", "others"))
 NEAR = 0.8  # how like a known one a misspelt one is, from 0 to 1
 # LMI puts it before the names of vLLM's options.
 LMI = "OPTION_"
-# Near misses in letters, and yet not ours: OpenSSL's file, and anybody's folder.
-OTHERS = frozenset({"SSL_CERT_FILE", "CACHE_DIR"})
 
 
 class Names(frozenset[str]):

@@ -156,22 +156,19 @@ def _text_or_json(given: object) -> str:
     return json.dumps(given) if isinstance(given, dict | list) else _text(given)
 
 
-def _json(given: object) -> str:
-    return _checked_json(given, str(given))
-
-
 def _json_with_human_ints(given: object) -> str:
     """vLLM's own classes of settings: numbers in their JSON may be written as 32k."""
     if isinstance(given, list) or str(given).lstrip().startswith("["):
         raise BadValue(JSON_OBJECT)
-    return _checked_json(given, HUMAN_INT_IN_JSON.sub(lambda found: found[1] or "1", str(given)))
+    return _json(given, HUMAN_INT_IN_JSON.sub(lambda found: found[1] or "1", str(given)))
 
 
-def _checked_json(given: object, text: str) -> str:
+def _json(given: object, plain: str = "") -> str:
     if isinstance(given, dict | list):
         return json.dumps(given)
     if not isinstance(given, str):
         raise BadValue(JSON_OBJECT)
+    text = plain or given  # `plain`: without what is no JSON
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
