@@ -17,9 +17,9 @@ from supervisor.around.gpus import gpus
 from supervisor.around.machine import Machine
 from supervisor.doctor.hub import Answer, Hub
 from supervisor.engine.workspace import temporary_folder
-from supervisor.repositories import hub_cache, weights_of
+from supervisor.repositories import hub_cache, hub_env, weights_of
 from supervisor.secrets import Mask
-from supervisor.settings import platform, volume
+from supervisor.settings import platform
 from supervisor.settings.settings import Settings
 from supervisor.vllm import installed
 from supervisor.weights import find, snapshot
@@ -135,7 +135,7 @@ class Patient:
     @property
     def downloads(self) -> Path:
         """Where the hub's client puts what it downloads."""
-        placed = volume.hub_environment(self.settings.volume if self.settings else None, self.environ, "")
+        placed = hub_env(self.settings.volume if self.settings else None, self.environ, "")
         return Path(self.option("download_dir", None) or hub_cache({**placed, **self.environ}))
 
     @property

@@ -14,9 +14,6 @@ from supervisor.vllm.installed import Vllm
 from supervisor.vllm.values import BadValue
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "model"
-# Asked once before it is called ready. On CPUs with AMX an eager vLLM 0.32.0 dies (SIGILL in its attention) when the
-# first prompt that it ever computes has one or two tokens; after a longer one, such prompts are fine.
-WARM_UP = b'{"prompt": "one two three four five six seven eight nine ten eleven twelve", "max_tokens": 1}'
 # Seconds for a disk to tell whether something is there. A network volume may hang.
 DISK_PATIENCE = 3.0
 NAME = re.compile(r"(?!models--|-|(?i:true|false|yes|no|on|off|none|null)$)[\w.-]+(/[\w.-]+)?", re.ASCII)
