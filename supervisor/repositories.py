@@ -174,14 +174,6 @@ def _look(settings: Settings, name: str, revision: str | None, load_format: str)
 # How each option names repositories: its value, with what `swap` says in their place.
 
 
-def _tokenizer(value: Any, settings: Settings, swap: Swap) -> Any:
-    return swap(str(value), settings.option("tokenizer_revision"), "tokenizer")
-
-
-def _draft(value: Any, settings: Settings, swap: Swap) -> Any:
-    return swap(str(value), None, _load_format(settings))
-
-
 def _speculative(value: Any, settings: Settings, swap: Swap) -> Any:
     content = json_object(value) or {}
     if not isinstance(content.get("model"), str):
@@ -202,8 +194,8 @@ def _adapters(value: Any, _settings: Settings, swap: Swap) -> Any:
 
 
 READERS: dict[str, Callable[[Any, Settings, Swap], Any]] = {
-    "tokenizer": _tokenizer,
-    "spec_model": _draft,
+    "tokenizer": lambda value, settings, swap: swap(str(value), settings.option("tokenizer_revision"), "tokenizer"),
+    "spec_model": lambda value, settings, swap: swap(str(value), None, _load_format(settings)),
     "speculative_config": _speculative,
     "lora_modules": _adapters,
 }

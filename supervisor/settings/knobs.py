@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from supervisor.bounded import read_file
+from supervisor.settings.names import NO_HOSTS, advice
 from supervisor.vllm.values import BadValue, clean, read_bool, read_choice
 
 
@@ -107,6 +109,19 @@ def hosts(value: str) -> tuple[str, ...]:
     return found
 
 
+def host(value: str) -> str:
+    """An address to listen on, or a name that has one."""
+    with suppress(OSError):
+        if ":" in value:
+            socket.inet_pton(socket.AF_INET6, value.partition("%")[0])
+        elif re.fullmatch(r"0|\d*\.[\d.]*", value):
+            socket.inet_aton(value)
+        elif not re.fullmatch(rf"(?!\*|\d+$){HOST.pattern}\.?", value, re.IGNORECASE):
+            raise OSError
+        return value
+    raise BadValue(advice(NO_HOSTS, value))
+
+
 def choice(*names: str) -> Callable[[str], str]:
     return lambda value: read_choice(value, names)
 
@@ -138,7 +153,7 @@ class Knobs:
     """The supervisor's own settings: each one's row, and its value. Times in seconds."""
 
     mode: str = knob("auto", choice("auto", "http", "queue"))
-    host: str = knob("127.0.0.1", str)
+    host: str = knob("127.0.0.1", host)
     port: int = knob("8000", port_number, prefix="")  # platforms set these two
     port_health: int | None = knob(None, port_number, prefix="")
     vllm: str | None = knob(None, path, is_program=True)

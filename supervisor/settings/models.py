@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from supervisor.bounded import within
-from supervisor.settings.names import DEFAULTS, INSTEAD, NO_GGUF
+from supervisor.settings.names import DEFAULTS, INSTEAD, NO_GGUF, advice
 from supervisor.vllm.catalogue import Catalogue
 from supervisor.vllm.installed import Vllm
 from supervisor.vllm.values import BadValue
@@ -37,10 +37,7 @@ def read(name: str, vllm: Vllm, catalogue: Catalogue, environ: Mapping[str, str]
         if is_gguf and lacks_gguf and not vllm.may_have_plugins(environ):
             raise BadValue(NO_GGUF.format(version=vllm.version))
         return path
-    for pattern, told in INSTEAD.items():
-        if found := re.compile(pattern, re.ASCII | re.DOTALL).fullmatch(name):
-            raise BadValue(told.format(**found.groupdict()))
-    raise AssertionError("the last of them fits all")
+    raise BadValue(advice(INSTEAD, name))
 
 
 def forbids_demo(environ: Mapping[str, str]) -> str | None:

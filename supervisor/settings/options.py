@@ -99,19 +99,16 @@ def of_vllms_file(file: ConfigFile, catalogue: Catalogue, report: Report) -> dic
     vLLM would not take, is a problem."""
     found = {}
     for key, given in file.typed.items():
-        option, written = catalogue.find(key), file.content.get(key)
+        option, both = catalogue.find(key), (given, file.content.get(key))
+        taken, written = ([*map(str, each)] if isinstance(each, list) else [str(each)] for each in both)
         if key in OWNED:
             report.problems.append(f"{file.label}: {key} can't be set there: {OWNED[key]}")
         elif option is None:
             why, told = missing(key, catalogue), f"{file.label}: vLLM {catalogue.version} has no option {key}"
             (report.problems if why else report.warnings).append(told + (why or ", and most likely ends at it"))
-        elif key != "model" and option.type in TEXTS and not option.is_switch and _shown(given) != _shown(written):
-            why = f"YAML makes {_shown(given)} of {_shown(written)}: put it in quotes"
+        elif key != "model" and option.type in TEXTS and not option.is_switch and taken != written:
+            why = f"YAML makes {' '.join(taken)} of {' '.join(written)}: put it in quotes"
             report.problems.append(f"{file.label}: {key}: {why}")
         elif key != "model" and not option.is_unset(given):
             found[option.variable] = report.setting(option.variable, [Found(f"{file.label} {key}", given)], option.read)
     return {variable: setting for variable, setting in found.items() if setting is not None}
-
-
-def _shown(given: object) -> str:
-    return " ".join(map(str, given)) if isinstance(given, list) else str(given)

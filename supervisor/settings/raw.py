@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from supervisor.settings.names import NO_OPTIONS, OWNED, REMOVED
+from supervisor.settings.names import NO_OPTIONS, OWNED, REMOVED, advice
 from supervisor.settings.options import respelled
 from supervisor.settings.sources import Report, Setting
 from supervisor.settings.typos import missing
@@ -100,9 +100,8 @@ def _unknown(base: str, following: list[str], source: str, catalogue: Catalogue,
     # `-O3` and the like, whose value is glued on: vLLM's parser knows it beside its options. A catalogue may have none.
     shorts = [name for option in catalogue.by_key.values() for name in option.short]
     is_short = not shorts or (not following and base.startswith(("-O", *shorts)))
-    mistakes = [(re.fullmatch(pattern, base, re.DOTALL), why) for pattern, why in NO_OPTIONS.items()]
-    if mistaken := [why.format(**found.groupdict()) for found, why in mistakes if found]:
-        report.problems.append(f"{base} ({source}): {mistaken[0]}")
+    if why := advice(NO_OPTIONS, base):
+        report.problems.append(f"{base} ({source}): {why}")
     elif base.startswith("--") or not is_short:
         if why := missing(key, catalogue):
             report.problems.append(told + (why if key in REMOVED else why.replace("_", "-")))

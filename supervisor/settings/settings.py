@@ -84,7 +84,9 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     section = ((knob.variable, knob.field) for knob in KNOBS)
     sources += [{name: Found(f"{file.label} supervisor.{key}", file.knobs.get(key)) for name, key in section}]
     asked_mode = _knob(KNOBS[0], sources, file, report)  # the platform's defaults go by it
-    mode = _mode(asked_mode.value, environ)
+    balanced = environ.get("PORT_HEALTH") or environ.get("HEALTH_CHECK_PATH")  # RunPod may name a queue, too
+    by_platform = "queue" if environ.get("RUNPOD_WEBHOOK_GET_JOB") and not balanced else "http"
+    mode = str(asked_mode.value) if asked_mode.value in ("http", "queue") else by_platform
     defaults = platform.defaults(mode, environ)
     sources += [defaults]
     own = (asked_mode, *(_knob(knob, sources, file, report) for knob in KNOBS[1:]))
@@ -169,13 +171,6 @@ def _knob(knob: Knob, sources: Sequence[Source], file: ConfigFile, report: Repor
     own = {"secret": knob.secret, "template": knob.template, "command": knob.is_program}
     setting = report.setting(knob.variable, found, lambda given: knob.read(str(given)), **own) if found else None
     return setting or Setting(knob.variable, None, found[0].source if found else "default")
-
-
-def _mode(asked: object, environ: Mapping[str, str]) -> str:
-    """http or queue. RunPod's load balancer may give its workers a queue's address as well."""
-    balanced = environ.get("PORT_HEALTH") or environ.get("HEALTH_CHECK_PATH")
-    found = "queue" if environ.get("RUNPOD_WEBHOOK_GET_JOB") and not balanced else "http"
-    return str(asked) if asked in ("http", "queue") else found
 
 
 def _cache(knobs: Knobs, volume: volumes.Volume | None, environ: Mapping[str, str]) -> Path:

@@ -614,3 +614,106 @@ def test_what_vllms_file_has_and_vllm_has_not_is_told(folder: Path) -> None:
     assert [line for line in read(folder, CONFIG="v.yaml").warnings if "no_such" in line] == [
         "v.yaml (environment CONFIG): vLLM 0.32.0 has no option no_such_thing_at_all, and most likely ends at it"
     ]
+
+
+# Where the gateway listens
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "0.0.0.0",
+        "127.1",
+        "0",
+        "::",
+        "::1",
+        "fe80::1%eth0",
+        "::ffff:10.0.0.1",
+        "localhost",
+        "gpu1",
+        "GPU_1.example.com.",
+    ],
+)
+def test_what_is_a_host(folder: Path, host: str) -> None:
+    assert read(folder, SUPERVISOR_HOST=host).knobs.host == host
+
+
+@pytest.mark.parametrize(
+    ("host", "told"),
+    [
+        ("http://localhost", "an address alone: set SUPERVISOR_HOST=localhost"),
+        ("https://10.0.0.1/v1", "an address alone: set SUPERVISOR_HOST=10.0.0.1"),
+        ("0.0.0.0/0", "an address alone: set SUPERVISOR_HOST=0.0.0.0"),
+        ("http://0.0.0.0:8000/", "an address alone: set SUPERVISOR_HOST=0.0.0.0 and PORT=8000"),
+        ("localhost:8000", "an address alone: set SUPERVISOR_HOST=localhost and PORT=8000"),
+        ("[::1]:8000", "an address alone: set SUPERVISOR_HOST=::1 and PORT=8000"),
+        ("tcp://[::]:80", "an address alone: set SUPERVISOR_HOST=:: and PORT=80"),
+        ("[::]", "an address alone: set SUPERVISOR_HOST=::"),
+        ("*", "0.0.0.0 for all IPv4 addresses of this machine, or ::"),
+        ("*:8000", "0.0.0.0 for all IPv4 addresses of this machine, or ::"),
+        ("8000", "an address, such as 0.0.0.0: the port is PORT=8000"),
+        (":8000", "an address, such as 0.0.0.0: the port is PORT=8000"),
+        ("256.1.1.1", "an address of this machine, or its name, such as 0.0.0.0 or ::1"),
+        ("1.2.3.4.5", "an address of this machine, or its name, such as 0.0.0.0 or ::1"),
+        ("::ffff:zz", "an address of this machine, or its name, such as 0.0.0.0 or ::1"),
+        ("a b", "an address of this machine, or its name, such as 0.0.0.0 or ::1"),
+        ("*.example.com", "an address of this machine, or its name, such as 0.0.0.0 or ::1"),
+        ("-a", "an address of this machine, or its name, such as 0.0.0.0 or ::1"),
+    ],
+)
+def test_what_is_no_host_is_told_with_what_to_write(folder: Path, host: str, told: str) -> None:
+    (problem,) = problems(folder, SUPERVISOR_HOST=host)
+    assert problem == f"SUPERVISOR_HOST={host} (environment SUPERVISOR_HOST): expected {told}"
+    (problem,) = problems(folder, Arguments(model="m", host=host))
+    assert problem == f"SUPERVISOR_HOST={host} (command line --host): expected {told}"
+    (folder / "config.yaml").write_text(f"supervisor: {{host: '{host}'}}\n")
+    (problem,) = problems(folder)
+    assert problem == f"SUPERVISOR_HOST={host} (config.yaml supervisor.host): expected {told}"
+
+
+@pytest.mark.parametrize("address", ["http://10.0.0.1", "10.0.0.1:29501", "tcp://10.0.0.1:29501", "[::1]:29501"])
+def test_the_first_machines_address_is_an_address_alone(folder: Path, address: str) -> None:
+    for variable in ("MASTER_ADDR", "DATA_PARALLEL_ADDRESS"):
+        found = problems(folder, NNODES="2", TENSOR_PARALLEL_SIZE="2", NODE_RANK="1", **{variable: address})
+        (told,) = [line for line in found if line.startswith(f"{variable}={address} ")]
+        assert "expected the address alone, such as 10.0.0.1; its port is" in told
+
+
+# Which vLLM
+
+
+def program(folder: Path, text: str, name: str = "program") -> str:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["Python 3.11.2", "echo (GNU coreutils) 9.1\nWritten by Brian Fox.", "", "v20.1.0", "jq-1.6", "0", "vllm", "1 2 3"],
+)
+def test_a_program_that_is_no_vllm_is_told(folder: Path, said: str) -> None:
+    path = program(folder, f"cat <<'.'\n{said}\n.")
+    (problem,) = problems(folder, SUPERVISOR_VLLM=path, SUPERVISOR_CACHE_DIR=str(folder / "cache"))
+    last = f" (it says {said.splitlines()[-1]!r})" if said else ""
+    assert problem == f"`{path} --version` failed: it is not a working vLLM{last}."
+    assert not (folder / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    "said", ["0.32.0", "vllm 0.32.0", "vLLM 0.32.0+cu130", "INFO 09:00 [__init__.py:1] hello\n0.32.0"]
+)
+def test_what_vllm_says_of_its_version(folder: Path, said: str) -> None:
+    path = program(folder, f"cat <<'.'\n{said}\n.")
+    settings = read(
+        folder, SUPERVISOR_VLLM=f"nice {path}", PATH="/usr/bin:/bin", SUPERVISOR_CACHE_DIR=str(folder / "cache")
+    )
+    assert settings.vllm.version == "0.32.0"
+
+
+@pytest.mark.parametrize("name", ["python3", "pip", "supervisord"])
+def test_what_is_installed_beside_vllm_is_none(folder: Path, name: str) -> None:
+    path = program(folder.parent / "vllm/bin", "echo Python 3.12.1", name)
+    (problem,) = problems(folder, SUPERVISOR_VLLM=path, SUPERVISOR_CACHE_DIR=str(folder / "cache"))
+    assert "it is not a working vLLM (it says 'Python 3.12.1')" in problem
