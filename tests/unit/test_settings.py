@@ -123,7 +123,7 @@ def test_the_table_of_knobs_and_their_object_agree() -> None:
         ("SERVED_MODEL_NAME", "a,b", ["--served-model-name", "a", "b"]),
         ("MIDDLEWARE", "a,b", ["--middleware", "a", "--middleware", "b"]),
         ("SPECULATIVE_CONFIG", '{"method": "ngram"}', ["--speculative-config", '{"method": "ngram"}']),
-        ("SEED", "-1", ["--seed=-1"]),
+        ("MAX_LOGPROBS", "-1", ["--max-logprobs=-1"]),
         ("CHAT_TEMPLATE", "{% for x in y %}", ["--chat-template", "{% for x in y %}"]),
         ("DTYPE", "bfloat16", ["--dtype", "bfloat16"]),
     ],
