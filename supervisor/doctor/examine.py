@@ -94,10 +94,7 @@ def show(given: Arguments, environ: Mapping[str, str], *, as_json: bool) -> int:
 
 
 def admit(
-    given: Arguments,
-    environ: Mapping[str, str],
-    where: Machine | None = None,
-    patience: float = SETTINGS_PATIENCE,
+    given: Arguments, environ: Mapping[str, str], where: Machine | None = None, patience: float = SETTINGS_PATIENCE
 ) -> Patient:
     """Reads the settings, in a thread that may stay behind."""
     patient = partial(Patient, environ, where or Machine(), Hub(environ))

@@ -26,7 +26,8 @@ class Answer(NamedTuple):
 
 class Hub:
     def __init__(self, environ: Mapping[str, str]) -> None:
-        self.endpoint = (environ.get("HF_ENDPOINT") or ENDPOINT).rstrip("/")
+        endpoint = (environ.get("HF_ENDPOINT") or ENDPOINT).rstrip("/")
+        self.endpoint = endpoint if "://" in endpoint else f"https://{endpoint}"
         self.token = token(environ)
         self._answers: dict[str, Answer] = {}
         self._lock = threading.Lock()
