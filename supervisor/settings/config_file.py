@@ -132,16 +132,15 @@ def _mapping(text: str, *, typed: bool = False) -> dict[str, Any]:
 
     class Loader(yaml.SafeLoader):
         def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-            event = self.peek_event()  # type: ignore[no-untyped-call]
             path.append(index)
             node = super().compose_node(parent, index)
             path.pop()
             keys = [str(each.value).lower() for each in (*path, index) if isinstance(each, yaml.Node)]
             in_object = index is not None and len(keys) > 1 + (keys[:1] == ["supervisor"])
-            is_bare = isinstance(event, yaml.ScalarEvent) and event.implicit[0]
-            if node and is_bare and node.tag in TAKEN and not (typed or in_object):
-                node.tag = "tag:yaml.org,2002:str"
-            return node
+            is_bare = isinstance(node, yaml.ScalarNode) and node.style is None and node.tag in TAKEN
+            if node is None or not is_bare or typed or in_object:
+                return node
+            return yaml.ScalarNode("tag:yaml.org,2002:str", node.value, node.start_mark)  # its aliases stay numbers
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             names = [key.value for key, _ in node.value]

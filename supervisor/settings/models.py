@@ -29,8 +29,9 @@ def read(name: str, vllm: Vllm, catalogue: Catalogue, environ: Mapping[str, str]
     there = within(DISK_PATIENCE, Path(path).exists) if is_path or not NAME.fullmatch(name) else False
     is_gguf = QUANTIZED.fullmatch(name) or (name.lower().endswith(".gguf") and "/" in name)
     known = not is_path and (is_gguf or STORED.fullmatch(name) or NAME.fullmatch(name))
-    if there and within(DISK_PATIENCE, lambda: os.path.isdir(path) and not os.listdir(path)):  # noqa: PTH112, PTH208
-        raise BadValue("a folder with a model in it; this one is empty")
+    at = Path(path)
+    if there and within(DISK_PATIENCE, lambda: not at.is_file() and not (at.is_dir() and os.listdir(at))):  # noqa: PTH208
+        raise BadValue("a folder with a model in it; there is nothing in this one")
     if there is not False or known:  # a hanging disk: the launch waits
         named = [row.names for row in catalogue.by_key.values() if row.key in ("load_format", "quantization")]
         lacks_gguf = any(named) and not any("gguf" in names for names in named)  # where nobody knows, it may have it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -557,7 +558,11 @@ def test_a_model_s_folder_has_something_in_it(folder: Path) -> None:
     """A volume that is not mounted is an empty folder."""
     (folder / "model").mkdir()
     (problem,) = problems(folder, Arguments(model="./model"))
-    assert problem == "MODEL=./model (command line): expected a folder with a model in it; this one is empty"
+    assert problem == "MODEL=./model (command line): expected a folder with a model in it; there is nothing in this one"
+    os.mkfifo(folder / "pipe")
+    for name in ("/dev/null", "./pipe"):
+        (problem,) = problems(folder, Arguments(), MODEL=name)
+        assert problem.endswith("expected a folder with a model in it; there is nothing in this one")
 
 
 @pytest.mark.parametrize("name", ["SUPERVISOR_CACHE_DIR", "SUPERVISOR_VOLUME", "SUPERVISOR_TLS_CERT"])
