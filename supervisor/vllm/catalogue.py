@@ -134,7 +134,7 @@ class Option:
         if isinstance(self.default, int | float):
             return self.default
         _, bound = self.bounds[0]
-        return max(int(bound) + 1, 8)
+        return 4096 if self.type.startswith("human") else max(int(bound) + 1, 8)
 
 
 @lru_cache(4096)  # a start asks for it some thousand times

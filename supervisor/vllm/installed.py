@@ -17,6 +17,7 @@ from pathlib import Path
 # The version that the image is built on, that the tests run, and whose catalogue is shipped.
 PINNED = "0.32.0"
 VERSION_TIMEOUT = 120.0
+VERSION = re.compile(r"(?:vllm )?(\d+\.\d+[\w.]*|dev)(?:\+\S*)?", re.IGNORECASE)  # dev: of a checkout without git
 PLUGINS = re.compile(r"^\[vllm\.\w*plugins\]", re.MULTILINE)
 
 
@@ -59,7 +60,8 @@ def find(asked: str | None, path: str | None, cache: Path) -> Vllm:
     program = Path(command[0])
     starter = (_python(program) if len(command) == 1 else (command[0],)) or ()
     python = starter if any(Path(word).name.startswith("python") for word in starter) else None
-    version = _version_beside(program) if len(command) == 1 else None
+    # Beside vLLM there are pip and others.
+    version = _version_beside(program) if len(command) == 1 and "vllm" in program.resolve().name else None
     return Vllm(command, version or _version_asked(command, cache), python)
 
 
@@ -136,10 +138,12 @@ def _ask_version(command: tuple[str, ...]) -> str:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise VllmError(f"`{shlex.join(command)} --version` does not answer: {error}") from None
-    words = done.stdout.split()
-    if done.returncode != 0 or not words:
-        raise VllmError(f"`{shlex.join(command)} --version` failed: it is not a working vLLM.")
-    return words[-1].partition("+")[0]
+    last = done.stdout.strip().rpartition("\n")[2]
+    found = VERSION.fullmatch(last)
+    if done.returncode != 0 or not found:
+        says = f" (it says {last[:80]!r})" if last else ""
+        raise VllmError(f"`{shlex.join(command)} --version` failed: it is not a working vLLM{says}.")
+    return found[1]
 
 
 def keep(path: Path, text: str) -> None:
