@@ -10,7 +10,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,13 +132,18 @@ def _fingerprint(command: tuple[str, ...]) -> str:
     return hashlib.sha256("\0".join((*command, *stamps)).encode()).hexdigest()
 
 
-def _ask_version(command: tuple[str, ...]) -> str:
+def ask(command: Sequence[str], patience: float, trouble: str) -> subprocess.CompletedProcess[str]:
+    """Runs a program of vLLM's environment; what torch leaves in TMPDIR goes with it. Raises VllmError: `trouble`."""
     try:
-        done = subprocess.run(
-            [*command, "--version"], capture_output=True, text=True, timeout=VERSION_TIMEOUT, check=False
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            environ = {**os.environ, "TMPDIR": folder}
+            return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=patience, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise VllmError(f"`{shlex.join(command)} --version` does not answer: {error}") from None
+        raise VllmError(f"{trouble}: {error}") from None
+
+
+def _ask_version(command: tuple[str, ...]) -> str:
+    done = ask([*command, "--version"], VERSION_TIMEOUT, f"`{shlex.join(command)} --version` does not answer")
     last = done.stdout.strip().rpartition("\n")[2]
     found = VERSION.fullmatch(last)
     if done.returncode != 0 or not found:

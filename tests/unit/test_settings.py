@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -716,6 +717,17 @@ def test_what_vllm_says_of_its_version(folder: Path, said: str) -> None:
         folder, SUPERVISOR_VLLM=f"nice {path}", PATH="/usr/bin:/bin", SUPERVISOR_CACHE_DIR=str(folder / "cache")
     )
     assert settings.vllm.version == "0.32.0"
+
+
+def test_what_torch_leaves_when_vllm_is_asked_for_its_version_goes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder / "temporary"))
+    monkeypatch.setattr(tempfile, "tempdir", str(folder / "temporary"))
+    path = program(folder, 'mkdir "$TMPDIR/torchinductor_root" && echo 0.32.0')
+    assert installed.find(path, None, folder / "cache").version == "0.32.0"
+    assert not list((folder / "temporary").iterdir())
 
 
 def test_a_vllm_that_was_built_without_git_has_no_number(folder: Path) -> None:
