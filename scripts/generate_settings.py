@@ -292,6 +292,9 @@ def docs(options: Catalogue) -> str:
         "empty, or by the first line of [our example](../config.yaml). Such a file can't set `vllm`, which names a program to",
         "run. Any other file is ignored, with a warning.",
         "",
+        "A file of settings or of keys may be a pipe, such as `--config <(a program)` or `@/dev/stdin`: it is waited for 10 s.",
+        "It has 1 MiB at most. The files that others read again (vLLM's own of `CONFIG`, of TLS, of templates) have to be plain.",
+        "",
         "## How values are written",
         "",
         "| kind | environment | `config.yaml` |",
@@ -305,7 +308,10 @@ def docs(options: Catalogue) -> str:
         "| text | as it is | as it is |",
         "",
         "Names in `config.yaml` have hyphens or underscores, as you like. The supervisor's own settings stand under",
-        "`supervisor:`, in lower case and without `SUPERVISOR_`. Choices may be written in capitals or not.",
+        "`supervisor:`, in lower case and without `SUPERVISOR_`. Choices may be written in capitals or not. A value is what is",
+        "written: `served_model_name: 1.10` is this text, which YAML makes 1.1 of. In objects, which are JSON, YAML's numbers,",
+        "`true` and `no` are what they are to YAML. In the file of `CONFIG`, which vLLM reads itself, a text of which YAML makes",
+        "something else is refused. A list is one for the supervisor's own settings as well: `extra_args: [--seed, 1]`.",
         "",
         "White space around a value is removed, a newline at its end too. Two kinds of value are refused, with the name of the",
         "variable, secrets and the hub's variables among them: a value that still stands in quotes (docker's `--env-file`",
@@ -537,6 +543,7 @@ def _knob_schema(knob: Knob) -> dict[str, Any]:
         knobs.ratio: ["number"],
         knobs.port_number: ["integer"],
         knobs.size: ["integer", "string"],
+        **{read: ["string", "array"] for read in (knobs.words, knobs.keys, knobs.routes, knobs.hosts)},
     }
     kind = kinds.get(knob.read, ["string"])
     found: dict[str, Any] = {"type": [*kind, "null"], "description": MEANINGS[knob.field]}

@@ -1,4 +1,17 @@
-from supervisor.cli import main
+"""Where the command begins. Ctrl-C ends it without a word while the rest is imported and the settings are read; `up`
+and `job` have handlers of their own. As process 1 of a container it would not even hear what it does not handle."""
+
+import os
+import signal
+
+
+def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM) if os.getpid() == 1 else (signal.SIGINT,):
+        signal.signal(number, lambda number, _: os._exit(128 + number))
+    from supervisor import cli  # noqa: PLC0415  # takes a tenth of a second
+
+    cli.main()
+
 
 if __name__ == "__main__":
     main()

@@ -6,14 +6,18 @@ when a few of its threads hang.
 from __future__ import annotations
 
 import contextlib
+import stat
 import threading
 from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
     import asyncio
 
 Found = TypeVar("Found")
+# Of a file that the user named: seconds for it, and how many bytes it may have. A shell's `<(...)` may ask somebody.
+FILE_PATIENCE, LARGEST_FILE = 10.0, 2**20
 
 
 class Call(Generic[Found]):
@@ -101,3 +105,21 @@ def within(seconds: float, ask: Callable[[], Found]) -> Found | None:
         with contextlib.suppress(Exception):
             return call.result()
     return None
+
+
+def read_file(path: Path, *, again: bool = False) -> bytes:
+    """What is in it. Raises OSError, as for what never ends or never comes. `again`: others read it once more, which a
+    pipe does not allow."""
+
+    def read() -> bytes:
+        if again and not stat.S_ISREG(path.stat().st_mode):
+            raise OSError(0, "no plain file")
+        with path.open("rb") as file:
+            return file.read(LARGEST_FILE + 1)
+
+    call = Call(read)
+    if not call.wait(FILE_PATIENCE):
+        raise OSError(0, f"nothing came of it in {FILE_PATIENCE:g} s: a pipe that nobody fills, or a disk that hangs")
+    if len(found := call.result()) > LARGEST_FILE:
+        raise OSError(0, f"it has more than {LARGEST_FILE >> 20} MiB")
+    return found

@@ -8,6 +8,7 @@ import signal
 import sys
 from typing import NoReturn
 
+from supervisor.secrets import complain
 from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
 
 EXIT_SETTINGS = 2
@@ -32,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
 
 def fail(problems: list[str]) -> NoReturn:
     for problem in problems:
-        print(f"supervisor: {problem}", file=sys.stderr)
+        complain(problem, os.environ)
     sys.exit(EXIT_SETTINGS)
 
 
@@ -47,6 +48,10 @@ def version() -> str:
     return __version__
 
 
+def with_scheme(url: str) -> str:
+    return url if "://" in url else f"http://{url}"
+
+
 def parser() -> argparse.ArgumentParser:
     about = "Runs `vllm serve` as a child and relays to it."
     main_parser = _Parser(prog="supervisor", description=about, allow_abbrev=False)
@@ -59,7 +64,8 @@ def parser() -> argparse.ArgumentParser:
     verbs["job"].add_argument("job", metavar="FILE|JSON|-", help="a job, or only its input (docs/jobs.md)")
     verbs["job"].add_argument("--stream", action="store_true", help="print the text as it comes")
     for name in ("status", "job"):
-        verbs[name].add_argument("--url", metavar="URL", help="one on another machine, such as http://gpu1:8000")
+        told = "one on another machine, such as http://gpu1:8000"
+        verbs[name].add_argument("--url", metavar="URL", type=with_scheme, help=told)
     for name in ("up", "explain", "fetch", "doctor"):
         verb = verbs[name]
         verb.add_argument("model", nargs="?", metavar="MODEL", help="a model's name on the hub, or a folder")

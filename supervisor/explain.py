@@ -17,19 +17,11 @@ WIDE = 200
 
 def facts(settings: Settings) -> dict[str, object]:
     """For machines: `settings` (each with name, value, source, overrode) and `warnings`."""
-    mask = settings.mask
-    return {
-        "settings": [
-            {
-                "name": setting.name,
-                "value": mask(setting.shown),
-                "source": mask(setting.source),
-                "overrode": [mask(text) for text in setting.overrode],
-            }
-            for setting in _rows(settings)
-        ],
-        "warnings": list(settings.warnings),
-    }
+    mask, rows = settings.mask, []
+    for row in _rows(settings):
+        overrode = [mask(text) for text in row.overrode]
+        rows.append({"name": row.name, "value": mask(row.shown), "source": mask(row.source), "overrode": overrode})
+    return {"settings": rows, "warnings": list(settings.warnings)}
 
 
 def command(settings: Settings) -> str:

@@ -9,8 +9,7 @@ import os
 import sys
 
 from supervisor.engine.workspace import temporary_folder
-from supervisor.repositories import beside_the_model, fetch_command, model_of, python
-from supervisor.settings import volume
+from supervisor.repositories import beside_the_model, fetch_command, hub_env, model_of, python
 from supervisor.settings.command import environment
 from supervisor.settings.settings import Settings, SettingsError
 
@@ -35,7 +34,7 @@ def fetch(settings: Settings) -> int:
         raise SettingsError(["the download runs in vLLM's Python, which is not to be found: set SUPERVISOR_VLLM"])
     command = fetch_command(settings, wanted)
     folder = str(temporary_folder(settings.environ) / f"vllm-supervisor-{os.getuid()}")
-    environ = volume.hub_environment(settings.volume, settings.environ, folder)
+    environ = hub_env(settings.volume, settings.environ, folder)
     environ |= environment(settings.environ)
     sys.stdout.flush()
     os.execvpe(command[0], command, environ)  # noqa: S606

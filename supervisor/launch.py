@@ -21,8 +21,7 @@ from supervisor.engine.session import Session
 from supervisor.engine.workspace import Workspace
 from supervisor.lines import Form
 from supervisor.output import Output
-from supervisor.repositories import Repository, asks_the_hub, beside_the_model, fetch_command, model_of, python
-from supervisor.settings import volume
+from supervisor.repositories import Repository, asks_the_hub, beside_the_model, fetch_command, hub_env, model_of, python
 from supervisor.settings.command import Command, Serving, build
 from supervisor.settings.settings import Settings
 from supervisor.terminal import Terminal
@@ -95,7 +94,7 @@ class Launch:
 
     def _command(self, model: Repository) -> Command:
         socket, temporary = str(self.workspace.socket), str(self.workspace.temporary)
-        environ = volume.hub_environment(self.settings.volume, self.settings.environ, temporary) | dict(self.environ)
+        environ = hub_env(self.settings.volume, self.settings.environ, temporary) | dict(self.environ)
         beside, settings = beside_the_model(self.settings)
         wanted = [each for each in (model, *beside) if each.weights.download or each.weights.gguf]
         fetches = bool(wanted and python(settings))

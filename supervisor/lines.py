@@ -103,11 +103,7 @@ def printable(text: str) -> str:
 
 def unmasked(form: Form) -> Form:
     """For lines whose parts are masked one by one."""
-    return replace(form, mask=_as_it_is)
-
-
-def _as_it_is(text: str) -> str:
-    return text
+    return replace(form, mask=str)
 
 
 # The lines of a busy second, and of a busy millisecond, share these.

@@ -54,9 +54,8 @@ def _listen(host: str, port: int | None) -> socket.socket:
     except (OSError, UnicodeError) as error:
         listener.close()
         why = getattr(error, "strerror", None) or error
-        raise SettingsError(
-            [f"can't listen on {host}, port {port} ({why}): set PORT (or --port), or SUPERVISOR_HOST"]
-        ) from error
+        told = f"can't listen on {host}, port {port} ({why}): set PORT (or --port), or SUPERVISOR_HOST"
+        raise SettingsError([told]) from error
     listener.setblocking(False)
     return listener
 

@@ -18,10 +18,8 @@ def check(settings: Settings) -> Settings:
         from importlib.util import find_spec  # noqa: PLC0415
 
         if missing := [name for name in RUNPOD if find_spec(name) is None]:
-            needed = " and ".join(missing)
-            raise SettingsError(
-                [f"queue mode needs {needed}: install the extra, pip install 'vllm-supervisor[runpod]'"]
-            )
+            told = "install the extra, pip install 'vllm-supervisor[runpod]'"
+            raise SettingsError([f"queue mode needs {' and '.join(missing)}: {told}"])
     if not settings.vllm.is_beside_us:
         return settings
     warning = (

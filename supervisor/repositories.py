@@ -16,10 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from supervisor.settings import volume
 from supervisor.settings.settings import Settings
+from supervisor.settings.volume import Volume
+from supervisor.vllm.values import json_object
 from supervisor.weights import find, snapshot
 
+# On a volume, RunPod's own name for it, so that its cached models and what a worker downloads are one.
+HUB = "huggingface-cache"
 # Where the image keeps weights that were baked in (Dockerfile).
 BAKED = Path("/opt/weights/hub")
 DOWNLOAD = Path(find.__file__).with_name("download.py")
@@ -125,6 +128,16 @@ def fetch_command(settings: Settings, repositories: list[Repository], *, offline
     return (*python(settings), str(DOWNLOAD), json.dumps(given))
 
 
+def hub_env(volume: Volume | None, environ: Mapping[str, str], folder: str) -> dict[str, str]:
+    """The hub client's variables, where the user set none. `folder`: of this start alone."""
+    found = {"HF_XET_HIGH_PERFORMANCE": "1"}
+    placed = any(environ.get(name) for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"))
+    if volume is not None and volume.writable and not placed:
+        # Chunks of what is downloaded, kept beside the files themselves, would be written to the network twice.
+        found |= {"HF_HOME": str(volume.path / HUB), "HF_XET_CACHE": os.path.join(folder, "xet")}  # noqa: PTH118
+    return {name: value for name, value in found.items() if not environ.get(name)}
+
+
 def hub_cache(environ: Mapping[str, str]) -> Path:
     """Where the hub's client keeps what it downloads, by its own rules."""
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
@@ -141,7 +154,7 @@ def places(environ: Mapping[str, str], disk: Path | None, download_dir: str | No
     """The image; the volume, where RunPod's cached models lie as well; the hub's own cache."""
     found = [find.Place("baked into the image", BAKED, settled=True)]
     if disk is not None:
-        found.append(find.Place("on the volume", disk / volume.HUB / "hub", settled=True))
+        found.append(find.Place("on the volume", disk / HUB / "hub", settled=True))
     cache = Path(download_dir) if download_dir else hub_cache(environ)
     if all(place.cache != cache for place in found):
         found.append(find.Place("in the hub's cache", cache, settled=False))
@@ -153,7 +166,7 @@ def _load_format(settings: Settings) -> str:
 
 
 def _look(settings: Settings, name: str, revision: str | None, load_format: str) -> find.Weights:
-    environ = {**volume.hub_environment(settings.volume, settings.environ, ""), **settings.environ}
+    environ = {**hub_env(settings.volume, settings.environ, ""), **settings.environ}
     among = places(environ, settings.volume.path if settings.volume else None, settings.option("download_dir"))
     return find.find(name, revision, load_format, among, environ)
 
@@ -161,16 +174,8 @@ def _look(settings: Settings, name: str, revision: str | None, load_format: str)
 # How each option names repositories: its value, with what `swap` says in their place.
 
 
-def _tokenizer(value: Any, settings: Settings, swap: Swap) -> Any:
-    return swap(str(value), settings.option("tokenizer_revision"), "tokenizer")
-
-
-def _draft(value: Any, settings: Settings, swap: Swap) -> Any:
-    return swap(str(value), None, _load_format(settings))
-
-
 def _speculative(value: Any, settings: Settings, swap: Swap) -> Any:
-    content = _parsed(value)
+    content = json_object(value) or {}
     if not isinstance(content.get("model"), str):
         return value
     revision = content.get("revision")
@@ -179,7 +184,7 @@ def _speculative(value: Any, settings: Settings, swap: Swap) -> Any:
 
 def _adapters(value: Any, _settings: Settings, swap: Swap) -> Any:
     def one(text: str) -> str:
-        content = _parsed(text)
+        content = json_object(text) or {}
         if isinstance(content.get("path"), str):
             return json.dumps(content | {"path": swap(content["path"], None, "lora")})
         name, equals, path = text.partition("=")
@@ -188,17 +193,9 @@ def _adapters(value: Any, _settings: Settings, swap: Swap) -> Any:
     return tuple(map(one, map(str, value)))
 
 
-def _parsed(value: Any) -> dict[str, Any]:
-    try:
-        content = value if isinstance(value, dict) else json.loads(str(value))
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 READERS: dict[str, Callable[[Any, Settings, Swap], Any]] = {
-    "tokenizer": _tokenizer,
-    "spec_model": _draft,
+    "tokenizer": lambda value, settings, swap: swap(str(value), settings.option("tokenizer_revision"), "tokenizer"),
+    "spec_model": lambda value, settings, swap: swap(str(value), None, _load_format(settings)),
     "speculative_config": _speculative,
     "lora_modules": _adapters,
 }

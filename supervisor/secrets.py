@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -80,7 +81,7 @@ SECRET_TEXT = (
     # A URL's user and password.
     Shape(
         lambda text, small: "@" in text and "://" in text,
-        re.compile(r"(?P<keep>\w://)[^/\s@'\"]+(?=@)"),
+        re.compile(r"(?P<keep>\w://)[^/\s'\"]+(?=@)"),
     ),
     # A query's parameters.
     Shape(
@@ -145,6 +146,11 @@ class Mask:
         named = (word[:2] == "--" and SECRET_NAME.search(word[2:].upper().replace("-", "_")) for word in words)
         pairs = zip(words, (None, *named), strict=False)
         return shlex.join(MASK if after and word[:1] != "-" else self(word) for word, after in pairs)
+
+
+def complain(line: str, environ: Mapping[str, str]) -> None:
+    """On standard error, masked: a line may show what somebody typed."""
+    print(f"supervisor: {Mask(environ)(line)}", file=sys.stderr)
 
 
 def _small(text: str) -> str:

@@ -45,7 +45,6 @@ from supervisor.gateway.upstream import Upstream
 from supervisor.launch import SIGNALS, Launch
 from supervisor.listen import Listeners
 from supervisor.repositories import weights_of
-from supervisor.settings import models
 from supervisor.settings.command import served_name
 from supervisor.settings.settings import Settings
 from supervisor.vllm.values import BadValue
@@ -57,6 +56,9 @@ if TYPE_CHECKING:
     from supervisor.local_runpod.child import LocalRunPod
     from supervisor.queue.child import QueueWorker
 
+# Asked once before it is called ready. On CPUs with AMX an eager vLLM 0.32.0 dies (SIGILL in its attention) when the
+# first prompt that it ever computes has one or two tokens; after a longer one, such prompts are fine.
+WARM_UP = b'{"prompt": "one two three four five six seven eight nine ten eleven twelve", "max_tokens": 1}'
 # The own routes and clients' last bytes, after the last relayed request is done.
 CLOSE_PATIENCE = 5
 # vLLM leaves 0.6 s to 2 s after SIGTERM when nothing is in flight; one that has not left by then is killed. Who wants a
@@ -155,7 +157,7 @@ class Serving(Observer):
             restarts=knobs.max_restarts,
             window=knobs.restart_window,
             stay_when_failed=knobs.on_failure == "serve",
-            warm_up=models.WARM_UP if (self.settings.is_demo or knobs.warm_up) and not self.headless else b"",
+            warm_up=WARM_UP if (self.settings.is_demo or knobs.warm_up) and not self.headless else b"",
         )
 
     def _observers(self) -> list[Observer]:
@@ -283,12 +285,12 @@ class Serving(Observer):
         for heard in self.start.pending:
             self.engine.stop(heard)
         if any(keys.file for keys in self.settings.keys) and not sys.stdin.isatty():
-            self.loop.add_signal_handler(signal.SIGHUP, self._read_keys_again)
+            self.loop.add_signal_handler(signal.SIGHUP, lambda: self.loop.create_task(self._read_keys_again()))
 
-    def _read_keys_again(self) -> None:
+    async def _read_keys_again(self) -> None:
         """SIGHUP, where keys are in files and no terminal could have been closed."""
         try:
-            api_keys, admin_keys = (keys.read_again().values for keys in self.settings.keys)
+            api_keys, admin_keys = await Call(lambda: [keys.read_again().values for keys in self.settings.keys])
         except BadValue as error:
             self.log.error("the keys stay as they were: expected %s", error)  # noqa: TRY400  # no bug of ours
             return

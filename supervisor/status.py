@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from supervisor.engine.workspace import is_ours, temporary_folder, workspaces
+from supervisor.secrets import complain
 from supervisor.settings.knobs import keys
 from supervisor.vllm.values import BadValue
 
@@ -48,12 +49,12 @@ def show(url: str | None, environ: Mapping[str, str], *, as_json: bool) -> int:
     try:
         found = [_at(url, environ)] if url else list(here(environ, silent))
     except StatusError as error:
-        print(f"supervisor: {error}", file=sys.stderr)
+        complain(str(error), environ)
         return NOT_READY
     for line in silent:
-        print(f"supervisor: {line}", file=sys.stderr)
+        complain(line, environ)
     if not found and not silent:
-        print("supervisor: none runs here: start one with `supervisor up`, or name one with --url", file=sys.stderr)
+        complain("none runs here: start one with `supervisor up`, or name one with --url", environ)
     if not as_json and sys.stdout.isatty():
         for status in found:
             _table(status)

@@ -59,8 +59,7 @@ def up(settings: Settings) -> int:
                 if first.wait(LAUNCH_PATIENCE):
                     first.result()
             except OSError as error:
-                program = settings.vllm.command[0]
-                text = f"{program} can't be executed ({error.strerror}): check SUPERVISOR_VLLM"
+                text = f"{settings.vllm.command[0]} can't be executed ({error.strerror}): check SUPERVISOR_VLLM"
                 raise SettingsError([text]) from error
             from supervisor.serve import Start, serve  # noqa: PLC0415  # vLLM is importing by now: it costs no time
 

@@ -16,6 +16,7 @@ from supervisor.engine.lifecycle import State
 from supervisor.engine.run import Change, Observer, Run
 from supervisor.settings import config_file
 from supervisor.settings.settings import Settings
+from supervisor.settings.sources import Report
 from supervisor.weights.find import Weights
 
 WORDS = {"image": "images", "video": "videos", "audio": "audio"}
@@ -60,7 +61,7 @@ def _counts(given: object) -> dict[str, object]:
 def _vllm_config(settings: Settings) -> dict[str, object]:
     """What the file of vLLM's own --config says."""
     name = settings.option("config")
-    return config_file.read_vllm_config(str(name), "").content if name else {}
+    return config_file.read_vllm_config("", name, Report(settings.mask)).typed if name else {}
 
 
 class MediaTold(Observer):

@@ -47,10 +47,7 @@ PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
         re.compile(r"torch\.compile (takes|took)|Initial profiling|CPU KV cache size|Available KV cache"),
     ),
     # The line of a progress bar ends with the bar: by then they are captured.
-    (
-        "capturing graphs",
-        re.compile(r"GPU KV cache size|Capturing CUDA graphs|Capturing cudagraphs|Warming up model"),
-    ),
+    ("capturing graphs", re.compile(r"GPU KV cache size|Capturing CUDA graphs|Capturing cudagraphs|Warming up model")),
     ("warming up kernels", re.compile(r"Graph capturing finished")),
     (
         "starting the API server",

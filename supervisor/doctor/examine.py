@@ -94,10 +94,7 @@ def show(given: Arguments, environ: Mapping[str, str], *, as_json: bool) -> int:
 
 
 def admit(
-    given: Arguments,
-    environ: Mapping[str, str],
-    where: Machine | None = None,
-    patience: float = SETTINGS_PATIENCE,
+    given: Arguments, environ: Mapping[str, str], where: Machine | None = None, patience: float = SETTINGS_PATIENCE
 ) -> Patient:
     """Reads the settings, in a thread that may stay behind."""
     patient = partial(Patient, environ, where or Machine(), Hub(environ))
@@ -117,7 +114,7 @@ def examine(patient: Patient, checks: Mapping[str, Check], patience: float) -> l
     calls = {name: Call(partial(_rows, check, patient)) for name, check in checks.items()}
     late = Row(WARN, f"no answer within {PATIENCE:g} s", "What it asks hangs: a driver, a network disk, a name server.")
     return [
-        row.named(name)
+        row._replace(check=name)
         for name, call in calls.items()
         for row in (call.result() if call.wait(max(0.0, deadline - time.monotonic())) else [late])
     ]

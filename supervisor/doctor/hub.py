@@ -26,7 +26,8 @@ class Answer(NamedTuple):
 
 class Hub:
     def __init__(self, environ: Mapping[str, str]) -> None:
-        self.endpoint = (environ.get("HF_ENDPOINT") or ENDPOINT).rstrip("/")
+        endpoint = (environ.get("HF_ENDPOINT") or ENDPOINT).rstrip("/")
+        self.endpoint = endpoint if "://" in endpoint else f"https://{endpoint}"
         self.token = token(environ)
         self._answers: dict[str, Answer] = {}
         self._lock = threading.Lock()
@@ -72,6 +73,4 @@ def token(environ: Mapping[str, str]) -> str:
         if found := environ.get(name, "").strip():
             return found
     home = hub_cache({**environ, "HF_HUB_CACHE": "", "HUGGINGFACE_HUB_CACHE": ""}).parent
-    with contextlib.suppress(OSError, ValueError):
-        return Path(environ.get("HF_TOKEN_PATH") or home / "token").read_text().strip()
-    return ""
+    return (within(PATIENCE, Path(environ.get("HF_TOKEN_PATH") or home / "token").read_text) or "").strip()

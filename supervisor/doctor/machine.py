@@ -73,11 +73,8 @@ def gpus(patient: Patient) -> Row:  # noqa: PLR0911  # a rule each
     if here:
         return Row(FAIL, "CUDA_VISIBLE_DEVICES hides every GPU", "Remove it.")
     if patient.machine.in_container(patient.environ):
-        return Row(
-            FAIL,
-            "no GPU is to be seen in this container",
-            "Start it with --gpus all (compose: deploy.resources.reservations.devices; Kubernetes: nvidia.com/gpu: 1).",
-        )
+        remedy = "--gpus all (compose: deploy.resources.reservations.devices; Kubernetes: nvidia.com/gpu: 1)"
+        return Row(FAIL, "no GPU is to be seen in this container", f"Start it with {remedy}.")
     return Row(OK, "none here: fine for a try with the stand-in or vLLM's CPU build")
 
 
@@ -89,11 +86,10 @@ def gpu_memory(patient: Patient) -> Row | None:
     said = f"{amount(each['used'])} of {amount(each['total'])} are in use"
     if each["used"] <= (each["total"] - each.get("reserved", 0)) * (1 - share):
         return Row(OK, said)
-    return Row(
-        WARN,
-        f"{said}, and vLLM wants {share:g} of it",
-        "End what uses it (`nvidia-smi` names it; a supervisor that runs is fine), or lower GPU_MEMORY_UTILIZATION.",
+    remedy = (
+        "End what uses it (`nvidia-smi` names it; a supervisor that runs is fine), or lower GPU_MEMORY_UTILIZATION."
     )
+    return Row(WARN, f"{said}, and vLLM wants {share:g} of it", remedy)
 
 
 def driver(patient: Patient) -> Row | None:

@@ -15,11 +15,9 @@ def hub(patient: Patient) -> Row:
     found, endpoint = patient.hub.hello(), patient.hub.endpoint
     if not found.status:
         needed = patient.weights is None or (patient.weights.download and patient.weights.folder is None)
-        return Row(
-            FAIL if needed else WARN,
-            f"{endpoint} does not answer ({found.why})" + ("" if needed else "; the weights are here"),
-            "Check the network and HTTPS_PROXY; set HF_ENDPOINT for a mirror, HF_HUB_OFFLINE=1 where there is none.",
-        )
+        said = f"{endpoint} does not answer ({found.why})" + ("" if needed else "; the weights are here")
+        remedy = "set HF_ENDPOINT for a mirror, HF_HUB_OFFLINE=1 where there is none."
+        return Row(FAIL if needed else WARN, said, f"Check the network and HTTPS_PROXY; {remedy}")
     if patient.hub.token and found.status in (401, 403):
         return Row(FAIL, f"{endpoint} refuses the token", "Set HF_TOKEN to one that is valid, or remove it.")
     if found.status >= 500:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import re
 import subprocess
@@ -11,15 +10,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from supervisor.around.gpus import gpus
 from supervisor.around.machine import Machine
 from supervisor.doctor.hub import Answer, Hub
 from supervisor.engine.workspace import temporary_folder
-from supervisor.repositories import hub_cache, weights_of
+from supervisor.repositories import hub_cache, hub_env, weights_of
 from supervisor.secrets import Mask
-from supervisor.settings import platform, volume
+from supervisor.settings import platform
 from supervisor.settings.settings import Settings
 from supervisor.vllm import installed
 from supervisor.weights import find, snapshot
@@ -42,18 +41,14 @@ os._exit(0)
 CUDA = re.compile(r"^cuda\b[^=\n]*= *(?:None|'([\d.]+)')", re.MULTILINE)
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     verdict: str
     text: str
     remedy: str = ""
     check: str = ""
 
-    def named(self, check: str) -> Row:
-        return dataclasses.replace(self, check=check)
-
     def masked(self, mask: Mask) -> Row:
-        return dataclasses.replace(self, text=mask(self.text), remedy=mask(self.remedy))
+        return self._replace(text=mask(self.text), remedy=mask(self.remedy))
 
     def as_dict(self) -> dict[str, str]:
         return {"check": self.check, "verdict": self.verdict, "found": self.text, "remedy": self.remedy}
@@ -135,7 +130,7 @@ class Patient:
     @property
     def downloads(self) -> Path:
         """Where the hub's client puts what it downloads."""
-        placed = volume.hub_environment(self.settings.volume if self.settings else None, self.environ, "")
+        placed = hub_env(self.settings.volume if self.settings else None, self.environ, "")
         return Path(self.option("download_dir", None) or hub_cache({**placed, **self.environ}))
 
     @property

@@ -17,14 +17,7 @@ from supervisor.gateway.door import Client
 from supervisor.gateway.errors import Refusal
 from supervisor.gateway.exchange import Exchange
 from supervisor.gateway.heads import Repeats
-from supervisor.gateway.http1 import (
-    HEAD_LIMIT,
-    HEAD_TOO_LARGE,
-    VERSIONS,
-    Request,
-    asks_for_websocket,
-    origin_form,
-)
+from supervisor.gateway.http1 import HEAD_LIMIT, HEAD_TOO_LARGE, VERSIONS, Request, asks_for_websocket, origin_form
 from supervisor.gateway.policy import is_preflight
 
 if TYPE_CHECKING:

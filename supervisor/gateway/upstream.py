@@ -18,12 +18,7 @@ import httptools
 
 from supervisor.gateway.errors import UpstreamError
 from supervisor.gateway.heads import Memo, Repeats
-from supervisor.gateway.http1 import (
-    ANSWER_HEAD_LIMIT,
-    Framing,
-    KnownAnswer,
-    ResponseHead,
-)
+from supervisor.gateway.http1 import ANSWER_HEAD_LIMIT, Framing, KnownAnswer, ResponseHead
 
 # vLLM's uvicorn closes an idle connection after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE): leave first.
 IDLE_LIMIT = 4.0

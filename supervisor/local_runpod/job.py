@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from supervisor import asking, status
+from supervisor import asking, secrets, status
 
 PATIENCE = 30.0  # seconds for an answer; /stream waits up to one for news
 FAILED = 1
@@ -38,7 +38,7 @@ def run(given: str, url: str | None, environ: Mapping[str, str], *, stream: bool
             job["input"] = streaming(job["input"])
         return _run(Endpoint(url or find(environ), status.authorization(environ, *KEYS)), job, stream=stream)
     except (JobError, status.StatusError) as error:
-        print(f"supervisor: {error}", file=sys.stderr)
+        secrets.complain(str(error), environ)
         return FAILED
 
 

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from supervisor.bounded import within
+from supervisor.bounded import read_file, within
 from supervisor.secrets import SHORTEST_SECRET
 from supervisor.settings import platform
 from supervisor.settings.knobs import SHORT_KEY, Keys
@@ -39,9 +39,9 @@ def told(part: str, asked: Asked) -> Iterator[str]:
             yield row["told"].format_map(asked).removeprefix("environment ")  # a warning begins with a name
 
 
-def is_missing(path: str) -> bool:
-    """Whether it surely is not there; a disk that does not answer may have it."""
-    return within(DISK_PATIENCE, Path(path).exists) is False
+def is_missing(path: str, *, is_folder: bool) -> bool:
+    """Whether there surely is no such folder or plain file; a disk that does not answer may have it."""
+    return within(DISK_PATIENCE, Path(path).is_dir if is_folder else Path(path).is_file) is False
 
 
 def config_in(path: Path) -> dict[str, Any]:
@@ -55,6 +55,8 @@ def tls(asked: Asked) -> Iterator[str]:
         import ssl  # noqa: PLC0415  # 10 ms that most starts need not pay
 
         try:
+            for path in filter(None, (cert, key)):
+                read_file(Path(path), again=True)  # by uvicorn
             ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key)
         except OSError as error:
             yield (
@@ -86,7 +88,7 @@ def adapters(asked: Asked) -> Iterator[str]:
         path = os.path.expanduser(path)  # noqa: PTH111  # ~nobody stays as it is
         told = f"LORA_MODULES={name}={path} ({asked['LORA_MODULES'].source})"
         rank = config_in(Path(path) / "adapter_config.json").get("r")
-        if is_missing(path):
+        if is_missing(path, is_folder=True):
             yield f"{told}: expected a folder that is there"
         elif isinstance(rank, int) and rank > most:
             fits = min((int(size) for size in (option.choices if option else ()) if int(size) >= rank), default=rank)
@@ -95,9 +97,9 @@ def adapters(asked: Asked) -> Iterator[str]:
 
 def files(asked: Asked) -> Iterator[str]:
     for variable in ("CHAT_TEMPLATE", "TOOL_PARSER_PLUGIN", "REASONING_PARSER_PLUGIN", "ALLOWED_LOCAL_MEDIA_PATH"):
-        given, kind = asked[variable].shown, "folder" if variable == "ALLOWED_LOCAL_MEDIA_PATH" else "file"
-        if ((kind == "folder" and given) or PATH.match(given)) and is_missing(given):
-            yield f"{asked[variable].named}: expected a {kind} that is there"
+        given, is_folder = asked[variable].shown, variable == "ALLOWED_LOCAL_MEDIA_PATH"
+        if ((is_folder and given) or PATH.match(given)) and is_missing(given, is_folder=is_folder):
+            yield f"{asked[variable].named}: expected a {'folder' if is_folder else 'file'} that is there"
 
 
 def heads(asked: Asked) -> Iterator[str]:
@@ -114,13 +116,6 @@ def heads(asked: Asked) -> Iterator[str]:
             f"{asked['TENSOR_PARALLEL_SIZE'].named}: the model's {count} heads of attention can't be shared among so "
             f"many GPUs: set TENSOR_PARALLEL_SIZE={fits}"
         )
-
-
-def drafts(asked: Asked) -> Iterator[str]:
-    """vLLM's own rule: a draft by n-grams, by a part of the model, or by another model, which has to be named."""
-    config = json_object(asked["SPECULATIVE_CONFIG"].value)  # none, where it has numbers such as 32k
-    if config is not None and not config.keys() & {"model", "method"}:
-        yield f"{asked['SPECULATIVE_CONFIG'].named}: it names neither a method, such as ngram, nor a model"
 
 
 def short_keys(asked: Asked) -> Iterator[str]:
@@ -146,6 +141,6 @@ def gpus(asked: Asked) -> Iterator[str]:
 
 
 # vLLM does not start with these, or nobody would be served.
-PROBLEMS: tuple[Rule, ...] = (partial(told, "problems"), tls, names, adapters, files, drafts, heads)
+PROBLEMS: tuple[Rule, ...] = (partial(told, "problems"), tls, names, adapters, files, heads)
 # It starts, and somebody may wonder.
 WARNINGS: tuple[Rule, ...] = (partial(told, "warnings"), short_keys, gpus)

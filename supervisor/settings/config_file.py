@@ -9,17 +9,28 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from supervisor.bounded import read_file
+from supervisor.settings.sources import Report
+
 CONFIG_NAME = "config.yaml"
+# What is said of one that nobody named, before and behind the reason.
+NOT_READ = f"{CONFIG_NAME} in this folder is not read: it"
+ADVICE = ". Name it with --config (or SUPERVISOR_CONFIG) if it is meant for this."
 # What says that a file is ours, beside a `supervisor:` section: the first line of our example, which editors go by.
 SCHEMA_LINE = re.compile(r"\ufeff?# *yaml-language-server: *\$schema=(\S*/)?config\.schema\.json\s")
 # The section, in a file that is too broken for YAML to tell.
 SECTION = re.compile(r"^supervisor\s*:(\s|$)", re.MULTILINE)
+# What YAML 1.1 makes of bare words.
+TAKEN = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp"))
+# Of our own settings: words as a shell has them. All others that may be lists stand between commas.
+WORDS = ("extra_args", "vllm")
 
 
 class MalformedError(Exception):
@@ -28,82 +39,75 @@ class MalformedError(Exception):
 
 @dataclass(slots=True)
 class ConfigFile:
-    """`label` is how the user named it; keys are normal (`max_model_len`), values as YAML made them."""
+    """`label` is how the user named it; keys are normal (`max_model_len`), values as they are written."""
 
     label: str
     is_named: bool = True  # else it lay in the current folder
     content: dict[str, Any] = field(default_factory=dict)
+    typed: dict[str, Any] = field(default_factory=dict)  # of vLLM's own file, as YAML made them
     knobs: dict[str, Any] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    def problem(self, why: str) -> None:
-        self.problems.append(f"{self.label} {why}")
-
-    def pass_over(self, why: str) -> None:
-        advice = "Name it with --config (or SUPERVISOR_CONFIG) if it is meant for this."
-        self.warnings.append(f"{self.label} in this folder is not read: it {why}. {advice}")
 
 
-def read(name: str, source: str) -> ConfigFile:
+def read(source: str, given: object, report: Report) -> ConfigFile:
     """Reads the file that `source` names, such as `environment SUPERVISOR_CONFIG`."""
-    file = ConfigFile(name)
-    with _told(file.problem, source):
-        _fill(file, _mapping(Path(os.path.expanduser(name)).read_text()))  # noqa: PTH111  # ~nobody stays as it is
+    file = ConfigFile(name := str(given).strip())
+    with _told(report.problems, name, source):
+        text = read_file(Path(os.path.expanduser(name))).decode()  # noqa: PTH111  # ~nobody stays as it is
+        _fill(file, _mapping(text), report)
     return file
 
 
-def read_unnamed() -> ConfigFile:
+def read_unnamed(report: Report) -> ConfigFile:
     """Reads `config.yaml` in the current folder, where it is there and ours; what is returned is empty otherwise."""
     file, path, text = ConfigFile(CONFIG_NAME, is_named=False), Path(CONFIG_NAME), ""
-    with _told(file.pass_over):
-        if path.is_file():  # reading a pipe would wait for somebody who writes
-            text = path.read_text()
-        elif path.exists() or path.is_symlink():
-            file.pass_over("is not a file")
-    with _told(file.problem):
+    with _told(report.warnings, NOT_READ, end=ADVICE):
+        if path.exists() or path.is_symlink():
+            text = read_file(path, again=True).decode()
+    with _told(report.problems, CONFIG_NAME):
         if (content := _content_of_ours(text)) is not None:
-            _fill(file, content)
+            _fill(file, content, report)
         elif any(line.strip() and not line.lstrip().startswith("#") for line in text.splitlines()):
-            file.pass_over("has no `supervisor:` section")
+            report.warnings.append(f"{NOT_READ} has no `supervisor:` section{ADVICE}")
     return file
 
 
-def read_vllm_config(path: str, source: str) -> ConfigFile:
+def read_vllm_config(source: str, given: object, report: Report) -> ConfigFile:
     """Looks into the file of vLLM's own `--config`, which vLLM reads itself, for what concerns us."""
+    path = str(given).strip()
     file = ConfigFile(f"{path} ({source})")
-    if Path(path).suffix not in (".yaml", ".yml"):
-        file.problems.append(f"CONFIG={path} ({source}): expected a YAML file, such as /path/vllm.yaml")
-        return file
-    with _told(file.problem):
-        file.content = _mapping(Path(path).read_text())
+    with _told(report.problems, file.label):
+        if Path(path).suffix not in (".yaml", ".yml"):  # vLLM's own rule
+            raise MalformedError("is no YAML file, such as /path/vllm.yaml")
+        text = read_file(Path(path), again=True).decode()
+        file.content, file.typed = _mapping(text), _mapping(text, typed=True)
     return file
 
 
 @contextmanager
-def _told(tell: Callable[[str], None], source: str = "") -> Iterator[None]:
-    """Hands to `tell` why a file can't be used; `source` named it."""
+def _told(lines: list[str], label: str, source: str = "", *, end: str = "") -> Iterator[None]:
+    """Adds a line on why a file can't be used: `source` named it."""
     try:
         yield
     except OSError as error:
-        tell(f"can't be read ({error.strerror}{source and f'; named by {source}'})")
+        lines.append(f"{label} can't be read ({error.strerror}{source and f'; named by {source}'}){end}")
     except UnicodeDecodeError as error:
-        tell(f"is not a text ({error.reason} at byte {error.start})")
+        lines.append(f"{label} is not a text ({error.reason} at byte {error.start}){end}")
     except MalformedError as error:
-        tell(str(error))
+        lines.append(f"{label} {error}{end}")
 
 
 def _normal_keys(mapping: dict[Any, Any]) -> dict[str, Any]:
     return {str(key).replace("-", "_").lower(): value for key, value in mapping.items()}
 
 
-def _fill(file: ConfigFile, content: dict[str, Any]) -> None:
+def _fill(file: ConfigFile, content: dict[str, Any], report: Report) -> None:
     knobs = content.pop("supervisor", None) or {}
     if isinstance(knobs, dict):
-        every = _normal_keys(knobs).items()  # lists are texts as a variable's
-        file.knobs = {key: ",".join(map(str, value)) if isinstance(value, list) else value for key, value in every}
+        for key, value in _normal_keys(knobs).items():  # lists are texts as a variable's
+            join = shlex.join if key in WORDS else ",".join
+            file.knobs[key] = join(map(str, value)) if isinstance(value, list) else value
     else:
-        file.problems.append(f"{file.label}: 'supervisor' must be a mapping, such as 'supervisor: {{port: 8000}}'")
+        report.problems.append(f"{file.label}: 'supervisor' must be a mapping, such as 'supervisor: {{port: 8000}}'")
     file.content = content
 
 
@@ -121,16 +125,30 @@ def _content_of_ours(text: str) -> dict[str, Any] | None:
     return content if has_schema_line or isinstance(content.get("supervisor", ""), dict | None) else None
 
 
-def _mapping(text: str) -> dict[str, Any]:
+def _mapping(text: str, *, typed: bool = False) -> dict[str, Any]:
+    """What a file of settings says, as it is written; YAML's numbers and the like are for objects, which are JSON.
+    `typed`: as YAML takes it, and so vLLM: `1.10` is 1.1, and `no` is false. Raises MalformedError."""
     import yaml  # noqa: PLC0415  # takes 30 ms, and most starts have no file
 
     class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+            path.append(index)
+            node = super().compose_node(parent, index)
+            path.pop()
+            keys = [str(each.value).lower() for each in (*path, index) if isinstance(each, yaml.Node)]
+            in_object = index is not None and len(keys) > 1 + (keys[:1] == ["supervisor"])
+            is_bare = isinstance(node, yaml.ScalarNode) and node.style is None and node.tag in TAKEN
+            if node is None or not is_bare or typed or in_object:
+                return node
+            return yaml.ScalarNode("tag:yaml.org,2002:str", node.value, node.start_mark)  # its aliases stay numbers
+
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             names = [key.value for key, _ in node.value]
             if twice := [name for name in names if names.count(name) > 1]:  # to YAML the last one counts
                 raise yaml.MarkedYAMLError(problem=f"{twice[0]} is there twice", problem_mark=node.start_mark)
             return super().construct_mapping(node, deep)
 
+    path: list[Any] = []  # to a node: None for a key, its key for a value, a number for a list's item
     try:  # as JSON has it: a date is a text
         content = json.loads(json.dumps(yaml.load(text, Loader), default=lambda date: date.isoformat()))  # noqa: S506
     # PyYAML lets through what its readers of values raise, such as `!!bool maybe`; a mapping may hold itself.
@@ -139,9 +157,7 @@ def _mapping(text: str) -> dict[str, Any]:
         nested = "it is nested too deeply" if isinstance(error, RecursionError) else None
         why = nested or getattr(error, "problem", None) or error
         raise MalformedError(f"is not valid YAML{where}: {why}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        kind = "text" if isinstance(content, str) else type(content).__name__
+    if not isinstance(content, dict | None):
+        kind = "text" if isinstance(content, str) else "list"
         raise MalformedError(f"must be a mapping, such as 'max_model_len: 4096', not a {kind}")
-    return _normal_keys(content)
+    return _normal_keys(content or {})

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from supervisor.bounded import read_file
+from supervisor.settings.names import NO_HOSTS, advice
 from supervisor.vllm.values import BadValue, clean, read_bool, read_choice
 
 
@@ -55,7 +58,7 @@ SHORT_KEY = 8  # characters; one with less can be tried out, which is told, and 
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """Keys, and the file that they were read from, if any."""
+    """Keys, and the plain file that they were read from, if any."""
 
     values: tuple[str, ...] = ()
     file: str | None = None
@@ -71,10 +74,12 @@ def keys(value: str) -> Keys:
     file = value[1:] if value.startswith("@") else None
     if file is not None:
         try:
-            value = re.sub(r"(?m)^[ \t]*#.*", "", Path(path(file)).read_text()).replace("\n", ",")
+            text = read_file(named := Path(path(file))).decode()
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or "not a text"
             raise BadValue(f"keys, such as key1,key2, or @file with a key on each line ({why})") from None
+        value = ",".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+        file = file if named.is_file() else None  # a pipe is read once
     found = tuple(key.strip() for key in value.split(",") if key.strip())
     if not found:
         raise BadValue("at least one key, such as key1,key2; there is nothing but blanks")
@@ -102,6 +107,19 @@ def hosts(value: str) -> tuple[str, ...]:
     if not all(map(HOST.fullmatch, found)):
         raise BadValue("names of hosts without scheme, port or path, such as gpu1.example.com,*.example.org")
     return found
+
+
+def host(value: str) -> str:
+    """An address to listen on, or a name that has one."""
+    with suppress(OSError):
+        if ":" in value:
+            socket.inet_pton(socket.AF_INET6, value.partition("%")[0])
+        elif re.fullmatch(r"0|\d*\.[\d.]*", value):
+            socket.inet_aton(value)
+        elif not re.fullmatch(rf"(?!\*|\d+$){HOST.pattern}\.?", value, re.IGNORECASE):
+            raise OSError
+        return value
+    raise BadValue(advice(NO_HOSTS, value))
 
 
 def choice(*names: str) -> Callable[[str], str]:
@@ -135,7 +153,7 @@ class Knobs:
     """The supervisor's own settings: each one's row, and its value. Times in seconds."""
 
     mode: str = knob("auto", choice("auto", "http", "queue"))
-    host: str = knob("127.0.0.1", str)
+    host: str = knob("127.0.0.1", host)
     port: int = knob("8000", port_number, prefix="")  # platforms set these two
     port_health: int | None = knob(None, port_number, prefix="")
     vllm: str | None = knob(None, path, is_program=True)

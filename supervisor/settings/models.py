@@ -8,18 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from supervisor.bounded import within
-from supervisor.settings.names import DEFAULTS, INSTEAD, NO_GGUF
+from supervisor.settings.names import DEFAULTS, INSTEAD, NO_GGUF, advice
 from supervisor.vllm.catalogue import Catalogue
 from supervisor.vllm.installed import Vllm
 from supervisor.vllm.values import BadValue
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "model"
-# Asked once before it is called ready. On CPUs with AMX an eager vLLM 0.32.0 dies (SIGILL in its attention) when the
-# first prompt that it ever computes has one or two tokens; after a longer one, such prompts are fine.
-WARM_UP = b'{"prompt": "one two three four five six seven eight nine ten eleven twelve", "max_tokens": 1}'
 # Seconds for a disk to tell whether something is there. A network volume may hang.
 DISK_PATIENCE = 3.0
-NAME = re.compile(r"(?!models--|-)[\w.-]+(/[\w.-]+)?", re.ASCII)
+NAME = re.compile(r"(?!models--|-|(?i:true|false|yes|no|on|off|none|null)$)[\w.-]+(/[\w.-]+)?", re.ASCII)
 STORED = re.compile(r"(s3|gs|az)://.+", re.DOTALL)  # vLLM reads from these itself
 # Ollama's form, and llama.cpp's: `org/name:Q4_K_M`.
 QUANTIZED = re.compile(r"[\w.-]+/[\w.-]+:(ud-)?(i?q\d|tq\d|bf?16|f16|f32|mxfp4)\w*", re.ASCII | re.I)
@@ -32,22 +29,16 @@ def read(name: str, vllm: Vllm, catalogue: Catalogue, environ: Mapping[str, str]
     there = within(DISK_PATIENCE, Path(path).exists) if is_path or not NAME.fullmatch(name) else False
     is_gguf = QUANTIZED.fullmatch(name) or (name.lower().endswith(".gguf") and "/" in name)
     known = not is_path and (is_gguf or STORED.fullmatch(name) or NAME.fullmatch(name))
-    if there and within(DISK_PATIENCE, lambda: os.path.isdir(path) and not os.listdir(path)):  # noqa: PTH112, PTH208
-        raise BadValue("a folder with a model in it; this one is empty")
+    at = Path(path)
+    if there and within(DISK_PATIENCE, lambda: not at.is_file() and not (at.is_dir() and os.listdir(at))):  # noqa: PTH208
+        raise BadValue("a folder with a model in it; there is nothing in this one")
     if there is not False or known:  # a hanging disk: the launch waits
-        if is_gguf and not _reads_gguf(vllm, catalogue, environ):
+        named = [row.names for row in catalogue.by_key.values() if row.key in ("load_format", "quantization")]
+        lacks_gguf = any(named) and not any("gguf" in names for names in named)  # where nobody knows, it may have it
+        if is_gguf and lacks_gguf and not vllm.may_have_plugins(environ):
             raise BadValue(NO_GGUF.format(version=vllm.version))
         return path
-    for pattern, told in INSTEAD.items():
-        if found := re.compile(pattern, re.ASCII | re.DOTALL).fullmatch(name):
-            raise BadValue(told.format(**found.groupdict()))
-    raise AssertionError("the last of them fits all")
-
-
-def _reads_gguf(vllm: Vllm, catalogue: Catalogue, environ: Mapping[str, str]) -> bool:
-    """True where nobody knows."""
-    known = [option.names for option in catalogue.by_key.values() if option.key in ("load_format", "quantization")]
-    return not any(known) or any("gguf" in names for names in known) or vllm.may_have_plugins(environ)
+    raise BadValue(advice(INSTEAD, name))
 
 
 def forbids_demo(environ: Mapping[str, str]) -> str | None:

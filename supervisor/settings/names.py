@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ _TABLE = read_table("names.json")
 DEFAULTS = read_table("defaults.json")  # by source
 
 
+def advice(table: dict[str, str], given: str) -> str:
+    """What is told of it: the first pattern that fits speaks. Nothing, where none does."""
+    every = ((re.fullmatch(pattern, given, re.ASCII | re.DOTALL), told) for pattern, told in table.items())
+    return next((told.format(**found.groupdict()) for found, told in every if found), "")
+
+
 def _removed(part: str) -> dict[str, str]:
     return {name: f"{advice} (vLLM had it until {last})" for name, (last, advice) in _TABLE[part].items()}
 
@@ -28,8 +35,10 @@ OWNED: dict[str, str] = _TABLE["owned"]
 ZERO_MEANS_UNSET = frozenset(_TABLE["zero means unset"])
 FORMER: dict[str, str] = _TABLE["former"]
 INSTEAD: dict[str, str] = _TABLE["instead"]
+NO_HOSTS: dict[str, str] = _TABLE["no hosts"]
 NO_GGUF: str = _TABLE["no gguf"]
-DOCKERS = frozenset(_TABLE["docker's"]["options"])
+NEAR_MISSES: dict[str, Any] = _TABLE["near misses"]
+NO_OPTIONS: dict[str, str] = _TABLE["no options"]
 WITHHELD, WITHHELD_PREFIXES = frozenset(_TABLE["not passed on"]["names"]), tuple(_TABLE["not passed on"]["prefixes"])
 # Options by key (`swap_space`), and variables.
 REMOVED, REMOVED_ENVIRONMENT = _removed("removed options"), _removed("removed variables")

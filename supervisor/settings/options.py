@@ -18,6 +18,7 @@ from supervisor.vllm.values import json_object, read_bool
 Options = tuple[tuple[Option, Setting], ...]
 # vLLM's draft by n-grams had this for its model's name; it has a method of its own now.
 NGRAM = "[ngram]"
+TEXTS = ("str", "folded", "csv", "json_or_str")  # types of options
 ZERO = "worker-vllm read 0 as 'not set', and vLLM can't run with it"
 
 
@@ -96,15 +97,18 @@ def respelled(option: Option, given: object) -> object:
 def of_vllms_file(file: ConfigFile, catalogue: Catalogue, report: Report) -> dict[str, Setting]:
     """What the file of vLLM's own --config says, which vLLM reads itself, by variable. What it may not say, or what
     vLLM would not take, is a problem."""
-    report.problems += file.problems
     found = {}
-    for key, given in file.content.items():
-        option = catalogue.find(key)
+    for key, given in file.typed.items():
+        option, both = catalogue.find(key), (given, file.content.get(key))
+        taken, written = ([*map(str, each)] if isinstance(each, list) else [str(each)] for each in both)
         if key in OWNED:
             report.problems.append(f"{file.label}: {key} can't be set there: {OWNED[key]}")
         elif option is None:
             why, told = missing(key, catalogue), f"{file.label}: vLLM {catalogue.version} has no option {key}"
             (report.problems if why else report.warnings).append(told + (why or ", and most likely ends at it"))
+        elif key != "model" and option.type in TEXTS and not option.is_switch and taken != written:
+            why = f"YAML makes {' '.join(taken)} of {' '.join(written)}: put it in quotes"
+            report.problems.append(f"{file.label}: {key}: {why}")
         elif key != "model" and not option.is_unset(given):
             found[option.variable] = report.setting(option.variable, [Found(f"{file.label} {key}", given)], option.read)
     return {variable: setting for variable, setting in found.items() if setting is not None}

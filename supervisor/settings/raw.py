@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from supervisor.settings.names import DOCKERS, OWNED, REMOVED
+from supervisor.settings.names import NO_OPTIONS, OWNED, REMOVED, advice
 from supervisor.settings.options import respelled
 from supervisor.settings.sources import Report, Setting
 from supervisor.settings.typos import missing
@@ -100,8 +100,7 @@ def _unknown(base: str, following: list[str], source: str, catalogue: Catalogue,
     # `-O3` and the like, whose value is glued on: vLLM's parser knows it beside its options. A catalogue may have none.
     shorts = [name for option in catalogue.by_key.values() for name in option.short]
     is_short = not shorts or (not following and base.startswith(("-O", *shorts)))
-    if base in DOCKERS:
-        why = "this is an option of docker's: it stands before the image's name, not in here"
+    if why := advice(NO_OPTIONS, base):
         report.problems.append(f"{base} ({source}): {why}")
     elif base.startswith("--") or not is_short:
         if why := missing(key, catalogue):

@@ -18,26 +18,13 @@ from supervisor.settings.config_file import ConfigFile
 from supervisor.settings.knobs import KNOBS, Keys, Knob, Knobs
 from supervisor.settings.names import ALIASES, OURS, REMOVED, SAGEMAKER
 from supervisor.settings.options import Options
-from supervisor.settings.sources import (
-    Arguments,
-    Asked,
-    Found,
-    Report,
-    Setting,
-    Source,
-    beneath,
-    cleaned,
-    environments,
-    find,
-)
+from supervisor.settings.sources import Arguments, Asked, Found, Report, Setting, Source, beneath, environments, find
 from supervisor.vllm import catalogue as catalogues
 from supervisor.vllm import installed
 from supervisor.vllm.catalogue import Catalogue, Option
 from supervisor.vllm.installed import Vllm, VllmError
 
 __all__ = ["Arguments", "Setting", "Settings", "SettingsError", "gather"]
-# Our access log says more than vLLM's, which has a line for each look at its health besides.
-INSTEAD_OF_VLLMS = {"DISABLE_UVICORN_ACCESS_LOG": Found("SUPERVISOR_ACCESS_LOG", True)}
 
 
 class SettingsError(Exception):
@@ -90,12 +77,16 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     """Reads every source. Raises SettingsError with all problems at once."""
     sources = [arguments.source, *environments(environ)]
     named = find(sources, "SUPERVISOR_CONFIG")
-    file = config_file.read(str(named[0].given).strip(), named[0].source) if named else config_file.read_unnamed()
-    report = Report(_mask(environ, file), list(file.problems), list(file.warnings))
+    report = Report(Mask(environ))
+    file = config_file.read(*named[0], report) if named else config_file.read_unnamed(report)
+    hidden = [str(file.knobs.get(knob.field, "")) for knob in KNOBS if knob.secret]
+    report.mask.add([*hidden, *(part.strip() for text in hidden for part in text.split(","))])
     section = ((knob.variable, knob.field) for knob in KNOBS)
     sources += [{name: Found(f"{file.label} supervisor.{key}", file.knobs.get(key)) for name, key in section}]
     asked_mode = _knob(KNOBS[0], sources, file, report)  # the platform's defaults go by it
-    mode = _mode(asked_mode.value, environ)
+    balanced = environ.get("PORT_HEALTH") or environ.get("HEALTH_CHECK_PATH")  # RunPod may name a queue, too
+    by_platform = "queue" if environ.get("RUNPOD_WEBHOOK_GET_JOB") and not balanced else "http"
+    mode = str(asked_mode.value) if asked_mode.value in ("http", "queue") else by_platform
     defaults = platform.defaults(mode, environ)
     sources += [defaults]
     own = (asked_mode, *(_knob(knob, sources, file, report) for knob in KNOBS[1:]))
@@ -110,7 +101,7 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
         report.problems.append(str(error))
         vllm, catalogue = Vllm((), "", None), Catalogue("", {})
 
-    environ = cleaned(environ, catalogue, report)
+    environ = report.cleaned(environ, catalogue)
     content = {key.upper(): Found(f"{file.label} {key}", file.content[key]) for key in file.content}
     users = [*environments(environ), {name: found for name, found in content.items() if name not in OURS}]
     in_raw: dict[str, tuple[Option, Setting]] = {}
@@ -122,13 +113,13 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
         report.warnings += typos.unread(environ, _names(catalogue, environ), catalogue)
     asked_for = [{name: Found(setting.source, setting.value) for name, (_, setting) in in_raw.items()}, *users]
     vllms = find(asked_for, "CONFIG") if catalogue.by_key else []
-    vllms_file = config_file.read_vllm_config(str(vllms[0].given).strip(), vllms[0].source) if vllms else ConfigFile("")
+    vllms_file = config_file.read_vllm_config(*vllms[0], report) if vllms else ConfigFile("")
     models_file = {"MODEL": Found(vllms_file.label, vllms_file.content.get("model"))}
     model = _model([arguments.source, *users, models_file, defaults], environ, report, vllm, catalogue)
     is_demo = model is not None and within(models.DISK_PATIENCE, Path(model.value).resolve) == models.DEMO
     in_file = options.of_vllms_file(vllms_file, catalogue, report)
     users += [clusters.derived(environ, asked_for)]
-    users += [INSTEAD_OF_VLLMS] if knobs.access_log else []
+    users += [beneath("SUPERVISOR_ACCESS_LOG")] if knobs.access_log else []
     users += [beneath("demo model")] if is_demo else []
     chosen, given = options.resolve(catalogue, users, environ, report, raw=tuple(in_raw.values()))
 
@@ -156,11 +147,6 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     )  # fmt: skip
 
 
-def _mask(environ: Mapping[str, str], file: ConfigFile) -> Mask:
-    hidden = {str(file.knobs[knob.field]) for knob in KNOBS if knob.secret and knob.field in file.knobs}
-    return Mask(environ, hidden | {part.strip() for text in hidden for part in text.split(",")})
-
-
 def _known(known: Collection[str], given: Iterable[str], file: ConfigFile, report: Report, section: str = "") -> None:
     """A key of config.yaml that nothing reads is an error: the file was written for us."""
     for key in (key for key in given if key not in known):
@@ -185,13 +171,6 @@ def _knob(knob: Knob, sources: Sequence[Source], file: ConfigFile, report: Repor
     own = {"secret": knob.secret, "template": knob.template, "command": knob.is_program}
     setting = report.setting(knob.variable, found, lambda given: knob.read(str(given)), **own) if found else None
     return setting or Setting(knob.variable, None, found[0].source if found else "default")
-
-
-def _mode(asked: object, environ: Mapping[str, str]) -> str:
-    """http or queue. RunPod's load balancer may give its workers a queue's address as well."""
-    balanced = environ.get("PORT_HEALTH") or environ.get("HEALTH_CHECK_PATH")
-    found = "queue" if environ.get("RUNPOD_WEBHOOK_GET_JOB") and not balanced else "http"
-    return str(asked) if asked in ("http", "queue") else found
 
 
 def _cache(knobs: Knobs, volume: volumes.Volume | None, environ: Mapping[str, str]) -> Path:

@@ -153,18 +153,17 @@ class Report:
             self.warnings.append(f"{name}={self.shown(given)} ({source}): {KEEPS_COMMENTS}")
         return Setting(name, value, source, self.overrode(others, secret=secret), secret)
 
-
-def cleaned(environ: Mapping[str, str], catalogue: Catalogue, report: Report) -> dict[str, str]:
-    """Of the variables that others read: those that are set to something, as it was meant. vLLM reads some as yes or
-    no by a number, and `false` would end it."""
-    found = {}
-    for name, value in environ.items():
-        is_theirs = THEIRS.match(name) and name not in OURS
-        read = _switch if name in catalogue.switches else str
-        setting = report.setting(name, [Found(f"environment {name}", value)], read) if is_theirs else None
-        if not is_theirs or (setting and (setting.value or name == MEANS_NONE)):
-            found[name] = setting.value if setting else value
-    return found
+    def cleaned(self, environ: Mapping[str, str], catalogue: Catalogue) -> dict[str, str]:
+        """Of the variables that others read: those that are set to something, as it was meant. vLLM reads some as yes
+        or no by a number, and `false` would end it."""
+        found = {}
+        for name, value in environ.items():
+            is_theirs = THEIRS.match(name) and name not in OURS
+            read = _switch if name in catalogue.switches else str
+            setting = self.setting(name, [Found(f"environment {name}", value)], read) if is_theirs else None
+            if not is_theirs or (setting and (setting.value or name == MEANS_NONE)):
+                found[name] = setting.value if setting else value
+        return found
 
 
 def _switch(text: str) -> str:

@@ -12,20 +12,16 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 
-from supervisor.settings.names import NO_EFFECT, OWNED, REMOVED, REMOVED_ENVIRONMENT, SAGEMAKER
+from supervisor.settings.knobs import KNOBS
+from supervisor.settings.names import NEAR_MISSES, NO_EFFECT, OURS, OWNED, REMOVED, REMOVED_ENVIRONMENT, SAGEMAKER
 from supervisor.vllm.catalogue import Catalogue, key_of
+from supervisor.vllm.values import FALSE, read_bool
 
-# Variables that Kubernetes makes for each service of a namespace, whatever its name: VLLM_PORT=tcp://10.0.0.1:8000.
-SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT_\d+_(TCP|UDP)(_|$)")
-# Put before a known name by those who remember another tool's way. worker-vllm had one of its own for a while.
-PREFIXES = ("VLLM_", "LLM_", "SUPERVISOR_", "ENGINE_", "VLLM_ARG_", "VLLM_RUNPOD_")
-# Words that are easily forgotten, or added.
-FILLERS = frozenset({"NUM", "MAX", "MEMORY", "SIZE", "NAME", "ENABLE", "CODE", "CALL", "COUNT", "PATH", "FILE"})
+SERVICE_LINK = re.compile(NEAR_MISSES["service links"])
+PREFIXES, FILLERS, OTHERS = (tuple[str, ...](NEAR_MISSES[part]) for part in ("prefixes", "fillers", "others"))
 NEAR = 0.8  # how like a known one a misspelt one is, from 0 to 1
 # LMI puts it before the names of vLLM's options.
 LMI = "OPTION_"
-# Near misses in letters, and yet not ours: OpenSSL's file, and anybody's folder.
-OTHERS = frozenset({"SSL_CERT_FILE", "CACHE_DIR"})
 
 
 class Names(frozenset[str]):
@@ -50,8 +46,6 @@ class Names(frozenset[str]):
             return upper
         if found := self.run_together.get(upper.replace("_", "")):  # MAXMODELLEN
             return found
-        if upper.startswith("NO_") and upper[3:] in self:  # as vLLM's --no-enable-prefix-caching
-            return f"{upper[3:]}=false"
         for prefix in PREFIXES:
             rest = upper.removeprefix(prefix)
             if rest != upper and rest in self and ("_" in rest or prefix in ("VLLM_", "SUPERVISOR_")):
@@ -98,6 +92,8 @@ def missing(key: str, catalogue: Catalogue) -> str:
 def unread(environ: Mapping[str, str], read: Collection[str], catalogue: Catalogue) -> Iterator[str]:
     """A line for each variable that is set, not read, and not just another program's. `read`: what is looked at."""
     own, known = Names(catalogue.environment), Names(read)
+    switches = {option.variable for option in catalogue.by_key.values() if option.is_switch}
+    switches |= {knob.variable for knob in KNOBS if knob.read is read_bool}
     for name, value in environ.items():
         is_link = SERVICE_LINK.search(name) or (name.endswith("_PORT") and "://" in value)
         if not value or is_link or name in read or name in own or name in OTHERS:
@@ -108,6 +104,9 @@ def unread(environ: Mapping[str, str], read: Collection[str], catalogue: Catalog
             yield f"{name} has no effect in vLLM {catalogue.version}: {REMOVED_ENVIRONMENT[name]}"
         elif name.startswith(LMI) and name.removeprefix(LMI) in known:
             yield f"{name} has no effect: it is LMI's; set {name.removeprefix(LMI)}"
+        elif name[:3].upper() == "NO_" and OURS.get(rest := name[3:].upper(), rest) in switches:  # as --no-enable-lora
+            opposite = "true" if value.strip().lower() in FALSE else "false"
+            yield f"{name} has no effect: nothing reads it; did you mean {rest}={opposite}?"
         elif meant := known.meant(name) or (own.meant(name) if name.startswith("VLLM_") else None):
             owned = OWNED.get(key_of(meant)) if meant != "PORT" else None
             yield f"{name} has no effect: {owned or f'nothing reads it; did you mean {meant}?'}"

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import operator
-import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from supervisor.vllm.installed import Vllm, VllmError, keep
+from supervisor.vllm.installed import Vllm, VllmError, ask, keep
 from supervisor.vllm.values import ITEM_READERS, READERS, BadValue, clean, items, read_bool, read_choice
 
 FLAGS = Path(__file__).parent / "flags"
@@ -134,7 +133,7 @@ class Option:
         if isinstance(self.default, int | float):
             return self.default
         _, bound = self.bounds[0]
-        return max(int(bound) + 1, 8)
+        return 4096 if self.type.startswith("human") else max(int(bound) + 1, 8)
 
 
 @lru_cache(4096)  # a start asks for it some thousand times
@@ -191,12 +190,8 @@ def dump(vllm: Vllm) -> str:
     """Runs `flags/dump.py` in vLLM's environment. Raises VllmError."""
     if vllm.python is None:
         raise VllmError(f"vLLM {vllm.version} is not a known version and its Python is not to be found beside it")
-    command = [*vllm.python, str(FLAGS / "dump.py")]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=DUMP_TIMEOUT, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise VllmError(f"the options of vLLM {vllm.version} can't be read: {error}") from error
+    trouble = f"the options of vLLM {vllm.version} can't be read"
+    done = ask([*vllm.python, str(FLAGS / "dump.py")], DUMP_TIMEOUT, trouble)
     if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise VllmError(f"the options of vLLM {vllm.version} can't be read: {last}")
+        raise VllmError(f"{trouble}: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
     return done.stdout

@@ -10,13 +10,15 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 # The version that the image is built on, that the tests run, and whose catalogue is shipped.
 PINNED = "0.32.0"
 VERSION_TIMEOUT = 120.0
+VERSION = re.compile(r"(?:vllm )?(\d+\.\d+[\w.]*|dev)(?:\+\S*)?", re.IGNORECASE)  # dev: of a checkout without git
 PLUGINS = re.compile(r"^\[vllm\.\w*plugins\]", re.MULTILINE)
 
 
@@ -59,7 +61,8 @@ def find(asked: str | None, path: str | None, cache: Path) -> Vllm:
     program = Path(command[0])
     starter = (_python(program) if len(command) == 1 else (command[0],)) or ()
     python = starter if any(Path(word).name.startswith("python") for word in starter) else None
-    version = _version_beside(program) if len(command) == 1 else None
+    # Beside vLLM there are pip and others.
+    version = _version_beside(program) if len(command) == 1 and "vllm" in program.resolve().name else None
     return Vllm(command, version or _version_asked(command, cache), python)
 
 
@@ -129,17 +132,24 @@ def _fingerprint(command: tuple[str, ...]) -> str:
     return hashlib.sha256("\0".join((*command, *stamps)).encode()).hexdigest()
 
 
-def _ask_version(command: tuple[str, ...]) -> str:
+def ask(command: Sequence[str], patience: float, trouble: str) -> subprocess.CompletedProcess[str]:
+    """Runs a program of vLLM's environment; what torch leaves in TMPDIR goes with it. Raises VllmError: `trouble`."""
     try:
-        done = subprocess.run(
-            [*command, "--version"], capture_output=True, text=True, timeout=VERSION_TIMEOUT, check=False
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            environ = {**os.environ, "TMPDIR": folder}
+            return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=patience, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise VllmError(f"`{shlex.join(command)} --version` does not answer: {error}") from None
-    words = done.stdout.split()
-    if done.returncode != 0 or not words:
-        raise VllmError(f"`{shlex.join(command)} --version` failed: it is not a working vLLM.")
-    return words[-1].partition("+")[0]
+        raise VllmError(f"{trouble}: {error}") from None
+
+
+def _ask_version(command: tuple[str, ...]) -> str:
+    done = ask([*command, "--version"], VERSION_TIMEOUT, f"`{shlex.join(command)} --version` does not answer")
+    last = done.stdout.strip().rpartition("\n")[2]
+    found = VERSION.fullmatch(last)
+    if done.returncode != 0 or not found:
+        says = f" (it says {last[:80]!r})" if last else ""
+        raise VllmError(f"`{shlex.join(command)} --version` failed: it is not a working vLLM{says}.")
+    return found[1]
 
 
 def keep(path: Path, text: str) -> None:

@@ -84,7 +84,7 @@ def items(given: object) -> list[object]:
     text = str(given).strip()
     if text.startswith("["):
         try:
-            return list(json.loads(text))
+            return list(json.loads(text, parse_float=str))  # 1.10 is a name as well
         except json.JSONDecodeError:
             raise BadValue('a list, such as a,b or JSON like ["a", "b"]') from None
     if text.startswith("{"):  # commas and spaces stand inside of objects too
@@ -151,31 +151,24 @@ def _text(given: object) -> str:
     return str(given).lower() if isinstance(given, bool) else str(given)
 
 
-def _comma_separated(given: object) -> str:
-    return ",".join(_text(item) for item in items(given))
-
-
 def _text_or_json(given: object) -> str:
     """An item of a list, such as one of LORA_MODULES: `name=path`, or an object."""
     return json.dumps(given) if isinstance(given, dict | list) else _text(given)
-
-
-def _json(given: object) -> str:
-    return _checked_json(given, str(given))
 
 
 def _json_with_human_ints(given: object) -> str:
     """vLLM's own classes of settings: numbers in their JSON may be written as 32k."""
     if isinstance(given, list) or str(given).lstrip().startswith("["):
         raise BadValue(JSON_OBJECT)
-    return _checked_json(given, HUMAN_INT_IN_JSON.sub(lambda found: found[1] or "1", str(given)))
+    return _json(given, HUMAN_INT_IN_JSON.sub(lambda found: found[1] or "1", str(given)))
 
 
-def _checked_json(given: object, text: str) -> str:
+def _json(given: object, plain: str = "") -> str:
     if isinstance(given, dict | list):
         return json.dumps(given)
     if not isinstance(given, str):
         raise BadValue(JSON_OBJECT)
+    text = plain or given  # `plain`: without what is no JSON
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -218,7 +211,7 @@ READERS: dict[str, Callable[[object], str]] = {
     "float": _float,
     "str": _text,
     "folded": _text,  # has choices
-    "csv": _comma_separated,
+    "csv": lambda given: ",".join(map(_text, items(given))),
     "json": _json,
     "json_human": _json_with_human_ints,
     "json_or_str": _json_or_text,

@@ -168,7 +168,7 @@ def test_port_in_use_names_the_variable(tmp_path: Path) -> None:
     assert "in use" in done.stderr
 
 
-@pytest.mark.parametrize("host", ["203.0.113.7", "no.such.host.invalid", "::ffff:zz"])
+@pytest.mark.parametrize("host", ["203.0.113.7", "no.such.host.invalid", "2001:db8::7"])
 def test_an_address_that_is_not_ours(host: str) -> None:
     settings = gather(Arguments(model="m", host=host), clean_environment(SUPERVISOR_VLLM=str(FAKE), PORT="0"))
     with pytest.raises(SettingsError) as caught:
@@ -272,3 +272,79 @@ def test_explain_as_json(asked: Asked) -> None:
     }
     assert content["command"].startswith(f"{FAKE} serve {DEMO} --uds ")
     assert content["vllm_version"] == "0.32.0"
+
+
+# Ctrl-C
+
+
+def interrupted(tmp_path: Path, *arguments: str, at: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command, and sends it SIGINT when it imports the module `at`."""
+    program = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        name == {at!r} and os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from supervisor.__main__ import main\n"
+        "main()\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments], env=clean_environment(SUPERVISOR_VLLM=str(FAKE), PORT="0"),
+        cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("at", ["supervisor.cli", "argparse", "supervisor.settings.settings", "supervisor.vllm.values"])
+@pytest.mark.parametrize("verb", ["up", "explain", "--version"])
+def test_ctrl_c_at_the_very_beginning_is_quiet(tmp_path: Path, at: str, verb: str) -> None:
+    done = interrupted(tmp_path, verb, at=at)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize(("verb", "at"), [("explain", "rich.console"), ("up", "supervisor.up"), ("doctor", "httpx")])
+def test_ctrl_c_a_little_later_is_quiet_too(tmp_path: Path, verb: str, at: str) -> None:
+    done = interrupted(tmp_path, verb, str(DEMO), at=at)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+# Addresses with a password in them
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["status", "--url", "http://user:{}@localhost:1"],
+        ["status", "--url", "user:{}@localhost:1"],
+        ["status", "--url", "ftp://user:{}@localhost"],
+        ["status", "--url", "http://user:p@{}@localhost:1"],
+        ["status", "--url", "http://localhost:1/?token={}"],
+        ["job", "{}", "--url", "http://user:{}@localhost:1"],
+        ["job", "{}", "--url", "user:{}@localhost:99999"],
+        ["job", "http://user:{}@localhost/x"],
+        ["status", "http://user:{}@localhost"],
+        ["http://user:{}@localhost"],
+        ["explain", "a", "http://user:{}@localhost"],
+        ["explain", "a", "--hf-token", "{}"],
+        ["explain", "a", "--api-key={}"],
+        ["explain", "http://user:{}@localhost/model"],
+        ["explain", "https://huggingface.co/a/b?token={}"],
+        ["explain", "a", "--host", "http://user:{}@localhost"],
+        ["explain", "a", "--config", "http://user:{}@localhost/x.yaml"],
+        ["explain", "a", "--", "--foo", "http://user:{}@localhost"],
+        ["explain", "a", "--", "http://user:{}@localhost"],
+    ],
+)
+def test_a_password_in_an_address_is_not_shown(asked: Asked, arguments: list[str]) -> None:
+    done = asked(*(word.replace("{}", "Zx9-qW_7.plain") if word != "{}" else word for word in arguments))
+    said = done.stdout + done.stderr
+    assert "****" in said
+    assert "Zx9" not in said
+
+
+@pytest.mark.parametrize("name", ["HF_ENDPOINT", "HTTPS_PROXY", "SUPERVISOR_HOST", "MODEL", "OTLP_TRACES_ENDPOINT"])
+@pytest.mark.parametrize("verb", ["explain", "status", "doctor"])
+def test_nor_is_one_of_the_environments(asked: Asked, verb: str, name: str) -> None:
+    arguments = ["--url", "http://example.invalid"] if verb == "status" else []
+    for scheme in ("", "http://") if name in ("HF_ENDPOINT", "HTTPS_PROXY") else ("http://",):
+        done = asked(verb, *arguments, **{"MODEL": "m", name: f"{scheme}user:Zx9-qW_7.plain@localhost:1"})
+        assert "Zx9" not in done.stdout + done.stderr

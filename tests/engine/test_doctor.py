@@ -24,6 +24,7 @@ from supervisor.around.gpus import gpus as survey
 from supervisor.around.machine import Machine
 from supervisor.doctor import machine, model
 from supervisor.doctor.examine import CHECKS, admit, examine
+from supervisor.doctor.hub import token
 from supervisor.doctor.patient import FAIL, OK, WARN, Patient, Row
 from supervisor.settings.settings import Arguments
 from tests.engine.conftest import Call
@@ -338,6 +339,12 @@ def test_where_the_weights_come_from(
     }
     assert [row for row in found.values() if "check itself failed" in row.text] == []
     assert (found["disk"].verdict, said in found["disk"].text) == (verdict, True), found["disk"]
+
+
+def test_a_token_that_never_comes_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("supervisor.doctor.hub.PATIENCE", 0.1)
+    os.mkfifo(tmp_path / "token")
+    assert token({"HF_TOKEN_PATH": str(tmp_path / "token")}) == ""
 
 
 def test_a_token_that_no_header_takes_is_not_shown(doctor: Doctor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import ssl
@@ -104,6 +105,10 @@ def test_keys_are_read_again_on_sighup_and_the_old_ones_are_void(guarded: Superv
     guarded.process.send_signal(signal.SIGHUP)
     guarded.says("the keys stay as they were")
     assert ask(guarded, "/v1/models", "third-key-3").status_code == 200
+    os.mkfifo(keys)  # as a disk that hangs
+    guarded.process.send_signal(signal.SIGHUP)
+    assert ask(guarded, "/v1/models", "third-key-3").elapsed.total_seconds() < 5
+    keys.unlink()
     keys.write_text(before)
     guarded.process.send_signal(signal.SIGHUP)
     guarded.says("keys read again: 2 for clients")

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from supervisor.settings.names import DEFAULTS
+
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -23,4 +25,4 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def _no_access_log(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a default of ours adds to each command line is looked at by its own test, and left out of all others."""
     if "access_log" not in request.keywords:
-        monkeypatch.setattr("supervisor.settings.settings.INSTEAD_OF_VLLMS", {})
+        monkeypatch.setitem(DEFAULTS, "SUPERVISOR_ACCESS_LOG", {})

@@ -182,3 +182,77 @@ def test_a_vllm_whose_names_nobody_knows_is_not_judged(folder: Path, monkeypatch
     text = '{"version": "0.5.0", "options": [{"name": "--quantization", "kind": "value"}]}'
     monkeypatch.setattr("supervisor.vllm.catalogue.load", lambda vllm, cache: parse(text))
     assert read(folder, QUANTIZATION="bitsandbytes").option("quantization") == "bitsandbytes"
+
+
+@pytest.mark.parametrize(
+    ("variable", "given", "told"),
+    [
+        ("MAX_MODEL_LEN", "-5", "expected at least -1, such as 4096"),
+        ("MAX_NUM_SEQS", "0", "expected at least 1, such as 8"),
+        ("MAX_NUM_SEQS", "-1", "expected at least 1, such as 8"),
+        ("BLOCK_SIZE", "0", "expected more than 0, such as 8"),
+        ("TENSOR_PARALLEL_SIZE", "0", "expected at least 1, such as 1"),
+        ("GPU_MEMORY_UTILIZATION", "1.5", "expected more than 0 and at most 1, such as 0.92"),
+        ("GPU_MEMORY_UTILIZATION", "0", "expected more than 0 and at most 1, such as 0.92"),
+        ("CPU_OFFLOAD_GB", "-1", "expected at least 0, such as 0"),
+        ("DATA_PARALLEL_RPC_PORT", "70000", "expected at least 1 and at most 65535, such as 8"),
+        ("DATA_PARALLEL_SUPERVISOR_PORT", "70000", "expected a port from 1 to 65535"),
+        ("DATA_PARALLEL_SUPERVISOR_PORT", "0", "expected a port from 1 to 65535"),
+        ("API_SERVER_COUNT", "0", "expected at least 1: with none vLLM serves nobody"),
+        ("API_SERVER_COUNT", "-2", "expected at least 1: with none vLLM serves nobody"),
+        ("NUM_GPU_BLOCKS_OVERRIDE", "-1", "expected at least 1"),
+        ("RENDERER_NUM_WORKERS", "0", "expected at least 1"),
+        ("SPEC_TOKENS", "-1", "expected at least 1"),
+        ("KV_CACHE_MEMORY_BYTES", "-1", "expected 0 or more"),
+        ("KV_OFFLOADING_SIZE", "-0.5", "expected 0 or more"),
+        ("SEED", "-1", "expected 0 or more"),
+        ("SSE_KEEP_ALIVE_INTERVAL", "-1", "expected 0 or more"),
+        ("DISTRIBUTED_TIMEOUT_SECONDS", "-1", "expected 0 or more"),
+        ("CPU_DISTRIBUTED_TIMEOUT_SECONDS", "-1", "expected 0 or more"),
+        ("MAX_CUDAGRAPH_CAPTURE_SIZE", "-1", "expected 0 or more"),
+        ("CUDAGRAPH_CAPTURE_SIZES", "1,0", "expected sizes from 1 on"),
+        ("CUDAGRAPH_CAPTURE_SIZES", "-1", "expected sizes from 1 on"),
+    ],
+)
+def test_numbers_that_can_not_be_are_told_whatever_says_them(
+    folder: Path, variable: str, given: str, told: str
+) -> None:
+    """Of many vLLM's own check comes late, or its code fails somewhere."""
+    (problem,) = problems(folder, **{variable: given})
+    assert problem.startswith(f"{variable}=")
+    assert told in problem
+    name = "--" + variable.lower().replace("_", "-")
+    (problem,) = problems(folder, name, *given.split(","))
+    assert told in problem
+    shown = f"[{given}]" if "SIZES" in variable else given
+    (folder / "a.yaml").write_text(f"{name[2:]}: {shown}\n")
+    (problem,) = problems(folder, SUPERVISOR_CONFIG="a.yaml")
+    assert told in problem
+    (problem,) = problems(folder, CONFIG="a.yaml")
+    assert told in problem
+
+
+@pytest.mark.parametrize(
+    ("variable", "given"),
+    [
+        ("MAX_MODEL_LEN", "-1"), ("MAX_MODEL_LEN", "auto"), ("MAX_MODEL_LEN", "1"), ("MAX_LOGPROBS", "-1"),
+        ("MAX_LOG_LEN", "-1"), ("MAX_CPU_LORAS", "-1"), ("KV_CACHE_MEMORY_BYTES", "0"), ("SEED", "0"),
+        ("MAX_CUDAGRAPH_CAPTURE_SIZE", "0"), ("UBATCH_SIZE", "0"), ("GPU_MEMORY_UTILIZATION", "1"),
+        ("DATA_PARALLEL_SIZE_LOCAL", "0"), ("DATA_PARALLEL_SUPERVISOR_PORT", "65535"), ("CPU_OFFLOAD_GB", "0"),
+    ],
+)  # fmt: skip
+def test_what_vllm_takes_is_taken(folder: Path, variable: str, given: str) -> None:
+    assert read(folder, **{variable: given}).option(variable.lower()) == given
+
+
+def test_a_length_of_zero_is_told_where_nobody_takes_it_for_not_set(folder: Path) -> None:
+    (problem,) = problems(folder, "--max-model-len", "0")
+    assert problem == "MAX_MODEL_LEN=0 (command line): expected at least 1, or auto"
+
+
+@pytest.mark.parametrize("port", ["70000", "0", "-1"])
+def test_the_port_of_the_first_machine_is_one(folder: Path, port: str) -> None:
+    several = {"NNODES": "2", "TENSOR_PARALLEL_SIZE": "2", "MASTER_ADDR": "10.0.0.1"}
+    (problem,) = problems(folder, MASTER_PORT=port, **several)
+    assert problem == f"MASTER_PORT={port} (environment MASTER_PORT): expected a port from 1 to 65535"
+    assert read(folder, MASTER_PORT=port).warnings == ()  # a launcher's, for its own ends

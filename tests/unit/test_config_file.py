@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -98,9 +99,9 @@ def test_a_named_folder(folder: Path) -> None:
         "a: [1\n",
         "- a\n",
         "x: !!int ''\n",
-        "x: !!bool maybe\n",
-        "x: !!timestamp y\n",
-        "x: 2024-13-45",
+        "x: {y: !!bool maybe}\n",
+        "x: {y: !!timestamp z}\n",
+        "x: {y: 2024-13-45}",
         pytest.param("[" * 1500, marks=pytest.mark.slow),
         pytest.param("{" * 1500, marks=pytest.mark.slow),
     ],
@@ -215,17 +216,20 @@ def test_what_is_no_file_or_can_not_be_read_is_passed_over(folder: Path) -> None
         assert argv(settings) == []
         return settings.warnings
 
+    def unread(why: str) -> tuple[str]:
+        return (f"{NOT_READ}it can't be read ({why}){ADVICE}",)
+
     path.mkdir()  # what Docker makes of a mount whose source is not there
-    assert told() == (f"{NOT_READ}it is not a file{ADVICE}",)
+    assert told() == unread("no plain file")
     path.rmdir()
     path.symlink_to("nowhere")
-    assert told() == (f"{NOT_READ}it is not a file{ADVICE}",)
+    assert told() == unread("No such file or directory")
     path.unlink()
     path.symlink_to("config.yaml")
-    assert told() == (f"{NOT_READ}it is not a file{ADVICE}",)
+    assert told() == unread("Too many levels of symbolic links")
     path.unlink()
     os.mkfifo(path)  # opening it would wait for somebody who writes
-    assert told() == (f"{NOT_READ}it is not a file{ADVICE}",)
+    assert told() == unread("no plain file")
     path.unlink()
     path.write_bytes(b"supervisor: {port: 1}\nname: \xff\n")
     assert told() == (f"{NOT_READ}it is not a text (invalid start byte at byte 28){ADVICE}",)
@@ -236,13 +240,10 @@ def test_what_is_no_file_or_can_not_be_read_is_passed_over(folder: Path) -> None
 def test_one_that_this_user_may_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "config.yaml").write_text("supervisor:\n")
 
-    def refuse(path: Path) -> str:  # root may read everything
-        if path.name == "config.yaml":
-            raise PermissionError(13, "Permission denied", str(path))
-        return read_text(path)
+    def refuse(path: Path, *, again: bool) -> bytes:  # root may read everything
+        raise PermissionError(13, "Permission denied", str(path))
 
-    read_text = Path.read_text
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr("supervisor.settings.config_file.read_file", refuse)
     assert read(folder).warnings == (f"{NOT_READ}it can't be read (Permission denied){ADVICE}",)
 
 
@@ -465,7 +466,7 @@ def test_a_date_is_a_text(folder: Path) -> None:
     assert sorted(argv(settings)) == sorted(["--revision", "2024-01-02", "--hf-overrides", '{"a": "2024-01-01"}'])
 
 
-@pytest.mark.parametrize("value", ["{a: !!binary aGk=}", "{a: !!set {x}}", "&q {x: *q}", "{2024-01-03: 1}"])
+@pytest.mark.parametrize("value", ["{a: !!binary aGk=}", "{a: !!set {x}}", "&q {x: *q}", "{[a]: 1}"])
 def test_what_no_option_can_be_is_told(folder: Path, value: str) -> None:
     (folder / "a.yaml").write_text(f"hf_overrides: {value}\n")
     (problem,) = problems(folder, SUPERVISOR_CONFIG="a.yaml")
@@ -503,3 +504,186 @@ def test_what_is_merged_is_not_there_twice(folder: Path) -> None:
     (folder / "a.yaml").write_text("hf_overrides: {a: &x {b: 1, c: 2}, d: {<<: *x, c: 3}}\n")
     (found,) = (s for o, s in read(folder, SUPERVISOR_CONFIG="a.yaml").options if o.key == "hf_overrides")
     assert json.loads(str(found.value)) == {"a": {"b": 1, "c": 2}, "d": {"b": 1, "c": 3}}
+
+
+# What is no plain file
+
+
+@pytest.fixture
+def odd(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Names of what is no file of settings, and what is said of each."""
+    monkeypatch.setattr("supervisor.bounded.FILE_PATIENCE", 0.2)
+    os.mkfifo(folder / "pipe.yaml")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "socket.yaml"))
+    (folder / "huge.yaml").write_bytes(b"# " + b"x" * 2**20)
+    (folder / "zero.yaml").symlink_to("/dev/zero")
+    silent = "nothing came of it in 0.2 s: a pipe that nobody fills, or a disk that hangs"
+    large = "it has more than 1 MiB"
+    return {"pipe.yaml": silent, "socket.yaml": "No such device or address", "huge.yaml": large, "zero.yaml": large}
+
+
+PLAIN = "no plain file"
+
+
+def test_what_never_ends_or_never_comes_is_told(folder: Path, odd: dict[str, str]) -> None:
+    for name, told in odd.items():
+        (problem,) = problems(folder, SUPERVISOR_CONFIG=name)
+        assert problem == f"{name} can't be read ({told}; named by environment SUPERVISOR_CONFIG)"
+        for variable in ("SUPERVISOR_API_KEYS", "SUPERVISOR_ADMIN_KEYS"):
+            (problem,) = problems(folder, **{variable: f"@{name}"})
+            assert told in problem
+        (folder / "a.yaml").write_text(f"supervisor: {{api_keys: '@{name}'}}\n")
+        (problem,) = problems(folder, SUPERVISOR_CONFIG="a.yaml")
+        assert told in problem
+
+
+def test_what_others_read_once_more_has_to_be_a_plain_file(folder: Path, odd: dict[str, str]) -> None:
+    for name, told in odd.items():
+        expected = told if name == "huge.yaml" else PLAIN
+        (problem,) = problems(folder, CONFIG=name)
+        assert problem == f"{name} (environment CONFIG) can't be read ({expected})"
+        (problem,) = problems(folder, Arguments(model="m", vllm_args=("--config", name)))
+        assert problem == f"{name} (command line) can't be read ({expected})"
+        (problem,) = problems(folder, SUPERVISOR_TLS_CERT=name)
+        assert f"({expected})" in problem
+        for variable in ("CHAT_TEMPLATE", "TOOL_PARSER_PLUGIN"):
+            if name != "huge.yaml":
+                (problem,) = problems(folder, **{variable: f"./{name}"})
+                assert problem.endswith("expected a file that is there")
+
+
+def test_a_large_file_that_nobody_named_is_passed_over(folder: Path, odd: dict[str, str]) -> None:
+    (folder / "huge.yaml").rename(folder / "config.yaml")
+    assert read(folder).warnings == (f"{NOT_READ}it can't be read ({odd['huge.yaml']}){ADVICE}",)
+
+
+def test_what_a_shell_fills_is_read(folder: Path) -> None:
+    """`--config <(vault ...)`, and `SUPERVISOR_API_KEYS=@/dev/stdin`; the keys of a pipe stay as they are at SIGHUP."""
+    reading, writing = os.pipe()
+    os.write(writing, b"supervisor: {port: 3}\nseed: 3\n")
+    os.close(writing)
+    settings = read(folder, Arguments(model="m", config=f"/dev/fd/{reading}"))
+    assert (argv(settings), settings.knobs.port) == (["--seed", "3"], 3)
+    os.close(reading)
+    reading, writing = os.pipe()
+    os.write(writing, b"key-number-1\r\nkey-number-2\n")
+    os.close(writing)
+    keys, _ = read(folder, SUPERVISOR_API_KEYS=f"@/dev/fd/{reading}").keys
+    assert keys.values == keys.read_again().values == ("key-number-1", "key-number-2")
+    os.close(reading)
+
+
+# What YAML makes of bare words
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("served_model_name: 1.10", ["--served-model-name", "1.10"]),
+        ("served_model_name: [1.10, no, 0x1F, 2024-01-02, 2024-13-45]",
+         ["--served-model-name", "1.10", "no", "0x1F", "2024-01-02", "2024-13-45"]),
+        ("served_model_name: 1:30", ["--served-model-name", "1:30"]),
+        ("revision: 0123456", ["--revision", "0123456"]),
+        ("revision: 1_000", ["--revision", "1_000"]),
+        ("revision: 12e03", ["--revision", "12e03"]),
+        ("revision: 2024-01-02 10:00:00", ["--revision", "2024-01-02 10:00:00"]),
+        ("tokenizer: Off", ["--tokenizer", "Off"]),
+        ("tokenizer: null", []),
+        ("tokenizer: ~", []),
+        ("tokenizer:", []),
+        ("max_model_len: 8_000", ["--max-model-len", "8000"]),
+        ("max_num_seqs: 010", ["--max-num-seqs", "10"]),
+        ("enforce_eager: no", ["--no-enforce-eager"]),
+        ("enforce_eager: ON", ["--enforce-eager"]),
+        ("gpu_memory_utilization: .5", ["--gpu-memory-utilization", ".5"]),
+        ("allowed_origins: [a, b]", ["--allowed-origins", '["a", "b"]']),
+        # In objects YAML's numbers are numbers: they are JSON. Its keys are texts there.
+        ("hf_overrides: {a: 1.10, b: no, c: [1]}", ["--hf-overrides", '{"a": 1.1, "b": false, "c": [1]}']),
+        ("hf_overrides: {on: 1, 1.10: 2, 2024-01-03: 3}",
+         ["--hf-overrides", '{"on": 1, "1.10": 2, "2024-01-03": 3}']),
+        ("max_model_len: &len 4096\nhf_overrides: {a: *len, b: &n 1.10}\nserved_model_name: *n",
+         ["--hf-overrides", '{"a": 4096, "b": 1.1}', "--max-model-len", "4096", "--served-model-name", "1.10"]),
+        ("served_model_name: !!float 1.10", ["--served-model-name", "1.10"]),
+        ('{"served_model_name": 1.10, "enforce_eager": true}',
+         ["--enforce-eager", "--served-model-name", "1.10"]),
+    ],
+)  # fmt: skip
+def test_what_is_written_is_what_is_meant(folder: Path, text: str, expected: list[str]) -> None:
+    """To YAML 1.1 `no` is false, `1.10` is 1.1, `0123456` is octal and `1:30` is 90."""
+    (folder / "a.yaml").write_text(text + "\n")
+    assert sorted(argv(read(folder, SUPERVISOR_CONFIG="a.yaml"))) == sorted(expected)
+
+
+def test_our_own_settings_are_what_is_written_too(folder: Path) -> None:
+    (folder / "a.yaml").write_text("supervisor: {api_keys: 00123456712, port: 0800, access_log: No, cache_dir: 1.10}\n")
+    settings = read(folder, SUPERVISOR_CONFIG="a.yaml")
+    assert settings.keys[0].values == ("00123456712",)
+    assert (settings.knobs.port, settings.knobs.access_log, settings.knobs.cache_dir) == (800, False, "1.10")
+    (folder / "a.yaml").write_text("supervisor: {startup_timeout: 1:30}\n")
+    (problem,) = problems(folder, SUPERVISOR_CONFIG="a.yaml")
+    assert problem.startswith("SUPERVISOR_STARTUP_TIMEOUT=1:30 (a.yaml supervisor.startup_timeout): expected seconds")
+
+
+@pytest.mark.parametrize("word", ["no", "False", "true", "ON", "null", "None"])
+def test_a_word_that_is_no_models_name(folder: Path, word: str) -> None:
+    expected = "expected a folder that is there, or a name such as org/model"
+    (problem,) = problems(folder, Arguments(), MODEL=word)
+    assert expected in problem
+    if word != "null":  # to YAML, nothing
+        (folder / "a.yaml").write_text(f"model: {word}\n")
+        (problem,) = problems(folder, Arguments(), SUPERVISOR_CONFIG="a.yaml")
+        assert problem == f"MODEL={word} (a.yaml model): {expected}"
+    (folder / word).mkdir()
+    (folder / word / "config.json").touch()
+    assert read(folder, Arguments(), MODEL=word).model.value == word
+
+
+@pytest.mark.parametrize(
+    ("text", "written", "taken"),
+    [
+        ("served-model-name: 1.10", "1.10", "1.1"),
+        ("served-model-name: [a, 1.10]", "a 1.10", "a 1.1"),
+        ("revision: 0123456", "0123456", "42798"),
+        ("tokenizer: no", "no", "False"),
+    ],
+)
+def test_vllms_own_file_says_what_vllm_will_read(folder: Path, text: str, written: str, taken: str) -> None:
+    (folder / "vllm.yaml").write_text(text + "\n")
+    (problem,) = problems(folder, CONFIG="vllm.yaml")
+    key = text.partition(":")[0].replace("-", "_")
+    assert problem == f"vllm.yaml (environment CONFIG): {key}: YAML makes {taken} of {written}: put it in quotes"
+
+
+def test_vllms_own_file_may_have_numbers(folder: Path) -> None:
+    text = "max-model-len: 0x1000\nrevision: 123\nenforce-eager: no\nserved-model-name: ['1.10', a]\nseed: 1_000\n"
+    (folder / "vllm.yaml").write_text(f"{text}hf-overrides: {{a: 1.10}}\nmodel: '1.10'\n")
+    settings = read(folder, Arguments(), CONFIG="vllm.yaml")
+    assert (settings.model.value, argv(settings)) == ("1.10", ["--config", "vllm.yaml"])
+
+
+# Arguments in a list
+
+
+def test_arguments_may_be_a_list(folder: Path) -> None:
+    for given in ("[--seed, 3, --hf-overrides, '{\"a b\": 1}']", "[--seed=3, '--hf-overrides={\"a b\": 1}']"):
+        (folder / "a.yaml").write_text(f"supervisor: {{extra_args: {given}}}\n")
+        settings = read(folder, SUPERVISOR_CONFIG="a.yaml")
+        assert [setting.value for _, setting in settings.raw] == ["3", '{"a b": 1}']
+        assert '{"a b": 1}' in settings.vllm_args[-1]
+
+
+def test_a_list_may_have_an_option_and_its_value_as_one_item(folder: Path) -> None:
+    (folder / "a.yaml").write_text("supervisor:\n  extra_args:\n  - --seed 3\n  - --enforce-eager\n")
+    (problem,) = problems(folder, SUPERVISOR_CONFIG="a.yaml")
+    assert "--seed 3 (a.yaml supervisor.extra_args)" in problem
+    assert "write --seed=3" in problem
+
+
+def test_a_program_may_be_a_list(folder: Path) -> None:
+    program = folder / "a b"
+    program.write_text("#!/bin/sh\necho 0.32.0\n")
+    program.chmod(0o755)
+    (folder / "a.yaml").write_text(f"supervisor: {{vllm: [{program}, '-x y'], cache_dir: {folder}}}\n")
+    settings = gather(Arguments(model="m", config="a.yaml"), {"PATH": os.environ["PATH"]})
+    assert settings.vllm.command == (str(program), "-x y")

@@ -55,7 +55,7 @@ def test_the_version_has_one_source() -> None:
 
 
 def test_both_names_start_it() -> None:
-    assert PROJECT["scripts"] == dict.fromkeys(("supervisor", "vllm-supervisor"), "supervisor.cli:main")
+    assert PROJECT["scripts"] == dict.fromkeys(("supervisor", "vllm-supervisor"), "supervisor.__main__:main")
 
 
 def test_what_is_imported_is_asked_for() -> None:

@@ -117,3 +117,18 @@ def test_an_option_like_no_other_may_be_of_a_vllm_of_the_users_own(folder: Path)
         "--my-companys-scheduler (command line): vLLM 0.32.0 has no such option; it is passed as it is",
     )
     assert list(build(settings, "S", "F").argv[5:]) == ["--my-companys-scheduler", "fancy"]
+
+
+@pytest.mark.parametrize("given", ["-- --seed 1", "--seed 1 --", "--seed 1 -- --enforce-eager", "--"])
+def test_what_stands_before_vllms_arguments_stands_once(folder: Path, given: str) -> None:
+    """vLLM would take what follows a second one for models."""
+    told = "leave it out: `--` stands once, between the supervisor's arguments and vLLM's"
+    assert problems(folder, given) == [f"-- (command line): {told}"]
+    assert problems(folder, "", SUPERVISOR_EXTRA_ARGS=given) == [f"-- (environment SUPERVISOR_EXTRA_ARGS): {told}"]
+
+
+@pytest.mark.parametrize(("given", "told"), [("--seed 1", "--seed=1"), ("-tp  2", "-tp=2")])
+def test_an_option_and_its_value_in_one_word(folder: Path, given: str, told: str) -> None:
+    """As in a list of arguments in YAML, where each item is a word."""
+    (problem,) = problems(folder, shlex.quote(given))
+    assert problem == f"{given} (command line): its value is a word of its own, or stands behind a '=': write {told}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from supervisor.settings.command import build
 from supervisor.settings.knobs import KNOBS, Keys, Knobs, keys
 from supervisor.settings.names import ALIASES, OWNED
 from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
-from supervisor.vllm import catalogue
+from supervisor.vllm import catalogue, installed
 from supervisor.vllm.catalogue import Option
 from supervisor.vllm.installed import Vllm, VllmError
 from supervisor.vllm.values import BadValue
@@ -123,7 +125,7 @@ def test_the_table_of_knobs_and_their_object_agree() -> None:
         ("SERVED_MODEL_NAME", "a,b", ["--served-model-name", "a", "b"]),
         ("MIDDLEWARE", "a,b", ["--middleware", "a", "--middleware", "b"]),
         ("SPECULATIVE_CONFIG", '{"method": "ngram"}', ["--speculative-config", '{"method": "ngram"}']),
-        ("SEED", "-1", ["--seed=-1"]),
+        ("MAX_LOGPROBS", "-1", ["--max-logprobs=-1"]),
         ("CHAT_TEMPLATE", "{% for x in y %}", ["--chat-template", "{% for x in y %}"]),
         ("DTYPE", "bfloat16", ["--dtype", "bfloat16"]),
     ],
@@ -558,7 +560,11 @@ def test_a_model_s_folder_has_something_in_it(folder: Path) -> None:
     """A volume that is not mounted is an empty folder."""
     (folder / "model").mkdir()
     (problem,) = problems(folder, Arguments(model="./model"))
-    assert problem == "MODEL=./model (command line): expected a folder with a model in it; this one is empty"
+    assert problem == "MODEL=./model (command line): expected a folder with a model in it; there is nothing in this one"
+    os.mkfifo(folder / "pipe")
+    for name in ("/dev/null", "./pipe"):
+        (problem,) = problems(folder, Arguments(), MODEL=name)
+        assert problem.endswith("expected a folder with a model in it; there is nothing in this one")
 
 
 @pytest.mark.parametrize("name", ["SUPERVISOR_CACHE_DIR", "SUPERVISOR_VOLUME", "SUPERVISOR_TLS_CERT"])
@@ -615,3 +621,122 @@ def test_what_vllms_file_has_and_vllm_has_not_is_told(folder: Path) -> None:
     assert [line for line in read(folder, CONFIG="v.yaml").warnings if "no_such" in line] == [
         "v.yaml (environment CONFIG): vLLM 0.32.0 has no option no_such_thing_at_all, and most likely ends at it"
     ]
+
+
+# Where the gateway listens
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "0.0.0.0",
+        "127.1",
+        "0",
+        "::",
+        "::1",
+        "fe80::1%eth0",
+        "::ffff:10.0.0.1",
+        "localhost",
+        "gpu1",
+        "GPU_1.example.com.",
+    ],
+)
+def test_what_is_a_host(folder: Path, host: str) -> None:
+    assert read(folder, SUPERVISOR_HOST=host).knobs.host == host
+
+
+@pytest.mark.parametrize(
+    ("host", "told"),
+    [
+        ("http://localhost", "an address alone: set SUPERVISOR_HOST=localhost"),
+        ("https://10.0.0.1/v1", "an address alone: set SUPERVISOR_HOST=10.0.0.1"),
+        ("0.0.0.0/0", "an address alone: set SUPERVISOR_HOST=0.0.0.0"),
+        ("http://0.0.0.0:8000/", "an address alone: set SUPERVISOR_HOST=0.0.0.0 and PORT=8000"),
+        ("localhost:8000", "an address alone: set SUPERVISOR_HOST=localhost and PORT=8000"),
+        ("[::1]:8000", "an address alone: set SUPERVISOR_HOST=::1 and PORT=8000"),
+        ("tcp://[::]:80", "an address alone: set SUPERVISOR_HOST=:: and PORT=80"),
+        ("[::]", "an address alone: set SUPERVISOR_HOST=::"),
+        ("*", "0.0.0.0 for all IPv4 addresses of this machine, or ::"),
+        ("*:8000", "0.0.0.0 for all IPv4 addresses of this machine, or ::"),
+        ("8000", "an address, such as 0.0.0.0: the port is PORT=8000"),
+        (":8000", "an address, such as 0.0.0.0: the port is PORT=8000"),
+        ("256.1.1.1", "an address of this machine, or its name, such as 0.0.0.0 or ::1"),
+        ("1.2.3.4.5", "an address of this machine, or its name, such as 0.0.0.0 or ::1"),
+        ("::ffff:zz", "an address of this machine, or its name, such as 0.0.0.0 or ::1"),
+        ("a b", "an address of this machine, or its name, such as 0.0.0.0 or ::1"),
+        ("*.example.com", "an address of this machine, or its name, such as 0.0.0.0 or ::1"),
+        ("-a", "an address of this machine, or its name, such as 0.0.0.0 or ::1"),
+    ],
+)
+def test_what_is_no_host_is_told_with_what_to_write(folder: Path, host: str, told: str) -> None:
+    (problem,) = problems(folder, SUPERVISOR_HOST=host)
+    assert problem == f"SUPERVISOR_HOST={host} (environment SUPERVISOR_HOST): expected {told}"
+    (problem,) = problems(folder, Arguments(model="m", host=host))
+    assert problem == f"SUPERVISOR_HOST={host} (command line --host): expected {told}"
+    (folder / "config.yaml").write_text(f"supervisor: {{host: '{host}'}}\n")
+    (problem,) = problems(folder)
+    assert problem == f"SUPERVISOR_HOST={host} (config.yaml supervisor.host): expected {told}"
+
+
+@pytest.mark.parametrize("address", ["http://10.0.0.1", "10.0.0.1:29501", "tcp://10.0.0.1:29501", "[::1]:29501"])
+def test_the_first_machines_address_is_an_address_alone(folder: Path, address: str) -> None:
+    for variable in ("MASTER_ADDR", "DATA_PARALLEL_ADDRESS"):
+        found = problems(folder, NNODES="2", TENSOR_PARALLEL_SIZE="2", NODE_RANK="1", **{variable: address})
+        (told,) = [line for line in found if line.startswith(f"{variable}={address} ")]
+        assert "expected the address alone, such as 10.0.0.1; its port is" in told
+
+
+# Which vLLM
+
+
+def program(folder: Path, text: str, name: str = "program") -> str:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["Python 3.11.2", "echo (GNU coreutils) 9.1\nWritten by Brian Fox.", "", "v20.1.0", "jq-1.6", "0", "vllm", "1 2 3"],
+)
+def test_a_program_that_is_no_vllm_is_told(folder: Path, said: str) -> None:
+    path = program(folder, f"cat <<'.'\n{said}\n.")
+    (problem,) = problems(folder, SUPERVISOR_VLLM=path, SUPERVISOR_CACHE_DIR=str(folder / "cache"))
+    last = f" (it says {said.splitlines()[-1]!r})" if said else ""
+    assert problem == f"`{path} --version` failed: it is not a working vLLM{last}."
+    assert not (folder / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    "said", ["0.32.0", "vllm 0.32.0", "vLLM 0.32.0+cu130", "INFO 09:00 [__init__.py:1] hello\n0.32.0"]
+)
+def test_what_vllm_says_of_its_version(folder: Path, said: str) -> None:
+    path = program(folder, f"cat <<'.'\n{said}\n.")
+    settings = read(
+        folder, SUPERVISOR_VLLM=f"nice {path}", PATH="/usr/bin:/bin", SUPERVISOR_CACHE_DIR=str(folder / "cache")
+    )
+    assert settings.vllm.version == "0.32.0"
+
+
+def test_what_torch_leaves_when_vllm_is_asked_for_its_version_goes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder / "temporary"))
+    monkeypatch.setattr(tempfile, "tempdir", str(folder / "temporary"))
+    path = program(folder, 'mkdir "$TMPDIR/torchinductor_root" && echo 0.32.0')
+    assert installed.find(path, None, folder / "cache").version == "0.32.0"
+    assert not list((folder / "temporary").iterdir())
+
+
+def test_a_vllm_that_was_built_without_git_has_no_number(folder: Path) -> None:
+    path = program(folder, "echo dev")
+    assert installed.find(path, None, folder / "cache").version == "dev"
+
+
+@pytest.mark.parametrize("name", ["python3", "pip", "supervisord"])
+def test_what_is_installed_beside_vllm_is_none(folder: Path, name: str) -> None:
+    path = program(folder.parent / "vllm/bin", "echo Python 3.12.1", name)
+    (problem,) = problems(folder, SUPERVISOR_VLLM=path, SUPERVISOR_CACHE_DIR=str(folder / "cache"))
+    assert "it is not a working vLLM (it says 'Python 3.12.1')" in problem

@@ -85,6 +85,28 @@ def test_near_misses_are_told(written: str, meant: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("written", "value", "meant"),
+    [
+        ("NO_ENFORCE_EAGER", "true", "ENFORCE_EAGER=false"),
+        ("NO_ENFORCE_EAGER", " 0", "ENFORCE_EAGER=true"),
+        ("NO_ENABLE_LORA", "False", "ENABLE_LORA=true"),
+        ("NO_DISABLE_LOG_STATS", "yes", "DISABLE_LOG_STATS=false"),
+        ("NO_TRUST_REMOTE_CODE", "", None),
+        ("NO_LLM_TRUST_REMOTE_CODE", "1", "LLM_TRUST_REMOTE_CODE=false"),
+        ("NO_SUPERVISOR_ACCESS_LOG", "1", "SUPERVISOR_ACCESS_LOG=false"),
+        ("NO_SUPERVISOR_FAST_RESTART", "no", "SUPERVISOR_FAST_RESTART=true"),
+        ("NO_ENABLE_PREFIX_CACHING", "1", "ENABLE_PREFIX_CACHING=false"),
+        # What is no yes or no has no opposite.
+        *((f"NO_{name}", "1", None) for name in ("MAX_MODEL_LEN", "PORT", "MODEL", "HF_TOKEN", "DTYPE")),
+        *((f"NO_{name}", "1", None) for name in ("SUPERVISOR_HOST", "SUPERVISOR_API_KEYS", "SUPERVISOR_CONFIG")),
+    ],
+)  # fmt: skip
+def test_no_before_a_switch_is_its_opposite(written: str, value: str, meant: str | None) -> None:
+    expected = [f"{written} has no effect: nothing reads it; did you mean {meant}?"] if meant else []
+    assert told(**{written: value}) == expected
+
+
+@pytest.mark.parametrize(
     ("written", "line"),
     [
         ("NUM_SHARD", "it is TGI's; set TENSOR_PARALLEL_SIZE"),

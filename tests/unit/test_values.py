@@ -26,6 +26,7 @@ def option(kind: str, type_: str = "str", **more: object) -> Option:
         ("served_model_name", "a, b", ["--served-model-name", "a", "b"]),
         ("served_model_name", "a b", ["--served-model-name", "a", "b"]),
         ("served_model_name", '["a b", "c,d"]', ["--served-model-name", "a b", "c,d"]),
+        ("served_model_name", "[1.10, 7]", ["--served-model-name", "1.10", "7"]),
         ("served_model_name", ["a", 7, True], ["--served-model-name", "a", "7", "true"]),
         ("lora_modules", "a=b c=d", ["--lora-modules", "a=b", "c=d"]),
         ("lora_modules", '{"name": "a", "path": "b"}', ["--lora-modules", '{"name": "a", "path": "b"}']),

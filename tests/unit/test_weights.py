@@ -15,9 +15,9 @@ import pytest
 
 from supervisor.around import prefetch
 from supervisor.around.prefetch import Prefetch
-from supervisor.repositories import BAKED, hub_cache, places
+from supervisor.repositories import BAKED, hub_cache, hub_env, places
 from supervisor.settings import volume as volumes
-from supervisor.settings.volume import Volume, hub_environment
+from supervisor.settings.volume import Volume
 from supervisor.weights import find as finding
 from supervisor.weights import snapshot
 from supervisor.weights.find import Place, find, find_snapshot
@@ -398,12 +398,12 @@ def test_the_hubs_own_cache(environ: dict[str, str], expected: str) -> None:
 def test_the_hubs_client_on_a_volume(tmp_path: Path) -> None:
     fast = {"HF_XET_HIGH_PERFORMANCE": "1"}
     own = {"HF_HOME": str(tmp_path / "huggingface-cache"), "HF_XET_CACHE": "/w/xet"}
-    assert hub_environment(Volume(tmp_path, writable=True), {}, "/w") == fast | own
-    assert hub_environment(Volume(tmp_path, writable=False), {}, "/w") == fast
-    assert hub_environment(None, {}, "/w") == fast
+    assert hub_env(Volume(tmp_path, writable=True), {}, "/w") == fast | own
+    assert hub_env(Volume(tmp_path, writable=False), {}, "/w") == fast
+    assert hub_env(None, {}, "/w") == fast
     for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-        assert hub_environment(Volume(tmp_path, writable=True), {name: "/mine"}, "/w") == fast
-    assert hub_environment(None, {"HF_XET_HIGH_PERFORMANCE": "0"}, "/w") == {}
+        assert hub_env(Volume(tmp_path, writable=True), {name: "/mine"}, "/w") == fast
+    assert hub_env(None, {"HF_XET_HIGH_PERFORMANCE": "0"}, "/w") == {}
 
 
 def test_which_volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

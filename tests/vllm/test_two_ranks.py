@@ -65,6 +65,7 @@ class Machine:
             "PRIMARY_ADDR": LEADER,
             "PRIMARY_PORT": "29501",
             "TENSOR_PARALLEL_SIZE": "2",
+            "ENFORCE_EAGER": "true",
             "PORT": PORT,
             "TMPDIR": str(self.folder),
             # Of this machine's processors each rank would bind all.

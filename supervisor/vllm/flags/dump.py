@@ -153,12 +153,15 @@ def plain(value: Any) -> bool:
     return True
 
 
-def bounds() -> dict[str, dict[str, float]]:
+def bounds(parser: argparse.ArgumentParser) -> dict[str, dict[str, float]]:
     """Field -> limits, as pydantic checks them in vLLM's config classes (`gpu_memory_utilization`: gt 0, le 1).
 
-    A name that two classes limit in different ways is left out: the option is one of them, and nobody says which.
+    The class is the one that the option's group is named after. Where there is none, a name that two classes limit in
+    different ways is left out.
     """
+    groups = {action.dest: group.title for group in parser._action_groups for action in group._group_actions}
     found: dict[str, list[dict[str, float]]] = {}
+    own: dict[str, dict[str, float]] = {}
     config = importlib.import_module("vllm.config")
     for name in dir(config):
         for field, info in getattr(getattr(config, name), "__pydantic_fields__", {}).items():
@@ -170,7 +173,9 @@ def bounds() -> dict[str, dict[str, float]]:
             }
             if limits and limits not in found.setdefault(field, []):
                 found[field].append(limits)
-    return {field: limits[0] for field, limits in found.items() if len(limits) == 1}
+            if groups.get(field) == name:
+                own[field] = limits
+    return {field: limits[0] for field, limits in found.items() if len(limits) == 1} | own
 
 
 def known_names(option_name: str) -> list[str]:
@@ -250,7 +255,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def catalogue() -> dict[str, Any]:
-    parser, limits = make_parser(), bounds()
+    limits = bounds(parser := make_parser())
     actions = [action for action in parser._actions if action.option_strings and action.dest != "help"]
     rows = [option(parser, action, limits.get(action.dest, {})) for action in actions]
     variables = importlib.import_module("vllm.envs").environment_variables
