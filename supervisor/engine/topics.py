@@ -115,10 +115,13 @@ def sentence(text: str, groups: dict[str, str]) -> str:
 def told(failure: Failure) -> dict[str, str]:
     """What a row for a kind of error may say: the header of `causes.toml` has them."""
     topic, names, suspects = about(failure), ", ".join(named(failure)[:3]), ", ".join(in_use(failure)[:3])
-    sure = topic.sure(_words(failure), _places(failure))
+    places, log = _places(failure), f"{failure.settings[-LONGEST_LOG:]}\n{failure.whole[-LONGEST_LOG:]}"
+    sure = topic.sure(_words(failure), places)
     governs = topic.remedy if sure else f"Where it is about {_within(topic.part)}: {_within(topic.remedy)}"
     elsewhere = "" if topic is TOPICS[-1] else governs
-    package = next((name for path in reversed(_frames(failure)) if (name := _package(path))), "")
+    package = next((found[1] for place in reversed(places.split("\n")) if (found := PACKAGE.search(place))), "")
+    # Whether they are on several machines, where the log tells.
+    ranks = "other_ranks" if SEVERAL.search(log) else "own_ranks" if ALONE.search(log) else "any_ranks"
     return {
         "part": topic.part if sure else TOPICS[-1].part,
         "at": f"({topic.part})" if elsewhere and sure else "",
@@ -131,7 +134,7 @@ def told(failure: Failure) -> dict[str, str]:
         "fit": REMEDIES["fit"].format(package=package.replace("_", "-")) if package else "",
         "without": topic.remedy if topic.compiles else REMEDIES["kernels"],
         "instead": _instead(_words(failure)),
-        "ranks": REMEDIES[_ranks(f"{failure.settings[-LONGEST_LOG:]}\n{failure.whole[-LONGEST_LOG:]}")],
+        "ranks": REMEDIES[ranks],
     }
 
 
@@ -151,10 +154,8 @@ def about(failure: Failure) -> Topic:
     """The first that fits; the last of the table fits all. Weak words give way to a place, and to another's words."""
     error, places = _words(failure), _places(failure)
     first = next(t for t in TOPICS if t.sure(error, places) or t.patterns[2].search(error))
-    if first.sure(error, places):
-        return first
     others = (t for t in TOPICS[:-1] if t.sure(error, "" if t.general else places))
-    return next(others, first)
+    return first if first.sure(error, places) else next(others, first)
 
 
 def named(failure: Failure) -> list[str]:
@@ -168,18 +169,10 @@ def named(failure: Failure) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _frames(failure: Failure) -> list[str]:
-    """The innermost ones, as `path:function`."""
-    frames = [f"{path}:{function}" for path, function in FRAME.findall(failure.raised)]
-    return [frame for frame in frames if frame is frames[-1] or not AROUND.search(frame)][-NEAR:]
-
-
 def _places(failure: Failure) -> str:
-    return "\n".join(_frames(failure))
-
-
-def _package(place: str) -> str:
-    return found[1] if (found := PACKAGE.search(place)) else ""
+    """The innermost frames, as `path:function`, a line each."""
+    frames = [f"{path}:{function}" for path, function in FRAME.findall(failure.raised)]
+    return "\n".join([frame for frame in frames if frame is frames[-1] or not AROUND.search(frame)][-NEAR:])
 
 
 def _instead(text: str) -> str:
@@ -187,11 +180,6 @@ def _instead(text: str) -> str:
     names = dict.fromkeys(re.findall(r"--([a-z][a-z\d_-]{1,60})", text))
     told = ((name, REMOVED.get(name.replace("-", "_"))) for name in names)
     return " ".join(f"Instead of --{name}: {advice}." for name, advice in told if advice)
-
-
-def _ranks(log: str) -> str:
-    """Whether they are on several machines, where the log tells."""
-    return "other_ranks" if SEVERAL.search(log) else "own_ranks" if ALONE.search(log) else "any_ranks"
 
 
 def _words(failure: Failure) -> str:

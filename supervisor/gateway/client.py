@@ -277,7 +277,7 @@ class ClientConnection(RequestReader):
             if is_gone(self.transport):
                 self.transport.abort()
                 return
-            if not self.half_closed and has_hung_up(self.transport):
+            if not self.half_closed and _poll(self.transport) & select.POLLRDHUP:  # no more will come than is there
                 self.half_closed = True
                 self.look_for_client()
             elif self.half_closed and isinstance(one, Exchange) and one.body is not None and not unsent:
@@ -378,8 +378,3 @@ def _poll(transport: asyncio.Transport) -> int:
 def is_gone(transport: asyncio.Transport) -> bool:
     """Whether the client's side is closed for both ways. While nothing is read, nobody else tells."""
     return bool(_poll(transport) & (select.POLLHUP | select.POLLERR))
-
-
-def has_hung_up(transport: asyncio.Transport) -> bool:
-    """Whether no more than what is there already will come from the client."""
-    return bool(_poll(transport) & select.POLLRDHUP)

@@ -125,8 +125,8 @@ class Gateway:
             for (route, status), series in self.counts.answers.items()
             if status < 300 and route in ENGINE_ROUTES
         )
-        streamed = sum(exchange.sent for exchange in waiting if not _ends_with_no_sign(exchange))
-        return waiting, (answered, streamed)
+        sent = sum(one.sent for one in waiting if not (isinstance(one.body, Events) and NO_SIGN.match(one.body.latest)))
+        return waiting, (answered, sent)
 
     def _tick(self) -> None:
         """Ends what is over its time."""
@@ -166,10 +166,6 @@ def _needs_the_engine(exchange: Exchange) -> bool:
     if delivering is None or not delivering.working or request.websocket:
         return False
     return request.method == b"POST" and exchange.verdict.route in ENGINE_ROUTES
-
-
-def _ends_with_no_sign(exchange: Exchange) -> bool:
-    return isinstance(exchange.body, Events) and NO_SIGN.match(exchange.body.latest) is not None
 
 
 class _Server(uvicorn.Server):
