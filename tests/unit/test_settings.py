@@ -722,6 +722,12 @@ def test_a_program_that_is_no_vllm_is_told(folder: Path, said: str) -> None:
     assert not (folder / "cache").exists()
 
 
+def test_a_program_that_says_no_text_is_told(folder: Path) -> None:
+    path = program(folder, r"printf '\377\376\n'")
+    (problem,) = problems(folder, SUPERVISOR_VLLM=path, SUPERVISOR_CACHE_DIR=str(folder / "cache"))
+    assert problem == f"`{path} --version` failed: it is not a working vLLM (it says '\ufffd\ufffd')."
+
+
 @pytest.mark.parametrize(
     "said", ["0.32.0", "vllm 0.32.0", "vLLM 0.32.0+cu130", "INFO 09:00 [__init__.py:1] hello\n0.32.0"]
 )
