@@ -515,6 +515,14 @@ def test_what_is_there_twice_in_two_spellings_is_told(folder: Path, text: str, t
     read(folder, SUPERVISOR_CONFIG="a.yaml")
 
 
+def test_numbers_in_the_objects_of_a_list_are_numbers(folder: Path) -> None:
+    settings = read(
+        folder, SERVED_MODEL_NAME="[1.10, 1e5]", LORA_MODULES='[{"name": "a", "x": [1.5]}]', ENABLE_LORA="1"
+    )
+    assert settings.option("served_model_name") == ("1.10", "1e5")
+    assert json.loads(settings.option("lora_modules")[0]) == {"name": "a", "x": [1.5]}
+
+
 def test_our_own_numbers_may_have_underscores(folder: Path) -> None:
     (folder / "a.yaml").write_text("supervisor: {port: 8_001, startup_timeout: 1_200, max_body: 64_000_000}\n")
     knobs = read(folder, SUPERVISOR_CONFIG="a.yaml", SUPERVISOR_MAX_WAITING="1_500").knobs
