@@ -49,7 +49,7 @@ def version() -> str:
 
 
 def with_scheme(url: str) -> str:
-    return url if "://" in url else f"http://{url}"
+    return url if "://" in url or not url else f"http://{url}"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -67,7 +67,7 @@ class VllmLines:
 
     def __init__(self, form: Form, *, terminal: bool) -> None:
         self.as_json = form.as_json
-        self.form = unmasked(form)
+        self.form = replace(form, mask=str)
         self.terminal = terminal and form.colour
         self.folds = terminal and form.folds and not form.as_json
         self.folded = 0  # lines since the last one that was shown
@@ -99,11 +99,6 @@ class VllmLines:
 def printable(text: str) -> str:
     """What a client chose, as it can stand in a line."""
     return text if text.isprintable() else text.encode("unicode_escape").decode()
-
-
-def unmasked(form: Form) -> Form:
-    """For lines whose parts are masked one by one."""
-    return replace(form, mask=str)
 
 
 # The lines of a busy second, and of a busy millisecond, share these.

@@ -78,10 +78,10 @@ SECRET_TEXT = (
         lambda text, small: "bearer " in small,
         re.compile(r"(?i)(?P<keep>\bbearer +)[A-Za-z0-9._~+/=-]{6,}"),
     ),
-    # A URL's user and password.
+    # A URL's user and password, which may have slashes where a generator made it; `host:8000/a@b` is a path.
     Shape(
         lambda text, small: "@" in text and "://" in text,
-        re.compile(r"(?P<keep>\w://)[^/\s'\"]+(?=@)"),
+        re.compile(r"(?P<keep>\w://)(?:[^/\s'\"]+|[^/\s'\":\[]*:(?!\d{2,5}/)(?:[^/\s'\"]|/(?!/))+)(?=@)"),
     ),
     # A query's parameters.
     Shape(

@@ -11,12 +11,12 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from supervisor.gateway.record import note
-from supervisor.lines import Form, clock, iso, printable, unmasked
+from supervisor.lines import Form, clock, iso, printable
 
 if TYPE_CHECKING:
     import asyncio
@@ -50,7 +50,7 @@ class AccessLog:
 
     def __post_init__(self) -> None:
         self.from_status = FROM_STATUS[self.level]
-        self.mask, self.form = self.form.mask, unmasked(self.form)
+        self.mask, self.form = self.form.mask, replace(self.form, mask=str)
         self.batch: list[Record] = []
         self._shape = lru_cache(KEPT)(self._with_gaps)
         self._foreign_id = lru_cache(KEPT)(self._masked_id)

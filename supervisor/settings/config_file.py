@@ -97,7 +97,10 @@ def _told(lines: list[str], label: str, source: str = "", *, end: str = "") -> I
 
 
 def _normal_keys(mapping: dict[Any, Any]) -> dict[str, Any]:
-    return {str(key).replace("-", "_").lower(): value for key, value in mapping.items()}
+    names = [str(key).replace("-", "_").lower() for key in mapping]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise MalformedError(f"has {twice[0]} twice, written in two ways")
+    return dict(zip(names, mapping.values(), strict=True))
 
 
 def _fill(file: ConfigFile, content: dict[str, Any], report: Report) -> None:

@@ -22,7 +22,7 @@ def number(read: Callable[[str], Any], least: float, below: float, expected: str
 
     def reader(text: str) -> Any:
         with suppress(ValueError):
-            if least <= (value := read(text)) < below and text.isascii() and "_" not in text:
+            if least <= (value := read(text)) < below and text.isascii():
                 return value
         raise BadValue(expected)
 
@@ -40,7 +40,7 @@ SIZES = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2
 
 def size(text: str) -> int:
     """Bytes: 64MiB (binary), 30MB (decimal), 1000000."""
-    found = re.fullmatch(r"(\d{1,12})\s*([kmg]i?)?b?", text.strip().lower())
+    found = re.fullmatch(r"(\d(?:_?\d){0,11})\s*([kmg]i?)?b?", text.strip().lower())
     if found is None or not int(found[1]):
         raise BadValue("a size, such as 64MiB or 30MB")
     return int(found[1]) * SIZES[found[2] or ""]

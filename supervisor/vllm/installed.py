@@ -132,12 +132,12 @@ def _fingerprint(command: tuple[str, ...]) -> str:
     return hashlib.sha256("\0".join((*command, *stamps)).encode()).hexdigest()
 
 
-def ask(command: Sequence[str], patience: float, trouble: str) -> subprocess.CompletedProcess[str]:
+def ask(argv: Sequence[str], patience: float, trouble: str) -> subprocess.CompletedProcess[str]:
     """Runs a program of vLLM's environment; what torch leaves in TMPDIR goes with it. Raises VllmError: `trouble`."""
     try:
         with tempfile.TemporaryDirectory() as folder:
-            environ = {**os.environ, "TMPDIR": folder}
-            return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=patience, check=False)
+            env = {**os.environ, "TMPDIR": folder}
+            return subprocess.run(argv, env=env, capture_output=True, errors="replace", timeout=patience, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise VllmError(f"{trouble}: {error}") from None
 

@@ -84,7 +84,8 @@ def items(given: object) -> list[object]:
     text = str(given).strip()
     if text.startswith("["):
         try:
-            return list(json.loads(text, parse_float=str))  # 1.10 is a name as well
+            both = zip(json.loads(text), json.loads(text, parse_float=str), strict=True)
+            return [name if isinstance(item, float) else item for item, name in both]  # 1.10 is a name as well
         except json.JSONDecodeError:
             raise BadValue('a list, such as a,b or JSON like ["a", "b"]') from None
     if text.startswith("{"):  # commas and spaces stand inside of objects too

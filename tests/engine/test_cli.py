@@ -317,6 +317,7 @@ def test_ctrl_c_a_little_later_is_quiet_too(tmp_path: Path, verb: str, at: str) 
         ["status", "--url", "user:{}@localhost:1"],
         ["status", "--url", "ftp://user:{}@localhost"],
         ["status", "--url", "http://user:p@{}@localhost:1"],
+        ["status", "--url", "http://user:{}/+w=@localhost:1"],
         ["status", "--url", "http://localhost:1/?token={}"],
         ["job", "{}", "--url", "http://user:{}@localhost:1"],
         ["job", "{}", "--url", "user:{}@localhost:99999"],

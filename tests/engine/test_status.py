@@ -86,6 +86,7 @@ def test_of_none(ask: Ask, tmp_path: Path) -> None:
     done = ask(tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("supervisor: none runs here")
+    assert ask(tmp_path, "--url", "").stderr == done.stderr  # a script's variable that is not set
 
 
 def test_what_a_killed_one_left_is_passed_over(ask: Ask, tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ def test_what_fails_after_minutes_is_told_now(folder: Path, environ: dict[str, s
         {"SPECULATIVE_CONFIG": '{"method": "ngram", "num_speculative_tokens": 3}'},
         {"SPECULATIVE_CONFIG": '{"model": "org/draft", "num_speculative_tokens": 3}'},
         {"HF_ENDPOINT": "http://127.0.0.1:9"},
+        {"HF_ENDPOINT": "HTTPS://hub.example"},
     ],
 )
 def test_what_works_together_is_not_told(folder: Path, environ: dict[str, str]) -> None:

@@ -500,6 +500,37 @@ def test_what_is_there_twice_is_told(folder: Path, text: str, told: str) -> None
     assert any(told in line for line in problems(folder, CONFIG="vllm.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("max-model-len: 1\nmax_model_len: 2\n", "has max_model_len twice, written in two ways"),
+        ("seed: 1\nSeed: 2\n", "has seed twice, written in two ways"),
+        ("supervisor:\n  max-waiting: 1\n  MAX_WAITING: 2\n", "has max_waiting twice, written in two ways"),
+    ],
+)
+def test_what_is_there_twice_in_two_spellings_is_told(folder: Path, text: str, told: str) -> None:
+    (folder / "a.yaml").write_text(text)
+    assert problems(folder, SUPERVISOR_CONFIG="a.yaml") == [f"a.yaml {told}"]
+    (folder / "a.yaml").write_text("hf_overrides: {a-b: 1, a_b: 2, A_B: 3}\n")  # of objects they are names as any
+    read(folder, SUPERVISOR_CONFIG="a.yaml")
+
+
+def test_numbers_in_the_objects_of_a_list_are_numbers(folder: Path) -> None:
+    settings = read(
+        folder, SERVED_MODEL_NAME="[1.10, 1e5]", LORA_MODULES='[{"name": "a", "x": [1.5]}]', ENABLE_LORA="1"
+    )
+    assert settings.option("served_model_name") == ("1.10", "1e5")
+    assert json.loads(settings.option("lora_modules")[0]) == {"name": "a", "x": [1.5]}
+
+
+def test_our_own_numbers_may_have_underscores(folder: Path) -> None:
+    (folder / "a.yaml").write_text("supervisor: {port: 8_001, startup_timeout: 1_200, max_body: 64_000_000}\n")
+    knobs = read(folder, SUPERVISOR_CONFIG="a.yaml", SUPERVISOR_MAX_WAITING="1_500").knobs
+    assert (knobs.port, knobs.startup_timeout, knobs.max_body, knobs.max_waiting) == (8001, 1200, 64_000_000, 1500)
+    for bad in ("1__0", "_10", "10_", "1_0_MB", "MB"):
+        assert len(problems(folder, SUPERVISOR_MAX_BODY=bad)) == 1, bad
+
+
 def test_what_is_merged_is_not_there_twice(folder: Path) -> None:
     (folder / "a.yaml").write_text("hf_overrides: {a: &x {b: 1, c: 2}, d: {<<: *x, c: 3}}\n")
     (found,) = (s for o, s in read(folder, SUPERVISOR_CONFIG="a.yaml").options if o.key == "hf_overrides")

@@ -10,6 +10,7 @@ import tempfile
 import threading
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from supervisor import logs
 from supervisor import output as output_module
 from supervisor.gateway.access import BATCH, TICK, AccessLog, shown_path
-from supervisor.lines import Form, VllmLines, unmasked
+from supervisor.lines import Form, VllmLines
 from supervisor.output import Output
 from supervisor.secrets import Mask
 from tests.harness import wait_until
@@ -483,7 +484,7 @@ def documented(form: Form, one: Any) -> str:
     request_id = one.request_id.decode("latin-1")
     if not re.fullmatch("0c5f[0-9A-Za-z]*", request_id):
         request_id = form.mask(request_id)
-    what, plain = f"{method} {path} {one.status}", unmasked(form)
+    what, plain = f"{method} {path} {one.status}", replace(form, mask=str)
     if form.as_json:
         return plain.json(
             level, "supervisor.access", what, at, request_id,

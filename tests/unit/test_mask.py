@@ -171,7 +171,7 @@ PLAIN = (
     re.compile(rf"\b(?:hf_{WORD}|sk-|rpa_|gh[pousr]_|github_pat_|AKIA|AIza|xox[bp]-)[A-Za-z0-9_-]{{8,}}"),
     re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*"),
     re.compile(r"(?i)(?P<keep>\bbearer +)[A-Za-z0-9._~+/=-]{6,}"),
-    re.compile(r"(?P<keep>\w://)[^/\s'\"]+(?=@)"),
+    re.compile(r"(?P<keep>\w://)(?:[^/\s'\"]+|[^/\s'\":\[]*:(?!\d{2,5}/)(?:[^/\s'\"]|/(?!/))+)(?=@)"),
     re.compile(rf"(?i)(?P<keep>[?&;](?:{_FIELD}|sig|key|auth)=)[^&\s'\";]+"),
     re.compile(rf"(?i)(?P<keep>[\"'](?:{_FIELD}|authorization)\\?[\"']\s*:\s*\\?[\"'])(?:\\.|[^\"'\\])+"),
     re.compile(rf"(?i)(?P<keep>--(?:{_FIELD}|api-key|hf-token)[ =]'?)[^\s'\-(][^\s']*"),

@@ -491,6 +491,20 @@ def test_mask_hides_what_is_secret_and_nothing_else() -> None:
     assert Mask({"API_KEY": "1"})("1 and 1") == "1 and 1"
 
 
+@pytest.mark.parametrize("password", ["ab/cd", "ab/cd+/e=", "1/2/a", "a:b/c"])
+def test_a_password_in_an_address_may_have_slashes(password: str) -> None:
+    """Those that a generator makes in base64 do."""
+    assert Mask({})(f"at http://user:{password}@proxy:3128/x, no") == "at http://****@proxy:3128/x, no"
+    assert Mask({})(f"redis://:{password}@h") == "redis://****@h"
+
+
+@pytest.mark.parametrize(
+    "text", ["http://h:8000/a@b", "oci://h:5000/a:b@sha256", "http://h/a:b/c@d", "http://[::1]:80/a@b", "x://a:b //c@d"]
+)
+def test_what_is_behind_a_path_is_no_password(text: str) -> None:
+    assert Mask({})(text) == text
+
+
 # The catalogue
 
 
@@ -706,6 +720,12 @@ def test_a_program_that_is_no_vllm_is_told(folder: Path, said: str) -> None:
     last = f" (it says {said.splitlines()[-1]!r})" if said else ""
     assert problem == f"`{path} --version` failed: it is not a working vLLM{last}."
     assert not (folder / "cache").exists()
+
+
+def test_a_program_that_says_no_text_is_told(folder: Path) -> None:
+    path = program(folder, r"printf '\377\376\n'")
+    (problem,) = problems(folder, SUPERVISOR_VLLM=path, SUPERVISOR_CACHE_DIR=str(folder / "cache"))
+    assert problem == f"`{path} --version` failed: it is not a working vLLM (it says '\ufffd\ufffd')."
 
 
 @pytest.mark.parametrize(
