@@ -3,11 +3,12 @@ and `job` have handlers of their own. As process 1 of a container it would not e
 
 import os
 import signal
+import sys
 
 
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM) if os.getpid() == 1 else (signal.SIGINT,):
-        signal.signal(number, lambda number, _: os._exit(128 + number))
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     from supervisor import cli  # noqa: PLC0415  # takes a tenth of a second
 
     cli.main()

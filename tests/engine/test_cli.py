@@ -8,19 +8,21 @@ import json
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from supervisor import __version__
 from supervisor.listen import bind
 from supervisor.settings.settings import Arguments, SettingsError, gather
 from tests.engine.conftest import Call
-from tests.harness import DEMO, FAKE, SUPERVISOR, clean_environment
+from tests.harness import DEMO, FAKE, SUPERVISOR, clean_environment, wait_until
 from tests.pages import WRONG
 
 
@@ -305,6 +307,21 @@ def test_ctrl_c_at_the_very_beginning_is_quiet(tmp_path: Path, at: str, verb: st
 def test_ctrl_c_a_little_later_is_quiet_too(tmp_path: Path, verb: str, at: str) -> None:
     done = interrupted(tmp_path, verb, str(DEMO), at=at)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_ctrl_c_takes_along_who_is_asked(tmp_path: Path) -> None:
+    """A terminal's reaches all of its group, one of `kill` the supervisor alone."""
+    (temporary := tmp_path / "temporary").mkdir()
+    asked, vllm = tmp_path / "asked", tmp_path / "program"
+    vllm.write_text(f"#!/bin/sh\necho $$ > {asked}.new && mv {asked}.new {asked} && exec sleep 100\n")
+    vllm.chmod(0o755)
+    environ = clean_environment(SUPERVISOR_VLLM=str(vllm), TMPDIR=str(temporary), SUPERVISOR_CACHE_DIR=str(tmp_path))
+    with subprocess.Popen([SUPERVISOR, "explain", "m"], env=environ, stderr=subprocess.PIPE) as process:
+        wait_until(asked.exists, "vLLM was asked for its version")
+        process.send_signal(signal.SIGINT)
+        assert (process.wait(10), process.stderr.read()) == (130, b"")  # type: ignore[union-attr]
+    assert not psutil.pid_exists(int(asked.read_text()))
+    assert not list(temporary.iterdir())
 
 
 # Addresses with a password in them
