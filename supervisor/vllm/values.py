@@ -13,6 +13,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 TRUE = frozenset({"true", "1", "yes", "on"})
@@ -161,21 +162,21 @@ def _json_with_human_ints(given: object) -> str:
     """vLLM's own classes of settings: numbers in their JSON may be written as 32k."""
     if isinstance(given, list) or str(given).lstrip().startswith("["):
         raise BadValue(JSON_OBJECT)
-    return _json(given, HUMAN_INT_IN_JSON.sub(lambda found: found[1] or "1", str(given)))
+    return _json(given, partial(HUMAN_INT_IN_JSON.sub, lambda found: found[1] or "1"))
 
 
-def _json(given: object, plain: str = "") -> str:
+def _json(given: object, plain: Callable[[str], str] = str) -> str:
+    """`plain` makes JSON of what vLLM takes for it."""
     if isinstance(given, dict | list):
         return json.dumps(given)
     if not isinstance(given, str):
         raise BadValue(JSON_OBJECT)
-    text = plain or given  # `plain`: without what is no JSON
     try:
-        value = json.loads(text)
+        value = json.loads(plain(given))
     except json.JSONDecodeError as error:
-        for instead in (text.replace("'", '"'), text.replace("\\", "")):  # Python's quotes; a shell's, in compose
+        for instead in (given.replace("'", '"'), given.replace("\\", "")):  # Python's quotes; a shell's, in compose
             with contextlib.suppress(json.JSONDecodeError):
-                json.loads(instead)
+                json.loads(plain(instead))
                 raise BadValue(f"JSON: write {instead}") from None
         raise BadValue(f'JSON, such as {{"key": "value"}} ({error.msg} at character {error.pos + 1})') from None
     if not isinstance(value, dict | list):

@@ -220,3 +220,8 @@ def test_variables_that_only_sound_like_it_hold_none(name: str) -> None:
 def test_json_in_other_quotes_is_told_as_it_should_be_written(given: str) -> None:
     with pytest.raises(BadValue, match=r'JSON: write \{"image": 4\}'):
         OPTIONS["limit_mm_per_prompt"].read(given)
+
+
+def test_numbers_stay_as_they_were_written_in_what_is_to_be_written() -> None:
+    with pytest.raises(BadValue, match=r'JSON: write \{"max_capture": 1k\}'):
+        OPTIONS["compilation_config"].read("{'max_capture': 1k}")
