@@ -134,12 +134,14 @@ def _fingerprint(command: tuple[str, ...]) -> str:
 
 def ask(argv: Sequence[str], patience: float, trouble: str) -> subprocess.CompletedProcess[str]:
     """Runs a program of vLLM's environment; what torch leaves in TMPDIR goes with it. Raises VllmError: `trouble`."""
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            env = {**os.environ, "TMPDIR": folder}
+    with contextlib.ExitStack() as stack:
+        env = dict(os.environ)
+        with contextlib.suppress(OSError):  # a full disk
+            env["TMPDIR"] = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        try:
             return subprocess.run(argv, env=env, capture_output=True, errors="replace", timeout=patience, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise VllmError(f"{trouble}: {error}") from None
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise VllmError(f"{trouble}: {error}") from None
 
 
 def _ask_version(command: tuple[str, ...]) -> str:
