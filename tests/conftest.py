@@ -58,7 +58,7 @@ TOGETHER = {  # by fixture
 # Of tests/vllm, those that don't meet the vLLM that the others share: they wait most of the time, or start their own.
 BESIDE = {
     f"tests/vllm/test_{name}.py"
-    for name in ("catalogue", "demo_model", "download", "every_option", "first_prompt", "templates")
+    for name in ("catalogue", "demo_model", "download", "every_option", "first_prompt", "hang", "templates")
 }
 
 
