@@ -47,7 +47,7 @@ ARROWS = {
 # Those that wire the rooms together, and the verbs of the command.
 ABOVE = {"cli", "up", "serve", "explain", "fetch", "status", "doctor", "__main__"}
 # In lines of Python: scripts/lines prints them.
-LONGEST_FILE, ALL_OF_IT = 400, 16_723
+LONGEST_FILE, ALL_OF_IT = 400, 16_718
 
 
 @cache
@@ -134,7 +134,7 @@ def test_of_the_queue_only_the_child_knows_more_than_http() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "most"), [("queue", 1_200), ("local_runpod", 900), ("weights", 676), ("doctor", 668), ("settings", 1_600)]
+    ("name", "most"), [("queue", 1_200), ("local_runpod", 900), ("weights", 676), ("doctor", 650), ("settings", 1_600)]
 )
 def test_a_room_does_not_grow(name: str, most: int) -> None:
     files = {module: len(path.read_text().splitlines()) for module, path in MODULES.items() if room(module) == name}
