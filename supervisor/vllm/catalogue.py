@@ -10,7 +10,7 @@ import json
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
 HUMAN = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots: its names are asked for thousands of times at each start, and made once
 class Option:
     """One option of `vllm serve`. `kind`: value, list, pair (--x/--no-x), switch, append or optional."""
 
@@ -46,27 +46,27 @@ class Option:
     bounds: tuple[tuple[str, float], ...] = ()
     names: tuple[str, ...] = ()  # what else a text may be, unless a plugin knows more
 
-    @property
+    @cached_property
     def key(self) -> str:
         """As in config.yaml: `max_model_len`."""
         return key_of(self.name)
 
-    @property
+    @cached_property
     def variable(self) -> str:
         """As in the environment: `MAX_MODEL_LEN`."""
         return self.key.upper()
 
-    @property
+    @cached_property
     def is_switch(self) -> bool:
         """Whether it is yes or no."""
         return self.kind in ("pair", "switch")
 
-    @property
+    @cached_property
     def is_template(self) -> bool:
         """Whether it is a program with braces of its own."""
         return self.key == "chat_template"
 
-    @property
+    @cached_property
     def opposite(self) -> str | None:
         """The key that a pair `--enable-x` would have as `--disable-x`, and the other way round."""
         word, _, rest = self.key.partition("_")
