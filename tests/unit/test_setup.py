@@ -308,7 +308,7 @@ HANGS = 'if [[ $* == *runtime.txt* ]]; then touch "$here/hangs"; echo $$ >"$here
 
 
 def alive(pid: int) -> bool:
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it may go between the two looks
         os.kill(pid, 0)
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False
