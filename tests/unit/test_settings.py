@@ -397,6 +397,8 @@ def test_no_model_on_a_laptop_is_the_demo(folder: Path, monkeypatch: pytest.Monk
     assert "--enable-auto-tool-choice" in found
     environ = build(settings, "s", "f").environ
     assert (environ["VLLM_CPU_KVCACHE_SPACE"], environ["OMP_NUM_THREADS"]) == ("1", "1")
+    theirs = read(folder, Arguments(), OMP_NUM_THREADS="4")  # what the user says wins
+    assert build(theirs, "s", "f").environ["OMP_NUM_THREADS"] == "4"
 
 
 @pytest.mark.parametrize(
