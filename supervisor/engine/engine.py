@@ -13,15 +13,18 @@ import signal
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from supervisor.bounded import Call
+from supervisor.bounded import Call, bounded
 from supervisor.engine import heartbeat
 from supervisor.engine.child import Child, how_it_ended
 from supervisor.engine.lifecycle import Action, Event, State, step
 from supervisor.engine.restarts import EngineFailed, Restarts
 from supervisor.engine.run import Ask, Change, Front, Observer, Observers, Phases, Run
 from supervisor.engine.watch import Watch
+
+if TYPE_CHECKING:
+    from supervisor.engine.diagnosis import Diagnosis
 
 # A refused connection costs 0.1 ms, so asking every 25 ms is free and no time is lost when vLLM begins to answer.
 # An engine that answers, but not 200, logs each question: those are asked less and less often.
@@ -276,14 +279,20 @@ class Engine:
 
     async def _judge(self, run: Run) -> None:
         """Sends RETRY, when its time has come, or GIVE_UP."""
-        from supervisor.engine.diagnosis import Diagnosis, diagnose  # noqa: PLC0415  # 200 patterns, for failures only
+        code, lines = run.code, list(run.log)
 
-        code = run.code
-        try:
-            diagnosis = diagnose(code or 0, run.log, ended_by_us=run.broken, oom_killed=run.oom_killed)
+        def diagnosed() -> Diagnosis:
+            from supervisor.engine.diagnosis import diagnose  # noqa: PLC0415  # 900 patterns, for failures only
+
+            return diagnose(code or 0, lines, ended_by_us=run.broken, oom_killed=run.oom_killed)
+
+        try:  # beside the loop: to compile the patterns takes half a second, in which nobody would get an answer
+            diagnosis = await bounded(None, diagnosed)
         except Exception:  # noqa: BLE001  # of a log that nobody foresaw; the engine is started again all the same
+            from supervisor.engine.diagnosis import Diagnosis as Said  # noqa: PLC0415
+
             self.observers.fault("finding the cause")
-            diagnosis = Diagnosis("Its log can't be understood.", "", permanent=False, known=False)
+            diagnosis = Said("Its log can't be understood.", "", permanent=False, known=False)
         self.observers.tell("judged", run, diagnosis)
         ended = f"vLLM ended ({how_it_ended(code)}): " if code is not None and not run.broken else ""
         self.log.error("%s%s", ended, diagnosis.text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from supervisor.around.phases import Waterfall
+from supervisor.engine.diagnosis import Diagnosis
 from supervisor.engine.lifecycle import Event, State
 from supervisor.engine.run import Change, Observer, Run
 from tests.engine_core.world import LIMITS, World
@@ -152,6 +154,22 @@ def test_the_kernels_kill_is_the_cause_where_it_was_noted() -> None:
         world.launched().exits(1)
         world.settle()
         assert "because the container's memory ran out" in world.account.status()["last_failure"]["cause"]
+
+
+def test_finding_the_cause_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its 900 patterns are compiled first: half a second of the loop, in which /ping had no answer."""
+    where: list[threading.Thread] = []
+
+    def diagnose(*_: object, **__: object) -> Diagnosis:
+        where.append(threading.current_thread())
+        return Diagnosis("found", "", permanent=False)
+
+    monkeypatch.setattr("supervisor.engine.diagnosis.diagnose", diagnose)
+    with World() as world:
+        world.launched().exits(1)
+        world.settle()
+        assert world.account.status()["last_failure"]["cause"] == "found"
+        assert where != [threading.main_thread()]
 
 
 class Lives(RuleBasedStateMachine):
