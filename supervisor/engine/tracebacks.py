@@ -36,6 +36,8 @@ RAISED = re.compile(r"(?!(?:try|else|finally|pass|return|raise|break|continue)(?
 # The source of an assertion, where it tells more than a name.
 ASSERTED = re.compile(r" {4,}(assert [^\n]{12,200}[^(,\n])$")
 CHAINED = re.compile(r"The above exception was the direct cause|During handling of the above exception")
+# A worker's error that Ray only hands on, without its traceback.
+HANDED_ON = re.compile(r"^ray\.exceptions\.RayTaskError\((?!Ray)(\w+)\): (?!ray::)")
 # A destructor's: nobody gets it, and it comes when all is being torn down.
 IGNORED = re.compile(r"Exception ignored ")
 FRAME = re.compile(r' *File "(?:[^"\n]*(?:site|dist)-packages/)?([^"\n]+)"(?:, line (\d+)(?! in)|, in )')
@@ -64,7 +66,7 @@ FAULT = re.compile(
     r"|not (?:found|supported|available|permitted|allowed|implemented))\b"
 )
 WARNED = re.compile(r"\bWARNING\b.{0,200}\w(?:Error|Exception)[:(]|\] No platform detected, vLLM|Python stub: \w")
-ANNOUNCED = re.compile(r"(?i)failed to start(?! [^\n:]{1,40}: (?!NoneType)\w)|handler failed|hit an exception")
+ANNOUNCED = re.compile(r"(?i)aborted due to errors|failed to start(?! [^\n:]{1,40}: (?!NoneType)\w)|handler failed|hit an exception")
 
 
 class Failure(NamedTuple):
@@ -150,7 +152,7 @@ def _told(lines: Iterable[str]) -> list[_Line]:
         line = STAMP.sub("", COLOUR.sub("", raw)).rstrip()
         prefix = LINE_PREFIX.match(line)
         assert prefix is not None  # all of it may be missing
-        who, text = prefix[1].strip(), line[prefix.end() :]
+        who, text = prefix[1].strip(), HANDED_ON.sub(r"\1: ", line[prefix.end() :])
         if HARMLESS.match(line):
             if SERVES.search(text):
                 serves[who] = len(told)

@@ -262,8 +262,12 @@ def test_every_log_is_in_the_table() -> None:
     assert {row.log for row in PRODUCED} | set(CLEAN) == {path.stem for path in LOGS.glob("*.log")}
 
 
+# What stands before a failure in a log: the last that a start says.
+STARTED = read("clean-stop")[1][15:25]
+
+
 class Tail(NamedTuple):
-    """The end of a log that others reported, in vLLM's words: what its diagnosis has to say, by key words."""
+    """The lines that tell in a log that others reported: what its diagnosis has to say, by key words."""
 
     source: str
     exit_code: int
@@ -274,7 +278,7 @@ class Tail(NamedTuple):
     first: str = ""  # what the table made of it when it was drawn: failures/README.md
 
     def check(self) -> None:
-        diagnosis = diagnose(self.exit_code, self.lines)
+        diagnosis = diagnose(self.exit_code, [*STARTED, *self.lines])
         assert [word for word in self.cause if word.lower() not in diagnosis.cause.lower()] == [], diagnosis.cause
         assert [word for word in self.remedy if word.lower() not in diagnosis.remedy.lower()] == [], diagnosis.remedy
         assert diagnosis.permanent is self.permanent
