@@ -66,7 +66,9 @@ FAULT = re.compile(
     r"|not (?:found|supported|available|permitted|allowed|implemented))\b"
 )
 WARNED = re.compile(r"\bWARNING\b.{0,200}\w(?:Error|Exception)[:(]|\] No platform detected, vLLM|Python stub: \w")
-ANNOUNCED = re.compile(r"(?i)aborted due to errors|failed to start(?! [^\n:]{1,40}: (?!NoneType)\w)|handler failed|hit an exception")
+ANNOUNCED = re.compile(
+    r"(?i)failed to start(?! [^\n:]{1,40}: (?!NoneType)\w)|handler failed|hit an exception|aborted due to errors"
+)
 
 
 class Failure(NamedTuple):
