@@ -55,11 +55,10 @@ def show(url: str | None, environ: Mapping[str, str], *, as_json: bool) -> int:
         complain(line, environ)
     if not found and not silent:
         complain("none runs here: start one with `supervisor up`, or name one with --url", environ)
-    if not as_json and sys.stdout.isatty():
-        for status in found:
+    for status in found:
+        if sys.stdout.isatty() and not as_json:
             _table(status)
-    else:
-        for status in found:
+        else:
             print(json.dumps(status) if as_json else text(status))
     return 0 if found and not silent and all(status["state"] == "ready" for status in found) else NOT_READY
 

@@ -48,14 +48,8 @@ def _library() -> Iterator[Any]:
 
 def used() -> list[int] | None:
     """Bytes in use on each GPU; None where that can't be known."""
-    with _library() as nvml:
-        if nvml is None:
-            return None
-        try:
-            handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
-            return [int(nvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in handles]
-        except nvml.NVMLError:
-            return None
+    found = gpus()
+    return None if found is None or "error" in found else [gpu["used"] for gpu in found["gpus"]]
 
 
 def gpus() -> dict[str, Any] | None:

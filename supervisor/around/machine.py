@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -69,11 +70,8 @@ class Machine(NamedTuple):
 
     def driver(self) -> str:
         """The version of NVIDIA's kernel module; empty where none is loaded."""
-        for line in _text(self.root / "proc/driver/nvidia/version").splitlines():
-            if line.startswith("NVRM"):
-                numbers = [word for word in line.split() if word[:1].isdigit() and "." in word]
-                return numbers[0] if numbers else ""
-        return ""
+        found = re.search(r"^NVRM.*?\s(\d+\.[\d.]+)", _text(self.root / "proc/driver/nvidia/version"), re.M)
+        return found[1] if found else ""
 
 
 def disk(folder: Path) -> dict[str, object]:
@@ -81,11 +79,8 @@ def disk(folder: Path) -> dict[str, object]:
     there = nearest(folder)
     with contextlib.suppress(OSError):
         found = os.statvfs(there)
-        return {
-            "folder": str(folder),
-            "free": found.f_bavail * found.f_frsize,
-            "total": found.f_blocks * found.f_frsize,
-        }
+        free, total = found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
+        return {"folder": str(folder), "free": free, "total": total}
     return {"folder": str(folder)}
 
 

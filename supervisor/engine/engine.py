@@ -282,17 +282,16 @@ class Engine:
         code, lines = run.code, list(run.log)
 
         def diagnosed() -> Diagnosis:
-            from supervisor.engine.diagnosis import diagnose  # noqa: PLC0415  # 900 patterns, for failures only
+            from supervisor.engine import diagnosis as table  # noqa: PLC0415  # 900 patterns, for failures only
 
-            return diagnose(code or 0, lines, ended_by_us=run.broken, oom_killed=run.oom_killed)
+            try:
+                return table.diagnose(code or 0, lines, ended_by_us=run.broken, oom_killed=run.oom_killed)
+            except Exception:  # noqa: BLE001  # of a log that nobody foresaw; the engine is started again all the same
+                self.observers.fault("finding the cause")
+                return table.Diagnosis("Its log can't be understood.", "", permanent=False, known=False)
 
-        try:  # beside the loop: to compile the patterns takes half a second, in which nobody would get an answer
-            diagnosis = await bounded(None, diagnosed)
-        except Exception:  # noqa: BLE001  # of a log that nobody foresaw; the engine is started again all the same
-            from supervisor.engine.diagnosis import Diagnosis as Said  # noqa: PLC0415
-
-            self.observers.fault("finding the cause")
-            diagnosis = Said("Its log can't be understood.", "", permanent=False, known=False)
+        # Beside the loop: the patterns are compiled first, half a second in which nobody would get an answer.
+        diagnosis = await bounded(None, diagnosed)
         self.observers.tell("judged", run, diagnosis)
         ended = f"vLLM ended ({how_it_ended(code)}): " if code is not None and not run.broken else ""
         self.log.error("%s%s", ended, diagnosis.text)

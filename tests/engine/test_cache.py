@@ -366,7 +366,7 @@ def test_a_reader_that_stands_still_holds_up_nobody_and_misses_nothing() -> None
 
 
 def test_while_it_starts_those_who_ask_the_same_wait_together() -> None:
-    with Supervisor("m", environ=CACHE, plan={"load_seconds": 0.8}) as supervisor:
+    with Supervisor("m", environ=CACHE, plan={"load_seconds": 3.0}) as supervisor:
         supervisor.says("supervisor: starting m")
         answers = together(supervisor, same(), 5, {})
         assert [answer.status_code for answer in answers] == [200] * 5
