@@ -14,7 +14,7 @@ from supervisor.settings.command import build
 from supervisor.settings.knobs import KNOBS
 from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
 from supervisor.settings.sources import THEIRS
-from supervisor.vllm.catalogue import FLAGS, Option, parse
+from supervisor.vllm.catalogue import FLAGS, parse
 from supervisor.vllm.values import BadValue, clean
 
 CATALOGUE = parse((FLAGS / "0.32.0.json").read_text())
@@ -168,11 +168,16 @@ def test_each_setting_of_ours_refuses_what_nobody_filled_in(folder: Path, knob: 
         assert any(problem.startswith(f"{variable}=") and TOLD.search(problem) for problem in found)
 
 
-@pytest.mark.parametrize("option", CATALOGUE.by_key.values(), ids=lambda option: option.variable)
-def test_each_option_refuses_what_nobody_filled_in(option: Option) -> None:
-    for given in ("${X}", "$(X)", '"x"'):
-        with pytest.raises(BadValue, match=TOLD):
-            option.check(given) if option.kind not in ("pair", "switch") else clean(given)
+def test_each_option_refuses_what_nobody_filled_in() -> None:
+    taken = []
+    for option in CATALOGUE.by_key.values():
+        for given in ("${X}", "$(X)", '"x"'):
+            try:
+                option.check(given) if option.kind not in ("pair", "switch") else clean(given)
+                taken.append((option.variable, given))
+            except BadValue as error:
+                assert TOLD.search(str(error)), option.variable
+    assert taken == []
 
 
 def test_a_chat_template_has_braces_of_its_own(folder: Path) -> None:
