@@ -61,19 +61,11 @@ def show_problems(error: SettingsError, *, as_json: bool) -> None:
     """What is wrong, all at once. For machines on standard output, for people on standard error."""
     if as_json:
         print(json.dumps({"problems": error.problems, "warnings": error.warnings}, indent=2))
-    for problem in error.problems:
-        print(f"supervisor: {problem}", file=sys.stderr)
-    for warning in error.warnings:
-        print(f"supervisor: warning: {warning}", file=sys.stderr)
+    for line in (*error.problems, *(f"warning: {warning}" for warning in error.warnings)):
+        print(f"supervisor: {line}", file=sys.stderr)
 
 
 def _rows(settings: Settings) -> list[Setting]:
     """What was set comes first, each part in the order of vLLM's options."""
-    own = settings.knob_settings
-    asked = [setting for setting in own if setting.source != "default"]
-    return [
-        settings.model,
-        *(setting for _, setting in (*settings.options, *settings.raw)),
-        *asked,
-        *(setting for setting in own if setting not in asked),
-    ]
+    of_vllm = (setting for _, setting in (*settings.options, *settings.raw))
+    return [settings.model, *of_vllm, *sorted(settings.knob_settings, key=lambda own: own.source == "default")]

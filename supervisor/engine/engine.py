@@ -290,8 +290,7 @@ class Engine:
                 self.observers.fault("finding the cause")
                 return table.Diagnosis("Its log can't be understood.", "", permanent=False, known=False)
 
-        # Beside the loop: the patterns are compiled first, half a second in which nobody would get an answer.
-        diagnosis = await bounded(None, diagnosed)
+        diagnosis = await bounded(None, diagnosed)  # to compile the patterns takes half a second of the loop's time
         self.observers.tell("judged", run, diagnosis)
         ended = f"vLLM ended ({how_it_ended(code)}): " if code is not None and not run.broken else ""
         self.log.error("%s%s", ended, diagnosis.text)

@@ -108,7 +108,7 @@ def _fill(file: ConfigFile, content: dict[str, Any], report: Report) -> None:
     if isinstance(knobs, dict):
         for key, value in _normal_keys(knobs).items():  # lists are texts as a variable's
             join = shlex.join if key in WORDS else ",".join
-            file.knobs[key] = join(map(str, value)) if isinstance(value, list) else value
+            file.knobs[key] = join(map(str, value)) if isinstance(value, list) and None not in value else value
     else:
         report.problems.append(f"{file.label}: 'supervisor' must be a mapping, such as 'supervisor: {{port: 8000}}'")
     file.content = content

@@ -18,7 +18,7 @@ from supervisor.vllm.values import json_object, read_bool
 Options = tuple[tuple[Option, Setting], ...]
 # vLLM's draft by n-grams had this for its model's name; it has a method of its own now.
 NGRAM = "[ngram]"
-TEXTS = ("str", "folded", "csv", "json_or_str")  # types of options
+TEXTS, LISTS = ("str", "folded", "csv", "json_or_str"), ("list", "append")  # types and kinds of options
 ZERO = "worker-vllm read 0 as 'not set', and vLLM can't run with it"
 
 
@@ -106,6 +106,9 @@ def of_vllms_file(file: ConfigFile, catalogue: Catalogue, report: Report) -> dic
         elif option is None:
             why, told = missing(key, catalogue), f"{file.label}: vLLM {catalogue.version} has no option {key}"
             (report.problems if why else report.warnings).append(told + (why or ", and most likely ends at it"))
+        elif isinstance(given, list) and (option.kind not in LISTS or any(isinstance(each, dict) for each in given)):
+            why = f"to vLLM a list there is plain words: put what is JSON in quotes, such as '{json.dumps(given)}'"
+            report.problems.append(f"{file.label}: {key}: {why}")
         elif key != "model" and option.type in TEXTS and not option.is_switch and taken != written:
             why = f"YAML makes {' '.join(taken)} of {' '.join(written)}: put it in quotes"
             report.problems.append(f"{file.label}: {key}: {why}")

@@ -15,7 +15,7 @@ from supervisor.secrets import MASK, Mask
 from supervisor.settings.names import ALIASES, DEFAULTS, OURS, SAGEMAKER
 from supervisor.vllm.catalogue import Catalogue
 from supervisor.vllm.installed import Vllm
-from supervisor.vllm.values import BadValue, clean, read_bool
+from supervisor.vllm.values import BadValue, clean, read_bool, read_word
 
 KEEPS_COMMENTS = "docker's --env-file keeps what stands behind a #"
 LONGEST_SHOWN = 200  # characters of a value, in a line that tells what is wrong with it
@@ -76,9 +76,7 @@ class Setting:
         value = MASK if self.secret and self.value else self.value
         if isinstance(value, tuple):
             return " ".join(map(str, value))
-        if isinstance(value, bool):
-            return str(value).lower()
-        return f"{value:g}" if isinstance(value, float) else "" if value is None else str(value)
+        return f"{value:g}" if isinstance(value, float) else "" if value is None else read_word(value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,7 +148,7 @@ def _float(given: object) -> str:
 
 
 def _text(given: object) -> str:
-    if isinstance(given, dict | list):
+    if given is None or isinstance(given, dict | list):
         raise BadValue("a text, such as abc")
     return str(given).lower() if isinstance(given, bool) else str(given)
 

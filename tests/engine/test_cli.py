@@ -117,6 +117,21 @@ def test_a_parent_may_have_closed_the_outputs(
     assert (2 in closed or code == 0) == (done.stderr == "")
 
 
+@pytest.mark.parametrize("verb", ["explain m", "explain m --json", "doctor m", "explain --json --x"])
+def test_a_full_disk_where_its_output_goes_is_one_line(verb: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"exec {SUPERVISOR} {verb} >/dev/full"], env=clean_environment(SUPERVISOR_VLLM=str(FAKE)),
+        cwd=tmp_path, timeout=60, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if "--x" in verb:
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    else:
+        assert (done.returncode, done.stderr) == (
+            1,
+            "supervisor: its output can't be written: No space left on device\n",
+        )
+
+
 def test_version_imports_nothing_that_is_heavy(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("supervisor: {vllm: /no/such/vllm}\n")  # nor does it read anything
     program = "import atexit, sys; atexit.register(lambda: print(*sys.modules)); from supervisor import cli; cli.main()"

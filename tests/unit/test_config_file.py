@@ -646,6 +646,26 @@ def test_what_is_written_is_what_is_meant(folder: Path, text: str, expected: lis
     assert sorted(argv(read(folder, SUPERVISOR_CONFIG="a.yaml"))) == sorted(expected)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("served_model_name: [a, null]", "SERVED_MODEL_NAME=['a', None] (a.yaml served_model_name): expected a text"),
+        ("supervisor: {api_keys: [a-key, ~]}", "SUPERVISOR_API_KEYS=**** (a.yaml supervisor.api_keys): expected keys"),
+        ("supervisor: {extra_args: [--seed, null]}", "there is no option before it"),
+        ("supervisor: {allow_routes: [/a, null]}", "SUPERVISOR_ALLOW_ROUTES=['/a', None] (a.yaml supervisor"),
+    ],
+)  # fmt: skip
+def test_nothing_is_no_item_of_a_list(folder: Path, text: str, expected: str) -> None:
+    """It was the word None: a name, and a key that opens."""
+    (folder / "a.yaml").write_text(text + "\n")
+    assert expected in problems(folder, SUPERVISOR_CONFIG="a.yaml")[0]
+
+
+def test_nor_of_one_in_json(folder: Path) -> None:
+    (problem,) = problems(folder, SERVED_MODEL_NAME='["a", null]')
+    assert problem.endswith("expected a text, such as abc")
+
+
 def test_our_own_settings_are_what_is_written_too(folder: Path) -> None:
     (folder / "a.yaml").write_text("supervisor: {api_keys: 00123456712, port: 0800, access_log: No, cache_dir: 1.10}\n")
     settings = read(folder, SUPERVISOR_CONFIG="a.yaml")
@@ -684,6 +704,23 @@ def test_vllms_own_file_says_what_vllm_will_read(folder: Path, text: str, writte
     (problem,) = problems(folder, CONFIG="vllm.yaml")
     key = text.partition(":")[0].replace("-", "_")
     assert problem == f"vllm.yaml (environment CONFIG): {key}: YAML makes {taken} of {written}: put it in quotes"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("lora-modules: [{name: a, path: b}]", """such as '[{"name": "a", "path": "b"}]'"""),
+        ("allowed-origins: [a, b]", """such as '["a", "b"]'"""),
+        ("hf-overrides: [1]", "such as '[1]'"),
+    ],
+)
+def test_to_vllm_a_list_in_its_own_file_is_words(folder: Path, text: str, said: str) -> None:
+    """`--allowed-origins a b` ended it, though the file says what the option takes."""
+    (folder / "vllm.yaml").write_text(text + "\n")
+    (problem,) = problems(folder, CONFIG="vllm.yaml")
+    key = text.partition(":")[0].replace("-", "_")
+    why = f"to vLLM a list there is plain words: put what is JSON in quotes, {said}"
+    assert problem == f"vllm.yaml (environment CONFIG): {key}: {why}"
 
 
 def test_vllms_own_file_may_have_numbers(folder: Path) -> None:
