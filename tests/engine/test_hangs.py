@@ -364,7 +364,7 @@ def test_a_post_mortem_that_hangs_does_not_keep_a_failed_one_from_leaving(
         supervisor.ready()
         hung.hangs()
         kill_vllm(supervisor)
-        supervisor.leaves(4, 15, "after vLLM's")
+        supervisor.leaves(4, 25, "after vLLM's")
 
 
 # The disk of the weights

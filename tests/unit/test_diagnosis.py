@@ -679,11 +679,17 @@ def test_an_unknown_error_is_told_as_it_is_and_what_follows_from_it_is_not() -> 
 
 @pytest.mark.slow
 def test_a_log_that_clients_helped_to_write_costs_little() -> None:
-    """In the event loop: 500 lines of 64 kB took 45 s, in which nobody was answered. Now they are kept in part."""
-    lines = ["a" * 4000, "Gloo connectFullMesh failed remote=[" * 110, "Error_a" * 570] * 160
-    began = time.process_time()
-    assert diagnose(1, lines).cause
-    assert time.process_time() - began < 3
+    """500 lines of 64 kB took 45 s. Now they are kept in part, and cost what any other words cost, or less than twice."""
+
+    def seconds(lines: list[str]) -> float:
+        began = time.process_time()
+        assert diagnose(1, lines).cause
+        return time.process_time() - began
+
+    plain = [("what a log says on any day, in 12 words " * 100)[:4000]] * 480
+    hostile = ["a" * 4000, "Gloo connectFullMesh failed remote=[" * 110, "Error_a" * 570] * 160
+    seconds(plain[:1])  # compiles the patterns
+    assert seconds(hostile) < 2 * seconds(plain)
 
 
 def test_where_nothing_raises_the_line_that_comes_closest_is_shown() -> None:
