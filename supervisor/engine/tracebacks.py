@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+COLOUR = re.compile(r"\x1b\[[0-9;]*m|\[0(?:;\d+)?m")  # of a copy without what begins it, too
 # What docker, its compose and desktop, Kubernetes and journald put before each line; a name in brackets.
 STAMP = re.compile(
     r"^(?:[a-z][\w.-]{1,60} +\| |\[[\w./ -]{2,120}\] (?= ?(?:\([A-Z]\w+ pid=|(?:DEBUG|INFO|WARNING|ERROR)\b)))?"
