@@ -679,7 +679,7 @@ def test_an_unknown_error_is_told_as_it_is_and_what_follows_from_it_is_not() -> 
 
 @pytest.mark.slow
 def test_a_log_that_clients_helped_to_write_costs_little() -> None:
-    """500 lines of 64 kB took 45 s. Now they are kept in part, and cost what any other words cost, or less than twice."""
+    """500 lines of 64 kB took 45 s. Now they are kept in part, and cost less than twice of what any words cost."""
 
     def seconds(lines: list[str]) -> float:
         began = time.process_time()
