@@ -55,7 +55,6 @@ NAMES_ERROR = re.compile(r"(?:Error|Exception)(?:_\w{1,40}|\(\w{1,20}\))?(?:: |\
 # One as vLLM's V0 wrote it before its traceback: `ValueError('text')`.
 SHOWN = re.compile(r"^(\w{1,80}(?:Error|Exception))\((['\"])(.*)\2\)$")
 
-
 # What libraries say that raise nothing; and how many lines before the end it is looked for.
 STRAY = re.compile(r"RESOURCE_EXHAUSTED|INVALID_ARGUMENT|\b(?:error|fatal) *: |is not valid\b|\w failed with \[")
 NEAR = 40
@@ -192,9 +191,10 @@ def stray(failure: Failure) -> Failure | None:
 
 
 def nearest(failure: Failure, lines: Iterable[str]) -> Failure | None:
-    """Where nothing says so: the last line that may; of warnings, one that names an error."""
+    """Where nothing says so: the last line that may; of warnings, one that names an error; else the last that is told."""
     found = _last(failure, lambda line: FAULT.search(line) and not ANNOUNCED.search(line))
-    return found or _last(failure._replace(whole="\n".join(lines)), WARNED.search)
+    warned = _last(failure._replace(whole="\n".join(lines)), WARNED.search)
+    return found or warned or _last(failure, lambda line: line.strip() and not ANNOUNCED.search(line))
 
 
 def _last(failure: Failure, tells: Callable[[str], object]) -> Failure | None:
