@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115, PTH123  # to the end
     parsed, given = arguments(sys.argv[1:] if argv is None else argv)
-    code: int | str
+    code: int | str = EXIT_SETTINGS
     try:
         try:
             code = ask(parsed, given) if parsed.verb in ASKING else run(parsed, gather(given, os.environ))
@@ -108,13 +109,12 @@ def main(argv: list[str] | None = None) -> None:
             from supervisor import explain  # noqa: PLC0415
 
             explain.show_problems(error, as_json=getattr(parsed, "json", False))
-            code = EXIT_SETTINGS
         if parsed.verb not in ("up", "fetch"):
             sys.stdout.flush()
     except KeyboardInterrupt:  # before anything was started; afterwards the signal is handled
         code = 128 + signal.SIGINT
-    except OSError as error:  # what only tells something can fail in nothing else: a full disk, a reader that is gone
-        if parsed.verb in ("up", "fetch"):
+    except OSError as error:  # of what only tells something: a full disk, a reader that is gone
+        if parsed.verb in ("up", "fetch") or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EPIPE):
             raise
         code = 1 if isinstance(error, BrokenPipeError) else f"supervisor: its output can't be written: {error.strerror}"
     _forget_closed_output()
