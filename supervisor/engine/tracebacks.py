@@ -191,10 +191,10 @@ def stray(failure: Failure) -> Failure | None:
 
 
 def nearest(failure: Failure, lines: Iterable[str]) -> Failure | None:
-    """Where nothing says so: the last line that may; of warnings, one that names an error; else the last."""
+    """Where nothing says so: the last line that may; of warnings, one that names an error. No other line: every key may
+    see a cause, and a log has what clients sent."""
     found = _last(failure, lambda line: FAULT.search(line) and not ANNOUNCED.search(line))
-    warned = _last(failure._replace(whole="\n".join(lines)), WARNED.search)
-    return found or warned or _last(failure, lambda line: line.strip() and not ANNOUNCED.search(line))
+    return found or _last(failure._replace(whole="\n".join(lines)), WARNED.search)
 
 
 def _last(failure: Failure, tells: Callable[[str], object]) -> Failure | None:

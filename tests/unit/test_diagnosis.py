@@ -701,8 +701,7 @@ def test_where_nothing_raises_the_line_that_comes_closest_is_shown() -> None:
     said = diagnose(1, lines)
     assert said.cause == "Its log does not say why; what comes closest to it there: [libx] Unable to open the device"
     assert (said.known, said.permanent) == (False, False)
-    assert diagnose(1, ["goodbye", ""]).cause == "Its log does not say why; what comes closest to it there: goodbye"
-    assert diagnose(0, lines).cause == diagnose(1, lines[:1]).cause == "Its log does not say why."
+    assert diagnose(0, lines).cause == diagnose(1, ["goodbye"]).cause == "Its log does not say why."
     for line in ("error " * 1_000, "Odd: " + "x" * 6_000):
         assert len(diagnose(1, [line]).cause) < 2500
         assert len(diagnose(1, traceback(line)).cause) < 2500
