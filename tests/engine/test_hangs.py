@@ -418,7 +418,7 @@ def test_a_restart_says_that_the_weights_hang_and_goes_on_when_they_do(
         hung.hangs()
         with pinging(supervisor) as pings:
             kill_vllm(supervisor)
-            supervisor.says(WEIGHTS_HANG, 15)
+            supervisor.says(WEIGHTS_HANG, 30)
             hung.goes_on()
             serves_again(supervisor)
         assert pings.statuses() == {200, 204}
@@ -450,7 +450,7 @@ def test_a_first_start_says_that_the_weights_hang_and_goes_on_when_they_do(
     environ = in_the_hubs_cache(hung.folder)
     hung.hangs()
     with Watched("org/model", environ={**hung.environ, **environ}) as supervisor:
-        supervisor.says(WEIGHTS_HANG, 15)
+        supervisor.says(WEIGHTS_HANG, 30)
         hung.goes_on()
         supervisor.ready()
         assert supervisor.client.post(COMPLETIONS, json={"prompt": "x"}).status_code == 200

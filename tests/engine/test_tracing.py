@@ -275,14 +275,14 @@ def test_waiting_for_a_turn(collector: Collector, supervisor: Supervisor) -> Non
 @pytest.mark.slow
 def test_held_replayed_and_cut(collector: Collector, tmp_path: Path) -> None:
     """The first is held while vLLM starts, the second one's engine dies before it answers, the third one's within."""
-    plan = [{"load_seconds": 3.0, "die_after_requests": 1}, {"load_seconds": 1.0}]
+    plan = [{"load_seconds": 6.0, "die_after_requests": 1}, {"load_seconds": 1.0}]
     environ = collector.environ | {"FAKE_VLLM_COUNT": str(tmp_path / "n"), "OTEL_SERVICE_NAME": "mine"}
     with Supervisor("m", plan=plan, environ=environ) as supervisor:
         supervisor.says("traces go to http://127")
         assert supervisor.client.post(COMPLETIONS, json={"prompt": "x"}, headers=named("held")).status_code == 200
         server, (hold, relay) = collector.trace_of("held")
         assert (hold.name, relay.name) == ("hold", "relay")
-        assert 0.2 < seconds(hold) <= seconds(server) < 10
+        assert 0.2 < seconds(hold) <= seconds(server) < 15
         assert hold.end_time_unix_nano <= relay.start_time_unix_nano
         assert collector.resource["service.name"] == "mine"
 
