@@ -373,6 +373,7 @@ def test_of_two_hundred_jobs_each_ends_as_it_should() -> None:
         wait_until(lambda: all(runpod.job(job)["chunks"] for job in streams), "all streams", 30)
         for job in (job for job in streams if jobs[job] == "CANCELLED"):
             runpod.http.post(f"{runpod.url}/cancel/{job}")
+        wait_until(lambda: Scrape(supervisor)("supervisor_jobs_total", outcome="cancelled") == 20, "20 to be cancelled")
         os.kill(supervisor.client.get("/fake/state").json()["engine_pid"], signal.SIGKILL)
         assert {job: runpod.result(job, 60)["status"] for job in jobs} == jobs
         wait_until(lambda: Scrape(supervisor)("supervisor_jobs_total") == len(jobs), "all to be counted")
