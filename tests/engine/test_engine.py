@@ -158,7 +158,7 @@ def test_many_streams_and_waiting_requests_at_stop() -> None:
         supervisor.ready().engine()
 
         def stream() -> list[dict[str, object]]:
-            body = json.dumps(chat(stream=True, max_tokens=50)).encode()
+            body = json.dumps(chat(stream=True, max_tokens=150)).encode()
             head = (
                 f"POST {CHAT} HTTP/1.1\r\nHost: h\r\nX-Fake: {fault(token_interval=0.05)['X-Fake']}\r\nContent-Length: "
             )
