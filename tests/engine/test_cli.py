@@ -4,6 +4,7 @@ Most of it is called in this process (`asked`); what only a process shows is run
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import psutil
 import pytest
 
 from supervisor import __version__
+from supervisor.cli import main
 from supervisor.listen import bind
 from supervisor.settings.settings import Arguments, SettingsError, gather
 from tests.engine.conftest import Call
@@ -130,6 +132,28 @@ def test_a_full_disk_where_its_output_goes_is_one_line(verb: str, tmp_path: Path
             1,
             "supervisor: its output can't be written: No space left on device\n",
         )
+
+
+@pytest.mark.parametrize("verb", [["status"], ["job", "{}"]])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(errno.ENOSPC, "supervisor: its output can't be written: No space left on device"), (errno.EPIPE, 1)],
+)
+def test_who_only_asks_ends_well_where_the_output_is_gone(
+    verb: list[str], number: int, code: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in `supervisor status | head -1`, which nobody wants to read about. Another error is not taken for that."""
+    monkeypatch.setattr("supervisor.cli.ask", lambda *_: fails(number))
+    with pytest.raises(SystemExit) as end:
+        main(verb)
+    assert end.value.code == code
+    monkeypatch.setattr("supervisor.cli.ask", lambda *_: fails(errno.ENOENT))
+    with pytest.raises(FileNotFoundError):
+        main(verb)
+
+
+def fails(number: int) -> None:
+    raise OSError(number, os.strerror(number))
 
 
 def test_version_imports_nothing_that_is_heavy(tmp_path: Path) -> None:
