@@ -850,21 +850,25 @@ def short(value: object) -> str:
 
 # The tests
 
-# Seen or not, as the chance is: nginx sends such a request again where its connection to the upstream was a kept one.
+# Seen or not, as the chance is, by case: each of these may be all that differs.
 MAY_DIFFER = {
-    "answer closed in the head": [("upstream", "request", "request request")],
+    # nginx sends such a request again where its connection to the upstream was a kept one.
+    "answer closed in the head": [[("upstream", "request", "request request")]],
     # nginx's answer to the second request, which nobody waits for, is sometimes there in time.
-    "pipelined behind one to the end": [
+    "pipelined behind one to the end": [[
         ("answer framing", "close", "chunked"), ("answers", "1", "2"), ("end", "closed", "open"),
         ("upstream", "request", "request request"),
-    ],
+    ]],
 } | {
-    # On a busy machine nginx has the answer before it has passed on the body, and then passes on no more of it.
-    f"answer early, at {at} of the {what}": [("end", "open", "closed"), ("upstream", "request", "")]
+    # On a busy machine nginx has the answer before it has passed on the body, and then passes on no more of it. It
+    # closes on the client then, or reads what is left and keeps the connection.
+    f"answer early, at {at} of the {what}": [
+        [("end", "open", "closed"), ("upstream", "request", "")], [("upstream", "request", "")],
+    ]
     for at in ("head", 4, 70_000) for what in ("body", "chunks")
 } | {
     # Before 1.23 nginx repaired them; 1.26 refuses them as we do.
-    f"answer {what}": [] for what in ("two lengths", "length and chunks", "bad length", "gzip as a coding")
+    f"answer {what}": [[]] for what in ("two lengths", "length and chunks", "bad length", "gzip as a coding")
 }  # fmt: skip
 # What the gateway does wrong, by case, until it is mended.
 KNOWN_FAULTS: dict[str, str] = {}
@@ -910,7 +914,7 @@ def test_the_gateway_does_what_nginx_does(gateway: Supervisor, nginx: int, recor
             seen = converse(port, case.pieces, case.methods, half_close=case.half_close, probes=case.probes)
             observed.append(Observed(seen, records.take()))
         found = sorted(compare(*observed))
-        if found in (sorted(expected), MAY_DIFFER.get(case.name)):
+        if found in [sorted(expected), *MAY_DIFFER.get(case.name, [])]:
             return
     assert found == sorted(expected), found
 
