@@ -66,7 +66,7 @@ def test_killed_with_work_in_flight(served: Supervisor, victim: str) -> None:
     assert len(segments) >= 2
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         streams = [pool.submit(stream, served) for _ in range(8)]
-        body = greedy(max_tokens=1900, ignore_eos=True)
+        body = greedy(max_tokens=500, ignore_eos=True)
         url = f"http://127.0.0.1:{served.port}{CHAT}"
         whole = [pool.submit(http.post, url, json=body, timeout=START) for _ in range(8)]
         # Not all 16, and nothing asked of vLLM: while it works, two cores may leave nobody else the time to look.
@@ -81,7 +81,7 @@ def test_killed_with_work_in_flight(served: Supervisor, victim: str) -> None:
             assert "error" in last or last["choices"][0]["finish_reason"] == "length"  # type: ignore[index]
         for answer in whole:
             assert answer.result().status_code == 200, answer.result().text
-            assert answer.result().json()["usage"]["completion_tokens"] == 1900
+            assert answer.result().json()["usage"]["completion_tokens"] == 500
     ready_again(served, before)
     assert not [path for path in segments if Path(path).exists()]  # 420 MB by size, which nothing else removes
 
