@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -20,6 +21,12 @@ LONGEST_LINE = 64 * 1024
 KEPT_OF_A_LINE = 4000  # characters
 # Lines that may wait for the event loop; where it falls behind, the oldest of them are for the log alone.
 WAITING_LINES = 10_000
+# What the API server says of each request that it had when its engine died: one exception for all of them, with a
+# traceback that grows from one to the next. Of 48 streams it was 8,600 lines, and those that told the cause were gone.
+OF_A_REQUEST = re.compile(
+    r"(?:\S{0,12}\(\w{1,40} pid=\d+\)\S{0,8} )?\S{0,8}ERROR\S{0,8} \S+ \S+ \[[\w/]*(?:serving|async_llm)\w*\.py:\d+\] ?"
+    r"([\w.]*\bEngineDeadError: )?"
+)
 
 
 class Lines:
@@ -29,16 +36,23 @@ class Lines:
         self.kept: deque[str] = deque(maxlen=KEPT_LINES)
         self._fresh: deque[str] = deque(maxlen=WAITING_LINES)
         self._wake: Callable[[], object] = lambda: None
-        self._woken = False
+        self._woken = self._dead = False
 
     def add(self, lines: list[str]) -> None:
         """From a pump's thread. One wake-up stands for all until they are taken: one a line took the loop's time."""
-        self.kept.extend(lines)
+        self.kept.extend(filter(self._is_news, lines))
         self._fresh.extend(lines)
         if not self._woken:
             self._woken = True
             with contextlib.suppress(RuntimeError):  # the loop is gone
                 self._wake()
+
+    def _is_news(self, line: str) -> bool:
+        found = OF_A_REQUEST.match(line)
+        if found is None or not self._dead:
+            self._dead = self._dead or bool(found and found[1])
+            return True
+        return False
 
     def follow(self, wake: Callable[[], object]) -> None:
         """Calls `wake`, from any thread, when there are lines to take."""

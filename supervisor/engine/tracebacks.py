@@ -31,6 +31,8 @@ HARMLESS = re.compile(
 )
 # The API server is at work: what failed before this did not end it, and may be a client's.
 SERVES = re.compile(r'HTTP/\d(?:\.\d)?" \d{3}\b|\bAvg prompt throughput|Application startup complete')
+# It is not any more, whatever it still answers.
+ENGINE_DIED = re.compile(r"[\w.]*\bEngineDeadError: |EngineCore encountered a fatal error")
 # The exception's own line: its class, whatever that is called (`Unsupported`, `NoSuchBucket`), and mostly a text.
 RAISED = re.compile(r"(?!(?:try|else|finally|pass|return|raise|break|continue)(?::|$))[A-Za-z_]\w*(?:\.\w+)*(?::|$)")
 # The source of an assertion, where it tells more than a name.
@@ -93,8 +95,9 @@ class _Process:
     """What one process has written so far."""
 
     inside = False  # a traceback
+    died = False  # its engine
     ignored = False  # the last one is a destructor's
-    begins = 0
+    begins = serves = 0  # by number of a line; it serves at the latest there
     place = previous = ""
 
 
@@ -148,17 +151,17 @@ def _next(told: list[_Line], number: int) -> str:
 def _told(lines: Iterable[str]) -> list[_Line]:
     told: list[_Line] = []
     processes: dict[str, _Process] = {}
-    serves: dict[str, int] = {}
     for raw in lines:
         line = STAMP.sub("", COLOUR.sub("", raw)).rstrip()
         prefix = LINE_PREFIX.match(line)
         assert prefix is not None  # all of it may be missing
         who, text = prefix[1].strip(), HANDED_ON.sub(r"\1: ", line[prefix.end() :])
-        if HARMLESS.match(line):
-            if SERVES.search(text):
-                serves[who] = len(told)
-            continue
         process = processes.setdefault(who, _Process())
+        if HARMLESS.match(line):
+            if SERVES.search(text) and not process.died:
+                process.serves = len(told)
+            continue
+        process.died = process.died or ENGINE_DIED.match(text) is not None
         begins, place = None, ""
         if "Traceback (most recent call last)" in text:
             if not CHAINED.match(process.previous):
@@ -182,7 +185,7 @@ def _told(lines: Iterable[str]) -> list[_Line]:
         if not text.startswith("    ") or text.startswith(("    TypeError: ", "    ValueError: ")):  # what is within
             told.append(_Line(who, text, begins, place))
     blank = _Line("", "", None, "")
-    return [line if number >= serves.get(line.who, 0) else blank for number, line in enumerate(told)]
+    return [line if number >= processes[line.who].serves else blank for number, line in enumerate(told)]
 
 
 def stray(failure: Failure) -> Failure | None:

@@ -1,0 +1,95 @@
+"""What is kept of vLLM's log."""
+
+from __future__ import annotations
+
+import pytest
+
+from supervisor.engine.diagnosis import diagnose
+from supervisor.engine.log_pump import KEPT_LINES, Lines
+
+CORE = [
+    "EngineCore encountered a fatal error.",
+    "Traceback (most recent call last):",
+    '  File "/venv/vllm/v1/engine/core.py", line 676, in step',
+    "    model_output = self.model_executor.sample_tokens(grammar_output)",
+    "RuntimeError: Worker failed with error 'CUDA error: an illegal memory access was encountered', please check the stack"
+    " trace above for the root cause",
+]
+ANNOUNCED = [
+    "AsyncLLM output_handler failed.",
+    "Traceback (most recent call last):",
+    '  File "/venv/vllm/v1/engine/async_llm.py", line 849, in output_handler',
+    "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue. See stack trace (above) for the root cause.",
+]
+FRAME = [
+    '  File "/venv/vllm/entrypoints/openai/chat_completion/serving.py", line 527, in chat_completion_stream_generator',
+    "    async for res in result_generator:",
+    '  File "/venv/vllm/v1/engine/async_llm.py", line 767, in generate',
+    "    out = q.get_nowait() or await q.get()",
+    "                            ^^^^^^^^^^^^^",
+    '  File "/venv/vllm/v1/engine/output_processor.py", line 92, in get',
+    "    raise output",
+]
+
+
+def engine_death(streams: int, core: str, server: str, places: tuple[str, str, str]) -> list[str]:
+    """As vLLM writes it: the exception is one, and each stream that raises it adds its own frames to its traceback."""
+    found = [f"{core}ERROR 12-01 02:00:34 [{places[0]}] {line}" for line in CORE]
+    found += [f"{server}ERROR 12-01 02:00:34 [{places[1]}] {line}" for line in ANNOUNCED]
+    for number in range(streams):
+        words = ["Error in chat completion stream generator.", ANNOUNCED[1], *FRAME * (number + 1), *ANNOUNCED[2:]]
+        found += [f"{server}ERROR 12-01 02:00:34 [{places[2]}] {line}" for line in words]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("core", "server", "places"),
+    [
+        ("(EngineCore pid=9) ", "(APIServer pid=1) ", ("core.py:1512", "async_llm.py:906", "serving.py:929")),
+        ("(EngineCore_DP1 pid=9) ", "(ApiServer_3 pid=1) ", ("core.py:1512", "async_llm.py:906", "serving.py:929")),
+        ("", "", ("v1/engine/core.py:938", "v1/engine/async_llm.py:543", "entrypoints/openai/serving_chat.py:1130")),
+        ("", "", ("core.py:588", "async_llm.py:419", "serving_chat.py:948")),
+    ],
+)
+def test_the_streams_of_an_engine_that_died_do_not_push_the_cause_out(
+    core: str, server: str, places: tuple[str, str, str]
+) -> None:
+    log = engine_death(48, core, server, places)
+    assert len(log) > 10 * KEPT_LINES
+    lines = Lines()
+    for begin in range(0, len(log), 400):  # as they are read
+        lines.add(log[begin : begin + 400])
+    lines.add([f"{server}INFO:     Shutting down"])
+    assert lines.kept[-1].endswith("Shutting down")
+    assert len(lines.kept) < 100
+    assert "illegal memory access" in diagnose(1, lines.kept).cause
+    assert len(lines.take()) == len(log) + 1  # of the log itself nothing is missing
+
+
+def test_an_error_of_a_request_is_kept_where_the_engine_lives() -> None:
+    """Neither a client's own words nor another exception end that."""
+    lines = Lines()
+    prompt = "(APIServer pid=1) INFO 12-01 02:00:34 [logger.py:43] Received request: prompt: 'EngineDeadError: ', ERROR"
+    other = "(APIServer pid=1) ERROR 12-01 02:00:34 [serving.py:929] ValueError: a client's EngineDeadError: none"
+    log = [
+        prompt,
+        other,
+        other.replace("929", "930"),
+        *[f"(APIServer pid=1) ERROR 12-01 02:00:34 [serving.py:929] {line}" for line in FRAME],
+    ]
+    lines.add(log)
+    assert list(lines.kept) == log
+
+
+@pytest.mark.parametrize("core", ["", "(EngineCore pid=9) "])
+@pytest.mark.parametrize("server", ["", "(APIServer pid=1) "])
+def test_answers_after_the_engines_death_do_not_show_that_it_serves(core: str, server: str) -> None:
+    """An older vLLM's processes write without their names: then the API server's last lines hid EngineCore's error."""
+    log = engine_death(2, core, server, ("core.py:588", "async_llm.py:419", "serving_chat.py:948"))
+    log.insert(0, f'{server}INFO:     127.0.0.1:60242 - "POST /v1/chat/completions HTTP/1.1" 200 OK')
+    log += [
+        f'{server}INFO:     127.0.0.1:60242 - "POST /v1/chat/completions HTTP/1.1" 500 Internal Server Error',
+        f'{server}INFO:     127.0.0.1:60242 - "GET /metrics HTTP/1.1" 200 OK',
+        f"{server}INFO:     Shutting down",
+    ]
+    assert "illegal memory access" in diagnose(1, log).cause
