@@ -1,20 +1,77 @@
-"""The first thing that a user asks the demo model may be one letter."""
+"""The first thing that a user asks the demo model, and many at once when it dies."""
 
 from __future__ import annotations
 
+import concurrent.futures
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
-from tests.harness import DEMO, Supervisor
+from tests.harness import DEMO, Supervisor, http, wait_until
 from tests.vllm.conftest import START, VLLM
+from tests.vllm.test_serving import CHAT, greedy
 
 pytestmark = [pytest.mark.vllm, pytest.mark.breaks_vllm]  # it starts another
+STREAMS = 24
+
+# As a user's own code, which fails in the engine's process when the file is there.
+FRAGILE = """
+from pathlib import Path
+
+from vllm.v1.sample.logits_processor import LogitsProcessor
 
 
-def test_a_first_prompt_of_one_token_is_answered() -> None:
+class Fragile(LogitsProcessor):
+    def __init__(self, vllm_config, device, is_pin_memory):
+        self.told = Path(__file__).with_name("now")
+
+    def is_argmax_invariant(self):
+        return False
+
+    def update_state(self, batch_update):
+        pass
+
+    def apply(self, logits):
+        if self.told.exists():
+            self.told.unlink()
+            raise ArithmeticError("no more of this")
+        return logits
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("fragile")
+    (found / "fragile.py").write_text(FRAGILE)
+    return found
+
+
+@pytest.fixture(scope="module")
+def supervisor(folder: Path) -> Iterator[Supervisor]:
+    environ = {"MAX_NUM_SEQS": str(STREAMS), "LOGITS_PROCESSORS": "fragile:Fragile", "PYTHONPATH": str(folder)}
+    with Supervisor(DEMO, vllm=VLLM, environ=environ) as found:
+        found.engine()
+        yield found.ready(START)
+
+
+def test_a_first_prompt_of_one_token_is_answered(supervisor: Supervisor) -> None:
     """On CPUs with AMX it killed vLLM, and the next vLLM as well, to which it was sent again."""
-    with Supervisor(DEMO, vllm=VLLM, environ={"MAX_NUM_SEQS": "4"}) as supervisor:
-        supervisor.engine()
-        supervisor.ready(START)
-        answer = supervisor.client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
-        assert answer.status_code == 200
-        assert supervisor.client.get("/status").json()["restarts"] == 0
+    answer = supervisor.client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
+    assert answer.status_code == 200
+    assert supervisor.client.get("/status").json()["restarts"] == 0
+
+
+def test_an_engine_that_dies_under_load_tells_why(supervisor: Supervisor, folder: Path) -> None:
+    """vLLM's API server writes 4 lines for the square of the streams then: none of the last 500 told it."""
+    body, said = greedy(stream=True, max_tokens=1900, ignore_eos=True), len(supervisor.output)
+    url = f"http://127.0.0.1:{supervisor.port}{CHAT}"
+    with concurrent.futures.ThreadPoolExecutor(STREAMS) as pool:
+        sent = [pool.submit(http.post, url, json=body, timeout=START) for _ in range(STREAMS)]
+        wait_until(lambda: supervisor.client.get("/status").json()["in_flight"] == STREAMS, "streams", 60)
+        (folder / "now").touch()
+        assert all(b'"error"' in stream.result().content for stream in sent)
+    found = supervisor.says(r"supervisor ERROR: ([^\n]+)", START)
+    assert "ArithmeticError: no more of this" in found[1]
+    assert supervisor.output[said:].count("EngineDeadError: ") > STREAMS  # the log itself has all of it
+    assert "no more of this" in supervisor.client.get("/status").json()["last_failure"]["cause"]
