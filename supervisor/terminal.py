@@ -38,11 +38,9 @@ class Terminal(Output):
         return INTERVAL if self._drawn or self._picture else None
 
     def _write(self, data: bytes | bytearray) -> None:
-        super()._write(self._erased() + data + self._foot())
-
-    def _erased(self) -> bytes:
-        drawn, self._drawn = self._drawn, 0
-        return b"\x1b[%dF\x1b[J" % drawn if drawn else b""
+        erased = b"\x1b[%dF\x1b[J" % self._drawn if self._drawn else b""
+        self._drawn = 0
+        super()._write(erased + data + self._foot())
 
     def _foot(self) -> bytes:
         picture = self._picture

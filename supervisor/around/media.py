@@ -25,7 +25,8 @@ REMEDY = "Set ALLOWED_MEDIA_DOMAINS to the hosts that they may come from (docs/o
 
 def unrestricted(settings: Settings, kinds: Iterable[str]) -> frozenset[str]:
     """Of the kinds of media that the model takes: those that may be fetched from anywhere."""
-    file = _vllm_config(settings)
+    name = settings.option("config")
+    file = config_file.read_vllm_config("", name, Report(settings.mask)).typed if name else {}
 
     def value(key: str) -> object:
         return settings.option(key) or file.get(key)
@@ -56,12 +57,6 @@ def _counts(given: object) -> dict[str, object]:
         return {}
     rows = {kind: row.get("count") if isinstance(row, dict) else row for kind, row in given.items()}
     return {kind: int(row) if isinstance(row, str) and row.isdecimal() else row for kind, row in rows.items()}
-
-
-def _vllm_config(settings: Settings) -> dict[str, object]:
-    """What the file of vLLM's own --config says."""
-    name = settings.option("config")
-    return config_file.read_vllm_config("", name, Report(settings.mask)).typed if name else {}
 
 
 class MediaTold(Observer):

@@ -45,13 +45,9 @@ class StartupPlan:
         root = environ.get("VLLM_CACHE_ROOT") or f"{environ.get('XDG_CACHE_HOME') or '~/.cache'}/vllm"
         with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home
             self.folder = Path(root).expanduser() / FOLDER
-            if self._noted() != self.note:
+            noted = self.folder / NOTE
+            if (noted.read_text() if noted.is_file() else "") != self.note:
                 self._remove()
-
-    def _noted(self) -> str:
-        with contextlib.suppress(OSError):
-            return (self.folder / NOTE).read_text() if self.folder is not None else ""
-        return ""
 
     def keep(self) -> None:
         """Notes what they are for."""

@@ -84,7 +84,8 @@ def show(given: Arguments, environ: Mapping[str, str], *, as_json: bool) -> int:
     rows = [row.masked(mask) for row in examine(patient, CHECKS, deadline - time.monotonic())]
     failed = any(row.verdict == FAIL for row in rows)
     if as_json:
-        print(json.dumps({"ok": not failed, "checks": [row.as_dict() for row in rows]}, indent=2))
+        checks = [{"check": row.check, "verdict": row.verdict, "found": row.text, "remedy": row.remedy} for row in rows]
+        print(json.dumps({"ok": not failed, "checks": checks}, indent=2))
     elif sys.stdout.isatty():
         _table(rows)
     else:

@@ -50,9 +50,6 @@ class Row(NamedTuple):
     def masked(self, mask: Mask) -> Row:
         return self._replace(text=mask(self.text), remedy=mask(self.remedy))
 
-    def as_dict(self) -> dict[str, str]:
-        return {"check": self.check, "verdict": self.verdict, "found": self.text, "remedy": self.remedy}
-
 
 @dataclass(frozen=True)
 class Patient:

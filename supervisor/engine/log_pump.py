@@ -16,7 +16,7 @@ from typing import IO
 from supervisor.lines import Form, VllmLines
 from supervisor.output import Output
 
-KEPT_LINES = 500
+KEPT_LINES = 2000  # eight ranks say 70 each of one error, and native stacks
 LONGEST_LINE = 64 * 1024
 KEPT_OF_A_LINE = 4000  # characters
 # Lines that may wait for the event loop; where it falls behind, the oldest of them are for the log alone.
@@ -49,10 +49,9 @@ class Lines:
 
     def _is_news(self, line: str) -> bool:
         found = OF_A_REQUEST.match(line)
-        if found is None or not self._dead:
-            self._dead = self._dead or bool(found and found[1])
-            return True
-        return False
+        news = found is None or not self._dead
+        self._dead = self._dead or bool(found and found[1])
+        return news
 
     def follow(self, wake: Callable[[], object]) -> None:
         """Calls `wake`, from any thread, when there are lines to take."""

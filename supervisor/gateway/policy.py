@@ -174,9 +174,6 @@ class Policy:
     def too_large(self) -> Refusal:
         return refuse("request_too_large", limit=self.max_body)
 
-    def too_late(self) -> Refusal:
-        return refuse("request_timeout", limit=self.timeout)
-
     def judge(self, request: Request) -> Verdict:
         route, refusal = self.routes.find(request.path)
         verdict = self.identify(request.headers)

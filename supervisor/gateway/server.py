@@ -20,7 +20,7 @@ from supervisor.gateway.counts import Counts
 from supervisor.gateway.delivery import Delivery
 from supervisor.gateway.door import Delivering, Door
 from supervisor.gateway.endings import NO_SIGN, Events
-from supervisor.gateway.errors import Refusal
+from supervisor.gateway.errors import Refusal, refuse
 from supervisor.gateway.exchange import Exchange
 from supervisor.gateway.gate import RETRY_AFTER, Admission, Gate
 from supervisor.gateway.heads import Memo
@@ -140,7 +140,7 @@ class Gateway:
         each(self.clients.connections, lambda connection: connection.check_time(now))
 
     def _end_late(self, exchange: Exchange) -> None:
-        refusal = self.policy.too_late()
+        refusal = refuse("request_timeout", limit=self.policy.timeout)
         log.warning("%s", refusal.message, extra=exchange.named)
         exchange.end_now(refusal)
 

@@ -12,14 +12,15 @@ CORE = [
     "Traceback (most recent call last):",
     '  File "/venv/vllm/v1/engine/core.py", line 676, in step',
     "    model_output = self.model_executor.sample_tokens(grammar_output)",
-    "RuntimeError: Worker failed with error 'CUDA error: an illegal memory access was encountered', please check the stack"
-    " trace above for the root cause",
+    "RuntimeError: Worker failed with error 'CUDA error: an illegal memory access was encountered', please check the "
+    "stack trace above for the root cause",
 ]
 ANNOUNCED = [
     "AsyncLLM output_handler failed.",
     "Traceback (most recent call last):",
     '  File "/venv/vllm/v1/engine/async_llm.py", line 849, in output_handler',
-    "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue. See stack trace (above) for the root cause.",
+    "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue. See stack trace (above) for the root "
+    "cause.",
 ]
 FRAME = [
     '  File "/venv/vllm/entrypoints/openai/chat_completion/serving.py", line 527, in chat_completion_stream_generator',
@@ -55,7 +56,7 @@ def test_the_streams_of_an_engine_that_died_do_not_push_the_cause_out(
     core: str, server: str, places: tuple[str, str, str]
 ) -> None:
     log = engine_death(48, core, server, places)
-    assert len(log) > 10 * KEPT_LINES
+    assert len(log) > 4 * KEPT_LINES
     lines = Lines()
     for begin in range(0, len(log), 400):  # as they are read
         lines.add(log[begin : begin + 400])
@@ -93,3 +94,18 @@ def test_answers_after_the_engines_death_do_not_show_that_it_serves(core: str, s
         f"{server}INFO:     Shutting down",
     ]
     assert "illegal memory access" in diagnose(1, log).cause
+
+
+def test_the_ranks_that_only_follow_do_not_push_the_cause_out() -> None:
+    """Each of eight writes the stack of its native code, twice."""
+    lines = Lines()
+    words = [*CORE[1:4], "torch.OutOfMemoryError: CUDA out of memory."]
+    lines.add([f"(Worker_TP3 pid=13) ERROR 12-01 02:00:34 [multiproc_executor.py:950] {line}" for line in words])
+    for rank in range(16):
+        lines.add(
+            [f"[rank{rank % 8}]:[E1201 02:00:35 ProcessGroupNCCL.cpp:1823] Process group watchdog thread terminated"]
+        )
+        lines.add(
+            [f"frame #{number}: <unknown function> + 0xd6df4 (0x7f (in /venv/libtorch_cuda.so)" for number in range(45)]
+        )
+    assert "memory" in diagnose(-6, lines.kept).cause

@@ -66,7 +66,7 @@ class Machine:
             "PRIMARY_PORT": "29501",
             "TENSOR_PARALLEL_SIZE": "2",
             "ENFORCE_EAGER": "true",
-            # Even so each rank would compile a few lines of the embedding's, at its first prompt and for a minute of CPU.
+            # Even so each rank would compile some of the embedding's code at its first prompt, for a minute of CPU.
             "TORCHDYNAMO_DISABLE": "1",
             "PORT": PORT,
             "TMPDIR": str(self.folder),
