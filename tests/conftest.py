@@ -34,7 +34,8 @@ SLOW = {
     "tests/engine/test_hangs.py": 3.0,
     "tests/engine/test_strangers.py": 1.5,
 }
-TOGETHER = {  # by fixture
+TOGETHER = {  # by fixture, or by file: one process compiles the table of causes, and not each of them
+    "tests/unit/test_diagnosis.py": 6.0,
     "clients": 60.0,
     "cloud": 3.0,
     "endpoint": 35.0,
@@ -96,8 +97,9 @@ def dealt(items: Iterable[pytest.Item], count: int) -> list[pytest.Item]:
     groups: dict[str, tuple[float, list[pytest.Item]]] = {}
     quick: list[pytest.Item] = []
     for item in items:
-        shared = next((name for name in TOGETHER if name in getattr(item, "fixturenames", ())), None)
-        seconds = SLOW.get(item.nodeid.partition("::")[0])
+        file = item.nodeid.partition("::")[0]
+        shared = next((name for name in TOGETHER if name in (file, *getattr(item, "fixturenames", ()))), None)
+        seconds = SLOW.get(file)
         if shared is not None:
             groups.setdefault(shared, (TOGETHER[shared], []))[1].append(item)
         elif seconds is not None:

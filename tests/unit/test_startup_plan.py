@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from signal import SIGKILL
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from supervisor.around.caches import CacheKeeper
 from supervisor.around.startup_plan import StartupPlan, startup_plan
-from supervisor.engine.diagnosis import Diagnosis, diagnose
+from supervisor.engine.diagnosis import SIGNALS, Diagnosis
 from supervisor.settings.settings import Arguments, Settings, gather
 from tests.harness import FAKE, wait_until
 
@@ -82,8 +83,8 @@ def test_one_of_which_nothing_is_noted_is_somebody_elses(tmp_path: Path, plan_fi
         ([TAKEN], True, OTHER, 1, False),
         ([], False, NO_MEMORY, 1, False),
         # Killed, by the kernel maybe, for want of the machine's memory: that is not the GPU's.
-        ([TAKEN], True, diagnose(-9, []), -9, False),
-        ([TAKEN], False, diagnose(-9, []), -9, False),
+        ([TAKEN], True, SIGNALS[SIGKILL], -9, False),
+        ([TAKEN], False, SIGNALS[SIGKILL], -9, False),
     ],
 )
 def test_a_failure_with_it_forgets_it(
