@@ -31,12 +31,12 @@ AROUND = re.compile(
     r"|model_loader/\w+\.py:(?:load_model|initialize_model)$"
     r"|modules/module\.py:_\w*call_impl|:run_method$|:collective_rpc$|models/utils\.py:(?:make_layers|<genexpr>)"
 )
-# `--max-num-seqs`, or a variable that is no option of vLLM's; a library's errors and constants look like those, and
-# what is said of pip and docker has options too.
+# `--max-num-seqs`, or a variable that is no option of vLLM's; a library's errors, constants and backends (TRITON_MLA)
+# look like those, and what is said of pip and docker has options too.
 NAME = re.compile(
     r"(?<![\w./-])(?:--(?!(?:upgrade|user|pre|no-deps|force-reinstall|gpus|ipc|shm-size|device|privileged)(?![\w-]))"
-    r"[a-z][a-z\d-]{2,50}|(?:VLLM|HF|NCCL|CUDA|HIP|HSA|ROCR|RAY|TRITON|TORCH|TORCHINDUCTOR|PYTORCH|UCX|GLOO|"
-    r"FLASHINFER|LMCACHE|MOONCAKE|NVSHMEM|DG|OMP|CCL|ZE|XLA|TPU|ASCEND)_(?!ERROR|STATUS|VERSION|ABI_|SUCCESS|CHECK)[A-Z\d_]{2,60})\b"
+    r"[a-z][a-z\d-]{2,50}|(?:VLLM|HF|NCCL|CUDA|HIP|HSA|ROCR|RAY|TRITON|TORCH|TORCHINDUCTOR|PYTORCH|UCX|GLOO|FLASHINFER|LMCACHE|MOONCAKE|NVSHMEM|"
+    r"DG|OMP|CCL|ZE|XLA|TPU|ASCEND)_(?!ERROR|STATUS|VERSION|ABI_|SUCCESS|CHECK|M[LS]A(?!_DIS)|ATTN|SDPA|TRTLLM|CUT|CUDNN|B12X|MXFP8\b|UNFUSED)[A-Z\d_]{2,60})\b"
 )
 # torch's name of an operation of vLLM's: made of words.
 OP = re.compile(

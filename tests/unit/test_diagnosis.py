@@ -470,7 +470,8 @@ def test_remedies_name_variables_that_exist() -> None:
     }  # the last two: values
     assert set(OPTIONS) <= known
     known |= {"VLLM_USE_V1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES", "HIP_VISIBLE_DEVICES", "HSA_OVERRIDE_GFX_VERSION"}
-    known |= {"CCL_ATL_TRANSPORT", "CCL_ZE_IPC_EXCHANGE", "HCCL_IF_IP", "HCCL_SOCKET_IFNAME", "TRITON_LIBCUDA_PATH"}
+    known |= {"CCL_ATL_TRANSPORT", "CCL_LOG_LEVEL", "CCL_ZE_IPC_EXCHANGE"}
+    known |= {"HCCL_IF_IP", "HCCL_SOCKET_IFNAME", "TRITON_LIBCUDA_PATH"}
     known |= {"FLEX_ATTENTION", "TORCH_SDPA", "IPC_LOCK", "SYS_PTRACE", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"}
     known |= {
         "LMCACHE_CONFIG_FILE",
