@@ -24,8 +24,7 @@ ZERO = "worker-vllm read 0 as 'not set', and vLLM can't run with it"
 
 def keys(catalogue: Catalogue) -> list[str]:
     """By which an option may be named, in config.yaml, or as a variable in capitals."""
-    every = catalogue.by_key.values()
-    also = [key for option in every for key in (*map(key_of, option.also), option.opposite) if key]
+    also = [key for option in catalogue.by_key.values() for key in (*map(key_of, option.also), option.opposite) if key]
     return ["model", *catalogue.by_key, *also]
 
 
