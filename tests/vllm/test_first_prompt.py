@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import DEMO, Supervisor, http, wait_until
+from tests.harness import DEMO, Supervisor, wait_until
 from tests.vllm.conftest import START, VLLM
 from tests.vllm.test_serving import CHAT, greedy
 
@@ -64,13 +64,20 @@ def test_a_first_prompt_of_one_token_is_answered(supervisor: Supervisor) -> None
 
 def test_an_engine_that_dies_under_load_tells_why(supervisor: Supervisor, folder: Path) -> None:
     """vLLM's API server writes 4 lines for the square of the streams then: none of the last 500 told it."""
-    body, said = greedy(stream=True, max_tokens=1900, ignore_eos=True), len(supervisor.output)
-    url = f"http://127.0.0.1:{supervisor.port}{CHAT}"
+    body, said, begun = greedy(stream=True, max_tokens=1900, ignore_eos=True), len(supervisor.output), []
+
+    def stream(number: int) -> bytes:
+        with supervisor.client.stream("POST", CHAT, json=body, timeout=START) as answer:
+            pieces = answer.iter_raw()
+            first = next(pieces)
+            begun.append(number)
+            return first + b"".join(pieces)
+
     with concurrent.futures.ThreadPoolExecutor(STREAMS) as pool:
-        sent = [pool.submit(http.post, url, json=body, timeout=START) for _ in range(STREAMS)]
-        wait_until(lambda: supervisor.client.get("/status").json()["in_flight"] == STREAMS, "streams", 60)
+        streams = pool.map(stream, range(STREAMS))
+        wait_until(lambda: len(begun) == STREAMS, "streams", 60)
         (folder / "now").touch()
-        assert all(b'"error"' in stream.result().content for stream in sent)
+        assert all(b'"error"' in found for found in streams)
     found = supervisor.says(r"supervisor ERROR: ([^\n]+)", START)
     assert "ArithmeticError: no more of this" in found[1]
     assert supervisor.output[said:].count("EngineDeadError: ") > STREAMS  # the log itself has all of it

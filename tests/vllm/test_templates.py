@@ -12,6 +12,8 @@ from tests.vllm.conftest import START, VLLM
 
 pytestmark = [pytest.mark.vllm, pytest.mark.breaks_vllm]  # it starts others: not while the tests count on the first
 
+# What a CPU takes half a minute for.
+UNCOMPILED = {"TORCHDYNAMO_DISABLE": "1", "VLLM_USE_AOT_COMPILE": "0"}
 TEMPLATES = json.loads((ROOT / "tests/unit/templates.json").read_text())
 
 
@@ -19,8 +21,7 @@ TEMPLATES = json.loads((ROOT / "tests/unit/templates.json").read_text())
     ("template", "model", "changed"),
     [
         # A GPU has blocks of worker-vllm's 16 tokens, the CPU build multiples of 32 only.
-        # Nothing is compiled: that takes a CPU half a minute.
-        ("worker-vllm template", "MODEL_NAME", {"BLOCK_SIZE": "32", "TORCHDYNAMO_DISABLE": "1"}),
+        ("worker-vllm template", "MODEL_NAME", {"BLOCK_SIZE": "32"} | UNCOMPILED),
         ("runpod-LLM template", "LLM_MODEL", {"MAX_MODEL_LEN": "2048"}),  # the demo model is made for no more
     ],
 )
