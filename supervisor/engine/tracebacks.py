@@ -40,8 +40,8 @@ ASSERTED = re.compile(r" {4,}(assert [^\n]{12,200}[^(,\n])$")
 CHAINED = re.compile(r"The above exception was the direct cause|During handling of the above exception")
 # A worker's error that Ray only hands on, without its traceback.
 HANDED_ON = re.compile(r"^ray\.exceptions\.RayTaskError\((?!Ray)(\w+)\): (?!ray::)")
-# A destructor's: nobody gets it, and it comes when all is being torn down.
-IGNORED = re.compile(r"Exception ignored ")
+# A destructor's: nobody gets it, and it comes when all is being torn down. And a plugin's, without which vLLM goes on.
+IGNORED = re.compile(r"Exception ignored |Failed to load plugin ")
 FRAME = re.compile(r' *File "(?:[^"\n]*(?:site|dist)-packages/)?([^"\n]+)"(?:, line (\d+)(?! in)|, in )')
 # What vLLM shows of its settings: at the start, and of the engine when it is made or dies.
 SETTINGS = re.compile(r"(?:non-default args: |with config: |args: Namespace\()[^\n]+")
@@ -165,11 +165,10 @@ def _told(lines: Iterable[str]) -> list[_Line]:
         begins, place = None, ""
         if "Traceback (most recent call last)" in text:
             if not CHAINED.match(process.previous):
-                process.begins = len(told)
-            process.ignored = bool(IGNORED.match(process.previous))
+                process.begins, process.ignored = len(told), bool(IGNORED.match(process.previous))
             process.inside = not process.ignored
         elif CHAINED.match(text):
-            process.inside = True
+            process.inside = not process.ignored
         elif frame := FRAME.match(text):
             if not (process.inside or process.ignored):  # its head has left the lines that are kept
                 process.inside, process.begins = True, len(told)
