@@ -736,3 +736,31 @@ def test_where_tracebacks_only_follow_the_last_stray_error_is_told() -> None:
     quiet = "(EngineCore pid=7) INFO 11-28 19:00:00 [core.py:10] one that failed with [x] is tried again"
     assert "do not say why" in diagnose(1, ["(APIServer pid=1) Traceback (most recent call last):", end]).cause
     assert "do not say why" in diagnose(1, [quiet, "(APIServer pid=1) Traceback (most recent call last):", end]).cause
+
+
+def test_a_plugin_that_could_not_be_loaded_is_no_cause() -> None:
+    """vLLM goes on without it; with a chain of errors, too. Where it was for this kind of device, its row says so."""
+    words = [
+        "Failed to load plugin another",
+        "Traceback (most recent call last):",
+        '  File "/venv/another/__init__.py", line 3, in <module>',
+        "ModuleNotFoundError: No module named 'one'",
+        "",
+        "During handling of the above exception, another exception occurred:",
+        "",
+        "Traceback (most recent call last):",
+        '  File "/venv/vllm/plugins/__init__.py", line 54, in load_plugins_by_group',
+        "ModuleNotFoundError: No module named 'langchain.docstore'",
+    ]
+    plugin = [f"ERROR 03-10 10:47:27 [__init__.py:64] {line}".rstrip() for line in words]
+    asked = "ValueError: Please pass the argument `trust_remote_code=True` to allow custom code to be run."
+    assert diagnose(1, plugin + traceback(asked)).cause == "The model brings code of its own."
+    said = diagnose(1, plugin + traceback("RuntimeError: Failed to infer device type"))
+    assert "another: ModuleNotFoundError" in said.cause
+
+
+def test_what_is_said_after_a_lost_device_only_follows() -> None:
+    lost = traceback("RuntimeError: level_zero backend failed with error: 20 (UR_RESULT_ERROR_DEVICE_LOST)")
+    others = "2026:06:25-17:21:53:  105:[1] |CCL_ERROR| internal_kvs_server.hpp:70 put: read/write error: Broken pipe"
+    assert "was lost" in diagnose(1, [*lost, others]).cause
+    assert "oneCCL" in diagnose(1, [others]).cause
