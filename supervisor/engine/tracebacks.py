@@ -32,7 +32,7 @@ HARMLESS = re.compile(
 # The API server is at work: what failed before this did not end it, and may be a client's.
 SERVES = re.compile(r'HTTP/\d(?:\.\d)?" \d{3}\b|\bAvg prompt throughput|Application startup complete')
 # It is not any more, whatever it still answers.
-ENGINE_DIED = re.compile(r"[\w.]*\bEngineDeadError: |EngineCore encountered a fatal error")
+ENGINE_DIED = re.compile(r"(?:\w{1,30}\.){0,6}EngineDeadError: |EngineCore encountered a fatal error")
 # The exception's own line: its class, whatever that is called (`Unsupported`, `NoSuchBucket`), and mostly a text.
 RAISED = re.compile(r"(?!(?:try|else|finally|pass|return|raise|break|continue)(?::|$))[A-Za-z_]\w*(?:\.\w+)*(?::|$)")
 # The source of an assertion, where it tells more than a name.

@@ -110,11 +110,15 @@ def test_a_size_in_a_kernel_is_not_the_setting_that_its_name_begins_with() -> No
     for error in (
         "ValueError: block_size_m must be one of (8, 16), got 4",
         "ValueError: page_block_size=32 is odd",
+        "ValueError: block_size=8 is odd",  # mostly one of a kernel's or a format's own
         "ValueError: draft_tensor_parallel_size=4 is odd",
     ):
         assert topics.named(tracebacks.read([error], follows)) == []
-    for error in ("ValueError: block_size=8 is odd", "ValueError: the block size is odd; config.block_size"):
-        assert topics.named(tracebacks.read([error], follows)) == ["BLOCK_SIZE"]
+    for error in (
+        "ValueError: tensor_parallel_size=3 is odd",
+        "ValueError: the tensor parallel size is odd; config.tensor_parallel_size",
+    ):
+        assert topics.named(tracebacks.read([error], follows)) == ["TENSOR_PARALLEL_SIZE"]
 
 
 def test_what_is_not_of_layers_is_not_told_as_theirs() -> None:
