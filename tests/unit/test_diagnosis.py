@@ -497,6 +497,7 @@ def test_remedies_name_variables_that_exist() -> None:
     known |= {"PYTORCH_CUDA_ALLOC_CONF", "TRITON_PTXAS_PATH", "RAY_ADDRESS", "UCX_TLS", "UCX_NET_DEVICES", "SYS_NICE"}
     known |= {"FLASHINFER_WORKSPACE_BASE", "FLASHINFER_CUBIN_DIR", "MOONCAKE_CONFIG_PATH"}
     known |= {"PYTHONHASHSEED", "EP_DISABLE_GIN", "TORCHDYNAMO_DISABLE", "RAYON_NUM_THREADS"}
+    known |= {"NEURON_COMPILE_CACHE_URL"}
     known |= {"NCCL_IB_GID_INDEX", "NCCL_IB_TIMEOUT", "NCCL_IB_RETRY_CNT", "NCCL_NET_GDR_LEVEL", "NET_BIND_SERVICE"}
     told = [row.remedy for row in (*ROWS, *TOPICS)]
     named = {name for text in told for name in re.findall(r"(?<![{\w])[A-Z]+(?:_[A-Z\d]+)+(?![}\w*])", text)}
