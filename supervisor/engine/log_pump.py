@@ -48,7 +48,7 @@ class Lines:
                 self._wake()
 
     def _is_news(self, line: str) -> bool:
-        found = OF_A_REQUEST.match(line)
+        found = OF_A_REQUEST.match(line) if "ERROR" in line else None
         news = found is None or not self._dead
         self._dead = self._dead or bool(found and found[1])
         return news
