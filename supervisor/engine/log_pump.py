@@ -21,11 +21,12 @@ LONGEST_LINE = 64 * 1024
 KEPT_OF_A_LINE = 4000  # characters
 # Lines that may wait for the event loop; where it falls behind, the oldest of them are for the log alone.
 WAITING_LINES = 10_000
+COLOUR = r"(?:\x1b\[[\d;]{0,8}m)?"
 # What the API server says of each request that it had when its engine died: one exception for all of them, with a
 # traceback that grows from one to the next. Of 48 streams it was 8,600 lines, and those that told the cause were gone.
 OF_A_REQUEST = re.compile(
-    r"(?:\S{0,12}\(\w{1,40} pid=\d+\)\S{0,8} )?\S{0,8}ERROR\S{0,8} \S+ \S+ \[[\w/]*(?:serving|async_llm)\w*\.py:\d+\] ?"
-    r"([\w.]*\bEngineDeadError: )?"
+    rf"{COLOUR}(?:\(\w{{1,40}} pid=\d+\){COLOUR} )?{COLOUR}ERROR{COLOUR} \S+ \S+ {COLOUR}\[[\w/]*(?:serving|async_llm)"
+    rf"\w*\.py:\d+\]{COLOUR} ?([\w.]*\bEngineDeadError: )?"
 )
 
 

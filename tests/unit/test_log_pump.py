@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from supervisor.engine.diagnosis import diagnose
@@ -65,6 +67,23 @@ def test_the_streams_of_an_engine_that_died_do_not_push_the_cause_out(
     assert len(lines.kept) < 100
     assert "illegal memory access" in diagnose(1, lines.kept).cause
     assert len(lines.take()) == len(log) + 1  # of the log itself nothing is missing
+
+
+def test_colours_change_nothing() -> None:
+    """VLLM_LOGGING_COLOR=1"""
+    plain = engine_death(
+        8, "(EngineCore pid=9) ", "(APIServer pid=1) ", ("core.py:1512", "async_llm.py:906", "serving.py:9")
+    )
+    form = re.compile(r"(\(\w+ pid=\d+\)) ERROR (\S+ \S+) (\[\S+\]) ")
+    lines = Lines()
+    lines.add(
+        [
+            form.sub("\x1b[0;36m\\1\x1b[0;0m \x1b[31mERROR\x1b[0m \x1b[90m\\2\x1b[0m \x1b[90m\\3\x1b[0m ", line)
+            for line in plain
+        ]
+    )
+    assert len(lines.kept) == len(CORE) + len(ANNOUNCED)
+    assert "illegal memory access" in diagnose(1, lines.kept).cause
 
 
 def test_an_error_of_a_request_is_kept_where_the_engine_lives() -> None:
