@@ -43,11 +43,12 @@ class StartupPlan:
             return
         environ = run.child.command.environ
         root = environ.get("VLLM_CACHE_ROOT") or f"{environ.get('XDG_CACHE_HOME') or '~/.cache'}/vllm"
-        with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home
+        try:
             self.folder = Path(root).expanduser() / FOLDER
-            noted = self.folder / NOTE
-            if (noted.read_text() if noted.is_file() else "") != self.note:
+            if (self.folder / NOTE).read_text() != self.note:
                 self._remove()
+        except (OSError, RuntimeError):  # no note, or one that can't be read; RuntimeError: there is no home
+            self._remove()
 
     def keep(self) -> None:
         """Notes what they are for."""

@@ -50,9 +50,8 @@ class Lines:
 
     def _is_news(self, line: str) -> bool:
         found = OF_A_REQUEST.match(line) if "ERROR" in line else None
-        news = found is None or not self._dead
-        self._dead = self._dead or bool(found and found[1])
-        return news
+        dead, self._dead = self._dead, self._dead or bool(found and found[1])
+        return found is None or not dead
 
     def follow(self, wake: Callable[[], object]) -> None:
         """Calls `wake`, from any thread, when there are lines to take."""

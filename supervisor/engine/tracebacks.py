@@ -96,7 +96,7 @@ class _Process:
 
     inside = False  # a traceback
     died = False  # its engine
-    ignored = False  # the last one is a destructor's
+    ignored = False  # the last one is of no account
     begins = serves = 0  # by number of a line; it serves at the latest there
     place = previous = ""
 

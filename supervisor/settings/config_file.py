@@ -25,7 +25,6 @@ NOT_READ = f"{CONFIG_NAME} in this folder is not read: it"
 ADVICE = ". Name it with --config (or SUPERVISOR_CONFIG) if it is meant for this."
 # What says that a file is ours, beside a `supervisor:` section: the first line of our example, which editors go by.
 SCHEMA_LINE = re.compile(r"\ufeff?# *yaml-language-server: *\$schema=(\S*/)?config\.schema\.json\s")
-SAYS = re.compile(r"(?m)^[ \t]*[^#\s]")  # more than comments
 # The section, in a file that is too broken for YAML to tell.
 SECTION = re.compile(r"^supervisor\s*:(\s|$)", re.MULTILINE)
 # What YAML 1.1 makes of bare words.
@@ -67,7 +66,7 @@ def read_unnamed(report: Report) -> ConfigFile:
     with _told(report.problems, CONFIG_NAME):
         if (content := _content_of_ours(text)) is not None:
             _fill(file, content, report)
-        elif SAYS.search(text):
+        elif any(line.strip() and not line.lstrip().startswith("#") for line in text.splitlines()):
             report.warnings.append(f"{NOT_READ} has no `supervisor:` section{ADVICE}")
     return file
 
@@ -121,7 +120,7 @@ def _content_of_ours(text: str) -> dict[str, Any] | None:
     if not has_schema_line and "supervisor" not in text:
         return None  # PyYAML takes 30 ms to import, and seconds for a large file
     try:
-        content = _mapping(text) if SAYS.search(text) else {}
+        content = _mapping(text)
     except MalformedError:
         if has_schema_line or SECTION.search(text):
             raise

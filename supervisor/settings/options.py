@@ -24,7 +24,8 @@ ZERO = "worker-vllm read 0 as 'not set', and vLLM can't run with it"
 
 def keys(catalogue: Catalogue) -> list[str]:
     """By which an option may be named, in config.yaml, or as a variable in capitals."""
-    also = [key for option in catalogue.by_key.values() for key in (*map(key_of, option.also), option.opposite) if key]
+    every = catalogue.by_key.values()
+    also = [key for option in every for key in (*map(key_of, option.also), option.opposite) if key]
     return ["model", *catalogue.by_key, *also]
 
 

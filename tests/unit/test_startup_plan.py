@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from supervisor.around.caches import CacheKeeper
-from supervisor.around.startup_plan import StartupPlan, startup_plan
+from supervisor.around.startup_plan import NOTE, StartupPlan, startup_plan
 from supervisor.engine.diagnosis import SIGNALS, Diagnosis
 from supervisor.settings.settings import Arguments, Settings, gather
 from tests.harness import FAKE, wait_until
@@ -71,6 +71,18 @@ def test_other_settings_forget_it(tmp_path: Path, plan_file: Path, environ: Mapp
 def test_one_of_which_nothing_is_noted_is_somebody_elses(tmp_path: Path, plan_file: Path) -> None:
     """Who wrote it may have set something else."""
     StartupPlan(settings()).check(run(tmp_path))
+    assert not plan_file.exists()
+
+
+def test_one_whose_note_can_not_be_read_is_not_trusted(tmp_path: Path, plan_file: Path) -> None:
+    plan = StartupPlan(settings())
+    kept_for(tmp_path)
+    plan.check(run(tmp_path))
+    assert plan_file.exists()
+    note = plan_file.with_name(NOTE)
+    note.unlink()
+    note.mkdir()
+    plan.check(run(tmp_path))
     assert not plan_file.exists()
 
 
