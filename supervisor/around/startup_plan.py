@@ -47,7 +47,7 @@ class StartupPlan:
             self.folder = Path(root).expanduser() / FOLDER
             if (self.folder / NOTE).read_text() != self.note:
                 self._remove()
-        except (OSError, RuntimeError):  # no note, or one that can't be read; RuntimeError: there is no home
+        except (OSError, ValueError, RuntimeError):  # no note, or none that can be read; RuntimeError: there is no home
             self._remove()
 
     def keep(self) -> None:
