@@ -140,6 +140,44 @@ PRODUCED = (
     Row("data-parallel-engine-died", "EngineCore_DP1 died", "dmesg", permanent=False),
     Row("numa-nodes-fewer-than-workers", "fewer NUMA nodes than workers", "VLLM_CPU_OMP_THREADS_BIND=nobind"),
     Row("no-compiler", "there is no C++ compiler", "ENFORCE_EAGER=true"),
+    # An H200 (0.32.0 with CUDA 13)
+    Row("gpu-tensor-parallel", "more devices than there are", "TENSOR_PARALLEL_SIZE"),
+    Row("gpu-data-parallel", "a GPU that is not here", "DATA_PARALLEL_SIZE"),
+    Row("gpu-context-parallel", "tp_size=1 must be divisible by dcp_size=2", "DECODE_CONTEXT_PARALLEL_SIZE"),
+    Row("gpu-visible-none", "a GPU that is not here", "CUDA_VISIBLE_DEVICES"),
+    Row("gpu-visible-ordinal", "CUDA_VISIBLE_DEVICES names a GPU that is not here", "nvidia-smi -L"),
+    Row("gpu-visible-words", "CUDA_VISIBLE_DEVICES=all names no GPU that is here", "nvidia-smi -L"),
+    Row("gpu-visible-uuid", "CUDA_VISIBLE_DEVICES=GPU-00000000-", "nvidia-smi -L"),
+    Row("gpu-utilization-taken", "less is free (70.31 of 139.8 GiB)", "below 70.31 / 139.8", permanent=False),
+    Row("gpu-memory-given-back", "gave back GPU memory while", "other processes", permanent=False),
+    Row("gpu-model-too-large", "not enough for the weights alone", "TENSOR_PARALLEL_SIZE"),
+    Row("gpu-kv-bytes-nearly-all", "not enough for the KV cache", "KV_CACHE_MEMORY_BYTES"),
+    Row("gpu-max-num-seqs", "no memory left for the KV cache", "MAX_NUM_SEQS"),
+    Row("gpu-memory-goes-while-serving", "GPU's memory was not enough", "another process holds"),  # exit code 0
+    Row("gpu-open-files", "it is busy, or in exclusive mode", "ulimit -n", permanent=False),  # a limit of 64
+    Row("gpu-backend-mla", "ATTENTION_BACKEND=FLASHMLA can't be used here", "Unset ATTENTION_BACKEND"),
+    Row("gpu-kv-fp8-e5m2", "FP8 KV cache requires FA3 on SM90", "Unset ATTENTION_BACKEND"),
+    Row("gpu-kv-fp8-ds", "No attention backend can do", "Unset KV_CACHE_DTYPE"),
+    Row("gpu-kv-nvfp4", "No attention backend can do", "Unset KV_CACHE_DTYPE"),
+    Row("gpu-moe-deep-gemm", "MOE_BACKEND=deep_gemm is not to be had", "Unset MOE_BACKEND"),
+    Row("gpu-moe-flashinfer-trtllm", "FlashInfer can't do", "MOE_BACKEND set: leave that out first"),
+    Row("gpu-eplb", "enable_expert_parallel must be True", "ENABLE_EXPERT_PARALLEL=true"),
+    Row("gpu-dbo", "Microbatching currently only supports", "ALL2ALL_BACKEND"),
+    Row("gpu-fp8-block", "AssertionError), in /venv/vllm/model_executor/layers/quantization/compressed_tensors/"
+        "triton_scaled_mm.py:201", "quantized otherwise"),
+    Row("gpu-gptq-odd", "does not divide", "quantized otherwise"),
+    Row("gpu-gptq-bits", "bits=5", "quantized otherwise"),
+    Row("gpu-awq-odd", "does not divide", "quantized otherwise"),
+    Row("gpu-quant-torchao", "QUANTIZATION is set to a method (TorchAO)", "Unset QUANTIZATION"),
+    Row("gpu-head-size-odd", "size of tensor a (40) must match the size of tensor b (41)", "HF_OVERRIDES"),
+    Row("gpu-vocab-small", "A check within a kernel failed", "TOKENIZER", permanent=False),  # exit code 0
+    Row("gpu-speculative-missing", "which SPECULATIVE_CONFIG names as its draft", "Correct model in"),
+    Row("gpu-speculative-eagle", "mat1 and mat2 shapes", "Leave SPECULATIVE_CONFIG out"),
+    Row("gpu-speculative-vocab", "vocabulary (151936 tokens) than the model (1024)", "draft of the same family"),
+    Row("gpu-no-nvcc-flashinfer", "this image has no nvcc", "ATTENTION_BACKEND"),
+    Row("gpu-gloo", "Unable to find address for: nope0", "GLOO_SOCKET_IFNAME"),
+    Row("gpu-triton-cache-unwritable", "folder for Triton's kernels can't be made: /proc/nope", "TRITON_CACHE_DIR"),
+    Row("gpu-cache-full", "disk is full", "VLLM_CACHE_ROOT"),
 )
 
 # A CPU can't produce these: lines from public issues of vLLM, or of the libraries below it.
