@@ -5,68 +5,50 @@ from __future__ import annotations
 import re
 import time
 
-# A line that matches means that the phase on its right begins. Only forwards: several ranks log the same lines.
+# A line that matches means that the phase begins. Only forwards: several ranks log the same lines.
 # Wordings of vLLM 0.24 to 0.32; the fake engine logs the same.
-PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
+ROWS = {
     # Ours (weights/download.py), where the weights come from the hub.
-    ("asking the hub", re.compile("(?!)")),
-    ("fetching weights", re.compile(r"^weights: Downloading")),
+    "asking the hub": "(?!)",
+    "fetching weights": r"^weights: Downloading",
     # vLLM's. From the spawn on, or from the end of the download: 8 s and more of silence.
-    ("importing vLLM", re.compile(r"^weights: vLLM is started")),
-    ("reading the model's config", re.compile(r"non-default args")),
+    "importing vLLM": r"^weights: vLLM is started",
+    "reading the model's config": r"non-default args",
     # The config is read; EngineCore is spawned, imports vLLM anew (8 s), and only then has a line of its own.
-    (
-        "starting the engine core",
-        re.compile(r"Using max model len|Initializing a V1 LLM engine|Waiting for \d+ local, \d+ remote core"),
+    "starting the engine core": (
+        r"Using max model len|Initializing a V1 LLM engine|Waiting for \d+ local, \d+ remote core"
     ),
     # Of several machines; on one, ranks meet by a file, or at its loopback address.
-    (
-        "waiting for the other ranks",
-        re.compile(
-            r"world_size=(?!1 )\d+ .{0,200}?distributed_init_method=tcp://(?!127\.0\.0\.1:)|"
-            r"Launching \d+ data parallel engine|Launching vLLM .{0,200}? headless"
-        ),
+    "waiting for the other ranks": (
+        r"world_size=(?!1 )\d+ .{0,200}?distributed_init_method=tcp://(?!127\.0\.0\.1:)|"
+        r"Launching \d+ data parallel engine|Launching vLLM .{0,200}? headless"
     ),
-    ("downloading weights", re.compile(r"^(?!weights: ).*Downloading weights|Fetching \d+ files|Downloading shards")),
-    (
-        "loading weights",
-        re.compile(
-            r"Starting to load (the )?model|Loading model from scratch|Loading model weights|"
-            r"Loading safetensors checkpoint"
-        ),
+    "downloading weights": r"^(?!weights: ).*Downloading weights|Fetching \d+ files|Downloading shards",
+    "loading weights": (
+        r"Starting to load (the )?model|Loading model from scratch|Loading model weights|Loading safetensors checkpoint"
     ),
     # From the weights' end on: Dynamo's own lines come when it is done.
-    (
-        "compiling",
-        re.compile(
-            r"Model loading took|Using cache directory.{0,300}?compile|Dynamo bytecode transform|Start compiling"
-        ),
-    ),
-    (
-        "profiling memory",
-        re.compile(r"torch\.compile (takes|took)|Initial profiling|CPU KV cache size|Available KV cache"),
-    ),
-    # The line of a progress bar ends with the bar: by then they are captured.
-    ("capturing graphs", re.compile(r"GPU KV cache size|Capturing CUDA graphs|Capturing cudagraphs|Warming up model")),
-    ("warming up kernels", re.compile(r"Graph capturing finished")),
-    (
-        "starting the API server",
-        re.compile(r"init engine|Started server process|Supported tasks|Starting vLLM (API )?server"),
-    ),
-    ("waiting for the other engines", re.compile(r"Waiting for READY message from DP Coordinator")),
-    ("warming up", re.compile("(?!)")),  # ours: a first request, where one is asked for
-)
-IMPORTING = [name for name, _ in PHASES].index("importing vLLM")
-# With ENFORCE_EAGER there are none of these: what would begin one begins the next.
+    "compiling": r"Model loading took|Using cache directory.{0,300}?compile|Dynamo bytecode transform|Start compiling",
+    "profiling memory": r"torch\.compile (takes|took)|Initial profiling|CPU KV cache size|Available KV cache",
+    "warming up kernels": r"GPU KV cache size|Warming up model",
+    # Told when it is over, as a progress bar's line is. What is captured before the KV cache is only measured (0.32).
+    "capturing graphs": r"Graph capturing finished in (\d+) sec",
+    "last warm-ups": r"Graph capturing finished",  # in 0.24 those of the kernels
+    "starting the API server": r"init engine|Started server process|Supported tasks|Starting vLLM (API )?server",
+    "waiting for the other engines": r"Waiting for READY message from DP Coordinator",
+    "warming up": "(?!)",  # ours: a first request, where one is asked for
+}
+PHASES = tuple((name, re.compile(pattern)) for name, pattern in ROWS.items())
+IMPORTING, COMPILING, CAPTURING = map([*ROWS].index, ("importing vLLM", "compiling", "capturing graphs"))
+# With ENFORCE_EAGER nothing is compiled: what would begin it begins the next.
 EAGER = re.compile(r"'enforce_eager': True|Enforce eager set")
-NOT_EAGER = [number for number, (name, _) in enumerate(PHASES) if name in ("compiling", "capturing graphs")]
 # No pattern matches a line that has none of these. All patterns take 75 us for a line of 900 characters, these 11: at
 # some thousand lines a second of a start the event loop had time for nothing else.
 SIGNS = (
     "weights: ", "non-default args", "Using max model len", "Initializing a V1 LLM engine", "Waiting for ",
     "world_size=", "Launching ", "Downloading ", "Fetching ", "Starting to load ", "Loading ", "Model loading took",
     "Using cache directory", "Dynamo bytecode transform", "Start compiling", "torch.compile t", "Initial profiling",
-    "KV cache", "Capturing ", "Warming up model", "Graph capturing finished", "init engine", "Started server process",
+    "KV cache", "Warming up model", "Graph capturing finished", "init engine", "Started server process",
     "Supported tasks", "Starting vLLM ", "enforce_eager", "Enforce eager",
 )  # fmt: skip
 # How far a download is.
@@ -105,12 +87,16 @@ class Waterfall:
         if self.fetching and (told := PROGRESS.search(line)):
             self.progress = told[1]
         self.eager = self.eager or EAGER.search(line) is not None
-        at = self.begun[-1][0]
+        at, now = self.begun[-1][0], time.monotonic()
+        if captured := PHASES[CAPTURING][1].search(line):
+            if at != CAPTURING - 1:
+                return None
+            self.begun.append((CAPTURING, max(self.begun[-1][1], now - int(captured[1]))))
         following = [n for n in range(at + 1, len(PHASES)) if PHASES[n][1].search(line)]
         if not following:
             return None
-        begins = following[-1] + (self.eager and following[-1] in NOT_EAGER)
-        self.begun.append((begins, time.monotonic()))
+        begins = following[-1] + (self.eager and following[-1] == COMPILING)
+        self.begun.append((begins, now))
         self.progress = self.progress if begins < IMPORTING else ""
         return self.current
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import pytest
 
-from supervisor.around.phases import PHASES, Waterfall
+from supervisor.around.phases import Waterfall
 from supervisor.engine import tracebacks
 from supervisor.engine.child import how_it_ended
 from supervisor.engine.diagnosis import follows
@@ -76,6 +77,25 @@ distributed_init_method=tcp://192.0.2.2:51051 backend=nccl
 (APIServer pid=1693) INFO 11-26 04:16:55 [api_server.py:577] Supported tasks: ['generate']
 (APIServer pid=1693) INFO:     Started server process [1693]
 """
+# vLLM 0.32.0's on an H200: some graphs are captured before there is a KV cache, to see what they take.
+TUNED = """\
+(APIServer pid=1) INFO 12-01 07:11:44 [api_utils.py:286] non-default args: {'model_tag': '/m'}
+(APIServer pid=1) INFO 12-01 07:11:44 [model.py:2152] Using max model len 2048
+(EngineCore pid=2) INFO 12-01 07:12:03 [core.py:133] Initializing a V1 LLM engine (v0.32.0) with config: model='/m'
+(EngineCore pid=2) INFO 12-01 07:12:05 [model_runner.py:392] Loading model from scratch...
+(EngineCore pid=2) INFO 12-01 07:12:08 [model_runner.py:424] Model loading took 0.09 GiB memory and 3.257059 seconds
+(EngineCore pid=2) INFO 12-01 07:12:22 [monitor.py:62] [backbone] torch.compile took 12.70 s in total
+(EngineCore pid=2) INFO 12-01 07:12:22 [monitor.py:91] [backbone] Initial profiling/warmup run took 0.13 s
+(EngineCore pid=2) \rCapturing CUDA graphs (PIECEWISE):   0%|          | 0/51 [00:00<?, ?it/s]
+(EngineCore pid=2) INFO 12-01 07:12:38 [model_runner.py:1127] Graph capturing finished in 14 secs, took -6.02 GiB
+(EngineCore pid=2) INFO 12-01 07:12:39 [gpu_worker.py:759] Available KV cache memory: 2.28 GiB
+(EngineCore pid=2) INFO 12-01 07:12:39 [kv_cache_utils.py:2327] GPU KV cache size: 299,376 tokens
+(EngineCore pid=2) INFO 12-01 07:12:39 [kernel_warmup.py:176] JIT kernel warmup starting.
+(EngineCore pid=2) INFO 12-01 07:12:39 [kernel_warmup.py:367] Running FlashInfer autotune with 8192 tokens
+(EngineCore pid=2) \rCapturing CUDA graphs (FULL):   0%|          | 0/51 [00:00<?, ?it/s]
+(EngineCore pid=2) INFO 12-01 07:13:12 [model_runner.py:1127] Graph capturing finished in 12 secs, took 0.43 GiB
+(EngineCore pid=2) INFO 12-01 07:13:13 [core.py:395] init engine (profile, create kv cache, warmup model) took 64.89 s
+"""
 # With ENFORCE_EAGER and LOAD_FORMAT=dummy: no weights are read, nothing is compiled or captured.
 DUMMY = """\
 (APIServer pid=3191) INFO 11-26 04:29:43 [api_utils.py:273] non-default args: {'model_tag': '/m'}
@@ -110,8 +130,8 @@ RANKS = """\
             {
                 "reading the model's config": "non-default args", "starting the engine core": "Using max model len",
                 "loading weights": "Loading model from scratch", "compiling": "Model loading took",
-                "profiling memory": "torch.compile took", "capturing graphs": "GPU KV cache size",
-                "warming up kernels": "Graph capturing finished", "starting the API server": "init engine",
+                "profiling memory": "torch.compile took", "warming up kernels": "GPU KV cache size",
+                "last warm-ups": "Graph capturing finished", "starting the API server": "init engine",
             },
         ),
         (
@@ -126,7 +146,7 @@ RANKS = """\
             RANKS,
             {
                 "compiling": "Model loading took", "profiling memory": "torch.compile took",
-                "capturing graphs": "GPU KV cache size", "warming up kernels": "Graph capturing finished",
+                "warming up kernels": "GPU KV cache size", "last warm-ups": "Graph capturing finished",
             },
         ),
     ],
@@ -137,6 +157,28 @@ def test_phases_on_a_gpu_and_the_lines_that_begin_them(log: str, expected: dict[
     begun = {phase: line for line in log.splitlines() if (phase := waterfall.hear(line))}
     assert list(begun) == list(expected)
     assert {phase: line for phase, line in begun.items() if expected[phase] not in line} == {}
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        (TUNED, {"profiling memory": 17, "warming up kernels": 21, "capturing graphs": 12, "last warm-ups": 1}),
+        (COLD, {"profiling memory": 2, "warming up kernels": 1, "capturing graphs": 2, "last warm-ups": 10}),
+    ],
+    ids=["0.32.0", "0.24.0"],
+)
+def test_graphs_are_told_when_they_are_captured(
+    log: str, expected: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0]
+    monkeypatch.setattr("supervisor.around.phases.time.monotonic", lambda: now[0])
+    waterfall = Waterfall(0)
+    for line in log.splitlines():
+        if found := re.search(r" (\d\d):(\d\d):(\d\d) ", line):
+            now[0] = int(found[1]) * 3600 + int(found[2]) * 60 + int(found[3])
+        waterfall.hear(line)
+    seconds = {str(row["name"]): row["seconds"] for row in waterfall.as_rows()}
+    assert {name: seconds[name] for name in expected} == expected
 
 
 # The same of several machines.
@@ -189,10 +231,6 @@ def test_phases_of_several_machines(log: str, expected: list[str]) -> None:
 def test_workers_of_one_machine_wait_for_no_rank(line: str) -> None:
     """Older versions, and some GPUs, meet over TCP there too."""
     assert Waterfall(time.monotonic()).hear(line) is None
-
-
-def test_phase_names_are_unique() -> None:
-    assert len({name for name, _ in PHASES}) == len(PHASES)
 
 
 @pytest.mark.parametrize(
