@@ -15,8 +15,10 @@ from tests.vllm.test_serving import CHAT, greedy
 pytestmark = [pytest.mark.vllm, pytest.mark.breaks_vllm]  # it starts another
 STREAMS = 24
 
-# As a user's own code, which fails in the engine's process when the file is there.
+# As a user's own code, which fails in the engine's process when the file is there. It is slow, too: on a busy machine
+# the first streams were through before the last had begun.
 FRAGILE = """
+import time
 from pathlib import Path
 
 from vllm.v1.sample.logits_processor import LogitsProcessor
@@ -36,6 +38,7 @@ class Fragile(LogitsProcessor):
         if self.told.exists():
             self.told.unlink()
             raise ArithmeticError("no more of this")
+        time.sleep(0.02)
         return logits
 """
 
@@ -77,7 +80,7 @@ def test_an_engine_that_dies_under_load_tells_why(supervisor: Supervisor, folder
         streams = pool.map(stream, range(STREAMS))
         wait_until(lambda: len(begun) == STREAMS, "streams", 60)
         (folder / "now").touch()
-        assert all(b'"error"' in found for found in streams)
+        assert [found[-300:] for found in streams if b'"error"' not in found] == []
     found = supervisor.says(r"supervisor ERROR: ([^\n]+)", START)
     assert "ArithmeticError: no more of this" in found[1]
     assert supervisor.output[said:].count("EngineDeadError: ") > STREAMS  # the log itself has all of it
