@@ -178,6 +178,7 @@ PRODUCED = (
     Row("gpu-gloo", "Unable to find address for: nope0", "GLOO_SOCKET_IFNAME"),
     Row("gpu-triton-cache-unwritable", "folder for Triton's kernels can't be made: /proc/nope", "TRITON_CACHE_DIR"),
     Row("gpu-cache-full", "disk is full", "VLLM_CACHE_ROOT"),
+    Row("gpu-target-device-cpu", "runs as on a CPU", "Unset VLLM_TARGET_DEVICE"),
 )
 
 # A CPU can't produce these: lines from public issues of vLLM, or of the libraries below it.
