@@ -41,14 +41,17 @@ def state(supervisor: Supervisor) -> str:
 
 
 def test_with_a_warm_up_it_is_ready_when_the_model_has_answered() -> None:
-    """Without our access log vLLM's own is back, and tells it."""
-    with Supervisor("m", environ={"SUPERVISOR_WARM_UP": "true", "SUPERVISOR_ACCESS_LOG": "false"}) as supervisor:
+    """Without our access log vLLM's own is back, and tells it: through its pipe, and so maybe after we say `ready`."""
+    environ, plan = {"SUPERVISOR_WARM_UP": "true", "SUPERVISOR_ACCESS_LOG": "false"}, [{"prefill_seconds": 0.2}]
+    with Supervisor("m", environ=environ, plan=plan) as supervisor:
         supervisor.ready()
-        assert supervisor.client.get("/status").json()["phases"][-1]["name"] == "warming up"
-        before = supervisor.output.partition("starting -> ready")[0]
-        assert before.count('"POST /v1/completions HTTP/1.1" 200') == 1
+        last = supervisor.client.get("/status").json()["phases"][-1]
+        assert last["name"] == "warming up"
+        assert last["seconds"] >= 0.2
+        supervisor.says(r'INFO: .*"POST /v1/completions HTTP/1.1" 200')
         supervisor.client.post(CHAT, json=chat())
         supervisor.says(r'INFO: .*"POST /v1/chat/completions HTTP/1.1" 200')
+        assert supervisor.output.count('"POST /v1/completions ') == 1
         assert "supervisor: POST" not in supervisor.output
 
 
