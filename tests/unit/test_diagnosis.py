@@ -804,3 +804,10 @@ def test_what_is_said_after_a_lost_device_only_follows() -> None:
     others = "2026:06:25-17:21:53:  105:[1] |CCL_ERROR| internal_kvs_server.hpp:70 put: read/write error: Broken pipe"
     assert "was lost" in diagnose(1, [*lost, others]).cause
     assert "oneCCL" in diagnose(1, [others]).cause
+
+
+def test_settings_that_lack_something_are_the_quantizations_where_those_are_read() -> None:
+    """Any class of settings can be called without an argument."""
+    error = "TypeError: QwenVLConfig.__init__() missing 1 required positional argument: 'vision_config'"
+    frame = '  File "/venv/transformers/configuration_utils.py", line 700, in from_dict'
+    assert "QUANTIZATION is set" not in diagnose(1, ["Traceback (most recent call last):", frame, error]).text
