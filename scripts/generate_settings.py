@@ -23,8 +23,8 @@ from typing import Any
 
 from supervisor.settings import knobs
 from supervisor.settings.knobs import KNOBS, Knob
-from supervisor.settings.names import ALIASES, FORMER, OWNED, REMOVED, REMOVED_ENVIRONMENT, SAGEMAKER, ZERO_MEANS_UNSET
-from supervisor.settings.options import ZERO
+from supervisor.settings.names import ALIASES, FORMER, OWNED, REMOVED, REMOVED_VARIABLES, SM_PREFIX, ZERO_MEANS_UNSET
+from supervisor.settings.options import ZERO_REASON
 from supervisor.settings.platform import SAGEMAKER_PORT
 from supervisor.settings.platform import defaults as platform_defaults
 from supervisor.vllm import catalogue as catalogues
@@ -345,7 +345,7 @@ def docs(options: Catalogue) -> str:
         "",
         "## Names that other workers use",
         "",
-        f"They work as they are. Where both are set, ours wins. Any name may have `{SAGEMAKER}` in front, as in vLLM's and AWS's",
+        f"They work as they are. Where both are set, ours wins. Any name may have `{SM_PREFIX}` in front, as in vLLM's and AWS's",
         "own images for SageMaker. The name without it wins. With it, an empty value switches a yes-or-no option on.",
         "",
         "| ours | also |",
@@ -357,7 +357,7 @@ def docs(options: Catalogue) -> str:
         "| variable | instead |",
         "| --- | --- |",
         *(f"| `{name}` | {_cell(text)} |" for name, text in FORMER.items()),
-        *(f"| `{name}=0` | not set: {_cell(ZERO)} |" for name in sorted(ZERO_MEANS_UNSET)),
+        *(f"| `{name}=0` | not set: {_cell(ZERO_REASON)} |" for name in sorted(ZERO_MEANS_UNSET)),
         "",
         "## Options that the supervisor sets itself",
         "",
@@ -394,7 +394,7 @@ def docs(options: Catalogue) -> str:
         "",
         "| variable | instead |",
         "| --- | --- |",
-        *(f"| `{name}` | {_cell(text)} |" for name, text in REMOVED_ENVIRONMENT.items()),
+        *(f"| `{name}` | {_cell(text)} |" for name, text in REMOVED_VARIABLES.items()),
         "",
     ]
     return "\n".join(lines)
@@ -421,7 +421,7 @@ def _knob_default(knob: Knob) -> str:
     )
     for mode, environ, where in platforms:
         found = platform_defaults(mode, environ).get(knob.variable)
-        texts.append(f"{where}: `{found.given}`" if found else "")
+        texts.append(f"{where}: `{found.value}`" if found else "")
     return "; ".join(filter(None, texts))
 
 
@@ -538,13 +538,16 @@ def schema(options: Catalogue) -> str:
 def _knob_schema(knob: Knob) -> dict[str, Any]:
     kinds = {
         read_bool: ["boolean", "string"],
-        knobs.seconds: ["number"],
-        knobs.count: ["integer"],
-        knobs.some: ["integer"],
-        knobs.ratio: ["number"],
-        knobs.port_number: ["integer"],
-        knobs.size: ["integer", "string"],
-        **{read: ["string", "array"] for read in (knobs.words, knobs.keys, knobs.routes, knobs.hosts)},
+        knobs.read_seconds: ["number"],
+        knobs.read_count: ["integer"],
+        knobs.read_positive: ["integer"],
+        knobs.read_ratio: ["number"],
+        knobs.read_port: ["integer"],
+        knobs.read_size: ["integer", "string"],
+        **{
+            read: ["string", "array"]
+            for read in (knobs.read_words, knobs.read_keys, knobs.read_routes, knobs.read_hosts)
+        },
     }
     kind = kinds.get(knob.read, ["string"])
     found: dict[str, Any] = {"type": [*kind, "null"], "description": MEANINGS[knob.field]}
@@ -595,7 +598,11 @@ def hub(options: Catalogue) -> str:
             rows.append(_hub_option(options.by_key[row.variable.lower()], row, row.variable not in advanced_after))
     for name in HUB_KNOBS:
         (knob,) = [knob for knob in KNOBS if knob.variable == name]
-        kind = "number" if knob.read in (knobs.seconds, knobs.count, knobs.some, knobs.ratio) else "string"
+        kind = (
+            "number"
+            if knob.read in (knobs.read_seconds, knobs.read_count, knobs.read_positive, knobs.read_ratio)
+            else "string"
+        )
         rows.append(_hub_row(name, kind, _title(name.removeprefix("SUPERVISOR_")), MEANINGS[knob.field], advanced=True))
     rows.append(
         _hub_row("RUNPOD_INIT_TIMEOUT", "number", "Init timeout", PASSED_ON["RUNPOD_INIT_TIMEOUT"], advanced=True)

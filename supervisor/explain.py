@@ -67,5 +67,5 @@ def show_problems(error: SettingsError, *, as_json: bool) -> None:
 
 def _rows(settings: Settings) -> list[Setting]:
     """What was set comes first, each part in the order of vLLM's options."""
-    of_vllm = (setting for _, setting in (*settings.options, *settings.raw))
+    of_vllm = (setting for _, setting in (*settings.options, *settings.raw_options))
     return [settings.model, *of_vllm, *sorted(settings.knob_settings, key=lambda own: own.source == "default")]

@@ -10,7 +10,7 @@ import sys
 
 from supervisor.engine.workspace import temporary_folder
 from supervisor.repositories import beside_the_model, fetch_command, hub_env, model_of, python
-from supervisor.settings.command import environment
+from supervisor.settings.command import child_environment
 from supervisor.settings.settings import Settings, SettingsError
 
 EXIT_CANNOT = 3
@@ -35,6 +35,6 @@ def fetch(settings: Settings) -> int:
     command = fetch_command(settings, wanted)
     folder = str(temporary_folder(settings.environ) / f"vllm-supervisor-{os.getuid()}")
     environ = hub_env(settings.volume, settings.environ, folder)
-    environ |= environment(settings.environ)
+    environ |= child_environment(settings.environ)
     sys.stdout.flush()
     os.execvpe(command[0], command, environ)  # noqa: S606

@@ -22,7 +22,7 @@ from supervisor.engine.workspace import Workspace
 from supervisor.lines import Form
 from supervisor.output import Output
 from supervisor.repositories import Repository, asks_the_hub, beside_the_model, fetch_command, hub_env, model_of, python
-from supervisor.settings.command import Command, Serving, build
+from supervisor.settings.command import Command, Start, build
 from supervisor.settings.settings import Settings
 from supervisor.terminal import Terminal
 from supervisor.weights import find, snapshot
@@ -105,8 +105,8 @@ class Launch:
         alone = ours and not asks_the_hub(settings, beside)
         if alone and not fetches:
             environ["HF_HUB_OFFLINE"] = "1"
-        command = build(settings, socket, temporary, Serving(model.stands_as(fetched=fetches), environ))
-        self.command = command if not fetches else build(self.settings, socket, temporary, Serving(model.name, environ))
+        command = build(settings, socket, temporary, Start(model.stands_as(fetched=fetches), environ))
+        self.command = command if not fetches else build(self.settings, socket, temporary, Start(model.name, environ))
         argv = self.fast.program(command.argv) if self.fast is not None else command.argv
         before = (*fetch_command(settings, wanted, offline=alone), "--") if fetches else ()
         return dataclasses.replace(command, argv=(*before, *argv), fetches=fetches)

@@ -39,7 +39,7 @@ def bind(settings: Settings) -> Listeners:
         if not settings.environ.get("RUNPOD_WEBHOOK_GET_JOB"):
             # Whatever SUPERVISOR_HOST says: it is a tool for who sits here, and shows each job to whoever asks.
             return Listeners(tuple(health), simulator=_listen(LOOPBACK, knobs.port))
-        if not settings.asked_for("PORT"):
+        if not settings.is_set("PORT"):
             return Listeners(tuple(health))
     return Listeners((_listen(knobs.host, knobs.port), *health))
 

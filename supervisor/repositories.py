@@ -88,7 +88,7 @@ def beside_the_model(settings: Settings) -> tuple[list[Repository], Settings]:
 
 def asks_the_hub(settings: Settings, found: list[Repository]) -> bool:
     """Whether vLLM has something to ask the hub even where it is given folders."""
-    raw = any(option.key in READERS for option, _ in settings.raw)
+    raw = any(option.key in READERS for option, _ in settings.raw_options)
     unknown = any(not (each.weights.download or each.weights.folder) for each in found)
     folders = [each.weights.folder for each in found if each.weights.folder and not each.weights.download]
     return (
@@ -132,7 +132,7 @@ def hub_env(volume: Volume | None, environ: Mapping[str, str], folder: str) -> d
     """The hub client's variables, where the user set none. `folder`: of this start alone."""
     found = {"HF_XET_HIGH_PERFORMANCE": "1"}
     placed = any(environ.get(name) for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"))
-    if volume is not None and volume.writable and not placed:
+    if volume is not None and volume.is_writable and not placed:
         # Chunks of what is downloaded, kept beside the files themselves, would be written to the network twice.
         found |= {"HF_HOME": str(volume.path / HUB), "HF_XET_CACHE": os.path.join(folder, "xet")}  # noqa: PTH118
     return {name: value for name, value in found.items() if not environ.get(name)}

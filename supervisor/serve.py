@@ -114,7 +114,7 @@ class Serving(Observer):
         self.lines = lines
         cluster = settings.cluster
         self.multinode = Multinode(cluster, self.knobs.drain_timeout) if cluster is not None else None
-        self.headless = self.multinode if cluster is not None and cluster.headless else None
+        self.headless = self.multinode if cluster is not None and cluster.is_headless else None
         self.traces: tracing.Tracing | None = None
         self.worker: QueueWorker | None = None
         self.runpod: LocalRunPod | None = None
@@ -290,7 +290,7 @@ class Serving(Observer):
     async def _read_keys_again(self) -> None:
         """SIGHUP, where keys are in files and no terminal could have been closed."""
         try:
-            api_keys, admin_keys = await Call(lambda: [keys.read_again().values for keys in self.settings.keys])
+            api_keys, admin_keys = await Call(lambda: [keys.reread().values for keys in self.settings.keys])
         except BadValue as error:
             self.log.error("the keys stay as they were: expected %s", error)  # noqa: TRY400  # no bug of ours
             return
@@ -352,7 +352,7 @@ class Serving(Observer):
 def elsewhere(settings: Settings) -> Refusal | None:
     """Where requests belong, if not here."""
     cluster = settings.cluster
-    if cluster is None or not cluster.headless:
+    if cluster is None or not cluster.is_headless:
         return None
     text = f"This is {cluster.name}: rank 0, at {cluster.leader}, serves the model."
     return Refusal(503, text, "not_rank_0")

@@ -19,7 +19,7 @@ from typing import Any
 
 from supervisor.engine.workspace import is_ours, temporary_folder, workspaces
 from supervisor.secrets import complain
-from supervisor.settings.knobs import keys
+from supervisor.settings.knobs import read_keys
 from supervisor.vllm.values import BadValue
 
 PATIENCE = 8.0
@@ -141,7 +141,7 @@ def authorization(environ: Mapping[str, str], *names: str) -> str:
     for name in names:
         if given := environ.get(name):
             try:
-                return f"Bearer {keys(given).values[0]}"
+                return f"Bearer {read_keys(given).values[0]}"
             except BadValue as error:
                 raise StatusError(f"{name}: expected {error}") from None
     return ""

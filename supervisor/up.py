@@ -75,7 +75,7 @@ def up(settings: Settings) -> int:
 
 def _caches(settings: Settings) -> Caches | None:
     """Compiled code is kept where there is a volume, or a folder for it; elsewhere vLLM's own folders do."""
-    kept = (settings.volume is not None and settings.volume.writable) or settings.knobs.cache_dir
+    kept = (settings.volume is not None and settings.volume.is_writable) or settings.knobs.cache_dir
     if not kept or settings.is_demo:
         return None
     from supervisor.around.caches import Caches  # noqa: PLC0415

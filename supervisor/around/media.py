@@ -26,7 +26,7 @@ REMEDY = "Set ALLOWED_MEDIA_DOMAINS to the hosts that they may come from (docs/o
 def unrestricted(settings: Settings, kinds: Iterable[str]) -> frozenset[str]:
     """Of the kinds of media that the model takes: those that may be fetched from anywhere."""
     name = settings.option("config")
-    file = config_file.read_vllm_config("", name, Report(settings.mask)).typed if name else {}
+    file = config_file.read_vllm_config("", name, Report(settings.mask)).typed_content if name else {}
 
     def value(key: str) -> object:
         return settings.option(key) or file.get(key)
@@ -34,7 +34,7 @@ def unrestricted(settings: Settings, kinds: Iterable[str]) -> frozenset[str]:
     if value("allowed_media_domains") or value("language_model_only"):
         return frozenset()
     limits = _counts(file.get("limit_mm_per_prompt"))
-    for option, setting in (*settings.options, *settings.raw):
+    for option, setting in (*settings.options, *settings.raw_options):
         if option.key == "limit_mm_per_prompt":
             part = setting.name.partition(".")[2].partition(".")[0]  # --limit-mm-per-prompt.image 0
             limits |= _counts({part: setting.value} if part else setting.value)

@@ -80,11 +80,11 @@ class Ranks:
 
     def _holds(self, mine: str, other: str, listening: set[int]) -> bool:
         port = self.cluster.port
-        if not self.cluster.replicas:
+        if not self.cluster.is_replicated:
             return port in (_port(mine), _port(other))
         if port in (_port(mine), _port(other)):
             return False  # of the handshake, which ends when all have come
-        if self.cluster.headless:
+        if self.cluster.is_headless:
             return _address(other)[0] in _addresses(self.cluster.leader)
         return _port(mine) in listening
 
@@ -147,7 +147,7 @@ class Multinode(Observer):
                     await bounded(LOOK_PATIENCE, lambda: ranks.note(session))
                 elif (address := await bounded(LOOK_PATIENCE, ranks.gone)) is not None:
                     # A headless rank that drains waits for just this.
-                    if not (self.draining and self.cluster.headless):
+                    if not (self.draining and self.cluster.is_headless):
                         run.broke("rank gone", f"the rank at {address} is gone: all of them have to start again")
                     return
             self.log.warning("no connection to another rank is to be seen: the end of one will not be noticed")

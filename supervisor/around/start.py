@@ -74,7 +74,7 @@ def invitation(settings: Settings, listeners: Listeners, simulator: str) -> str:
         job = shlex.quote(json.dumps({"input": chat}))
         request = f"{simulator}/runsync{key} -H 'Content-Type: application/json' -d {job}"
         return f"ready: a simulated RunPod endpoint, {simulator}\n  curl {request}"
-    if settings.cluster is not None and settings.cluster.headless:
+    if settings.cluster is not None and settings.cluster.is_headless:
         return f"ready: {settings.cluster.name}; rank 0, at {settings.cluster.leader}, serves"
     if not listeners.gateway:
         return f"ready: up to {settings.knobs.max_concurrency} of RunPod's jobs at once"

@@ -81,7 +81,7 @@ class Patient:
     @property
     def count(self) -> int:
         """How many GPUs vLLM will see."""
-        seen, told = len(self.gpus.get("gpus") or ()), platform.gpus(self.environ)
+        seen, told = len(self.gpus.get("gpus") or ()), platform.count_gpus(self.environ)
         return seen if told is None or (seen and told > seen) else told
 
     @cached_property

@@ -16,27 +16,27 @@ from typing import Any
 from supervisor.bounded import read_file, within
 from supervisor.secrets import SHORTEST_SECRET
 from supervisor.settings import platform
-from supervisor.settings.knobs import SHORT_KEY, Keys
+from supervisor.settings.knobs import SAFE_KEY_LENGTH, Keys
 from supervisor.settings.models import DISK_PATIENCE
 from supervisor.settings.names import read_table
-from supervisor.settings.sources import Asked
-from supervisor.settings.typos import nearest
+from supervisor.settings.sources import Facts
+from supervisor.settings.typos import nearest_hint
 from supervisor.vllm.values import json_object
 
 RULES = read_table("rules.json")
-GONE = {"bitsandbytes": ", which an older one had", "gguf": ": since 0.24 a plugin has it"}
-LORA_RANK = 16  # vLLM's default of MAX_LORA_RANK
+REMOVED_VALUES = {"bitsandbytes": ", which an older one had", "gguf": ": since 0.24 a plugin has it"}
+DEFAULT_LORA_RANK = 16  # vLLM's default of MAX_LORA_RANK
 # Of parsers and templates, vLLM's own folder has some, by their names alone.
-PATH = re.compile(r"(?!.*[{}\n]).*([/\\]|\.(jinja2?|j2|txt|tmpl)$)")
-Rule = Callable[[Asked], Iterator[str]]
+FILE_PATH = re.compile(r"(?!.*[{}\n]).*([/\\]|\.(jinja2?|j2|txt|tmpl)$)")
+Rule = Callable[[Facts], Iterator[str]]
 
 
-def told(part: str, asked: Asked) -> Iterator[str]:
+def check(part: str, facts: Facts) -> Iterator[str]:
     """The rules of that part of `rules.json`, as one."""
     for row in RULES[part]:
-        fits = all(re.search(pattern, text.format_map(asked)) for text, pattern in row["when"].items())
-        if fits and all(asked.number(name) > asked.number(most) for name, most in row.get("above", {}).items()):
-            yield row["told"].format_map(asked).removeprefix("environment ")  # a warning begins with a name
+        is_match = all(re.search(pattern, text.format_map(facts)) for text, pattern in row["when"].items())
+        if is_match and all(facts.number(name) > facts.number(limit) for name, limit in row.get("above", {}).items()):
+            yield row["told"].format_map(facts).removeprefix("environment ")  # a warning begins with a name
 
 
 def is_missing(path: str, *, is_folder: bool) -> bool:
@@ -44,13 +44,13 @@ def is_missing(path: str, *, is_folder: bool) -> bool:
     return within(DISK_PATIENCE, Path(path).is_dir if is_folder else Path(path).is_file) is False
 
 
-def config_in(path: Path) -> dict[str, Any]:
+def read_json_file(path: Path) -> dict[str, Any]:
     """What a file of JSON says; nothing, where it can't be read."""
     return within(DISK_PATIENCE, lambda: json_object(path.read_text())) or {}
 
 
-def tls(asked: Asked) -> Iterator[str]:
-    cert, key = asked["SUPERVISOR_TLS_CERT"].value, asked["SUPERVISOR_TLS_KEY"].value
+def check_tls(facts: Facts) -> Iterator[str]:
+    cert, key = facts["SUPERVISOR_TLS_CERT"].value, facts["SUPERVISOR_TLS_KEY"].value
     if cert:
         import ssl  # noqa: PLC0415  # 10 ms that most starts need not pay
 
@@ -65,82 +65,82 @@ def tls(asked: Asked) -> Iterator[str]:
             )
 
 
-def names(asked: Asked) -> Iterator[str]:
+def check_names(facts: Facts) -> Iterator[str]:
     """vLLM has no bitsandbytes any more, nor GGUF; parsers come and go. Plugins may know more."""
-    if asked["TOOL_PARSER_PLUGIN"].value or asked["REASONING_PARSER_PLUGIN"].value:
+    if facts["TOOL_PARSER_PLUGIN"].value or facts["REASONING_PARSER_PLUGIN"].value:
         return
-    for option in (option for option in asked.catalogue.by_key.values() if option.names):
-        setting = asked[option.variable]
-        given, known = setting.shown.lower(), ("", "none", *map(str.lower, option.names))
-        if given not in known and not asked.vllm.may_have_plugins(asked.environ):
-            hint = GONE.get(given) or nearest(given, option.names)
-            has = ", ".join(option.names)
-            yield f"{setting.named}: vLLM {asked.vllm.version} has none of that name{hint}; it has {has}"
+    for option in (option for option in facts.catalogue.by_key.values() if option.names):
+        setting = facts[option.variable]
+        value, known_values = setting.shown.lower(), ("", "none", *map(str.lower, option.names))
+        if value not in known_values and not facts.vllm.may_have_plugins(facts.environ):
+            hint = REMOVED_VALUES.get(value) or nearest_hint(value, option.names)
+            choices = ", ".join(option.names)
+            yield f"{setting.named}: vLLM {facts.vllm.version} has none of that name{hint}; it has {choices}"
 
 
-def adapters(asked: Asked) -> Iterator[str]:
-    most, option = asked.number("MAX_LORA_RANK") or LORA_RANK, asked.catalogue.by_key.get("max_lora_rank")
-    for module in map(str, asked["LORA_MODULES"].value or ()):
-        row = json_object(module) or dict(zip(("name", "path"), module.split("=", 1), strict=False))
-        name, path = str(row.get("name", "")), str(row.get("path", ""))
+def check_loras(facts: Facts) -> Iterator[str]:
+    max_rank, option = facts.number("MAX_LORA_RANK") or DEFAULT_LORA_RANK, facts.catalogue.by_key.get("max_lora_rank")
+    for module in map(str, facts["LORA_MODULES"].value or ()):
+        fields = json_object(module) or dict(zip(("name", "path"), module.split("=", 1), strict=False))
+        name, path = str(fields.get("name", "")), str(fields.get("path", ""))
         if not path.startswith(("/", "./", "../", "~")):
             continue  # the hub's
         path = os.path.expanduser(path)  # noqa: PTH111  # ~nobody stays as it is
-        told = f"LORA_MODULES={name}={path} ({asked['LORA_MODULES'].source})"
-        rank = config_in(Path(path) / "adapter_config.json").get("r")
+        label = f"LORA_MODULES={name}={path} ({facts['LORA_MODULES'].source})"
+        rank = read_json_file(Path(path) / "adapter_config.json").get("r")
         if is_missing(path, is_folder=True):
-            yield f"{told}: expected a folder that is there"
-        elif isinstance(rank, int) and rank > most:
-            fits = min((int(size) for size in (option.choices if option else ()) if int(size) >= rank), default=rank)
-            yield f"{told}: its rank is {rank}, and MAX_LORA_RANK is {most:g}: set MAX_LORA_RANK={fits}"
+            yield f"{label}: expected a folder that is there"
+        elif isinstance(rank, int) and rank > max_rank:
+            fit = min((int(size) for size in (option.choices if option else ()) if int(size) >= rank), default=rank)
+            yield f"{label}: its rank is {rank}, and MAX_LORA_RANK is {max_rank:g}: set MAX_LORA_RANK={fit}"
 
 
-def files(asked: Asked) -> Iterator[str]:
+def check_files(facts: Facts) -> Iterator[str]:
     for variable in ("CHAT_TEMPLATE", "TOOL_PARSER_PLUGIN", "REASONING_PARSER_PLUGIN", "ALLOWED_LOCAL_MEDIA_PATH"):
-        given, is_folder = asked[variable].shown, variable == "ALLOWED_LOCAL_MEDIA_PATH"
-        if ((is_folder and given) or PATH.match(given)) and is_missing(given, is_folder=is_folder):
-            yield f"{asked[variable].named}: expected a {'folder' if is_folder else 'file'} that is there"
+        path, is_folder = facts[variable].shown, variable == "ALLOWED_LOCAL_MEDIA_PATH"
+        if ((is_folder and path) or FILE_PATH.match(path)) and is_missing(path, is_folder=is_folder):
+            yield f"{facts[variable].named}: expected a {'folder' if is_folder else 'file'} that is there"
 
 
-def heads(asked: Asked) -> Iterator[str]:
+def check_heads(facts: Facts) -> Iterator[str]:
     """Of a model that is here: vLLM deals its attention's heads out among the GPUs."""
-    parts = asked.number("TENSOR_PARALLEL_SIZE")
-    if parts <= 1:
+    gpu_count = facts.number("TENSOR_PARALLEL_SIZE")
+    if gpu_count <= 1:
         return
-    config = config_in(Path(str(asked["MODEL"].value)) / "config.json")
-    inner = config.get("text_config")
-    count = ((inner if isinstance(inner, dict) else {}) | config).get("num_attention_heads")
-    if isinstance(count, int) and count % parts:
-        fits = max(size for size in range(1, int(parts)) if count % size == 0)
+    config = read_json_file(Path(str(facts["MODEL"].value)) / "config.json")
+    text_config = config.get("text_config")
+    heads = ((text_config if isinstance(text_config, dict) else {}) | config).get("num_attention_heads")
+    if isinstance(heads, int) and heads % gpu_count:
+        divisor = max(size for size in range(1, int(gpu_count)) if heads % size == 0)
         yield (
-            f"{asked['TENSOR_PARALLEL_SIZE'].named}: the model's {count} heads of attention can't be shared among so "
-            f"many GPUs: set TENSOR_PARALLEL_SIZE={fits}"
+            f"{facts['TENSOR_PARALLEL_SIZE'].named}: the model's {heads} heads of attention can't be shared among so "
+            f"many GPUs: set TENSOR_PARALLEL_SIZE={divisor}"
         )
 
 
-def short_keys(asked: Asked) -> Iterator[str]:
-    for name, setting in asked.settings.items():
+def check_key_lengths(facts: Facts) -> Iterator[str]:
+    for name, setting in facts.settings.items():
         keys = setting.value.values if isinstance(setting.value, Keys) else ()
-        short = [key for key in keys if len(key) < SHORT_KEY]
-        if short:
-            told = "a key has" if len(short) == 1 else f"{len(short)} keys have"
-            weak = f"; one with less than {SHORTEST_SECRET} can't be masked in the log either"
-            more = weak if any(len(key) < SHORTEST_SECRET for key in short) else ""
-            yield f"{name}: {told} less than {SHORT_KEY} characters, which can be guessed{more}"
+        short_keys = [key for key in keys if len(key) < SAFE_KEY_LENGTH]
+        if short_keys:
+            subject = "a key has" if len(short_keys) == 1 else f"{len(short_keys)} keys have"
+            mask_hint = f"; one with less than {SHORTEST_SECRET} can't be masked in the log either"
+            hint = mask_hint if any(len(key) < SHORTEST_SECRET for key in short_keys) else ""
+            yield f"{name}: {subject} less than {SAFE_KEY_LENGTH} characters, which can be guessed{hint}"
 
 
-def gpus(asked: Asked) -> Iterator[str]:
-    available = platform.gpus(asked.environ)
-    tensor, pipeline = asked.number("TENSOR_PARALLEL_SIZE") or 1, asked.number("PIPELINE_PARALLEL_SIZE") or 1
-    alone = asked.number("NNODES") <= 1 and asked["DISTRIBUTED_EXECUTOR_BACKEND"].value != "ray"
-    if available and tensor * pipeline > available and alone:
-        asked_for = f"TENSOR_PARALLEL_SIZE={tensor:g}"
-        asked_for += f" x PIPELINE_PARALLEL_SIZE={pipeline:g}" if pipeline > 1 else ""
-        one = "1 GPU is" if available == 1 else f"{available} GPUs are"
-        yield f"{asked_for}: only {one} here; set TENSOR_PARALLEL_SIZE=auto to use what there is"
+def check_gpus(facts: Facts) -> Iterator[str]:
+    gpu_count = platform.count_gpus(facts.environ)
+    tensor_size, pipeline_size = facts.number("TENSOR_PARALLEL_SIZE") or 1, facts.number("PIPELINE_PARALLEL_SIZE") or 1
+    is_one_machine = facts.number("NNODES") <= 1 and facts["DISTRIBUTED_EXECUTOR_BACKEND"].value != "ray"
+    if gpu_count and tensor_size * pipeline_size > gpu_count and is_one_machine:
+        sizes = f"TENSOR_PARALLEL_SIZE={tensor_size:g}"
+        sizes += f" x PIPELINE_PARALLEL_SIZE={pipeline_size:g}" if pipeline_size > 1 else ""
+        subject = "1 GPU is" if gpu_count == 1 else f"{gpu_count} GPUs are"
+        yield f"{sizes}: only {subject} here; set TENSOR_PARALLEL_SIZE=auto to use what there is"
 
 
 # vLLM does not start with these, or nobody would be served.
-PROBLEMS: tuple[Rule, ...] = (partial(told, "problems"), tls, names, adapters, files, heads)
+PROBLEMS: tuple[Rule, ...] = (partial(check, "problems"), check_tls, check_names, check_loras, check_files, check_heads)
 # It starts, and somebody may wonder.
-WARNINGS: tuple[Rule, ...] = (partial(told, "warnings"), short_keys, gpus)
+WARNINGS: tuple[Rule, ...] = (partial(check, "warnings"), check_key_lengths, check_gpus)

@@ -19,7 +19,7 @@ class Command:
     fetches: bool = False  # the weights are fetched first, by the same process
 
 
-class Serving(NamedTuple):
+class Start(NamedTuple):
     """What is known of a start beside the settings: `model` stands for MODEL, `environ` below what the user set."""
 
     model: str
@@ -32,32 +32,32 @@ def served_name(settings: Settings) -> str:
     return str(names[0] if names else settings.model.value)
 
 
-def environment(environ: Mapping[str, str]) -> dict[str, str]:
+def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Less what is not the child's to see, and with our defaults."""
     defaults: dict[str, str] = DEFAULTS["vLLM's environment"]
     withheld = {name for name in environ if name in WITHHELD or name.startswith(WITHHELD_PREFIXES)}
     if "://" in environ.get("VLLM_PORT", ""):  # Kubernetes', for a service named vllm: vLLM fails on it
         withheld.add("VLLM_PORT")
-    asked = {name: value for name, value in environ.items() if name not in withheld and (value or name not in defaults)}
-    return defaults | asked
+    rest = {name: value for name, value in environ.items() if name not in withheld and (value or name not in defaults)}
+    return defaults | rest
 
 
-def build(settings: Settings, socket: str, folder: str, serving: Serving | None = None) -> Command:
+def build(settings: Settings, socket: str, folder: str, start: Start | None = None) -> Command:
     """The command that serves on the unix socket `socket`; vLLM's temporary files go to `folder`."""
-    name = str(settings.model.value)
-    serving = serving or Serving(name, {})
-    argv = [*settings.vllm.command, "serve", serving.model]
-    argv += ["--headless"] if settings.cluster is not None and settings.cluster.headless else ["--uds", socket]
+    model_name = str(settings.model.value)
+    start = start or Start(model_name, {})
+    argv = [*settings.vllm.command, "serve", start.model]
+    argv += ["--headless"] if settings.cluster is not None and settings.cluster.is_headless else ["--uds", socket]
     for option, setting in settings.options:
         argv += option.argv(setting.value)
-    if serving.model != name and not settings.option("served_model_name"):
-        argv += ["--served-model-name", name]  # clients do not ask for a folder
+    if start.model != model_name and not settings.option("served_model_name"):
+        argv += ["--served-model-name", model_name]  # clients do not ask for a folder
     argv += settings.vllm_args
     environ = {
         **(DEFAULTS["demo model's environment"] if settings.is_demo else {}),
-        **serving.environ,
+        **start.environ,
         **(settings.cluster.environ if settings.cluster else {}),
-        **environment(settings.environ),
+        **child_environment(settings.environ),
         # vLLM leaves sockets and files of its own behind when it is killed: a folder that goes with it catches them.
         "TMPDIR": folder,
         "VLLM_RPC_BASE_PATH": folder,

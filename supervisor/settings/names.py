@@ -19,40 +19,40 @@ _TABLE = read_table("names.json")
 DEFAULTS = read_table("defaults.json")  # by source
 
 
-def advice(table: dict[str, str], given: str) -> str:
+def advice(table: dict[str, str], text: str) -> str:
     """What is told of it: the first pattern that fits speaks. Nothing, where none does."""
-    every = ((re.fullmatch(pattern, given, re.ASCII | re.DOTALL), told) for pattern, told in table.items())
-    return next((told.format(**found.groupdict()) for found, told in every if found), "")
+    matches = ((re.fullmatch(pattern, text, re.ASCII | re.DOTALL), message) for pattern, message in table.items())
+    return next((message.format(**match.groupdict()) for match, message in matches if match), "")
 
 
-def _removed(part: str) -> dict[str, str]:
-    return {name: f"{advice} (vLLM had it until {last})" for name, (last, advice) in _TABLE[part].items()}
+def _read_removed(part: str) -> dict[str, str]:
+    return {name: f"{hint} (vLLM had it until {last_version})" for name, (last_version, hint) in _TABLE[part].items()}
 
 
 ALIASES: dict[str, tuple[str, ...]] = {ours: tuple(names) for ours, names in _TABLE["aliases"].items()}
-OURS = {alias: ours for ours, names in ALIASES.items() for alias in names}
+BY_ALIAS = {alias: ours for ours, names in ALIASES.items() for alias in names}
 OWNED: dict[str, str] = _TABLE["owned"]
 ZERO_MEANS_UNSET = frozenset(_TABLE["zero means unset"])
 FORMER: dict[str, str] = _TABLE["former"]
-INSTEAD: dict[str, str] = _TABLE["instead"]
-NO_HOSTS: dict[str, str] = _TABLE["no hosts"]
-NO_GGUF: str = _TABLE["no gguf"]
+MODEL_ADVICE: dict[str, str] = _TABLE["instead"]
+HOST_ADVICE: dict[str, str] = _TABLE["no hosts"]
+GGUF_MESSAGE: str = _TABLE["no gguf"]
 NEAR_MISSES: dict[str, Any] = _TABLE["near misses"]
-NO_OPTIONS: dict[str, str] = _TABLE["no options"]
+OPTION_ADVICE: dict[str, str] = _TABLE["no options"]
 WITHHELD, WITHHELD_PREFIXES = frozenset(_TABLE["not passed on"]["names"]), tuple(_TABLE["not passed on"]["prefixes"])
 # Options by key (`swap_space`), and variables.
-REMOVED, REMOVED_ENVIRONMENT = _removed("removed options"), _removed("removed variables")
+REMOVED, REMOVED_VARIABLES = _read_removed("removed options"), _read_removed("removed variables")
 # Name -> whose it is, and what to set here; each may be empty.
-ELSEWHERE: dict[str, tuple[str, str]] = {
+FOREIGN_NAMES: dict[str, tuple[str, str]] = {
     name: (family, ours) for family, names in _TABLE["elsewhere"].items() for name, ours in names.items()
 }
 # Name -> what is told of a variable that does nothing here.
-NO_EFFECT = {key.upper(): told for key, told in REMOVED.items()} | FORMER
+NO_EFFECT = {key.upper(): hint for key, hint in REMOVED.items()} | FORMER
 NO_EFFECT |= {
     name: (f"it is {family}'s; " if family else "") + (f"set {ours}" if ours else "there is nothing to set")
-    for name, (family, ours) in ELSEWHERE.items()
+    for name, (family, ours) in FOREIGN_NAMES.items()
 }
 # Put before any of these names, and before vLLM's, by vLLM's and AWS's own images for SageMaker: SM_VLLM_MAX_MODEL_LEN.
-SAGEMAKER = "SM_VLLM_"
+SM_PREFIX = "SM_VLLM_"
 # Owned by name, and yet nothing to warn of: the gateway's own port, and a token that reaches vLLM as it is.
-OWNED_AND_READ = frozenset({"PORT", "HF_TOKEN", f"{SAGEMAKER}PORT"})
+QUIET_NAMES = frozenset({"PORT", "HF_TOKEN", f"{SM_PREFIX}PORT"})

@@ -6,33 +6,33 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from supervisor.settings.sources import Found, Source, beneath
+from supervisor.settings.sources import Entry, Source, presets
 
 # The port that SageMaker asks for. It sets it where containers share an endpoint; entrypoint.sh does so elsewhere.
 SAGEMAKER_PORT = "SAGEMAKER_BIND_TO_PORT"
 SAGEMAKER_MODEL = Path("/opt/ml/model")  # what it has fetched from S3
-ON_SAGEMAKER = "default on SageMaker"
+SAGEMAKER_SOURCE = "default on SageMaker"
 
-AUTO = ("auto", "all")  # TENSOR_PARALLEL_SIZE: every GPU that there is
-TORCH_OFF = ("", "-1", "NoDevFiles")
+AUTO_WORDS = ("auto", "all")  # TENSOR_PARALLEL_SIZE: every GPU that there is
+NO_DEVICES = ("", "-1", "NoDevFiles")
 
 
-def gpus(environ: Mapping[str, str]) -> int | None:
+def count_gpus(environ: Mapping[str, str]) -> int | None:
     """How many GPUs vLLM will see; None where that can't be told without asking a driver."""
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return 0 if visible.strip() in TORCH_OFF else len([part for part in visible.split(",") if part.strip()])
-    nodes = [path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
-    return len(nodes) or None
+    devices = environ.get("CUDA_VISIBLE_DEVICES")
+    if devices is not None:
+        return 0 if devices.strip() in NO_DEVICES else len([part for part in devices.split(",") if part.strip()])
+    device_files = [path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
+    return len(device_files) or None
 
 
 def defaults(mode: str, environ: Mapping[str, str]) -> Source:
     """The platform's own defaults for the supervisor's settings, and the folder that it has put a model into."""
     port = environ.get(SAGEMAKER_PORT)
-    fetched = port and any((SAGEMAKER_MODEL / name).exists() for name in ("config.json", "params.json"))
-    model = {"MODEL": Found(ON_SAGEMAKER, str(SAGEMAKER_MODEL))} if fetched else {}
+    has_model = port and any((SAGEMAKER_MODEL / name).exists() for name in ("config.json", "params.json"))
+    model = {"MODEL": Entry(SAGEMAKER_SOURCE, str(SAGEMAKER_MODEL))} if has_model else {}
     if mode == "queue":
-        return model | beneath("default of queue mode")
+        return model | presets("default of queue mode")
     if environ.get("RUNPOD_ENDPOINT_ID"):
-        return model | beneath("default on RunPod's load balancer")
-    return model | {"PORT": Found(ON_SAGEMAKER, port)} | beneath(ON_SAGEMAKER) if port else {}
+        return model | presets("default on RunPod's load balancer")
+    return model | {"PORT": Entry(SAGEMAKER_SOURCE, port)} | presets(SAGEMAKER_SOURCE) if port else {}

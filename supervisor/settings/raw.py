@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from supervisor.settings.names import NO_OPTIONS, OWNED, REMOVED, advice
-from supervisor.settings.options import respelled
+from supervisor.settings.names import OPTION_ADVICE, OWNED, REMOVED, advice
+from supervisor.settings.options import respell
 from supervisor.settings.sources import Report, Setting
-from supervisor.settings.typos import missing
+from supervisor.settings.typos import missing_hint
 from supervisor.vllm.catalogue import Catalogue, Option, key_of
 from supervisor.vllm.values import BadValue
 
@@ -21,35 +21,35 @@ NEGATIVE_NUMBER = re.compile(r"-\d+(\.\d+)?")
 
 def read(tokens: Sequence[str], source: str, catalogue: Catalogue, report: Report) -> dict[str, tuple[Option, Setting]]:
     """The options among `tokens`, by the variable that each stands for, or by what was written (`--x.y`)."""
-    found = {}
-    (_, strays), *groups = _split(tokens)
-    for token, following in groups:
-        name, glued, value = token.partition("=")
-        base, dotted, _ = name.partition(".")
-        option, is_off = _find(base, catalogue)
+    options = {}
+    (_, loose_tokens), *groups = _group_tokens(tokens)
+    for token, next_tokens in groups:
+        name, equals_sign, text = token.partition("=")
+        base, dot, _ = name.partition(".")
+        option, is_off = _find_option(base, catalogue)
         if option is None:
-            _unknown(base, following, source, catalogue, report)
+            _report_unknown(base, next_tokens, source, catalogue, report)
             continue
         if option.key in OWNED or option.key == "model":
-            why = OWNED.get(option.key, "set MODEL, or name the model after `supervisor up`")
-            report.problems.append(f"{base} ({source}): can't be passed to vLLM: {why}")
+            reason = OWNED.get(option.key, "set MODEL, or name the model after `supervisor up`")
+            report.problems.append(f"{base} ({source}): can't be passed to vLLM: {reason}")
             continue
-        is_list = option.kind == "list" and not dotted
-        most = 0 if glued or option.is_switch else len(following) if is_list else 1
-        values = [value] if glued else following[:most]
-        strays += following[most:]
-        if wrong := _wrong(option, values, dotted):
-            report.problems.append(f"{' '.join((token, *following[:most]))} ({source}): {wrong}")
+        is_list = option.kind == "list" and not dot
+        max_values = 0 if equals_sign or option.is_switch else len(next_tokens) if is_list else 1
+        values = [text] if equals_sign else next_tokens[:max_values]
+        loose_tokens += next_tokens[max_values:]
+        if fault := _find_fault(option, values, dot):
+            report.problems.append(f"{' '.join((token, *next_tokens[:max_values]))} ({source}): {fault}")
             continue
-        adds_up = option.kind == "append" and not dotted
-        meant: object = not is_off if option.is_switch else tuple(values) if is_list or adds_up else "".join(values)
-        variable = name if adds_up or (dotted and not option.is_switch) else option.variable
-        found[variable] = option, Setting(variable, meant, source)
-    report.problems += [f"{stray} ({source}): there is no option before it that takes it" for stray in strays]
-    return found
+        is_append = option.kind == "append" and not dot
+        value: object = not is_off if option.is_switch else tuple(values) if is_list or is_append else "".join(values)
+        variable = name if is_append or (dot and not option.is_switch) else option.variable
+        options[variable] = option, Setting(variable, value, source)
+    report.problems += [f"{token} ({source}): there is no option before it that takes it" for token in loose_tokens]
+    return options
 
 
-def _split(tokens: Sequence[str]) -> list[tuple[str, list[str]]]:
+def _group_tokens(tokens: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Each option with what follows it up to the next; what stands before the first one is with an empty one."""
     groups: list[tuple[str, list[str]]] = [("", [])]
     for token in tokens:
@@ -60,15 +60,15 @@ def _split(tokens: Sequence[str]) -> list[tuple[str, list[str]]]:
     return groups
 
 
-def _wrong(option: Option, values: list[str], dotted: str) -> str | None:
+def _find_fault(option: Option, values: list[str], dot: str) -> str | None:
     if option.is_switch:
         return f"{option.name} takes no value" if values else None
-    if not values and (dotted or option.kind != "optional"):
+    if not values and (dot or option.kind != "optional"):
         return "a value is missing"
-    if dotted:
+    if dot:
         return None
-    if len(values) == 1 and (today := respelled(option, values[0])) != values[0]:
-        return f"write {today!r}"
+    if len(values) == 1 and (respelling := respell(option, values[0])) != values[0]:
+        return f"write {respelling!r}"
     try:
         for value in values:
             option.check(value)
@@ -77,7 +77,7 @@ def _wrong(option: Option, values: list[str], dotted: str) -> str | None:
     return None
 
 
-def _find(base: str, catalogue: Catalogue) -> tuple[Option | None, bool]:
+def _find_option(base: str, catalogue: Catalogue) -> tuple[Option | None, bool]:
     """The option, and whether this is its form that switches it off. As argparse does, takes a beginning for the
     whole."""
     options = catalogue.by_key.values()
@@ -90,20 +90,20 @@ def _find(base: str, catalogue: Catalogue) -> tuple[Option | None, bool]:
     for option in options:
         if name in option.off or (option.kind == "pair" and key == f"no_{option.key}"):
             return option, True
-    beginnings = [option for option in options if option.key.startswith(key)]
-    return beginnings[0] if len(beginnings) == 1 else None, False
+    matches = [option for option in options if option.key.startswith(key)]
+    return matches[0] if len(matches) == 1 else None, False
 
 
-def _unknown(base: str, following: list[str], source: str, catalogue: Catalogue, report: Report) -> None:
+def _report_unknown(base: str, next_tokens: list[str], source: str, catalogue: Catalogue, report: Report) -> None:
     """A misspelt option is a problem. One that is like no other may be one of a vLLM of the user's own."""
-    told, key = f"{base} ({source}): vLLM {catalogue.version} has no such option", key_of(base)
+    message, key = f"{base} ({source}): vLLM {catalogue.version} has no such option", key_of(base)
     # `-O3` and the like, whose value is glued on: vLLM's parser knows it beside its options. A catalogue may have none.
-    shorts = [name for option in catalogue.by_key.values() for name in option.short]
-    is_short = not shorts or (not following and base.startswith(("-O", *shorts)))
-    if why := advice(NO_OPTIONS, base):
-        report.problems.append(f"{base} ({source}): {why}")
+    short_names = [name for option in catalogue.by_key.values() for name in option.short]
+    is_short = not short_names or (not next_tokens and base.startswith(("-O", *short_names)))
+    if reason := advice(OPTION_ADVICE, base):
+        report.problems.append(f"{base} ({source}): {reason}")
     elif base.startswith("--") or not is_short:
-        if why := missing(key, catalogue):
-            report.problems.append(told + (why if key in REMOVED else why.replace("_", "-")))
+        if reason := missing_hint(key, catalogue):
+            report.problems.append(message + (reason if key in REMOVED else reason.replace("_", "-")))
         else:
-            report.warnings.append(f"{told}; it is passed as it is")
+            report.warnings.append(f"{message}; it is passed as it is")

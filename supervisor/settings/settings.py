@@ -16,9 +16,9 @@ from supervisor.settings import cluster as clusters
 from supervisor.settings import volume as volumes
 from supervisor.settings.config_file import ConfigFile
 from supervisor.settings.knobs import KNOBS, Keys, Knob, Knobs
-from supervisor.settings.names import ALIASES, OURS, REMOVED, SAGEMAKER
+from supervisor.settings.names import ALIASES, BY_ALIAS, REMOVED, SM_PREFIX
 from supervisor.settings.options import Options
-from supervisor.settings.sources import Arguments, Asked, Found, Report, Setting, Source, beneath, environments, find
+from supervisor.settings.sources import Arguments, Entry, Facts, Report, Setting, Source, env_sources, find_all, presets
 from supervisor.vllm import catalogue as catalogues
 from supervisor.vllm import installed
 from supervisor.vllm.catalogue import Catalogue, Option
@@ -42,7 +42,7 @@ class Settings:
     model: Setting
     mode: str  # http or queue
     options: Options
-    raw: Options  # what is in `vllm_args`
+    raw_options: Options  # what is in `vllm_args`
     knobs: Knobs
     knob_settings: tuple[Setting, ...]  # and which file of settings was named, if any
     vllm_args: tuple[str, ...]
@@ -54,14 +54,14 @@ class Settings:
     warnings: tuple[str, ...]
     environ: Mapping[str, str] = field(repr=False)  # of vLLM's variables, and the hub's, as they were meant
 
-    def asked_for(self, variable: str) -> bool:
+    def is_set(self, variable: str) -> bool:
         """Whether the user set one of the supervisor's own settings."""
         return any(knob.name == variable and not knob.source.startswith("default") for knob in self.knob_settings)
 
     def option(self, key: str) -> Any:
         """The value of one of vLLM's options, by its key; None where nobody set it."""
-        found = [setting.value for option, setting in (*self.options, *self.raw) if option.key == key]
-        return found[-1] if found else None
+        values = [setting.value for option, setting in (*self.options, *self.raw_options) if option.key == key]
+        return values[-1] if values else None
 
     @property
     def mask(self) -> Mask:
@@ -75,25 +75,25 @@ class Settings:
 
 def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     """Reads every source. Raises SettingsError with all problems at once."""
-    sources = [arguments.source, *environments(environ)]
-    named = find(sources, "SUPERVISOR_CONFIG")
+    knob_sources = [arguments.source, *env_sources(environ)]
+    files = find_all(knob_sources, "SUPERVISOR_CONFIG")
     report = Report(Mask(environ))
-    file = config_file.read(*named[0], report) if named else config_file.read_unnamed(report)
-    hidden = [str(file.knobs.get(knob.field, "")) for knob in KNOBS if knob.secret]
-    report.mask.add([*hidden, *(part.strip() for text in hidden for part in text.split(","))])
-    section = ((knob.variable, knob.field) for knob in KNOBS)
-    sources += [{name: Found(f"{file.label} supervisor.{key}", file.knobs.get(key)) for name, key in section}]
-    asked_mode = _knob(KNOBS[0], sources, file, report)  # the platform's defaults go by it
-    balanced = environ.get("PORT_HEALTH") or environ.get("HEALTH_CHECK_PATH")  # RunPod may name a queue, too
-    by_platform = "queue" if environ.get("RUNPOD_WEBHOOK_GET_JOB") and not balanced else "http"
-    mode = str(asked_mode.value) if asked_mode.value in ("http", "queue") else by_platform
-    defaults = platform.defaults(mode, environ)
-    sources += [defaults]
-    own = (asked_mode, *(_knob(knob, sources, file, report) for knob in KNOBS[1:]))
-    knobs = Knobs(**{knob.field: setting.value for knob, setting in zip(KNOBS, own, strict=True)})
-    _known({knob.field for knob in KNOBS}, file.knobs, file, report, "supervisor.")
+    file = config_file.read(*files[0], report) if files else config_file.read_unnamed(report)
+    secrets = [str(file.knobs.get(knob.field, "")) for knob in KNOBS if knob.is_secret]
+    report.mask.add([*secrets, *(part.strip() for text in secrets for part in text.split(","))])
+    knob_names = ((knob.variable, knob.field) for knob in KNOBS)
+    knob_sources += [{name: Entry(f"{file.label} supervisor.{key}", file.knobs.get(key)) for name, key in knob_names}]
+    mode_setting = _read_knob(KNOBS[0], knob_sources, file, report)  # the platform's defaults go by it
+    health_check = environ.get("PORT_HEALTH") or environ.get("HEALTH_CHECK_PATH")  # RunPod may name a queue, too
+    platform_mode = "queue" if environ.get("RUNPOD_WEBHOOK_GET_JOB") and not health_check else "http"
+    mode = str(mode_setting.value) if mode_setting.value in ("http", "queue") else platform_mode
+    platform_defaults = platform.defaults(mode, environ)
+    knob_sources += [platform_defaults]
+    knob_settings = (mode_setting, *(_read_knob(knob, knob_sources, file, report) for knob in KNOBS[1:]))
+    knobs = Knobs(**{knob.field: setting.value for knob, setting in zip(KNOBS, knob_settings, strict=True)})
+    _check_keys({knob.field for knob in KNOBS}, file.knobs, file, report, "supervisor.")
     volume = within(models.DISK_PATIENCE, lambda: volumes.find(knobs.volume, environ))
-    cache = _cache(knobs, volume, environ)
+    cache = _cache_folder(knobs, volume, environ)
     try:
         vllm = installed.find(knobs.vllm, environ.get("PATH"), cache)
         catalogue = catalogues.load(vllm, cache)
@@ -101,101 +101,101 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
         report.problems.append(str(error))
         vllm, catalogue = Vllm((), "", None), Catalogue("", {})
 
-    environ = report.cleaned(environ, catalogue)
-    content = {key.upper(): Found(f"{file.label} {key}", file.content[key]) for key in file.content}
-    users = [*environments(environ), {name: found for name, found in content.items() if name not in OURS}]
-    in_raw: dict[str, tuple[Option, Setting]] = {}
+    environ = report.clean_environment(environ, catalogue)
+    entries = {key.upper(): Entry(f"{file.label} {key}", file.content[key]) for key in file.content}
+    sources = [*env_sources(environ), {name: entry for name, entry in entries.items() if name not in BY_ALIAS}]
+    raw_by_name: dict[str, tuple[Option, Setting]] = {}
     if catalogue.by_key:
-        (extra,) = [setting for setting in own if setting.name == "SUPERVISOR_EXTRA_ARGS"]
-        in_raw = raw.read(extra.value or (), extra.source, catalogue, report)
-        in_raw |= raw.read(arguments.vllm_args, "command line", catalogue, report)
-        _known(options.keys(catalogue), file.content, file, report)
-        report.warnings += typos.unread(environ, _names(catalogue, environ), catalogue)
-    asked_for = [{name: Found(setting.source, setting.value) for name, (_, setting) in in_raw.items()}, *users]
-    vllms = find(asked_for, "CONFIG") if catalogue.by_key else []
-    vllms_file = config_file.read_vllm_config(*vllms[0], report) if vllms else ConfigFile("")
-    models_file = {"MODEL": Found(vllms_file.label, vllms_file.content.get("model"))}
-    model = _model([arguments.source, *users, models_file, defaults], environ, report, vllm, catalogue)
-    is_demo = model is not None and within(models.DISK_PATIENCE, Path(model.value).resolve) == models.DEMO
-    in_file = options.of_vllms_file(vllms_file, catalogue, report)
-    users += [clusters.derived(environ, asked_for)]
-    users += [beneath("SUPERVISOR_ACCESS_LOG")] if knobs.access_log else []
-    users += [beneath("demo model")] if is_demo else []
-    chosen, given = options.resolve(catalogue, users, environ, report, raw=tuple(in_raw.values()))
+        (extra_args,) = [setting for setting in knob_settings if setting.name == "SUPERVISOR_EXTRA_ARGS"]
+        raw_by_name = raw.read(extra_args.value or (), extra_args.source, catalogue, report)
+        raw_by_name |= raw.read(arguments.vllm_args, "command line", catalogue, report)
+        _check_keys(options.keys(catalogue), file.content, file, report)
+        report.warnings += typos.check_unread(environ, _known_names(catalogue, environ), catalogue)
+    all_sources = [{name: Entry(setting.source, setting.value) for name, (_, setting) in raw_by_name.items()}, *sources]
+    vllm_configs = find_all(all_sources, "CONFIG") if catalogue.by_key else []
+    vllm_file = config_file.read_vllm_config(*vllm_configs[0], report) if vllm_configs else ConfigFile("")
+    model_source = {"MODEL": Entry(vllm_file.label, vllm_file.content.get("model"))}
+    model = _read_model([arguments.source, *sources, model_source, platform_defaults], environ, report, vllm, catalogue)
+    is_demo = model is not None and within(models.DISK_PATIENCE, Path(model.value).resolve) == models.DEMO_MODEL
+    vllm_file_settings = options.read_vllm_file(vllm_file, catalogue, report)
+    sources += [clusters.derive(environ, all_sources)]
+    sources += [presets("SUPERVISOR_ACCESS_LOG")] if knobs.access_log else []
+    sources += [presets("demo model")] if is_demo else []
+    winners, raw_options = options.resolve(catalogue, sources, environ, report, raw_options=tuple(raw_by_name.values()))
 
-    asked = Asked(environ, {setting.name: setting for _, setting in (*chosen, *given)}, vllm, catalogue)
-    cluster = clusters.cluster(asked, report)
-    mode = "http" if cluster is not None and cluster.headless else mode  # rank 0 takes the jobs
-    if asked.number("NNODES") < 2:
-        dropped = {name for name in clusters.OF_SEVERAL if asked[name].source.startswith("environment")}
-        chosen = tuple((option, setting) for option, setting in chosen if setting.name not in dropped)
-    found_out = {"mode": mode, "cluster": cluster and cluster.name, "volume": volume and volume.path}
-    found_out["read-only volume"] = volume.path if volume and not volume.writable else None
-    facts = (Setting(name, value, "") for name, value in found_out.items())
-    every = (*(setting for _, setting in (*chosen, *given)), *own, *([model] if model else []), *facts)
-    asked = replace(asked, settings=in_file | {each.name: each for each in every})
-    report.problems += [line for rule in checks.PROBLEMS for line in rule(asked)]
-    report.warnings += [line for rule in checks.WARNINGS for line in rule(asked)]
+    facts = Facts(environ, {setting.name: setting for _, setting in (*winners, *raw_options)}, vllm, catalogue)
+    cluster = clusters.find_cluster(facts, report)
+    mode = "http" if cluster is not None and cluster.is_headless else mode  # rank 0 takes the jobs
+    if facts.number("NNODES") < 2:
+        dropped_names = {name for name in clusters.MULTI_NODE_VARIABLES if facts[name].source.startswith("environment")}
+        winners = tuple((option, setting) for option, setting in winners if setting.name not in dropped_names)
+    values = {"mode": mode, "cluster": cluster and cluster.name, "volume": volume and volume.path}
+    values["read-only volume"] = volume.path if volume and not volume.is_writable else None
+    findings = (Setting(name, value, "") for name, value in values.items())
+    settings = (*(each for _, each in (*winners, *raw_options)), *knob_settings, *([model] if model else []), *findings)
+    facts = replace(facts, settings=vllm_file_settings | {each.name: each for each in settings})
+    report.problems += [line for rule in checks.PROBLEMS for line in rule(facts)]
+    report.warnings += [line for rule in checks.WARNINGS for line in rule(facts)]
     problems, warnings = list(map(report.mask, report.problems)), list(map(report.mask, report.warnings))
     if problems or model is None:
         raise SettingsError(problems, warnings)
-    config = [Setting("SUPERVISOR_CONFIG", file.label, source, report.overrode(named[1:])) for source, _ in named[:1]]
+    config = [Setting("SUPERVISOR_CONFIG", file.label, source, report.describe(files[1:])) for source, _ in files[:1]]
     return Settings(
-        model=model, mode=mode, options=chosen, raw=given, knobs=knobs, knob_settings=(*config, *own),
-        vllm_args=(*(knobs.extra_args or ()), *arguments.vllm_args), vllm=vllm, is_demo=is_demo, cluster=cluster,
-        volume=volume, cache=cache, warnings=tuple(warnings), environ=dict(environ),
+        model=model, mode=mode, options=winners, raw_options=raw_options, knobs=knobs,
+        knob_settings=(*config, *knob_settings), vllm_args=(*(knobs.extra_args or ()), *arguments.vllm_args), vllm=vllm,
+        is_demo=is_demo, cluster=cluster, volume=volume, cache=cache, warnings=tuple(warnings), environ=dict(environ),
     )  # fmt: skip
 
 
-def _known(known: Collection[str], given: Iterable[str], file: ConfigFile, report: Report, section: str = "") -> None:
+def _check_keys(names: Collection[str], keys: Iterable[str], file: ConfigFile, report: Report, part: str = "") -> None:
     """A key of config.yaml that nothing reads is an error: the file was written for us."""
-    for key in (key for key in given if key not in known):
-        if key in REMOVED and not section:
+    for key in (key for key in keys if key not in names):
+        if key in REMOVED and not part:
             report.warnings.append(f"{file.label} {key} has no effect: {REMOVED[key]}")
         else:
-            ours = OURS.get(key.upper(), "").lower().replace("supervisor_", "supervisor.", 1)
-            hint = f"; use {ours}" if ours else typos.nearest(section + key, [section + name for name in known])
-            report.problems.append(f"{file.label}: unknown key {section}{key}{hint}")
+            ours = BY_ALIAS.get(key.upper(), "").lower().replace("supervisor_", "supervisor.", 1)
+            hint = f"; use {ours}" if ours else typos.nearest_hint(part + key, [part + name for name in names])
+            report.problems.append(f"{file.label}: unknown key {part}{key}{hint}")
 
 
-def _knob(knob: Knob, sources: Sequence[Source], file: ConfigFile, report: Report) -> Setting:
-    found = find(sources, knob.variable, blank=knob.secret)
-    found += [Found("default", knob.default)] if knob.default is not None else []
-    where = f"{file.label} supervisor.{knob.field}"
-    if found and knob.is_program and not file.is_named and found[0].source == where:
-        found = []
+def _read_knob(knob: Knob, sources: Sequence[Source], file: ConfigFile, report: Report) -> Setting:
+    entries = find_all(sources, knob.variable, keep_blanks=knob.is_secret)
+    entries += [Entry("default", knob.default)] if knob.default is not None else []
+    file_source = f"{file.label} supervisor.{knob.field}"
+    if entries and knob.is_program and not file.is_named and entries[0].source == file_source:
+        entries = []
         report.problems.append(  # a folder may be anybody's
-            f"{where} is not obeyed, for it names a program and nobody named the file: "
+            f"{file_source} is not obeyed, for it names a program and nobody named the file: "
             f"name it with --config (or SUPERVISOR_CONFIG), or set {knob.variable}"
         )
-    own = {"secret": knob.secret, "template": knob.template, "command": knob.is_program}
-    setting = report.setting(knob.variable, found, lambda given: knob.read(str(given)), **own) if found else None
-    return setting or Setting(knob.variable, None, found[0].source if found else "default")
+    flags = {"secret": knob.is_secret, "template": knob.is_template, "command": knob.is_program}
+    setting = report.read(knob.variable, entries, lambda value: knob.read(str(value)), **flags) if entries else None
+    return setting or Setting(knob.variable, None, entries[0].source if entries else "default")
 
 
-def _cache(knobs: Knobs, volume: volumes.Volume | None, environ: Mapping[str, str]) -> Path:
+def _cache_folder(knobs: Knobs, volume: volumes.Volume | None, environ: Mapping[str, str]) -> Path:
     if knobs.cache_dir:
         return Path(knobs.cache_dir)
-    if volume is not None and volume.writable:
+    if volume is not None and volume.is_writable:
         return volume.path / "supervisor"
-    home = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME") or "/tmp", ".cache")  # noqa: PTH118, S108
-    return Path(home) / "vllm-supervisor"
+    cache_home = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME") or "/tmp", ".cache")  # noqa: PTH118, S108
+    return Path(cache_home) / "vllm-supervisor"
 
 
-def _model(
+def _read_model(
     sources: Sequence[Source], environ: Mapping[str, str], report: Report, vllm: Vllm, catalogue: Catalogue
 ) -> Setting | None:
-    found = find(sources, "MODEL")
-    if not found and (where := models.forbids_demo(environ)):
-        report.problems.append(f"no model is named: set MODEL, such as MODEL=Qwen/Qwen3-0.6B ({where})")
+    entries = find_all(sources, "MODEL")
+    if not entries and (obstacle := models.find_demo_obstacle(environ)):
+        report.problems.append(f"no model is named: set MODEL, such as MODEL=Qwen/Qwen3-0.6B ({obstacle})")
         return None
-    found = found or [Found("demo model: no model is named", str(models.DEMO))]
-    return report.setting("MODEL", found, lambda given: models.read(str(given), vllm, catalogue, environ))
+    entries = entries or [Entry("demo model: no model is named", str(models.DEMO_MODEL))]
+    return report.read("MODEL", entries, lambda value: models.read(str(value), vllm, catalogue, environ))
 
 
-def _names(catalogue: Catalogue, environ: Mapping[str, str]) -> set[str]:
+def _known_names(catalogue: Catalogue, environ: Mapping[str, str]) -> set[str]:
     """The variables that something here reads."""
-    ours = {"MODEL", "SUPERVISOR_CONFIG", *(knob.variable for knob in KNOBS), *map(str.upper, options.keys(catalogue))}
-    ours |= {alias for name in ours & ALIASES.keys() for alias in ALIASES[name]}
-    prefixes = ("", SAGEMAKER) if any(name.startswith(SAGEMAKER) for name in environ) else ("",)
-    return {"HF_TOKEN", "SUPERVISOR_IMAGE"} | {prefix + name for prefix in prefixes for name in ours}
+    names = {"MODEL", "SUPERVISOR_CONFIG", *(knob.variable for knob in KNOBS), *map(str.upper, options.keys(catalogue))}
+    names |= {alias for name in names & ALIASES.keys() for alias in ALIASES[name]}
+    prefixes = ("", SM_PREFIX) if any(name.startswith(SM_PREFIX) for name in environ) else ("",)
+    return {"HF_TOKEN", "SUPERVISOR_IMAGE"} | {prefix + name for prefix in prefixes for name in names}

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Where RunPod mounts network volumes and its cached models: in serverless workers, and in pods.
-SERVERLESS, POD = Path("/runpod-volume"), Path("/workspace")
+SERVERLESS_MOUNT, POD_MOUNT = Path("/runpod-volume"), Path("/workspace")
 
 
 class Volume(NamedTuple):
     path: Path
-    writable: bool
+    is_writable: bool
 
 
-def find(asked: str | None, environ: Mapping[str, str]) -> Volume | None:
+def find(mount: str | None, environ: Mapping[str, str]) -> Volume | None:
     """The volume that was asked for, else RunPod's, where there is one."""
-    candidates = [Path(asked)] if asked else [SERVERLESS, *([POD] if environ.get("RUNPOD_POD_ID") else [])]
+    candidates = [Path(mount)] if mount else [SERVERLESS_MOUNT, *([POD_MOUNT] if environ.get("RUNPOD_POD_ID") else [])]
     for path in candidates:
         with contextlib.suppress(PermissionError):  # within somebody else's folder
             if path.is_dir():

@@ -28,8 +28,8 @@ import yaml
 from supervisor import __version__
 from supervisor.gateway.app import OWN_PATHS
 from supervisor.serve import CLOSE_PATIENCE, TERMINATE_PATIENCE
-from supervisor.settings.knobs import size
-from supervisor.settings.names import SAGEMAKER
+from supervisor.settings.knobs import read_size
+from supervisor.settings.names import SM_PREFIX
 from supervisor.settings.settings import Arguments, Settings, gather
 from supervisor.vllm import catalogue
 from supervisor.vllm.installed import PINNED
@@ -476,7 +476,7 @@ def test_every_variable_is_read(place: Place, read: Any) -> None:
 
 
 def test_a_misspelt_variable_is_found(read: Any) -> None:
-    place = Place("", {"MODEL": "m", "MAX_MODLE_LEN": "1", f"{SAGEMAKER}MAX_MODLE_LEN": "1"}, 8000)
+    place = Place("", {"MODEL": "m", "MAX_MODLE_LEN": "1", f"{SM_PREFIX}MAX_MODLE_LEN": "1"}, 8000)
     assert len(read(place).warnings) == 3  # and that there are no keys
 
 
@@ -548,8 +548,8 @@ def test_keys_are_read_where_they_are_mounted() -> None:
 def test_shared_memory_fits_into_the_containers(read: Any) -> None:
     deployment = load("kubernetes/deployment.yaml")["spec"]["template"]["spec"]
     (shm,) = [volume["emptyDir"]["sizeLimit"] for volume in deployment["volumes"] if volume["name"] == "shm"]
-    assert size(shm) < size(deployment["containers"][0]["resources"]["limits"]["memory"])
-    assert size(load("compose/compose.yaml")["services"]["llm"]["shm_size"]) >= 10**9
+    assert read_size(shm) < read_size(deployment["containers"][0]["resources"]["limits"]["memory"])
+    assert read_size(load("compose/compose.yaml")["services"]["llm"]["shm_size"]) >= 10**9
 
 
 def test_serve_is_up_on_the_port_that_sagemaker_asks_for(tmp_path: Path) -> None:
@@ -612,6 +612,6 @@ def test_pages(page: Path) -> None:
 )
 def test_variables_of_the_pages_are_read(page: Path) -> None:
     named = set(re.findall(r"`((?:SUPERVISOR|MODEL|MAX|HF|SM_VLLM)_[A-Z_]+)(?:=[^`]*)?`", page.read_text()))
-    known = {name.removeprefix(SAGEMAKER) for name in named} - set(OTHERS)
+    known = {name.removeprefix(SM_PREFIX) for name in named} - set(OTHERS)
     own = {knob for knob in (ROOT / "docs/settings.md").read_text().split("`") if re.fullmatch(r"[A-Z_]+", knob)}
     assert known - own - {"", "MODEL_NAME"} == set()

@@ -42,7 +42,7 @@ def read(folder: Path, environ: dict[str, str], *vllm_args: str, mode: str | Non
 
 
 def options(settings: Settings) -> dict[str, str]:
-    return {setting.name: str(setting.value) for _, setting in (*settings.options, *settings.raw)}
+    return {setting.name: str(setting.value) for _, setting in (*settings.options, *settings.raw_options)}
 
 
 def problems(folder: Path, environ: dict[str, str]) -> str:
@@ -111,8 +111,8 @@ def test_nothing_is_said_about_them(folder: Path, environ: dict[str, str]) -> No
 def test_which_rank_this_is(folder: Path, environ: dict[str, str], rank: int, port: int, replicas: bool) -> None:
     cluster = read(folder, environ).cluster
     assert cluster is not None
-    assert (cluster.nodes, cluster.rank, cluster.headless) == (2, rank, rank > 0)
-    assert (cluster.port, cluster.replicas) == (port, replicas)
+    assert (cluster.nodes, cluster.rank, cluster.is_headless) == (2, rank, rank > 0)
+    assert (cluster.port, cluster.is_replicated) == (port, replicas)
     assert cluster.name == f"rank {rank} of 2"
 
 

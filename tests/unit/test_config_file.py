@@ -601,7 +601,7 @@ def test_what_a_shell_fills_is_read(folder: Path) -> None:
     os.write(writing, b"key-number-1\r\nkey-number-2\n")
     os.close(writing)
     keys, _ = read(folder, SUPERVISOR_API_KEYS=f"@/dev/fd/{reading}").keys
-    assert keys.values == keys.read_again().values == ("key-number-1", "key-number-2")
+    assert keys.values == keys.reread().values == ("key-number-1", "key-number-2")
     os.close(reading)
 
 
@@ -737,7 +737,7 @@ def test_arguments_may_be_a_list(folder: Path) -> None:
     for given in ("[--seed, 3, --hf-overrides, '{\"a b\": 1}']", "[--seed=3, '--hf-overrides={\"a b\": 1}']"):
         (folder / "a.yaml").write_text(f"supervisor: {{extra_args: {given}}}\n")
         settings = read(folder, SUPERVISOR_CONFIG="a.yaml")
-        assert [setting.value for _, setting in settings.raw] == ["3", '{"a b": 1}']
+        assert [setting.value for _, setting in settings.raw_options] == ["3", '{"a b": 1}']
         assert '{"a b": 1}' in settings.vllm_args[-1]
 
 

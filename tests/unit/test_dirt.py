@@ -13,7 +13,7 @@ import pytest
 from supervisor.settings.command import build
 from supervisor.settings.knobs import KNOBS
 from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
-from supervisor.settings.sources import THEIRS
+from supervisor.settings.sources import ENGINE_NAME
 from supervisor.vllm.catalogue import FLAGS, parse
 from supervisor.vllm.values import BadValue, clean
 
@@ -93,7 +93,7 @@ def read(folder: Path, **environ: str) -> Settings:
 def effective(settings: Settings) -> dict[str, object]:
     """What is in effect, but for where it came from."""
     every = [settings.model, *settings.knob_settings, *(setting for _, setting in settings.options)]
-    child = {name: build(settings, "S", "F").environ.get(name) for name in VALUES if THEIRS.match(name)}
+    child = {name: build(settings, "S", "F").environ.get(name) for name in VALUES if ENGINE_NAME.match(name)}
     return {setting.name: setting.value for setting in every if setting.name != "SUPERVISOR_VLLM"} | {"child": child}
 
 

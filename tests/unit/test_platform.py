@@ -70,7 +70,7 @@ def test_a_load_balancers_worker_takes_what_the_balancer_takes(folder: Path) -> 
     assert settings.knobs.max_body == 30_000_000
     (found,) = [setting for setting in settings.knob_settings if setting.name == "SUPERVISOR_MAX_BODY"]
     assert found.source == "default on RunPod's load balancer"
-    assert not settings.asked_for("SUPERVISOR_MAX_BODY")
+    assert not settings.is_set("SUPERVISOR_MAX_BODY")
 
 
 @pytest.mark.parametrize(

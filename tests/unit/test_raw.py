@@ -50,7 +50,7 @@ def problems(folder: Path, raw: str, **environ: str) -> list[str]:
 def test_they_pass_verbatim_and_are_understood(folder: Path, raw: str, shown: dict[str, str]) -> None:
     settings = read(folder, raw)
     assert list(build(settings, "S", "F").argv[5:]) == shlex.split(raw)
-    assert {setting.name: setting.shown for _, setting in settings.raw} == shown
+    assert {setting.name: setting.shown for _, setting in settings.raw_options} == shown
     assert settings.warnings == ()
 
 
@@ -58,7 +58,7 @@ def test_they_win_and_what_they_override_is_not_passed_twice(folder: Path) -> No
     (folder / "config.yaml").write_text("supervisor:\nseed: 5\n")
     settings = read(folder, "--seed 7", SEED="6", MAX_NUM_SEQS="2", SUPERVISOR_EXTRA_ARGS="--max-num-seqs 3")
     assert list(build(settings, "S", "F").argv[5:]) == ["--max-num-seqs", "3", "--seed", "7"]
-    told = {setting.name: (setting.shown, setting.source, setting.overrode) for _, setting in settings.raw}
+    told = {setting.name: (setting.shown, setting.source, setting.overrode) for _, setting in settings.raw_options}
     assert told == {
         "MAX_NUM_SEQS": ("3", "environment SUPERVISOR_EXTRA_ARGS", ("environment MAX_NUM_SEQS: 2",)),
         "SEED": ("7", "command line", ("environment SEED: 6", "config.yaml seed: 5")),
@@ -69,7 +69,7 @@ def test_they_win_and_what_they_override_is_not_passed_twice(folder: Path) -> No
 def test_a_part_of_a_json_option_replaces_the_whole_as_vllm_does(folder: Path) -> None:
     settings = read(folder, "--compilation-config.mode 3", COMPILATION_CONFIG='{"cudagraph_mode": "NONE"}')
     assert list(build(settings, "S", "F").argv[5:]) == ["--compilation-config.mode", "3"]
-    ((_, setting),) = settings.raw
+    ((_, setting),) = settings.raw_options
     assert setting.overrode == ('environment COMPILATION_CONFIG: {"cudagraph_mode": "NONE"}',)
 
 

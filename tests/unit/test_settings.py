@@ -11,7 +11,7 @@ import pytest
 from supervisor.secrets import Mask
 from supervisor.settings import models
 from supervisor.settings.command import build
-from supervisor.settings.knobs import KNOBS, Keys, Knobs, keys
+from supervisor.settings.knobs import KNOBS, Keys, Knobs, read_keys
 from supervisor.settings.names import ALIASES, OWNED
 from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
 from supervisor.vllm import catalogue, installed
@@ -234,7 +234,7 @@ def test_a_file_without_a_key_is_refused(folder: Path, variable: str, content: s
     assert f"(environment {variable}): expected" in problem
     assert "there is nothing but blanks" in problem
     with pytest.raises(BadValue):  # so that a file that was emptied does not open the server on SIGHUP
-        Keys(("a-valid-key",), str(folder / "keys")).read_again()
+        Keys(("a-valid-key",), str(folder / "keys")).reread()
 
 
 def test_a_blank_key_in_the_file_of_settings_is_refused(folder: Path) -> None:
@@ -388,10 +388,10 @@ def test_no_model_on_a_platform_names_the_variable(folder: Path) -> None:
 
 
 def test_no_model_on_a_laptop_is_the_demo(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "forbids_demo", lambda environ: None)
+    monkeypatch.setattr(models, "find_demo_obstacle", lambda environ: None)
     settings = read(folder, Arguments(), MAX_MODEL_LEN="512")
     assert settings.is_demo
-    assert Path(settings.model.value) == models.DEMO
+    assert Path(settings.model.value) == models.DEMO_MODEL
     found = argv(settings)
     assert found[found.index("--max-model-len") + 1] == "512"
     assert "--enable-auto-tool-choice" in found
@@ -420,10 +420,10 @@ def test_mode(folder: Path, mode: str, environ: dict[str, str]) -> None:
 def test_queue_mode_has_defaults_of_its_own(folder: Path) -> None:
     queue = read(folder, SUPERVISOR_MODE="queue")
     assert (queue.knobs.on_failure, queue.knobs.max_concurrency) == ("serve", 30)
-    assert not queue.asked_for("SUPERVISOR_ON_FAILURE")
+    assert not queue.is_set("SUPERVISOR_ON_FAILURE")
     asked = read(folder, SUPERVISOR_MODE="queue", SUPERVISOR_ON_FAILURE="exit", MAX_CONCURRENCY="7")
     assert (asked.knobs.on_failure, asked.knobs.max_concurrency) == ("exit", 7)
-    assert asked.asked_for("SUPERVISOR_ON_FAILURE")
+    assert asked.is_set("SUPERVISOR_ON_FAILURE")
     assert (read(folder).knobs.on_failure, read(folder).knobs.max_concurrency) == ("exit", None)
 
 
@@ -590,7 +590,7 @@ def test_a_tilde_is_the_home(folder: Path, name: str, monkeypatch: pytest.Monkey
     (knob,) = (knob for knob in KNOBS if knob.variable == name)
     assert knob.read("~/x") == f"{folder}/x"
     (folder / "keys").write_text("a-key-of-some-length\n")
-    assert keys("@~/keys").values == ("a-key-of-some-length",)
+    assert read_keys("@~/keys").values == ("a-key-of-some-length",)
 
 
 def test_an_empty_home_is_none(folder: Path) -> None:

@@ -106,7 +106,11 @@ def read(folder: Path, environ: dict[str, str]) -> Settings:
 
 def lost(settings: Settings, environ: dict[str, str]) -> list[str]:
     """What is set, and neither in effect, nor passed on, nor told of."""
-    every = [settings.model, *settings.knob_settings, *(setting for _, setting in (*settings.options, *settings.raw))]
+    every = [
+        settings.model,
+        *settings.knob_settings,
+        *(setting for _, setting in (*settings.options, *settings.raw_options)),
+    ]
     used = {re.split("[=:]", line)[0] for setting in every for line in (setting.source, *setting.overrode)}
     child = build(settings, "S", "F").environ
     return [

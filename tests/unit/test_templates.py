@@ -64,7 +64,11 @@ def read(folder: Path, **environ: str) -> Settings:
 
 
 def sources(settings: Settings) -> set[str]:
-    every = [settings.model, *settings.knob_settings, *(setting for _, setting in (*settings.options, *settings.raw))]
+    every = [
+        settings.model,
+        *settings.knob_settings,
+        *(setting for _, setting in (*settings.options, *settings.raw_options)),
+    ]
     return {setting.source.partition("=")[0] for setting in every}
 
 

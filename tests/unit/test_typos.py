@@ -11,7 +11,7 @@ import pytest
 
 from supervisor.settings import typos
 from supervisor.settings.knobs import KNOBS
-from supervisor.settings.names import ALIASES, ELSEWHERE, FORMER, OWNED, REMOVED, REMOVED_ENVIRONMENT
+from supervisor.settings.names import ALIASES, FOREIGN_NAMES, FORMER, OWNED, REMOVED, REMOVED_VARIABLES
 from supervisor.settings.settings import Arguments, Settings, gather
 from supervisor.vllm import catalogue as catalogues
 from supervisor.vllm.catalogue import FLAGS, Catalogue, Option, parse
@@ -28,7 +28,7 @@ OTHERS = [
 
 
 def told(**environ: str) -> list[str]:
-    return list(typos.unread(environ, READ, CATALOGUE))
+    return list(typos.check_unread(environ, READ, CATALOGUE))
 
 
 def test_other_programs_variables_are_none_of_our_business() -> None:
@@ -138,8 +138,8 @@ def test_names_of_other_servers_are_told_with_what_to_set_here(written: str, lin
 
 
 def test_all_that_is_to_be_set_instead_is_there() -> None:
-    assert {ours for _, ours in ELSEWHERE.values()} - {""} <= READ
-    assert not ELSEWHERE.keys() & READ
+    assert {ours for _, ours in FOREIGN_NAMES.values()} - {""} <= READ
+    assert not FOREIGN_NAMES.keys() & READ
 
 
 def test_a_name_of_ours_that_is_like_no_other_is_told_too() -> None:
@@ -188,7 +188,7 @@ def test_every_variable_that_a_release_since_0_11_read_is_told_of(name: str) -> 
 def test_what_stands_for_them_exists() -> None:
     """Every name in capitals in the advice is an option's variable, or one of vLLM's own."""
     known = READ | CATALOGUE.environment | {"MONOKERNEL", "JSON", "GPU"}  # the first came with 0.33
-    for table in (REMOVED, REMOVED_ENVIRONMENT, FORMER):
+    for table in (REMOVED, REMOVED_VARIABLES, FORMER):
         for name, advice in table.items():
             assert set(re.findall(r"\b[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+\b", advice)) - known <= {
                 "FLASH_ATTN", "TRTLLM_RAGGED", "VLLM_VERSION", "HF_HOME",
@@ -211,7 +211,7 @@ def gather_with(folder: Path, catalogue: Catalogue, **environ: str) -> Settings:
 
 
 def test_each_name_without_effect_says_what_to_do() -> None:
-    for table in (FORMER, REMOVED, REMOVED_ENVIRONMENT):
+    for table in (FORMER, REMOVED, REMOVED_VARIABLES):
         for name, advice in table.items():
             assert len(advice) > 10, name
     assert not set(FORMER) & READ - {name for names in ALIASES.values() for name in names}

@@ -398,25 +398,25 @@ def test_the_hubs_own_cache(environ: dict[str, str], expected: str) -> None:
 def test_the_hubs_client_on_a_volume(tmp_path: Path) -> None:
     fast = {"HF_XET_HIGH_PERFORMANCE": "1"}
     own = {"HF_HOME": str(tmp_path / "huggingface-cache"), "HF_XET_CACHE": "/w/xet"}
-    assert hub_env(Volume(tmp_path, writable=True), {}, "/w") == fast | own
-    assert hub_env(Volume(tmp_path, writable=False), {}, "/w") == fast
+    assert hub_env(Volume(tmp_path, is_writable=True), {}, "/w") == fast | own
+    assert hub_env(Volume(tmp_path, is_writable=False), {}, "/w") == fast
     assert hub_env(None, {}, "/w") == fast
     for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-        assert hub_env(Volume(tmp_path, writable=True), {name: "/mine"}, "/w") == fast
+        assert hub_env(Volume(tmp_path, is_writable=True), {name: "/mine"}, "/w") == fast
     assert hub_env(None, {"HF_XET_HIGH_PERFORMANCE": "0"}, "/w") == {}
 
 
 def test_which_volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     serverless, pod = tmp_path / "runpod-volume", tmp_path / "workspace"
-    monkeypatch.setattr(volumes, "SERVERLESS", serverless)
-    monkeypatch.setattr(volumes, "POD", pod)
+    monkeypatch.setattr(volumes, "SERVERLESS_MOUNT", serverless)
+    monkeypatch.setattr(volumes, "POD_MOUNT", pod)
     assert volumes.find(None, {"RUNPOD_POD_ID": "p"}) is None
     pod.mkdir()
     assert volumes.find(None, {}) is None  # anybody's folder of that name
-    assert volumes.find(None, {"RUNPOD_POD_ID": "p"}) == Volume(pod, writable=True)
+    assert volumes.find(None, {"RUNPOD_POD_ID": "p"}) == Volume(pod, is_writable=True)
     serverless.mkdir()
-    assert volumes.find(None, {"RUNPOD_POD_ID": "p"}) == Volume(serverless, writable=True)
-    assert volumes.find(str(tmp_path), {}) == Volume(tmp_path, writable=True)
+    assert volumes.find(None, {"RUNPOD_POD_ID": "p"}) == Volume(serverless, is_writable=True)
+    assert volumes.find(str(tmp_path), {}) == Volume(tmp_path, is_writable=True)
     assert volumes.find(str(tmp_path / "nowhere"), {}) is None
     (tmp_path / "file").write_text("")
     assert volumes.find(str(tmp_path / "file"), {}) is None
@@ -426,7 +426,7 @@ def test_which_volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_read_only_volume(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     with mounted(tmp_path / "data", "--bind", "-o", "ro", str(tmp_path / "data")) as folder:
-        assert volumes.find(str(folder), {}) == Volume(folder, writable=False)
+        assert volumes.find(str(folder), {}) == Volume(folder, is_writable=False)
 
 
 def test_what_another_user_may_not_see(tmp_path: Path) -> None:
