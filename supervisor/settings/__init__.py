@@ -1,1 +1,1 @@
-"""What the user asked for, parsed once into frozen objects that remember where each value came from."""
+"""Parses what the user asked for once, into frozen objects that remember where each value came from."""

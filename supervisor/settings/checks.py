@@ -1,7 +1,7 @@
-"""What can't work together, or not here, told before anything starts: a table of rules.
+"""A table of rules finds settings that can't work together, or not here, before anything starts.
 
-Each of the problems fails vLLM as well, but only after it has imported itself, and often after it has loaded the model:
-minutes of a GPU. A rule yields what is wrong, with what to set.
+Each of the problems fails vLLM as well, but only after it has imported itself, and often after it has loaded the model,
+which costs minutes of a GPU. A rule yields a line that says what is wrong, and what to set.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from supervisor.vllm.values import json_object
 RULES = read_table("rules.json")
 REMOVED_VALUES = {"bitsandbytes": ", which an older one had", "gguf": ": since 0.24 a plugin has it"}
 DEFAULT_LORA_RANK = 16  # vLLM's default of MAX_LORA_RANK
-# Of parsers and templates, vLLM's own folder has some, by their names alone.
+# A path of a file. Parsers and templates of vLLM's own folder are given by their names alone.
 FILE_PATH = re.compile(r"(?!.*[{}\n]).*([/\\]|\.(jinja2?|j2|txt|tmpl)$)")
 Rule = Callable[[Facts], Iterator[str]]
 
 
 def check(part: str, facts: Facts) -> Iterator[str]:
-    """The rules of that part of `rules.json`, as one."""
+    """Yields a line for each rule of that part of `rules.json` that applies."""
     for row in RULES[part]:
         is_match = all(re.search(pattern, text.format_map(facts)) for text, pattern in row["when"].items())
         if is_match and all(facts.number(name) > facts.number(limit) for name, limit in row.get("above", {}).items()):
@@ -40,12 +40,12 @@ def check(part: str, facts: Facts) -> Iterator[str]:
 
 
 def is_missing(path: str, *, is_folder: bool) -> bool:
-    """Whether there surely is no such folder or plain file; a disk that does not answer may have it."""
+    """Returns whether there surely is no such folder or plain file. A disk that does not answer may have it."""
     return within(DISK_PATIENCE, Path(path).is_dir if is_folder else Path(path).is_file) is False
 
 
 def read_json_file(path: Path) -> dict[str, Any]:
-    """What a file of JSON says; nothing, where it can't be read."""
+    """Returns the object in a file of JSON, and an empty one where the file can't be read."""
     return within(DISK_PATIENCE, lambda: json_object(path.read_text())) or {}
 
 
@@ -56,7 +56,7 @@ def check_tls(facts: Facts) -> Iterator[str]:
 
         try:
             for path in filter(None, (cert, key)):
-                read_file(Path(path), again=True)  # by uvicorn
+                read_file(Path(path), again=True)  # uvicorn reads it once more
             ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key)
         except OSError as error:
             yield (
@@ -66,7 +66,7 @@ def check_tls(facts: Facts) -> Iterator[str]:
 
 
 def check_names(facts: Facts) -> Iterator[str]:
-    """vLLM has no bitsandbytes any more, nor GGUF; parsers come and go. Plugins may know more."""
+    """vLLM has bitsandbytes and GGUF no more, and its parsers come and go. Plugins may know more names than vLLM."""
     if facts["TOOL_PARSER_PLUGIN"].value or facts["REASONING_PARSER_PLUGIN"].value:
         return
     for option in (option for option in facts.catalogue.by_key.values() if option.names):
@@ -84,7 +84,7 @@ def check_loras(facts: Facts) -> Iterator[str]:
         fields = json_object(module) or dict(zip(("name", "path"), module.split("=", 1), strict=False))
         name, path = str(fields.get("name", "")), str(fields.get("path", ""))
         if not path.startswith(("/", "./", "../", "~")):
-            continue  # the hub's
+            continue  # it is a name on the hub
         path = os.path.expanduser(path)  # noqa: PTH111  # ~nobody stays as it is
         label = f"LORA_MODULES={name}={path} ({facts['LORA_MODULES'].source})"
         rank = read_json_file(Path(path) / "adapter_config.json").get("r")
@@ -103,7 +103,7 @@ def check_files(facts: Facts) -> Iterator[str]:
 
 
 def check_heads(facts: Facts) -> Iterator[str]:
-    """Of a model that is here: vLLM deals its attention's heads out among the GPUs."""
+    """Checks a model that is here: vLLM deals the heads of its attention out among the GPUs."""
     gpu_count = facts.number("TENSOR_PARALLEL_SIZE")
     if gpu_count <= 1:
         return
@@ -142,5 +142,5 @@ def check_gpus(facts: Facts) -> Iterator[str]:
 
 # vLLM does not start with these, or nobody would be served.
 PROBLEMS: tuple[Rule, ...] = (partial(check, "problems"), check_tls, check_names, check_loras, check_files, check_heads)
-# It starts, and somebody may wonder.
+# vLLM starts with these, and somebody may wonder.
 WARNINGS: tuple[Rule, ...] = (partial(check, "warnings"), check_key_lengths, check_gpus)

@@ -1,7 +1,7 @@
-"""Several machines that serve one model, by vLLM's own multi-node options: who is which rank, and where rank 0 is.
+"""Several machines may serve one model by vLLM's own multi-node options: this finds their ranks, and where rank 0 is.
 
 RunPod's Instant Clusters say it in NUM_NODES, NODE_RANK, PRIMARY_ADDR ..., torch's launchers in MASTER_ADDR and
-MASTER_PORT; by hand it is NNODES, NODE_RANK, MASTER_ADDR. Rank 0 serves HTTP; the others run headless.
+MASTER_PORT; a person sets NNODES, NODE_RANK and MASTER_ADDR. Rank 0 serves HTTP; the others run headless.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import NamedTuple
 from supervisor.settings.platform import AUTO_WORDS
 from supervisor.settings.sources import Entry, Facts, Report, Source, find_all
 
-CLUSTER_HANDSHAKE_PORT = "13345"  # of data parallel's handshake: PRIMARY_PORT is for torch
-MASTER_PORT, HANDSHAKE_PORT = 29501, 29550  # where none is set
+CLUSTER_HANDSHAKE_PORT = "13345"  # for data parallel's handshake, since PRIMARY_PORT is for torch
+MASTER_PORT, HANDSHAKE_PORT = 29501, 29550  # vLLM uses these where none is set
 RAY = "ray"
-# Options of several machines that mean nothing on one: torch's launchers set these names for their own ends.
+# These options of several machines mean nothing on one: torch's launchers set these names for their own ends.
 MULTI_NODE_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
-# Settings of the user's own by which the model is spread: where there is one, nothing is chosen for him.
+# The user spreads the model by these settings. Where he sets one of them, nothing is chosen for him.
 PARALLEL_SIZES = ("TENSOR_PARALLEL_SIZE", "PIPELINE_PARALLEL_SIZE", "DATA_PARALLEL_SIZE")
 
 
 class Cluster(NamedTuple):
-    """`replicas`: each machine has whole models (data parallelism), else a part of one. `port`: rank 0's, where the
-    parts keep together, or where replicas shake hands. `environ`: below what the user set."""
+    """`is_replicated` means that each machine has whole models (data parallelism), else a part. `port` is rank 0's,
+    where the parts keep together, or the replicas shake hands. `environ` ranks below what the user set."""
 
     nodes: int
     rank: int
@@ -48,13 +48,13 @@ def count_nodes(environ: Mapping[str, str]) -> int:
 
 
 def derive(environ: Mapping[str, str], user_sources: Sequence[Source]) -> Source:
-    """What a cluster's variables say, beneath what the user says himself."""
+    """Returns the options that a cluster's variables stand for. What the user says himself goes before them."""
     nodes = count_nodes(environ)
     if nodes < 2 or RAY in (environ.get("DISTRIBUTED_EXECUTOR_BACKEND"), environ.get("DATA_PARALLEL_BACKEND")):
         return {}
     sizes = {name: str(hits[0].value).strip() for name in PARALLEL_SIZES if (hits := find_all(user_sources, name))}
     replicas = sizes.get("DATA_PARALLEL_SIZE", "1")
-    # Option -> the variable that says it, and the value, where it is not that one's as it stands.
+    # An option -> the variable that says it, and the option's value, where it is not the variable's as it stands.
     if replicas.isdecimal() and int(replicas) > 1:  # whole models on each machine, behind rank 0
         share, rank = max(1, int(replicas) // nodes), environ.get("NODE_RANK", "")
         rows = {
@@ -66,7 +66,7 @@ def derive(environ: Mapping[str, str], user_sources: Sequence[Source]) -> Source
             rows["DATA_PARALLEL_START_RANK"] = ("NODE_RANK", str(int(rank) * share))
     else:  # MASTER_ADDR, MASTER_PORT and NODE_RANK are vLLM's own names
         rows = {"NNODES": ("NUM_NODES", ""), "MASTER_ADDR": ("PRIMARY_ADDR", ""), "MASTER_PORT": ("PRIMARY_PORT", "")}
-        # Within a machine the GPUs are near each other; between machines one hop is few. `auto`: all of a machine's.
+        # GPUs of one machine are near each other; between machines one hop is few. `auto` means all GPUs of a machine.
         if sizes.keys() <= {"TENSOR_PARALLEL_SIZE"} and sizes.get("TENSOR_PARALLEL_SIZE", "auto").lower() in AUTO_WORDS:
             rows |= {"PIPELINE_PARALLEL_SIZE": ("NUM_NODES", ""), "TENSOR_PARALLEL_SIZE": ("NUM_TRAINERS", "")}
     return {
@@ -77,12 +77,12 @@ def derive(environ: Mapping[str, str], user_sources: Sequence[Source]) -> Source
 
 
 def find_cluster(facts: Facts, report: Report) -> Cluster | None:
-    """By the effective options. What can't be is a problem."""
+    """Returns the cluster that the effective options describe, if any. What can't be is reported as a problem."""
     nodes, replicas = facts.integer("NNODES", 1), facts.integer("DATA_PARALLEL_SIZE", 1)
     share = max(1, facts.integer("DATA_PARALLEL_SIZE_LOCAL", replicas))
     if RAY in (facts["DISTRIBUTED_EXECUTOR_BACKEND"].value, facts["DATA_PARALLEL_BACKEND"].value):
-        return None  # one vLLM, whose workers Ray starts wherever it runs
-    if nodes > 1:  # parts of one model
+        return None  # there is one vLLM, and Ray starts its workers wherever Ray runs
+    if nodes > 1:  # each machine has a part of one model
         rank, port, variable = facts.integer("NODE_RANK", 0), facts.integer("MASTER_PORT", MASTER_PORT), "MASTER_ADDR"
         gpus = facts.integer("TENSOR_PARALLEL_SIZE", 1) * facts.integer("PIPELINE_PARALLEL_SIZE", 1) * replicas
         if gpus % nodes:
@@ -110,7 +110,7 @@ def find_cluster(facts: Facts, report: Report) -> Cluster | None:
 
 
 def _network_env(leader: str, environ: Mapping[str, str]) -> dict[str, str]:
-    """This machine's address among the others, and the network that has it: gloo and NCCL guess, and guess loopback."""
+    """Returns this machine's address among the others, and its network: gloo and NCCL guess, and guess loopback."""
     own_address = environ.get("NODE_ADDR", "").partition("/")[0].strip() or _outgoing_address(leader)
     if not own_address:
         return {}
@@ -124,11 +124,11 @@ def _network_env(leader: str, environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _outgoing_address(leader: str) -> str:
-    """The address that this machine has towards another. Nothing is sent."""
+    """Returns the address that this machine has towards another, or an empty text. Nothing is sent."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(leader, 1, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
             probe.connect(address)
             return str(probe.getsockname()[0])
-    except (OSError, UnicodeError):  # no name of a host: "./x"
+    except (OSError, UnicodeError):  # it is no name of a host, such as "./x"
         return ""

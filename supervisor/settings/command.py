@@ -1,4 +1,4 @@
-"""Settings -> the command line and the environment of `vllm serve`, and both as a person may see them."""
+"""Turns settings into the command line and the environment of `vllm serve`, and into both as a person may see them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from supervisor.settings.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What is executed. None of it may be shown as it is: see `secrets.Mask`."""
+    """This is what is executed. None of it may be shown as it is: see `secrets.Mask`."""
 
     argv: tuple[str, ...]
     environ: Mapping[str, str]
@@ -20,30 +20,30 @@ class Command:
 
 
 class Start(NamedTuple):
-    """What is known of a start beside the settings: `model` stands for MODEL, `environ` below what the user set."""
+    """A start has this beside the settings: `model` stands for MODEL, and `environ` ranks below what the user set."""
 
     model: str
     environ: Mapping[str, str]
 
 
 def served_name(settings: Settings) -> str:
-    """The name that clients use for the model."""
+    """Returns the name that clients use for the model."""
     names = settings.option("served_model_name")
     return str(names[0] if names else settings.model.value)
 
 
 def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Less what is not the child's to see, and with our defaults."""
+    """Returns the environment without what the child is not to see, and with our defaults."""
     defaults: dict[str, str] = DEFAULTS["vLLM's environment"]
     withheld = {name for name in environ if name in WITHHELD or name.startswith(WITHHELD_PREFIXES)}
-    if "://" in environ.get("VLLM_PORT", ""):  # Kubernetes', for a service named vllm: vLLM fails on it
+    if "://" in environ.get("VLLM_PORT", ""):  # Kubernetes sets it for a service named vllm; vLLM fails on it
         withheld.add("VLLM_PORT")
     rest = {name: value for name, value in environ.items() if name not in withheld and (value or name not in defaults)}
     return defaults | rest
 
 
 def build(settings: Settings, socket: str, folder: str, start: Start | None = None) -> Command:
-    """The command that serves on the unix socket `socket`; vLLM's temporary files go to `folder`."""
+    """Returns the command that serves on the unix socket `socket`. vLLM's temporary files go to `folder`."""
     model_name = str(settings.model.value)
     start = start or Start(model_name, {})
     argv = [*settings.vllm.command, "serve", start.model]

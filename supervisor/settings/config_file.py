@@ -1,4 +1,4 @@
-"""Reading the file of settings, and the file that vLLM's own `--config` names.
+"""Reads the file of settings, and the file that vLLM's own `--config` names.
 
 A file is read when `--config` or SUPERVISOR_CONFIG names it. A `config.yaml` that merely lies in the current folder may
 be another program's: it is read only where it says that it is ours, and is passed over with a warning otherwise.
@@ -20,31 +20,31 @@ from supervisor.bounded import read_file
 from supervisor.settings.sources import Report
 
 CONFIG_NAME = "config.yaml"
-# What is said of one that nobody named, before and behind the reason.
+# These stand before and behind the reason why a file that nobody named is not read.
 SKIP_MESSAGE = f"{CONFIG_NAME} in this folder is not read: it"
 SKIP_ADVICE = ". Name it with --config (or SUPERVISOR_CONFIG) if it is meant for this."
-# What says that a file is ours, beside a `supervisor:` section: the first line of our example, which editors go by.
+# A file is ours by a `supervisor:` section, or by this line: the first one of our example, which editors go by.
 SCHEMA_LINE = re.compile(r"\ufeff?# *yaml-language-server: *\$schema=(\S*/)?config\.schema\.json\s")
-# The section, in a file that is too broken for YAML to tell.
+# This finds the section in a file that is too broken for YAML to tell.
 SECTION_LINE = re.compile(r"^supervisor\s*:(\s|$)", re.MULTILINE)
-# What YAML 1.1 makes of bare words.
+# YAML 1.1 makes values of these types of bare words.
 IMPLICIT_TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp"))
-# Of our own settings: words as a shell has them. All others that may be lists stand between commas.
+# These settings of ours are words as a shell has them. All others that may be lists have commas between items.
 SHELL_KEYS = ("extra_args", "vllm")
 
 
 class MalformedError(Exception):
-    """A file does not hold what it should; the text goes on after the file's name."""
+    """A file does not hold what it should. The text continues a sentence that begins with the file's name."""
 
 
 @dataclass(slots=True)
 class ConfigFile:
-    """`label` is how the user named it; keys are normal (`max_model_len`), values as they are written."""
+    """`label` is how the user named the file. Keys are normal (`max_model_len`), and values are as they are written."""
 
     label: str
     is_named: bool = True  # else it lay in the current folder
     content: dict[str, Any] = field(default_factory=dict)
-    typed_content: dict[str, Any] = field(default_factory=dict)  # of vLLM's own file, as YAML made them
+    typed_content: dict[str, Any] = field(default_factory=dict)  # of vLLM's own file alone, as YAML made the values
     knobs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -85,7 +85,7 @@ def read_vllm_config(source: str, value: object, report: Report) -> ConfigFile:
 
 @contextmanager
 def _report_errors(lines: list[str], label: str, source: str = "", *, suffix: str = "") -> Iterator[None]:
-    """Adds a line on why a file can't be used: `source` named it."""
+    """Adds a line that says why the file that `source` named can't be used."""
     try:
         yield
     except OSError as error:
@@ -106,7 +106,7 @@ def _normalize_keys(mapping: dict[Any, Any]) -> dict[str, Any]:
 def _fill(file: ConfigFile, content: dict[str, Any], report: Report) -> None:
     knobs = content.pop("supervisor", None) or {}
     if isinstance(knobs, dict):
-        for key, value in _normalize_keys(knobs).items():  # lists are texts as a variable's
+        for key, value in _normalize_keys(knobs).items():  # a list becomes a text as in a variable
             join = shlex.join if key in SHELL_KEYS else ",".join
             file.knobs[key] = join(map(str, value)) if isinstance(value, list) and None not in value else value
     else:
@@ -129,8 +129,8 @@ def _parse_own_content(text: str) -> dict[str, Any] | None:
 
 
 def _parse_mapping(text: str, *, keep_types: bool = False) -> dict[str, Any]:
-    """What a file of settings says, as it is written; YAML's numbers and the like are for objects, which are JSON.
-    `typed`: as YAML takes it, and so vLLM: `1.10` is 1.1, and `no` is false. Raises MalformedError."""
+    """Returns what a file of settings says, as it is written; only objects, which are JSON, have YAML's numbers and the
+    like. `keep_types` takes all as YAML and vLLM do: `1.10` is 1.1, and `no` is false. Raises MalformedError."""
     import yaml  # noqa: PLC0415  # takes 30 ms, and most starts have no file
 
     class Loader(yaml.SafeLoader):
@@ -151,8 +151,8 @@ def _parse_mapping(text: str, *, keep_types: bool = False) -> dict[str, Any]:
                 raise yaml.MarkedYAMLError(problem=f"{duplicates[0]} is there twice", problem_mark=node.start_mark)
             return super().construct_mapping(node, deep)
 
-    key_path: list[Any] = []  # to a node: None for a key, its key for a value, a number for a list's item
-    try:  # as JSON has it: a date is a text
+    key_path: list[Any] = []  # it has None for a key, its key for a value, a number for an item
+    try:  # all becomes as JSON has it: a date is a text
         content = json.loads(json.dumps(yaml.load(text, Loader), default=lambda date: date.isoformat()))  # noqa: S506
     # PyYAML lets through what its readers of values raise, such as `!!bool maybe`; a mapping may hold itself.
     except (yaml.YAMLError, RecursionError, ValueError, TypeError, LookupError, AttributeError) as error:

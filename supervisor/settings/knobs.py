@@ -1,4 +1,4 @@
-"""The supervisor's own settings, as a table: name, default, how it is read. What they mean is in docs/settings.md."""
+"""A table of the supervisor's own settings: name, default, how it is read. docs/settings.md says what they mean."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from supervisor.vllm.values import BadValue, clean, read_bool, read_choice
 
 
 def number_reader(read: Callable[[str], Any], minimum: float, limit: float, expected: str) -> Callable[[str], Any]:
-    """A reader of numbers from `least` on."""
+    """Returns a reader of numbers from `minimum` on and below `limit`. It raises BadValue with `expected`."""
 
     def reader(text: str) -> Any:
         with suppress(ValueError):
@@ -29,7 +29,7 @@ def number_reader(read: Callable[[str], Any], minimum: float, limit: float, expe
     return reader
 
 
-read_path = os.path.expanduser  # ~nobody stays as it is
+read_path = os.path.expanduser  # it leaves ~nobody as it is
 read_seconds = number_reader(float, 0, 1e9, "seconds, from 0 to a billion, such as 120")
 read_ratio = number_reader(float, 1, 1e6, "a number from 1 on, such as 3")
 read_count = number_reader(int, 0, 10**6, "a whole number, zero or more, such as 5")
@@ -39,7 +39,7 @@ SIZE_UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "m
 
 
 def read_size(text: str) -> int:
-    """Bytes: 64MiB (binary), 30MB (decimal), 1000000."""
+    """Returns how many bytes a text means, such as 64MiB (binary), 30MB (decimal), 1000000."""
     match = re.fullmatch(r"(\d(?:_?\d){0,11})\s*([kmg]i?)?b?", text.strip().lower())
     if match is None or not int(match[1]):
         raise BadValue("a size, such as 64MiB or 30MB")
@@ -53,23 +53,23 @@ def read_words(value: str) -> tuple[str, ...]:
         raise BadValue(f"arguments as a shell splits them, such as '--seed 1' ({error})") from None
 
 
-SAFE_KEY_LENGTH = 8  # characters; one with less can be tried out, which is told, and holds
+SAFE_KEY_LENGTH = 8  # characters; a shorter key can be tried out, which is told, and it holds nevertheless
 
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """Keys, and the plain file that they were read from, if any."""
+    """It has keys, and the plain file that they were read from, if any."""
 
     values: tuple[str, ...] = ()
     file: str | None = None
 
     def reread(self) -> Keys:
-        """What the file says now. Raises BadValue."""
+        """Returns the keys that the file has now. Raises BadValue."""
         return read_keys(f"@{self.file}") if self.file else self
 
 
 def read_keys(value: str) -> Keys:
-    """Keys between commas, or `@file` with one on each line, and comments."""
+    """Reads keys between commas, or an `@file` that has one on each line, and comments."""
     value = value.strip()
     file = value[1:] if value.startswith("@") else None
     if file is not None:
@@ -79,7 +79,7 @@ def read_keys(value: str) -> Keys:
             reason = getattr(error, "strerror", None) or "not a text"
             raise BadValue(f"keys, such as key1,key2, or @file with a key on each line ({reason})") from None
         value = ",".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
-        file = file if path.is_file() else None  # a pipe is read once
+        file = file if path.is_file() else None  # a pipe can only be read once
     keys = tuple(key.strip() for key in value.split(",") if key.strip())
     if not keys:
         raise BadValue("at least one key, such as key1,key2; there is nothing but blanks")
@@ -97,12 +97,12 @@ def read_routes(value: str) -> tuple[str, ...]:
     return routes
 
 
-# No longer than 253 characters, and each part no longer than 63.
+# A name is no longer than 253 characters, and each part of it no longer than 63.
 HOST_NAME = re.compile(r"(?!.{254})(?:\*\.)?(?:(?!-)[a-z0-9_-]{1,63}(?<!-)\.)*(?!-)[a-z0-9_-]{1,63}(?<!-)")
 
 
 def read_hosts(value: str) -> tuple[str, ...]:
-    """Names between commas as a `Host` header has them, in small letters; `*.` in front stands for what is below."""
+    """Reads names between commas as a `Host` header has them, in small letters. `*.` in front stands for all below."""
     hosts = tuple(host.strip().lower().removesuffix(".") for host in value.split(",") if host.strip())
     if not all(map(HOST_NAME.fullmatch, hosts)):
         raise BadValue("names of hosts without scheme, port or path, such as gpu1.example.com,*.example.org")
@@ -110,7 +110,7 @@ def read_hosts(value: str) -> tuple[str, ...]:
 
 
 def read_host(value: str) -> str:
-    """An address to listen on, or a name that has one."""
+    """Reads an address to listen on, or a name that has one."""
     with suppress(OSError):
         if ":" in value:
             socket.inet_pton(socket.AF_INET6, value.partition("%")[0])
@@ -128,15 +128,15 @@ def choice_reader(*names: str) -> Callable[[str], str]:
 
 @dataclass(frozen=True, slots=True)
 class Knob:
-    """One row. `field`: its name in `Knobs`, and under `supervisor:` in config.yaml; `default`: a text, read like any
-    other value, None means unset."""
+    """One row of the table. `field` is its name in `Knobs`, and under `supervisor:` in config.yaml. `default` is a text
+    that is read like any other value; None means unset."""
 
     field: str
     default: str | None
     read: Callable[[str], Any]
     is_secret: bool = False
-    is_program: bool = False  # it names one to run
-    is_template: bool = False  # braces in it may be its own
+    is_program: bool = False  # it names a program to run
+    is_template: bool = False  # it may have braces of its own
     prefix: str = "SUPERVISOR_"  # of its variable
 
     @property
@@ -150,7 +150,7 @@ def knob(default: str | None, read: Callable[[str], Any], **columns: bool | str)
 
 @dataclass(frozen=True, slots=True)
 class Knobs:
-    """The supervisor's own settings: each one's row, and its value. Times in seconds."""
+    """The supervisor's own settings have their rows and their values here. Times are in seconds."""
 
     mode: str = knob("auto", choice_reader("auto", "http", "queue"))
     host: str = knob("127.0.0.1", read_host)

@@ -1,4 +1,4 @@
-"""What MODEL may be; what it is not is told with the line to use instead. Where nobody names one: the demo model."""
+"""Reads MODEL, and says what to write for what it can't be. Where nobody names a model, the demo model is served."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from supervisor.vllm.installed import Vllm
 from supervisor.vllm.values import BadValue
 
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "demo" / "model"
-# Seconds for a disk to tell whether something is there. A network volume may hang.
+# A disk has so many seconds to tell whether something is there. A network volume may hang.
 DISK_PATIENCE = 3.0
 HUB_NAME = re.compile(r"(?!models--|-|(?i:true|false|yes|no|on|off|none|null)$)[\w.-]+(/[\w.-]+)?", re.ASCII)
 BUCKET_URL = re.compile(r"(s3|gs|az)://.+", re.DOTALL)  # vLLM reads from these itself
-# Ollama's form, and llama.cpp's: `org/name:Q4_K_M`.
+# This is Ollama's form, and llama.cpp's: `org/name:Q4_K_M`.
 QUANTIZED_NAME = re.compile(r"[\w.-]+/[\w.-]+:(ud-)?(i?q\d|tq\d|bf?16|f16|f32|mxfp4)\w*", re.ASCII | re.I)
 
 
 def read(name: str, vllm: Vllm, catalogue: Catalogue, environ: Mapping[str, str]) -> str:
-    """The model as vLLM is to have it. Raises BadValue."""
+    """Returns the model as vLLM is to have it. Raises BadValue."""
     is_path = name.startswith(("/", "./", "../", "~"))
     path = os.path.normpath(os.path.expanduser(name)) if is_path else name  # noqa: PTH111  # ~nobody stays as it is
     exists = within(DISK_PATIENCE, Path(path).exists) if is_path or not HUB_NAME.fullmatch(name) else False
@@ -32,7 +32,7 @@ def read(name: str, vllm: Vllm, catalogue: Catalogue, environ: Mapping[str, str]
     place = Path(path)
     if exists and within(DISK_PATIENCE, lambda: not place.is_file() and not (place.is_dir() and os.listdir(place))):  # noqa: PTH208
         raise BadValue("a folder with a model in it; there is nothing in this one")
-    if exists is not False or is_known:  # a hanging disk: the launch waits
+    if exists is not False or is_known:  # where the disk hangs, the launch waits
         formats = [row.names for row in catalogue.by_key.values() if row.key in ("load_format", "quantization")]
         lacks_gguf = any(formats) and not any("gguf" in names for names in formats)  # it may have it where nobody knows
         if is_gguf and lacks_gguf and not vllm.may_have_plugins(environ):
@@ -42,7 +42,7 @@ def read(name: str, vllm: Vllm, catalogue: Catalogue, environ: Mapping[str, str]
 
 
 def find_demo_obstacle(environ: Mapping[str, str]) -> str | None:
-    """What forbids the demo model here, in a few words; None on a laptop."""
+    """Returns what forbids the demo model here, in a few words, and None on a laptop."""
     signs = DEFAULTS["no laptop"]
     reasons = [f"{variable} is set" for variable in signs["variables"] if environ.get(variable)]
     reasons += [reason for name, reason in signs["files"].items() if Path(name).exists()]

@@ -1,4 +1,4 @@
-"""The tables of this room, which have the reasons: `names.json` has other names than vLLM's of today and ours."""
+"""Reads the tables of this room, which have the reasons: `names.json` has names other than vLLM's of today and ours."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 
 def read_table(name: str) -> dict[str, Any]:
-    """A file of this folder, without its comments."""
+    """Returns the content of a JSON file of this folder, without its comments."""
     text = Path(__file__).with_name(name).read_text(encoding="utf-8")
     table: dict[str, Any] = json.loads(text, object_hook=lambda row: {key: row[key] for key in row if key != "//"})
     return table
 
 
 _TABLE = read_table("names.json")
-DEFAULTS = read_table("defaults.json")  # by source
+DEFAULTS = read_table("defaults.json")  # by the name of the source
 
 
 def advice(table: dict[str, str], text: str) -> str:
-    """What is told of it: the first pattern that fits speaks. Nothing, where none does."""
+    """Returns the message of the first pattern that fits the text, and an empty text where none does."""
     matches = ((re.fullmatch(pattern, text, re.ASCII | re.DOTALL), message) for pattern, message in table.items())
     return next((message.format(**match.groupdict()) for match, message in matches if match), "")
 
@@ -40,19 +40,19 @@ GGUF_MESSAGE: str = _TABLE["no gguf"]
 NEAR_MISSES: dict[str, Any] = _TABLE["near misses"]
 OPTION_ADVICE: dict[str, str] = _TABLE["no options"]
 WITHHELD, WITHHELD_PREFIXES = frozenset(_TABLE["not passed on"]["names"]), tuple(_TABLE["not passed on"]["prefixes"])
-# Options by key (`swap_space`), and variables.
+# Options are found by key (`swap_space`), and variables by name.
 REMOVED, REMOVED_VARIABLES = _read_removed("removed options"), _read_removed("removed variables")
-# Name -> whose it is, and what to set here; each may be empty.
+# A name -> whose it is, and what to set here; each may be empty.
 FOREIGN_NAMES: dict[str, tuple[str, str]] = {
     name: (family, ours) for family, names in _TABLE["elsewhere"].items() for name, ours in names.items()
 }
-# Name -> what is told of a variable that does nothing here.
+# A name -> what is told of a variable that does nothing here.
 NO_EFFECT = {key.upper(): hint for key, hint in REMOVED.items()} | FORMER
 NO_EFFECT |= {
     name: (f"it is {family}'s; " if family else "") + (f"set {ours}" if ours else "there is nothing to set")
     for name, (family, ours) in FOREIGN_NAMES.items()
 }
-# Put before any of these names, and before vLLM's, by vLLM's and AWS's own images for SageMaker: SM_VLLM_MAX_MODEL_LEN.
+# vLLM's and AWS's own images for SageMaker put it before any of these names, and vLLM's: SM_VLLM_MAX_MODEL_LEN.
 SM_PREFIX = "SM_VLLM_"
-# Owned by name, and yet nothing to warn of: the gateway's own port, and a token that reaches vLLM as it is.
+# These are owned by name, and need no warning: the gateway's own port, and a token that reaches vLLM as it is.
 QUIET_NAMES = frozenset({"PORT", "HF_TOKEN", f"{SM_PREFIX}PORT"})

@@ -1,4 +1,4 @@
-"""The options of `vllm serve` from all sources: which source wins, and what is meant by it."""
+"""Finds the options of `vllm serve` in all sources: which source wins, and what is meant by it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ZERO_REASON = "worker-vllm read 0 as 'not set', and vLLM can't run with it"
 
 
 def keys(catalogue: Catalogue) -> list[str]:
-    """By which an option may be named, in config.yaml, or as a variable in capitals."""
+    """Returns the keys by which options may be named, in config.yaml, or in capitals as variables."""
     all_options = catalogue.by_key.values()
     other_keys = [key for option in all_options for key in (*map(key_of, option.also), option.opposite) if key]
     return ["model", *catalogue.by_key, *other_keys]
@@ -32,7 +32,7 @@ def keys(catalogue: Catalogue) -> list[str]:
 def resolve(
     catalogue: Catalogue, sources: Sequence[Source], environ: Mapping[str, str], report: Report, *, raw_options: Options
 ) -> tuple[Options, Options]:
-    """The options of variables and files, less those that raw arguments override; and these, with what it was."""
+    """Returns the options of variables and files that raw ones do not override, and these with what each overrode."""
     chosen_options = []
     # vLLM lets a part of a JSON option (`--x.y 1`) replace the whole of it; only `append` options add up.
     overrode: dict[str, tuple[str, ...]] = {option.variable: () for option, _ in raw_options if option.kind != "append"}
@@ -51,7 +51,7 @@ def resolve(
 
 
 def _meanings(option: Option, sources: Sequence[Source], environ: Mapping[str, str], report: Report) -> Iterator[Entry]:
-    """What the sources mean by what they say, under all of the option's names."""
+    """Yields what the sources mean by what they say under all of the option's names."""
     opposite = (option.opposite or "").upper()  # DISABLE_PREFIX_CACHING=true
     opposites = find_all(sources, opposite) if opposite else []
     for entry in find_all(sources, option.variable, *(key_of(name).upper() for name in option.also), opposite):
@@ -79,7 +79,7 @@ def _meanings(option: Option, sources: Sequence[Source], environ: Mapping[str, s
 
 
 def respell(option: Option, value: object) -> object:
-    """What is to be written today, where it is written otherwise and the installed vLLM does not know that."""
+    """Returns how a value is written today, where it is written otherwise and the installed vLLM does not know that."""
     if isinstance(value, bool) or value in option.choices:
         return value
     text = json.dumps(value) if isinstance(value, dict) else str(value).strip()
@@ -89,14 +89,14 @@ def respell(option: Option, value: object) -> object:
     if option.variable == "COMPILATION_CONFIG":  # `3`, or `{"level": 3}`, which is the `mode` of an object now
         config = {"level": int(text)} if re.fullmatch(r"[0-3]", text) else json_object(text) or {}
         level = {"mode": config.pop("level")} if "level" in config else {}
-        return json.dumps(level | config) if level else value  # of both, vLLM took `mode`
-    # Worker-vllm's templates offer it: adapters have the model's own type then.
+        return json.dumps(level | config) if level else value  # where both were there, vLLM took `mode`
+    # Worker-vllm's templates offer float32. Adapters have the model's own type then.
     return "auto" if (option.variable, text.lower()) == ("LORA_DTYPE", "float32") else value
 
 
 def read_vllm_file(file: ConfigFile, catalogue: Catalogue, report: Report) -> dict[str, Setting]:
-    """What the file of vLLM's own --config says, which vLLM reads itself, by variable. What it may not say, or what
-    vLLM would not take, is a problem."""
+    """Returns what the file of vLLM's own --config says, by variable. vLLM reads that file itself. What it may not say,
+    or what vLLM would not take, is a problem."""
     settings = {}
     for key, value in file.typed_content.items():
         option, forms = catalogue.find(key), (value, file.content.get(key))

@@ -1,4 +1,4 @@
-"""What the machine and the platform around us are and allow. What does not fit is told in checks.py."""
+"""Finds out what the machine and the platform around us are and allow. checks.py tells what does not fit."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ SAGEMAKER_PORT = "SAGEMAKER_BIND_TO_PORT"
 SAGEMAKER_MODEL = Path("/opt/ml/model")  # what it has fetched from S3
 SAGEMAKER_SOURCE = "default on SageMaker"
 
-AUTO_WORDS = ("auto", "all")  # TENSOR_PARALLEL_SIZE: every GPU that there is
-NO_DEVICES = ("", "-1", "NoDevFiles")
+AUTO_WORDS = ("auto", "all")  # in TENSOR_PARALLEL_SIZE, they mean every GPU that there is
+NO_DEVICES = ("", "-1", "NoDevFiles")  # in CUDA_VISIBLE_DEVICES, they hide all GPUs from torch
 
 
 def count_gpus(environ: Mapping[str, str]) -> int | None:
-    """How many GPUs vLLM will see; None where that can't be told without asking a driver."""
+    """Returns how many GPUs vLLM will see, and None where that can't be told without asking a driver."""
     devices = environ.get("CUDA_VISIBLE_DEVICES")
     if devices is not None:
         return 0 if devices.strip() in NO_DEVICES else len([part for part in devices.split(",") if part.strip()])
@@ -27,7 +27,7 @@ def count_gpus(environ: Mapping[str, str]) -> int | None:
 
 
 def defaults(mode: str, environ: Mapping[str, str]) -> Source:
-    """The platform's own defaults for the supervisor's settings, and the folder that it has put a model into."""
+    """Returns the platform's defaults for the supervisor's settings, and the folder that it has put a model into."""
     port = environ.get(SAGEMAKER_PORT)
     has_model = port and any((SAGEMAKER_MODEL / name).exists() for name in ("config.json", "params.json"))
     model = {"MODEL": Entry(SAGEMAKER_SOURCE, str(SAGEMAKER_MODEL))} if has_model else {}

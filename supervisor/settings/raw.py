@@ -1,7 +1,7 @@
-"""vLLM's own arguments as the user gave them: SUPERVISOR_EXTRA_ARGS, and what follows `--` on the command line.
+"""Reads vLLM's own arguments as the user gave them: SUPERVISOR_EXTRA_ARGS, and what follows `--` on the command line.
 
-They go to vLLM as they are, after everything else. They are read here all the same: what is wrong with them is told
-now instead of ten seconds into vLLM's start, and what they override is not passed twice.
+They go to vLLM as they are, after everything else. They are read here all the same, so that what is wrong with them is
+told now instead of ten seconds into vLLM's start, and what they override is not passed twice.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NEGATIVE_NUMBER = re.compile(r"-\d+(\.\d+)?")
 
 
 def read(tokens: Sequence[str], source: str, catalogue: Catalogue, report: Report) -> dict[str, tuple[Option, Setting]]:
-    """The options among `tokens`, by the variable that each stands for, or by what was written (`--x.y`)."""
+    """Returns the options among `tokens`, by the variable that each stands for, or by what was written (`--x.y`)."""
     options = {}
     (_, loose_tokens), *groups = _group_tokens(tokens)
     for token, next_tokens in groups:
@@ -50,7 +50,7 @@ def read(tokens: Sequence[str], source: str, catalogue: Catalogue, report: Repor
 
 
 def _group_tokens(tokens: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Each option with what follows it up to the next; what stands before the first one is with an empty one."""
+    """Returns each option with the tokens up to the next one. What stands before the first one is with an empty one."""
     groups: list[tuple[str, list[str]]] = [("", [])]
     for token in tokens:
         if token.startswith("-") and token != "-" and not NEGATIVE_NUMBER.fullmatch(token):  # noqa: S105  # no password
@@ -78,8 +78,8 @@ def _find_fault(option: Option, values: list[str], dot: str) -> str | None:
 
 
 def _find_option(base: str, catalogue: Catalogue) -> tuple[Option | None, bool]:
-    """The option, and whether this is its form that switches it off. As argparse does, takes a beginning for the
-    whole."""
+    """Returns the option, and whether `base` is its form that switches it off. As argparse does, it takes a beginning
+    that only one option has for the whole."""
     options = catalogue.by_key.values()
     if not base.startswith("--"):
         return next((option for option in options if base in option.short), None), False
@@ -95,9 +95,9 @@ def _find_option(base: str, catalogue: Catalogue) -> tuple[Option | None, bool]:
 
 
 def _report_unknown(base: str, next_tokens: list[str], source: str, catalogue: Catalogue, report: Report) -> None:
-    """A misspelt option is a problem. One that is like no other may be one of a vLLM of the user's own."""
+    """Reports a misspelt option as a problem. One that is like no other may belong to a vLLM of the user's own."""
     message, key = f"{base} ({source}): vLLM {catalogue.version} has no such option", key_of(base)
-    # `-O3` and the like, whose value is glued on: vLLM's parser knows it beside its options. A catalogue may have none.
+    # vLLM's parser knows `-O3` and the like, whose value is glued on, beside its options. A catalogue may have none.
     short_names = [name for option in catalogue.by_key.values() for name in option.short]
     is_short = not short_names or (not next_tokens and base.startswith(("-O", *short_names)))
     if reason := advice(OPTION_ADVICE, base):

@@ -1,5 +1,5 @@
-"""All that the user asked for: `gather` reads every source once, and frozen `Settings` come out, or one `SettingsError`
-with a line for each thing to change. Nothing that was set is lost without a word: what has no effect is a warning."""
+"""`gather` reads every source once, and returns frozen `Settings`, all that the user asked for, or raises one
+`SettingsError` with a line for each thing to change. Nothing set is lost silently: what has no effect is a warning."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["Arguments", "Setting", "Settings", "SettingsError", "gather"]
 
 
 class SettingsError(Exception):
-    """Invalid settings: `problems` has one line for each, which says what to change. Masked."""
+    """The settings are invalid: `problems` has a masked line for each fault, which says what to change."""
 
     def __init__(self, problems: list[str], warnings: Sequence[str] = ()) -> None:
         super().__init__("\n".join(problems))
@@ -37,12 +37,12 @@ class SettingsError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Everything the user asked for. Nothing reads the environment after this."""
+    """Settings hold everything the user asked for. Nothing reads the environment after they are made."""
 
     model: Setting
     mode: str  # http or queue
     options: Options
-    raw_options: Options  # what is in `vllm_args`
+    raw_options: Options  # the options that are in `vllm_args`
     knobs: Knobs
     knob_settings: tuple[Setting, ...]  # and which file of settings was named, if any
     vllm_args: tuple[str, ...]
@@ -52,14 +52,14 @@ class Settings:
     volume: volumes.Volume | None
     cache: Path
     warnings: tuple[str, ...]
-    environ: Mapping[str, str] = field(repr=False)  # of vLLM's variables, and the hub's, as they were meant
+    environ: Mapping[str, str] = field(repr=False)  # with vLLM's variables, and the hub's, as they were meant
 
     def is_set(self, variable: str) -> bool:
-        """Whether the user set one of the supervisor's own settings."""
+        """Returns whether the user set one of the supervisor's own settings."""
         return any(knob.name == variable and not knob.source.startswith("default") for knob in self.knob_settings)
 
     def option(self, key: str) -> Any:
-        """The value of one of vLLM's options, by its key; None where nobody set it."""
+        """Returns the value of one of vLLM's options, by its key, and None where nobody set it."""
         values = [setting.value for option, setting in (*self.options, *self.raw_options) if option.key == key]
         return values[-1] if values else None
 
@@ -69,7 +69,7 @@ class Settings:
 
     @property
     def keys(self) -> tuple[Keys, Keys]:
-        """For clients, and for administrators."""
+        """Returns the keys of clients, and those of administrators."""
         return self.knobs.api_keys or Keys(), self.knobs.admin_keys or Keys()
 
 
@@ -83,8 +83,8 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     report.mask.add([*secrets, *(part.strip() for text in secrets for part in text.split(","))])
     knob_names = ((knob.variable, knob.field) for knob in KNOBS)
     knob_sources += [{name: Entry(f"{file.label} supervisor.{key}", file.knobs.get(key)) for name, key in knob_names}]
-    mode_setting = _read_knob(KNOBS[0], knob_sources, file, report)  # the platform's defaults go by it
-    health_check = environ.get("PORT_HEALTH") or environ.get("HEALTH_CHECK_PATH")  # RunPod may name a queue, too
+    mode_setting = _read_knob(KNOBS[0], knob_sources, file, report)  # the platform's defaults depend on it
+    health_check = environ.get("PORT_HEALTH") or environ.get("HEALTH_CHECK_PATH")  # RunPod may name a queue as well
     platform_mode = "queue" if environ.get("RUNPOD_WEBHOOK_GET_JOB") and not health_check else "http"
     mode = str(mode_setting.value) if mode_setting.value in ("http", "queue") else platform_mode
     platform_defaults = platform.defaults(mode, environ)
@@ -97,7 +97,7 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     try:
         vllm = installed.find(knobs.vllm, environ.get("PATH"), cache)
         catalogue = catalogues.load(vllm, cache)
-    except VllmError as error:  # all else that is wrong is told as well
+    except VllmError as error:  # everything else that is wrong is told as well
         report.problems.append(str(error))
         vllm, catalogue = Vllm((), "", None), Catalogue("", {})
 
@@ -148,7 +148,7 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
 
 
 def _check_keys(names: Collection[str], keys: Iterable[str], file: ConfigFile, report: Report, part: str = "") -> None:
-    """A key of config.yaml that nothing reads is an error: the file was written for us."""
+    """Reports a key of config.yaml that nothing reads. It is an error, since the file was written for us."""
     for key in (key for key in keys if key not in names):
         if key in REMOVED and not part:
             report.warnings.append(f"{file.label} {key} has no effect: {REMOVED[key]}")
@@ -164,7 +164,7 @@ def _read_knob(knob: Knob, sources: Sequence[Source], file: ConfigFile, report: 
     file_source = f"{file.label} supervisor.{knob.field}"
     if entries and knob.is_program and not file.is_named and entries[0].source == file_source:
         entries = []
-        report.problems.append(  # a folder may be anybody's
+        report.problems.append(  # the current folder may be anybody's
             f"{file_source} is not obeyed, for it names a program and nobody named the file: "
             f"name it with --config (or SUPERVISOR_CONFIG), or set {knob.variable}"
         )
@@ -194,7 +194,7 @@ def _read_model(
 
 
 def _known_names(catalogue: Catalogue, environ: Mapping[str, str]) -> set[str]:
-    """The variables that something here reads."""
+    """Returns the variables that something here reads."""
     names = {"MODEL", "SUPERVISOR_CONFIG", *(knob.variable for knob in KNOBS), *map(str.upper, options.keys(catalogue))}
     names |= {alias for name in names & ALIASES.keys() for alias in ALIASES[name]}
     prefixes = ("", SM_PREFIX) if any(name.startswith(SM_PREFIX) for name in environ) else ("",)

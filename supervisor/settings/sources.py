@@ -1,4 +1,4 @@
-"""Where values come from: command line > environment > config.yaml > the platform's defaults and ours.
+"""Values come from these sources: command line > environment > config.yaml > the platform's defaults and ours.
 
 An empty text means unset (RunPod's Hub injects every default), and every value goes through `values.clean`, whatever
 its source. What is found wrong is collected in a `Report`, so that all of it is told at once.
@@ -18,21 +18,21 @@ from supervisor.vllm.installed import Vllm
 from supervisor.vllm.values import BadValue, clean, read_bool, read_word
 
 COMMENT_HINT = "docker's --env-file keeps what stands behind a #"
-LONGEST_VALUE = 200  # characters of a value, in a line that tells what is wrong with it
-# Variables that vLLM and its libraries read themselves, and that fail them where they are set to nothing, as compose's
-# `${VAR:-}` and RunPod's Hub do: nine of thirteen that were tried ended vLLM with an error that names no variable.
+LONGEST_VALUE = 200  # characters that are shown of a value, in a line that tells what is wrong with it
+# vLLM and its libraries read these variables themselves, and fail where one is set to nothing, as compose's `${VAR:-}`
+# and RunPod's Hub do: nine of thirteen that were tried ended vLLM with an error that names no variable.
 ENGINE_NAME = re.compile(r"(VLLM|FLASHINFER|HF|HUGGING_?FACE|TRANSFORMERS|TORCHINDUCTOR|TRITON)_|CUDA_VISIBLE_DEVICES$")
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"  # set to nothing, it hides all GPUs
 
 
 class Entry(NamedTuple):
-    """What one source says of a setting."""
+    """One source says this of a setting. `source` is its name, and `value` is not read yet."""
 
     source: str
     value: Any
 
 
-Source = Mapping[str, Entry]  # by the variable that it stands for
+Source = Mapping[str, Entry]  # its entries, by the variable that each stands for
 
 
 def presets(source: str) -> dict[str, Entry]:
@@ -40,7 +40,7 @@ def presets(source: str) -> dict[str, Entry]:
 
 
 class Arguments(NamedTuple):
-    """What the command line of `up` and `explain` says. None means: not given."""
+    """The command line of `up` and `explain` says this. None means that an argument is not given."""
 
     model: str | None = None
     config: str | None = None
@@ -58,7 +58,7 @@ class Arguments(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One effective value. `overrode` tells of each source that named it too: `("config.yaml: 2048",)`."""
+    """A setting has an effective value. `overrode` tells of sources that named it too: `("config.yaml: 2048",)`."""
 
     name: str
     value: Any
@@ -68,7 +68,7 @@ class Setting:
 
     @property
     def named(self) -> str:
-        """With its value and its source, as a problem begins."""
+        """Returns the name with its value and its source, as a problem begins."""
         return f"{self.name}={self.shown} ({self.source})"
 
     @property
@@ -81,7 +81,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """All that was asked for, by variable, and what was found out, such as the `mode`."""
+    """The rules look at all that was asked for, by variable, and at what was found out, such as the `mode`."""
 
     environ: Mapping[str, str]
     settings: Mapping[str, Setting]
@@ -89,7 +89,7 @@ class Facts:
     catalogue: Catalogue
 
     def __getitem__(self, name: str) -> Setting:
-        """A setting, or a `$VARIABLE` as the environment has it."""
+        """Returns a setting, or a `$VARIABLE` as the environment has it."""
         if name.startswith("$"):
             return Setting(name[1:], self.environ.get(name[1:]), f"environment {name[1:]}")
         return self.settings.get(name) or Setting(name, None, "")
@@ -103,15 +103,15 @@ class Facts:
 
 
 def env_sources(environ: Mapping[str, str]) -> list[Source]:
-    """The environment as it is, and what SageMaker's prefix stands before."""
+    """Returns the environment as it is, and the variables that SageMaker's prefix stands before, without it."""
     texts = {name: Entry(f"environment {name}", text) for name, text in environ.items()}
     return [texts, {name[len(SM_PREFIX) :]: texts[name] for name in texts if name.startswith(SM_PREFIX)}]
 
 
 def find_all(sources: Iterable[Source], *names: str, keep_blanks: bool = False) -> list[Entry]:
-    """What the sources say of a setting, the one that wins first. `names`: its own, and others of vLLM's; those of
-    other workers are looked for as well. `blank`: white space is a value. For a secret it is somebody's mistake: taken
-    for "not set", it would leave the door open."""
+    """Returns what the sources say of a setting, the one that wins first. `names` are its own, and others of vLLM's;
+    those of other workers are looked for as well. With `keep_blanks`, white space is a value: for a secret it is
+    somebody's mistake, and taken for "not set" it would leave the door open."""
     all_names = [each for name in names for each in (name, *ALIASES.get(name, ()))]
     entries = [source[name] for source in sources for name in all_names if name in source]
     return [each for each in entries if each.value not in (None, "") and (keep_blanks or str(each.value).strip())]
@@ -119,14 +119,14 @@ def find_all(sources: Iterable[Source], *names: str, keep_blanks: bool = False) 
 
 @dataclass(slots=True)
 class Report:
-    """What is wrong, and what has no effect: a line for each, which says what to change."""
+    """A report has a line for each thing that is wrong, or has no effect. The line says what to change."""
 
     mask: Mask
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def show(self, value: object) -> str:
-        """A value for one line of text. Masked before it is cut: half a secret is not recognised any more."""
+        """Returns a value for a line of text, masked before it is cut: half a secret is not recognised any more."""
         text = self.mask(str(value).lower() if isinstance(value, bool) else str(value)).replace("\n", "\\n")
         return text if len(text) <= LONGEST_VALUE else text[:LONGEST_VALUE] + "..."
 
@@ -137,8 +137,8 @@ class Report:
     def read(
         self, name: str, entries: Sequence[Entry], read: Callable[[Any], object], *, secret: bool = False, **flags: bool
     ) -> Setting | None:
-        """What the first of the sources says; None where that can't be read, which is a problem then. `own`: see
-        `values.clean`."""
+        """Returns what the first of the sources says, and None where that can't be read, which is a problem then.
+        `flags` are for `values.clean`."""
         (source, raw), *overridden = entries
         comment = re.search(r"\s#", str(raw))
         try:
@@ -152,8 +152,8 @@ class Report:
         return Setting(name, value, source, self.describe(overridden, secret=secret), secret)
 
     def clean_environment(self, environ: Mapping[str, str], catalogue: Catalogue) -> dict[str, str]:
-        """Of the variables that others read: those that are set to something, as it was meant. vLLM reads some as yes
-        or no by a number, and `false` would end it."""
+        """Returns the environment. Of the variables that others read it has those that are set to something, as it was
+        meant: vLLM reads some as yes or no by a number, and `false` would end it."""
         variables = {}
         for name, value in environ.items():
             is_engine_name = ENGINE_NAME.match(name) and name not in BY_ALIAS

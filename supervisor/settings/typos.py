@@ -1,7 +1,7 @@
-"""Variables that nothing reads and that somebody probably meant for us: near misses, removed ones, other workers'.
+"""Finds variables that nothing reads and that were probably meant for us: near misses, removed ones, other workers'.
 
 An environment is full of other programs' variables, so a near miss has to be near: `MAX_MODEL_LENGTH` is reported,
-`MODEL_DIR` is not. What is wrongly silent costs hours, what is wrongly said costs a line at each start.
+`MODEL_DIR` is not. A warning that is missing costs hours, and one that is wrong costs a line at each start.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from supervisor.vllm.values import FALSE, read_bool
 
 SERVICE_LINK = re.compile(NEAR_MISSES["service links"])
 PREFIXES, FILLERS, LOOKALIKES = (tuple[str, ...](NEAR_MISSES[part]) for part in ("prefixes", "fillers", "others"))
-MIN_LIKENESS = 0.8  # how like a known one a misspelt one is, from 0 to 1
-# LMI puts it before the names of vLLM's options.
+MIN_LIKENESS = 0.8  # of a misspelt name to a known one, from 0 to 1
+# LMI puts this before the names of vLLM's options.
 LMI_PREFIX = "OPTION_"
 
 
 class KnownNames(frozenset[str]):
-    """Known names, found by a word that they share with another: comparing with each of 400 would take 50 ms."""
+    """Finds known names by a word that they share with another: comparing with each of 400 would take 50 ms."""
 
     @cached_property
     def by_word_start(self) -> dict[str, set[str]]:
@@ -40,7 +40,7 @@ class KnownNames(frozenset[str]):
         return {name.replace("_", ""): name for name in self if "_" in name}
 
     def guess(self, name: str) -> str | None:
-        """The known name that `name` is most probably meant to be."""
+        """Returns the known name that `name` is most probably meant to be, if any."""
         upper = name.upper().replace("-", "_")
         if upper in self:
             return upper
@@ -59,7 +59,7 @@ class KnownNames(frozenset[str]):
 
 
 def _likeness(words: list[str], known_words: list[str]) -> float:
-    """From 0 to 1: of the least like pair of words."""
+    """Returns the likeness of the least like pair of words, from 0 to 1."""
     if len(words) == len(known_words) == 1 and min(len(words[0]), len(known_words[0])) < 6:
         return 0.0
     if len(words) == len(known_words):
@@ -79,18 +79,18 @@ def _word_likeness(word: str, known_word: str) -> float:
 
 
 def nearest_hint(word: str, choices: Collection[str], likeness: float = 0.6) -> str:
-    """'; did you mean X?' for a word that is wrong in any case, or nothing."""
+    """Returns '; did you mean X?' for a word that is wrong in any case, or an empty text."""
     matches = difflib.get_close_matches(word, choices, 1, likeness)
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def missing_hint(key: str, catalogue: Catalogue) -> str:
-    """What to say of an option that vLLM does not have; nothing, where it is like no other."""
+    """Returns what to say of an option that vLLM does not have, and an empty text where it is like no other."""
     return f" any more: {REMOVED[key]}" if key in REMOVED else nearest_hint(key, catalogue.by_key, MIN_LIKENESS)
 
 
 def check_unread(environ: Mapping[str, str], read_names: Collection[str], catalogue: Catalogue) -> Iterator[str]:
-    """A line for each variable that is set, not read, and not just another program's. `read`: what is looked at."""
+    """Yields a line for each variable that is set, not among `read_names`, and not just another program's."""
     vllm_names, our_names = KnownNames(catalogue.environment), KnownNames(read_names)
     switches = {option.variable for option in catalogue.by_key.values() if option.is_switch}
     switches |= {knob.variable for knob in KNOBS if knob.read is read_bool}
