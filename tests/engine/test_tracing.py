@@ -222,8 +222,8 @@ def test_a_job_of_the_queue_has_its_own_parent(collector: Collector, supervisor:
 
 
 def test_a_streams_first_event_is_in_its_span(collector: Collector, client: httpx.Client) -> None:
-    body = {"prompt": PROMPT, "stream": True, "max_tokens": 4}
-    client.post(COMPLETIONS, json=body, headers=named("stream") | fault(token_interval=0.05, prefill_seconds=0.1))
+    body = {"prompt": PROMPT, "stream": True, "max_tokens": 3}
+    client.post(COMPLETIONS, json=body, headers=named("stream") | fault(token_interval=0.25, prefill_seconds=0.1))
     server, (relay,) = collector.trace_of("stream")
     (first,) = server.events
     assert first.name == "first_byte"
