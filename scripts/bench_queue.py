@@ -39,7 +39,7 @@ from typing import Any
 
 import aiohttp
 
-from supervisor.local_runpod.child import environment as simulated
+from supervisor.local_runpod.child import runpod_variables as simulated
 
 ROOT = Path(__file__).resolve().parent.parent
 SUPERVISOR = ROOT / ".venv" / "bin" / "supervisor"

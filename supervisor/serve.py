@@ -259,18 +259,18 @@ class Serving(Observer):
 
     def _join_queue(self, group: asyncio.TaskGroup, address: str) -> None:
         """`address`: of the gateway's private socket. Outside of RunPod a simulated one stands for it."""
-        from supervisor.queue.child import QueueWorker, environment  # noqa: PLC0415  # in that mode only
+        from supervisor.queue.child import QueueWorker, worker_environment  # noqa: PLC0415  # in that mode only
 
         settings, environ = self.settings, dict(self.settings.environ)
         if self.listeners.simulator is not None:
             from supervisor.local_runpod.child import LocalRunPod  # noqa: PLC0415  # as above
 
             self.runpod = LocalRunPod(self.listeners.simulator, [key for keys in settings.keys for key in keys.values])
-            environ |= self.runpod.environment
+            environ |= self.runpod.variables
             group.create_task(self.runpod.run())
         jobs = self.gateway.counts.jobs = Jobs()
         batches = (self.knobs.job_batch_size, self.knobs.job_min_batch_size, self.knobs.job_batch_growth)
-        environ = environment(
+        environ = worker_environment(
             environ, socket=address, model=served_name(settings), jobs=self.knobs.max_concurrency or 1,
             # Who names the model as runpod-LLM does has clients who know its answers.
             llm=settings.model.source.endswith("LLM_MODEL"), root=str(settings.option("root_path") or ""),

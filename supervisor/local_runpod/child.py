@@ -13,10 +13,10 @@ from supervisor.kept import Kept
 
 LOG = logging.getLogger("supervisor.queue")
 # In the simulator's environment, where no list of processes shows them.
-CLIENTS_KEYS, WORKERS_KEY = "LOCAL_RUNPOD_KEYS", "LOCAL_RUNPOD_WORKER_KEY"
+CLIENT_KEYS, WORKER_KEY = "LOCAL_RUNPOD_KEYS", "LOCAL_RUNPOD_WORKER_KEY"
 
 
-def environment(url: str, key: str = "local") -> dict[str, str]:
+def runpod_variables(url: str, key: str = "local") -> dict[str, str]:
     """What RunPod would set, for a worker of the simulator at `url` (`http://127.0.0.1:8000/v2/local`)."""
     return {
         "RUNPOD_POD_ID": "local",
@@ -37,13 +37,13 @@ class LocalRunPod(Kept):
         """`keys`: one of them is asked of clients, where there are any."""
         host, port = listener.getsockname()
         self.url = f"http://{host}:{port}/v2/local"
-        workers_key = secrets.token_hex(16)
-        self.environment = environment(self.url, workers_key)  # for the queue worker
+        worker_key = secrets.token_hex(16)
+        self.variables = runpod_variables(self.url, worker_key)  # for the queue worker
         environ = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TZ") if name in os.environ}
-        environ |= {CLIENTS_KEYS: ",".join(keys), WORKERS_KEY: workers_key}
+        environ |= {CLIENT_KEYS: ",".join(keys), WORKER_KEY: worker_key}
         program = ["supervisor.local_runpod.simulator", "--fd", str(listener.fileno()), "--with-parent"]
-        died = partial(LOG.error, "the simulated RunPod ended (%s), its jobs are lost: again in %.1f s")
-        super().__init__(program, environ, died, files=[listener.fileno()])
+        report_death = partial(LOG.error, "the simulated RunPod ended (%s), its jobs are lost: again in %.1f s")
+        super().__init__(program, environ, report_death, files=[listener.fileno()])
 
     def stop(self) -> None:
         """When nobody is left to post to it."""

@@ -18,20 +18,20 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-CHUNK_BYTES = 1_000_000
+RUNPOD_CHUNK_LIMIT = 1_000_000
 # By whether the job came through /runsync: requests and results alike.
-JOB_BYTES = {False: 10_000_000, True: 20_000_000}
+JOB_LIMITS = {False: 10_000_000, True: 20_000_000}
 RETENTION = {False: 30 * 60.0, True: 60.0}
 # Where a request says nothing else. Its times are milliseconds.
-POLICY = {"executionTimeout": 600_000, "ttl": 24 * 3_600_000, "lowPriority": False}
-DELIVERED = ("input", "webhook", "policy", "s3Config")  # of a request, to the worker
-RESULT = ("output", "metadata", "error")  # of a worker, to the client; whether RunPod keeps metadata is not known
-LOST = "job timed out after 1 retries"
+DEFAULT_POLICY = {"executionTimeout": 600_000, "ttl": 24 * 3_600_000, "lowPriority": False}
+JOB_FIELDS = ("input", "webhook", "policy", "s3Config")  # of a request, to the worker
+RESULT_FIELDS = ("output", "metadata", "error")  # of a worker, to clients; whether RunPod keeps metadata is not known
+LOST_MESSAGE = "job timed out after 1 retries"
 # A worker that was not heard of for the hold of a poll and this long is no worker any more.
-FORGOTTEN_AFTER = 60.0
+WORKER_EXPIRY = 60.0
 
 
-class State(StrEnum):
+class Status(StrEnum):
     IN_QUEUE = "IN_QUEUE"
     IN_PROGRESS = "IN_PROGRESS"
     COMPLETED = "COMPLETED"
@@ -41,7 +41,7 @@ class State(StrEnum):
     EXPIRED = "EXPIRED"  # its TTL or retention is over: nobody can ask for it any more
 
 
-class Refused(Exception):
+class BadRequest(Exception):
     """What was sent is not taken; the text says why."""
 
 
@@ -52,7 +52,7 @@ class Pulse(asyncio.Event):
         self.set()  # those who wait are on their way already, so it can be cleared at once
         self.clear()
 
-    async def until(self, condition: Callable[[], object], seconds: float | None = None) -> None:
+    async def wait_until(self, condition: Callable[[], object], seconds: float | None = None) -> None:
         """Returns when the condition holds, or after `seconds`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
@@ -63,49 +63,49 @@ class Pulse(asyncio.Event):
 @dataclass(slots=True, eq=False)
 class Worker:
     name: str
-    seen: float = 0.0
+    last_seen_at: float = 0.0
     is_unhealthy: bool = False  # by its last ping
-    stops: list[str] = field(default_factory=list)  # jobs that it must stop and was not told yet
-    told: Pulse = field(default_factory=Pulse)
+    stop_ids: list[str] = field(default_factory=list)  # jobs that it must stop and was not told yet
+    stop_signal: Pulse = field(default_factory=Pulse)
 
 
 @dataclass(eq=False)
 class Job:
     id: str
     request: dict[str, Any]
-    sync: bool
+    is_sync: bool
     policy: dict[str, Any]
-    created: float = field(default_factory=time.monotonic)
-    state: State = State.IN_QUEUE
-    taken: float | None = None
-    done: float | None = None
+    created_at: float = field(default_factory=time.monotonic)
+    status: Status = Status.IN_QUEUE
+    taken_at: float | None = None
+    done_at: float | None = None
     worker: Worker | None = None  # that has it now, or had it last
     retries: int = 0
     result: dict[str, Any] = field(default_factory=dict)  # `output`, `metadata` and `error`, where there are any
     chunks: list[Any] = field(default_factory=list)  # the `output` of each
-    read: int = 0  # chunks that /stream has given out
-    keys: set[str] = field(default_factory=set)  # of the posts that were taken
-    changed: Pulse = field(default_factory=Pulse)
-    ends: dict[Callable[[Job], None], asyncio.TimerHandle] = field(default_factory=dict)  # of its state: what, and when
+    chunks_read: int = 0  # chunks that /stream has given out
+    post_keys: set[str] = field(default_factory=set)  # of the posts that were taken
+    change: Pulse = field(default_factory=Pulse)
+    timers: dict[Callable[[Job], None], asyncio.TimerHandle] = field(default_factory=dict)  # that end its status
 
     @property
-    def over(self) -> bool:
-        return self.state not in (State.IN_QUEUE, State.IN_PROGRESS)
+    def is_over(self) -> bool:
+        return self.status not in (Status.IN_QUEUE, Status.IN_PROGRESS)
 
-    def delivery(self) -> dict[str, Any]:
+    def worker_view(self) -> dict[str, Any]:
         """As a worker gets it. An empty object is left out, as the platform does with an input."""
-        return {"id": self.id} | {name: self.request[name] for name in DELIVERED if self.request.get(name, {}) != {}}
+        return {"id": self.id} | {name: self.request[name] for name in JOB_FIELDS if self.request.get(name, {}) != {}}
 
-    def view(self) -> dict[str, Any]:
+    def client_view(self) -> dict[str, Any]:
         """As a client sees it."""
-        shown: dict[str, Any] = {"id": self.id, "status": self.state}
-        if self.taken is not None and self.worker is not None:
-            shown |= {"delayTime": round((self.taken - self.created) * 1000), "workerId": self.worker.name}
-            if self.done is not None:
-                shown["executionTime"] = round((self.done - self.taken) * 1000)
+        view: dict[str, Any] = {"id": self.id, "status": self.status}
+        if self.taken_at is not None and self.worker is not None:
+            view |= {"delayTime": round((self.taken_at - self.created_at) * 1000), "workerId": self.worker.name}
+            if self.done_at is not None:
+                view["executionTime"] = round((self.done_at - self.taken_at) * 1000)
         if self.retries:
-            shown["retries"] = self.retries
-        return shown | self.result
+            view["retries"] = self.retries
+        return view | self.result
 
 
 class Queue:
@@ -116,24 +116,24 @@ class Queue:
         self.lost_after = lost_after
         self.jobs: dict[str, Job] = {}
         self.workers: dict[str, Worker] = {}
-        self.retried = 0
-        self._waiting: list[Job] = []  # the next one first
-        self._arrived = Pulse()
-        self._line = asyncio.Lock()  # it is fair: pollers are served in the order in which they came
+        self.retries = 0
+        self._waiting_jobs: list[Job] = []  # the next one first
+        self._arrival = Pulse()
+        self._poll_lock = asyncio.Lock()  # it is fair: pollers are served in the order in which they came
 
     # The client's side
 
     def submit(self, request: Any, *, sync: bool) -> Job:
         """Raises Refused if the request is not one."""
         if not isinstance(request, dict) or "input" not in request:
-            raise Refused("the body must be an object with the key `input`")
-        given = request.get("policy")
-        if not isinstance(given, dict | None):
-            raise Refused("policy must be an object")
-        policy = POLICY | (given or {})
+            raise BadRequest("the body must be an object with the key `input`")
+        overrides = request.get("policy")
+        if not isinstance(overrides, dict | None):
+            raise BadRequest("policy must be an object")
+        policy = DEFAULT_POLICY | (overrides or {})
         for name in ("executionTimeout", "ttl"):
             if type(policy[name]) not in (int, float) or not 0 < policy[name] < 1e15:
-                raise Refused(f"policy.{name} must be a number of milliseconds")
+                raise BadRequest(f"policy.{name} must be a number of milliseconds")
         job = Job(f"{'sync-' if sync else ''}{uuid.uuid4()}-u1", request, sync, policy)
         self.jobs[job.id] = job
         self._enqueue(job)
@@ -141,181 +141,181 @@ class Queue:
 
     def cancel(self, job: Job) -> None:
         """Does nothing to a job that is over."""
-        if not job.over:
-            self._stop(job, State.CANCELLED)
+        if not job.is_over:
+            self._end(job, Status.CANCELLED)
 
     def retry(self, job: Job) -> None:
         """Runs a job again that failed, as if it were new; raises Refused for others."""
-        if job.state not in (State.FAILED, State.TIMED_OUT):
-            raise Refused("only jobs that are FAILED or TIMED_OUT can be retried")
-        self.retried += 1
-        job.created, job.read, job.retries = time.monotonic(), 0, 0
-        job.chunks, job.keys = [], set()
+        if job.status not in (Status.FAILED, Status.TIMED_OUT):
+            raise BadRequest("only jobs that are FAILED or TIMED_OUT can be retried")
+        self.retries += 1
+        job.created_at, job.chunks_read, job.retries = time.monotonic(), 0, 0
+        job.chunks, job.post_keys = [], set()
         self._enqueue(job)
 
     def purge(self) -> int:
-        waiting = list(self._waiting)
+        waiting = list(self._waiting_jobs)
         for job in waiting:
             self.cancel(job)
         return len(waiting)
 
     def health(self) -> dict[str, dict[str, int]]:
-        states = Counter(job.state for job in self.jobs.values())
-        oldest = time.monotonic() - self.hold - FORGOTTEN_AFTER
-        known = [worker for worker in self.workers.values() if worker.seen > oldest]
+        counts = Counter(job.status for job in self.jobs.values())
+        cutoff = time.monotonic() - self.hold - WORKER_EXPIRY
+        known = [worker for worker in self.workers.values() if worker.last_seen_at > cutoff]
         ready = {worker for worker in known if not worker.is_unhealthy}
-        running = ready & {job.worker for job in self.jobs.values() if job.state is State.IN_PROGRESS}
-        jobs = {"inQueue": states[State.IN_QUEUE], "inProgress": states[State.IN_PROGRESS], "retried": self.retried}
-        jobs |= {"completed": states[State.COMPLETED], "failed": states[State.FAILED] + states[State.TIMED_OUT]}
+        running = ready & {job.worker for job in self.jobs.values() if job.status is Status.IN_PROGRESS}
+        jobs = {"inQueue": counts[Status.IN_QUEUE], "inProgress": counts[Status.IN_PROGRESS], "retried": self.retries}
+        jobs |= {"completed": counts[Status.COMPLETED], "failed": counts[Status.FAILED] + counts[Status.TIMED_OUT]}
         workers = {"ready": len(ready), "running": len(running), "idle": len(ready - running)}
         workers |= {"unhealthy": len(known) - len(ready), "initializing": 0, "throttled": 0}
         return {"jobs": jobs, "workers": workers}
 
     # The workers' side
 
-    def worker(self, name: str) -> Worker:
+    def note_worker(self, name: str) -> Worker:
         """The one of that name, which has just been heard of."""
         worker = self.workers.setdefault(name, Worker(name))
-        worker.seen = time.monotonic()
+        worker.last_seen_at = time.monotonic()
         return worker
 
     async def take(self, worker: Worker, count: int) -> list[Job]:
         """Up to `count` jobs, the oldest first, as soon as there is one; none after the hold."""
         jobs: list[Job] = []
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.hold), self._line:
-                await self._arrived.until(lambda: self._waiting)
-                jobs, self._waiting = self._waiting[:count], self._waiting[count:]
+            async with asyncio.timeout(self.hold), self._poll_lock:
+                await self._arrival.wait_until(lambda: self._waiting_jobs)
+                jobs, self._waiting_jobs = self._waiting_jobs[:count], self._waiting_jobs[count:]
         for job in jobs:
             job.worker = worker
-            self._enter(job, State.IN_PROGRESS)
+            self._enter(job, Status.IN_PROGRESS)
         return jobs
 
     def put_back(self, jobs: list[Job]) -> None:
         """They never reached the worker."""
         for job in jobs:
-            if job.state is State.IN_PROGRESS:
+            if job.status is Status.IN_PROGRESS:
                 self._enqueue(job)
 
-    def tell(self, worker: Worker, stops: list[str]) -> None:
+    def stop(self, worker: Worker, job_ids: list[str]) -> None:
         """It must stop these jobs."""
-        worker.stops += stops
-        worker.told.beat()
+        worker.stop_ids += job_ids
+        worker.stop_signal.beat()
 
-    async def stops(self, worker: Worker) -> list[str]:
+    async def take_stops(self, worker: Worker) -> list[str]:
         """The jobs that the worker must stop, as soon as there is one; none after the hold."""
-        await worker.told.until(lambda: worker.stops, self.hold)
-        ids, worker.stops = worker.stops, []
+        await worker.stop_signal.wait_until(lambda: worker.stop_ids, self.hold)
+        ids, worker.stop_ids = worker.stop_ids, []
         return ids
 
-    def ping(self, worker: Worker, params: Mapping[str, str]) -> None:
+    def receive_ping(self, worker: Worker, params: Mapping[str, str]) -> None:
         worker.is_unhealthy = params.get("status") == "unhealthy"
         for name in params.get("job_id", "").split(","):
             job = self.jobs.get(name)
-            if job and job.worker is worker and job.state is State.IN_PROGRESS:
-                self._arm(job, self._lose, self.lost_after)
+            if job and job.worker is worker and job.status is Status.IN_PROGRESS:
+                self._set_timer(job, self._lose, self.lost_after)
 
-    def chunk(self, worker: Worker, job: Job, body: bytes, key: str) -> None:
+    def store_chunk(self, worker: Worker, job: Job, body: bytes, key: str) -> None:
         """Stores a part of the output; Refused where it is none."""
-        if self.ignores(worker, job, key):
+        if self.is_ignored(worker, job, key):
             return
-        if len(body) > CHUNK_BYTES or "output" not in (content := parse(body, dict)):
-            raise Refused(f"a chunk is an object with the key `output`, of {CHUNK_BYTES} bytes at most")
-        job.keys.add(key)
+        if len(body) > RUNPOD_CHUNK_LIMIT or "output" not in (content := parse_json(body, dict)):
+            raise BadRequest(f"a chunk is an object with the key `output`, of {RUNPOD_CHUNK_LIMIT} bytes at most")
+        job.post_keys.add(key)
         job.chunks.append(content["output"])
-        job.changed.beat()
+        job.change.beat()
 
-    def result(self, worker: Worker, job: Job, body: bytes, key: str) -> None:
+    def store_result(self, worker: Worker, job: Job, body: bytes, key: str) -> None:
         """Stores progress, or ends the job; Refused where it is neither."""
-        if self.ignores(worker, job, key):
+        if self.is_ignored(worker, job, key):
             return
-        if len(body) > JOB_BYTES[job.sync]:
+        if len(body) > JOB_LIMITS[job.is_sync]:
             job.result = {}
-            self._enter(job, State.COMPLETED)  # without output, which is what users of the platform have seen
-            raise Refused("the result is too large")
-        content = parse(body, dict)
-        job.keys.add(key)
-        job.result = {name: content[name] for name in RESULT if content.get(name) is not None}
+            self._enter(job, Status.COMPLETED)  # without output, which is what users of the platform have seen
+            raise BadRequest("the result is too large")
+        content = parse_json(body, dict)
+        job.post_keys.add(key)
+        job.result = {name: content[name] for name in RESULT_FIELDS if content.get(name) is not None}
         if content.get("status") == "IN_PROGRESS":
-            job.changed.beat()
+            job.change.beat()
         else:
-            self._enter(job, State.FAILED if "error" in job.result else State.COMPLETED)
+            self._enter(job, Status.FAILED if "error" in job.result else Status.COMPLETED)
 
-    def ignores(self, worker: Worker, job: Job, key: str) -> bool:
+    def is_ignored(self, worker: Worker, job: Job, key: str) -> bool:
         """Whether the job has this post already, or waits for none from this worker."""
-        return key in job.keys or job.state is not State.IN_PROGRESS or job.worker is not worker
+        return key in job.post_keys or job.status is not Status.IN_PROGRESS or job.worker is not worker
 
     # What a job goes through
 
-    def _enter(self, job: Job, state: State) -> None:
+    def _enter(self, job: Job, status: Status) -> None:
         """Changes the state: what would have ended the old one is off, what ends the new one by itself is set."""
-        for timer in job.ends.values():
+        for timer in job.timers.values():
             timer.cancel()
-        job.ends.clear()
-        job.state, now = state, time.monotonic()
-        to_live = job.created + job.policy["ttl"] / 1000 - now
-        match state:
-            case State.IN_QUEUE:
-                self._arm(job, self._expire, to_live)
-            case State.IN_PROGRESS:
-                job.taken = now
-                self._arm(job, self._expire, to_live)
-                self._arm(job, self._time_out, job.policy["executionTimeout"] / 1000)
-                self._arm(job, self._lose, self.lost_after)
-            case State.EXPIRED:
+        job.timers.clear()
+        job.status, now = status, time.monotonic()
+        remaining_ttl = job.created_at + job.policy["ttl"] / 1000 - now
+        match status:
+            case Status.IN_QUEUE:
+                self._set_timer(job, self._expire, remaining_ttl)
+            case Status.IN_PROGRESS:
+                job.taken_at = now
+                self._set_timer(job, self._expire, remaining_ttl)
+                self._set_timer(job, self._time_out, job.policy["executionTimeout"] / 1000)
+                self._set_timer(job, self._lose, self.lost_after)
+            case Status.EXPIRED:
                 del self.jobs[job.id]
             case _:
-                job.done = now
-                self._arm(job, self._expire, min(to_live, RETENTION[job.sync]))
-        job.changed.beat()
+                job.done_at = now
+                self._set_timer(job, self._expire, min(remaining_ttl, RETENTION[job.is_sync]))
+        job.change.beat()
 
-    def _arm(self, job: Job, end: Callable[[Job], None], seconds: float) -> None:
-        if timer := job.ends.get(end):
+    def _set_timer(self, job: Job, end: Callable[[Job], None], seconds: float) -> None:
+        if timer := job.timers.get(end):
             timer.cancel()
-        job.ends[end] = asyncio.get_running_loop().call_later(seconds, end, job)
+        job.timers[end] = asyncio.get_running_loop().call_later(seconds, end, job)
 
     def _enqueue(self, job: Job) -> None:
         """In its place, even if it comes again: the oldest first, those of low priority last."""
-        job.taken, job.done, job.worker, job.result = None, None, None, {}
-        self._enter(job, State.IN_QUEUE)
-        bisect.insort(self._waiting, job, key=lambda job: (bool(job.policy["lowPriority"]), job.created))
-        self._arrived.beat()
+        job.taken_at, job.done_at, job.worker, job.result = None, None, None, {}
+        self._enter(job, Status.IN_QUEUE)
+        bisect.insort(self._waiting_jobs, job, key=lambda job: (bool(job.policy["lowPriority"]), job.created_at))
+        self._arrival.beat()
 
-    def _stop(self, job: Job, state: State) -> None:
+    def _end(self, job: Job, status: Status) -> None:
         """Ends a job from outside: it leaves the queue, or its worker is told."""
-        if job.state is State.IN_QUEUE:
-            self._waiting.remove(job)
-        elif job.state is State.IN_PROGRESS and job.worker is not None:
-            self.tell(job.worker, [job.id])
-        self._enter(job, state)
+        if job.status is Status.IN_QUEUE:
+            self._waiting_jobs.remove(job)
+        elif job.status is Status.IN_PROGRESS and job.worker is not None:
+            self.stop(job.worker, [job.id])
+        self._enter(job, status)
 
     def _expire(self, job: Job) -> None:
-        self._stop(job, State.EXPIRED)
+        self._end(job, Status.EXPIRED)
 
     def _time_out(self, job: Job) -> None:
-        self._stop(job, State.TIMED_OUT)
+        self._end(job, Status.TIMED_OUT)
 
     def _lose(self, job: Job) -> None:
         """No ping of its worker names it any more: it is queued again, once."""
         if job.retries:
-            job.result = {"error": LOST}
-            self._enter(job, State.FAILED)
+            job.result = {"error": LOST_MESSAGE}
+            self._enter(job, Status.FAILED)
         else:
             job.retries = 1
-            self.retried += 1
+            self.retries += 1
             self._enqueue(job)
 
 
-def parse(text: bytes, kind: type = object) -> Any:
+def parse_json(text: bytes, expected_type: type = object) -> Any:
     """What the JSON says, whatever its content type; Refused if it is none (NaN is none), or not of that kind."""
     try:
-        found = json.loads(text, parse_constant=_no_constant)
+        content = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise Refused(f"the body is not JSON: {error}") from None
-    if not isinstance(found, kind):
-        raise Refused("the body is not the JSON that is expected")
-    return found
+        raise BadRequest(f"the body is not JSON: {error}") from None
+    if not isinstance(content, expected_type):
+        raise BadRequest("the body is not the JSON that is expected")
+    return content
 
 
-def _no_constant(name: str) -> object:
+def _refuse_constant(name: str) -> object:
     raise ValueError(f"{name} is not JSON")

@@ -31,17 +31,17 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from supervisor.local_runpod.child import CLIENTS_KEYS, WORKERS_KEY
-from supervisor.local_runpod.queue import JOB_BYTES, Job, Queue, Refused, State, Worker, parse
+from supervisor.local_runpod.child import CLIENT_KEYS, WORKER_KEY
+from supervisor.local_runpod.queue import JOB_LIMITS, BadRequest, Job, Queue, Status, Worker, parse_json
 
 # How long /stream waits for a chunk, and how often it is looked whether a client of /openai has left.
-STREAM_WAIT, LEAVING_LOOK = 1.0, 0.5
+STREAM_WAIT, DISCONNECT_CHECK = 1.0, 0.5
 # Connections of workers rest between polls and posts; uvicorn's five seconds would reset them under a post.
 KEEP_ALIVE = 120
 # The workers' routes; all others are the clients'.
-PLATFORM = ("job-take", "job-take-batch", "job-stop", "job-stream", "job-done", "ping")
+WORKER_ROUTES = ("job-take", "job-take-batch", "job-stop", "job-stream", "job-done", "ping")
 
-Endpoint = Callable[[Request], Awaitable[Response]]
+Handler = Callable[[Request], Awaitable[Response]]
 
 
 def reply(content: object, status: int = 200) -> Response:
@@ -57,7 +57,7 @@ class WireProtocol(HttpToolsProtocol):
         self.scope["state"]["transport"] = self.transport
 
 
-class Handed(Response):
+class Handout(Response):
     """Something that must not get lost: `undo` is called if the connection is closed when it is written."""
 
     def __init__(self, content: object, undo: Callable[[], object]) -> None:
@@ -65,28 +65,28 @@ class Handed(Response):
         self.undo = undo
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def watched(message: Message) -> None:
+        async def send_and_check(message: Message) -> None:
             await send(message)
             # Nothing else has happened since it was taken: what a poller that has left would get is there for the next.
             if message["type"] == "http.response.start" and scope["state"]["transport"].is_closing():
                 self.undo()
 
-        await super().__call__(scope, receive, watched)
+        await super().__call__(scope, receive, send_and_check)
 
 
-class Guarded:
+class KeyGuard:
     """Asks workers for the worker's key, and everybody else for one of the clients', where there are any."""
 
-    def __init__(self, app: ASGIApp, clients: Sequence[str], workers: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, client_keys: Sequence[str], worker_keys: Sequence[str]) -> None:
         self.app = app
-        self.clients = clients
-        self.workers = workers
+        self.client_keys = client_keys
+        self.worker_keys = worker_keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            known = self.workers if "".join(scope["path"].split("/")[3:4]) in PLATFORM else self.clients
-            given = Headers(scope=scope).get("authorization", "").removeprefix("Bearer ").encode()
-            if known and not any(compare_digest(given, key.encode()) for key in known):
+            keys = self.worker_keys if "".join(scope["path"].split("/")[3:4]) in WORKER_ROUTES else self.client_keys
+            given_key = Headers(scope=scope).get("authorization", "").removeprefix("Bearer ").encode()
+            if keys and not any(compare_digest(given_key, key.encode()) for key in keys):
                 await reply({"error": "a valid key is needed: 'Authorization: Bearer KEY'"}, 401)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
@@ -99,16 +99,16 @@ class Simulator:
         self.queue = queue
 
     def app(self, endpoint: str) -> Starlette:
-        handlers = dict.fromkeys((HTTPException, Refused, ClientDisconnect), as_json)
+        handlers = dict.fromkeys((HTTPException, BadRequest, ClientDisconnect), reply_error)
         return Starlette(routes=self.routes(endpoint), exception_handlers=handlers)
 
     def routes(self, endpoint: str) -> list[BaseRoute]:
-        own = [
+        routes = [
             self.route("job-take", "/{worker}", partial(self.take, batch=False), "GET"),
             self.route("job-take-batch", "/{worker}", partial(self.take, batch=True), "GET"),
             self.route("job-stop", "/{worker}", self.stop, "GET"),
-            self.route("job-stream", "/{worker}/{job}", partial(self.post, self.queue.chunk), "POST"),
-            self.route("job-done", "/{worker}/{job}", partial(self.post, self.queue.result), "POST"),
+            self.route("job-stream", "/{worker}/{job}", partial(self.post, self.queue.store_chunk), "POST"),
+            self.route("job-done", "/{worker}/{job}", partial(self.post, self.queue.store_result), "POST"),
             self.route("ping", "/{worker}", self.ping, "GET"),
             self.route("run", "", self.run, "POST"),
             self.route("runsync", "", self.runsync, "POST"),
@@ -120,12 +120,12 @@ class Simulator:
             self.route("health", "", self.health, "GET"),
             self.route("openai", "/{path:path}", self.openai, "GET", "POST", "PUT", "PATCH", "DELETE"),
         ]
-        return [Mount(f"/v2/{endpoint}", routes=own)]
+        return [Mount(f"/v2/{endpoint}", routes=routes)]
 
-    def route(self, what: str, path: str, handler: Endpoint, *methods: str) -> Route:
-        return Route(f"/{what}{path}", handler, methods=methods)
+    def route(self, name: str, path: str, handler: Handler, *methods: str) -> Route:
+        return Route(f"/{name}{path}", handler, methods=methods)
 
-    def job(self, request: Request) -> Job:
+    def find_job(self, request: Request) -> Job:
         job = self.queue.jobs.get(request.path_params["job"])
         if job is None:
             raise HTTPException(404, "job not found")
@@ -133,61 +133,61 @@ class Simulator:
 
     # The platform's side
 
-    def worker(self, request: Request) -> Worker:
-        return self.queue.worker(request.path_params["worker"])
+    def find_worker(self, request: Request) -> Worker:
+        return self.queue.note_worker(request.path_params["worker"])
 
     async def take(self, request: Request, *, batch: bool) -> Response:
-        size = number_in(request, "batch_size", 1, 1, 10_000) if batch else 1
-        jobs = await self.queue.take(self.worker(request), size)
+        size = read_number(request, "batch_size", 1, 1, 10_000) if batch else 1
+        jobs = await self.queue.take(self.find_worker(request), size)
         if not jobs:
             return Response(status_code=204)
-        deliveries = [job.delivery() for job in jobs]
-        return Handed(deliveries if batch else deliveries[0], partial(self.queue.put_back, jobs))
+        deliveries = [job.worker_view() for job in jobs]
+        return Handout(deliveries if batch else deliveries[0], partial(self.queue.put_back, jobs))
 
     async def stop(self, request: Request) -> Response:
-        worker = self.worker(request)
-        ids = await self.queue.stops(worker)
-        return Handed({"jobsToStop": ids}, partial(self.queue.tell, worker, ids)) if ids else Response(status_code=204)
+        worker = self.find_worker(request)
+        ids = await self.queue.take_stops(worker)
+        return Handout({"jobsToStop": ids}, partial(self.queue.stop, worker, ids)) if ids else Response(status_code=204)
 
     async def post(self, store: Callable[[Worker, Job, bytes, str], None], request: Request) -> Response:
         body = await request.body()
         key = request.headers.get("idempotency-key") or uuid.uuid4().hex  # one without is like no other
-        store(self.worker(request), self.job(request), body, key)
+        store(self.find_worker(request), self.find_job(request), body, key)
         return reply({})
 
     async def ping(self, request: Request) -> Response:
-        self.queue.ping(self.worker(request), request.query_params)
+        self.queue.receive_ping(self.find_worker(request), request.query_params)
         return reply({})
 
     # The client's side
 
     async def run(self, request: Request) -> Response:
-        return reply(self.queue.submit(await read_json(request), sync=False).view())
+        return reply(self.queue.submit(await read_json(request), sync=False).client_view())
 
     async def runsync(self, request: Request) -> Response:
-        wait = number_in(request, "wait", 90_000, 1000, 300_000) / 1000
-        job = self.queue.submit(await read_json(request, JOB_BYTES[True]), sync=True)
-        await job.changed.until(lambda: job.over, wait)
-        if job.state is State.EXPIRED:
+        wait = read_number(request, "wait", 90_000, 1000, 300_000) / 1000
+        job = self.queue.submit(await read_json(request, JOB_LIMITS[True]), sync=True)
+        await job.change.wait_until(lambda: job.is_over, wait)
+        if job.status is Status.EXPIRED:
             raise HTTPException(404, "job not found")
-        return reply(job.view())
+        return reply(job.client_view())
 
     async def status(self, request: Request) -> Response:
-        return reply(self.job(request).view())
+        return reply(self.find_job(request).client_view())
 
     async def stream(self, request: Request) -> Response:
-        job = self.job(request)
-        await job.changed.until(lambda: job.over or len(job.chunks) > job.read, STREAM_WAIT)
-        self.job(request)  # which may have expired
-        chunks = [{"output": chunk} for chunk in job.chunks[job.read :]]
-        job.read = len(job.chunks)
+        job = self.find_job(request)
+        await job.change.wait_until(lambda: job.is_over or len(job.chunks) > job.chunks_read, STREAM_WAIT)
+        self.find_job(request)  # which may have expired
+        chunks = [{"output": chunk} for chunk in job.chunks[job.chunks_read :]]
+        job.chunks_read = len(job.chunks)
         error = {"error": job.result["error"]} if "error" in job.result else {}
-        return reply({"status": job.state, "stream": chunks, **error})
+        return reply({"status": job.status, "stream": chunks, **error})
 
-    async def change(self, how: Callable[[Job], None], request: Request) -> Response:
-        job = self.job(request)
-        how(job)
-        return reply({"id": job.id, "status": job.state})
+    async def change(self, act: Callable[[Job], None], request: Request) -> Response:
+        job = self.find_job(request)
+        act(job)
+        return reply({"id": job.id, "status": job.status})
 
     async def purge(self, request: Request) -> Response:
         return reply({"removed": self.queue.purge(), "status": "completed"})
@@ -199,71 +199,71 @@ class Simulator:
         body = await read_json(request) if await request.body() else None
         content = {"openai_route": f"/{request.path_params['path']}"} | ({} if body is None else {"openai_input": body})
         job = self.queue.submit({"input": content}, sync=False)
-        streams = isinstance(body, dict) and bool(body.get("stream"))
+        is_stream = isinstance(body, dict) and bool(body.get("stream"))
 
-        def begun() -> bool:
-            return job.over or (streams and bool(job.chunks))
+        def has_begun() -> bool:
+            return job.is_over or (is_stream and bool(job.chunks))
 
-        while not begun() and not await request.is_disconnected():
-            await job.changed.until(begun, LEAVING_LOOK)
-        if streams and job.chunks:
-            ending = BackgroundTask(self._end_stream, job)
-            return StreamingResponse(_text_of(job), media_type="text/event-stream", background=ending)
-        if streams:
+        while not has_begun() and not await request.is_disconnected():
+            await job.change.wait_until(has_begun, DISCONNECT_CHECK)
+        if is_stream and job.chunks:
+            cleanup = BackgroundTask(self._end_stream, job)
+            return StreamingResponse(_stream_text(job), media_type="text/event-stream", background=cleanup)
+        if is_stream:
             await self._end_stream(job)
-        return _whole(job, "text/event-stream" if streams else "text/plain")
+        return _reply_result(job, "text/event-stream" if is_stream else "text/plain")
 
     async def _end_stream(self, job: Job) -> None:
         """The job is over, or its client has left."""
         self.queue.cancel(job)
 
 
-async def read_json(request: Request, limit: int = JOB_BYTES[False]) -> Any:
+async def read_json(request: Request, limit: int = JOB_LIMITS[False]) -> Any:
     body = await request.body()
     if len(body) > limit:
         raise HTTPException(413, f"the body is larger than {limit} bytes")
-    return parse(body)
+    return parse_json(body)
 
 
-def number_in(request: Request, name: str, default: int, least: int, most: int) -> int:
+def read_number(request: Request, name: str, default: int, minimum: int, maximum: int) -> int:
     """A number of the query."""
     text = request.query_params.get(name, str(default))
-    if not text.isdecimal() or not least <= int(text) <= most:
-        raise Refused(f"{name} must be a whole number from {least} to {most}")
+    if not text.isdecimal() or not minimum <= int(text) <= maximum:
+        raise BadRequest(f"{name} must be a whole number from {minimum} to {maximum}")
     return int(text)
 
 
-async def as_json(request: Request, error: Exception) -> Response:
+async def reply_error(request: Request, error: Exception) -> Response:
     """What is wrong with a request: starlette knows, or the queue."""
     if isinstance(error, HTTPException):
         return reply({"error": error.detail}, error.status_code)
     return reply({"error": str(error)}, 400)
 
 
-async def _text_of(job: Job) -> AsyncIterator[bytes]:
+async def _stream_text(job: Job) -> AsyncIterator[bytes]:
     """What the chunks say, as they come, until the job is over."""
-    read = 0
-    while not job.over or len(job.chunks) > read:
-        await job.changed.until(lambda: job.over or len(job.chunks) > read)  # noqa: B023 - awaited here
-        chunks = job.chunks[read:]
-        read += len(chunks)
+    chunks_read = 0
+    while not job.is_over or len(job.chunks) > chunks_read:
+        await job.change.wait_until(lambda: job.is_over or len(job.chunks) > chunks_read)  # noqa: B023 - awaited here
+        chunks = job.chunks[chunks_read:]
+        chunks_read += len(chunks)
         text = "".join(chunk if isinstance(chunk, str) else json.dumps(chunk) for chunk in chunks)
         yield text.encode(errors="replace")
 
 
-def _whole(job: Job, text_type: str) -> Response:
+def _reply_result(job: Job, text_type: str) -> Response:
     """The answer of a job that has streamed nothing; text that is JSON says so in its content type."""
-    if job.state not in (State.COMPLETED, State.FAILED):
-        return reply({"error": f"job {job.state}"}, 500)
-    status, name = (500, "error") if job.state is State.FAILED else (200, "output")
+    if job.status not in (Status.COMPLETED, Status.FAILED):
+        return reply({"error": f"job {job.status}"}, 500)
+    status, name = (500, "error") if job.status is Status.FAILED else (200, "output")
     content = job.result.get(name)
     parts: list[Any] = content if isinstance(content, list) and content else [content]
     if not all(isinstance(part, str) for part in parts):
         return reply(parts[0] if len(parts) == 1 else parts, status)
     text = "".join(parts).encode(errors="replace")
     try:
-        parse(text)
-    except Refused:
+        parse_json(text)
+    except BadRequest:
         return Response(text, status, media_type=text_type)
     return Response(text, status, media_type="application/json")
 
@@ -283,7 +283,7 @@ def _leave_with_parent() -> None:
     os._exit(0)
 
 
-def main(make: type[Simulator] = Simulator) -> None:
+def main(simulator_class: type[Simulator] = Simulator) -> None:
     parser = argparse.ArgumentParser(description="RunPod's queue on a laptop.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0: any free one (default: 8000)")
@@ -302,9 +302,9 @@ def main(make: type[Simulator] = Simulator) -> None:
     # A job is read as RunPod hands it on: how deep and how long its values may be is the worker's to bear.
     sys.setrecursionlimit(20_000)
     sys.set_int_max_str_digits(0)
-    clients, workers = (list(filter(None, os.environ.get(name, "").split(","))) for name in (CLIENTS_KEYS, WORKERS_KEY))
+    clients, workers = (list(filter(None, os.environ.get(name, "").split(","))) for name in (CLIENT_KEYS, WORKER_KEY))
     config = uvicorn.Config(
-        Guarded(make(Queue(options.hold, options.lost_after)).app(options.endpoint), clients, workers),
+        KeyGuard(simulator_class(Queue(options.hold, options.lost_after)).app(options.endpoint), clients, workers),
         http=WireProtocol,
         ws="none",
         loop="asyncio",  # it writes at once, so that a closed connection shows in the write

@@ -17,26 +17,26 @@ from supervisor.queue.jobs import JSON
 from supervisor.secrets import SECRET_NAME
 
 # What the worker may be given, and what its SDK can't bear.
-TABLE = tomllib.loads(Path(__file__).with_name("environment.toml").read_text(encoding="utf-8"))
+RULES = tomllib.loads(Path(__file__).with_name("environment.toml").read_text(encoding="utf-8"))
 
 
 def _is_needed(name: str) -> bool:
     """The only secret is the key by which RunPod knows the worker."""
-    if not name.startswith(tuple(TABLE["prefixes"])):
-        return name.upper() in TABLE["needed"]
-    return name not in TABLE["never"] and (name == TABLE["secret"] or SECRET_NAME.search(name) is None)
+    if not name.startswith(tuple(RULES["prefixes"])):
+        return name.upper() in RULES["needed"]
+    return name not in RULES["never"] and (name == RULES["secret"] or SECRET_NAME.search(name) is None)
 
 
-def environment(environ: Mapping[str, str], **about: object) -> dict[str, str]:
+def worker_environment(environ: Mapping[str, str], **options: object) -> dict[str, str]:
     """What the worker is started with: RunPod's own variables, made safe for the SDK, and `about`, for queue/sdk.py."""
-    found = {name: value for name, value in environ.items() if _is_needed(name)}
-    for row in TABLE["value"]:
-        if re.fullmatch(row["where"], found.get(row["name"], "")):
-            found[row["name"]] = row["becomes"]
+    variables = {name: value for name, value in environ.items() if _is_needed(name)}
+    for row in RULES["value"]:
+        if re.fullmatch(row["where"], variables.get(row["name"], "")):
+            variables[row["name"]] = row["becomes"]
     # The Hub's tests give an address without a query, to which the SDK appends `&...`, and the variable unexpanded.
-    take = found["RUNPOD_WEBHOOK_GET_JOB"].replace("$RUNPOD_POD_ID", found.get("RUNPOD_POD_ID") or "local")
-    found["RUNPOD_WEBHOOK_GET_JOB"] = take if "?" in take else f"{take}?"
-    return found | {"SUPERVISOR_QUEUE": json.dumps(about)}
+    take_url = variables["RUNPOD_WEBHOOK_GET_JOB"].replace("$RUNPOD_POD_ID", variables.get("RUNPOD_POD_ID") or "local")
+    variables["RUNPOD_WEBHOOK_GET_JOB"] = take_url if "?" in take_url else f"{take_url}?"
+    return variables | {"SUPERVISOR_QUEUE": json.dumps(options)}
 
 
 class QueueWorker(Kept):
@@ -45,11 +45,11 @@ class QueueWorker(Kept):
 
     `count` gets what the worker tells of a job (queue/delivery.py); `lost` is called when it dies."""
 
-    def __init__(self, environ: Mapping[str, str], count: Callable[[JSON], object], lost: Callable[[], object]) -> None:
+    def __init__(self, environ: Mapping[str, str], count: Callable[[JSON], object], lose: Callable[[], object]) -> None:
         self.log = logging.getLogger("supervisor.queue")
-        complained = partial(self.log.warning, "%s", extra={"each": True})
-        super().__init__(["supervisor.queue.sdk"], environ, self._died, (self._said, complained))
-        self.count, self.lost = count, lost
+        warn = partial(self.log.warning, "%s", extra={"each": True})
+        super().__init__(["supervisor.queue.sdk"], environ, self._child_died, (self._line_received, warn))
+        self.count, self.lose = count, lose
         self.say("starting")
 
     async def finish(self, patience: float, reserve: float) -> None:
@@ -64,18 +64,18 @@ class QueueWorker(Kept):
             self.log.warning("the queue worker did not end: killed")
             self.child.kill()
 
-    def _died(self, how: str, again: float) -> None:
-        self.lost()
-        self.log.error("the queue worker ended (%s), the jobs it had are lost: again in %.1f s", how, again)
+    def _child_died(self, exit_text: str, delay: float) -> None:
+        self.lose()
+        self.log.error("the queue worker ended (%s), the jobs it had are lost: again in %.1f s", exit_text, delay)
 
-    def _said(self, line: str) -> None:
+    def _line_received(self, line: str) -> None:
         """The SDK's lines, and the worker's own: JSON, as RunPod's console reads it; or whatever was printed."""
-        said: JSON = {"message": line}
+        record: JSON = {"message": line}
         with contextlib.suppress(ValueError, TypeError):
-            said |= json.loads(line)
-        if isinstance(job := said.get("job"), dict):
+            record |= json.loads(line)
+        if isinstance(job := record.get("job"), dict):
             self.count(job)
-        if said.get("message"):
-            level = logging.getLevelNamesMapping().get(str(said.get("level")), logging.INFO)
+        if record.get("message"):
+            level = logging.getLevelNamesMapping().get(str(record.get("level")), logging.INFO)
             # `each`: of a job's own line none is too much.
-            self.log.log(level, "%s", said["message"], extra={"request": said.get("requestId"), "each": True})
+            self.log.log(level, "%s", record["message"], extra={"request": record.get("requestId"), "each": True})

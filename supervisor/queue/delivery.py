@@ -18,16 +18,16 @@ from typing import NamedTuple
 
 import aiohttp
 
-from supervisor.queue.jobs import JSON, JobError, encoded
-from supervisor.queue.worker import Answer, check_size, tell
+from supervisor.queue.jobs import JSON, JobError, encode_json
+from supervisor.queue.worker import Answer, check_size, tell_supervisor
 
 POST_TIMEOUT = aiohttp.ClientTimeout(total=60, sock_connect=10)
-PATIENCE = 90.0  # seconds: a result or chunk is sent again for so long, after pauses of up to these
+RETRY_SECONDS = 90.0  # seconds: a result or chunk is sent again for so long, after pauses of up to these
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0
-TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})  # worth another try
-CHUNK_BYTES = 1_000_000  # what RunPod takes as one chunk
+TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})  # worth another try
+RUNPOD_CHUNK_LIMIT = 1_000_000  # what RunPod takes as one chunk
 POST_HEADERS = {"charset": "utf-8", "Content-Type": "application/x-www-form-urlencoded"}  # as the SDK sends them
-SHUT_DOWN = "The worker was shut down before this job was done (SUPERVISOR_DRAIN_TIMEOUT). Please send it again."
+SHUTDOWN_MESSAGE = "The worker was shut down before this job was done (SUPERVISOR_DRAIN_TIMEOUT). Please send it again."
 
 
 class State(Enum):
@@ -68,11 +68,11 @@ TABLE: Mapping[tuple[State, Event], State] = {
 }
 
 
-class NotTaken(Exception):
+class PostError(Exception):
     """RunPod did not take a POST."""
 
 
-class Refused(NotTaken):
+class PostRefusal(PostError):
     """Nor will it take the same one later."""
 
 
@@ -81,8 +81,8 @@ class RunPod(NamedTuple):
     streams, theirs is none."""
 
     session: aiohttp.ClientSession
-    done: str
-    stream: str
+    done_url: str
+    stream_url: str
 
     async def post(self, template: str, job_id: str, body: bytes, key: str, *, stream: bool) -> None:
         """Once. `key` is the same for all tries of one: after a reset nobody knows whether it was taken, but who knows
@@ -94,108 +94,108 @@ class RunPod(NamedTuple):
         try:
             async with post as response:
                 if response.status >= 300:
-                    refusal = NotTaken if response.status in TRANSIENT else Refused
-                    raise refusal(f"RunPod answers {response.status}")
+                    error_class = PostError if response.status in TRANSIENT_STATUSES else PostRefusal
+                    raise error_class(f"RunPod answers {response.status}")
                 await response.read()
         except (aiohttp.ClientError, OSError) as error:
-            raise NotTaken(f"{error or type(error).__name__}") from error
+            raise PostError(f"{error or type(error).__name__}") from error
 
 
 class Delivery:
     """Of one job, by a task of its own, to be cancelled where nobody waits for it any more. `first`: what the worker's
     first result has beside its output."""
 
-    def __init__(self, answer: Answer, runpod: RunPod, first: Callable[[], Awaitable[JSON | None]]) -> None:
-        self.answer, self.runpod, self.first = answer, runpod, first
-        self.job_id = answer.taken.job_id
+    def __init__(self, answer: Answer, runpod: RunPod, find_metadata: Callable[[], Awaitable[JSON | None]]) -> None:
+        self.answer, self.runpod, self.find_metadata = answer, runpod, find_metadata
+        self.job_id = answer.job.job_id
         self.state = State.ANSWERING
         self.output: list[object] = []  # what came, and was posted: the result has all of it once more
-        self.size = 0  # of that, in bytes
+        self.output_bytes = 0  # of that, in bytes
         self.error: JobError | None = None
-        self.why = ""  # it did not end well
+        self.reason = ""  # it did not end well
         self.posts: Counter[str] = Counter()  # "chunk taken": how many, and so on
-        self.began = time.monotonic()
-        self.attempt = os.urandom(4).hex()  # RunPod may give the same job out again
+        self.started_at = time.monotonic()
+        self.attempt_id = os.urandom(4).hex()  # RunPod may give the same job out again
         self.task = asyncio.create_task(self._run())
-        self.task.add_done_callback(self._end)
+        self.task.add_done_callback(self._report_end)
 
     def expire(self) -> None:
         """There is no more time for an answer; that is still reported."""
         if self.state is State.ANSWERING:
-            self.error = JobError(SHUT_DOWN, 503, code="shutting_down")
+            self.error = JobError(SHUTDOWN_MESSAGE, 503, code="shutting_down")
             self.task.cancel()
 
     async def _run(self) -> None:
-        acts = {State.ANSWERING: self._answer, State.RESULT: self._result, State.ERROR: self._error}
-        while (act := acts.get(self.state)) is not None:
+        steps = {State.ANSWERING: self._post_answer, State.RESULT: self._post_result, State.ERROR: self._post_error}
+        while (step := steps.get(self.state)) is not None:
             try:
-                await act()
+                await step()
                 event = Event.DONE
             except JobError as error:
                 self.error, event = error, Event.BROKEN
-            except NotTaken as error:
+            except PostError as error:
                 part = "a part of the stream" if self.state is State.ANSWERING else "the result"
                 self.error = self.error or JobError(f"RunPod did not take {part} ({error}).", 502)
-                self.why, event = str(error), Event.REFUSED if isinstance(error, Refused) else Event.UNREACHED
+                self.reason, event = str(error), Event.REFUSED if isinstance(error, PostRefusal) else Event.UNREACHED
             except asyncio.CancelledError:
-                expired = self.state is State.ANSWERING and self.error is not None
-                event = Event.BROKEN if expired else Event.UNWANTED
+                has_expired = self.state is State.ANSWERING and self.error is not None
+                event = Event.BROKEN if has_expired else Event.UNWANTED
                 self.task.uncancel()
             self.state = TABLE[self.state, event]
 
-    async def _answer(self) -> None:
+    async def _post_answer(self) -> None:
         async with contextlib.aclosing(self.answer.pieces()) as pieces:
             async for piece in pieces:
                 self.output.append(piece)
-                body = encoded({"output": piece})
-                self.size += len(body)
-                check_size(self.size, self.job_id)
+                body = encode_json({"output": piece})
+                self.output_bytes += len(body)
+                check_size(self.output_bytes, self.job_id)
                 # Else the result has it.
-                if len(body) <= CHUNK_BYTES and self.answer.as_list and "://" in self.runpod.stream:
-                    await self._post("chunk", body, f"/{len(self.output)}")
+                if len(body) <= RUNPOD_CHUNK_LIMIT and self.answer.is_list and "://" in self.runpod.stream_url:
+                    await self._post_with_retries("chunk", body, f"/{len(self.output)}")
 
-    async def _result(self) -> None:
-        content: JSON = {"output": self.output if self.answer.as_list else self.output[0]}
-        if (more := await self.first()) is not None:
-            with contextlib.suppress(Refused):  # RunPod may not like what it does not know: once more, without
-                await self._post("result", encoded({**content, "metadata": more}), "/metadata")
+    async def _post_result(self) -> None:
+        result: JSON = {"output": self.output if self.answer.is_list else self.output[0]}
+        if (metadata := await self.find_metadata()) is not None:
+            with contextlib.suppress(PostRefusal):  # RunPod may not like what it does not know: once more, without
+                await self._post_with_retries("result", encode_json({**result, "metadata": metadata}), "/metadata")
                 return
-        await self._post("result", encoded(content), "")
+        await self._post_with_retries("result", encode_json(result), "")
 
-    async def _error(self) -> None:
+    async def _post_error(self) -> None:
         assert self.error is not None
-        await self._post("result", encoded({"error": self.error.text}), "/error")
+        await self._post_with_retries("result", encode_json({"error": self.error.text}), "/error")
         # Of a 4xx no words: vLLM's quote what the user sent.
-        self.why = f"{self.error.status}, {self.error.message if self.error.status >= 500 else self.error.kind}"
+        self.reason = f"{self.error.status}, {self.error.message if self.error.status >= 500 else self.error.kind}"
 
-    async def _post(self, what: str, body: bytes, key: str) -> None:
+    async def _post_with_retries(self, kind: str, body: bytes, key: str) -> None:
         """Until RunPod has taken it, in order: the next one waits for this. Raises NotTaken."""
-        done = what == "result"
-        template, stream = (self.runpod.done, self.answer.as_list) if done else (self.runpod.stream, False)
-        deadline = time.monotonic() + PATIENCE
+        is_result = kind == "result"
+        template, stream = (self.runpod.done_url, self.answer.is_list) if is_result else (self.runpod.stream_url, False)
+        deadline = time.monotonic() + RETRY_SECONDS
         for tries in itertools.count():  # by hand: tenacity costs a sixth of the worker's time on every chunk
             try:
-                await self.runpod.post(template, self.job_id, body, f"{self.attempt}{key}", stream=stream)
-            except NotTaken as error:
-                refused = isinstance(error, Refused)
-                self.posts[f"{what} {'refused' if refused else 'failed'}"] += 1
-                if refused or (tries and time.monotonic() > deadline):
+                await self.runpod.post(template, self.job_id, body, f"{self.attempt_id}{key}", stream=stream)
+            except PostError as error:
+                is_refusal = isinstance(error, PostRefusal)
+                self.posts[f"{kind} {'refused' if is_refusal else 'failed'}"] += 1
+                if is_refusal or (tries and time.monotonic() > deadline):
                     raise
                 await asyncio.sleep(random.uniform(0, min(FIRST_PAUSE * 2**tries, LONGEST_PAUSE)))  # noqa: S311
             else:
-                self.posts[f"{what} taken"] += 1
+                self.posts[f"{kind} taken"] += 1
                 return
 
-    def _end(self, task: asyncio.Task[None]) -> None:
+    def _report_end(self, task: asyncio.Task[None]) -> None:
         """The last of it: a line of log, and what the supervisor counts."""
         if task.cancelled():  # before its first step
             self.state = State.CANCELLED
         elif (error := task.exception()) is not None:  # a fault of ours: RunPod gives the job out again
-            self.state, self.why = State.UNDELIVERED, f"{type(error).__name__}: {error}"
+            self.state, self.reason = State.UNDELIVERED, f"{type(error).__name__}: {error}"
         level = {State.FAILED: "WARNING", State.UNDELIVERED: "ERROR"}.get(self.state, "INFO")
-        seconds, count, first_at = time.monotonic() - self.began, self.posts.total(), self.answer.first_at
-        first = f", first bytes after {first_at - self.began:.3f} s" if first_at else ""
-        why = f": {self.why}" if level != "INFO" else ""
-        line = f"job {self.state.value} after {seconds:.2f} s{first}, {count} POST{'s' * (count != 1)}{why}"
+        seconds, count, first_at = time.monotonic() - self.started_at, self.posts.total(), self.answer.first_byte_at
+        first_byte = f", first bytes after {first_at - self.started_at:.3f} s" if first_at else ""
+        reason = f": {self.reason}" if level != "INFO" else ""
+        line = f"job {self.state.value} after {seconds:.2f} s{first_byte}, {count} POST{'s' * (count != 1)}{reason}"
         job = {"id": self.job_id, "outcome": self.state.value, "seconds": round(seconds, 4), "posts": self.posts}
-        tell(line, level, job)
+        tell_supervisor(line, level, job)

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 JSON = dict[str, Any]
 LONGEST_MESSAGE = 4000  # characters; vLLM's may quote all that was sent
 # OpenAI's `type` of an error of ours, by its status; of any other: what was sent is at fault.
-KINDS = {
+ERROR_KINDS = {
     403: "permission_error", 413: "result_too_large", 500: "server_error", 502: "upstream_error",
     503: "service_unavailable",
 }  # fmt: skip
-TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{},:]', re.S)  # what tells where a value ends
-ID = re.compile(r"[!-~]{1,200}")  # it becomes part of an address
+JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{},:]', re.S)  # what tells where a value ends
+JOB_ID = re.compile(r"[!-~]{1,200}")  # it becomes part of an address
 
 
 @dataclass(eq=False)
@@ -33,7 +33,7 @@ class JobError(Exception):
 
     def __post_init__(self) -> None:
         super().__init__(self.message)
-        self.kind = self.kind or KINDS.get(self.status, "invalid_request_error")
+        self.kind = self.kind or ERROR_KINDS.get(self.status, "invalid_request_error")
 
     @property
     def text(self) -> str:
@@ -42,12 +42,12 @@ class JobError(Exception):
         return json.dumps({**content, "status": self.status}, ensure_ascii=False)
 
     @property
-    def item(self) -> JSON:
+    def batch_item(self) -> JSON:
         """Of one of a batch, in whose place runpod-LLM's clients know `error` as text."""
         return {"error": self.message, "type": self.kind, "status": self.status}
 
     @classmethod
-    def of(cls, body: bytes, status: int | None = None, path: str = "") -> JobError:
+    def from_answer(cls, body: bytes, status: int | None = None, path: str = "") -> JobError:
         """From what vLLM or the gateway answered: OpenAI's shape, Anthropic's, FastAPI's, or plain text. Without a
         status: from what a stream was broken off with; its status is vLLM's `code`, where that is one."""
         content: object = None
@@ -56,9 +56,9 @@ class JobError(Exception):
         error = content.get("error", content.get("detail", content)) if isinstance(content, dict) else None
         if isinstance(error, dict) and isinstance(error.get("message"), str):
             kind, code = error.get("type"), error.get("code")
-            own = code if isinstance(code, int) and 400 <= code < 600 else 503
+            stream_status = code if isinstance(code, int) and 400 <= code < 600 else 503
             kind = "upstream_error" if kind in (None, "", "error") else str(kind)
-            return cls(error["message"][:LONGEST_MESSAGE], status or own, kind, error.get("param"), code)
+            return cls(error["message"][:LONGEST_MESSAGE], status or stream_status, kind, error.get("param"), code)
         if status is None:
             return cls("The engine stopped in the middle of this answer. Please send the job again.", 503)
         if status == 404 and error == "Not Found" and path:  # FastAPI's, of a route that vLLM has for other models
@@ -67,7 +67,7 @@ class JobError(Exception):
         return cls(f"HTTP {status}: {words[:LONGEST_MESSAGE]}", status, "upstream_error")
 
 
-def parsed(value: object, name: str) -> Any:
+def parse_if_text(value: object, name: str) -> Any:
     """Some clients encode JSON twice. Raises JobError where text is none."""
     try:
         return json.loads(value) if isinstance(value, str) else value
@@ -75,25 +75,25 @@ def parsed(value: object, name: str) -> Any:
         raise JobError(f"{name} is text that is no JSON ({error}).", param=name) from None
 
 
-def as_object(value: object, name: str) -> JSON:
+def parse_object(value: object, name: str) -> JSON:
     """Empty where there is none. Raises JobError."""
-    content = parsed(value or {}, name)
+    content = parse_if_text(value or {}, name)
     if not isinstance(content, dict):
         raise JobError(f"{name} must be an object.", param=name)
     return content
 
 
-def encoded(content: object) -> bytes:
+def encode_json(content: object) -> bytes:
     """Half of a surrogate pair, of an emoji that was cut, JSON can carry; it is no UTF-8, and vLLM's tokenizer and
     RunPod take offence."""
     return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
 
 
-def without(body: JSON, names: Container[str]) -> JSON:
+def omit(body: JSON, names: Container[str]) -> JSON:
     return {name: value for name, value in body.items() if name not in names}
 
 
-class Taken(NamedTuple):
+class TakenJob(NamedTuple):
     """A job: its id and its input, or why that can't be read."""
 
     job_id: str
@@ -101,43 +101,43 @@ class Taken(NamedTuple):
     error: JobError | None = None
 
 
-def apart(body: bytes) -> list[Taken | None]:
+def split_jobs(body: bytes) -> list[TakenJob | None]:
     """One job or a list of them; None is one of which nobody can be told, for it has no id. For a thread: of a list in
     which something can't be read each bracket is looked at."""
     try:
         content = json.loads(body or b"[]")
     except (ValueError, RecursionError):  # some of it can't be read: which one?
         text = body.decode("utf-8", "replace").strip()
-        return [_one(part) for part in (_members(text) if text.startswith("[") else [text])] or [None]
+        return [_parse_job(part) for part in (_split_members(text) if text.startswith("[") else [text])] or [None]
     jobs = content if isinstance(content, list) else [content] * (content is not None)
-    return [_read(job) for job in jobs]
+    return [_convert_job(job) for job in jobs]
 
 
-def _read(job: object, error: JobError | None = None) -> Taken | None:
+def _convert_job(job: object, error: JobError | None = None) -> TakenJob | None:
     match job:
-        case {"id": str(job_id), **rest} if ID.fullmatch(job_id):
-            return Taken(job_id, None if error else rest.get("input", {}), error)  # RunPod leaves out an empty one
+        case {"id": str(job_id), **rest} if JOB_ID.fullmatch(job_id):
+            return TakenJob(job_id, None if error else rest.get("input", {}), error)  # RunPod leaves out an empty one
     return None
 
 
-def _one(text: str) -> Taken | None:
+def _parse_job(text: str) -> TakenJob | None:
     try:
-        return _read(json.loads(text))
+        return _convert_job(json.loads(text))
     except RecursionError:
         why = "is nested too deeply"
     except ValueError as error:
         why = f"can't be read: {str(error).partition(';')[0]}"  # behind it Python tells its own programmers what to do
     members: JSON = {}
-    for member in _members(text.strip()):
+    for member in _split_members(text.strip()):
         with contextlib.suppress(ValueError, RecursionError):
             members |= json.loads(f"{{{member}}}")
-    return _read(members, JobError(f"The job {why}.", param="input"))
+    return _convert_job(members, JobError(f"The job {why}.", param="input"))
 
 
-def _members(text: str) -> Iterator[str]:
+def _split_members(text: str) -> Iterator[str]:
     """Of a JSON object or list: the texts between its outermost brackets and commas."""
     depth, start = 0, 1
-    for token in TOKEN.finditer(text):
+    for token in JSON_TOKEN.finditer(text):
         sign = token[0]
         depth += (sign in "[{") - (sign in "]}")
         if (sign == "," and depth == 1) or (sign in "]}" and depth == 0):

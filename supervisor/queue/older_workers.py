@@ -13,46 +13,46 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import NamedTuple
 
-from supervisor.queue.jobs import JSON, JobError, as_object, without
+from supervisor.queue.jobs import JSON, JobError, omit, parse_object
 
-TABLE = tomllib.loads(Path(__file__).with_name("fields.toml").read_text(encoding="utf-8"))
-GONE, CONSTRAINTS, LLM, WORKERS = TABLE["gone"], TABLE["constraints"], TABLE["llm"], frozenset(TABLE["workers"])
-OLD = frozenset(CONSTRAINTS).union(GONE)
-LLM_FIELDS = WORKERS.union(LLM["own"])
+FIELDS = tomllib.loads(Path(__file__).with_name("fields.toml").read_text(encoding="utf-8"))
+GONE, CONSTRAINTS, LLM, OWN_FIELDS = FIELDS["gone"], FIELDS["constraints"], FIELDS["llm"], frozenset(FIELDS["workers"])
+OLD_FIELDS = frozenset(CONSTRAINTS).union(GONE)
+LLM_FIELDS = OWN_FIELDS.union(LLM["own"])
 MARKS = ("mode", *LLM["constraining"])  # of runpod-LLM's requests
 
 
-def renamed(body: JSON) -> JSON:
+def rename(body: JSON) -> JSON:
     """The body of a request as vLLM reads it today. Raises JobError."""
     for name, row in GONE.items():
         if body.get(name) not in (None, *row["neutral"], body.get(row.get("same"))):
             raise JobError(f"vLLM has no {name} any more: {row['instead']}.", param=name)
     constraints = {old.removeprefix("guided_"): body[old] for old in CONSTRAINTS if body.get(old) not in (None, False)}
-    kept = without(body, OLD)
+    fields = omit(body, OLD_FIELDS)
     if not constraints:
-        return kept
-    given = as_object(kept.get("structured_outputs"), "structured_outputs")
-    for twice in constraints.keys() & given.keys():
-        raise JobError(f"structured_outputs.{twice} is there twice, once as guided_{twice}.", param=twice)
-    return {**kept, "structured_outputs": {**given, **constraints}}
+        return fields
+    outputs = parse_object(fields.get("structured_outputs"), "structured_outputs")
+    for name in constraints.keys() & outputs.keys():
+        raise JobError(f"structured_outputs.{name} is there twice, once as guided_{name}.", param=name)
+    return {**fields, "structured_outputs": {**outputs, **constraints}}
 
 
 def llm_fields(content: JSON) -> tuple[str, JSON]:
     """The mode of runpod-LLM's request, and what vLLM gets beside `messages` or a `prompt`. Raises JobError."""
-    constrained = any(content.get(name) for name in LLM["constraining"])
-    asked = str(content.get("mode") or ("json" if constrained else "chat")).lower()
-    if (mode := LLM["modes"].get(asked)) is None:
-        raise JobError(f"mode {asked!r} is not one of: {', '.join(LLM['modes'])}.", param="mode")
-    kept = {name: value for name, value in content.items() if value is not None and name not in LLM_FIELDS}
-    return mode, LLM["defaults"] | kept | (_constraint(content) if mode == "json" else {})
+    has_constraint = any(content.get(name) for name in LLM["constraining"])
+    mode_name = str(content.get("mode") or ("json" if has_constraint else "chat")).lower()
+    if (mode := LLM["modes"].get(mode_name)) is None:
+        raise JobError(f"mode {mode_name!r} is not one of: {', '.join(LLM['modes'])}.", param="mode")
+    fields = {name: value for name, value in content.items() if value is not None and name not in LLM_FIELDS}
+    return mode, LLM["defaults"] | fields | (_constraint(content) if mode == "json" else {})
 
 
 def _constraint(content: JSON) -> JSON:
     name = "json_schema" if content.get("json_schema") else "schema"
-    if schema := as_object(content.get(name), name):
+    if schema := parse_object(content.get(name), name):
         # OpenAI's is {"name", "schema"}.
-        named = schema if isinstance(schema.get("schema"), dict) and "type" not in schema else {"schema": schema}
-        return {"response_format": {"type": "json_schema", "json_schema": {"name": "result", **named}}}
+        json_schema = schema if isinstance(schema.get("schema"), dict) and "type" not in schema else {"schema": schema}
+        return {"response_format": {"type": "json_schema", "json_schema": {"name": "result", **json_schema}}}
     if pattern := content.get("regex") or content.get("guided_regex"):
         return {"guided_regex": pattern}  # `renamed` writes it as vLLM has it
     if any(content.get(name) for name in ("response_format", "structured_outputs", *CONSTRAINTS)):  # said otherwise
@@ -62,30 +62,30 @@ def _constraint(content: JSON) -> JSON:
 
 def llm_result(answer: JSON, mode: str) -> JSON:
     """An OpenAI answer as runpod-LLM's clients know it: `mode`, three counts of tokens, and in json mode the value."""
-    choices = [_choice(choice, index, mode) for index, choice in enumerate(answer.get("choices") or [])]
+    choices = [_llm_choice(choice, index, mode) for index, choice in enumerate(answer.get("choices") or [])]
     usage = answer.get("usage") or {}
     counts = {name: usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
     return {"id": answer.get("id"), "model": answer.get("model"), "mode": mode, "choices": choices, "usage": counts}
 
 
-def _choice(choice: JSON, index: int, mode: str) -> JSON:
-    kept: JSON = {"index": choice.get("index", index), "finish_reason": choice.get("finish_reason")}
+def _llm_choice(choice: JSON, index: int, mode: str) -> JSON:
+    result: JSON = {"index": choice.get("index", index), "finish_reason": choice.get("finish_reason")}
     if "message" in choice:
         message = choice["message"] or {}
         text = message.get("content")
-        kept["message"] = {"role": message.get("role", "assistant"), "content": text}
+        result["message"] = {"role": message.get("role", "assistant"), "content": text}
         if calls := message.get("tool_calls"):  # beside them vLLM says "" where a call is required
-            kept["message"] |= {"content": text or None, "tool_calls": calls}
+            result["message"] |= {"content": text or None, "tool_calls": calls}
     else:
-        text = kept["text"] = choice.get("text")
+        text = result["text"] = choice.get("text")
     if mode == "json":
         try:
             value = json.loads(text or "")
             json.dumps(value, allow_nan=False)  # Python reads NaN, and 1e999 as infinity; RunPod does not
-            kept["json"] = value
+            result["json"] = value
         except (ValueError, RecursionError) as error:
-            kept["json_parse_error"] = str(error)
-    return kept
+            result["json_parse_error"] = str(error)
+    return result
 
 
 class Batches(NamedTuple):
@@ -100,15 +100,15 @@ class Batches(NamedTuple):
     min_batch_size: float = 1
     batch_size_growth_factor: float = 3.0
 
-    def of(self, content: JSON) -> Batches:
+    def override(self, content: JSON) -> Batches:
         """As one request wants them. Raises JobError."""
-        given = {name: content[name] for name in self._fields if content.get(name) is not None}
-        for name, value in given.items():
+        sizes = {name: content[name] for name in self._fields if content.get(name) is not None}
+        for name, value in sizes.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value < 1e6:
                 raise JobError(f"{name} must be a number from 1 on.", param=name)
-        return self._replace(**given)
+        return self._replace(**sizes)
 
-    async def cut(self, stream: AsyncIterator[str]) -> AsyncIterator[JSON]:
+    async def group(self, stream: AsyncIterator[str]) -> AsyncIterator[JSON]:
         """A stream of whole events, the last of which is [DONE]."""
         size = min(self.min_batch_size, self.max_batch_size)
         pieces: list[tuple[int, str]] = []  # and of which answer each is
@@ -119,22 +119,22 @@ class Batches(NamedTuple):
                 if line.startswith("data: {"):
                     event = json.loads(line.removeprefix("data:"))
                     usage = event.get("usage") or usage
-                    told = ((choice.get("index", 0), _text(choice)) for choice in event.get("choices") or ())
-                    pieces += [(answer, piece) for answer, piece in told if piece]
+                    texts = ((choice.get("index", 0), _choice_text(choice)) for choice in event.get("choices") or ())
+                    pieces += [(answer, piece) for answer, piece in texts if piece]
                 if len(pieces) >= size or (pieces and line == "data: [DONE]"):
                     size = min(size * self.batch_size_growth_factor, self.max_batch_size)
                     count += len(pieces)
-                    answers = [[piece for at, piece in pieces if at == answer] for answer in range(max(pieces)[0] + 1)]
+                    answers = [[piece for i, piece in pieces if i == answer] for answer in range(max(pieces)[0] + 1)]
                     pieces = []
                     yield _output(answers, {"completion_tokens": count, **usage})
 
 
-def tokens_of(answer: JSON) -> JSON:
+def to_tokens(answer: JSON) -> JSON:
     """The same of an answer that is whole."""
-    return _output([[_text(choice)] for choice in answer.get("choices") or ()], answer.get("usage") or {})
+    return _output([[_choice_text(choice)] for choice in answer.get("choices") or ()], answer.get("usage") or {})
 
 
-def _text(choice: JSON) -> str:
+def _choice_text(choice: JSON) -> str:
     """Of a chat or a completion, all of it or a piece."""
     message = choice.get("message") or choice.get("delta") or {}
     return message.get("content") or choice.get("text") or ""

@@ -24,7 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from supervisor.gateway.counts import OUTCOMES
 from supervisor.gateway.metrics import STATES
-from supervisor.local_runpod.child import environment as simulated
+from supervisor.local_runpod.child import runpod_variables as simulated
 from supervisor.settings.knobs import KNOBS
 from supervisor.vllm import catalogue
 from supervisor.vllm.installed import PINNED

@@ -132,7 +132,7 @@ def test_who_presses_twice_waits_for_nobody(presses: int, told: str, capsys: pyt
     before = signal.getsignal(signal.SIGINT)
     try:
         with pytest.raises(KeyboardInterrupt):
-            job._run(SimpleNamespace(ask=ask), {}, stream=True)  # type: ignore[arg-type]
+            job._send_job(SimpleNamespace(ask=ask), {}, stream=True)  # type: ignore[arg-type]
     finally:
         signal.signal(signal.SIGINT, before)
     assert asked == ["/run", "/stream/7"] + ["/cancel/7"] * (presses == 1)
@@ -160,8 +160,8 @@ def test_where_no_job_can_go(send: Send, running: Supervisor, tmp_path: Path) ->
     [("no/such/file", "can't be read (No such file"), ("{", "is not JSON"), ("[]", "must be an object"), ("/", "read")],
 )
 def test_what_is_no_job(given: str, said: str) -> None:
-    with pytest.raises(job.JobError, match=said.replace("(", r"\(")):
-        job.read(given)
+    with pytest.raises(job.SendError, match=said.replace("(", r"\(")):
+        job.read_job(given)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_what_is_no_job(given: str, said: str) -> None:
     ],
 )
 def test_how_a_stream_is_asked_for(content: object, streams: object) -> None:
-    assert job.streaming(content) == streams
+    assert job.add_stream(content) == streams
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_how_a_stream_is_asked_for(content: object, streams: object) -> None:
     ],
 )
 def test_errors_for_people(error: object, said: str) -> None:
-    assert job.readable(error) == said
+    assert job.describe_error(error) == said
 
 
 def test_on_a_terminal_it_is_indented(queue: str, folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from supervisor.local_runpod.child import environment as simulated
+from supervisor.local_runpod.child import runpod_variables as simulated
 from tests.harness import FAKE_RUNPOD, Supervisor, wait_until
 
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")

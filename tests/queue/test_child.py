@@ -12,8 +12,8 @@ import pytest
 
 from supervisor.around import fitness
 from supervisor.kept import FIRST_RESTART, Kept
-from supervisor.queue.child import environment
-from supervisor.queue.delivery import Refused, RunPod
+from supervisor.queue.child import worker_environment
+from supervisor.queue.delivery import PostRefusal, RunPod
 
 RUNPODS = {
     "RUNPOD_WEBHOOK_GET_JOB": "https://runpod/job-take/$ID?gpu=x",
@@ -30,7 +30,7 @@ SECRETS = {
 
 def test_the_worker_has_no_secret_but_its_own() -> None:
     needed = {"PATH": "/bin", "HOME": "/root", "TZ": "UTC", "https_proxy": "http://proxy", "SSL_CERT_FILE": "/ca.pem"}
-    found = environment({**RUNPODS, **SECRETS, **needed}, socket="/gateway.sock", jobs=3)
+    found = worker_environment({**RUNPODS, **SECRETS, **needed}, socket="/gateway.sock", jobs=3)
     assert found.items() >= needed.items()
     assert found["RUNPOD_AI_API_KEY"] == "the-workers-key"
     assert not found.keys() & SECRETS.keys()
@@ -56,7 +56,7 @@ def test_the_worker_has_no_secret_but_its_own() -> None:
 def test_the_sdk_is_given_what_it_can_bear(name: str, given: str | None, expected: str | None) -> None:
     """An interval of "" or "²" ended its import, and so the worker, again and again."""
     environ = RUNPODS | ({name: given} if given is not None else {})
-    assert environment(environ).get(name) == expected
+    assert worker_environment(environ).get(name) == expected
 
 
 class Elsewhere(HTTPServer):
@@ -100,7 +100,7 @@ def test_a_result_follows_no_redirect(status: int) -> None:
             await RunPod(session, base, base).post(base, "j", b"{}", "k", stream=False)
 
     with Elsewhere(status) as server:
-        with pytest.raises(Refused, match=str(status)):
+        with pytest.raises(PostRefusal, match=str(status)):
             asyncio.run(post(f"{server.url}/done/$ID"))
         assert server.asked == [("/done/j", "the-workers-key")]
 

@@ -12,24 +12,24 @@ import pytest
 
 from supervisor.gateway.counts import OUTCOMES
 from supervisor.queue import delivery as deliveries
-from supervisor.queue.delivery import TABLE, Delivery, Event, NotTaken, Refused, State
-from supervisor.queue.jobs import JobError, Taken
+from supervisor.queue.delivery import TABLE, Delivery, Event, PostError, PostRefusal, State
+from supervisor.queue.jobs import JobError, TakenJob
 
-REFUSED, DOWN = Refused("RunPod answers 400"), NotTaken("RunPod answers 502")
+REFUSED, DOWN = PostRefusal("RunPod answers 400"), PostError("RunPod answers 502")
 BROKEN = JobError("The engine stopped.", 503, "service_unavailable")
 
 
 class Scripted:
     """An answer whose pieces are known; `error` is there once they are through, as of a stream that breaks off."""
 
-    taken = Taken("j")
-    first_at = 0.0
+    job = TakenJob("j")
+    first_byte_at = 0.0
 
     def __init__(
         self, *pieces: object, as_list: bool = True, error: JobError | None = None, hangs: bool = False
     ) -> None:
         self.given = pieces
-        self.as_list = as_list
+        self.is_list = as_list
         self.error = error
         self.hangs = hangs
         self.closed = False
@@ -49,9 +49,9 @@ class Scripted:
 class Listener:
     """RunPod: what it got, and what it says to each POST, in order; then it takes all."""
 
-    done, stream = "done", "stream://"
+    done_url, stream_url = "done", "stream://"
 
-    def __init__(self, *says: NotTaken | None) -> None:
+    def __init__(self, *says: PostError | None) -> None:
         self.says = list(says)
         self.got: list[tuple[str, dict[str, Any]]] = []
         self.keys: list[str] = []
@@ -71,7 +71,7 @@ async def nothing() -> dict[str, Any] | None:
 @pytest.fixture(autouse=True)
 def _little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deliveries, "FIRST_PAUSE", 0.0)
-    monkeypatch.setattr(deliveries, "PATIENCE", 0.0)
+    monkeypatch.setattr(deliveries, "RETRY_SECONDS", 0.0)
 
 
 def deliver(
@@ -147,7 +147,7 @@ def test_a_whole_answer_is_a_chunk_and_a_result(ends: Ends) -> None:
 def test_where_nobody_reads_streams_the_result_has_it_all(ends: Ends) -> None:
     """The Hub's tests give the variable's name for an address."""
     runpod = Listener()
-    runpod.stream = "JOB_STREAM_URL"
+    runpod.stream_url = "JOB_STREAM_URL"
     deliver(lambda: Scripted("a", "b"), runpod)
     assert runpod.got == [("done", {"output": ["a", "b"]})]
     assert ends()[0] == "completed"
@@ -161,7 +161,7 @@ def test_runpod_llms_is_the_object_itself(ends: Ends) -> None:
 
 
 @pytest.mark.parametrize("says", [(REFUSED,), (DOWN, DOWN)])
-def test_a_chunk_that_can_not_be_delivered_fails_the_job(ends: Ends, says: tuple[NotTaken, ...]) -> None:
+def test_a_chunk_that_can_not_be_delivered_fails_the_job(ends: Ends, says: tuple[PostError, ...]) -> None:
     runpod = Listener(None, *says)
     one = deliver(lambda: Scripted("a", "b", "c"), runpod)
     assert runpod.got[0] == ("stream", {"output": "a"})
@@ -180,7 +180,7 @@ def test_a_result_that_is_refused_becomes_an_error(ends: Ends) -> None:
 
 
 @pytest.mark.parametrize("says", [(None, DOWN, DOWN), (None, REFUSED, REFUSED)])
-def test_what_nobody_takes_is_undelivered(ends: Ends, says: tuple[NotTaken | None, ...]) -> None:
+def test_what_nobody_takes_is_undelivered(ends: Ends, says: tuple[PostError | None, ...]) -> None:
     deliver(lambda: Scripted("a"), Listener(*says))
     outcome, line = ends()
     assert outcome == "undelivered"
@@ -227,7 +227,7 @@ def test_whose_time_is_over_does_not_wait_for_a_chunk(ends: Ends) -> None:
 
     class Stuck(Listener):
         async def post(self, template: str, job_id: str, body: bytes, key: str, *, stream: bool) -> None:
-            if template == self.stream:
+            if template == self.stream_url:
                 await asyncio.Event().wait()
             await super().post(template, job_id, body, key, stream=stream)
 

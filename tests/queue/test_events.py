@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
-from supervisor.local_runpod.queue import CHUNK_BYTES
+from supervisor.local_runpod.queue import RUNPOD_CHUNK_LIMIT
 from supervisor.queue import worker
-from supervisor.queue.worker import CHUNK_LIMIT, EVENT_LIMIT, cut
+from supervisor.queue.worker import CHUNK_LIMIT, EVENT_LIMIT, cut_chunk
 
 ENDS = ("\n\n", "\r\n\r\n")
 # Of 1, 2, 3 and 4 bytes.
@@ -29,7 +29,7 @@ class Events:
         self.buffer += data
 
     def cut(self, *, ended: bool = False) -> str:
-        text = cut(self.buffer, begun=self.begun, ended=ended)
+        text = cut_chunk(self.buffer, has_begun=self.begun, has_ended=ended)
         self.begun |= bool(text)
         return text
 
@@ -175,7 +175,7 @@ def test_a_longer_one_is_cut_between_two_characters(text: str, at_once: bool, fi
 def test_no_chunk_is_more_than_runpod_takes(text: str, length: int) -> None:
     stream = f"data: {text * (length // len(text))}\n\n"
     for chunk in chunks_of(pieces(random.Random(5), stream.encode(), 65536)):
-        assert len(json.dumps({"output": chunk}, ensure_ascii=False).encode()) <= CHUNK_BYTES
+        assert len(json.dumps({"output": chunk}, ensure_ascii=False).encode()) <= RUNPOD_CHUNK_LIMIT
 
 
 def test_what_is_no_utf8_is_replaced_and_the_rest_arrives() -> None:

@@ -15,7 +15,7 @@ from starlette.requests import Request as HttpRequest
 from supervisor.gateway.app import OWN_PATHS
 from supervisor.queue.jobs import JobError
 from supervisor.queue.older_workers import llm_result
-from supervisor.queue.shapes import OWN_ROUTES, Job, Reader, Request
+from supervisor.queue.shapes import OWN_ROUTES, Plan, Reader, Request
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "hi"}]
@@ -27,7 +27,7 @@ BINARY = {"content_type": "audio/wav", "base64": base64.b64encode(b"\x00\xff\r\n
 NO_STREAM = {"n": 2, "model": "demo"}
 
 READER = Reader("demo")
-LLM_READER = Reader("demo", llm=True)
+LLM_READER = Reader("demo", is_runpod_llm=True)
 JSON_TYPE = {"Content-Type": "application/json"}
 
 
@@ -66,7 +66,7 @@ def body_of(request: Request) -> Any:
     return None if request.body is None else json.loads(request.body)
 
 
-def check(case: Case, reader: Reader) -> Job:
+def check(case: Case, reader: Reader) -> Plan:
     job = reader.read(case.input)
     assert job.request is not None
     assert job.batch == ()
@@ -76,13 +76,13 @@ def check(case: Case, reader: Reader) -> Job:
     return job
 
 
-def items_of(reader: Reader, *items: object) -> list[Job | JobError]:
+def items_of(reader: Reader, *items: object) -> list[Plan | JobError]:
     """What is read of each of a batch."""
     job = reader.read({"requests": [*items]})
     assert job.request is None
-    assert not job.as_list
+    assert not job.is_list
     assert len(job.batch) == len(items)
-    found: list[Job | JobError] = []
+    found: list[Plan | JobError] = []
     for read in job.batch:
         try:
             found.append(read())
@@ -149,8 +149,8 @@ def refusal(content: object, reader: Reader = READER) -> JobError:
 @pytest.mark.parametrize("reader", [READER, LLM_READER], ids=["", "llm"])
 def test_openai(case: Case, reader: Reader) -> None:
     job = check(case, reader)
-    assert job.as_list
-    assert job.shape is None
+    assert job.is_list
+    assert job.reshape is None
 
 
 # route
@@ -194,8 +194,8 @@ def test_openai(case: Case, reader: Reader) -> None:
 @pytest.mark.parametrize("reader", [READER, LLM_READER], ids=["", "llm"])
 def test_route(case: Case, reader: Reader) -> None:
     job = check(case, reader)
-    assert job.as_list
-    assert job.shape is None
+    assert job.is_list
+    assert job.reshape is None
 
 
 OURS = ("/ping", "/health", "/status", "/metrics", "/")
@@ -502,16 +502,16 @@ def test_half_a_surrogate_pair_in_a_form() -> None:
 )
 def test_short(case: Case) -> None:
     job = check(case, READER)
-    assert job.as_list
-    assert job.shape is None
+    assert job.is_list
+    assert job.reshape is None
 
 
 def test_sampling_params_say_that_an_llm_worker_s_client_knows_the_short_shape() -> None:
     content = {"messages": HI, "sampling_params": {"max_tokens": 5}, "stream": True}
     job = LLM_READER.read(content)
     assert job == READER.read(content)
-    assert job.as_list
-    assert job.shape is None
+    assert job.is_list
+    assert job.reshape is None
 
 
 # runpod-LLM
@@ -634,8 +634,8 @@ LLM_CASES = (
 @pytest.mark.parametrize("reader", [READER, LLM_READER], ids=["", "llm"])
 def test_llm(case: Case, reader: Reader) -> None:
     job = check(case, reader)
-    assert job.shape is not None
-    assert not job.as_list
+    assert job.reshape is not None
+    assert not job.is_list
 
 
 @cases(
@@ -644,8 +644,8 @@ def test_llm(case: Case, reader: Reader) -> None:
 )
 def test_messages_alone_are_runpod_llms_where_its_model_variable_is_used(case: Case) -> None:
     job = check(case, LLM_READER)
-    assert job.shape is not None
-    assert not job.as_list
+    assert job.reshape is not None
+    assert not job.is_list
 
 
 @pytest.mark.parametrize(
@@ -659,7 +659,7 @@ def test_messages_alone_are_runpod_llms_where_its_model_variable_is_used(case: C
     ],
 )
 def test_the_result_says_its_mode(content: object, mode: str) -> None:
-    shape = READER.read(content).shape
+    shape = READER.read(content).reshape
     assert shape is not None
     assert shape({})["mode"] == mode
 
@@ -672,7 +672,7 @@ def test_the_result_says_its_mode(content: object, mode: str) -> None:
 @pytest.mark.parametrize("within", ["beside", "sampling_params"])
 def test_a_limit_fits_the_model(longest: int | None, given: object, within: str) -> None:
     """null is none; ours is what the model can take at most; one beyond that is as much as there is room for."""
-    reader = Reader("demo", longest=longest)
+    reader = Reader("demo", max_len=longest)
     limit = {"max_tokens": given} if within == "beside" else {"sampling_params": {"max_tokens": given}}
     if given is None:
         expected: object = min(512, longest or 512)
@@ -685,14 +685,14 @@ def test_a_limit_fits_the_model(longest: int | None, given: object, within: str)
 
 
 def test_no_limit_is_two() -> None:
-    reader = Reader("demo", longest=400)
+    reader = Reader("demo", max_len=400)
     body = body_of(one({"messages": HI, "max_completion_tokens": 5000}, reader))
     assert body["max_completion_tokens"] == 400
     assert "max_tokens" not in body
 
 
 def test_what_is_passed_on_as_it_is_has_the_limit_that_was_sent() -> None:
-    reader = Reader("demo", longest=400)
+    reader = Reader("demo", max_len=400)
     sent = {"prompt": "a", "max_tokens": 5000}
     assert body_of(one({"openai_route": COMPLETIONS, "openai_input": sent}, reader)) == ours(**sent)
 
@@ -791,7 +791,7 @@ def test_a_batch_of_every_shape_with_bad_ones_among_them() -> None:
         {"openai_input": DEEP},
     ]
     found = [
-        item.message if isinstance(item, JobError) else (item.request and item.request.path, item.shape is not None)
+        item.message if isinstance(item, JobError) else (item.request and item.request.path, item.reshape is not None)
         for item in items_of(READER, *items)
     ]
     assert found == [
@@ -842,7 +842,7 @@ def test_a_batch_comes_before_all_others() -> None:
 def test_nothing_streams_in_a_batch(item: dict[str, Any], body: object) -> None:
     given = json.dumps(item)
     (job,) = items_of(READER, item)
-    assert isinstance(job, Job)
+    assert isinstance(job, Plan)
     assert job.request is not None
     assert body_of(job.request) == body
     assert json.dumps(item) == given
@@ -851,7 +851,7 @@ def test_nothing_streams_in_a_batch(item: dict[str, Any], body: object) -> None:
 def test_a_form_does_not_stream_in_a_batch() -> None:
     item = {"route": "/x", "body": {"stream": True, "language": "en"}, "files": {"file": ""}}
     (job,) = items_of(READER, item)
-    assert isinstance(job, Job)
+    assert isinstance(job, Plan)
     assert job.request is not None
     assert dict(fields_of(parsed(job.request))) == {"language": "en", "model": "demo"}
 
@@ -1145,7 +1145,7 @@ FAILURES = (
 
 @pytest.mark.parametrize("failure", FAILURES, ids=[failure.name for failure in FAILURES])
 def test_the_error_of_an_answer(failure: Failure) -> None:
-    error = JobError.of(failure.body, failure.status)
+    error = JobError.from_answer(failure.body, failure.status)
     assert json.loads(error.text) == {
         "message": failure.message,
         "type": failure.kind,
@@ -1169,7 +1169,7 @@ def test_the_error_of_an_answer(failure: Failure) -> None:
     ids=["openai", "no-status", "anthropic", "responses", "nothing", "text"],
 )
 def test_the_error_of_an_event(event: object, expected: tuple[str, str, int]) -> None:
-    error = JobError.of(of(event))
+    error = JobError.from_answer(of(event))
     assert (error.message.partition(". ")[0], error.kind, error.status) == expected
 
 

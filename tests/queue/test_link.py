@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from supervisor.queue.jobs import JobError, Taken
+from supervisor.queue.jobs import JobError, TakenJob
 from supervisor.queue.shapes import Reader, Request
 
 pytestmark = pytest.mark.slow  # the import
@@ -31,13 +31,13 @@ class Client:
         raise JobError("no", 500)
         yield
 
-    async def look(self, *_: object) -> None: ...
+    async def read(self, *_: object) -> None: ...
 
 
 class Posts:
     """RunPod's side of results."""
 
-    done = stream = "http://runpod/$ID"
+    done_url = stream_url = "http://runpod/$ID"
     session = None
 
     def __init__(self, error: Exception | None = None) -> None:
@@ -79,13 +79,13 @@ def test_one_that_is_cancelled_before_its_first_step_is_told(sdk: Any, capsys: p
     posts = Posts()
 
     async def act(link: Any) -> None:
-        link._begin(Taken("a", {"prompt": "x"}))
-        task = link.running["a"].task
+        link._start_delivery(TakenJob("a", {"prompt": "x"}))
+        task = link.deliveries["a"].task
         task.cancel()
         await asyncio.wait({task})
         await asyncio.sleep(0)
-        assert link.running == {}
-        assert link.client.asked == 0
+        assert link.deliveries == {}
+        assert link.gateway.asked == 0
 
     within(sdk, posts, act)
     assert told(capsys) == [("a", "taken"), ("a", "cancelled")]
@@ -97,11 +97,11 @@ def test_one_whose_time_is_over_before_its_first_step_is_told_so(sdk: Any, capsy
     posts = Posts()
 
     async def act(link: Any) -> None:
-        link._begin(Taken("a", {"prompt": "x"}))
-        link.heard("expire")
-        await asyncio.wait({link.running["a"].task})
+        link._start_delivery(TakenJob("a", {"prompt": "x"}))
+        link.order_received("expire")
+        await asyncio.wait({link.deliveries["a"].task})
         await asyncio.sleep(0)
-        assert link.running == {}
+        assert link.deliveries == {}
 
     within(sdk, posts, act)
     assert told(capsys) == [("a", "taken"), ("a", "failed")]
@@ -111,12 +111,12 @@ def test_one_whose_time_is_over_before_its_first_step_is_told_so(sdk: Any, capsy
 
 def test_a_fault_of_ours_is_no_silence(sdk: Any, capsys: pytest.CaptureFixture[str]) -> None:
     async def act(link: Any) -> None:
-        link._begin(Taken("a", {"prompt": "x"}))
-        task = link.running["a"].task
-        link.client.go.set()
+        link._start_delivery(TakenJob("a", {"prompt": "x"}))
+        task = link.deliveries["a"].task
+        link.gateway.go.set()
         await asyncio.wait({task})
         await asyncio.sleep(0)
-        assert link.running == {}
+        assert link.deliveries == {}
 
     within(sdk, Posts(RuntimeError("a bug")), act)
     assert told(capsys) == [("a", "taken"), ("a", "undelivered")]
@@ -146,7 +146,7 @@ def test_a_poll_is_broken_off_while_nothing_is_on_its_way(sdk: Any) -> None:
     """However often: a second word of the supervisor's found it half broken off, and nothing else of that word done."""
 
     async def run() -> None:
-        poll = sdk.LongPoll("x", Polls(), sdk.stopped)
+        poll = sdk.LongPoll("x", Polls(), sdk.read_stops)
         poll.break_off()
         asked = asyncio.create_task(poll.ask("u"))
         await asyncio.sleep(0)
@@ -173,7 +173,7 @@ def test_a_poll_that_is_no_long_one_waits_longer_each_time(
     answers = [(500, b""), (500, b""), (401, b""), (200, b"{"), (204, b""), (200, jobs), (200, none), (400, b"")]
 
     async def run() -> list[list[str]]:
-        poll = sdk.LongPoll("stops", Polls(*answers), sdk.stopped)
+        poll = sdk.LongPoll("stops", Polls(*answers), sdk.read_stops)
         return [await poll.ask("u") for _ in answers]
 
     assert asyncio.run(run()) == [[], [], [], [], [], ["a", "b"], [], []]
@@ -193,7 +193,7 @@ def test_a_runpod_that_can_not_be_connected_to_is_told(sdk: Any, capsys: pytest.
             raise aiohttp.ConnectionTimeoutError("Connection timeout to host http://runpod")
 
     async def run() -> float:
-        poll = sdk.LongPoll("taking jobs", Nobody(), sdk.stopped)
+        poll = sdk.LongPoll("taking jobs", Nobody(), sdk.read_stops)
         assert await poll.ask("u") == []
         return poll.pause
 
@@ -207,10 +207,10 @@ def test_no_poll_is_opened_by_one_who_leaves(sdk: Any) -> None:
 
     async def act(link: Any) -> None:
         async def look(*_: object) -> None:
-            link.heard("draining")
+            link.order_received("draining")
 
-        link.client.look = look
-        link.takes.ask = None
-        await link._take()
+        link.gateway.read = look
+        link.job_poll.ask = None
+        await link._take_jobs()
 
     within(sdk, Posts(), act)

@@ -23,8 +23,8 @@ from typing import Any
 import httpx
 import pytest
 
-from supervisor.local_runpod.queue import Queue, State
-from supervisor.local_runpod.simulator import Handed
+from supervisor.local_runpod.queue import Queue, Status
+from supervisor.local_runpod.simulator import Handout
 from tests.harness import FAKE_RUNPOD, ROOT, wait_until
 
 pytestmark = pytest.mark.slow
@@ -240,13 +240,13 @@ def test_jobs_that_could_not_be_written_go_back_to_the_front() -> None:
     async def scenario() -> None:
         queue = Queue(hold=1, lost_after=60)
         jobs = [queue.submit({"input": number}, sync=False) for number in range(3)]
-        worker = queue.worker("w")
+        worker = queue.note_worker("w")
         taken = await queue.take(worker, 2)
         assert taken == jobs[:2]
         closed = SimpleNamespace(is_closing=lambda: True)
-        handed = Handed([job.delivery() for job in taken], partial(queue.put_back, taken))
+        handed = Handout([job.worker_view() for job in taken], partial(queue.put_back, taken))
         await handed({"type": "http", "state": {"transport": closed}}, nothing, nothing)
-        assert [job.state for job in jobs] == [State.IN_QUEUE] * 3
+        assert [job.status for job in jobs] == [Status.IN_QUEUE] * 3
         assert await queue.take(worker, 3) == jobs
 
     async def nothing(*_: object) -> Any:
@@ -328,7 +328,7 @@ def test_lost_jobs_come_once_more_and_then_fail() -> None:
 def test_a_job_that_comes_again_takes_its_old_place() -> None:
     async def scenario() -> None:
         queue = Queue(hold=1, lost_after=60)
-        worker = queue.worker("w")
+        worker = queue.note_worker("w")
         first, second, third = (queue.submit({"input": number}, sync=False) for number in range(3))
         low = queue.submit({"input": 3, "policy": {"lowPriority": True}}, sync=False)
         assert await queue.take(worker, 2) == [first, second]
@@ -336,8 +336,8 @@ def test_a_job_that_comes_again_takes_its_old_place() -> None:
         queue.put_back([first])
         queue.put_back([third])  # which was not handed out
         assert await queue.take(worker, 9) == [first, second, third, low]
-        queue.result(worker, first, b'{"error": "no"}', "1")
-        assert first.state is State.FAILED
+        queue.store_result(worker, first, b'{"error": "no"}', "1")
+        assert first.status is Status.FAILED
         late = queue.submit({"input": 4}, sync=False)
         queue.retry(first)  # as if it were new
         assert await queue.take(worker, 9) == [late, first]
@@ -348,14 +348,14 @@ def test_a_job_that_comes_again_takes_its_old_place() -> None:
 def test_a_job_that_is_gone_does_not_come_back() -> None:
     async def scenario() -> None:
         queue = Queue(hold=1, lost_after=60)
-        worker = queue.worker("w")
+        worker = queue.note_worker("w")
         job = queue.submit({"input": 1, "policy": {"ttl": 20}}, sync=False)
         taken = await queue.take(worker, 1)
-        assert await queue.stops(worker) == [job.id]
-        assert (job.state, queue.jobs) == (State.EXPIRED, {})
+        assert await queue.take_stops(worker) == [job.id]
+        assert (job.status, queue.jobs) == (Status.EXPIRED, {})
         queue.put_back(taken)
-        assert job.state is State.EXPIRED
-        assert not job.ends
+        assert job.status is Status.EXPIRED
+        assert not job.timers
 
     asyncio.run(scenario())
 

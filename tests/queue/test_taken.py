@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supervisor.queue.jobs import Taken, apart
+from supervisor.queue.jobs import TakenJob, split_jobs
 
 GOOD = b'{"id": "good", "input": {"prompt": "[{\\"]},"}}'
 BAD = {
@@ -21,13 +21,13 @@ BAD = {
 
 
 def test_jobs_as_they_usually_come() -> None:
-    assert apart(GOOD) == [Taken("good", {"prompt": '[{"]},'})]
-    assert apart(b"[" + GOOD + b',{"id": "2"}]') == [Taken("good", {"prompt": '[{"]},'}), Taken("2", {})]
+    assert split_jobs(GOOD) == [TakenJob("good", {"prompt": '[{"]},'})]
+    assert split_jobs(b"[" + GOOD + b',{"id": "2"}]') == [TakenJob("good", {"prompt": '[{"]},'}), TakenJob("2", {})]
 
 
 @pytest.mark.parametrize("body", [b"", b"null", b"[]"])
 def test_no_jobs(body: bytes) -> None:
-    assert apart(body) == []
+    assert split_jobs(body) == []
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -35,21 +35,21 @@ def test_no_jobs(body: bytes) -> None:
 def test_one_that_can_not_be_read_fails_alone(name: str, before: bool) -> None:
     bad, why = BAD[name]
     good = GOOD.replace(b'"good"', b'"first"')
-    jobs = apart(b"[" + b", ".join([good, bad, GOOD] if before else [bad, good, GOOD]) + b"]\n")
+    jobs = split_jobs(b"[" + b", ".join([good, bad, GOOD] if before else [bad, good, GOOD]) + b"]\n")
     found = {job.job_id: job for job in jobs if job is not None}
     assert len(found) == len(jobs)
     assert found["good"].content == found["first"].content == {"prompt": '[{"]},'}
     assert found["bad"].error is not None
     assert why in found["bad"].error.message
     assert found["bad"].error.status == 400
-    (alone,) = apart(bad)
+    (alone,) = split_jobs(bad)
     assert alone is not None
-    assert alone == Taken("bad", error=alone.error)
+    assert alone == TakenJob("bad", error=alone.error)
 
 
 def test_half_a_surrogate_pair_is_read() -> None:
     for body in (b'[{"id": "1", "input": "\\ud83d"}]', b'[{"id": "1", "input": "\xed\xa0\xbd"}]'):
-        (job,) = apart(body)
+        (job,) = split_jobs(body)
         assert job is not None
         assert (job.job_id, job.error) == ("1", None)
 
@@ -59,15 +59,15 @@ def test_half_a_surrogate_pair_is_read() -> None:
     [b"5", b'"text"', b'{"input": 1}', b'{"id": 7}', b'{"id": "two\\nlines"}', b'{"id": ""}', b'{"id": "\\ud800"}'],
 )
 def test_of_one_without_a_usable_id_nobody_can_be_told(job: bytes) -> None:
-    assert apart(b"[" + job + b"," + GOOD + b"]") == [None, Taken("good", {"prompt": '[{"]},'})]
-    assert apart(job) == [None]
+    assert split_jobs(b"[" + job + b"," + GOOD + b"]") == [None, TakenJob("good", {"prompt": '[{"]},'})]
+    assert split_jobs(job) == [None]
 
 
 @pytest.mark.parametrize(
     "body", [b"{", b"[", b"]", b'["', b"[" * 50_000, b'{"id": "1", "input": ', b"\xff\xfe", b"x,y"]
 )
 def test_what_is_no_json_at_all(body: bytes) -> None:
-    jobs = apart(body)
+    jobs = split_jobs(body)
     assert jobs
     assert all(job is None or job.error is not None for job in jobs)
 
@@ -93,7 +93,7 @@ def test_whatever_stands_beside_one_is_read(inputs: list[Any], at: int, name: st
         for number, content in enumerate(inputs)
     ]
     texts.insert(at, BAD[name][0])
-    jobs = apart(b"[" + b",".join(texts) + b"]")
+    jobs = split_jobs(b"[" + b",".join(texts) + b"]")
     assert len(jobs) == len(texts)
     assert [(job.job_id, job.content) for job in jobs if job is not None and job.error is None] == [
         (str(number), content) for number, content in enumerate(inputs)

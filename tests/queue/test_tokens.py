@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from supervisor.queue.jobs import JobError
-from supervisor.queue.older_workers import WORKERS, Batches
-from supervisor.queue.older_workers import tokens_of as whole
+from supervisor.queue.older_workers import OWN_FIELDS, Batches
+from supervisor.queue.older_workers import to_tokens as whole
 from supervisor.queue.shapes import Reader
 from tests.harness import Supervisor
 from tests.queue.conftest import RunPod, in_queue_mode, joined
@@ -33,7 +33,7 @@ def cut(batches: Batches, *texts: str) -> list[dict[str, Any]]:
             yield text
 
     async def collect() -> list[dict[str, Any]]:
-        return [batch async for batch in batches.cut(stream())]
+        return [batch async for batch in batches.group(stream())]
 
     return asyncio.run(collect())
 
@@ -70,23 +70,23 @@ def test_several_answers_are_told_apart() -> None:
 
 def test_the_sizes_of_batches_are_the_workers_own_fields() -> None:
     """vLLM gets none of them."""
-    assert WORKERS.issuperset(Batches._fields)
+    assert OWN_FIELDS.issuperset(Batches._fields)
 
 
 @pytest.mark.parametrize("wrong", ["x", 0, -1, True, 1e9])
 def test_a_size_of_batches_that_is_none(wrong: object) -> None:
     with pytest.raises(JobError, match="max_batch_size must be a number from 1 on"):
-        Reader("m", tokens=Batches()).read({"prompt": "a", "max_batch_size": wrong})
+        Reader("m", token_batches=Batches()).read({"prompt": "a", "max_batch_size": wrong})
 
 
 def test_only_the_short_shape_gives_it() -> None:
-    reader = Reader("m", tokens=Batches())
+    reader = Reader("m", token_batches=Batches())
     job = reader.read({"messages": HI, "stream": True, "max_batch_size": 7, "batch_size_growth_factor": 2})
-    assert job.tokens == Batches(7, 1, 2.0)
+    assert job.token_batches == Batches(7, 1, 2.0)
     assert job.request is not None
     assert json.loads(job.request.body or b"")["stream_options"]["continuous_usage_stats"] is True
     for other in ({"mode": "chat", "messages": HI}, {"openai_input": {"messages": HI}}, {"route": "/v1/models"}):
-        assert reader.read(other).tokens is None
+        assert reader.read(other).token_batches is None
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from supervisor.queue.older_workers import Batches
-from supervisor.queue.shapes import Job, Reader
+from supervisor.queue.shapes import Plan, Reader
 from tests.harness import Supervisor, events, session_of, wait_until
 from tests.queue.conftest import RunPod
 from tests.queue.test_tokens import cut
@@ -604,9 +604,9 @@ def test_a_constraint_of_old_holds(runpod: RunPod) -> None:
 @pytest.mark.parametrize("content", [{"prompt": "Once upon"}, {"messages": QUESTION}], ids=["prompt", "chat"])
 def test_worker_vllms_output_of_old(served: Supervisor, content: dict[str, object]) -> None:
     """As the worker makes it of vLLM's answers; tests/queue/test_tokens.py has the way through RunPod."""
-    reader = Reader("demo", tokens=Batches(8, 1, 2))
+    reader = Reader("demo", token_batches=Batches(8, 1, 2))
 
-    def asked(**more: object) -> tuple[Job, Any]:
+    def asked(**more: object) -> tuple[Plan, Any]:
         job = reader.read({**content, "sampling_params": COLD, **more})
         assert job.request is not None
         answer = served.client.post(job.request.path, content=job.request.body, headers=dict(job.request.headers))
@@ -614,12 +614,12 @@ def test_worker_vllms_output_of_old(served: Supervisor, content: dict[str, objec
         return job, answer
 
     job, answer = asked()
-    assert job.shape is not None
-    (choice,), usage = job.shape(answer.json()).values()
+    assert job.reshape is not None
+    (choice,), usage = job.reshape(answer.json()).values()
     assert usage == {"input": answer.json()["usage"]["prompt_tokens"], "output": 20}
     job, answer = asked(stream=True)
-    assert job.tokens is not None
-    batches = cut(job.tokens, answer.text)
+    assert job.token_batches is not None
+    batches = cut(job.token_batches, answer.text)
     assert ["".join(piece for batch in batches for piece in batch["choices"][0]["tokens"])] == choice["tokens"]
     assert [len(batch["choices"][0]["tokens"]) for batch in batches][:4] == [1, 2, 4, 8]
     assert batches[-1]["usage"] == usage
