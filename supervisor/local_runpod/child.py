@@ -1,4 +1,4 @@
-"""The simulated RunPod beside a supervisor in queue mode: a child on a socket that is bound already, kept alive."""
+"""A supervisor in queue mode keeps a simulated RunPod alive beside it: a child on a socket that is bound already."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from functools import partial
 from supervisor.kept import Kept
 
 LOG = logging.getLogger("supervisor.queue")
-# In the simulator's environment, where no list of processes shows them.
+# The simulator gets the keys by these variables of its environment, where no list of processes shows them.
 CLIENT_KEYS, WORKER_KEY = "LOCAL_RUNPOD_KEYS", "LOCAL_RUNPOD_WORKER_KEY"
 
 
 def runpod_variables(url: str, key: str = "local") -> dict[str, str]:
-    """What RunPod would set, for a worker of the simulator at `url` (`http://127.0.0.1:8000/v2/local`)."""
+    """Returns what RunPod would set for a worker of the simulator at `url` (`http://127.0.0.1:8000/v2/local`)."""
     return {
         "RUNPOD_POD_ID": "local",
         "RUNPOD_ENDPOINT_ID": "local",
@@ -31,10 +31,10 @@ def runpod_variables(url: str, key: str = "local") -> dict[str, str]:
 
 
 class LocalRunPod(Kept):
-    """`run()` keeps it alive until `stop()`. Its jobs are lost with it; whoever asks meanwhile waits for the next."""
+    """`run()` keeps the simulator alive until `stop()`. Its jobs are lost with it; who asks then waits for the next."""
 
     def __init__(self, listener: socket.socket, keys: Sequence[str]) -> None:
-        """`keys`: one of them is asked of clients, where there are any."""
+        """Clients are asked for one of the `keys`, where there are any."""
         host, port = listener.getsockname()
         self.url = f"http://{host}:{port}/v2/local"
         worker_key = secrets.token_hex(16)
@@ -46,7 +46,7 @@ class LocalRunPod(Kept):
         super().__init__(program, environ, report_death, files=[listener.fileno()])
 
     def stop(self) -> None:
-        """When nobody is left to post to it."""
+        """Ends the simulator, when nobody is left to post to it."""
         self.leaving.set()
         if self.child is not None:
             self.child.terminate()

@@ -1,6 +1,6 @@
-"""`supervisor job`: one job for a supervisor in queue mode, by the simulated RunPod, as a client of RunPod sends it.
+"""`supervisor job` sends a job to a supervisor in queue mode, by the simulated RunPod, as a client of RunPod sends it.
 
-By /run and /stream, not by /runsync: so the job's id is known from the first moment on, and Ctrl-C can cancel it.
+It uses /run and /stream, not /runsync: so the job's id is known from the first moment on, and Ctrl-C can cancel it.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ EXIT_FAILURE = 1
 OPEN_STATES = ("IN_QUEUE", "IN_PROGRESS")
 START_HINT = "start one with `supervisor up MODEL --mode queue`"
 KEYS = ("SUPERVISOR_API_KEYS", "SUPERVISOR_ADMIN_KEYS")  # the simulated RunPod asks for one of these, too
-# Where an input says whether the answer is to stream: the first of these that it has, else the input itself.
+# The first of these that an input has says whether the answer is to stream, else the input itself does.
 BODY_FIELDS = ("openai_input", "body")
 
 
 class SendError(Exception):
-    """It can't be sent, or failed; the text says why."""
+    """The job can't be sent, or failed; the text says why."""
 
 
 def run(source: str, url: str | None, environ: Mapping[str, str], *, stream: bool) -> int:
-    """Prints the result. 0 where the job is completed, else 1; Ctrl-C cancels it."""
+    """Sends the job and prints its result. Returns 0 where the job is completed, else 1. Ctrl-C cancels it."""
     try:
         job = read_job(source)
         if stream:
@@ -43,7 +43,7 @@ def run(source: str, url: str | None, environ: Mapping[str, str], *, stream: boo
 
 
 def read_job(source: str) -> dict[str, Any]:
-    """A job, from JSON itself, a file, or standard input. What has no `input` is taken for one."""
+    """Reads a job from JSON itself, a file, or standard input. What has no `input` is taken for one."""
     text = source
     try:
         if source == "-":
@@ -62,7 +62,7 @@ def read_job(source: str) -> dict[str, Any]:
 
 
 def add_stream(content: Any) -> Any:
-    """The same input, asking for a stream where it does not say."""
+    """Returns the same input, which asks for a stream where it said nothing about it."""
     if not isinstance(content, dict):
         return content
     for name in BODY_FIELDS:
@@ -72,7 +72,7 @@ def add_stream(content: Any) -> Any:
 
 
 def find_url(environ: Mapping[str, str]) -> str:
-    """The address of the simulated RunPod of the supervisor that runs here."""
+    """Returns the address of the simulated RunPod of the supervisor that runs here. Raises SendError without one."""
     complaints: list[str] = []
     supervisors = list(status.here(environ, complaints))
     urls = [str(supervisor["simulator"]) for supervisor in supervisors if supervisor.get("simulator")]
@@ -86,7 +86,7 @@ def find_url(environ: Mapping[str, str]) -> str:
 
 
 class Endpoint:
-    """`http://127.0.0.1:8000`, or with the path of an endpoint, `/v2/local`."""
+    """Asks an endpoint at `http://127.0.0.1:8000`, or at an address with an endpoint's path, `/v2/local`."""
 
     def __init__(self, url: str, authorization: str = "") -> None:
         self.url = url
@@ -98,7 +98,7 @@ class Endpoint:
             self.client.base_url = self.client.base_url.join("/v2/local")
 
     def ask(self, method: str, path: str, content: str | None = None) -> dict[str, Any]:
-        """The answer's object. Raises JobError where there is none."""
+        """Returns the answer's object. Raises SendError where there is none."""
         try:
             response = self.client.request(method, path, content=content)
         except httpx.HTTPError as error:
@@ -120,7 +120,7 @@ def _send_job(endpoint: Endpoint, job: Mapping[str, Any], *, stream: bool) -> in
     job_id, interrupts = str(endpoint.ask("POST", "/run", json.dumps(job)).get("id")), list[int]()
 
     def note_interrupt(number: int, _: object) -> None:
-        # Seen after each answer, within a second: raised at once, it once hung in the HTTP client's locks.
+        # It is looked at after each answer, within a second: raised at once, it once hung in the HTTP client's locks.
         interrupts.append(number)
         if len(interrupts) > 1:
             raise KeyboardInterrupt
@@ -136,7 +136,7 @@ def _send_job(endpoint: Endpoint, job: Mapping[str, Any], *, stream: bool) -> in
 
 
 def _follow(endpoint: Endpoint, job_id: str, interrupts: Sequence[int], *, stream: bool) -> int:
-    """Reads its chunks until it is over; /stream answers when there is news."""
+    """Reads the job's chunks until it is over, and prints its result. /stream answers when there is news."""
     printer = StreamPrinter()
     news: dict[str, Any] = {"status": "IN_QUEUE"}
     while news.get("status") in OPEN_STATES or news.get("stream"):
@@ -159,7 +159,7 @@ def _follow(endpoint: Endpoint, job_id: str, interrupts: Sequence[int], *, strea
 
 
 class StreamPrinter:
-    """Writes what the chunks of an event stream say, as they come."""
+    """Prints what the chunks of an event stream say, as they come."""
 
     def __init__(self) -> None:
         self.has_written = False
@@ -177,7 +177,7 @@ class StreamPrinter:
                     self._print_event(event)
 
     def _print_event(self, event: Mapping[str, Any]) -> None:
-        """Of OpenAI's chats, completions and responses, and of Anthropic's messages."""
+        """Prints the text of an event: of OpenAI's chats, completions and responses, and of Anthropic's messages."""
         self.error = event.get("error") or self.error
         choices = event.get("choices") or ()
         for part in (event.get("delta"), *(choice.get("text") or choice.get("delta") for choice in choices)):
@@ -188,7 +188,7 @@ class StreamPrinter:
 
 
 def describe_error(error: object) -> str:
-    """The message of an error, which may be an object, or its JSON as text (docs/jobs.md)."""
+    """Returns the message of an error, which may be an object, or its JSON as text (docs/jobs.md)."""
     content = error
     if isinstance(error, str):
         with contextlib.suppress(ValueError):

@@ -1,4 +1,4 @@
-"""The queue of a RunPod endpoint, in memory: jobs, the workers that take them, limits of size and time. No HTTP.
+"""This is a RunPod endpoint's queue in memory: jobs, the workers that take them, limits of size and time. No HTTP.
 
 Everything runs on one event loop, and no method changes anything across an `await`. Times are seconds of the monotonic
 clock, which is the loop's.
@@ -18,16 +18,16 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-RUNPOD_CHUNK_LIMIT = 1_000_000
-# By whether the job came through /runsync: requests and results alike.
+RUNPOD_CHUNK_LIMIT = 1_000_000  # bytes
+# Bytes and seconds, by whether the job came through /runsync. The limits are for requests and results alike.
 JOB_LIMITS = {False: 10_000_000, True: 20_000_000}
 RETENTION = {False: 30 * 60.0, True: 60.0}
-# Where a request says nothing else. Its times are milliseconds.
+# This holds where a request says nothing else. Its times are milliseconds.
 DEFAULT_POLICY = {"executionTimeout": 600_000, "ttl": 24 * 3_600_000, "lowPriority": False}
-JOB_FIELDS = ("input", "webhook", "policy", "s3Config")  # of a request, to the worker
-RESULT_FIELDS = ("output", "metadata", "error")  # of a worker, to clients; whether RunPod keeps metadata is not known
+JOB_FIELDS = ("input", "webhook", "policy", "s3Config")  # a worker gets these of a request
+RESULT_FIELDS = ("output", "metadata", "error")  # clients get these; whether RunPod keeps metadata is not known
 LOST_MESSAGE = "job timed out after 1 retries"
-# A worker that was not heard of for the hold of a poll and this long is no worker any more.
+# A worker that was not heard of for the hold of a poll and so many seconds more is no worker any more.
 WORKER_EXPIRY = 60.0
 
 
@@ -79,25 +79,25 @@ class Job:
     status: Status = Status.IN_QUEUE
     taken_at: float | None = None
     done_at: float | None = None
-    worker: Worker | None = None  # that has it now, or had it last
+    worker: Worker | None = None  # the one that has it now, or had it last
     retries: int = 0
     result: dict[str, Any] = field(default_factory=dict)  # `output`, `metadata` and `error`, where there are any
-    chunks: list[Any] = field(default_factory=list)  # the `output` of each
-    chunks_read: int = 0  # chunks that /stream has given out
-    post_keys: set[str] = field(default_factory=set)  # of the posts that were taken
+    chunks: list[Any] = field(default_factory=list)  # each one's `output`
+    chunks_read: int = 0  # how many of these /stream has given out
+    post_keys: set[str] = field(default_factory=set)  # the keys of the posts that were taken
     change: Pulse = field(default_factory=Pulse)
-    timers: dict[Callable[[Job], None], asyncio.TimerHandle] = field(default_factory=dict)  # that end its status
+    timers: dict[Callable[[Job], None], asyncio.TimerHandle] = field(default_factory=dict)  # what ends its status
 
     @property
     def is_over(self) -> bool:
         return self.status not in (Status.IN_QUEUE, Status.IN_PROGRESS)
 
     def worker_view(self) -> dict[str, Any]:
-        """As a worker gets it. An empty object is left out, as the platform does with an input."""
+        """Returns the job as a worker gets it. An empty object is left out, as the platform does with an input."""
         return {"id": self.id} | {name: self.request[name] for name in JOB_FIELDS if self.request.get(name, {}) != {}}
 
     def client_view(self) -> dict[str, Any]:
-        """As a client sees it."""
+        """Returns the job as a client sees it."""
         view: dict[str, Any] = {"id": self.id, "status": self.status}
         if self.taken_at is not None and self.worker is not None:
             view |= {"delayTime": round((self.taken_at - self.created_at) * 1000), "workerId": self.worker.name}
@@ -109,7 +109,7 @@ class Job:
 
 
 class Queue:
-    """`hold`: how long an empty poll stays open. `lost_after`: how long a taken job may be in no ping of its worker."""
+    """An empty poll stays open for `hold` seconds; a taken job may be in no ping of its worker for `lost_after`."""
 
     def __init__(self, hold: float, lost_after: float) -> None:
         self.hold = hold
@@ -124,7 +124,7 @@ class Queue:
     # The client's side
 
     def submit(self, request: Any, *, sync: bool) -> Job:
-        """Raises Refused if the request is not one."""
+        """Puts a request in the queue, and returns its job. Raises BadRequest if it is none."""
         if not isinstance(request, dict) or "input" not in request:
             raise BadRequest("the body must be an object with the key `input`")
         overrides = request.get("policy")
@@ -140,12 +140,12 @@ class Queue:
         return job
 
     def cancel(self, job: Job) -> None:
-        """Does nothing to a job that is over."""
+        """Cancels a job, but does nothing to one that is over."""
         if not job.is_over:
             self._end(job, Status.CANCELLED)
 
     def retry(self, job: Job) -> None:
-        """Runs a job again that failed, as if it were new; raises Refused for others."""
+        """Runs a job again that failed, as if it were new. Raises BadRequest for others."""
         if job.status not in (Status.FAILED, Status.TIMED_OUT):
             raise BadRequest("only jobs that are FAILED or TIMED_OUT can be retried")
         self.retries += 1
@@ -174,13 +174,13 @@ class Queue:
     # The workers' side
 
     def note_worker(self, name: str) -> Worker:
-        """The one of that name, which has just been heard of."""
+        """Returns the worker of that name, and notes that it has just been heard of."""
         worker = self.workers.setdefault(name, Worker(name))
         worker.last_seen_at = time.monotonic()
         return worker
 
     async def take(self, worker: Worker, count: int) -> list[Job]:
-        """Up to `count` jobs, the oldest first, as soon as there is one; none after the hold."""
+        """Returns up to `count` jobs, the oldest first, as soon as there is one; none after the hold."""
         jobs: list[Job] = []
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.hold), self._poll_lock:
@@ -192,18 +192,18 @@ class Queue:
         return jobs
 
     def put_back(self, jobs: list[Job]) -> None:
-        """They never reached the worker."""
+        """Puts these jobs back into the queue, as they never reached the worker."""
         for job in jobs:
             if job.status is Status.IN_PROGRESS:
                 self._enqueue(job)
 
     def stop(self, worker: Worker, job_ids: list[str]) -> None:
-        """It must stop these jobs."""
+        """Tells the worker that it must stop these jobs."""
         worker.stop_ids += job_ids
         worker.stop_signal.beat()
 
     async def take_stops(self, worker: Worker) -> list[str]:
-        """The jobs that the worker must stop, as soon as there is one; none after the hold."""
+        """Returns the ids of jobs that the worker must stop, as soon as there is one; none after the hold."""
         await worker.stop_signal.wait_until(lambda: worker.stop_ids, self.hold)
         ids, worker.stop_ids = worker.stop_ids, []
         return ids
@@ -216,7 +216,7 @@ class Queue:
                 self._set_timer(job, self._lose, self.lost_after)
 
     def store_chunk(self, worker: Worker, job: Job, body: bytes, key: str) -> None:
-        """Stores a part of the output; Refused where it is none."""
+        """Stores a part of the output. Raises BadRequest where it is none."""
         if self.is_ignored(worker, job, key):
             return
         if len(body) > RUNPOD_CHUNK_LIMIT or "output" not in (content := parse_json(body, dict)):
@@ -226,7 +226,7 @@ class Queue:
         job.change.beat()
 
     def store_result(self, worker: Worker, job: Job, body: bytes, key: str) -> None:
-        """Stores progress, or ends the job; Refused where it is neither."""
+        """Stores progress, or ends the job. Raises BadRequest where it is neither."""
         if self.is_ignored(worker, job, key):
             return
         if len(body) > JOB_LIMITS[job.is_sync]:
@@ -242,13 +242,13 @@ class Queue:
             self._enter(job, Status.FAILED if "error" in job.result else Status.COMPLETED)
 
     def is_ignored(self, worker: Worker, job: Job, key: str) -> bool:
-        """Whether the job has this post already, or waits for none from this worker."""
+        """Says whether the job has this post already, or waits for none from this worker."""
         return key in job.post_keys or job.status is not Status.IN_PROGRESS or job.worker is not worker
 
     # What a job goes through
 
     def _enter(self, job: Job, status: Status) -> None:
-        """Changes the state: what would have ended the old one is off, what ends the new one by itself is set."""
+        """Changes the status: what would have ended the old one is off, and what ends the new one by itself is set."""
         for timer in job.timers.values():
             timer.cancel()
         job.timers.clear()
@@ -275,7 +275,7 @@ class Queue:
         job.timers[end] = asyncio.get_running_loop().call_later(seconds, end, job)
 
     def _enqueue(self, job: Job) -> None:
-        """In its place, even if it comes again: the oldest first, those of low priority last."""
+        """Puts a job in its place, even if it comes again: the oldest first, those of low priority last."""
         job.taken_at, job.done_at, job.worker, job.result = None, None, None, {}
         self._enter(job, Status.IN_QUEUE)
         bisect.insort(self._waiting_jobs, job, key=lambda job: (bool(job.policy["lowPriority"]), job.created_at))
@@ -296,7 +296,7 @@ class Queue:
         self._end(job, Status.TIMED_OUT)
 
     def _lose(self, job: Job) -> None:
-        """No ping of its worker names it any more: it is queued again, once."""
+        """Queues a job again, once, because no ping of its worker names it any more."""
         if job.retries:
             job.result = {"error": LOST_MESSAGE}
             self._enter(job, Status.FAILED)
@@ -307,7 +307,7 @@ class Queue:
 
 
 def parse_json(text: bytes, expected_type: type = object) -> Any:
-    """What the JSON says, whatever its content type; Refused if it is none (NaN is none), or not of that kind."""
+    """Returns what JSON of any content type says. Raises BadRequest if it is none (as NaN), or of another type."""
     try:
         content = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""RunPod's side of the queue on a laptop, over HTTP: what workers poll and post to, and what clients ask.
+"""This is RunPod's side of the queue on a laptop, over HTTP: what workers poll and post to, and what clients ask.
 
     python -m supervisor.local_runpod.simulator --port 8000
 
@@ -34,23 +34,23 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from supervisor.local_runpod.child import CLIENT_KEYS, WORKER_KEY
 from supervisor.local_runpod.queue import JOB_LIMITS, BadRequest, Job, Queue, Status, Worker, parse_json
 
-# How long /stream waits for a chunk, and how often it is looked whether a client of /openai has left.
+# /stream waits so many seconds for a chunk, and so often it is looked whether a client of /openai has left.
 STREAM_WAIT, DISCONNECT_CHECK = 1.0, 0.5
 # Connections of workers rest between polls and posts; uvicorn's five seconds would reset them under a post.
 KEEP_ALIVE = 120
-# The workers' routes; all others are the clients'.
+# These routes are the workers'; all others are the clients'.
 WORKER_ROUTES = ("job-take", "job-take-batch", "job-stop", "job-stream", "job-done", "ping")
 
 Handler = Callable[[Request], Awaitable[Response]]
 
 
 def reply(content: object, status: int = 200) -> Response:
-    # ASCII: half of a surrogate pair, which JSON can carry, has no UTF-8.
+    # It is ASCII: half of a surrogate pair, which JSON can carry, has no UTF-8.
     return Response(json.dumps(content).encode(), status, media_type="application/json")
 
 
 class WireProtocol(HttpToolsProtocol):
-    """Requests carry their transport, for who hands something out must know whether it is closed."""
+    """Gives requests their transport, for who hands something out must know whether it is closed."""
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -58,7 +58,7 @@ class WireProtocol(HttpToolsProtocol):
 
 
 class Handout(Response):
-    """Something that must not get lost: `undo` is called if the connection is closed when it is written."""
+    """A handout must not get lost: `undo` is called if the connection is closed when it is written."""
 
     def __init__(self, content: object, undo: Callable[[], object]) -> None:
         super().__init__(json.dumps(content).encode(), media_type="application/json")
@@ -93,7 +93,7 @@ class KeyGuard:
 
 
 class Simulator:
-    """The app of one endpoint. `routes` and `route` are what scripts/fake_runpod does more in."""
+    """Makes the app of one endpoint. scripts/fake_runpod does more in `routes` and `route`."""
 
     def __init__(self, queue: Queue) -> None:
         self.queue = queue
@@ -151,7 +151,7 @@ class Simulator:
 
     async def post(self, store: Callable[[Worker, Job, bytes, str], None], request: Request) -> Response:
         body = await request.body()
-        key = request.headers.get("idempotency-key") or uuid.uuid4().hex  # one without is like no other
+        key = request.headers.get("idempotency-key") or uuid.uuid4().hex  # a post without one is like no other
         store(self.find_worker(request), self.find_job(request), body, key)
         return reply({})
 
@@ -178,7 +178,7 @@ class Simulator:
     async def stream(self, request: Request) -> Response:
         job = self.find_job(request)
         await job.change.wait_until(lambda: job.is_over or len(job.chunks) > job.chunks_read, STREAM_WAIT)
-        self.find_job(request)  # which may have expired
+        self.find_job(request)  # it may have expired
         chunks = [{"output": chunk} for chunk in job.chunks[job.chunks_read :]]
         job.chunks_read = len(job.chunks)
         error = {"error": job.result["error"]} if "error" in job.result else {}
@@ -214,7 +214,7 @@ class Simulator:
         return _reply_result(job, "text/event-stream" if is_stream else "text/plain")
 
     async def _end_stream(self, job: Job) -> None:
-        """The job is over, or its client has left."""
+        """Ends a stream whose job is over, or whose client has left."""
         self.queue.cancel(job)
 
 
@@ -226,7 +226,7 @@ async def read_json(request: Request, limit: int = JOB_LIMITS[False]) -> Any:
 
 
 def read_number(request: Request, name: str, default: int, minimum: int, maximum: int) -> int:
-    """A number of the query."""
+    """Returns a number of the query. Raises BadRequest where it is none within the limits."""
     text = request.query_params.get(name, str(default))
     if not text.isdecimal() or not minimum <= int(text) <= maximum:
         raise BadRequest(f"{name} must be a whole number from {minimum} to {maximum}")
@@ -234,14 +234,14 @@ def read_number(request: Request, name: str, default: int, minimum: int, maximum
 
 
 async def reply_error(request: Request, error: Exception) -> Response:
-    """What is wrong with a request: starlette knows, or the queue."""
+    """Answers what is wrong with a request, which starlette or the queue knows."""
     if isinstance(error, HTTPException):
         return reply({"error": error.detail}, error.status_code)
     return reply({"error": str(error)}, 400)
 
 
 async def _stream_text(job: Job) -> AsyncIterator[bytes]:
-    """What the chunks say, as they come, until the job is over."""
+    """Yields what the chunks say, as they come, until the job is over."""
     chunks_read = 0
     while not job.is_over or len(job.chunks) > chunks_read:
         await job.change.wait_until(lambda: job.is_over or len(job.chunks) > chunks_read)  # noqa: B023 - awaited here
@@ -252,7 +252,7 @@ async def _stream_text(job: Job) -> AsyncIterator[bytes]:
 
 
 def _reply_result(job: Job, text_type: str) -> Response:
-    """The answer of a job that has streamed nothing; text that is JSON says so in its content type."""
+    """Answers for a job that has streamed nothing. Text that is JSON says so in its content type."""
     if job.status not in (Status.COMPLETED, Status.FAILED):
         return reply({"error": f"job {job.status}"}, 500)
     status, name = (500, "error") if job.status is Status.FAILED else (200, "output")
@@ -273,7 +273,7 @@ def _reply_result(job: Job, text_type: str) -> Response:
 
 class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: object) -> None:
-        """At once: nothing in here outlives the process, so there is nothing to wait for, open polls included."""
+        """Exits at once: nothing in here outlives the process, so there is nothing to wait for, open polls included."""
         os._exit(0)
 
 
@@ -298,7 +298,7 @@ def main(simulator_class: type[Simulator] = Simulator) -> None:
     # Made of its number, a socket asks for its protocol, which `create_server` and uvicorn leave out: asyncio turns
     # Nagle off only where it sees TCP, and answers written in two parts would take 40 ms.
     listener = socket.socket(fileno=_listen(options.host, options.port) if options.fd is None else options.fd)
-    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # its own mistakes only
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # uvicorn's own mistakes only
     # A job is read as RunPod hands it on: how deep and how long its values may be is the worker's to bear.
     sys.setrecursionlimit(20_000)
     sys.set_int_max_str_digits(0)

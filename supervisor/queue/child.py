@@ -1,4 +1,4 @@
-"""The queue worker as the supervisor sees it: a child that is told the engine's state, and kept alive."""
+"""This is the queue worker as the supervisor sees it: a child that is told the engine's state, and kept alive."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from supervisor.kept import Kept
 from supervisor.queue.jobs import JSON
 from supervisor.secrets import SECRET_NAME
 
-# What the worker may be given, and what its SDK can't bear.
+# The rules say what the worker may be given, and what its SDK can't bear.
 RULES = tomllib.loads(Path(__file__).with_name("environment.toml").read_text(encoding="utf-8"))
 
 
 def _is_needed(name: str) -> bool:
-    """The only secret is the key by which RunPod knows the worker."""
+    """Says whether the worker gets the variable. Its only secret is the key by which RunPod knows it."""
     if not name.startswith(tuple(RULES["prefixes"])):
         return name.upper() in RULES["needed"]
     return name not in RULES["never"] and (name == RULES["secret"] or SECRET_NAME.search(name) is None)
 
 
 def worker_environment(environ: Mapping[str, str], **options: object) -> dict[str, str]:
-    """What the worker is started with: RunPod's own variables, made safe for the SDK, and `about`, for queue/sdk.py."""
+    """Returns the worker's environment: RunPod's variables, made safe for the SDK, and `options` for queue/sdk.py."""
     variables = {name: value for name, value in environ.items() if _is_needed(name)}
     for row in RULES["value"]:
         if re.fullmatch(row["where"], variables.get(row["name"], "")):
             variables[row["name"]] = row["becomes"]
-    # The Hub's tests give an address without a query, to which the SDK appends `&...`, and the variable unexpanded.
+    # The Hub's tests leave the variable unexpanded. Their address has no query, and the SDK appends `&...` to it.
     take_url = variables["RUNPOD_WEBHOOK_GET_JOB"].replace("$RUNPOD_POD_ID", variables.get("RUNPOD_POD_ID") or "local")
     variables["RUNPOD_WEBHOOK_GET_JOB"] = take_url if "?" in take_url else f"{take_url}?"
     return variables | {"SUPERVISOR_QUEUE": json.dumps(options)}
 
 
 class QueueWorker(Kept):
-    """`run()` keeps it alive until `finish()`. What `say()` tells it: starting, ready, restarting, failed (the engine's
-    states); draining: take nothing more, and leave when all is done; expire: fail what still runs, and leave.
+    """`run()` keeps the worker alive until `finish()`. `say()` tells the engine's state (starting, ready, restarting,
+    failed), draining (it takes no more, and leaves when all is done) or expire (it fails what still runs, and leaves).
 
-    `count` gets what the worker tells of a job (queue/delivery.py); `lost` is called when it dies."""
+    `count` gets what the worker tells of a job (queue/delivery.py); `lose` is called when the worker dies."""
 
     def __init__(self, environ: Mapping[str, str], count: Callable[[JSON], object], lose: Callable[[], object]) -> None:
         self.log = logging.getLogger("supervisor.queue")
@@ -53,7 +53,7 @@ class QueueWorker(Kept):
         self.say("starting")
 
     async def finish(self, patience: float, reserve: float) -> None:
-        """Lets it end its jobs for `patience` seconds, then has it report the others as failed for `reserve` more."""
+        """Gives the worker `patience` seconds to end its jobs, then `reserve` more to report the others as failed."""
         self.leaving.set()
         for word, seconds in (("draining", patience), ("expire", reserve)):
             self.say(word)
@@ -69,7 +69,7 @@ class QueueWorker(Kept):
         self.log.error("the queue worker ended (%s), the jobs it had are lost: again in %.1f s", exit_text, delay)
 
     def _line_received(self, line: str) -> None:
-        """The SDK's lines, and the worker's own: JSON, as RunPod's console reads it; or whatever was printed."""
+        """Logs a line of the SDK's or of the worker's own. It is JSON, as RunPod's console reads it, or other text."""
         record: JSON = {"message": line}
         with contextlib.suppress(ValueError, TypeError):
             record |= json.loads(line)
@@ -77,5 +77,5 @@ class QueueWorker(Kept):
             self.count(job)
         if record.get("message"):
             level = logging.getLevelNamesMapping().get(str(record.get("level")), logging.INFO)
-            # `each`: of a job's own line none is too much.
+            # `each`: every job has a line of its own, and none is too much.
             self.log.log(level, "%s", record["message"], extra={"request": record.get("requestId"), "each": True})

@@ -1,6 +1,6 @@
-"""What becomes of a job that was taken: its chunks and its result, posted to RunPod, and how it ended, told once.
+"""A delivery posts to RunPod the chunks and the result of a job that was taken, and tells once how the job ended.
 
-`TABLE` says what follows what; docs/queue.md shows it to users as "How a job ends".
+`TABLE` says which state follows a state and an event; docs/queue.md shows it to users as "How a job ends".
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from supervisor.queue.jobs import JSON, JobError, encode_json
 from supervisor.queue.worker import Answer, check_size, tell_supervisor
 
 POST_TIMEOUT = aiohttp.ClientTimeout(total=60, sock_connect=10)
-RETRY_SECONDS = 90.0  # seconds: a result or chunk is sent again for so long, after pauses of up to these
-FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0
+RETRY_SECONDS = 90.0  # a result or a chunk is sent again for so long
+FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0  # seconds: the longest pause before the second try, and before any other
 TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})  # worth another try
-RUNPOD_CHUNK_LIMIT = 1_000_000  # what RunPod takes as one chunk
+RUNPOD_CHUNK_LIMIT = 1_000_000  # bytes that RunPod takes as one chunk
 POST_HEADERS = {"charset": "utf-8", "Content-Type": "application/x-www-form-urlencoded"}  # as the SDK sends them
 SHUTDOWN_MESSAGE = "The worker was shut down before this job was done (SUPERVISOR_DRAIN_TIMEOUT). Please send it again."
 
@@ -34,7 +34,7 @@ class State(Enum):
     ANSWERING = "its answer comes, and is posted as it comes"
     RESULT = "its result is posted"
     ERROR = "its error is posted"
-    # How it ended
+    # These say how the job ended.
     COMPLETED = "completed"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -52,12 +52,12 @@ class Event(Enum):
 TABLE: Mapping[tuple[State, Event], State] = {
     (State.ANSWERING, Event.DONE): State.RESULT,
     (State.ANSWERING, Event.BROKEN): State.ERROR,
-    # A chunk: a stream with a gap is worse than none.
+    # A chunk was not taken, and a stream with a gap is worse than none.
     (State.ANSWERING, Event.REFUSED): State.ERROR,
     (State.ANSWERING, Event.UNREACHED): State.ERROR,
     (State.ANSWERING, Event.UNWANTED): State.CANCELLED,
     (State.RESULT, Event.DONE): State.COMPLETED,
-    # Too large, most likely. An error is small, and says more to who waits than an empty result.
+    # The result is too large, most likely. An error is small, and says more to who waits than an empty result.
     (State.RESULT, Event.REFUSED): State.ERROR,
     (State.RESULT, Event.UNREACHED): State.UNDELIVERED,
     (State.RESULT, Event.UNWANTED): State.CANCELLED,
@@ -73,20 +73,20 @@ class PostError(Exception):
 
 
 class PostRefusal(PostError):
-    """Nor will it take the same one later."""
+    """RunPod did not take a POST, and will not take the same one later."""
 
 
 class RunPod(NamedTuple):
-    """Where results go. `done`, `stream`: addresses with `$ID` for the job's. In the Hub's tests, where nobody reads
-    streams, theirs is none."""
+    """This is where results go. `done_url` and `stream_url` have `$ID` in place of the job's id. In the Hub's tests,
+    where nobody reads streams, `stream_url` is no address."""
 
     session: aiohttp.ClientSession
     done_url: str
     stream_url: str
 
     async def post(self, template: str, job_id: str, body: bytes, key: str, *, stream: bool) -> None:
-        """Once. `key` is the same for all tries of one: after a reset nobody knows whether it was taken, but who knows
-        this header does. Raises NotTaken."""
+        """Posts once. All tries of one POST have the same `key`: after a reset nobody knows whether it was taken, but
+        a receiver that knows this header does. Raises PostError."""
         url = template.replace("$ID", job_id)
         url += f"{'&' if '?' in url else '?'}isStream={'true' if stream else 'false'}"
         headers = {**POST_HEADERS, "X-Request-ID": job_id, "Idempotency-Key": key}
@@ -102,25 +102,25 @@ class RunPod(NamedTuple):
 
 
 class Delivery:
-    """Of one job, by a task of its own, to be cancelled where nobody waits for it any more. `first`: what the worker's
-    first result has beside its output."""
+    """Delivers one job by a task of its own, which is to be cancelled where nobody waits for the job any more.
+    `find_metadata` returns what the worker's first result has beside its output."""
 
     def __init__(self, answer: Answer, runpod: RunPod, find_metadata: Callable[[], Awaitable[JSON | None]]) -> None:
         self.answer, self.runpod, self.find_metadata = answer, runpod, find_metadata
         self.job_id = answer.job.job_id
         self.state = State.ANSWERING
-        self.output: list[object] = []  # what came, and was posted: the result has all of it once more
-        self.output_bytes = 0  # of that, in bytes
+        self.output: list[object] = []  # the pieces that came and were posted: the result has all of them once more
+        self.output_bytes = 0  # the size of these pieces
         self.error: JobError | None = None
-        self.reason = ""  # it did not end well
-        self.posts: Counter[str] = Counter()  # "chunk taken": how many, and so on
+        self.reason = ""  # why it did not end well
+        self.posts: Counter[str] = Counter()  # how many POSTs are a "chunk taken", and so on
         self.started_at = time.monotonic()
-        self.attempt_id = os.urandom(4).hex()  # RunPod may give the same job out again
+        self.attempt_id = os.urandom(4).hex()  # a part of each key, as RunPod may give the same job out again
         self.task = asyncio.create_task(self._run())
         self.task.add_done_callback(self._report_end)
 
     def expire(self) -> None:
-        """There is no more time for an answer; that is still reported."""
+        """Ends the answer, for which there is no more time; that is still reported."""
         if self.state is State.ANSWERING:
             self.error = JobError(SHUTDOWN_MESSAGE, 503, code="shutting_down")
             self.task.cancel()
@@ -150,14 +150,14 @@ class Delivery:
                 body = encode_json({"output": piece})
                 self.output_bytes += len(body)
                 check_size(self.output_bytes, self.job_id)
-                # Else the result has it.
+                # What is not posted as a chunk is in the result alone.
                 if len(body) <= RUNPOD_CHUNK_LIMIT and self.answer.is_list and "://" in self.runpod.stream_url:
                     await self._post_with_retries("chunk", body, f"/{len(self.output)}")
 
     async def _post_result(self) -> None:
         result: JSON = {"output": self.output if self.answer.is_list else self.output[0]}
         if (metadata := await self.find_metadata()) is not None:
-            with contextlib.suppress(PostRefusal):  # RunPod may not like what it does not know: once more, without
+            with contextlib.suppress(PostRefusal):  # RunPod may not like what it does not know: posted without it
                 await self._post_with_retries("result", encode_json({**result, "metadata": metadata}), "/metadata")
                 return
         await self._post_with_retries("result", encode_json(result), "")
@@ -165,11 +165,11 @@ class Delivery:
     async def _post_error(self) -> None:
         assert self.error is not None
         await self._post_with_retries("result", encode_json({"error": self.error.text}), "/error")
-        # Of a 4xx no words: vLLM's quote what the user sent.
+        # The words of a 4xx are left out: vLLM's quote what the user sent.
         self.reason = f"{self.error.status}, {self.error.message if self.error.status >= 500 else self.error.kind}"
 
     async def _post_with_retries(self, kind: str, body: bytes, key: str) -> None:
-        """Until RunPod has taken it, in order: the next one waits for this. Raises NotTaken."""
+        """Posts until RunPod has taken it. The order is kept, as the next POST waits for this. Raises PostError."""
         is_result = kind == "result"
         template, stream = (self.runpod.done_url, self.answer.is_list) if is_result else (self.runpod.stream_url, False)
         deadline = time.monotonic() + RETRY_SECONDS
@@ -187,8 +187,8 @@ class Delivery:
                 return
 
     def _report_end(self, task: asyncio.Task[None]) -> None:
-        """The last of it: a line of log, and what the supervisor counts."""
-        if task.cancelled():  # before its first step
+        """Tells the supervisor how the job ended: a line of log, and what is counted."""
+        if task.cancelled():  # before the task's first step
             self.state = State.CANCELLED
         elif (error := task.exception()) is not None:  # a fault of ours: RunPod gives the job out again
             self.state, self.reason = State.UNDELIVERED, f"{type(error).__name__}: {error}"

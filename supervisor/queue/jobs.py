@@ -1,5 +1,5 @@
-"""Jobs as RunPod gives them out: JSON, that of each apart from the others' before it is understood, and why one fails.
-Pure: no I/O."""
+"""Reads jobs as RunPod gives them out. The JSON of each is split from the others' before it is understood. JobError
+says why a job fails. Pure: no I/O."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 
 JSON = dict[str, Any]
 LONGEST_MESSAGE = 4000  # characters; vLLM's may quote all that was sent
-# OpenAI's `type` of an error of ours, by its status; of any other: what was sent is at fault.
+# An error of ours has one of OpenAI's `type`s, by its status. With any other status, what was sent is at fault.
 ERROR_KINDS = {
     403: "permission_error", 413: "result_too_large", 500: "server_error", 502: "upstream_error",
     503: "service_unavailable",
 }  # fmt: skip
-JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{},:]', re.S)  # what tells where a value ends
-JOB_ID = re.compile(r"[!-~]{1,200}")  # it becomes part of an address
+JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{},:]', re.S)  # these tell where a value ends
+JOB_ID = re.compile(r"[!-~]{1,200}")  # an id becomes part of an address
 
 
 @dataclass(eq=False)
 class JobError(Exception):
-    """`kind` (from the status, where none is given), `param` and `code` are OpenAI's."""
+    """A job fails with this. Its `kind` (by its status, where none is given), `param` and `code` are OpenAI's."""
 
     message: str
     status: int = 400
@@ -37,19 +37,19 @@ class JobError(Exception):
 
     @property
     def text(self) -> str:
-        """Of the whole job: RunPod shows text."""
+        """Returns the error of a whole job, as text because RunPod shows text."""
         content = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
         return json.dumps({**content, "status": self.status}, ensure_ascii=False)
 
     @property
     def batch_item(self) -> JSON:
-        """Of one of a batch, in whose place runpod-LLM's clients know `error` as text."""
+        """Returns the error of one of a batch, in whose place runpod-LLM's clients know `error` as text."""
         return {"error": self.message, "type": self.kind, "status": self.status}
 
     @classmethod
     def from_answer(cls, body: bytes, status: int | None = None, path: str = "") -> JobError:
-        """From what vLLM or the gateway answered: OpenAI's shape, Anthropic's, FastAPI's, or plain text. Without a
-        status: from what a stream was broken off with; its status is vLLM's `code`, where that is one."""
+        """Reads what vLLM or the gateway answered: OpenAI's shape, Anthropic's, FastAPI's, or plain text. Without a
+        status it is what a stream was broken off with; then the status is vLLM's `code`, where that is one."""
         content: object = None
         with contextlib.suppress(ValueError, RecursionError):
             content = json.loads(body)
@@ -61,14 +61,14 @@ class JobError(Exception):
             return cls(error["message"][:LONGEST_MESSAGE], status or stream_status, kind, error.get("param"), code)
         if status is None:
             return cls("The engine stopped in the middle of this answer. Please send the job again.", 503)
-        if status == 404 and error == "Not Found" and path:  # FastAPI's, of a route that vLLM has for other models
+        if status == 404 and error == "Not Found" and path:  # FastAPI's, where vLLM has the route for other models
             return cls(f"The model has no route {path}: it is for another task, or there is none.", status)
         words = error if isinstance(error, str) else body.decode("utf-8", "replace").strip() or "no further word"
         return cls(f"HTTP {status}: {words[:LONGEST_MESSAGE]}", status, "upstream_error")
 
 
 def parse_if_text(value: object, name: str) -> Any:
-    """Some clients encode JSON twice. Raises JobError where text is none."""
+    """Returns a value, parsed if it is text: some clients encode JSON twice. Raises JobError where it is no JSON."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except ValueError as error:
@@ -76,7 +76,7 @@ def parse_if_text(value: object, name: str) -> Any:
 
 
 def parse_object(value: object, name: str) -> JSON:
-    """Empty where there is none. Raises JobError."""
+    """Returns the object, or an empty one where there is none. Raises JobError where the value is something else."""
     content = parse_if_text(value or {}, name)
     if not isinstance(content, dict):
         raise JobError(f"{name} must be an object.", param=name)
@@ -84,8 +84,8 @@ def parse_object(value: object, name: str) -> JSON:
 
 
 def encode_json(content: object) -> bytes:
-    """Half of a surrogate pair, of an emoji that was cut, JSON can carry; it is no UTF-8, and vLLM's tokenizer and
-    RunPod take offence."""
+    """Returns JSON as UTF-8. Half of a surrogate pair, of an emoji that was cut, is replaced: JSON can carry it, but it
+    is no UTF-8, and vLLM's tokenizer and RunPod take offence."""
     return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
 
 
@@ -94,7 +94,7 @@ def omit(body: JSON, names: Container[str]) -> JSON:
 
 
 class TakenJob(NamedTuple):
-    """A job: its id and its input, or why that can't be read."""
+    """A job that was taken has its id and its input, or the error that says why this can't be read."""
 
     job_id: str
     content: object = None
@@ -102,11 +102,11 @@ class TakenJob(NamedTuple):
 
 
 def split_jobs(body: bytes) -> list[TakenJob | None]:
-    """One job or a list of them; None is one of which nobody can be told, for it has no id. For a thread: of a list in
-    which something can't be read each bracket is looked at."""
+    """Reads one job or a list of them. None stands for a job of which nobody can be told, for it has no id. This is for
+    a thread: each bracket is looked at in a list in which something can't be read."""
     try:
         content = json.loads(body or b"[]")
-    except (ValueError, RecursionError):  # some of it can't be read: which one?
+    except (ValueError, RecursionError):  # some of it can't be read: which job?
         text = body.decode("utf-8", "replace").strip()
         return [_parse_job(part) for part in (_split_members(text) if text.startswith("[") else [text])] or [None]
     jobs = content if isinstance(content, list) else [content] * (content is not None)
@@ -116,7 +116,7 @@ def split_jobs(body: bytes) -> list[TakenJob | None]:
 def _convert_job(job: object, error: JobError | None = None) -> TakenJob | None:
     match job:
         case {"id": str(job_id), **rest} if JOB_ID.fullmatch(job_id):
-            return TakenJob(job_id, None if error else rest.get("input", {}), error)  # RunPod leaves out an empty one
+            return TakenJob(job_id, None if error else rest.get("input", {}), error)  # RunPod omits an empty input
     return None
 
 
@@ -135,7 +135,7 @@ def _parse_job(text: str) -> TakenJob | None:
 
 
 def _split_members(text: str) -> Iterator[str]:
-    """Of a JSON object or list: the texts between its outermost brackets and commas."""
+    """Yields the texts between the outermost brackets and commas of a JSON object or list."""
     depth, start = 0, 1
     for token in JSON_TOKEN.finditer(text):
         sign = token[0]

@@ -1,8 +1,8 @@
-"""What clients of both older workers send and expect, where vLLM's server has it otherwise: fields that have another
-name now, or are gone; runpod-LLM's requests and results; worker-vllm's output of old. Pure: no I/O.
+"""This is what clients of both older workers send and expect, where vLLM's server has it otherwise: fields that have
+another name now, or are gone; runpod-LLM's requests and results; worker-vllm's output of old. Pure: no I/O.
 
-vLLM passes over what it does not know, so that a constraint would be lost without a word: a field is renamed where that
-is exact, has no effect where its value asks for nothing, and fails the job otherwise.
+vLLM passes over what it does not know, so that a constraint would be lost without a word. Therefore a field is renamed
+where that is exact, has no effect where its value asks for nothing, and fails the job otherwise.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ FIELDS = tomllib.loads(Path(__file__).with_name("fields.toml").read_text(encodin
 GONE, CONSTRAINTS, LLM, OWN_FIELDS = FIELDS["gone"], FIELDS["constraints"], FIELDS["llm"], frozenset(FIELDS["workers"])
 OLD_FIELDS = frozenset(CONSTRAINTS).union(GONE)
 LLM_FIELDS = OWN_FIELDS.union(LLM["own"])
-MARKS = ("mode", *LLM["constraining"])  # of runpod-LLM's requests
+MARKS = ("mode", *LLM["constraining"])  # each of these fields marks a request as runpod-LLM's
 
 
 def rename(body: JSON) -> JSON:
-    """The body of a request as vLLM reads it today. Raises JobError."""
+    """Returns the body of a request as vLLM reads it today. Raises JobError where there is no such body."""
     for name, row in GONE.items():
         if body.get(name) not in (None, *row["neutral"], body.get(row.get("same"))):
             raise JobError(f"vLLM has no {name} any more: {row['instead']}.", param=name)
@@ -38,7 +38,7 @@ def rename(body: JSON) -> JSON:
 
 
 def llm_fields(content: JSON) -> tuple[str, JSON]:
-    """The mode of runpod-LLM's request, and what vLLM gets beside `messages` or a `prompt`. Raises JobError."""
+    """Returns the mode of runpod-LLM's request, and what vLLM gets beside `messages` or `prompt`. Raises JobError."""
     has_constraint = any(content.get(name) for name in LLM["constraining"])
     mode_name = str(content.get("mode") or ("json" if has_constraint else "chat")).lower()
     if (mode := LLM["modes"].get(mode_name)) is None:
@@ -50,18 +50,18 @@ def llm_fields(content: JSON) -> tuple[str, JSON]:
 def _constraint(content: JSON) -> JSON:
     name = "json_schema" if content.get("json_schema") else "schema"
     if schema := parse_object(content.get(name), name):
-        # OpenAI's is {"name", "schema"}.
+        # OpenAI's form is {"name", "schema"}.
         json_schema = schema if isinstance(schema.get("schema"), dict) and "type" not in schema else {"schema": schema}
         return {"response_format": {"type": "json_schema", "json_schema": {"name": "result", **json_schema}}}
     if pattern := content.get("regex") or content.get("guided_regex"):
-        return {"guided_regex": pattern}  # `renamed` writes it as vLLM has it
-    if any(content.get(name) for name in ("response_format", "structured_outputs", *CONSTRAINTS)):  # said otherwise
+        return {"guided_regex": pattern}  # `rename` writes it as vLLM has it
+    if any(content.get(name) for name in ("response_format", "structured_outputs", *CONSTRAINTS)):  # these constrain
         return {}
     return {"response_format": {"type": "json_object"}}
 
 
 def llm_result(answer: JSON, mode: str) -> JSON:
-    """An OpenAI answer as runpod-LLM's clients know it: `mode`, three counts of tokens, and in json mode the value."""
+    """Returns an OpenAI answer as runpod-LLM's clients know it: `mode`, three token counts, in json mode the value."""
     choices = [_llm_choice(choice, index, mode) for index, choice in enumerate(answer.get("choices") or [])]
     usage = answer.get("usage") or {}
     counts = {name: usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
@@ -74,7 +74,7 @@ def _llm_choice(choice: JSON, index: int, mode: str) -> JSON:
         message = choice["message"] or {}
         text = message.get("content")
         result["message"] = {"role": message.get("role", "assistant"), "content": text}
-        if calls := message.get("tool_calls"):  # beside them vLLM says "" where a call is required
+        if calls := message.get("tool_calls"):  # beside them vLLM's text is "" where a call is required
             result["message"] |= {"content": text or None, "tool_calls": calls}
     else:
         text = result["text"] = choice.get("text")
@@ -89,19 +89,19 @@ def _llm_choice(choice: JSON, index: int, mode: str) -> JSON:
 
 
 class Batches(NamedTuple):
-    """worker-vllm's output until the end of July 2026, for programs that read it: `SUPERVISOR_JOB_OUTPUT=tokens`.
+    """worker-vllm gave this until the end of July 2026. `SUPERVISOR_JOB_OUTPUT=tokens` is for programs that read it.
 
         [{"choices": [{"tokens": ["a whole text"]}], "usage": {"input": 5, "output": 20}}]
 
     A stream gave the same, so many pieces of text at a time: the least at first, then more and more, up to the most.
-    The names are those that a request has for these."""
+    A request has the same names for these numbers."""
 
     max_batch_size: float = 50
     min_batch_size: float = 1
     batch_size_growth_factor: float = 3.0
 
     def override(self, content: JSON) -> Batches:
-        """As one request wants them. Raises JobError."""
+        """Returns the numbers as one request wants them. Raises JobError where one is none."""
         sizes = {name: content[name] for name in self._fields if content.get(name) is not None}
         for name, value in sizes.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value < 1e6:
@@ -109,11 +109,11 @@ class Batches(NamedTuple):
         return self._replace(**sizes)
 
     async def group(self, stream: AsyncIterator[str]) -> AsyncIterator[JSON]:
-        """A stream of whole events, the last of which is [DONE]."""
+        """Yields the batches of a stream of whole events, the last of which is [DONE]."""
         size = min(self.min_batch_size, self.max_batch_size)
-        pieces: list[tuple[int, str]] = []  # and of which answer each is
+        pieces: list[tuple[int, str]] = []  # each after the index of its answer
         usage: JSON = {}
-        count = 0  # of pieces, where vLLM does not say how many tokens they were
+        count = 0  # pieces, which count where vLLM does not say how many tokens they were
         async for text in stream:
             for line in text.splitlines():
                 if line.startswith("data: {"):
@@ -130,12 +130,12 @@ class Batches(NamedTuple):
 
 
 def to_tokens(answer: JSON) -> JSON:
-    """The same of an answer that is whole."""
+    """Returns the same output for an answer that came as a whole: one batch of all."""
     return _output([[_choice_text(choice)] for choice in answer.get("choices") or ()], answer.get("usage") or {})
 
 
 def _choice_text(choice: JSON) -> str:
-    """Of a chat or a completion, all of it or a piece."""
+    """Returns the text of a chat's or a completion's choice, all of it or a piece."""
     message = choice.get("message") or choice.get("delta") or {}
     return message.get("content") or choice.get("text") or ""
 

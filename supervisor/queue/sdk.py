@@ -52,19 +52,19 @@ from supervisor.queue.worker import Answer, GatewayClient, tell_supervisor
 T = TypeVar("T")
 
 PR_SET_PDEATHSIG = 1
-# The supervisor's words (queue/child.py): with these jobs are taken (`failed`: only to be told why), after those none.
-JOIN_ORDERS = frozenset({"ready", "failed"})
+# Orders are the supervisor's words (queue/child.py). Jobs are taken with the first ones, and none after the others.
+JOIN_ORDERS = frozenset({"ready", "failed"})  # with `failed`, jobs are taken only to be told why
 END_ORDERS = frozenset({"draining", "expire", "gone"})  # `gone`: the supervisor itself is no more
 LAST_REPORTS = 3.0  # seconds that jobs have to be reported as failed once the supervisor is gone
 POLL_TIMEOUT = aiohttp.ClientTimeout(total=85, sock_connect=10)  # RunPod holds a poll for up to half a minute
 # An answer without a job that comes sooner than this was no long poll: the next one waits, longer each time.
 SHORTEST_LONG_POLL = 0.5
 LONGEST_POLL_PAUSE = 10.0
-STDIN = open(0, "rb", buffering=0, closefd=False)  # noqa: SIM115  # as long as we are
+STDIN = open(0, "rb", buffering=0, closefd=False)  # noqa: SIM115  # it is open as long as we live
 
 
 def read_order() -> str:
-    """The supervisor's next word on standard input. Byte by byte: what is behind it is for the next call."""
+    """Reads the supervisor's next word on standard input, byte by byte: what is behind it is for the next call."""
     return STDIN.readline().decode().strip() or "gone"
 
 
@@ -76,11 +76,11 @@ class LongPoll(Generic[T]):
     session: aiohttp.ClientSession
     read: Callable[[bytes], list[T]]
     pause: float = 0.0
-    problem: str = ""  # that was told
+    problem: str = ""  # the last one that was told
     wait_timeout: asyncio.Timeout | None = None  # runs while no answer is on its way
 
     async def ask(self, url: str) -> list[T]:
-        """What is read in the answer; nothing without one. RunPod's key follows no redirect."""
+        """Returns what `read` finds in the answer; nothing without one. RunPod's key follows no redirect."""
         items, problem = list[T](), ""
         try:
             async with asyncio.timeout(None) as self.wait_timeout:
@@ -94,7 +94,7 @@ class LongPoll(Generic[T]):
                     problem = f"RunPod answers {response.status}"
         except (aiohttp.ClientError, OSError, ValueError) as error:
             if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ClientError):
-                return []  # held for longer than we wait, or broken off
+                return []  # the poll was held for longer than we wait, or broken off
             problem = f"{error or type(error).__name__}"
         is_working = not problem and (any(items) or time.monotonic() - started_at > SHORTEST_LONG_POLL)
         if is_working and self.problem:
@@ -106,33 +106,33 @@ class LongPoll(Generic[T]):
         return items
 
     def break_off(self) -> None:
-        """Unless an answer is on its way: its jobs must not be dropped."""
+        """Ends the poll, unless an answer is on its way: its jobs must not be dropped."""
         with contextlib.suppress(RuntimeError):  # it does not wait any more
             if self.wait_timeout is not None:
                 self.wait_timeout.reschedule(0)
 
 
 def read_stops(body: bytes) -> list[str]:
-    """The jobs that nobody waits for any more."""
+    """Returns the ids of the jobs that nobody waits for any more."""
     content = json.loads(body or b"null")
     ids = content.get("jobsToStop") if isinstance(content, dict) else None
     return [job_id for job_id in ids or [] if isinstance(job_id, str)]
 
 
 class Link:
-    """Between RunPod and the gateway: takes jobs while there is room for them, and sees each delivered."""
+    """Stands between RunPod and the gateway: takes jobs while there is room for them, and sees each delivered."""
 
     def __init__(self, order: str, runpod: RunPod, gateway: GatewayClient, reader: Reader, max_jobs: int) -> None:
-        """`order`: the supervisor's latest word; `jobs`: that may run at once."""
+        """`order` is the supervisor's latest word; `max_jobs` may run at once."""
         self.order, self.max_jobs = order, max_jobs
         self.runpod, self.gateway, self.reader = runpod, gateway, reader
         self.deliveries: dict[str, Delivery] = {}
         self.change = asyncio.Event()  # an order came, or a job ended
         self.job_poll = LongPoll("taking jobs", runpod.session, split_jobs)
-        self.must_report_start = True  # how long vLLM's start took
+        self.must_report_start = True  # nobody was told yet how long vLLM's start took
 
     async def run(self) -> None:
-        """Until the supervisor wants the end and every job that was taken is reported, whatever poll is open."""
+        """Runs until the supervisor wants the end and every taken job is reported, whatever poll is open."""
         loop = asyncio.get_running_loop()
         # The SDK's handler would end its loops with a job on its way to them. `docker stop` does not reach us anyway.
         loop.add_signal_handler(signal.SIGTERM, self.order_received, "draining")
@@ -144,13 +144,13 @@ class Link:
             stop_task.cancel()
 
     def order_received(self, order: str) -> None:
-        """The engine's state changed, or the supervisor ends."""
+        """Obeys an order: the engine's state changed, or the supervisor ends."""
         self.order, loop = order, asyncio.get_running_loop()
         if order not in JOIN_ORDERS:
             self.job_poll.break_off()  # nothing is taken that could not be done
         if order in ("expire", "gone"):
             for delivery in self.deliveries.values():
-                loop.call_soon(delivery.expire)  # behind its first step: one that has made none can report nothing
+                loop.call_soon(delivery.expire)  # behind its first step, without which it can report nothing
         if order == "gone":
             loop.remove_reader(0)
             loop.call_later(LAST_REPORTS, os._exit, 1)
@@ -190,7 +190,7 @@ class Link:
         delivery.task.add_done_callback(delivery_ended)
 
     async def _read_cold_start(self) -> JSON | None:
-        """What RunPod's first result since vLLM's start tells beside its output: its job waited for all of this."""
+        """Returns what the first result since vLLM's start tells beside its output: its job waited for all of this."""
         must_report, self.must_report_start = self.must_report_start, False
         phases = await self.gateway.read("/status", lambda status: status["phases"]) if must_report else None
         if not phases:
@@ -209,7 +209,7 @@ class Link:
 
 
 async def work(order: str) -> None:
-    """`order`: the latest word of the supervisor's, which wrote SUPERVISOR_QUEUE as well (queue/child.py)."""
+    """Replaces the loops. `order` is the last word of the supervisor, which wrote SUPERVISOR_QUEUE (queue/child.py)."""
     options = json.loads(os.environ["SUPERVISOR_QUEUE"])
     batches = Batches(*options["batches"]) if options["batches"] else None
     reader = Reader(options["model"], is_runpod_llm=options["llm"], root=options["root"], token_batches=batches)
@@ -229,7 +229,7 @@ def main() -> None:
     if sys.platform == "linux":
         die_with_parent = partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         os.register_at_fork(after_in_child=die_with_parent)
-    runpod.serverless.start({"handler": work})  # one is wanted, which the loops that are replaced would call
+    runpod.serverless.start({"handler": work})  # the SDK wants one, which the replaced loops would call
     # All is reported. Python's own way out of so many modules takes half a second that the drain may not have.
     sys.stdout.flush()
     os._exit(0)

@@ -1,4 +1,4 @@
-"""A job's input -> the HTTP requests that it stands for. Pure: no I/O. docs/jobs.md shows each shape and its result."""
+"""Turns a job's input into HTTP requests. docs/jobs.md shows each shape of input and its result. Pure: no I/O."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from supervisor.queue.jobs import JSON, JobError, encode_json, omit, parse_if_te
 from supervisor.queue.older_workers import FIELDS, MARKS, OWN_FIELDS, Batches, llm_fields, llm_result, rename, to_tokens
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-DEFAULT_MAX_TOKENS = 512  # where nobody says otherwise vLLM stops after 16, which no user of these shapes means
-# What the gateway answers itself (gateway/app.py): its settings and its log are not the jobs', and its feed has no end.
+DEFAULT_MAX_TOKENS = 512  # by itself vLLM stops after 16, which no user of these shapes means
+# The gateway answers these itself (gateway/app.py): its settings and its log are not the jobs', its feed has no end.
 OWN_ROUTES = frozenset({"/ping", "/health", "/status", "/metrics", "/"})
 HEADER_NAME = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.A)
 HEADER_VALUE = re.compile(r"[\x20-\x7e\x80-\xff]*")
-SAFE_CHARACTERS = "/?=&%+,:;@!$'()*~[]"  # stands in a path or a query as it is, escapes among it
+SAFE_CHARACTERS = "/?=&%+,:;@!$'()*~[]"  # these stay in a path or a query as they are, and so do escapes
 
 
 class Request(NamedTuple):
-    """What goes to the gateway. `path` has its query; `body` None means none."""
+    """A request goes to the gateway. Its `path` has the query; where `body` is None it has none."""
 
     method: str
     path: str
@@ -36,31 +36,31 @@ class Request(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """One request, passed on as it comes; or, with `shape`, one whose JSON answer is reshaped; or a batch of these, to
-    be read each by itself. `as_list`: the result is a list of what came, as worker-vllm's users know it; else it is the
-    object itself."""
+    """A plan has one request, whose answer passes as it comes, or has its JSON changed by `reshape`. Or it has a batch
+    of plans, each of which is to be read by itself. With `is_list` the result is a list of what came, as worker-vllm's
+    users know it; else it is the object itself."""
 
     request: Request | None
     reshape: Callable[[JSON], JSON] | None = None
     batch: tuple[Callable[[], Plan], ...] = ()
     is_list: bool = True
-    token_batches: Batches | None = None  # a stream is given in worker-vllm's batches
+    token_batches: Batches | None = None  # a stream is given in these batches of worker-vllm's
 
 
 @dataclass(slots=True)
 class Reader:
-    """Reads inputs. `model` is put where a body names none; `llm`: `messages` alone means runpod-LLM's shape; `root`:
-    vLLM's --root-path, below which a route is the same one; `longest`: tokens that the model can take, once known."""
+    """Reads inputs. `model` is put where a body names none. With `is_runpod_llm`, `messages` alone mean runpod-LLM's
+    shape. `root` is vLLM's --root-path, below which a route is the same one."""
 
     model: str
     is_runpod_llm: bool = False
     root: str = ""
-    max_len: int | None = None
+    max_len: int | None = None  # tokens that the model can take, once known
     token_batches: Batches | None = None  # the short shape's answers are worker-vllm's of old
-    is_batch_item: bool = False  # each has a place in a list of results, where a stream has none
+    is_batch_item: bool = False  # its result is one in a list, where a stream has no place
 
     def read(self, content: object) -> Plan:
-        """Raises JobError, which says what is wrong with the input."""
+        """Returns the plan for an input. Raises JobError, which says what is wrong with the input."""
         try:
             return self._read_shape(content if isinstance(content, dict) else {})
         except RecursionError:
@@ -116,11 +116,11 @@ class Reader:
         return Request(method.upper(), self._build_path(content["route"], content.get("query")), headers, data)
 
     def _build_path(self, route: object, query: object) -> str:
-        """Raises JobError where it is none, or one of the supervisor's own, however it is spelled."""
+        """Returns the path. Raises JobError where it is none, or one of the supervisor's own, however it is spelled."""
         if not isinstance(route, str) or not re.fullmatch(r"(?![^?]*://)[^\x00-\x20\x7f]+", route):
             raise JobError("The route must be a path, such as /v1/chat/completions.", param="route")
-        path = re.sub(r"\A/?(openai/)?", "/", route)  # `/openai`: as it is in the endpoint's URL
-        # The one that is meant: without escapes, doubled slashes, dots, and a slash at its end.
+        path = re.sub(r"\A/?(openai/)?", "/", route)  # the endpoint's URL has `/openai`, too
+        # The target is the path that is meant: without escapes, doubled slashes, dots, and a slash at its end.
         target, root = posixpath.normpath("/" + unquote(path.partition("?")[0]).lstrip("/")), self.root.rstrip("/")
         if root and (target == root or target.startswith(root + "/")):
             target = target[len(root) :] or "/"
@@ -141,8 +141,8 @@ class Reader:
         return body if body.get("model") else {**body, "model": self.model}
 
     def _build_generation(self, params: JSON, mode: str, body: JSON) -> Request:
-        """A chat or a completion, of both short shapes. A limit of null is none, and one beyond the model's own means
-        as many as there is room for: vLLM takes its own length for that, and refuses more."""
+        """Returns a chat or a completion, for both short shapes. A limit of null is none, and one beyond the model's
+        means as many tokens as there is room for: vLLM takes its own length for that, and refuses more."""
         messages, prompt = params.get("messages"), params.get("prompt")
         if messages and mode != "complete":
             question = {"messages": messages}
@@ -180,7 +180,7 @@ def _decode_base64(text: Any, name: str) -> bytes:
 
 
 def _form(files: JSON, fields: JSON) -> tuple[bytes, str]:
-    """multipart/form-data, as the audio routes want it. `files`: name -> {"base64", "filename"?, "content_type"?}."""
+    """Returns multipart/form-data for the audio routes. `files`: name -> {"base64", "filename"?, "content_type"?}."""
     from urllib3.filepost import encode_multipart_formdata  # noqa: PLC0415  # most jobs have no files
 
     files, fields = json.loads(encode_json([files, fields]))  # half of a surrogate pair has no place in a form either

@@ -1,5 +1,5 @@
-"""One RunPod job's answer, as it is read from the gateway's private socket: whole, as a stream, or as a batch of these.
-Who posts is delivery.py."""
+"""Reads one RunPod job's answer from the gateway's private socket: as a whole, as a stream, or as a batch of answers.
+delivery.py posts it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from yarl import URL
 from supervisor.queue.jobs import JSON, JobError, TakenJob
 from supervisor.queue.shapes import Plan, Reader, Request
 
-CHUNK_GAP = 0.05  # seconds from the end of one chunk's POST to the next: some tokens gather, and nobody reads faster
-# Bytes. RunPod's limits on a result, and the room that is kept for what is around it.
+CHUNK_GAP = 0.05  # seconds from the end of a chunk's POST to the next one: some tokens gather, and nobody reads faster
+# These are RunPod's limits on a result, and the room that is kept for what is around it, in bytes.
 RESULT_LIMIT, SYNC_RESULT_LIMIT, ENVELOPE_ROOM = 10_000_000, 20_000_000, 50_000
 BATCH_CONCURRENCY = 100  # requests of one batch; the rest of it waits its turn here instead of in vLLM
 CHUNK_LIMIT = 256 * 1024  # bytes; RunPod takes more, but that would only delay what comes behind
 # A single event that is longer than this is cut, between two characters: quotes and backslashes double in JSON.
 EVENT_LIMIT = 450_000
 FIRST_EVENT, ALL_EVENTS = re.compile(rb".*?\n\r?\n", re.S), re.compile(rb".*\n\r?\n", re.S)  # an empty line ends each
-# An event that says that the answer is broken off: the gateway's, and vLLM's own, by the dialects of both. It begins a
+# Such an event says that the answer is broken off: the gateway's, or vLLM's own, in the dialects of both. It begins a
 # line, as no text of a model's can: line ends and quotes are escaped there.
 ERROR_EVENT = re.compile(
     r'^data: ?(?=\{"error")(.*)$|^event: ?error\r?\ndata: ?(.*)$|^data:.*"finish_reason": ?"(?:abort|error)"', re.M
@@ -36,13 +36,13 @@ ERROR_EVENT = re.compile(
 
 
 def tell_supervisor(message: str = "", level: str = "INFO", job: JSON | None = None) -> None:
-    """A line for the supervisor, which logs and counts (queue/child.py), in the shape of the SDK's own. `job`: `{"id",
-    "outcome": "taken"}`, or how it ended with its seconds and POSTs."""
+    """Prints a line for the supervisor, which logs and counts (queue/child.py), in the shape of the SDK's own. `job` is
+    `{"id", "outcome": "taken"}`, or how the job ended, with its seconds and POSTs."""
     print(json.dumps({"requestId": job and job["id"], "message": message, "level": level, "job": job}), flush=True)
 
 
 def check_size(size: int, job_id: str) -> None:
-    """Of a result, in bytes. Raises JobError."""
+    """Raises JobError where a result of so many bytes is more than RunPod takes."""
     limit = SYNC_RESULT_LIMIT if job_id.startswith("sync-") else RESULT_LIMIT
     if size > limit - ENVELOPE_ROOM:
         message = f"The result is larger than the {limit // 1_000_000} MB that RunPod takes"
@@ -50,7 +50,7 @@ def check_size(size: int, job_id: str) -> None:
 
 
 class GatewayClient:
-    """HTTP over the gateway's private socket. `session` is to be closed."""
+    """Speaks HTTP over the gateway's private socket. Its `session` is to be closed."""
 
     def __init__(self, socket: str) -> None:
         self.session = aiohttp.ClientSession(
@@ -63,7 +63,7 @@ class GatewayClient:
 
     @contextlib.asynccontextmanager
     async def ask(self, request: Request, request_id: str) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Raises JobError where the answer is an error."""
+        """Sends the request, and gives the answer. Raises JobError where that is an error."""
         url = URL(f"http://gateway{request.path}", encoded=True)
         headers = {"X-Request-Id": request_id, **request.headers}
         async with self.session.request(request.method, url, data=request.body, headers=headers) as response:
@@ -72,7 +72,7 @@ class GatewayClient:
             yield response
 
     async def read(self, route: str, find: Callable[[Any], Any]) -> Any:
-        """What `find` sees in a small answer's JSON; None where it fails, or nothing comes within a second."""
+        """Returns what `find` sees in a small answer's JSON; None where it fails, or nothing comes within a second."""
         try:
             async with asyncio.timeout(1), self.session.get(f"http://gateway{route}") as response:
                 return find(await response.json())
@@ -82,7 +82,7 @@ class GatewayClient:
 
 @dataclass(slots=True)
 class Answer:
-    """Of one job."""
+    """Reads the answer of one job."""
 
     job: TakenJob
     gateway: GatewayClient
@@ -91,8 +91,8 @@ class Answer:
     first_byte_at: float = 0.0  # when vLLM's first bytes came
 
     async def pieces(self) -> AsyncGenerator[object, None]:
-        """Those of a stream as they come, or else the one that there is. To be closed, and then vLLM hears of it at
-        once. Raises JobError where there is no answer, or it breaks off."""
+        """Yields the pieces of a stream as they come, or else the only one. The generator is to be closed; then vLLM
+        hears of it at once. Raises JobError where there is no answer, or it breaks off."""
         try:
             if self.job.error is not None:
                 raise self.job.error
@@ -113,7 +113,7 @@ class Answer:
             raise _convert_error(error) from None
 
     async def _read_stream(self, content: aiohttp.StreamReader) -> AsyncIterator[str]:
-        """The first event at once and by itself, then whatever has gathered by the time the last piece is posted."""
+        """Yields the first event at once and by itself, then whatever has gathered when the last piece is posted."""
         buffer, has_begun, error_event, chunk = bytearray(), False, None, ""
         while chunk or not content.at_eof():
             buffer += content.read_nowait() if chunk else await content.readany()
@@ -123,12 +123,12 @@ class Answer:
                 yield chunk
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(CHUNK_GAP):
-                        await content.wait_eof()  # for the end nobody waits
+                        await content.wait_eof()  # nothing is waited for once the end is there
         if error_event is not None:
             raise JobError.from_answer((error_event[1] or error_event[2] or "").encode())
 
     async def _ask_batch(self, items: tuple[Callable[[], Plan], ...]) -> list[object]:
-        """Raises JobError where all failed for the engine's sake: what is the same for all is the job's."""
+        """Returns all results. Raises JobError where the engine failed each: what is the same for all is the job's."""
         slots = asyncio.Semaphore(BATCH_CONCURRENCY)
 
         async def ask_item(index: int, read: Callable[[], Plan]) -> object:
@@ -145,7 +145,7 @@ class Answer:
         return [result.batch_item if isinstance(result, JobError) else result for result in results]
 
     async def _read_body(self, response: aiohttp.ClientResponse, plan: Plan) -> object:
-        """JSON as an object, text as text, everything else as base64 with its type."""
+        """Returns JSON as an object, text as text, and everything else as base64 with its type."""
         self.first_byte_at = self.first_byte_at or time.monotonic()
         try:
             body = await response.content.readexactly(SYNC_RESULT_LIMIT)
@@ -177,8 +177,8 @@ def _convert_error(error: Exception) -> JobError:
 
 
 def cut_chunk(buffer: bytearray, *, has_begun: bool, has_ended: bool = False) -> str:
-    """Takes the next chunk off the buffer, as text: "" where no event is complete. `begun`: the first event is through;
-    `ended`: what is left is a chunk although no event's end follows."""
+    """Takes the next chunk off the buffer, as text: "" where no event is complete. `has_begun`: the first event is
+    through. `has_ended`: what is left is a chunk although no event's end follows."""
     events = (has_begun and ALL_EVENTS.match(buffer, 0, CHUNK_LIMIT)) or FIRST_EVENT.match(buffer)
     end = events.end() if events else 0
     if end > EVENT_LIMIT or (not end and (has_ended or len(buffer) > EVENT_LIMIT)):
