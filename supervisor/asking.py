@@ -6,7 +6,7 @@ import re
 
 import httpx
 
-from supervisor.listen import on_loopback
+from supervisor.listen import is_loopback
 
 
 def client(url: str, patience: float, *, authorization: str = "") -> httpx.Client:
@@ -24,10 +24,10 @@ def client(url: str, patience: float, *, authorization: str = "") -> httpx.Clien
         base_url=address.copy_with(query=None, fragment=None),
         headers={"Authorization": authorization} if authorization else {},
         timeout=patience,
-        trust_env=address.host != "localhost" and not on_loopback(address.host),
+        trust_env=address.host != "localhost" and not is_loopback(address.host),
     )
 
 
-def why(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """In a word or two why nobody answered: `Connection refused`."""
     return re.sub(r"^\[Errno -?\d+\] ", "", str(getattr(error, "strerror", None) or error)) or type(error).__name__

@@ -22,7 +22,7 @@ VERBS = {
     "job": "send one job to a supervisor in queue mode",
 }
 # Verbs that need no valid settings: they ask a supervisor that runs, or tell what is wrong with them.
-ASKING = ("status", "doctor", "job")
+QUERIES = ("status", "doctor", "job")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,13 +49,13 @@ def version() -> str:
     return __version__
 
 
-def with_scheme(url: str) -> str:
+def add_scheme(url: str) -> str:
     return url if "://" in url or not url else f"http://{url}"
 
 
 def parser() -> argparse.ArgumentParser:
-    about = "Runs `vllm serve` as a child and relays to it."
-    main_parser = _Parser(prog="supervisor", description=about, allow_abbrev=False)
+    description = "Runs `vllm serve` as a child and relays to it."
+    main_parser = _Parser(prog="supervisor", description=description, allow_abbrev=False)
     text = f"supervisor {version()}"
     main_parser.add_argument("-V", "--version", action="version", version=text, help="say which this is")
     found = main_parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
@@ -65,8 +65,8 @@ def parser() -> argparse.ArgumentParser:
     verbs["job"].add_argument("job", metavar="FILE|JSON|-", help="a job, or only its input (docs/jobs.md)")
     verbs["job"].add_argument("--stream", action="store_true", help="print the text as it comes")
     for name in ("status", "job"):
-        told = "one on another machine, such as http://gpu1:8000"
-        verbs[name].add_argument("--url", metavar="URL", type=with_scheme, help=told)
+        help_text = "one on another machine, such as http://gpu1:8000"
+        verbs[name].add_argument("--url", metavar="URL", type=add_scheme, help=help_text)
     for name in ("up", "explain", "fetch", "doctor"):
         verb = verbs[name]
         verb.add_argument("model", nargs="?", metavar="MODEL", help="a model's name on the hub, or a folder")
@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     return main_parser
 
 
-def _vllms_own(unknown: list[str]) -> str:
+def _describe_unknown(unknown: list[str]) -> str:
     """What to say of arguments that are not ours: `--max-model-len 4096` is one of vLLM's."""
     message = f"unrecognized arguments: {' '.join(unknown)}"
     if any(word.startswith("-") for word in unknown):
@@ -86,25 +86,25 @@ def _vllms_own(unknown: list[str]) -> str:
     return message
 
 
-def arguments(argv: list[str]) -> tuple[argparse.Namespace, Arguments]:
+def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, Arguments]:
     """What the command line says. What follows `--` is vLLM's, and argparse never sees it."""
-    at = argv.index("--") if "--" in argv else len(argv)
-    parsed, unknown = parser().parse_known_args(argv[:at])
+    separator = argv.index("--") if "--" in argv else len(argv)
+    parsed, unknown = parser().parse_known_args(argv[:separator])
     if unknown:
-        parser().error(_vllms_own(unknown))
-    named = {name: getattr(parsed, name, None) for name in ("model", "config", "mode", "host", "port")}
-    return parsed, Arguments(**named, vllm_args=tuple(argv[at + 1 :]))
+        parser().error(_describe_unknown(unknown))
+    options = {name: getattr(parsed, name, None) for name in ("model", "config", "mode", "host", "port")}
+    return parsed, Arguments(**options, vllm_args=tuple(argv[separator + 1 :]))
 
 
 def main(argv: list[str] | None = None) -> None:
     for name in ("stdin", "stdout", "stderr"):  # closed (`2>&-`): its place would be the next file's that is opened
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115, PTH123  # to the end
-    parsed, given = arguments(sys.argv[1:] if argv is None else argv)
+    parsed, arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     code: int | str = EXIT_SETTINGS
     try:
         try:
-            code = ask(parsed, given) if parsed.verb in ASKING else run(parsed, gather(given, os.environ))
+            code = query(parsed, arguments) if parsed.verb in QUERIES else run(parsed, gather(arguments, os.environ))
         except SettingsError as error:
             from supervisor import explain  # noqa: PLC0415
 
@@ -130,11 +130,11 @@ def _forget_closed_output() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def ask(parsed: argparse.Namespace, given: Arguments) -> int:
+def query(parsed: argparse.Namespace, arguments: Arguments) -> int:
     if parsed.verb == "doctor":
         from supervisor.doctor import examine  # noqa: PLC0415
 
-        return examine.show(given, os.environ, as_json=parsed.json)
+        return examine.show(arguments, os.environ, as_json=parsed.json)
     if parsed.verb == "job":
         from supervisor.local_runpod import job  # noqa: PLC0415
 

@@ -12,7 +12,7 @@ from supervisor.settings.settings import Setting, Settings, SettingsError
 # The real ones are made at start, private to each run.
 SOCKET, FOLDER = "/tmp/supervisor-XXXXXXXX/vllm.sock", "/tmp/supervisor-XXXXXXXX/tmp"  # noqa: S108  # shown, not used
 # Where the output is no terminal: tables are not folded, and `grep` finds whole rows.
-WIDE = 200
+PIPE_WIDTH = 200
 
 
 def facts(settings: Settings) -> dict[str, object]:
@@ -37,7 +37,7 @@ def show(settings: Settings, *, as_json: bool) -> None:
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
-    console = Console(width=None if sys.stdout.isatty() else WIDE, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
     mask = settings.mask
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("SETTING", "VALUE", "SOURCE", "OVERRODE"):
@@ -67,5 +67,5 @@ def show_problems(error: SettingsError, *, as_json: bool) -> None:
 
 def _rows(settings: Settings) -> list[Setting]:
     """What was set comes first, each part in the order of vLLM's options."""
-    of_vllm = (setting for _, setting in (*settings.options, *settings.raw_options))
-    return [settings.model, *of_vllm, *sorted(settings.knob_settings, key=lambda own: own.source == "default")]
+    vllm_settings = (setting for _, setting in (*settings.options, *settings.raw_options))
+    return [settings.model, *vllm_settings, *sorted(settings.knob_settings, key=lambda knob: knob.source == "default")]

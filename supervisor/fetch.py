@@ -9,11 +9,11 @@ import os
 import sys
 
 from supervisor.engine.workspace import temporary_folder
-from supervisor.repositories import beside_the_model, fetch_command, hub_env, model_of, python
+from supervisor.repositories import fetch_command, find_companions, find_model, hub_env, python
 from supervisor.settings.command import child_environment
 from supervisor.settings.settings import Settings, SettingsError
 
-EXIT_CANNOT = 3
+EXIT_UNAVAILABLE = 3
 
 
 def fetch(settings: Settings) -> int:
@@ -21,18 +21,18 @@ def fetch(settings: Settings) -> int:
 
     Its exit codes are 0, 3 where another try would end the same way, and 4 where it may not.
     """
-    repositories = [model_of(settings), *beside_the_model(settings)[0]]
-    wanted = [each for each in repositories if each.weights.download]
-    for each in repositories:
-        for line in each.weights.passed_over:
+    repositories = [find_model(settings), *find_companions(settings)[0]]
+    downloads = [repository for repository in repositories if repository.weights.needs_download]
+    for repository in repositories:
+        for line in repository.weights.rejections:
             print(f"supervisor: {line}", file=sys.stderr)
-        if each not in wanted:
-            print(f"supervisor: {each.name}: {each.weights.source}")
-    if not wanted:  # vLLM will have to fetch by itself what is nowhere
-        return 0 if all(each.weights.folder is not None for each in repositories) else EXIT_CANNOT
+        if repository not in downloads:
+            print(f"supervisor: {repository.name}: {repository.weights.source}")
+    if not downloads:  # vLLM will have to fetch by itself what is nowhere
+        return 0 if all(repository.weights.folder is not None for repository in repositories) else EXIT_UNAVAILABLE
     if not python(settings):
         raise SettingsError(["the download runs in vLLM's Python, which is not to be found: set SUPERVISOR_VLLM"])
-    command = fetch_command(settings, wanted)
+    command = fetch_command(settings, downloads)
     folder = str(temporary_folder(settings.environ) / f"vllm-supervisor-{os.getuid()}")
     environ = hub_env(settings.volume, settings.environ, folder)
     environ |= child_environment(settings.environ)

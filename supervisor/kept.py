@@ -20,33 +20,33 @@ from supervisor.bounded import Call
 from supervisor.engine.child import how_it_ended
 
 # Seconds before one that died is started again: the first, the longest; after so long it counts as healthy.
-FIRST_RESTART, SLOWEST_RESTART, HEALTHY_AFTER = 0.5, 30.0, 60.0
-LAST_LINES = 2.0
+FIRST_BACKOFF, LONGEST_BACKOFF, HEALTHY_UPTIME = 0.5, 30.0, 60.0
+LAST_LINES_PATIENCE = 2.0
 LONGEST_LINE = 64 * 1024
 
 
-class Kept:
+class KeptProgram:
     """`run()` keeps it alive until `leaving` is set and it is gone."""
 
     def __init__(
         self,
         program: Sequence[str],
         environ: Mapping[str, str],
-        died: Callable[[str, float], object],
-        heard: tuple[Callable[[str], object], ...] = (),
-        files: Sequence[int] = (),
+        child_died: Callable[[str, float], object],
+        line_receivers: tuple[Callable[[str], object], ...] = (),
+        descriptors: Sequence[int] = (),
     ) -> None:
         """`program`: a module of ours and its arguments. `died` is told how it ended, and in how many seconds it is
         started again; `heard` gets the lines of its stdout, and of its stderr; `files` are given to it."""
         # -P: without the current folder among the places to import from, where a user may have a `queue.py`.
         self.command = [sys.executable, "-P", "-m", *program]
         self.environ = environ
-        self.died = died
-        self.heard = heard
-        self.files = files
+        self.child_died = child_died
+        self.line_receivers = line_receivers
+        self.descriptors = descriptors
         self.word = ""
         self.child: subprocess.Popen[bytes] | None = None
-        self.leaving = asyncio.Event()
+        self.stop_requested = asyncio.Event()
         self.ended = asyncio.Event()
 
     def say(self, word: str) -> None:
@@ -57,51 +57,51 @@ class Kept:
                 os.write(self.child.stdin.fileno(), f"{word}\n".encode())
 
     async def run(self) -> None:
-        delay = FIRST_RESTART
-        while not self.leaving.is_set():
-            began = time.monotonic()
-            code = await self._once()
-            if self.leaving.is_set():
+        backoff = FIRST_BACKOFF
+        while not self.stop_requested.is_set():
+            started_at = time.monotonic()
+            code = await self._run_once()
+            if self.stop_requested.is_set():
                 break
-            if time.monotonic() - began > HEALTHY_AFTER:
-                delay = FIRST_RESTART
-            self.died(how_it_ended(code), delay)
+            if time.monotonic() - started_at > HEALTHY_UPTIME:
+                backoff = FIRST_BACKOFF
+            self.child_died(how_it_ended(code), backoff)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(delay):
-                    await self.leaving.wait()
-            delay = min(delay * 2, SLOWEST_RESTART)
+                async with asyncio.timeout(backoff):
+                    await self.stop_requested.wait()
+            backoff = min(backoff * 2, LONGEST_BACKOFF)
         self.ended.set()
 
-    async def _once(self) -> int:
-        output = subprocess.PIPE if self.heard else subprocess.DEVNULL
+    async def _run_once(self) -> int:
+        output = subprocess.PIPE if self.line_receivers else subprocess.DEVNULL
         child = self.child = subprocess.Popen(  # noqa: ASYNC220  # a thread waits for it, as for vLLM
             self.command, env=self.environ, stdin=subprocess.PIPE, stdout=output,
-            stderr=subprocess.PIPE if self.heard else None, pass_fds=self.files,
+            stderr=subprocess.PIPE if self.line_receivers else None, pass_fds=self.descriptors,
             process_group=0,  # Ctrl-C is for the supervisor; of another session it would be an orphan (engine/child.py)
         )  # fmt: skip
         if self.word:
             self.say(self.word)
         loop = asyncio.get_running_loop()
-        streams = zip(filter(None, (child.stdout, child.stderr)), self.heard, strict=True)
-        readers = [asyncio.ensure_future(Call(partial(_read, stream, loop, heard))) for stream, heard in streams]
+        streams = zip(filter(None, (child.stdout, child.stderr)), self.line_receivers, strict=True)
+        readers = [asyncio.ensure_future(Call(partial(_pump, stream, loop, receive))) for stream, receive in streams]
         try:
             await Call(partial(os.waitid, os.P_PID, child.pid, os.WEXITED | os.WNOWAIT))
         finally:
             self.child = None
-            code = await Call(partial(_sweep, child))
+            code = await Call(partial(_reap_group, child))
             assert child.stdin is not None
             child.stdin.close()
             if readers:
-                await asyncio.wait(readers, timeout=LAST_LINES)
+                await asyncio.wait(readers, timeout=LAST_LINES_PATIENCE)
         return code
 
 
-def _sweep(child: subprocess.Popen[bytes]) -> int:
+def _reap_group(child: subprocess.Popen[bytes]) -> int:
     """Its exit code. A process that it forked would go on, as if it were still there: it is killed while the group's
     number is sure to be its own, and is then ours to reap."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
-    code, deadline = child.wait(), time.monotonic() + LAST_LINES
+    code, deadline = child.wait(), time.monotonic() + LAST_LINES_PATIENCE
     with contextlib.suppress(ChildProcessError):
         while time.monotonic() < deadline:
             if os.waitpid(-child.pid, os.WNOHANG)[0] == 0:
@@ -109,7 +109,7 @@ def _sweep(child: subprocess.Popen[bytes]) -> int:
     return code
 
 
-def _read(stream: IO[bytes], loop: asyncio.AbstractEventLoop, heard: Callable[[str], object]) -> None:
+def _pump(stream: IO[bytes], loop: asyncio.AbstractEventLoop, receive: Callable[[str], object]) -> None:
     with stream, contextlib.suppress(RuntimeError):  # the loop is gone
         while line := stream.readline(LONGEST_LINE):
-            loop.call_soon_threadsafe(heard, line.decode("utf-8", "replace").rstrip())
+            loop.call_soon_threadsafe(receive, line.decode("utf-8", "replace").rstrip())

@@ -19,9 +19,9 @@ from supervisor.engine.child import Child, Fork
 from supervisor.engine.guard import Guard
 from supervisor.engine.session import Session
 from supervisor.engine.workspace import Workspace
-from supervisor.lines import Form
+from supervisor.lines import LineStyle
 from supervisor.output import Output
-from supervisor.repositories import Repository, asks_the_hub, beside_the_model, fetch_command, hub_env, model_of, python
+from supervisor.repositories import Repository, fetch_command, find_companions, find_model, hub_env, needs_hub, python
 from supervisor.settings.command import Command, Start, build
 from supervisor.settings.settings import Settings
 from supervisor.terminal import Terminal
@@ -34,7 +34,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 END_PATIENCE = 1.0
 
 
-class Fast(Protocol):
+class Forker(Protocol):
     """How starts are made faster (around/prefork.py), where they are."""
 
     def program(self, argv: tuple[str, ...]) -> tuple[str, ...]: ...  # that is run in the place of this one
@@ -46,70 +46,70 @@ class Launch:
     thread; `close()` ends what it started, and lets it start nothing more."""
 
     def __init__(
-        self, settings: Settings, workspace: Workspace, guard: Guard, environ: Mapping[str, str], fast: Fast | None
+        self, settings: Settings, workspace: Workspace, guard: Guard, environ: Mapping[str, str], forker: Forker | None
     ) -> None:
         """`environ`: for vLLM, below what the user set."""
         self.settings = settings
         self.workspace = workspace
         self.guard = guard
         self.environ = environ
-        self.fast = fast
+        self.forker = forker
         self.mask = settings.mask  # the only one: keys that are read again become secrets of every line
         knobs = settings.knobs
-        self.form = Form(
+        self.style = LineStyle(
             self.mask,
             as_json=knobs.log_format == "json",
-            queue=settings.mode == "queue",
+            queue_mode=settings.mode == "queue",
             colour=not settings.environ.get("NO_COLOR"),
-            terminal=os.isatty(2),
-            folds=knobs.log_level != "debug",
+            is_terminal=os.isatty(2),
+            fold=knobs.log_level != "debug",
         )
         # On a terminal the start is shown below the log; "dumb" ones can't go back a line.
         terminal = all(map(os.isatty, (1, 2))) and settings.environ.get("TERM") != "dumb"
-        has_foot = terminal and not self.form.as_json
-        self.foot = Terminal(2, self.form.lost) if has_foot else None
-        self.stderr = self.foot or Output(2, self.form.lost)
-        self.stdout = self.stderr if terminal else Output(1, self.form.lost)
+        has_foot = terminal and not self.style.as_json
+        self.foot = Terminal(2, self.style.lost_line) if has_foot else None
+        self.stderr = self.foot or Output(2, self.style.lost_line)
+        self.stdout = self.stderr if terminal else Output(1, self.style.lost_line)
         self.command = build(settings, str(workspace.socket), str(workspace.temporary))  # as a person may see it
         self.weights = find.Weights("not looked for yet")
-        self.found: Callable[[find.Weights], object] = lambda _: None  # called at each start, from its thread
-        self._latest: Child | None = None
+        self.weights_found: Callable[[find.Weights], object] = lambda _: None  # called at each start, from its thread
+        self._latest_child: Child | None = None
         self._closed = False
         self._lock = threading.Lock()
 
     def __call__(self) -> Child:
         """Raises OSError."""
-        model = model_of(self.settings)
+        model = find_model(self.settings)
         self.weights = weights = model.weights
         command = self._command(model)
-        fork: Fork = self.fast.fork if self.fast is not None else lambda *_: None
+        fork: Fork = self.forker.fork if self.forker is not None else lambda *_: None
         with self._lock:
             if self._closed:
                 raise OSError("the server is shutting down")
-            if self._latest is not None:
+            if self._latest_child is not None:
                 self.workspace.clear()  # of what that one left
-            self._latest = child = Child(command, self.form, (self.stdout, self.stderr), self._remember, fork)
-        self.found(weights)
+            self._latest_child = child = Child(command, self.style, (self.stdout, self.stderr), self._remember, fork)
+        self.weights_found(weights)
         return child
 
     def _command(self, model: Repository) -> Command:
         socket, temporary = str(self.workspace.socket), str(self.workspace.temporary)
         environ = hub_env(self.settings.volume, self.settings.environ, temporary) | dict(self.environ)
-        beside, settings = beside_the_model(self.settings)
-        wanted = [each for each in (model, *beside) if each.weights.download or each.weights.gguf]
-        fetches = bool(wanted and python(settings))
+        companions, settings = find_companions(self.settings)
+        downloads = [each for each in (model, *companions) if each.weights.needs_download or each.weights.is_gguf]
+        fetches = bool(downloads and python(settings))
         folder = model.weights.folder
-        ours = model.weights.download or (
-            folder is not None and folder != Path(model.name) and snapshot.self_contained(folder)
+        is_snapshot = model.weights.needs_download or (
+            folder is not None and folder != Path(model.name) and snapshot.is_self_contained(folder)
         )
-        alone = ours and not asks_the_hub(settings, beside)
-        if alone and not fetches:
+        offline = is_snapshot and not needs_hub(settings, companions)
+        if offline and not fetches:
             environ["HF_HUB_OFFLINE"] = "1"
-        command = build(settings, socket, temporary, Start(model.stands_as(fetched=fetches), environ))
+        command = build(settings, socket, temporary, Start(model.argument(can_fetch=fetches), environ))
         self.command = command if not fetches else build(self.settings, socket, temporary, Start(model.name, environ))
-        argv = self.fast.program(command.argv) if self.fast is not None else command.argv
-        before = (*fetch_command(settings, wanted, offline=alone), "--") if fetches else ()
-        return dataclasses.replace(command, argv=(*before, *argv), fetches=fetches)
+        argv = self.forker.program(command.argv) if self.forker is not None else command.argv
+        prefix = (*fetch_command(settings, downloads, offline=offline), "--") if fetches else ()
+        return dataclasses.replace(command, argv=(*prefix, *argv), fetches=fetches)
 
     def _remember(self, session: Session | None) -> None:
         """Tells the guard, and a later start, what would have to be removed if we died now."""
@@ -118,11 +118,11 @@ class Launch:
 
     def close(self) -> None:
         """Ends the last one, if it is still there, and writes what is still to be written."""
-        taken = self._lock.acquire(timeout=END_PATIENCE)
+        acquired = self._lock.acquire(timeout=END_PATIENCE)
         self._closed = True
-        if taken:
+        if acquired:
             self._lock.release()
-        if self._latest is not None:
-            self._latest.end_now()
+        if self._latest_child is not None:
+            self._latest_child.end_now()
         for output in {self.stdout, self.stderr}:
             output.close()

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-PLAIN, DIM = "\x1b[0m", "\x1b[2m"
+RESET, DIM = "\x1b[0m", "\x1b[2m"
 COLOURS = {"INFO": "\x1b[36m", "WARNING": "\x1b[33m", "ERROR": "\x1b[31m", "CRITICAL": "\x1b[31m"}
 # `(EngineCore pid=7) WARNING 11-26 03:16:45 [core.py:77] ...`, and uvicorn's `INFO:     Started ...`.
 VLLM_LEVEL = re.compile(r"(?:\([^()]*\) )*(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b")
 # What each start of vLLM's has and nobody reads on a terminal: its banner, all its options, its routes, and uvicorn's
 # own start.
-FOLDED = re.compile(
+BOILERPLATE = re.compile(
     r"INFO [^\[]*\[[\w.]+:\d+\] (?:$|.*[█▄▀]|Initializing a V1 LLM engine|Available routes are|Route: /)|"
     r"INFO: +(?:Started server process|Waiting for application startup|Application startup complete)"
 )
@@ -26,21 +26,21 @@ TRACEBACK = re.compile(r"(?:\([^()]*\) )*Traceback \(most recent call last\)")
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class LineStyle:
     """`as_json`, else text. `colour`: on terminals, of which stderr may be one. `queue`: RunPod's shape. `folds`: what
     nobody reads of vLLM's is counted, on a terminal."""
 
     mask: Callable[[str], str]
     as_json: bool = False
-    queue: bool = False
+    queue_mode: bool = False
     colour: bool = True
-    terminal: bool = False
-    folds: bool = False
+    is_terminal: bool = False
+    fold: bool = False
 
     def json(self, level: str, logger: str, message: str, at: float, request: str | None, **more: object) -> str:
         """One object. `at`: Unix time; `more` has no secrets."""
         line: dict[str, object] = {"time": iso(at), "level": level, "logger": logger, "message": self.mask(message)}
-        if request is not None or self.queue:
+        if request is not None or self.queue_mode:
             line["requestId"] = request if request is None else self.mask(request)
         return json.dumps(line | more)
 
@@ -49,54 +49,54 @@ class Form:
             return self.json(level, logger, message, at, request, **more)
         return self.text(level, message, at, request)
 
-    def lost(self, count: int) -> bytes:
+    def lost_line(self, count: int) -> bytes:
         line = self.line("WARNING", "supervisor", f"{count} lines were lost here: nobody read the log", time.time())
         return f"{line}\n".encode()
 
     def text(self, level: str, message: str, at: float, request: str | None) -> str:
         head = f"{clock(int(at))} supervisor"
         head += ":" if level == "INFO" else f" {level}:"
-        line = self.mask(message if request is None else f"{message} (request {printable(request)})")
-        if self.terminal and self.colour:
-            return f"{COLOURS.get(level, '')}{head}{PLAIN} {line}"
+        line = self.mask(message if request is None else f"{message} (request {escape(request)})")
+        if self.is_terminal and self.colour:
+            return f"{COLOURS.get(level, '')}{head}{RESET} {line}"
         return f"{head} {line}"
 
 
 class VllmLines:
     """How the lines of one of vLLM's streams are shown; called with each, masked, as bytes and as text."""
 
-    def __init__(self, form: Form, *, terminal: bool) -> None:
-        self.as_json = form.as_json
-        self.form = replace(form, mask=str)
-        self.terminal = terminal and form.colour
-        self.folds = terminal and form.folds and not form.as_json
-        self.folded = 0  # lines since the last one that was shown
+    def __init__(self, style: LineStyle, *, is_terminal: bool) -> None:
+        self.as_json = style.as_json
+        self.style = replace(style, mask=str)
+        self.colour = is_terminal and style.colour
+        self.fold = is_terminal and style.fold and not style.as_json
+        self.folded_count = 0  # lines since the last one that was shown
         self.level = "INFO"
 
     def __call__(self, raw: bytes, text: str) -> bytes:
-        if self.folds and (not text.strip() or FOLDED.search(f"{text} ")):
-            self.folded += text.strip() != ""
+        if self.fold and (not text.strip() or BOILERPLATE.search(f"{text} ")):
+            self.folded_count += text.strip() != ""
             return b""
-        if folded := self.folded:
-            self.folded = 0
+        if folded := self.folded_count:
+            self.folded_count = 0
             lines = "line" if folded == 1 else "lines"
             note = f"... {folded} {lines} of vLLM's banner, options and routes (SUPERVISOR_LOG_LEVEL=debug shows all)"
             return self(note.encode(), note) + self(raw, text)
-        if not self.as_json and not self.terminal:
+        if not self.as_json and not self.colour:
             return raw + b"\n"
-        if found := VLLM_LEVEL.match(text):
-            self.level = found[1]
+        if match := VLLM_LEVEL.match(text):
+            self.level = match[1]
         elif TRACEBACK.match(text):  # what follows has no level of its own
             self.level = "ERROR"
         if self.as_json:  # of a progress bar only its last state
-            line = self.form.json(self.level, "vllm", text.rpartition("\r")[2], time.time(), None)
+            line = self.style.json(self.level, "vllm", text.rpartition("\r")[2], time.time(), None)
             return line.encode() + b"\n"
         # vLLM's many lines step back behind ours, but for those that somebody should see.
         colour = DIM if self.level in ("INFO", "DEBUG") else COLOURS[self.level]
-        return b"%b%b%b\n" % (colour.encode(), raw, PLAIN.encode())
+        return b"%b%b%b\n" % (colour.encode(), raw, RESET.encode())
 
 
-def printable(text: str) -> str:
+def escape(text: str) -> str:
     """What a client chose, as it can stand in a line."""
     return text if text.isprintable() else text.encode("unicode_escape").decode()
 

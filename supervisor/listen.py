@@ -13,7 +13,7 @@ from supervisor.settings.settings import Settings, SettingsError
 BACKLOG = 2048
 LOOPBACK = "127.0.0.1"
 # More are of no use to us, and programs that we start might look at each of them.
-MOST_FILES = 65_536
+MAX_OPEN_FILES = 65_536
 
 
 class Listeners(NamedTuple):
@@ -34,14 +34,14 @@ def bind(settings: Settings) -> Listeners:
     Outside of RunPod the port is the simulator's.
     """
     knobs = settings.knobs
-    health = [_listen(knobs.host, knobs.port_health)] if knobs.port_health not in (None, knobs.port) else []
+    health_listeners = [_listen(knobs.host, knobs.port_health)] if knobs.port_health not in (None, knobs.port) else []
     if settings.mode == "queue":
         if not settings.environ.get("RUNPOD_WEBHOOK_GET_JOB"):
             # Whatever SUPERVISOR_HOST says: it is a tool for who sits here, and shows each job to whoever asks.
-            return Listeners(tuple(health), simulator=_listen(LOOPBACK, knobs.port))
+            return Listeners(tuple(health_listeners), simulator=_listen(LOOPBACK, knobs.port))
         if not settings.is_set("PORT"):
-            return Listeners(tuple(health))
-    return Listeners((_listen(knobs.host, knobs.port), *health))
+            return Listeners(tuple(health_listeners))
+    return Listeners((_listen(knobs.host, knobs.port), *health_listeners))
 
 
 def _listen(host: str, port: int | None) -> socket.socket:
@@ -53,9 +53,9 @@ def _listen(host: str, port: int | None) -> socket.socket:
         listener.listen(BACKLOG)
     except (OSError, UnicodeError) as error:
         listener.close()
-        why = getattr(error, "strerror", None) or error
-        told = f"can't listen on {host}, port {port} ({why}): set PORT (or --port), or SUPERVISOR_HOST"
-        raise SettingsError([told]) from error
+        reason = getattr(error, "strerror", None) or error
+        problem = f"can't listen on {host}, port {port} ({reason}): set PORT (or --port), or SUPERVISOR_HOST"
+        raise SettingsError([problem]) from error
     listener.setblocking(False)
     return listener
 
@@ -63,12 +63,12 @@ def _listen(host: str, port: int | None) -> socket.socket:
 def raise_file_limit() -> None:
     """To what the system allows us: each client takes a file descriptor, and each request that runs another."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    limit = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
-def on_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     """Whether only this machine can ask there."""
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -76,7 +76,7 @@ def on_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def privately(path: Path) -> socket.socket:
+def bind_private(path: Path) -> socket.socket:
     """For the queue worker and `supervisor status`. The folder is ours alone (0700)."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(str(path))

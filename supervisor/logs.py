@@ -13,16 +13,16 @@ import threading
 import time
 from collections.abc import Sequence
 
-from supervisor.lines import Form
+from supervisor.lines import LineStyle
 from supervisor.output import Output
 
 # Lines that differ in nothing but numbers and ids: so many in so many seconds, then one that counts the others.
-ALIKE, ALIKE_SECONDS = 10, 10.0
+REPEAT_LIMIT, REPEAT_SECONDS = 10, 10.0
 # A word with a digit in it. It begins where a run of such characters does: a word that may begin inside of one is read
 # once for each of its beginnings, and `a-a-a-` has many.
-VARYING = re.compile(r"(?<![\w.-])[\w.-]*\d[\w.-]*")
+VARYING_WORD = re.compile(r"(?<![\w.-])[\w.-]*\d[\w.-]*")
 # Kinds of lines that are counted at a time.
-KINDS = 500
+MAX_KINDS = 500
 
 
 class Repeats:
@@ -31,37 +31,37 @@ class Repeats:
     def __init__(self) -> None:
         self.kinds: dict[object, tuple[float, int, str]] = {}
 
-    def passes(self, kind: object, line: str, now: float) -> bool:
+    def allow(self, kind: object, line: str, now: float) -> bool:
         since, count, _ = self.kinds.get(kind, (now, 0, ""))
-        if count or len(self.kinds) < KINDS:
+        if count or len(self.kinds) < MAX_KINDS:
             self.kinds[kind] = since, count + 1, line
-        return count < ALIKE
+        return count < REPEAT_LIMIT
 
-    def due(self, now: float) -> list[tuple[str, int]]:
-        over = [(kind, row) for kind, row in self.kinds.items() if row[0] <= now - ALIKE_SECONDS]
-        for kind, _ in over:
+    def pop_due(self, now: float) -> list[tuple[str, int]]:
+        expired = [(kind, row) for kind, row in self.kinds.items() if row[0] <= now - REPEAT_SECONDS]
+        for kind, _ in expired:
             del self.kinds[kind]
-        return [(line, count - ALIKE) for _, (_, count, line) in over if count > ALIKE]
+        return [(line, count - REPEAT_LIMIT) for _, (_, count, line) in expired if count > REPEAT_LIMIT]
 
 
 class Log(logging.Handler):
     """The root's handler. A record's `request` is an id, its `fields` are more for JSON; with `each` it is told however
     many are like it."""
 
-    def __init__(self, form: Form, output: Output) -> None:
+    def __init__(self, style: LineStyle, output: Output) -> None:
         super().__init__()
-        self.form = form
+        self.style = style
         self.output = output
         self.repeats = Repeats()
         self._timer: threading.Timer | None = None  # while something is held back
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.put(self._repeated(time.monotonic()))  # before what comes now
+        self.put(self._repeat_lines(time.monotonic()))  # before what comes now
         try:
-            self.put(self._lines(record))
+            self.put(self._make_lines(record))
         except Exception as error:  # noqa: BLE001  # a line that can't be made must not be the last one
             text = f"a line was lost ({type(error).__name__}: {error})"
-            self.put([self.form.line("ERROR", __name__, text, time.time())])
+            self.put([self.style.line("ERROR", __name__, text, time.time())])
 
     def put(self, lines: Sequence[str]) -> None:
         """Lines as they are to be written, but for their ends."""
@@ -71,47 +71,47 @@ class Log(logging.Handler):
 
     def flush(self) -> None:
         """Tells how many were held back, though their time is not over."""
-        self._tell(math.inf)
+        self._write_repeats(math.inf)
 
-    def _tell(self, now: float) -> None:
+    def _write_repeats(self, now: float) -> None:
         self.acquire()
         try:
             self._timer = None
-            self.put(self._repeated(now))
+            self.put(self._repeat_lines(now))
             if self.repeats.kinds:
-                self._tell_later()
+                self._schedule_repeats()
         finally:
             self.release()
 
-    def _tell_later(self) -> None:
+    def _schedule_repeats(self) -> None:
         if self._timer is None:
-            self._timer = threading.Timer(ALIKE_SECONDS, lambda: self._tell(time.monotonic()))
+            self._timer = threading.Timer(REPEAT_SECONDS, lambda: self._write_repeats(time.monotonic()))
             self._timer.daemon = True
             self._timer.start()
 
-    def _repeated(self, now: float) -> list[str]:
+    def _repeat_lines(self, now: float) -> list[str]:
         """How many were held back, of those kinds whose time is over."""
         return [
-            self.form.line("WARNING", __name__, f"{count} more of these in {ALIKE_SECONDS:g} s: {line}", time.time())
-            for line, count in self.repeats.due(now)
+            self.style.line("WARNING", __name__, f"{count} more of these in {REPEAT_SECONDS:g} s: {line}", time.time())
+            for line, count in self.repeats.pop_due(now)
         ]
 
-    def _lines(self, record: logging.LogRecord) -> list[str]:
+    def _make_lines(self, record: logging.LogRecord) -> list[str]:
         message = record.getMessage()
         if record.levelno >= logging.WARNING and not getattr(record, "each", False):
-            kind = (record.name, record.levelno, VARYING.sub("#", message))
-            if not self.repeats.passes(kind, message, time.monotonic()):
-                self._tell_later()
+            kind = (record.name, record.levelno, VARYING_WORD.sub("#", message))
+            if not self.repeats.allow(kind, message, time.monotonic()):
+                self._schedule_repeats()
                 return []
         if record.exc_info:
             message += "\n" + logging.Formatter().formatException(record.exc_info)
         request, fields = getattr(record, "request", None), getattr(record, "fields", {})
-        return [self.form.line(record.levelname, record.name, message, record.created, request, **fields)]
+        return [self.style.line(record.levelname, record.name, message, record.created, request, **fields)]
 
 
-def start(form: Form, level: str, output: Output) -> Log:
+def start(style: LineStyle, level: str, output: Output) -> Log:
     """Takes the root logger over. What waits at the end is written by whoever closes `output`."""
-    log = Log(form, output)
+    log = Log(style, output)
     root = logging.getLogger()
     root.handlers = [log]
     root.setLevel(level.upper())

@@ -16,52 +16,52 @@ import threading
 from collections.abc import Callable
 
 # Bytes that may wait for a reader.
-BACKLOG = 8_000_000
+BACKLOG_BYTES = 8_000_000
 # Bytes that a pipe holds: a busy reader is some ms late, in which 64 kB, the usual size, would be full.
-PIPE = 1 << 18
+PIPE_BYTES = 1 << 18
 # Seconds for a reader to take the last lines.
-LAST_LINES = 1.0
+LAST_LINES_PATIENCE = 1.0
 
 
 class Output:
     """`put(lines)` from any thread, until `close()`."""
 
-    def __init__(self, target: int, lost_line: Callable[[int], bytes]) -> None:
+    def __init__(self, descriptor: int, lost_line: Callable[[int], bytes]) -> None:
         """`target` is a file descriptor; `lost_line` makes the line that tells how many lines were lost."""
-        self.target = target
+        self.descriptor = descriptor
         self.lost_line = lost_line
-        self.lost = 0
-        self._pipe = _opened_again(target)
-        self._waiting = bytearray()
-        self._unwritten = 0  # bytes: those that wait, and those in the thread's hands
+        self.lost_count = 0
+        self._pipe = _reopen_pipe(descriptor)
+        self._buffer = bytearray()
+        self._unwritten_bytes = 0  # bytes: those that wait, and those in the thread's hands
         self._closed = False
         # Reentrant, for whatever the garbage collector comes across may be logged.
-        self._changed = threading.Condition(threading.RLock())
-        self._thread = threading.Thread(target=self._run, name=f"output-{target}", daemon=True)
+        self._condition = threading.Condition(threading.RLock())
+        self._thread = threading.Thread(target=self._run, name=f"output-{descriptor}", daemon=True)
         self._thread.start()
 
     def put(self, lines: bytes, count: int = 1) -> None:
         """Whole lines, the last line's end included; `count` of them. Once lines are lost, so are all that follow until
         what waits is written: one line in their place then tells how many."""
-        with self._changed:
-            if self.lost or self._unwritten + len(lines) > BACKLOG:
-                self.lost += count
+        with self._condition:
+            if self.lost_count or self._unwritten_bytes + len(lines) > BACKLOG_BYTES:
+                self.lost_count += count
             else:
-                if not self._unwritten and self._pipe is not None:
-                    lines = lines[_write_now(self._pipe, lines) :]
-                self._waiting += lines
-                self._unwritten += len(lines)
+                if not self._unwritten_bytes and self._pipe is not None:
+                    lines = lines[_try_write(self._pipe, lines) :]
+                self._buffer += lines
+                self._unwritten_bytes += len(lines)
                 if not lines:
                     return
-            self._changed.notify()
+            self._condition.notify()
 
     def close(self) -> None:
         """Writes what waits, if somebody reads it."""
-        with self._changed:
+        with self._condition:
             self._closed = True
-            self._changed.notify()
-        self._thread.join(LAST_LINES)
-        with self._changed:
+            self._condition.notify()
+        self._thread.join(LAST_LINES_PATIENCE)
+        with self._condition:
             if self._pipe is not None:
                 os.close(self._pipe)
                 self._pipe = None
@@ -71,20 +71,20 @@ class Output:
     def _run(self) -> None:
         ended = False
         while not ended:
-            with self._changed:
-                if not self._waiting and not self.lost and not self._closed:
-                    self._changed.wait(self._pause())
-                if self.lost and not self._waiting:
-                    self._waiting += self.lost_line(self.lost)
-                    self._unwritten += len(self._waiting)
-                    self.lost = 0
-                data, self._waiting = self._waiting, bytearray()
+            with self._condition:
+                if not self._buffer and not self.lost_count and not self._closed:
+                    self._condition.wait(self._wait_timeout())
+                if self.lost_count and not self._buffer:
+                    self._buffer += self.lost_line(self.lost_count)
+                    self._unwritten_bytes += len(self._buffer)
+                    self.lost_count = 0
+                data, self._buffer = self._buffer, bytearray()
                 ended = self._closed and not data
             self._write(data)
-            with self._changed:
-                self._unwritten -= len(data)
+            with self._condition:
+                self._unwritten_bytes -= len(data)
 
-    def _pause(self) -> float | None:
+    def _wait_timeout(self) -> float | None:
         """Seconds after which something is to be written though nobody has put anything."""
         return None
 
@@ -92,14 +92,14 @@ class Output:
         rest = memoryview(data)
         while rest:
             try:
-                rest = rest[os.write(self.target, rest) :]
+                rest = rest[os.write(self.descriptor, rest) :]
             except BlockingIOError:  # another process made the terminal so, which is one for all of them
-                select.select([], [self.target], [])
+                select.select([], [self.descriptor], [])
             except OSError:
                 return  # nobody reads it any more: vLLM's log must still be taken from it
 
 
-def _opened_again(target: int) -> int | None:
+def _reopen_pipe(descriptor: int) -> int | None:
     """Returns a second descriptor of a pipe, which does not block; None where there is no such thing.
 
     O_NONBLOCK belongs to what was opened, which the shell and our children share with us: set on stderr itself it would
@@ -107,17 +107,17 @@ def _opened_again(target: int) -> int | None:
     A file or a disk may take long whatever the flag says, and a terminal is not opened twice: they have the thread.
     """
     try:
-        if stat.S_ISFIFO(os.fstat(target).st_mode):
-            pipe = os.open(f"/proc/self/fd/{target}", os.O_WRONLY | os.O_NONBLOCK)
+        if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+            pipe = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK)
             with contextlib.suppress(OSError):  # this user has large ones enough
-                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, max(PIPE, fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ)))
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, max(PIPE_BYTES, fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ)))
             return pipe
     except OSError:  # another user's, or there is no /proc, or nobody who reads
         pass
     return None
 
 
-def _write_now(pipe: int, data: bytes) -> int:
+def _try_write(pipe: int, data: bytes) -> int:
     """Returns how many bytes it took."""
     try:
         return os.write(pipe, data)

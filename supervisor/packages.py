@@ -8,7 +8,7 @@ from dataclasses import replace
 from supervisor.settings.settings import Settings, SettingsError
 
 # For the queue, RunPod's and the simulated one: what the extra `runpod` brings.
-RUNPOD = ("aiohttp", "multidict", "runpod", "starlette", "urllib3", "yarl")
+RUNPOD_PACKAGES = ("aiohttp", "multidict", "runpod", "starlette", "urllib3", "yarl")
 
 
 def check(settings: Settings) -> Settings:
@@ -17,9 +17,9 @@ def check(settings: Settings) -> Settings:
     if settings.mode == "queue":
         from importlib.util import find_spec  # noqa: PLC0415
 
-        if missing := [name for name in RUNPOD if find_spec(name) is None]:
-            told = "install the extra, pip install 'vllm-supervisor[runpod]'"
-            raise SettingsError([f"queue mode needs {' and '.join(missing)}: {told}"])
+        if missing := [name for name in RUNPOD_PACKAGES if find_spec(name) is None]:
+            remedy = "install the extra, pip install 'vllm-supervisor[runpod]'"
+            raise SettingsError([f"queue mode needs {' and '.join(missing)}: {remedy}"])
     if not settings.vllm.is_beside_us:
         return settings
     warning = (

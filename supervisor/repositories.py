@@ -22,16 +22,16 @@ from supervisor.vllm.values import json_object
 from supervisor.weights import find, snapshot
 
 # On a volume, RunPod's own name for it, so that its cached models and what a worker downloads are one.
-HUB = "huggingface-cache"
+HUB_FOLDER = "huggingface-cache"
 # Where the image keeps weights that were baked in (Dockerfile).
-BAKED = Path("/opt/weights/hub")
-DOWNLOAD = Path(find.__file__).with_name("download.py")
+BAKED_CACHE = Path("/opt/weights/hub")
+DOWNLOAD_PROGRAM = Path(find.__file__).with_name("download.py")
 # What the downloading program puts a folder in the place of; of those beside the model `{weights:1}`, ...
-PLACE = "{weights}"
+PLACEHOLDER = "{weights}"
 # Seconds without a byte until a download is begun again, where SUPERVISOR_STALL_TIMEOUT does not say less.
-STALL = 60.0
+STALL_TIMEOUT = 60.0
 # Options that may name another repository, in which vLLM looks for itself.
-LEFT = ("hf_config_path", "generation_config")
+UNRESOLVED_OPTIONS = ("hf_config_path", "generation_config")
 
 # Puts something in the place of a repository, by its name, revision and format.
 Swap = Callable[[str, str | None, str], str]
@@ -45,58 +45,58 @@ class Repository:
     revision: str | None
     load_format: str
     setting: str
-    place: str
+    placeholder: str
     weights: find.Weights
 
-    def stands_as(self, *, fetched: bool) -> str:
+    def argument(self, *, can_fetch: bool) -> str:
         """What vLLM is told in its place."""
-        if self.weights.download and fetched:
-            return self.place
+        if self.weights.needs_download and can_fetch:
+            return self.placeholder
         folder = self.weights.folder
         return self.name if folder is None or folder == Path(self.name) else str(folder)
 
 
-def model_of(settings: Settings) -> Repository:
+def find_model(settings: Settings) -> Repository:
     name, revision = str(settings.model.value), settings.option("revision")
     load_format = _load_format(settings)
-    return Repository(name, revision, load_format, "MODEL", PLACE, _look(settings, name, revision, load_format))
+    return Repository(name, revision, load_format, "MODEL", PLACEHOLDER, _locate(settings, name, revision, load_format))
 
 
-def weights_of(settings: Settings) -> find.Weights:
-    return model_of(settings).weights
+def find_weights(settings: Settings) -> find.Weights:
+    return find_model(settings).weights
 
 
-def beside_the_model(settings: Settings) -> tuple[list[Repository], Settings]:
+def find_companions(settings: Settings) -> tuple[list[Repository], Settings]:
     """The others, and the settings with what stands for them."""
-    found: list[Repository] = []
-    fetched = bool(python(settings))
+    others: list[Repository] = []
+    can_fetch = bool(python(settings))
 
     def swap(setting: str, name: str, revision: str | None, load_format: str) -> str:
         if (name, revision) == (settings.model.value, settings.option("revision")):
-            return model_of(settings).stands_as(fetched=fetched)
-        weights = _look(settings, name, revision, load_format)
-        found.append(Repository(name, revision, load_format, setting, f"{{weights:{len(found) + 1}}}", weights))
-        return found[-1].stands_as(fetched=fetched)
+            return find_model(settings).argument(can_fetch=can_fetch)
+        weights = _locate(settings, name, revision, load_format)
+        others.append(Repository(name, revision, load_format, setting, f"{{weights:{len(others) + 1}}}", weights))
+        return others[-1].argument(can_fetch=can_fetch)
 
     options = []
     for option, setting in settings.options:
-        read = READERS.get(option.key)
-        value = read(setting.value, settings, partial(swap, option.variable)) if read else setting.value
+        rewrite = REWRITERS.get(option.key)
+        value = rewrite(setting.value, settings, partial(swap, option.variable)) if rewrite else setting.value
         options.append((option, dataclasses.replace(setting, value=value)))
-    return found, dataclasses.replace(settings, options=tuple(options))
+    return others, dataclasses.replace(settings, options=tuple(options))
 
 
-def asks_the_hub(settings: Settings, found: list[Repository]) -> bool:
+def needs_hub(settings: Settings, companions: list[Repository]) -> bool:
     """Whether vLLM has something to ask the hub even where it is given folders."""
-    raw = any(option.key in READERS for option, _ in settings.raw_options)
-    unknown = any(not (each.weights.download or each.weights.folder) for each in found)
-    folders = [each.weights.folder for each in found if each.weights.folder and not each.weights.download]
+    has_raw = any(option.key in REWRITERS for option, _ in settings.raw_options)
+    has_unknown = any(not (each.weights.needs_download or each.weights.folder) for each in companions)
+    folders = [each.weights.folder for each in companions if each.weights.folder and not each.weights.needs_download]
     return (
-        raw
-        or unknown
-        or any(settings.option(key) for key in LEFT)
+        has_raw
+        or has_unknown
+        or any(settings.option(key) for key in UNRESOLVED_OPTIONS)
         or bool(settings.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"))
-        or not all(map(snapshot.self_contained, folders))
+        or not all(map(snapshot.is_self_contained, folders))
     )
 
 
@@ -112,30 +112,30 @@ def fetch_command(settings: Settings, repositories: list[Repository], *, offline
             "repo": each.name,
             "revision": each.revision,
             "load_format": each.load_format,
-            "place": each.place,
+            "place": each.placeholder,
             "setting": each.setting,
             "have": each.weights.folder and str(each.weights.folder),
-            "gguf": each.weights.gguf,
+            "gguf": each.weights.is_gguf,
         }
         for each in repositories
     ]
-    given = {
+    arguments = {
         "repositories": rows,
         "cache": settings.option("download_dir"),
-        "stall": min(STALL, settings.knobs.stall_timeout or STALL),
+        "stall": min(STALL_TIMEOUT, settings.knobs.stall_timeout or STALL_TIMEOUT),
         "offline": offline,
     }
-    return (*python(settings), str(DOWNLOAD), json.dumps(given))
+    return (*python(settings), str(DOWNLOAD_PROGRAM), json.dumps(arguments))
 
 
 def hub_env(volume: Volume | None, environ: Mapping[str, str], folder: str) -> dict[str, str]:
     """The hub client's variables, where the user set none. `folder`: of this start alone."""
-    found = {"HF_XET_HIGH_PERFORMANCE": "1"}
-    placed = any(environ.get(name) for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"))
-    if volume is not None and volume.is_writable and not placed:
+    variables = {"HF_XET_HIGH_PERFORMANCE": "1"}
+    has_own_cache = any(environ.get(name) for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"))
+    if volume is not None and volume.is_writable and not has_own_cache:
         # Chunks of what is downloaded, kept beside the files themselves, would be written to the network twice.
-        found |= {"HF_HOME": str(volume.path / HUB), "HF_XET_CACHE": os.path.join(folder, "xet")}  # noqa: PTH118
-    return {name: value for name, value in found.items() if not environ.get(name)}
+        variables |= {"HF_HOME": str(volume.path / HUB_FOLDER), "HF_XET_CACHE": os.path.join(folder, "xet")}  # noqa: PTH118
+    return {name: value for name, value in variables.items() if not environ.get(name)}
 
 
 def hub_cache(environ: Mapping[str, str]) -> Path:
@@ -150,31 +150,31 @@ def hub_cache(environ: Mapping[str, str]) -> Path:
     return Path(home).expanduser() / "hub"
 
 
-def places(environ: Mapping[str, str], disk: Path | None, download_dir: str | None = None) -> list[find.Place]:
+def list_places(environ: Mapping[str, str], disk: Path | None, download_dir: str | None = None) -> list[find.Place]:
     """The image; the volume, where RunPod's cached models lie as well; the hub's own cache."""
-    found = [find.Place("baked into the image", BAKED, settled=True)]
+    places = [find.Place("baked into the image", BAKED_CACHE, is_pinned=True)]
     if disk is not None:
-        found.append(find.Place("on the volume", disk / HUB / "hub", settled=True))
+        places.append(find.Place("on the volume", disk / HUB_FOLDER / "hub", is_pinned=True))
     cache = Path(download_dir) if download_dir else hub_cache(environ)
-    if all(place.cache != cache for place in found):
-        found.append(find.Place("in the hub's cache", cache, settled=False))
-    return found
+    if all(place.cache != cache for place in places):
+        places.append(find.Place("in the hub's cache", cache, is_pinned=False))
+    return places
 
 
 def _load_format(settings: Settings) -> str:
     return str(settings.option("load_format") or "auto")
 
 
-def _look(settings: Settings, name: str, revision: str | None, load_format: str) -> find.Weights:
+def _locate(settings: Settings, name: str, revision: str | None, load_format: str) -> find.Weights:
     environ = {**hub_env(settings.volume, settings.environ, ""), **settings.environ}
-    among = places(environ, settings.volume.path if settings.volume else None, settings.option("download_dir"))
-    return find.find(name, revision, load_format, among, environ)
+    caches = list_places(environ, settings.volume.path if settings.volume else None, settings.option("download_dir"))
+    return find.find(name, revision, load_format, caches, environ)
 
 
 # How each option names repositories: its value, with what `swap` says in their place.
 
 
-def _speculative(value: Any, settings: Settings, swap: Swap) -> Any:
+def _rewrite_speculative(value: Any, settings: Settings, swap: Swap) -> Any:
     content = json_object(value) or {}
     if not isinstance(content.get("model"), str):
         return value
@@ -182,20 +182,20 @@ def _speculative(value: Any, settings: Settings, swap: Swap) -> Any:
     return json.dumps(content | {"model": swap(content["model"], revision, _load_format(settings))})
 
 
-def _adapters(value: Any, _settings: Settings, swap: Swap) -> Any:
-    def one(text: str) -> str:
+def _rewrite_adapters(value: Any, _settings: Settings, swap: Swap) -> Any:
+    def swap_path(text: str) -> str:
         content = json_object(text) or {}
         if isinstance(content.get("path"), str):
             return json.dumps(content | {"path": swap(content["path"], None, "lora")})
         name, equals, path = text.partition("=")
         return f"{name}={swap(path, None, 'lora')}" if equals and not content else text
 
-    return tuple(map(one, map(str, value)))
+    return tuple(map(swap_path, map(str, value)))
 
 
-READERS: dict[str, Callable[[Any, Settings, Swap], Any]] = {
+REWRITERS: dict[str, Callable[[Any, Settings, Swap], Any]] = {
     "tokenizer": lambda value, settings, swap: swap(str(value), settings.option("tokenizer_revision"), "tokenizer"),
     "spec_model": lambda value, settings, swap: swap(str(value), None, _load_format(settings)),
-    "speculative_config": _speculative,
-    "lora_modules": _adapters,
+    "speculative_config": _rewrite_speculative,
+    "lora_modules": _rewrite_adapters,
 }

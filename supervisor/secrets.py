@@ -21,26 +21,26 @@ SECRET_NAME = re.compile(
     r"|^OTEL_\w+_HEADERS$"
 )
 # The name of a field, or of a query's parameter, that holds a secret; `max_tokens` and `eos_token` do not.
-_WHOSE = r"(?:hf|hub|auth|access|api|session|refresh|security|bearer)[_-]?"
-_NAME = (
+_OWNER = r"(?:hf|hub|auth|access|api|session|refresh|security|bearer)[_-]?"
+_NOUN = (
     r"(?:secret|passw(?:or)?d|passphrase|credential|api[_-]?key|access[_-]?key|private[_-]?key|signature)"
     r"(?:[_-](?:id|key|value))?s?"
 )
-_FIELD = rf"(?:token|[\w.-]*(?:{_WHOSE}token|{_NAME}))"
+_FIELD = rf"(?:token|[\w.-]*(?:{_OWNER}token|{_NOUN}))"
 # Every such name has one of these, in small letters; `sig`, `key` and `auth` are names themselves.
-_WORDS = ("token", "secret", "passw", "passphrase", "credential", "key", "sig", "auth")
+_HINT_WORDS = ("token", "secret", "passw", "passphrase", "credential", "key", "sig", "auth")
 
 # Where a token's first letters stand. A pattern that begins with one certain character is found by memchr: one that
 # begins with a choice takes four times as long, and `\b` ten times.
-_UNDERSCORED = re.compile(r"_(?<=[fapousrt]_)(?:(?<=hf_)|(?<=rpa_)|(?<=gh[pousr]_)|(?<=github_pat_))").search
-_DASHED = re.compile(r"-(?:(?<=sk-)|(?<=xox[bp]-))").search
-_CAPITAL = re.compile(r"A(?:KIA|Iza)").search
-_QUOTED = re.compile(r":(?<=[\"'\s]:)").search  # the colon behind a name in quotes
+_find_underscore = re.compile(r"_(?<=[fapousrt]_)(?:(?<=hf_)|(?<=rpa_)|(?<=gh[pousr]_)|(?<=github_pat_))").search
+_find_dash = re.compile(r"-(?:(?<=sk-)|(?<=xox[bp]-))").search
+_find_capital = re.compile(r"A(?:KIA|Iza)").search
+_find_quoted_colon = re.compile(r":(?<=[\"'\s]:)").search  # the colon behind a name in quotes
 
 
-def _named(small: str) -> bool:
-    for word in _WORDS:  # noqa: SIM110  # any() takes four times as long
-        if word in small:
+def _has_hint(lower: str) -> bool:
+    for word in _HINT_WORDS:  # noqa: SIM110  # any() takes four times as long
+        if word in lower:
             return True
     return False
 
@@ -52,14 +52,14 @@ class Shape(NamedTuple):
     pattern, which then need not run: this is so for nearly all lines of vLLM's log.
     """
 
-    sign: Callable[[str, str], object]
+    may_match: Callable[[str, str], object]
     pattern: re.Pattern[str]
 
 
-SECRET_TEXT = (
+SECRET_SHAPES = (
     # The hub's, OpenAI's, RunPod's, GitHub's, Amazon's and Google's tokens.
     Shape(
-        lambda text, small: _UNDERSCORED(text) or _DASHED(text) or _CAPITAL(text),
+        lambda text, lower: _find_underscore(text) or _find_dash(text) or _find_capital(text),
         # vLLM's `hf_overrides` and its kin are words; tokens have digits and capitals.
         re.compile(
             r"\b(?:hf_(?!(?:[a-z]{8,15}|[a-z]{1,20}(?:_[a-z]{1,20}){1,6})\b)"
@@ -68,29 +68,29 @@ SECRET_TEXT = (
     ),
     # JSON web tokens. Of a run of such characters only the first `eyJ` counts, and the look ahead is made once.
     Shape(
-        lambda text, small: "eyJ" in text,
+        lambda text, lower: "eyJ" in text,
         re.compile(
             r"(?P<keep>(?<![A-Za-z0-9_-])(?=[A-Za-z0-9_-]+\.[A-Za-z0-9_-]{8,}\.)[A-Za-z0-9_-]*?\b)"
             r"eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*"
         ),
     ),
     Shape(
-        lambda text, small: "bearer " in small,
+        lambda text, lower: "bearer " in lower,
         re.compile(r"(?i)(?P<keep>\bbearer +)[A-Za-z0-9._~+/=-]{6,}"),
     ),
     # A URL's user and password, which may have slashes where a generator made it; `host:8000/a@b` is a path.
     Shape(
-        lambda text, small: "@" in text and "://" in text,
+        lambda text, lower: "@" in text and "://" in text,
         re.compile(r"(?P<keep>\w://)(?:[^/\s'\"]+|[^/\s'\":\[]*:(?!\d{2,5}/)(?:[^/\s'\"]|/(?!/))+)(?=@)"),
     ),
     # A query's parameters.
     Shape(
-        lambda text, small: "=" in text and ("?" in text or "&" in text or ";" in text) and _named(small),
+        lambda text, lower: "=" in text and ("?" in text or "&" in text or ";" in text) and _has_hint(lower),
         re.compile(rf"(?i)(?P<keep>[?&;](?=[\w.-]+=)(?:{_FIELD}|sig|key|auth)=)[^&\s'\";]+"),
     ),
     # The fields of JSON, of Python's dictionaries, and of JSON in a string.
     Shape(
-        lambda text, small: _QUOTED(text) and _named(small),
+        lambda text, lower: _find_quoted_colon(text) and _has_hint(lower),
         re.compile(
             r"(?i)(?P<keep>[\"'](?=[\w.-]+\\?[\"']\s*:)"
             rf"(?:{_FIELD}|authorization)\\?[\"']\s*:\s*\\?[\"'])(?:\\.|[^\"'\\])+"
@@ -99,10 +99,10 @@ SECRET_TEXT = (
     # Options of a command. A name ends where its run of such characters does, so the first `--` in a run stands for all
     # of them: were each tried, dashes alone would cost their number squared.
     Shape(
-        lambda text, small: "--" in text and _named(small),
+        lambda text, lower: "--" in text and _has_hint(lower),
         re.compile(
             r"(?i)(?P<keep>(?<![\w.-])[\w.]*(?:-[\w.]+)*--(?=[\w.-]+[ =])"
-            rf"[\w.-]*(?:(?:{_WHOSE}|(?<=--))token|{_NAME})[ =]'?)[^\s'\-(][^\s']*"
+            rf"[\w.-]*(?:(?:{_OWNER}|(?<=--))token|{_NOUN})[ =]'?)[^\s'\-(][^\s']*"
         ),
     ),
 )
@@ -111,13 +111,13 @@ SECRET_TEXT = (
 class Mask:
     """Replaces every secret value of the environment, and everything that looks like a token."""
 
-    def __init__(self, environ: Mapping[str, str], more: Iterable[str] = ()) -> None:
+    def __init__(self, environ: Mapping[str, str], extra_secrets: Iterable[str] = ()) -> None:
         values = {value for name, value in environ.items() if SECRET_NAME.search(name.upper())}
         # A list of keys, or a file's name: each key is a secret by itself.
         values |= {part.strip() for value in values if "," in value for part in value.split(",")}
         # OpenTelemetry's headers are `name=value`, as are others' lists.
         values |= {value.partition("=")[2].strip() for value in values}
-        values.update(more)
+        values.update(extra_secrets)
         self.values: set[str] = set()
         self.add(values)
 
@@ -125,27 +125,27 @@ class Mask:
         """More secrets, from now on."""
         self.values |= {form for value in values for form in (value, json.dumps(value)[1:-1])}  # as in a line of JSON
         known = sorted((value for value in self.values if len(value) >= SHORTEST_SECRET), key=len, reverse=True)
-        self._known = known, re.compile("|".join(map(re.escape, known)))
+        self._known_secrets = known, re.compile("|".join(map(re.escape, known)))
 
     def __call__(self, text: str) -> str:
-        known, pattern = self._known
+        known, pattern = self._known_secrets
         for value in known:
             if value in text:
                 text = pattern.sub(MASK, text)
                 break
-        small = _small(text)
-        for sign, pattern in SECRET_TEXT:
-            if sign(text, small):
-                text = pattern.sub(_masked, text)
+        lower = _lower(text)
+        for may_match, pattern in SECRET_SHAPES:
+            if may_match(text, lower):
+                text = pattern.sub(_mask_match, text)
         return text
 
     def command(self, argv: Iterable[str]) -> str:
         """A command line as a person may see it, ready to paste but for what is masked: what follows an option with a
         secret's name, too."""
         words = list(argv)
-        named = (word[:2] == "--" and SECRET_NAME.search(word[2:].upper().replace("-", "_")) for word in words)
-        pairs = zip(words, (None, *named), strict=False)
-        return shlex.join(MASK if after and word[:1] != "-" else self(word) for word, after in pairs)
+        secret_options = (word[:2] == "--" and SECRET_NAME.search(word[2:].upper().replace("-", "_")) for word in words)
+        pairs = zip(words, (None, *secret_options), strict=False)
+        return shlex.join(MASK if follows_secret and word[:1] != "-" else self(word) for word, follows_secret in pairs)
 
 
 def complain(line: str, environ: Mapping[str, str]) -> None:
@@ -153,12 +153,12 @@ def complain(line: str, environ: Mapping[str, str]) -> None:
     print(f"supervisor: {Mask(environ)(line)}", file=sys.stderr)
 
 
-def _small(text: str) -> str:
+def _lower(text: str) -> str:
     """Returns the text with its letters as a pattern that ignores case takes them: for `re` these three are an i, an s
     and an i as well."""
-    small = text.lower()
-    return small if text.isascii() else small.replace("ı", "i").replace("ſ", "s").replace("i\u0307", "i")
+    lower = text.lower()
+    return lower if text.isascii() else lower.replace("ı", "i").replace("ſ", "s").replace("i\u0307", "i")
 
 
-def _masked(found: re.Match[str]) -> str:
-    return (found.groupdict().get("keep") or "") + MASK
+def _mask_match(match: re.Match[str]) -> str:
+    return (match.groupdict().get("keep") or "") + MASK

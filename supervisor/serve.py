@@ -28,7 +28,7 @@ from supervisor.around.postmortem import PostMortem
 from supervisor.around.prefetch import ReadAhead
 from supervisor.around.stacks import Stacks
 from supervisor.around.start import StartTold, invitation
-from supervisor.bounded import Call, bounded
+from supervisor.bounded import Call, run_bounded
 from supervisor.engine.child import Child
 from supervisor.engine.engine import Engine, Limits
 from supervisor.engine.lifecycle import State
@@ -44,7 +44,7 @@ from supervisor.gateway.server import Gateway
 from supervisor.gateway.upstream import Upstream
 from supervisor.launch import SIGNALS, Launch
 from supervisor.listen import Listeners
-from supervisor.repositories import weights_of
+from supervisor.repositories import find_weights
 from supervisor.settings.command import served_name
 from supervisor.settings.settings import Settings
 from supervisor.vllm.values import BadValue
@@ -65,9 +65,9 @@ CLOSE_PATIENCE = 5
 # short drain wants a short end, too.
 TERMINATE_PATIENCE = 10.0
 # Of the drain timeout, at most: to report RunPod's jobs that are not done as failed.
-LAST_REPORTS = 5.0
+LAST_REPORTS_PATIENCE = 5.0
 # States that the queue worker is told of; the end is told by `finish`.
-TOLD = frozenset({State.STARTING, State.READY, State.RESTARTING, State.FAILED})
+REPORTED_STATES = frozenset({State.STARTING, State.READY, State.RESTARTING, State.FAILED})
 # Seconds for a collector of traces to answer at the start.
 TRACING_PATIENCE = 30.0
 
@@ -77,33 +77,33 @@ class Start(NamedTuple):
 
     settings: Settings
     launch: Launch
-    first: Call[Child]
+    first_call: Call[Child]
     caches: Caches | None
     plan: StartupPlan | None
-    fast: Prefork | None
+    forker: Prefork | None
     listeners: Listeners
-    pending: list[int]
+    pending_signals: list[int]
 
 
 def serve(start: Start) -> int:
     """Until it is told to stop, or has failed; returns the exit code."""
     listen.raise_file_limit()
-    lines = logs.start(start.launch.form, start.settings.knobs.log_level, start.launch.stderr)
+    sink = logs.start(start.launch.style, start.settings.knobs.log_level, start.launch.stderr)
 
     async def run() -> int:
-        return await Serving(start, lines).run()
+        return await Supervisor(start, sink).run()
 
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(run())
     finally:
-        lines.flush()
+        sink.flush()
 
 
-class Serving(Observer):
+class Supervisor(Observer):
     """One run of the supervisor. For the engine it is who passes requests to it (`Front`), and one who looks on."""
 
-    def __init__(self, start: Start, lines: logs.Log) -> None:
+    def __init__(self, start: Start, sink: logs.Log) -> None:
         self.log = logging.getLogger("supervisor")
         self.loop = asyncio.get_running_loop()
         self.start = start
@@ -111,25 +111,25 @@ class Serving(Observer):
         self.knobs = settings.knobs
         self.launch = start.launch
         self.listeners = start.listeners
-        self.lines = lines
+        self.sink = sink
         cluster = settings.cluster
         self.multinode = Multinode(cluster, self.knobs.drain_timeout) if cluster is not None else None
-        self.headless = self.multinode if cluster is not None and cluster.is_headless else None
+        self.headless_rank = self.multinode if cluster is not None and cluster.is_headless else None
         self.traces: tracing.Tracing | None = None
         self.worker: QueueWorker | None = None
         self.runpod: LocalRunPod | None = None
         self.upstream = Upstream(str(start.launch.workspace.socket), self.loop)
         self.facts = self._facts()
-        first = [start.first]
+        first_call = [start.first_call]
         self.engine = Engine(
-            lambda: first.pop() if first else Call(start.launch),
-            self.headless.ask if self.headless else self.ask,
+            lambda: first_call.pop() if first_call else Call(start.launch),
+            self.headless_rank.ask if self.headless_rank else self.ask,
             self._limits(),
             lambda child: Waterfall(child.spawned_at, fetches=child.command.fetches),
         )
         self.account = Account(self.engine)
-        self.gateway = self._gateway()
-        self.access = AccessLog(self.loop, start.launch.form, lines.output.put, self.knobs.log_level, self.gateway.run)
+        self.gateway = self._make_gateway()
+        self.access = AccessLog(self.loop, start.launch.style, sink.output.put, self.knobs.log_level, self.gateway.run)
         if self.knobs.access_log:
             self.gateway.watch(self.access.ended, jobs=False)
 
@@ -152,41 +152,41 @@ class Serving(Observer):
         return Limits(
             startup=knobs.startup_timeout,
             # A headless rank answers nobody, and takes 13 s for an end of its own.
-            terminate=0.0 if self.headless else min(knobs.drain_timeout, TERMINATE_PATIENCE),
+            terminate=0.0 if self.headless_rank else min(knobs.drain_timeout, TERMINATE_PATIENCE),
             stall=knobs.stall_timeout,
             restarts=knobs.max_restarts,
             window=knobs.restart_window,
             stay_when_failed=knobs.on_failure == "serve",
-            warm_up=WARM_UP if (self.settings.is_demo or knobs.warm_up) and not self.headless else b"",
+            warm_up=WARM_UP if (self.settings.is_demo or knobs.warm_up) and not self.headless_rank else b"",
         )
 
-    def _observers(self) -> list[Observer]:
+    def _make_observers(self) -> list[Observer]:
         settings, launch, listeners = self.settings, self.launch, self.listeners
 
         def invite() -> str:
             return invitation(settings, listeners, self.runpod.url if self.runpod is not None else "")
 
-        def weights() -> Weights:
+        def current_weights() -> Weights:
             """Those of the start; looked for again where they had to be downloaded for it."""
-            return launch.weights if launch.weights.folder is not None else weights_of(settings)
+            return launch.weights if launch.weights.folder is not None else find_weights(settings)
 
         vllm = settings.vllm.version
-        found: list[Observer] = [
+        observers: list[Observer] = [
             self.account,
             self,
-            StartTold(self.lines, launch.foot, colour=launch.form.colour, invitation=invite),
+            StartTold(self.sink, launch.foot, colour=launch.style.colour, invitation=invite),
             PostMortem(settings.cache, mask=launch.mask, vllm=vllm, facts=self.facts, account=self.account),
-            *([] if self.headless else [MediaTold(settings, weights)]),
+            *([] if self.headless_rank else [MediaTold(settings, current_weights)]),
             ReadAhead(lambda: launch.weights, str(settings.option("load_format") or "auto")),
             Stacks(),
             OomKills(),
             GpuMemory(),
         ]
-        found += [self.start.fast] if self.start.fast is not None else []
-        found += [CacheKeeper(self.start.caches, self.start.plan)]
-        return found + ([self.multinode] if self.multinode is not None else [])
+        observers += [self.start.forker] if self.start.forker is not None else []
+        observers += [CacheKeeper(self.start.caches, self.start.plan)]
+        return observers + ([self.multinode] if self.multinode is not None else [])
 
-    def _gateway(self) -> Gateway:
+    def _make_gateway(self) -> Gateway:
         settings, knobs = self.settings, self.knobs
         policy = Policy(
             settings.keys[0].values,
@@ -194,11 +194,11 @@ class Serving(Observer):
             routes=Routes(knobs.allow_routes or (), str(settings.option("root_path") or "")),
             origins=self._origins(),
             # A page of a browser's reaches what listens on loopback; under which names others are known can't be told.
-            hosts=knobs.allowed_hosts if listen.on_loopback(knobs.host) else None,
+            hosts=knobs.allowed_hosts if listen.is_loopback(knobs.host) else None,
             rate=Rate(knobs.rate_limit) if knobs.rate_limit else None,
             max_body=knobs.max_body,
             timeout=knobs.request_timeout or math.inf,
-            elsewhere=elsewhere(settings),
+            elsewhere=headless_refusal(settings),
         )
         return Gateway(
             self.account,
@@ -216,41 +216,41 @@ class Serving(Observer):
 
     def _origins(self) -> Origins:
         """vLLM's options are lists, written as JSON."""
-        found = {}
+        options = {}
         for name in ("origins", "methods", "headers"):
             value = self.settings.option(f"allowed_{name}")
             if value not in (None, ""):
-                found[name] = json.loads(value) if isinstance(value, str) else value
+                options[name] = json.loads(value) if isinstance(value, str) else value
         return Origins(
-            found.get("origins", ()),
-            found.get("methods", ("*",)),
-            found.get("headers", ("*",)),
+            options.get("origins", ()),
+            options.get("methods", ("*",)),
+            options.get("headers", ("*",)),
             credentials=bool(self.settings.option("allow_credentials")),
         )
 
     async def run(self) -> int:
         settings, listeners = self.settings, self.listeners
         self._listen_for_signals()
-        for warning in (*settings.warnings, *self.launch.weights.passed_over):
+        for warning in (*settings.warnings, *self.launch.weights.rejections):
             self.log.warning("%s", warning)
-        where = f" on http://{listen.address(listeners.front)}" if listeners.front else ", for RunPod's queue"
-        self.log.info("starting %s%s", settings.model.value, where)
+        location = f" on http://{listen.address(listeners.front)}" if listeners.front else ", for RunPod's queue"
+        self.log.info("starting %s%s", settings.model.value, location)
         self.log.info("weights: %s", self.launch.weights.source)
-        private = self.launch.workspace.gateway
-        sockets = [*listeners.gateway, listen.privately(private)]
+        private_path = self.launch.workspace.gateway
+        sockets = [*listeners.gateway, listen.bind_private(private_path)]
         async with asyncio.TaskGroup() as group:
-            tracing_starts = group.create_task(self._trace()) if tracing.endpoint(settings.environ) else None
+            tracing_task = group.create_task(self._start_tracing()) if tracing.endpoint(settings.environ) else None
             if settings.mode == "queue":
-                self._join_queue(group, str(private))
+                self._join_queue(group, str(private_path))
             group.create_task(self.gateway.run_on(sockets))
-            code = await self.engine.run(self, self._observers())
+            code = await self.engine.run(self, self._make_observers())
             if self.worker is not None:
-                await self.worker.finish(LAST_REPORTS, LAST_REPORTS)
+                await self.worker.finish(LAST_REPORTS_PATIENCE, LAST_REPORTS_PATIENCE)
             if self.runpod is not None:
                 self.runpod.stop()
             self.gateway.stop()
-            if tracing_starts is not None:
-                tracing_starts.cancel()
+            if tracing_task is not None:
+                tracing_task.cancel()
         self.access.flush()
         if self.traces is not None:
             self.traces.close()
@@ -282,12 +282,12 @@ class Serving(Observer):
     def _listen_for_signals(self) -> None:
         for number in SIGNALS:
             self.loop.add_signal_handler(number, self.engine.stop, number)
-        for heard in self.start.pending:
-            self.engine.stop(heard)
+        for early_signal in self.start.pending_signals:
+            self.engine.stop(early_signal)
         if any(keys.file for keys in self.settings.keys) and not sys.stdin.isatty():
-            self.loop.add_signal_handler(signal.SIGHUP, lambda: self.loop.create_task(self._read_keys_again()))
+            self.loop.add_signal_handler(signal.SIGHUP, lambda: self.loop.create_task(self._reload_keys()))
 
-    async def _read_keys_again(self) -> None:
+    async def _reload_keys(self) -> None:
         """SIGHUP, where keys are in files and no terminal could have been closed."""
         try:
             api_keys, admin_keys = await Call(lambda: [keys.reread().values for keys in self.settings.keys])
@@ -297,18 +297,18 @@ class Serving(Observer):
         self.launch.mask.add((*api_keys, *admin_keys))
         self.access.forget()
         self.gateway.set_keys(api_keys, admin_keys)
-        told = "keys read again: %d for clients, %d for administrators"
-        self.log.info(told, len(api_keys), len(admin_keys))
+        message = "keys read again: %d for clients, %d for administrators"
+        self.log.info(message, len(api_keys), len(admin_keys))
 
-    async def _trace(self) -> None:
+    async def _start_tracing(self) -> None:
         settings = self.settings
-        about = {
+        attributes = {
             "vllm_supervisor.model": str(settings.model.value),
             "vllm_supervisor.vllm_version": settings.vllm.version,
         }
         try:
-            begin = partial(tracing.start, settings.environ, about, self.launch.mask)
-            self.traces = await bounded(TRACING_PATIENCE, begin)
+            start = partial(tracing.start, settings.environ, attributes, self.launch.mask)
+            self.traces = await run_bounded(TRACING_PATIENCE, start)
         except Exception:  # nobody is served worse without traces
             self.log.exception("no traces are sent")
         if self.traces is not None:
@@ -324,13 +324,13 @@ class Serving(Observer):
         return Traffic(*self.gateway.traffic())
 
     async def drain(self) -> bool:
-        if self.headless is not None:
-            return await self.headless.drain()
+        if self.headless_rank is not None:
+            return await self.headless_rank.drain()
         patience = self.knobs.drain_timeout
         try:
             async with asyncio.timeout(patience):
                 if self.worker is not None:
-                    reserve = min(LAST_REPORTS, patience / 4)
+                    reserve = min(LAST_REPORTS_PATIENCE, patience / 4)
                     await self.worker.finish(patience - reserve, reserve)
                 await self.gateway.drained()
         except TimeoutError:
@@ -342,14 +342,14 @@ class Serving(Observer):
 
     def changed(self, change: Change) -> None:
         self.gateway.gate.changed()
-        if self.worker is not None and change.state in TOLD:
+        if self.worker is not None and change.state in REPORTED_STATES:
             self.worker.say(change.state.value)
 
     def removed(self) -> None:
         self.upstream.close()
 
 
-def elsewhere(settings: Settings) -> Refusal | None:
+def headless_refusal(settings: Settings) -> Refusal | None:
     """Where requests belong, if not here."""
     cluster = settings.cluster
     if cluster is None or not cluster.is_headless:

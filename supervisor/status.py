@@ -23,14 +23,14 @@ from supervisor.settings.knobs import read_keys
 from supervisor.vllm.values import BadValue
 
 PATIENCE = 8.0
-NOT_READY = 1
+EXIT_NOT_READY = 1
 
 
 class StatusError(Exception):
     """It can't be asked; the text says why."""
 
 
-class _Private(http.client.HTTPConnection):
+class _UnixConnection(http.client.HTTPConnection):
     """HTTP over a unix socket."""
 
     def __init__(self, path: Path) -> None:
@@ -45,25 +45,25 @@ class _Private(http.client.HTTPConnection):
 
 def show(url: str | None, environ: Mapping[str, str], *, as_json: bool) -> int:
     """Prints a table on a terminal, elsewhere a line for each that is found, or all as JSON. 0 where all are ready."""
-    silent: list[str] = []
+    failures: list[str] = []
     try:
-        found = [_at(url, environ)] if url else list(here(environ, silent))
+        statuses = [_ask_url(url, environ)] if url else list(ask_local(environ, failures))
     except StatusError as error:
         complain(str(error), environ)
-        return NOT_READY
-    for line in silent:
+        return EXIT_NOT_READY
+    for line in failures:
         complain(line, environ)
-    if not found and not silent:
+    if not statuses and not failures:
         complain("none runs here: start one with `supervisor up`, or name one with --url", environ)
-    for status in found:
+    for status in statuses:
         if sys.stdout.isatty() and not as_json:
-            _table(status)
+            _print_table(status)
         else:
-            print(json.dumps(status) if as_json else text(status))
-    return 0 if found and not silent and all(status["state"] == "ready" for status in found) else NOT_READY
+            print(json.dumps(status) if as_json else summary(status))
+    return 0 if statuses and not failures and all(status["state"] == "ready" for status in statuses) else EXIT_NOT_READY
 
 
-def text(status: Mapping[str, Any]) -> str:
+def summary(status: Mapping[str, Any]) -> str:
     since = time.strftime("%H:%M:%S", time.localtime(status["since"]))
     line = f"{status['state']} since {since}: {status['model']} ({status['reason']})"
     line += f", {status['in_flight']} requests in flight, {status['waiting']} waiting"
@@ -72,7 +72,7 @@ def text(status: Mapping[str, Any]) -> str:
     return line
 
 
-def _table(status: Mapping[str, Any]) -> None:
+def _print_table(status: Mapping[str, Any]) -> None:
     from rich.console import Console  # noqa: PLC0415  # 60 ms that the health check need not pay
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
@@ -103,7 +103,7 @@ def _table(status: Mapping[str, Any]) -> None:
     Console(highlight=False).print(table)
 
 
-def here(environ: Mapping[str, str], silent: list[str] | None = None) -> Iterator[dict[str, Any]]:
+def ask_local(environ: Mapping[str, str], failures: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """Those of this user on this machine; others' are not asked. What a killed one left behind answers nobody, and is
     passed over. Those that live and do not answer are named in `silent`."""
     for workspace in workspaces(temporary_folder(environ)):
@@ -111,29 +111,29 @@ def here(environ: Mapping[str, str], silent: list[str] | None = None) -> Iterato
         if not is_ours(path, stat.S_IFSOCK):
             continue
         try:
-            yield _ask(path)
+            yield _ask_socket(path)
         except (ConnectionRefusedError, FileNotFoundError, PermissionError):
             continue
         except (OSError, http.client.HTTPException, StatusError) as error:
-            if silent is not None:
+            if failures is not None:
                 reason = getattr(error, "strerror", None) or error or type(error).__name__
-                silent.append(f"the supervisor at {path} does not answer ({reason})")
+                failures.append(f"the supervisor at {path} does not answer ({reason})")
 
 
-def _at(url: str, environ: Mapping[str, str]) -> dict[str, Any]:
+def _ask_url(url: str, environ: Mapping[str, str]) -> dict[str, Any]:
     import httpx  # noqa: PLC0415  # 0.2 s that the health check need not pay
 
     from supervisor import asking  # noqa: PLC0415  # as above
 
-    authorized = authorization(environ, "SUPERVISOR_API_KEYS")
+    header = authorization(environ, "SUPERVISOR_API_KEYS")
     try:
-        with asking.client(url, PATIENCE, authorization=authorized) as client:
+        with asking.client(url, PATIENCE, authorization=header) as client:
             answer = client.get("/status")
     except ValueError:
         raise StatusError(f"--url {url}: expected an address such as http://127.0.0.1:8000") from None
     except httpx.HTTPError as error:
-        raise StatusError(f"{url} does not answer ({asking.why(error)})") from None
-    return _read(answer.status_code, answer.content)
+        raise StatusError(f"{url} does not answer ({asking.reason(error)})") from None
+    return _parse(answer.status_code, answer.content)
 
 
 def authorization(environ: Mapping[str, str], *names: str) -> str:
@@ -147,24 +147,24 @@ def authorization(environ: Mapping[str, str], *names: str) -> str:
     return ""
 
 
-def _ask(path: Path) -> dict[str, Any]:
+def _ask_socket(path: Path) -> dict[str, Any]:
     """Over its private socket. Not with httpx, whose import takes seven times as long as all the rest of this."""
-    connection = _Private(path)
+    connection = _UnixConnection(path)
     try:
         connection.request("GET", "/status")
         answer = connection.getresponse()
-        return _read(answer.status, answer.read())
+        return _parse(answer.status, answer.read())
     finally:
         connection.close()
 
 
-def _read(code: int, body: bytes) -> dict[str, Any]:
+def _parse(code: int, body: bytes) -> dict[str, Any]:
     """Raises StatusError where what answers is no supervisor."""
     if code == HTTPStatus.UNAUTHORIZED:
         raise StatusError("it asks for a key: set SUPERVISOR_API_KEYS to one of its keys")
     try:
         status: dict[str, Any] = json.loads(body)
-        text(status)
+        summary(status)
     except (ValueError, KeyError, TypeError):
         raise StatusError(f"what answers is no supervisor (status {code})") from None
     return status

@@ -36,13 +36,13 @@ def up(settings: Settings) -> int:
     """Serves until told to stop; returns the exit code. Raises SettingsError where it can't begin."""
     settings = packages.check(settings)
     base = temporary_folder(settings.environ)
-    if settings.mode == "queue" and not _fit(settings, base):
+    if settings.mode == "queue" and not _is_fit(settings, base):
         return EXIT_UNFIT
     listeners = bind(settings)
     # Until the engine's owner listens, signals wait here.
-    pending: list[int] = []
+    pending_signals: list[int] = []
     for number in SIGNALS:
-        signal.signal(number, lambda number, _: pending.append(number))
+        signal.signal(number, lambda number, _: pending_signals.append(number))
     clean_leftovers(base)
     try:
         workspace = Workspace.create(base)
@@ -50,33 +50,33 @@ def up(settings: Settings) -> int:
         raise SettingsError([f"no folder can be made in {base} ({error.strerror}): set TMPDIR"]) from error
     guard = Guard(workspace)
     try:
-        caches, plan, fast = _caches(settings), startup_plan(settings), _prefork(settings, workspace)
+        caches, plan, forker = _make_caches(settings), startup_plan(settings), _make_prefork(settings, workspace)
         environ = caches.environment(settings.environ) if caches else {}
-        launch = Launch(settings, workspace, guard, environ | (ENVIRONMENT if plan else {}), fast)
+        launch = Launch(settings, workspace, guard, environ | (ENVIRONMENT if plan else {}), forker)
         try:
-            first = Call(launch)
+            first_call = Call(launch)
             try:
-                if first.wait(LAUNCH_PATIENCE):
-                    first.result()
+                if first_call.wait(LAUNCH_PATIENCE):
+                    first_call.result()
             except OSError as error:
                 text = f"{settings.vllm.command[0]} can't be executed ({error.strerror}): check SUPERVISOR_VLLM"
                 raise SettingsError([text]) from error
             from supervisor.serve import Start, serve  # noqa: PLC0415  # vLLM is importing by now: it costs no time
 
-            return serve(Start(settings, launch, first, caches, plan, fast, listeners, pending))
+            return serve(Start(settings, launch, first_call, caches, plan, forker, listeners, pending_signals))
         finally:
             launch.close()
-            if fast is not None:
-                fast.close()
+            if forker is not None:
+                forker.close()
     finally:
         workspace.remove()
         guard.dismiss()
 
 
-def _caches(settings: Settings) -> Caches | None:
+def _make_caches(settings: Settings) -> Caches | None:
     """Compiled code is kept where there is a volume, or a folder for it; elsewhere vLLM's own folders do."""
-    kept = (settings.volume is not None and settings.volume.is_writable) or settings.knobs.cache_dir
-    if not kept or settings.is_demo:
+    is_kept = (settings.volume is not None and settings.volume.is_writable) or settings.knobs.cache_dir
+    if not is_kept or settings.is_demo:
         return None
     from supervisor.around.caches import Caches  # noqa: PLC0415
 
@@ -87,7 +87,7 @@ def _caches(settings: Settings) -> Caches | None:
         return None
 
 
-def _prefork(settings: Settings, workspace: Workspace) -> Prefork | None:
+def _make_prefork(settings: Settings, workspace: Workspace) -> Prefork | None:
     """One machine's engines, and no Ray's, which start in ways of their own."""
     ray = settings.option("distributed_executor_backend") == "ray"
     if not settings.knobs.fast_restart or settings.cluster is not None or ray or sys.platform != "linux":
@@ -97,7 +97,7 @@ def _prefork(settings: Settings, workspace: Workspace) -> Prefork | None:
     return prefork(python(settings), settings.vllm.command, workspace.path)
 
 
-def _fit(settings: Settings, folder: Path) -> bool:
+def _is_fit(settings: Settings, folder: Path) -> bool:
     from supervisor.around import fitness  # noqa: PLC0415  # in queue mode only
 
     found = fitness.check(settings.environ, folder)

@@ -177,7 +177,7 @@ class CacheKeeper(Observer):
         Call(lambda: self._tend(lambda: self._restore(run)))
 
     def changed(self, change: Change) -> None:
-        if change.state is State.READY and (self.keeping is None or not self.keeping.hangs):
+        if change.state is State.READY and (self.keeping is None or not self.keeping.is_running):
             self.keeping = Call(lambda: self._tend(self._keep))
 
     def judged(self, run: Run, diagnosis: Diagnosis) -> None:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from supervisor.bounded import bounded
+from supervisor.bounded import run_bounded
 from supervisor.engine.run import Observer, Run
 
 # What a machine with NVIDIA's driver has (the second: WSL). Asking the library instead costs 15 ms of every start.
@@ -88,7 +88,7 @@ def _memory(nvml: Any, handle: Any) -> dict[str, int]:
 async def ask() -> list[int] | None:
     """As `used`, of a driver that may hang: it is told, and then the memory is not known."""
     try:
-        return await bounded(ANSWER, used)
+        return await run_bounded(ANSWER, used)
     except TimeoutError:
         text = "the GPU's driver did not answer in %g s: its memory is not looked at"
         logging.getLogger("supervisor.engine").warning(text, ANSWER)

@@ -21,7 +21,7 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from supervisor.bounded import bounded
+from supervisor.bounded import run_bounded
 from supervisor.engine.run import Observer, Run
 from supervisor.engine.session import Session
 from supervisor.settings.cluster import Cluster
@@ -112,7 +112,7 @@ class Multinode(Observer):
         """From the first request on, the end of another rank is noticed."""
         if run.child is not None:
             session = run.child.session
-            await bounded(LOOK_PATIENCE, lambda: self.ranks.note(session))
+            await run_bounded(LOOK_PATIENCE, lambda: self.ranks.note(session))
 
     def removed(self) -> None:
         if self._watching is not None:
@@ -128,7 +128,7 @@ class Multinode(Observer):
         self.draining = True
         try:
             async with asyncio.timeout(self.drain_timeout):
-                while self.ranks.noted and await bounded(LOOK_PATIENCE, self.ranks.gone) is None:  # noqa: ASYNC110
+                while self.ranks.noted and await run_bounded(LOOK_PATIENCE, self.ranks.gone) is None:  # noqa: ASYNC110
                     await asyncio.sleep(INTERVAL / 4)
         except TimeoutError:
             pass
@@ -144,8 +144,8 @@ class Multinode(Observer):
                     continue
                 if not ranks.noted:
                     looks += 1
-                    await bounded(LOOK_PATIENCE, lambda: ranks.note(session))
-                elif (address := await bounded(LOOK_PATIENCE, ranks.gone)) is not None:
+                    await run_bounded(LOOK_PATIENCE, lambda: ranks.note(session))
+                elif (address := await run_bounded(LOOK_PATIENCE, ranks.gone)) is not None:
                     # A headless rank that drains waits for just this.
                     if not (self.draining and self.cluster.is_headless):
                         run.broke("rank gone", f"the rank at {address} is gone: all of them have to start again")

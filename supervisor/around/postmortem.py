@@ -22,7 +22,7 @@ from typing import Any
 from supervisor.around.account import Account
 from supervisor.around.gpus import gpus
 from supervisor.around.machine import Machine, amount, disk, versions
-from supervisor.bounded import bounded, within
+from supervisor.bounded import run_bounded, try_bounded
 from supervisor.engine import tracebacks
 from supervisor.engine.run import Observer, Run
 from supervisor.secrets import Mask
@@ -71,7 +71,7 @@ class PostMortem(Observer):
             "given_up": given_up,
         }
         try:
-            self.log.error("%s", await bounded(PATIENCE, lambda: self.report(known)))
+            self.log.error("%s", await run_bounded(PATIENCE, lambda: self.report(known)))
         except TimeoutError:
             self.log.warning("the post-mortem was not done in %g s", PATIENCE)
         except Exception:  # it tells of a failure, and must not become one
@@ -100,7 +100,7 @@ class PostMortem(Observer):
             "memory": self.machine.memory(),
             "cgroup": self.machine.cgroup(),
             "disks": [disk(folder) for folder in (self.folder, Path("/tmp"), self.machine.shm)],  # noqa: S108
-            "gpu": within(GPU_PATIENCE, gpus),
+            "gpu": try_bounded(GPU_PATIENCE, gpus),
             "nvidia_smi": _nvidia_smi(),
         }
         masked: dict[str, Any] = _masked(bundle, self.mask)

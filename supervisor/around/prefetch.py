@@ -93,7 +93,7 @@ class ReadAhead(Observer):
         if self.latest is not None:
             self.latest.stop()
         weights = self.weights()
-        if weights.folder is None or weights.download:
+        if weights.folder is None or weights.needs_download:
             return
         with contextlib.suppress(OSError):  # what is missing, or no folder, is vLLM's to tell
             names = {path.name for path in weights.folder.iterdir()}

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 
-from supervisor.bounded import bounded
+from supervisor.bounded import run_bounded
 from supervisor.engine.run import Observer, Run
 
 PATIENCE = 15.0
@@ -25,7 +25,7 @@ class Stacks(Observer):
             return
         try:
             parts = await run.child.survey()
-            await bounded(PATIENCE, lambda: self._dump(program, parts))
+            await run_bounded(PATIENCE, lambda: self._dump(program, parts))
         except TimeoutError:
             self.log.warning("the stacks were not to be had in %g s", PATIENCE)
 

@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from supervisor import listen
 from supervisor.engine.lifecycle import OVER, State
 from supervisor.engine.run import Change, Observer, Phases, Run
-from supervisor.lines import COLOURS, DIM, PLAIN
+from supervisor.lines import COLOURS, DIM, RESET
 from supervisor.listen import Listeners
 from supervisor.logs import Log
 from supervisor.settings.command import served_name
 from supervisor.settings.settings import Settings
-from supervisor.terminal import INTERVAL, Terminal
+from supervisor.terminal import REDRAW_INTERVAL, Terminal
 
 BAR, SPINNER, DONE = "━", "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "✓"
 NAME_WIDTH, BAR_WIDTH = 29, 32
@@ -85,13 +85,13 @@ def invitation(settings: Settings, listeners: Listeners, simulator: str) -> str:
 
 def waterfall(phases: Sequence[Mapping[str, object]], note: str = "", *, running: bool, colour: bool) -> list[str]:
     """A line for each phase (`name`, `seconds`), its bar where its time was. `note` is how far the last one is."""
-    dim, mark, plain = (DIM, COLOURS["INFO"], PLAIN) if colour else ("", "", "")
+    dim, mark, plain = (DIM, COLOURS["INFO"], RESET) if colour else ("", "", "")
     times = [float(str(row["seconds"])) for row in phases]
     total = max(sum(times), 0.001)
     lines, before = [], 0.0
     for number, (row, seconds) in enumerate(zip(phases, times, strict=True)):
         last = number == len(times) - 1
-        sign = SPINNER[int(time.monotonic() / INTERVAL) % len(SPINNER)] if last and running else DONE
+        sign = SPINNER[int(time.monotonic() / REDRAW_INTERVAL) % len(SPINNER)] if last and running else DONE
         start, end = round(BAR_WIDTH * before / total), round(BAR_WIDTH * (before + seconds) / total)
         bar = " " * start + BAR * max(1, end - start)
         about = f"  {note}" if last and note else ""

@@ -33,95 +33,95 @@ COLOURS = {OK: "green", WARN: "yellow", FAIL: "bold red"}
 Check = Callable[[Patient], Row | Iterable[Row] | None]
 
 
-def settings(patient: Patient) -> Iterable[Row]:
+def check_settings(patient: Patient) -> Iterable[Row]:
     if patient.settings is None:
-        told = [Row(FAIL, problem) for problem in patient.problems]
+        rows = [Row(FAIL, problem) for problem in patient.problems]
     else:
-        asked, mode = patient.settings.model, patient.settings.mode
-        told = [Row(OK, f"valid: {asked.value} ({asked.source}), mode {mode}")]
-    return [*told, *(Row(WARN, warning) for warning in patient.warnings)]
+        model, mode = patient.settings.model, patient.settings.mode
+        rows = [Row(OK, f"valid: {model.value} ({model.source}), mode {mode}")]
+    return [*rows, *(Row(WARN, warning) for warning in patient.warnings)]
 
 
 # In the order in which they are shown.
 CHECKS: dict[str, Check] = {
-    "settings": settings,
-    "vllm": machine.engine,
-    "packages": machine.clash,
-    "gpu": machine.gpus,
-    "gpu memory": machine.gpu_memory,
-    "driver": machine.driver,
-    "shm": machine.shared_memory,
-    "memory": machine.memory,
-    "port": machine.port,
+    "settings": check_settings,
+    "vllm": machine.check_vllm,
+    "packages": machine.check_packages,
+    "gpu": machine.check_gpus,
+    "gpu memory": machine.check_gpu_memory,
+    "driver": machine.check_driver,
+    "shm": machine.check_shared_memory,
+    "memory": machine.check_memory,
+    "port": machine.check_port,
     "volume": partial(
-        machine.writable, lambda patient: patient.volume,
+        machine.check_write, lambda patient: patient.volume,
         "Mount it writable, or downloads and caches last for one start.", WARN,
     ),
     "cache": partial(
-        machine.writable, lambda patient: patient.settings.cache if patient.settings else None,
+        machine.check_write, lambda patient: patient.settings.cache if patient.settings else None,
         "Set SUPERVISOR_CACHE_DIR, or each start compiles anew.", WARN,
     ),
     "downloads": partial(
-        machine.writable, lambda patient: patient.downloads, "Set HF_HOME to a folder that can be written.", FAIL
+        machine.check_write, lambda patient: patient.download_path, "Set HF_HOME to a folder that can be written.", FAIL
     ),
     "temporary": partial(
-        machine.writable, lambda patient: temporary_folder(patient.environ), "Set TMPDIR, or mount a tmpfs on /tmp.",
+        machine.check_write, lambda patient: temporary_folder(patient.environ), "Set TMPDIR, or mount a tmpfs on /tmp.",
         FAIL,
     ),
-    "hub": model.hub,
-    "model": model.access,
-    "disk": model.model_disk,
-    "weights": model.weights,
+    "hub": model.check_hub,
+    "model": model.check_access,
+    "disk": model.check_disk,
+    "weights": model.check_weights,
 }  # fmt: skip
 
 
-def show(given: Arguments, environ: Mapping[str, str], *, as_json: bool) -> int:
+def show(arguments: Arguments, environ: Mapping[str, str], *, as_json: bool) -> int:
     """Prints a row for each check; 0 where nothing failed, else 1."""
     deadline = time.monotonic() + PATIENCE
-    patient = admit(given, environ)
+    patient = make_patient(arguments, environ)
     mask = patient.settings.mask if patient.settings else Mask(environ)
     mask.add([patient.hub.token])
-    rows = [row.masked(mask) for row in examine(patient, CHECKS, deadline - time.monotonic())]
+    rows = [row.apply_mask(mask) for row in examine(patient, CHECKS, deadline - time.monotonic())]
     failed = any(row.verdict == FAIL for row in rows)
     if as_json:
         checks = [{"check": row.check, "verdict": row.verdict, "found": row.text, "remedy": row.remedy} for row in rows]
         print(json.dumps({"ok": not failed, "checks": checks}, indent=2))
     elif sys.stdout.isatty():
-        _table(rows)
+        _print_table(rows)
     else:
         for row in rows:
             print(" ".join(filter(None, (f"{row.verdict:<5}{row.check:<13}{row.text.rstrip('.')}.", row.remedy))))
     return 1 if failed else 0
 
 
-def admit(
-    given: Arguments, environ: Mapping[str, str], where: Machine | None = None, patience: float = SETTINGS_PATIENCE
+def make_patient(
+    arguments: Arguments, environ: Mapping[str, str], host: Machine | None = None, patience: float = SETTINGS_PATIENCE
 ) -> Patient:
     """Reads the settings, in a thread that may stay behind."""
-    patient = partial(Patient, environ, where or Machine(), Hub(environ))
-    reading = Call(partial(gather, given, environ))
+    patient = partial(Patient, environ, host or Machine(), Hub(environ))
+    reading = Call(partial(gather, arguments, environ))
     if not reading.wait(patience):
         return patient(None, (LATE_SETTINGS.format(patience),))
     try:
-        found = reading.result()
+        settings = reading.result()
     except SettingsError as error:
         return patient(None, tuple(error.problems), tuple(error.warnings))
-    return patient(found, (), tuple(found.warnings))
+    return patient(settings, (), tuple(settings.warnings))
 
 
 def examine(patient: Patient, checks: Mapping[str, Check], patience: float) -> list[Row]:
     """All checks at once, in threads that are left behind where they hang; their rows in the table's order."""
     deadline = time.monotonic() + patience
-    calls = {name: Call(partial(_rows, check, patient)) for name, check in checks.items()}
-    late = Row(WARN, f"no answer within {PATIENCE:g} s", "What it asks hangs: a driver, a network disk, a name server.")
+    calls = {name: Call(partial(_run_check, check, patient)) for name, check in checks.items()}
+    hang = Row(WARN, f"no answer within {PATIENCE:g} s", "What it asks hangs: a driver, a network disk, a name server.")
     return [
         row._replace(check=name)
         for name, call in calls.items()
-        for row in (call.result() if call.wait(max(0.0, deadline - time.monotonic())) else [late])
+        for row in (call.result() if call.wait(max(0.0, deadline - time.monotonic())) else [hang])
     ]
 
 
-def _rows(check: Check, patient: Patient) -> list[Row]:
+def _run_check(check: Check, patient: Patient) -> list[Row]:
     try:
         found = check(patient)
     except Exception as error:  # noqa: BLE001  # a fault of one check must not hide what the others found
@@ -129,7 +129,7 @@ def _rows(check: Check, patient: Patient) -> list[Row]:
     return [found] if isinstance(found, Row) else list(found or ())
 
 
-def _table(rows: Iterable[Row]) -> None:
+def _print_table(rows: Iterable[Row]) -> None:
     from rich.console import Console  # noqa: PLC0415  # 60 ms, and here alone
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415

@@ -9,47 +9,47 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from supervisor.bounded import within
+from supervisor.bounded import try_bounded
 from supervisor.repositories import hub_cache
 
 PATIENCE = 3.0
 ENDPOINT = "https://huggingface.co"
 
 
-class Answer(NamedTuple):
+class HubAnswer(NamedTuple):
     """`status` is 0 where none came, and then `why` says why."""
 
     status: int
     content: Any = None
-    why: str = ""
+    reason: str = ""
 
 
 class Hub:
     def __init__(self, environ: Mapping[str, str]) -> None:
         endpoint = (environ.get("HF_ENDPOINT") or ENDPOINT).rstrip("/")
         self.endpoint = endpoint if "://" in endpoint else f"https://{endpoint}"
-        self.token = token(environ)
-        self._answers: dict[str, Answer] = {}
+        self.token = find_token(environ)
+        self._answers: dict[str, HubAnswer] = {}
         self._lock = threading.Lock()
 
-    def ask(self, path: str) -> Answer:
+    def ask(self, path: str) -> HubAnswer:
         with self._lock:
             # Where nobody answered, nobody will: the other checks are not kept waiting for that.
-            silent = next((answer for answer in self._answers.values() if not answer.status), None)
-            if silent is None and path not in self._answers:
+            failure = next((answer for answer in self._answers.values() if not answer.status), None)
+            if failure is None and path not in self._answers:
                 # A name server that is silent, or an address for each of its lines, is not covered by the timeout.
-                answer = within(PATIENCE + 1, lambda: self._ask(path))
-                self._answers[path] = answer or Answer(0, why=f"no answer in {PATIENCE + 1:g} s")
-            return silent or self._answers[path]
+                answer = try_bounded(PATIENCE + 1, lambda: self._ask_hub(path))
+                self._answers[path] = answer or HubAnswer(0, reason=f"no answer in {PATIENCE + 1:g} s")
+            return failure or self._answers[path]
 
-    def hello(self) -> Answer:
+    def whoami(self) -> HubAnswer:
         """Whether it is there, and what it thinks of our token, if we have one."""
         return self.ask("/api/whoami-v2")
 
-    def model(self, name: str, revision: str) -> Answer:
+    def ask_model(self, name: str, revision: str) -> HubAnswer:
         return self.ask(f"/api/models/{name}/revision/{urllib.parse.quote(revision, safe='')}?blobs=true")
 
-    def _ask(self, path: str) -> Answer:
+    def _ask_hub(self, path: str) -> HubAnswer:
         import httpx  # noqa: PLC0415  # 0.2 s that the doctor's other checks need not wait for
 
         from supervisor import asking  # noqa: PLC0415  # as above
@@ -58,19 +58,19 @@ class Hub:
             with asking.client(self.endpoint, PATIENCE, authorization=self.token and f"Bearer {self.token}") as client:
                 answer = client.get(path, follow_redirects=True)
         except ValueError as error:
-            return Answer(0, why=f"HF_ENDPOINT: {error}")
+            return HubAnswer(0, reason=f"HF_ENDPOINT: {error}")
         except httpx.HTTPError as error:
-            return Answer(0, why=asking.why(error))
+            return HubAnswer(0, reason=asking.reason(error))
         content = None
         with contextlib.suppress(ValueError):
             content = answer.json()
-        return Answer(answer.status_code, content, answer.headers.get("X-Error-Message") or "")
+        return HubAnswer(answer.status_code, content, answer.headers.get("X-Error-Message") or "")
 
 
-def token(environ: Mapping[str, str]) -> str:
+def find_token(environ: Mapping[str, str]) -> str:
     """As the hub's client looks for it."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         if found := environ.get(name, "").strip():
             return found
     home = hub_cache({**environ, "HF_HUB_CACHE": "", "HUGGINGFACE_HUB_CACHE": ""}).parent
-    return (within(PATIENCE, Path(environ.get("HF_TOKEN_PATH") or home / "token").read_text) or "").strip()
+    return (try_bounded(PATIENCE, Path(environ.get("HF_TOKEN_PATH") or home / "token").read_text) or "").strip()

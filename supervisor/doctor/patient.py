@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from supervisor.around.gpus import gpus
 from supervisor.around.machine import Machine
-from supervisor.doctor.hub import Answer, Hub
+from supervisor.doctor.hub import Hub, HubAnswer
 from supervisor.engine.workspace import temporary_folder
-from supervisor.repositories import hub_cache, hub_env, weights_of
+from supervisor.repositories import find_weights, hub_cache, hub_env
 from supervisor.secrets import Mask
 from supervisor.settings import platform
 from supervisor.settings.settings import Settings
@@ -25,10 +25,10 @@ from supervisor.weights import find, snapshot
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 # For vLLM's Python, which takes 30 ms where nothing hangs.
-ASKING_PATIENCE = 3.0
+PYTHON_PATIENCE = 3.0
 # Where torch would be imported from. Its folder is the last line: what is in a .pth file may print as well. The working
 # directory is in the path of `-c`, and not in that of a script.
-WHERE = """
+FIND_TORCH = """
 import sys
 if not sys.path[0]:
     del sys.path[0]
@@ -38,7 +38,7 @@ print(flush=True)
 os.write(1, os.fsencode(list(found.submodule_search_locations)[0] if found else ""))
 os._exit(0)
 """
-CUDA = re.compile(r"^cuda\b[^=\n]*= *(?:None|'([\d.]+)')", re.MULTILINE)
+CUDA_VERSION = re.compile(r"^cuda\b[^=\n]*= *(?:None|'([\d.]+)')", re.MULTILINE)
 
 
 class Row(NamedTuple):
@@ -47,7 +47,7 @@ class Row(NamedTuple):
     remedy: str = ""
     check: str = ""
 
-    def masked(self, mask: Mask) -> Row:
+    def apply_mask(self, mask: Mask) -> Row:
         return self._replace(text=mask(self.text), remedy=mask(self.remedy))
 
 
@@ -69,7 +69,7 @@ class Patient:
         return self.ask_gpus() or {}
 
     @property
-    def visible(self) -> list[dict[str, Any]]:
+    def visible_gpus(self) -> list[dict[str, Any]]:
         """Those that CUDA_VISIBLE_DEVICES leaves to vLLM, where it has numbers (a driver counts as `nvidia-smi` does);
         else all."""
         found = list(self.gpus.get("gpus") or ())
@@ -79,10 +79,10 @@ class Patient:
         return [found[int(word)] for word in words if int(word) < len(found)]
 
     @property
-    def count(self) -> int:
+    def gpu_count(self) -> int:
         """How many GPUs vLLM will see."""
-        seen, told = len(self.gpus.get("gpus") or ()), platform.count_gpus(self.environ)
-        return seen if told is None or (seen and told > seen) else told
+        present, declared = len(self.gpus.get("gpus") or ()), platform.count_gpus(self.environ)
+        return present if declared is None or (present and declared > present) else declared
 
     @cached_property
     def vllm(self) -> installed.Vllm:
@@ -93,30 +93,30 @@ class Patient:
         return installed.find(self.environ.get("SUPERVISOR_VLLM"), self.environ.get("PATH"), cache)
 
     @cached_property
-    def torch(self) -> Path | None:
+    def torch_folder(self) -> Path | None:
         """Its folder: where vLLM's Python would import it from, or else beside vLLM."""
         try:
             vllm = self.vllm
         except installed.VllmError:
             return None
-        beside = next(installed.beside(Path(vllm.command[0]), "torch"), None)
+        fallback = next(installed.beside(Path(vllm.command[0]), "torch"), None)
         if vllm.python is None:
-            return beside
+            return fallback
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            done = subprocess.run(
-                [*vllm.python, "-B", "-c", WHERE], env=dict(self.environ), timeout=ASKING_PATIENCE, check=True,
+            process = subprocess.run(
+                [*vllm.python, "-B", "-c", FIND_TORCH], env=dict(self.environ), timeout=PYTHON_PATIENCE, check=True,
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             )  # fmt: skip
-            folder = Path(os.fsdecode(done.stdout.rpartition(b"\n")[2]))
+            folder = Path(os.fsdecode(process.stdout.rpartition(b"\n")[2]))
             if folder.is_absolute() and folder.is_dir():
                 return folder
-        return beside
+        return fallback
 
     @cached_property
-    def cuda(self) -> str | None:
+    def torch_cuda(self) -> str | None:
         """The version that vLLM's torch is built for; empty for a CPU build, None where it can't be told."""
         with contextlib.suppress(OSError):
-            if self.torch and (found := CUDA.search((self.torch / "version.py").read_text())):
+            if self.torch_folder and (found := CUDA_VERSION.search((self.torch_folder / "version.py").read_text())):
                 return found[1] or ""
         return None
 
@@ -125,30 +125,30 @@ class Patient:
         return self.settings.volume.path if self.settings and self.settings.volume else None
 
     @property
-    def downloads(self) -> Path:
+    def download_path(self) -> Path:
         """Where the hub's client puts what it downloads."""
         placed = hub_env(self.settings.volume if self.settings else None, self.environ, "")
         return Path(self.option("download_dir", None) or hub_cache({**placed, **self.environ}))
 
     @property
-    def offline(self) -> bool:
+    def is_offline(self) -> bool:
         names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-        return any(self.environ.get(name, "").lower() in find.TRUE for name in names)
+        return any(self.environ.get(name, "").lower() in find.TRUE_WORDS for name in names)
 
     @cached_property
     def weights(self) -> find.Weights | None:
-        return weights_of(self.settings) if self.settings is not None else None
+        return find_weights(self.settings) if self.settings is not None else None
 
     def option(self, key: str, default: Any) -> Any:
         found = self.settings.option(key) if self.settings is not None else None
         return default if found is None else found
 
     @cached_property
-    def remote(self) -> Answer | None:
+    def remote_model(self) -> HubAnswer | None:
         """What the hub knows of the model, where it has to come from there."""
-        if self.settings is None or self.weights is None or not self.weights.download or self.offline:
+        if self.settings is None or self.weights is None or not self.weights.needs_download or self.is_offline:
             return None
-        return self.hub.model(str(self.settings.model.value), self.option("revision", "main"))
+        return self.hub.ask_model(str(self.settings.model.value), self.option("revision", "main"))
 
     @property
     def utilization(self) -> float:
@@ -156,17 +156,17 @@ class Patient:
         return float(self.option("gpu_memory_utilization", 0.92))
 
     @property
-    def ranks(self) -> int:
+    def rank_count(self) -> int:
         """Over how many GPUs the model is spread."""
         return int(self.option("tensor_parallel_size", 1)) * int(self.option("pipeline_parallel_size", 1))
 
     @cached_property
-    def size(self) -> int | None:
+    def weight_bytes(self) -> int | None:
         """Of the weights that vLLM will read, in bytes."""
         if self.weights is None:
             return None
         if (folder := self.weights.folder) is None:
-            content = self.remote.content if self.remote else None
+            content = self.remote_model.content if self.remote_model else None
             rows = content.get("siblings") or () if isinstance(content, dict) else ()
             files = {str(row["rfilename"]): int(row.get("size") or 0) for row in rows}
         elif folder.is_file():  # a GGUF

@@ -15,11 +15,11 @@ import subprocess
 import time
 from collections.abc import Callable
 
-from supervisor.bounded import Call, bounded
+from supervisor.bounded import Call, run_bounded
 from supervisor.engine.adopted import Adopted
 from supervisor.engine.log_pump import Lines, LogPump
 from supervisor.engine.session import KILL_PATIENCE, Session
-from supervisor.lines import Form
+from supervisor.lines import LineStyle
 from supervisor.output import Output
 from supervisor.settings.command import Command
 
@@ -40,7 +40,7 @@ class Child:
     def __init__(
         self,
         command: Command,
-        form: Form,
+        form: LineStyle,
         outputs: tuple[Output, Output],
         remember: Callable[[Session | None], object],
         fork: Fork = lambda *_: None,
@@ -73,7 +73,7 @@ class Child:
     async def survey(self) -> dict[int, str]:
         """The engine's parts that live: pid -> name, such as `VLLM::EngineCore`. Notes their shared memory, and reaps
         orphans. Raises TimeoutError where /proc hangs."""
-        return await bounded(SURVEY_PATIENCE, self._survey)
+        return await run_bounded(SURVEY_PATIENCE, self._survey)
 
     def terminate(self) -> None:
         """SIGTERM to the API server alone."""
@@ -83,7 +83,7 @@ class Child:
     async def end(self) -> list[int]:
         """Kills what is left of the session and removes what that left; returns what would not die."""
         try:
-            return await bounded(KILL_PATIENCE + 2 * ALL_LINES, self.end_now)
+            return await run_bounded(KILL_PATIENCE + 2 * ALL_LINES, self.end_now)
         except TimeoutError:
             return [self.pid]
 

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from supervisor.bounded import Call, bounded
+from supervisor.bounded import Call, run_bounded
 from supervisor.engine import heartbeat
 from supervisor.engine.child import Child, how_it_ended
 from supervisor.engine.lifecycle import Action, Event, State, step
@@ -290,7 +290,7 @@ class Engine:
                 self.observers.fault("finding the cause")
                 return table.Diagnosis("Its log can't be understood.", "", permanent=False, known=False)
 
-        diagnosis = await bounded(None, diagnosed)  # to compile the patterns takes half a second of the loop's time
+        diagnosis = await run_bounded(None, diagnosed)  # to compile the patterns takes half a second of the loop's time
         self.observers.tell("judged", run, diagnosis)
         ended = f"vLLM ended ({how_it_ended(code)}): " if code is not None and not run.broken else ""
         self.log.error("%s%s", ended, diagnosis.text)

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import IO
 
-from supervisor.lines import Form, VllmLines
+from supervisor.lines import LineStyle, VllmLines
 from supervisor.output import Output
 
 KEPT_LINES = 2000  # eight ranks say 70 each of one error, and native stacks
@@ -66,12 +66,12 @@ class Lines:
 class LogPump:
     """Copies one of the child's streams to one of ours, line by line, in a thread of its own."""
 
-    def __init__(self, source: IO[bytes], output: Output, lines: Lines, form: Form) -> None:
+    def __init__(self, source: IO[bytes], output: Output, lines: Lines, form: LineStyle) -> None:
         self.source = source
         self.output = output
         self.lines = lines
         self.mask = form.mask
-        self.shown = VllmLines(form, terminal=os.isatty(output.target))
+        self.shown = VllmLines(form, is_terminal=os.isatty(output.descriptor))
         self.thread = threading.Thread(target=self._run, name="vllm-log", daemon=True)
         self.thread.start()
 

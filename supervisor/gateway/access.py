@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from supervisor.gateway.record import note
-from supervisor.lines import Form, clock, iso, printable
+from supervisor.lines import LineStyle, clock, escape, iso
 
 if TYPE_CHECKING:
     import asyncio
@@ -32,7 +32,7 @@ LONGEST_PATH = 200
 # By the log's level: a 5xx is a warning, and nothing here is an error.
 FROM_STATUS = {"debug": 0, "info": 0, "warning": 500, "error": 1000}
 UNITS = ("B", "kB", "MB", "GB")
-# What differs from line to line. Of what a client sends no such bytes get into a line (lines.printable).
+# What differs from line to line. Of what a client sends no such bytes get into a line (lines.escape).
 GAP, SECONDS = "\0", "\1"
 
 
@@ -41,7 +41,7 @@ class AccessLog:
     """`ended(record)` for each; `flush()` before the end."""
 
     loop: asyncio.AbstractEventLoop
-    form: Form
+    form: LineStyle
     put: Callable[[bytes, int], None]  # writes lines, so many
     level: str = "info"  # above it, those of failures alone
     # How the ids begin that no client made. Who has seen one can begin like it: no more than letters and digits are
@@ -123,12 +123,12 @@ class AccessLog:
 
     def _masked_id(self, request_id: bytes) -> str:
         shown = self.mask(request_id.decode("latin-1"))
-        return json.dumps(shown)[1:-1] if self.form.as_json else printable(shown)
+        return json.dumps(shown)[1:-1] if self.form.as_json else escape(shown)
 
 
 @lru_cache(KEPT)
 def shown_path(mask: Callable[[str], str], path: bytes) -> str:
-    text = printable(mask(path[:LONGEST_PATH].decode("utf-8", "backslashreplace")))
+    text = escape(mask(path[:LONGEST_PATH].decode("utf-8", "backslashreplace")))
     return text if len(path) <= LONGEST_PATH else f"{text}..."
 
 

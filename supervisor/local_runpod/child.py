@@ -9,7 +9,7 @@ import socket
 from collections.abc import Sequence
 from functools import partial
 
-from supervisor.kept import Kept
+from supervisor.kept import KeptProgram
 
 LOG = logging.getLogger("supervisor.queue")
 # The simulator gets the keys by these variables of its environment, where no list of processes shows them.
@@ -30,7 +30,7 @@ def runpod_variables(url: str, key: str = "local") -> dict[str, str]:
     }
 
 
-class LocalRunPod(Kept):
+class LocalRunPod(KeptProgram):
     """`run()` keeps the simulator alive until `stop()`. Its jobs are lost with it; who asks then waits for the next."""
 
     def __init__(self, listener: socket.socket, keys: Sequence[str]) -> None:
@@ -43,10 +43,10 @@ class LocalRunPod(Kept):
         environ |= {CLIENT_KEYS: ",".join(keys), WORKER_KEY: worker_key}
         program = ["supervisor.local_runpod.simulator", "--fd", str(listener.fileno()), "--with-parent"]
         report_death = partial(LOG.error, "the simulated RunPod ended (%s), its jobs are lost: again in %.1f s")
-        super().__init__(program, environ, report_death, files=[listener.fileno()])
+        super().__init__(program, environ, report_death, descriptors=[listener.fileno()])
 
     def stop(self) -> None:
         """Ends the simulator, when nobody is left to post to it."""
-        self.leaving.set()
+        self.stop_requested.set()
         if self.child is not None:
             self.child.terminate()

@@ -74,7 +74,7 @@ def add_stream(content: Any) -> Any:
 def find_url(environ: Mapping[str, str]) -> str:
     """Returns the address of the simulated RunPod of the supervisor that runs here. Raises SendError without one."""
     complaints: list[str] = []
-    supervisors = list(status.here(environ, complaints))
+    supervisors = list(status.ask_local(environ, complaints))
     urls = [str(supervisor["simulator"]) for supervisor in supervisors if supervisor.get("simulator")]
     if urls:
         return urls[0]
@@ -102,7 +102,7 @@ class Endpoint:
         try:
             response = self.client.request(method, path, content=content)
         except httpx.HTTPError as error:
-            raise SendError(f"{self.url} does not answer ({asking.why(error)})") from None
+            raise SendError(f"{self.url} does not answer ({asking.reason(error)})") from None
         answer: Any = None
         with contextlib.suppress(ValueError):
             answer = response.json()

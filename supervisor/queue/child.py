@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from supervisor.kept import Kept
+from supervisor.kept import KeptProgram
 from supervisor.queue.jobs import JSON
 from supervisor.secrets import SECRET_NAME
 
@@ -39,7 +39,7 @@ def worker_environment(environ: Mapping[str, str], **options: object) -> dict[st
     return variables | {"SUPERVISOR_QUEUE": json.dumps(options)}
 
 
-class QueueWorker(Kept):
+class QueueWorker(KeptProgram):
     """`run()` keeps the worker alive until `finish()`. `say()` tells the engine's state (starting, ready, restarting,
     failed), draining (it takes no more, and leaves when all is done) or expire (it fails what still runs, and leaves).
 
@@ -54,7 +54,7 @@ class QueueWorker(Kept):
 
     async def finish(self, patience: float, reserve: float) -> None:
         """Gives the worker `patience` seconds to end its jobs, then `reserve` more to report the others as failed."""
-        self.leaving.set()
+        self.stop_requested.set()
         for word, seconds in (("draining", patience), ("expire", reserve)):
             self.say(word)
             with contextlib.suppress(TimeoutError):

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from supervisor.bounded import read_file, within
+from supervisor.bounded import read_file, try_bounded
 from supervisor.secrets import SHORTEST_SECRET
 from supervisor.settings import platform
 from supervisor.settings.knobs import SAFE_KEY_LENGTH, Keys
@@ -41,12 +41,12 @@ def check(part: str, facts: Facts) -> Iterator[str]:
 
 def is_missing(path: str, *, is_folder: bool) -> bool:
     """Returns whether there surely is no such folder or plain file. A disk that does not answer may have it."""
-    return within(DISK_PATIENCE, Path(path).is_dir if is_folder else Path(path).is_file) is False
+    return try_bounded(DISK_PATIENCE, Path(path).is_dir if is_folder else Path(path).is_file) is False
 
 
 def read_json_file(path: Path) -> dict[str, Any]:
     """Returns the object in a file of JSON, and an empty one where the file can't be read."""
-    return within(DISK_PATIENCE, lambda: json_object(path.read_text())) or {}
+    return try_bounded(DISK_PATIENCE, lambda: json_object(path.read_text())) or {}
 
 
 def check_tls(facts: Facts) -> Iterator[str]:
@@ -56,7 +56,7 @@ def check_tls(facts: Facts) -> Iterator[str]:
 
         try:
             for path in filter(None, (cert, key)):
-                read_file(Path(path), again=True)  # uvicorn reads it once more
+                read_file(Path(path), regular_only=True)  # uvicorn reads it once more
             ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key)
         except OSError as error:
             yield (

@@ -62,7 +62,7 @@ def read_unnamed(report: Report) -> ConfigFile:
     file, path, text = ConfigFile(CONFIG_NAME, is_named=False), Path(CONFIG_NAME), ""
     with _report_errors(report.warnings, SKIP_MESSAGE, suffix=SKIP_ADVICE):
         if path.exists() or path.is_symlink():
-            text = read_file(path, again=True).decode()
+            text = read_file(path, regular_only=True).decode()
     with _report_errors(report.problems, CONFIG_NAME):
         if (content := _parse_own_content(text)) is not None:
             _fill(file, content, report)
@@ -78,7 +78,7 @@ def read_vllm_config(source: str, value: object, report: Report) -> ConfigFile:
     with _report_errors(report.problems, file.label):
         if Path(path).suffix not in (".yaml", ".yml"):  # vLLM's own rule
             raise MalformedError("is no YAML file, such as /path/vllm.yaml")
-        text = read_file(Path(path), again=True).decode()
+        text = read_file(Path(path), regular_only=True).decode()
         file.content, file.typed_content = _parse_mapping(text), _parse_mapping(text, keep_types=True)
     return file
 

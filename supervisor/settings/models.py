@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from supervisor.bounded import within
+from supervisor.bounded import try_bounded
 from supervisor.settings.names import DEFAULTS, GGUF_MESSAGE, MODEL_ADVICE, advice
 from supervisor.vllm.catalogue import Catalogue
 from supervisor.vllm.installed import Vllm
@@ -26,11 +26,11 @@ def read(name: str, vllm: Vllm, catalogue: Catalogue, environ: Mapping[str, str]
     """Returns the model as vLLM is to have it. Raises BadValue."""
     is_path = name.startswith(("/", "./", "../", "~"))
     path = os.path.normpath(os.path.expanduser(name)) if is_path else name  # noqa: PTH111  # ~nobody stays as it is
-    exists = within(DISK_PATIENCE, Path(path).exists) if is_path or not HUB_NAME.fullmatch(name) else False
+    exists = try_bounded(DISK_PATIENCE, Path(path).exists) if is_path or not HUB_NAME.fullmatch(name) else False
     is_gguf = QUANTIZED_NAME.fullmatch(name) or (name.lower().endswith(".gguf") and "/" in name)
     is_known = not is_path and (is_gguf or BUCKET_URL.fullmatch(name) or HUB_NAME.fullmatch(name))
     place = Path(path)
-    if exists and within(DISK_PATIENCE, lambda: not place.is_file() and not (place.is_dir() and os.listdir(place))):  # noqa: PTH208
+    if exists and try_bounded(DISK_PATIENCE, lambda: not place.is_file() and not (place.is_dir() and os.listdir(place))):  # noqa: PTH208
         raise BadValue("a folder with a model in it; there is nothing in this one")
     if exists is not False or is_known:  # where the disk hangs, the launch waits
         formats = [row.names for row in catalogue.by_key.values() if row.key in ("load_format", "quantization")]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from supervisor.bounded import within
+from supervisor.bounded import try_bounded
 from supervisor.secrets import Mask
 from supervisor.settings import checks, config_file, models, options, platform, raw, typos
 from supervisor.settings import cluster as clusters
@@ -92,7 +92,7 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     knob_settings = (mode_setting, *(_read_knob(knob, knob_sources, file, report) for knob in KNOBS[1:]))
     knobs = Knobs(**{knob.field: setting.value for knob, setting in zip(KNOBS, knob_settings, strict=True)})
     _check_keys({knob.field for knob in KNOBS}, file.knobs, file, report, "supervisor.")
-    volume = within(models.DISK_PATIENCE, lambda: volumes.find(knobs.volume, environ))
+    volume = try_bounded(models.DISK_PATIENCE, lambda: volumes.find(knobs.volume, environ))
     cache = _cache_folder(knobs, volume, environ)
     try:
         vllm = installed.find(knobs.vllm, environ.get("PATH"), cache)
@@ -116,7 +116,7 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     vllm_file = config_file.read_vllm_config(*vllm_configs[0], report) if vllm_configs else ConfigFile("")
     model_source = {"MODEL": Entry(vllm_file.label, vllm_file.content.get("model"))}
     model = _read_model([arguments.source, *sources, model_source, platform_defaults], environ, report, vllm, catalogue)
-    is_demo = model is not None and within(models.DISK_PATIENCE, Path(model.value).resolve) == models.DEMO_MODEL
+    is_demo = model is not None and try_bounded(models.DISK_PATIENCE, Path(model.value).resolve) == models.DEMO_MODEL
     vllm_file_settings = options.read_vllm_file(vllm_file, catalogue, report)
     sources += [clusters.derive(environ, all_sources)]
     sources += [presets("SUPERVISOR_ACCESS_LOG")] if knobs.access_log else []

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from supervisor.weights.snapshot import PATTERNS, lacking
+from supervisor.weights.snapshot import PATTERNS, find_fault
 
-REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+REPOSITORY_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # One of many models in a repository, which vLLM's GGUF plugin knows by its quantization; or a file.
-GGUF = re.compile(r"[\w.-]+/[\w.-]+:[\w.-]+|.+\.gguf")
-COMMIT = re.compile(r"[0-9a-f]{40}")
-TRUE = ("1", "true", "yes", "on")
+GGUF_NAME = re.compile(r"[\w.-]+/[\w.-]+:[\w.-]+|.+\.gguf")
+COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
+TRUE_WORDS = ("1", "true", "yes", "on")
 
 
 class Place(NamedTuple):
@@ -28,7 +28,7 @@ class Place(NamedTuple):
 
     name: str
     cache: Path
-    settled: bool
+    is_pinned: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,38 +39,38 @@ class Weights:
 
     source: str
     folder: Path | None = None
-    download: bool = False
-    passed_over: tuple[str, ...] = ()
-    gguf: bool = False
+    needs_download: bool = False
+    rejections: tuple[str, ...] = ()
+    is_gguf: bool = False
 
 
 def find(
-    model: str, revision: str | None, load_format: str, among: Iterable[Place], environ: Mapping[str, str]
+    model: str, revision: str | None, load_format: str, places: Iterable[Place], environ: Mapping[str, str]
 ) -> Weights:
     """Reads a few small files of each place."""
-    gguf = load_format == "gguf" or GGUF.fullmatch(model) is not None
+    is_gguf = load_format == "gguf" or GGUF_NAME.fullmatch(model) is not None
     if os.path.exists(model):  # noqa: PTH110  # not so either where the name is too long, or may not be looked at
-        return Weights(f"the folder {model}", Path(model), gguf=gguf)
-    if not REPOSITORY.fullmatch(model) or gguf or environ.get("VLLM_USE_MODELSCOPE", "").lower() in TRUE:
-        return Weights("left to vLLM", gguf=gguf)  # s3://..., another hub
-    passed_over = []
-    offline = (environ.get("HF_HUB_OFFLINE") or environ.get("TRANSFORMERS_OFFLINE", "")).lower() in TRUE
-    known = load_format in PATTERNS
-    for place in among:
+        return Weights(f"the folder {model}", Path(model), is_gguf=is_gguf)
+    if not REPOSITORY_NAME.fullmatch(model) or is_gguf or environ.get("VLLM_USE_MODELSCOPE", "").lower() in TRUE_WORDS:
+        return Weights("left to vLLM", is_gguf=is_gguf)  # s3://..., another hub
+    rejections = []
+    offline = (environ.get("HF_HUB_OFFLINE") or environ.get("TRANSFORMERS_OFFLINE", "")).lower() in TRUE_WORDS
+    is_known_format = load_format in PATTERNS
+    for place in places:
         snapshot = find_snapshot(place.cache, model, revision)
-        if snapshot is None or not (known or place.settled):
+        if snapshot is None or not (is_known_format or place.is_pinned):
             continue
-        fault = lacking(snapshot, load_format)
+        fault = find_fault(snapshot, load_format)
         if fault is not None:
-            passed_over.append(f"{model} is {place.name} ({snapshot}), but not whole: {fault}")
+            rejections.append(f"{model} is {place.name} ({snapshot}), but not whole: {fault}")
             continue
-        asked = not (place.settled or offline or COMMIT.fullmatch(revision or ""))
-        return Weights(f"{place.name}, {snapshot}", snapshot, asked, tuple(passed_over))
-    if not known:
+        needs_download = not (place.is_pinned or offline or COMMIT_HASH.fullmatch(revision or ""))
+        return Weights(f"{place.name}, {snapshot}", snapshot, needs_download, tuple(rejections))
+    if not is_known_format:
         return Weights(f"left to vLLM, whose {load_format} has them in a way of its own")
-    if offline and passed_over:  # vLLM may get along with what is there
-        return Weights("left to vLLM, for the hub may not be asked", None, False, tuple(passed_over))
-    return Weights("the hub", None, True, tuple(passed_over))  # offline: to be told so at once
+    if offline and rejections:  # vLLM may get along with what is there
+        return Weights("left to vLLM, for the hub may not be asked", None, False, tuple(rejections))
+    return Weights("the hub", None, True, tuple(rejections))  # offline: to be told so at once
 
 
 def find_snapshot(cache: Path, model: str, revision: str | None) -> Path | None:
@@ -83,10 +83,10 @@ def find_snapshot(cache: Path, model: str, revision: str | None) -> Path | None:
         if not repository.is_dir():
             entries = {path.name.lower(): path for path in cache.iterdir()}
             repository = entries.get(repository.name.lower(), repository)
-        snapshots, commit = repository / "snapshots", revision if COMMIT.fullmatch(revision or "") else None
+        snapshots, commit = repository / "snapshots", revision if COMMIT_HASH.fullmatch(revision or "") else None
         with contextlib.suppress(OSError, ValueError):
             commit = (repository / "refs" / (revision or "main")).read_text().strip()
         if commit or not revision:
-            found: Iterable[Path] = [snapshots / commit] if commit else snapshots.iterdir()
-            return max(filter(Path.is_dir, found), key=lambda path: path.stat().st_mtime, default=None)
+            folders: Iterable[Path] = [snapshots / commit] if commit else snapshots.iterdir()
+            return max(filter(Path.is_dir, folders), key=lambda path: path.stat().st_mtime, default=None)
     return None

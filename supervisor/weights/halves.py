@@ -17,57 +17,57 @@ from pathlib import Path
 from typing import Any
 
 # A file that the client is writing (newer ones make a name for each try), and ours of what came.
-TEMPORARY = re.compile(r"(?P<blob>.*/[^./]+)(\.[0-9a-f]{8})?\.incomplete")
-KEPT = ".kept.incomplete"
+TEMPORARY_NAME = re.compile(r"(?P<blob>.*/[^./]+)(\.[0-9a-f]{8})?\.incomplete")
+KEPT_SUFFIX = ".kept.incomplete"
 # Bytes that are written at once. The client's own 10 MB are lost whenever a connection breaks off, and on a slow line
 # come so seldom that it seems to stand still.
-PIECE = 1 << 20
+CHUNK_BYTES = 1 << 20
 # So many seconds after its last byte a half-written file is nobody's; on some network volumes locks do not tell.
-ABANDONED = 60.0
+ABANDONED_SECONDS = 60.0
 
 
-def keep(tell: Callable[[str], object]) -> None:
+def keep(say: Callable[[str], object]) -> None:
     """Sets itself between the client and its files; tells where this client does not let it."""
     from huggingface_hub import __version__, constants, file_download  # noqa: PLC0415  # not in every environment
 
-    constants.DOWNLOAD_CHUNK_SIZE = PIECE
-    theirs: Any = getattr(file_download, "http_get", None)
-    lost = f"what breaks off begins anew: huggingface_hub {__version__} takes files in a way that is new to us"
-    if not callable(theirs) or not {"resume_size", "expected_size"} <= inspect.signature(theirs).parameters.keys():
-        tell(lost)
+    constants.DOWNLOAD_CHUNK_SIZE = CHUNK_BYTES
+    original: Any = getattr(file_download, "http_get", None)
+    warning = f"what breaks off begins anew: huggingface_hub {__version__} takes files in a way that is new to us"
+    if not callable(original) or not {"resume_size", "expected_size"} <= inspect.signature(original).parameters.keys():
+        say(warning)
         return
 
-    def http_get(url: str, temp_file: Any, **more: Any) -> None:
-        name = str(temp_file.name)
-        found = TEMPORARY.fullmatch(name)
-        if found is None:
-            if not name.endswith(KEPT):  # which is the client's own next try
-                tell(lost)
-            theirs(url=url, temp_file=temp_file, **more)
+    def http_get(url: str, temp_file: Any, **options: Any) -> None:
+        path = str(temp_file.name)
+        match = TEMPORARY_NAME.fullmatch(path)
+        if match is None:
+            if not path.endswith(KEPT_SUFFIX):  # which is the client's own next try
+                say(warning)
+            original(url=url, temp_file=temp_file, **options)
             return
-        kept = Path(found["blob"] + KEPT)
-        with kept.open("a+b") as file:
-            if file.tell() > (more.get("expected_size") or 0):
+        half = Path(match["blob"] + KEPT_SUFFIX)
+        with half.open("a+b") as file:
+            if file.tell() > (options.get("expected_size") or 0):
                 file.seek(0)
                 file.truncate()
-            theirs(url=url, temp_file=file, **more | {"resume_size": file.tell()})
-        kept.replace(name)
+            original(url=url, temp_file=file, **options | {"resume_size": file.tell()})
+        half.replace(path)
 
     file_download.http_get = http_get
 
 
-def sweep(repository: Path, coming: set[str]) -> int:
+def sweep(repository: Path, missing_blobs: set[str]) -> int:
     """Removes what killed processes left, but for the halves that are gone on with. Returns the bytes of these."""
-    there = 0
+    kept_bytes = 0
     for path in (repository / "blobs").glob("*.incomplete"):
         blob = path.name.partition(".")[0]
         lock = repository.parent / ".locks" / repository.name / f"{blob}.lock"
         with contextlib.suppress(OSError):
-            facts = path.stat()
-            if path.name.endswith(KEPT) and blob in coming:
-                there += facts.st_size
-            elif time.time() - facts.st_mtime > ABANDONED:
+            status = path.stat()
+            if path.name.endswith(KEPT_SUFFIX) and blob in missing_blobs:
+                kept_bytes += status.st_size
+            elif time.time() - status.st_mtime > ABANDONED_SECONDS:
                 with lock.open("ab") as file:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     path.unlink()
-    return there
+    return kept_bytes

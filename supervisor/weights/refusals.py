@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-PERMANENT, TRANSIENT = 3, 4
+EXIT_PERMANENT, EXIT_TRANSIENT = 3, 4
 REFUSALS: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_bytes())
 # What leads to the hub, or past it.
-ROUTES = ("HF_ENDPOINT", "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
+ROUTE_VARIABLES = ("HF_ENDPOINT", "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
 
 
-class CannotError(Exception):
+class UnavailableError(Exception):
     """Why something can't be had, what to change, and the exit code that tells whether another try may help."""
 
     def __init__(self, row: Mapping[str, Any], words: Mapping[str, object]) -> None:
@@ -25,37 +25,37 @@ class CannotError(Exception):
         super().__init__(self.cause)
 
 
-def cannot(name: str, **words: object) -> CannotError:
-    return CannotError(REFUSALS["ours"][name], words)
+def unavailable(name: str, **words: object) -> UnavailableError:
+    return UnavailableError(REFUSALS["ours"][name], words)
 
 
-def refused(error: BaseException, words: Mapping[str, object], exit_code: int = PERMANENT) -> None:
+def raise_known(error: BaseException, words: Mapping[str, object], exit_code: int = EXIT_PERMANENT) -> None:
     """Raises CannotError where the hub's answer, or the disk's, is known to be a final one (or a transient one)."""
     for each in _chain(error):
         names, code = {kind.__name__ for kind in type(each).__mro__}, _code(each)
         for row in REFUSALS["errors"]:
             if row["exit"] == exit_code and row["error"] in names and code in row.get("codes", (code,)):
-                raise CannotError(row, words)
+                raise UnavailableError(row, words)
 
 
-def unreachable(what: str, error: BaseException) -> NoReturn:
-    refused(error, {}, TRANSIENT)
-    routes = [name for name in ROUTES if os.environ.get(name) or os.environ.get(name.lower())]
-    raise cannot("unreachable", what=what, reason=reason(error), routes=", ".join(["the network", *routes]))
+def raise_unreachable(summary: str, error: BaseException) -> NoReturn:
+    raise_known(error, {}, EXIT_TRANSIENT)
+    routes = [name for name in ROUTE_VARIABLES if os.environ.get(name) or os.environ.get(name.lower())]
+    raise unavailable("unreachable", what=summary, reason=reason(error), routes=", ".join(["the network", *routes]))
 
 
 def reason(error: BaseException) -> str:
     """In a line; of two of the client's errors the one below says more."""
-    told = [each for each in _chain(error) if type(each).__name__ not in ("LocalEntryNotFoundError", "DryRunError")]
-    return (str((told or [error])[0]).strip().splitlines() or [type(error).__name__])[0][:200]
+    errors = [each for each in _chain(error) if type(each).__name__ not in ("LocalEntryNotFoundError", "DryRunError")]
+    return (str((errors or [error])[0]).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def pause(error: BaseException, number: int) -> float:
+def backoff(error: BaseException, attempt: int) -> float:
     """Seconds until the next try: what the hub asks for, else more each time."""
     for each in _chain(error):
         with contextlib.suppress(AttributeError, KeyError, ValueError):
             return min(float(each.response.headers["Retry-After"]), 60.0)  # type: ignore[attr-defined]
-    return min(2.0**number, 60.0)
+    return min(2.0**attempt, 60.0)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

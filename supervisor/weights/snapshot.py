@@ -19,18 +19,18 @@ FILES: dict[str, Any] = json.loads(Path(__file__).with_name("files.json").read_b
 PATTERNS: dict[str, list[str]] = FILES["weights"]
 CONSOLIDATED = "consolidated*.safetensors"
 LFS_POINTER = b"version https://git-lfs"
-PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
+PART_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 # A safetensors file's header; a larger one is none.
 HEADER_LIMIT = 100_000_000
 
 
-def fits(name: str, patterns: Iterable[str]) -> bool:
+def matches_any(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def is_read(name: str) -> bool:
     """Whether vLLM may read a file that holds no weights."""
-    return fits(name, FILES["read"]) and not fits(name, FILES["not read"])
+    return matches_any(name, FILES["read"]) and not matches_any(name, FILES["not read"])
 
 
 def weights(names: Iterable[str], load_format: str, locate: Callable[[str], str | Path] | None = None) -> list[str]:
@@ -39,30 +39,30 @@ def weights(names: Iterable[str], load_format: str, locate: Callable[[str], str 
     `locate(name)` gives the path of an index file. Parts of a row that are missing are in the list, too.
     """
     patterns = PATTERNS.get(load_format, ())
-    everything = {name for name in names if not fits(name, FILES["not read"])}
-    found = _of_the_model({name for name in everything if "/" not in name}, patterns, locate)
+    candidates = {name for name in names if not matches_any(name, FILES["not read"])}
+    found = _model_weights({name for name in candidates if "/" not in name}, patterns, locate)
     if patterns and load_format != "lora":
-        found |= {name for name in everything if fits(name, FILES["beside" if found else "instead"])}
+        found |= {name for name in candidates if matches_any(name, FILES["beside" if found else "instead"])}
     return sorted(found)
 
 
-def _of_the_model(names: set[str], patterns: Iterable[str], locate: Callable[[str], str | Path] | None) -> set[str]:
-    present = {name for name in names if not fits(name, FILES["not weights"])}
+def _model_weights(names: set[str], patterns: Iterable[str], locate: Callable[[str], str | Path] | None) -> set[str]:
+    candidates = {name for name in names if not matches_any(name, FILES["not weights"])}
     for pattern in patterns:
-        found = {name for name in present if fnmatch(name, pattern)}
+        found = {name for name in candidates if fnmatch(name, pattern)}
         index = FILES["indexes"].get(pattern)
-        if locate and index in present and (pattern != CONSOLIDATED or found):
-            listed = _content(locate(index)).get("weight_map")
+        if locate and index in candidates and (pattern != CONSOLIDATED or found):
+            listed = _read_json(locate(index)).get("weight_map")
             if isinstance(listed, dict) and listed:
                 return set(map(str, listed.values()))
-        if pattern == "*.safetensors" and index not in present:
+        if pattern == "*.safetensors" and index not in candidates:
             found = {name for name in found if not fnmatch(name, CONSOLIDATED)} or found
         if found:
-            return found | {part for name in found for part in _row(name)}
+            return found | {part for name in found for part in _all_parts(name)}
     return set()
 
 
-def _content(path: str | Path) -> dict[str, Any]:
+def _read_json(path: str | Path) -> dict[str, Any]:
     """Of a small file of JSON; nothing where it is none."""
     with contextlib.suppress(OSError, ValueError):
         content = json.loads(Path(path).read_bytes())
@@ -70,59 +70,59 @@ def _content(path: str | Path) -> dict[str, Any]:
     return {}
 
 
-def _row(name: str) -> set[str]:
+def _all_parts(name: str) -> set[str]:
     """All parts of a file that comes in parts."""
-    part = PART.fullmatch(name)
+    part = PART_NAME.fullmatch(name)
     if part is None:
         return set()
     count = int(part["count"])
     return {f"{part['stem']}-{number:05}-of-{count:05}{part['suffix']}" for number in range(1, count + 1)}
 
 
-def lacking(folder: Path, load_format: str = "auto") -> str | None:
+def find_fault(folder: Path, load_format: str = "auto") -> str | None:
     """What keeps a folder from being served, in a few words; None where nothing does."""
     try:
         names = {path.name for path in folder.iterdir()}
     except OSError as error:
         return f"it can't be read ({error.strerror})"
     configs = FILES["configs"].get(load_format, FILES["configs"]["model"])
-    if not any(fits(name, configs) for name in names):
+    if not any(matches_any(name, configs) for name in names):
         return f"{configs[0] if load_format != 'tokenizer' else 'a tokenizer'} is missing"
     names |= {f"{path.parent.name}/{path.name}" for path in folder.glob("*/*")}
     needed = weights(names, load_format, folder.joinpath)
     if not needed and PATTERNS.get(load_format):
         return "there are no weights"
-    faults = ((name, damage(folder / name)) for name in needed)
+    faults = ((name, find_damage(folder / name)) for name in needed)
     return next((f"{name} {fault}" for name, fault in faults if fault is not None), None)
 
 
-def damage(path: Path) -> str | None:
+def find_damage(path: Path) -> str | None:
     """What is wrong with one file of weights, as far as its beginning and its size tell."""
     try:
         size = path.stat().st_size  # of what a link leads to
         with path.open("rb") as file:
-            first = file.read(8)
-            if first == LFS_POINTER[:8]:
+            prefix = file.read(8)
+            if prefix == LFS_POINTER[:8]:
                 return "is only a Git LFS pointer"
-            whole = _length(first, file) if path.suffix == ".safetensors" else 1
+            expected_size = _expected_size(prefix, file) if path.suffix == ".safetensors" else 1
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
         return f"can't be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return "is damaged"
-    return f"is not complete: {size} of {whole} bytes" if size < whole else None
+    return f"is not complete: {size} of {expected_size} bytes" if size < expected_size else None
 
 
-def _length(first: bytes, file: BinaryIO) -> int:
+def _expected_size(prefix: bytes, file: BinaryIO) -> int:
     """How long a safetensors file is by its header. Raises ValueError and others where that is none."""
-    length = int.from_bytes(first, "little")
-    if len(first) < 8 or length > HEADER_LIMIT:
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > HEADER_LIMIT:
         raise ValueError
     header = json.loads(file.read(length))
     return 8 + length + max((row["data_offsets"][1] for key, row in header.items() if key != "__metadata__"), default=0)
 
 
-def self_contained(folder: Path) -> bool:
+def is_self_contained(folder: Path) -> bool:
     """Whether its files name no code of another repository, which only the hub could give."""
-    return not any("--" in json.dumps(_content(path).get("auto_map")) for path in folder.glob("*config.json"))
+    return not any("--" in json.dumps(_read_json(path).get("auto_map")) for path in folder.glob("*config.json"))

@@ -143,11 +143,11 @@ def test_who_only_asks_ends_well_where_the_output_is_gone(
     verb: list[str], number: int, code: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in `supervisor status | head -1`, which nobody wants to read about. Another error is not taken for that."""
-    monkeypatch.setattr("supervisor.cli.ask", lambda *_: fails(number))
+    monkeypatch.setattr("supervisor.cli.query", lambda *_: fails(number))
     with pytest.raises(SystemExit) as end:
         main(verb)
     assert end.value.code == code
-    monkeypatch.setattr("supervisor.cli.ask", lambda *_: fails(errno.ENOENT))
+    monkeypatch.setattr("supervisor.cli.query", lambda *_: fails(errno.ENOENT))
     with pytest.raises(FileNotFoundError):
         main(verb)
 

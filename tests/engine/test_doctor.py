@@ -23,8 +23,8 @@ import pytest
 from supervisor.around.gpus import gpus as survey
 from supervisor.around.machine import Machine
 from supervisor.doctor import machine, model
-from supervisor.doctor.examine import CHECKS, admit, examine
-from supervisor.doctor.hub import token
+from supervisor.doctor.examine import CHECKS, examine, make_patient
+from supervisor.doctor.hub import find_token
 from supervisor.doctor.patient import FAIL, OK, WARN, Patient, Row
 from supervisor.settings.settings import Arguments
 from tests.engine.conftest import Call
@@ -93,7 +93,7 @@ def patient(folder: Path, *arguments: str, gpus: object = None, **environ: str) 
     given = Arguments(model=arguments[0] if arguments else None if "MODEL" in environ else str(DEMO))
     told = {"HOME": str(folder), "PATH": os.environ["PATH"], "PORT": "0", **environ}
     told.setdefault("SUPERVISOR_VLLM", a_vllm(folder / "its vllm", "'12.8'"))
-    found = admit(given, told, Machine(folder), patience=60)
+    found = make_patient(given, told, Machine(folder), patience=60)
     return dataclasses.replace(found, ask_gpus=lambda: gpus)
 
 
@@ -190,7 +190,7 @@ def test_a_vllm_that_takes_long_to_be_asked(tmp_path: Path) -> None:
     made(tmp_path, {"vllm": "#!/bin/sh\nexec sleep 2\n"})
     (tmp_path / "vllm").chmod(0o755)
     given, environ = Arguments(model=str(DEMO)), {"HOME": str(tmp_path), "SUPERVISOR_VLLM": str(tmp_path / "vllm")}
-    (problem,) = admit(given, environ, Machine(tmp_path), patience=0.2).problems
+    (problem,) = make_patient(given, environ, Machine(tmp_path), patience=0.2).problems
     assert "`supervisor explain` does that" in problem
 
 
@@ -244,7 +244,7 @@ def test_a_small_shm(tmp_path: Path, hub: Hub) -> None:
 def test_weights_that_do_not_fit(
     tmp_path: Path, total: float, environ: dict[str, str], verdict: str | None, said: str
 ) -> None:
-    row = model.weights(patient(tmp_path, gpus=gpu(total) if total else None, **environ))
+    row = model.check_weights(patient(tmp_path, gpus=gpu(total) if total else None, **environ))
     assert (row.verdict if row else None, said in (row.text if row else "")) == (verdict, True), row
     assert verdict != FAIL or (row is not None and "TENSOR_PARALLEL_SIZE" in row.remedy)
 
@@ -256,7 +256,7 @@ def test_what_size_of_shm_is_small(
     monkeypatch.setattr(machine, "disk", lambda _: {"total": megabytes << 20})
     found = patient(tmp_path, CUDA_VISIBLE_DEVICES=gpus)
     found.machine.shm.mkdir(parents=True, exist_ok=True)
-    assert machine.shared_memory(found).verdict == verdict
+    assert machine.check_shared_memory(found).verdict == verdict
 
 
 def test_folders_that_can_not_be_written_and_a_disk_that_is_too_small(tmp_path: Path, hub: Hub) -> None:
@@ -310,7 +310,7 @@ def test_a_hub_that_takes_the_question_and_says_nothing(tmp_path: Path, monkeypa
         silent.listen()
         found = patient(tmp_path, "org/tiny", HF_ENDPOINT=f"http://127.0.0.1:{silent.getsockname()[1]}")
         assert {row.check for row in examine(found, CHECKS, 5) if "no answer within" in row.text} == set()
-    row = model.hub(found)
+    row = model.check_hub(found)
     assert row.verdict == FAIL
     assert "timed out" in row.text
 
@@ -344,7 +344,7 @@ def test_where_the_weights_come_from(
 def test_a_token_that_never_comes_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("supervisor.doctor.hub.PATIENCE", 0.1)
     os.mkfifo(tmp_path / "token")
-    assert token({"HF_TOKEN_PATH": str(tmp_path / "token")}) == ""
+    assert find_token({"HF_TOKEN_PATH": str(tmp_path / "token")}) == ""
 
 
 def test_a_token_that_no_header_takes_is_not_shown(doctor: Doctor) -> None:
@@ -376,7 +376,7 @@ def test_gpus(
     tmp_path: Path, files: dict[str, str], environ: dict[str, str], gpus: object, cuda: str, verdict: str, said: str
 ) -> None:
     made(tmp_path, files)
-    row = machine.gpus(patient(tmp_path, SUPERVISOR_VLLM=a_vllm(tmp_path, cuda), gpus=gpus, **environ))
+    row = machine.check_gpus(patient(tmp_path, SUPERVISOR_VLLM=a_vllm(tmp_path, cuda), gpus=gpus, **environ))
     assert (row.verdict, said in row.text) == (verdict, True), row
     assert "container" not in said or "--gpus all" in row.remedy
 
@@ -384,19 +384,19 @@ def test_gpus(
 def test_only_the_gpus_that_vllm_sees_are_looked_at(tmp_path: Path) -> None:
     both = {"driver": "580.65.06", "gpus": [gpu(used=70)["gpus"][0], gpu(total=40)["gpus"][0] | {"name": "NVIDIA Y"}]}
     found = patient(tmp_path, SUPERVISOR_VLLM=a_vllm(tmp_path, "'12.8'"), gpus=both, CUDA_VISIBLE_DEVICES="1")
-    assert machine.gpus(found).text == "1 to be seen: NVIDIA Y with 40.0 GB"
-    row = machine.gpu_memory(found)
+    assert machine.check_gpus(found).text == "1 to be seen: NVIDIA Y with 40.0 GB"
+    row = machine.check_gpu_memory(found)
     assert row is not None
     assert (row.verdict, row.text) == (OK, "0 MB of 40.0 GB are in use")
 
 
 @pytest.mark.parametrize(("used", "share", "verdict"), [(70, "", WARN), (70, "0.1", OK), (1, "", OK)])
 def test_a_gpu_that_others_use(tmp_path: Path, used: int, share: str, verdict: str) -> None:
-    row = machine.gpu_memory(patient(tmp_path, gpus=gpu(used=used), GPU_MEMORY_UTILIZATION=share))
+    row = machine.check_gpu_memory(patient(tmp_path, gpus=gpu(used=used), GPU_MEMORY_UTILIZATION=share))
     assert row is not None
     assert row.verdict == verdict
     assert f"{used}.0 GB of 80.0 GB are in use" in row.text
-    assert machine.gpu_memory(patient(tmp_path)) is None
+    assert machine.check_gpu_memory(patient(tmp_path)) is None
 
 
 @pytest.mark.parametrize(
@@ -417,7 +417,7 @@ def test_a_gpu_that_others_use(tmp_path: Path, used: int, share: str, verdict: s
 def test_drivers(tmp_path: Path, takes: str, cuda: str, environ: dict[str, str], verdict: str, said: str) -> None:
     program = a_vllm(tmp_path, f"'{cuda}'" if cuda else "None")
     found = patient(tmp_path, SUPERVISOR_VLLM=program, gpus=gpu() | {"cuda": takes}, **environ)
-    row = machine.driver(found)
+    row = machine.check_driver(found)
     assert row is not None
     assert (row.verdict, said in row.text) == (verdict, True), row
     assert verdict == OK or row.remedy
@@ -466,8 +466,8 @@ def test_a_gpus_memory_is_what_nvidia_smi_says(
     monkeypatch.setattr("supervisor.around.gpus.DRIVERS", ("/dev/null",))
     monkeypatch.setitem(sys.modules, "pynvml", Nvml(used, second=second))
     found = dataclasses.replace(patient(tmp_path), ask_gpus=survey)
-    assert machine.gpus(found).text == "1 to be seen: NVIDIA H200 with 150.8 GB"
-    row = machine.gpu_memory(found)
+    assert machine.check_gpus(found).text == "1 to be seen: NVIDIA H200 with 150.8 GB"
+    row = machine.check_gpu_memory(found)
     assert row is not None
     assert (row.verdict, said in row.text) == (WARN if used else OK, True), row
 
@@ -485,10 +485,10 @@ NVRM = "NVRM version: NVIDIA UNIX {}Kernel Module{} {}  Release Build  (dvs-buil
 @pytest.mark.parametrize(("open_module", "for_what"), [("Open ", " for x86_64"), ("x86_64 ", "")])
 def test_the_driver_is_read_without_its_library(tmp_path: Path, open_module: str, for_what: str) -> None:
     made(tmp_path, {"proc/driver/nvidia/version": NVRM.format(open_module, for_what, "535.104.05")})
-    row = machine.driver(patient(tmp_path, SUPERVISOR_VLLM=a_vllm(tmp_path, "'13.0'")))
+    row = machine.check_driver(patient(tmp_path, SUPERVISOR_VLLM=a_vllm(tmp_path, "'13.0'")))
     assert row is not None
     assert row.text == "NVIDIA driver 535.104.05; which CUDA it takes can't be told"
-    told = machine.driver(patient(tmp_path / "none", SUPERVISOR_VLLM=a_vllm(tmp_path, "'13.0'"), gpus=gpu()))
+    told = machine.check_driver(patient(tmp_path / "none", SUPERVISOR_VLLM=a_vllm(tmp_path, "'13.0'"), gpus=gpu()))
     assert told is not None
     assert "580.65.06" in told.text
 
@@ -519,8 +519,8 @@ def test_a_torch_that_lies_elsewhere(tmp_path: Path, where: str, script: str) ->
         (site / "more.pth").write_text(f"import sys; print('noise')\n{elsewhere}\n")
     a_torch(elsewhere, "'13.0'")
     found = patient(tmp_path, SUPERVISOR_VLLM=shlex.quote(program), gpus=gpu(), **environ)
-    assert found.cuda == "13.0"
-    row = machine.driver(found)
+    assert found.torch_cuda == "13.0"
+    row = machine.check_driver(found)
     assert row is not None
     assert "580.65.06" in row.text
     assert list(tmp_path.rglob("imported")) == []
@@ -529,7 +529,7 @@ def test_a_torch_that_lies_elsewhere(tmp_path: Path, where: str, script: str) ->
 def test_a_torch_beside_vllm_is_found_without_asking_its_python(tmp_path: Path) -> None:
     program, site = an_environment(tmp_path, "#!/no/such/python\n")
     a_torch(site, "'12.8'")
-    assert patient(tmp_path, SUPERVISOR_VLLM=program).cuda == "12.8"
+    assert patient(tmp_path, SUPERVISOR_VLLM=program).torch_cuda == "12.8"
 
 
 def test_what_starts_vllm_and_is_no_python_is_not_asked(tmp_path: Path) -> None:
@@ -541,7 +541,7 @@ def test_what_starts_vllm_and_is_no_python_is_not_asked(tmp_path: Path) -> None:
     (tmp_path / "bin/vllm").write_text(f"#!{tmp_path}/bin/shell\n")
     a_torch(site, "'12.8'")
     found = patient(tmp_path, SUPERVISOR_VLLM=program)
-    assert found.cuda == "12.8"
+    assert found.torch_cuda == "12.8"
     assert found.vllm.python is None
     assert patient(tmp_path, SUPERVISOR_VLLM=f"nice {program}").vllm.python is None
     assert not (tmp_path / "asked").exists()
@@ -549,13 +549,13 @@ def test_what_starts_vllm_and_is_no_python_is_not_asked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("python", ["exit 0", "exit 1", "exec sleep 60", "echo /no/such/folder", "printf '\\377\\n'"])
 def test_a_python_that_does_not_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, python: str) -> None:
-    monkeypatch.setattr("supervisor.doctor.patient.ASKING_PATIENCE", 0.5)
+    monkeypatch.setattr("supervisor.doctor.patient.PYTHON_PATIENCE", 0.5)
     program, _ = an_environment(tmp_path, "#!{python}3.x\n")
     made(tmp_path, {"bin/python3.x": f"#!/bin/sh\n{python}\n"})
     (tmp_path / "bin/python3.x").chmod(0o755)
     found = patient(tmp_path, SUPERVISOR_VLLM=program, gpus=gpu())
     before = time.monotonic()
-    row = machine.driver(found)
+    row = machine.check_driver(found)
     assert time.monotonic() - before < 5
     assert row is not None
     assert (row.verdict, "can't be told" in row.text) == (OK, True)
@@ -583,7 +583,7 @@ def test_the_containers_memory(tmp_path: Path, files: dict[str, str], limit: int
     made(tmp_path, {"proc/meminfo": "MemTotal: 1000000 kB\nMemAvailable: 500000 kB\n", **files})
     found = patient(tmp_path, SUPERVISOR_VLLM=a_vllm(tmp_path, "None"))
     assert found.machine.cgroup().get("limit") == limit
-    row = machine.memory(found)
+    row = machine.check_memory(found)
     assert row is not None
     assert row.verdict == (FAIL if limit else OK)  # the demo model's weights have more
     assert limit is None or "the container's limit" in row.text
@@ -591,10 +591,10 @@ def test_the_containers_memory(tmp_path: Path, files: dict[str, str], limit: int
 
 def test_our_package_in_vllms_environment(tmp_path: Path) -> None:
     program = a_vllm(tmp_path, "None", "vllm_supervisor-0.1.0.dist-info/METADATA")
-    assert machine.clash(patient(tmp_path, SUPERVISOR_VLLM=program)).verdict == FAIL
-    assert machine.clash(patient(tmp_path, SUPERVISOR_VLLM=a_vllm(tmp_path / "b", "None"))).verdict == OK
+    assert machine.check_packages(patient(tmp_path, SUPERVISOR_VLLM=program)).verdict == FAIL
+    assert machine.check_packages(patient(tmp_path, SUPERVISOR_VLLM=a_vllm(tmp_path / "b", "None"))).verdict == OK
     made(tmp_path, {"site/supervisor-4.3.0.dist-info/METADATA": ""})
-    assert machine.clash_among([str(tmp_path), str(tmp_path / "site")]).verdict == FAIL
+    assert machine.find_clash([str(tmp_path), str(tmp_path / "site")]).verdict == FAIL
 
 
 def test_a_vllm_of_another_version(tmp_path: Path) -> None:
@@ -602,11 +602,11 @@ def test_a_vllm_of_another_version(tmp_path: Path) -> None:
     folder = tmp_path / "lib/python3.12/site-packages/vllm-0.32.0.dist-info"
     folder.rename(folder.with_name("vllm-0.31.9.dist-info"))
     found = patient(tmp_path, SUPERVISOR_VLLM=program)
-    row = machine.engine(dataclasses.replace(found, settings=None))
+    row = machine.check_vllm(dataclasses.replace(found, settings=None))
     assert row is not None
     assert row.verdict == WARN
     missing = patient(tmp_path, SUPERVISOR_VLLM="/no/such/vllm")
-    assert machine.engine(missing) is None  # for the settings tell
+    assert machine.check_vllm(missing) is None  # for the settings tell
     assert "no such command" in missing.problems[0]
 
 

@@ -31,7 +31,7 @@ def queue(folder: Path) -> Iterator[str]:
     """The address of its simulator."""
     with Supervisor("m", "--mode", "queue", environ={"TMPDIR": str(folder)}) as supervisor:
         url = supervisor.says(r"ready: a simulated RunPod endpoint, (\S+)\n", 20)[1]
-        (found,) = status.here({"TMPDIR": str(folder)})
+        (found,) = status.ask_local({"TMPDIR": str(folder)})
         supervisor.engine_pid = found["pid"]
         yield url
 

@@ -283,7 +283,7 @@ def test_there_is_no_foot_where_it_would_be_noise(
 def test_without_colours_the_foot_has_none(
     launch: Callable[..., Launch], environ: dict[str, str], colour: bool
 ) -> None:
-    form = launch(**environ).form
+    form = launch(**environ).style
     for running in (True, False):
         (line,) = waterfall([{"name": "importing vLLM", "seconds": 1.0}], running=running, colour=form.colour)
         assert bool(re.search(r"\x1b\[\d*m", line)) is colour

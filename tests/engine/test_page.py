@@ -28,7 +28,7 @@ from supervisor.gateway.app import (
 from supervisor.gateway.counts import Counts
 from supervisor.gateway.page import HTML, wanted
 from supervisor.gateway.policy import Policy
-from supervisor.status import _Private
+from supervisor.status import _UnixConnection
 from tests.engine.test_relay import CHAT, chat
 from tests.harness import Supervisor, wait_until
 
@@ -46,7 +46,7 @@ def poll(served: Supervisor, after: object = 0, key: str = "") -> dict[str, Any]
 
 
 def poll_privately(socket: Path, path: str = "/status?after=0") -> dict[str, Any]:
-    connection = _Private(socket)
+    connection = _UnixConnection(socket)
     connection.request("GET", path)
     found = dict(json.loads(connection.getresponse().read()))
     connection.close()

@@ -209,7 +209,7 @@ class World:
         self.running: asyncio.Task[int] = None  # type: ignore[assignment]
 
     def __enter__(self) -> World:
-        self._at_once = patch("supervisor.engine.engine.bounded", at_once)
+        self._at_once = patch("supervisor.engine.engine.run_bounded", at_once)
         self._at_once.start()
         self._handler = logging.Handler()
         self._handler.emit = self.log.append  # type: ignore[method-assign]

@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 
 from supervisor.around import fitness
-from supervisor.kept import FIRST_RESTART, Kept
+from supervisor.kept import FIRST_BACKOFF, KeptProgram
 from supervisor.queue.child import worker_environment
 from supervisor.queue.delivery import PostRefusal, RunPod
 
@@ -123,7 +123,7 @@ def test_it_is_no_orphan_and_its_end_is_heard() -> None:
             ends.append((how, again))
             over.set()
 
-        kept = Kept(["timeit", "-n1", "-r1", "-s", "import time", "time.sleep(60)"], {}, died)
+        kept = KeptProgram(["timeit", "-n1", "-r1", "-s", "import time", "time.sleep(60)"], {}, died)
         running = asyncio.create_task(kept.run())
         await asyncio.sleep(0)  # its first step starts the child
         assert kept.child is not None
@@ -131,8 +131,8 @@ def test_it_is_no_orphan_and_its_end_is_heard() -> None:
         assert os.getpgid(kept.child.pid) != os.getpgid(0)  # and Ctrl-C does, too
         kept.child.kill()
         await over.wait()
-        kept.leaving.set()
+        kept.stop_requested.set()
         await running
 
     asyncio.run(asyncio.wait_for(run(), 30))
-    assert ends == [("killed by SIGKILL", FIRST_RESTART)]
+    assert ends == [("killed by SIGKILL", FIRST_BACKOFF)]

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from supervisor import explain
-from supervisor.serve import elsewhere
+from supervisor.serve import headless_refusal
 from supervisor.settings.command import build
 from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
 
@@ -174,12 +174,12 @@ def test_no_job_is_taken_but_by_rank_0(folder: Path) -> None:
 
 
 def test_where_requests_belong(folder: Path) -> None:
-    refusal = elsewhere(read(folder, RUNPOD))
+    refusal = headless_refusal(read(folder, RUNPOD))
     assert refusal is not None
     text = "This is rank 1 of 2: rank 0, at 10.65.0.2, serves the model."
     assert (refusal.status, refusal.code, refusal.message) == (503, "not_rank_0", text)
-    assert elsewhere(read(folder, RUNPOD | {"NODE_RANK": "0"})) is None
-    assert elsewhere(read(folder, {})) is None
+    assert headless_refusal(read(folder, RUNPOD | {"NODE_RANK": "0"})) is None
+    assert headless_refusal(read(folder, {})) is None
 
 
 # The network

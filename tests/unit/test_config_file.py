@@ -240,7 +240,7 @@ def test_what_is_no_file_or_can_not_be_read_is_passed_over(folder: Path) -> None
 def test_one_that_this_user_may_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "config.yaml").write_text("supervisor:\n")
 
-    def refuse(path: Path, *, again: bool) -> bytes:  # root may read everything
+    def refuse(path: Path, *, regular_only: bool) -> bytes:  # root may read everything
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("supervisor.settings.config_file.read_file", refuse)

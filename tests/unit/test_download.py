@@ -70,7 +70,7 @@ def test_a_half_is_gone_on_with(client: Client, tmp_path: Path) -> None:
     assert (tmp_path / "blob").read_bytes() == content
     assert [path.name for path in tmp_path.iterdir()] == ["blob"]
     assert told == []
-    assert client.constants.DOWNLOAD_CHUNK_SIZE == halves.PIECE
+    assert client.constants.DOWNLOAD_CHUNK_SIZE == halves.CHUNK_BYTES
 
 
 def test_a_half_that_is_too_long_is_begun_anew(client: Client, tmp_path: Path) -> None:
@@ -133,20 +133,20 @@ def test_what_is_not_read_a_second_time(
             return SimpleNamespace(mismatches=[])
 
     client.hub.__dict__["HfApi"] = HfApi
-    repository = download.Repository(tmp_path, {"repo": "org/name"})
+    repository = download.Download(tmp_path, {"repo": "org/name"})
     repository.files = {
         f"file {number}": SimpleNamespace(lfs=lfs, xet_hash=xet, size=1) for number, (lfs, xet) in enumerate(rows)
     }
-    assert download.come_by_xet(repository.files.values()) is expected
+    assert download.uses_xet(repository.files.values()) is expected
     repository._check()
     assert asked == ([] if expected else ["org/name"])
 
 
 def test_an_older_client_has_neither_xet_nor_checksums(client: Client, tmp_path: Path) -> None:
     client.hub.__dict__["HfApi"] = object
-    repository = download.Repository(tmp_path, {"repo": "org/name"})
+    repository = download.Download(tmp_path, {"repo": "org/name"})
     repository.files = {"model.safetensors": SimpleNamespace(lfs=LARGE, size=1)}
-    assert not download.come_by_xet(repository.files.values())
+    assert not download.uses_xet(repository.files.values())
     repository._check()
 
 
@@ -171,24 +171,24 @@ def test_a_name_that_leads_out_of_the_folder_is_none(client: Client, tmp_path: P
         return [SimpleNamespace(filename=name, will_download=True) for name in allow_patterns]
 
     client.hub.__dict__.update(HfApi=HfApi, snapshot_download=snapshot_download, hf_hub_download=print)
-    repository = download.Repository(tmp_path / "cache", {"repo": "org/name"})
+    repository = download.Download(tmp_path / "cache", {"repo": "org/name"})
     repository.ask()
     assert list(repository.files) == ["config.json", "model.safetensors"]
-    assert repository.needed == 2
+    assert repository.missing_bytes == 2
     assert outside.read_text() == "somebody else's"
 
 
 # How far it is
 
 
-class Partial(download.Repository):
+class Partial(download.Download):
     """One of 10 MB, of which 6 MB came before."""
 
     def __init__(self, cache: Path, given: Mapping[str, str], seconds: float = 0.4) -> None:
         super().__init__(cache, given)
         self.blobs.mkdir(parents=True)
         (self.blobs / "large.kept.incomplete").write_bytes(bytes(6_000_000))
-        self.files, self.coming = {"large": SimpleNamespace(lfs=LARGE, size=10_000_000)}, [10_000_000]
+        self.files, self.missing_sizes = {"large": SimpleNamespace(lfs=LARGE, size=10_000_000)}, [10_000_000]
         self.over = threading.Event()
         self.load: Any = partial(self.over.wait, seconds)
 
@@ -196,7 +196,7 @@ class Partial(download.Repository):
 def test_what_came_before_is_no_speed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(download, "REPORT_EVERY", 0)
+    monkeypatch.setattr(download, "REPORT_INTERVAL", 0)
     repository = Partial(tmp_path, {"repo": "org/name"}, 60)
 
     def say(text: str) -> None:
@@ -204,7 +204,7 @@ def test_what_came_before_is_no_speed(
         repository.over.set()
 
     monkeypatch.setattr(download, "say", say)
-    repository._load(stall=60, before=0)
+    repository._load(stall=60, bytes_before=0)
     first = capsys.readouterr().out.splitlines()[0]
     assert first == "Downloading weights: 6.0 MB of 10.0 MB, 0.0 MB/s"
 
@@ -213,15 +213,15 @@ def test_what_a_try_raises_in_its_thread_is_told(tmp_path: Path) -> None:
     repository = Partial(tmp_path, {"repo": "org/name"})
     repository.load = partial(int, "nothing")
     with pytest.raises(ValueError, match="nothing"):
-        repository._load(stall=60, before=0)
+        repository._load(stall=60, bytes_before=0)
 
 
 def test_a_newer_one_that_stands_still_keeps_nothing_else_from_coming(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What is in the cache is served, and the next repository is fetched."""
-    monkeypatch.setattr(download.Repository, "ask", lambda _: None)
-    monkeypatch.setattr(download.Repository, "_check", lambda _: None)
+    monkeypatch.setattr(download.Download, "ask", lambda _: None)
+    monkeypatch.setattr(download.Download, "_check", lambda _: None)
     monkeypatch.setattr(halves, "keep", lambda _: None)
     (tmp_path / "config.json").write_text("{}")
     still = Partial(tmp_path / "1", {"repo": "org/1", "have": str(tmp_path), "load_format": "dummy"}, 60)
@@ -236,13 +236,13 @@ def test_a_newer_one_that_stands_still_keeps_nothing_else_from_coming(
 
 def test_what_is_given_up_needs_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For a newer one there is none, so the one in the cache is served; what is small comes all the same."""
-    monkeypatch.setattr(download.Repository, "ask", lambda _: None)
+    monkeypatch.setattr(download.Download, "ask", lambda _: None)
     monkeypatch.setattr(halves, "keep", lambda _: None)
     (tmp_path / "config.json").write_text("{}")
-    newer = download.Repository(tmp_path, {"repo": "org/1", "have": str(tmp_path), "load_format": "dummy"})
-    newer.needed = 10**18
-    small = download.Repository(tmp_path, {"repo": "org/2"})
-    small.needed = 1000
+    newer = download.Download(tmp_path, {"repo": "org/1", "have": str(tmp_path), "load_format": "dummy"})
+    newer.missing_bytes = 10**18
+    small = download.Download(tmp_path, {"repo": "org/2"})
+    small.missing_bytes = 1000
     download.fetch_all([newer, small], 60, [])
     assert newer.folder == tmp_path
 
@@ -275,8 +275,8 @@ def plugins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_a_vllm_without_gguf(plugins: Path) -> None:
-    with pytest.raises(refusals.CannotError) as error:
-        download.need_gguf("org/name", "MODEL")
+    with pytest.raises(refusals.UnavailableError) as error:
+        download.check_gguf("org/name", "MODEL")
     assert error.value.cause == "org/name is GGUF, and this vLLM has no GGUF."
     assert error.value.remedy.startswith("Install its GGUF plugin")
     assert error.value.exit_code == 3
@@ -287,12 +287,12 @@ def test_a_plugin_for_gguf(plugins: Path, monkeypatch: pytest.MonkeyPatch) -> No
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: any-name\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[vllm.general_plugins]\nreader = vllm_gguf_plugin:register\n")
-    download.need_gguf("org/name", "MODEL")
+    download.check_gguf("org/name", "MODEL")
     monkeypatch.setenv("VLLM_PLUGINS", "other,reader")
-    download.need_gguf("org/name", "MODEL")
+    download.check_gguf("org/name", "MODEL")
     monkeypatch.setenv("VLLM_PLUGINS", "other")
-    with pytest.raises(refusals.CannotError):
-        download.need_gguf("org/name", "MODEL")
+    with pytest.raises(refusals.UnavailableError):
+        download.check_gguf("org/name", "MODEL")
 
 
 def test_a_vllm_of_before_the_plugin(plugins: Path) -> None:
@@ -301,7 +301,7 @@ def test_a_vllm_of_before_the_plugin(plugins: Path) -> None:
     loaders.mkdir(parents=True)
     (plugins / "vllm" / "__init__.py").write_text("raise AssertionError")
     (loaders / "gguf_loader.py").touch()
-    download.need_gguf("org/name", "MODEL")
+    download.check_gguf("org/name", "MODEL")
 
 
 # Why it can't be had
@@ -316,13 +316,13 @@ def test_a_vllm_of_before_the_plugin(plugins: Path) -> None:
     ],
 )
 def test_what_leads_to_the_hub_is_named(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], named: str) -> None:
-    for name in refusals.ROUTES:
+    for name in refusals.ROUTE_VARIABLES:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(refusals.CannotError) as error:
-        refusals.unreachable("The hub could not be reached", OSError("no route"))
+    with pytest.raises(refusals.UnavailableError) as error:
+        refusals.raise_unreachable("The hub could not be reached", OSError("no route"))
     assert error.value.cause == "The hub could not be reached: no route."
     assert error.value.remedy == f"Check {named}; it is tried again, and goes on where it stopped."
     assert error.value.exit_code == 4
@@ -340,11 +340,11 @@ def test_the_error_below_says_more() -> None:
         error = LocalEntryNotFoundError("An error happened")
         error.__cause__ = below
         if told == "refused":
-            refusals.refused(error, words)
+            refusals.raise_known(error, words)
             assert refusals.reason(error) == "[Errno 111] refused"
         else:
-            with pytest.raises(refusals.CannotError, match=told):
-                refusals.refused(error, words)
+            with pytest.raises(refusals.UnavailableError, match=told):
+                refusals.raise_known(error, words)
 
 
 @pytest.mark.parametrize(
@@ -362,9 +362,9 @@ def test_the_error_below_says_more() -> None:
 def test_disks(error: Exception, told: str) -> None:
     words = {"repo": "org/name", "cache": "/cache"}
     if not told:
-        refusals.refused(error, words)
+        refusals.raise_known(error, words)
         return
-    with pytest.raises(refusals.CannotError) as found:
-        refusals.refused(error, words)
+    with pytest.raises(refusals.UnavailableError) as found:
+        refusals.raise_known(error, words)
     assert told in found.value.cause
     assert found.value.exit_code == 3

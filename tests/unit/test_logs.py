@@ -22,22 +22,22 @@ from hypothesis import strategies as st
 from supervisor import logs
 from supervisor import output as output_module
 from supervisor.gateway.access import BATCH, TICK, AccessLog, shown_path
-from supervisor.lines import Form, VllmLines
+from supervisor.lines import LineStyle, VllmLines
 from supervisor.output import Output
 from supervisor.secrets import Mask
 from tests.harness import wait_until
 
 MASK = Mask({"HF_TOKEN": "very-secret-value"})
-JSON, TEXT = Form(MASK, as_json=True), Form(MASK)
-QUEUE = Form(MASK, as_json=True, queue=True)
+JSON, TEXT = LineStyle(MASK, as_json=True), LineStyle(MASK)
+QUEUE = LineStyle(MASK, as_json=True, queue_mode=True)
 
 
 class Told:
     """A log, and what it wrote."""
 
-    def __init__(self, form: Form) -> None:
+    def __init__(self, form: LineStyle) -> None:
         self.file = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `lines`
-        self.log = logs.Log(form, Output(self.file.fileno(), form.lost))
+        self.log = logs.Log(form, Output(self.file.fileno(), form.lost_line))
         self.logger = logging.Logger("supervisor.engine")
         self.logger.addHandler(self.log)
 
@@ -86,7 +86,7 @@ def test_runpods_shape_has_a_request_id_in_each_line() -> None:
 
 
 @pytest.mark.parametrize("form", [TEXT, JSON])
-def test_no_secret_is_in_any_part(form: Form) -> None:
+def test_no_secret_is_in_any_part(form: LineStyle) -> None:
     told = Told(form)
     told.logger.error("very-secret-value", extra={"request": "very-secret-value"})
     try:
@@ -106,7 +106,7 @@ def test_failures_that_are_alike_are_told_ten_times_and_then_counted(text: Told)
         text.logger.warning("vLLM closed the connection after %d bytes", number, extra={"request": f"r{number}"})
     text.logger.warning("something else")
     lines = text.lines
-    assert len(lines) == logs.ALIKE + 2
+    assert len(lines) == logs.REPEAT_LIMIT + 2
     assert "something else" in lines[-2]
     assert lines[-1].endswith("490 more of these in 10 s: vLLM closed the connection after 499 bytes")
 
@@ -114,8 +114,8 @@ def test_failures_that_are_alike_are_told_ten_times_and_then_counted(text: Told)
 def test_how_many_were_held_back_is_told_though_nothing_else_is_logged(
     text: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logs, "ALIKE_SECONDS", 0.5)
-    for number in range(logs.ALIKE + 5):
+    monkeypatch.setattr(logs, "REPEAT_SECONDS", 0.5)
+    for number in range(logs.REPEAT_LIMIT + 5):
         text.logger.warning("vLLM closed the connection after %d bytes", number)
     wait_until(lambda: not text.log.repeats.kinds, "what was held back")
     assert " 5 more of these in 0.5 s: vLLM closed the connection after 14 bytes" in text.lines[-1]
@@ -123,17 +123,17 @@ def test_how_many_were_held_back_is_told_though_nothing_else_is_logged(
 
 def test_after_a_while_they_are_told_again() -> None:
     repeats = logs.Repeats()
-    assert [repeats.passes("kind", f"line {at}", 0.1 * at) for at in range(12)] == [True] * 10 + [False] * 2
-    assert repeats.due(9.9) == []
-    assert repeats.due(10.0) == [("line 11", 2)]
-    assert repeats.due(20.0) == []
-    assert repeats.passes("kind", "line", 20.0)
+    assert [repeats.allow("kind", f"line {at}", 0.1 * at) for at in range(12)] == [True] * 10 + [False] * 2
+    assert repeats.pop_due(9.9) == []
+    assert repeats.pop_due(10.0) == [("line 11", 2)]
+    assert repeats.pop_due(20.0) == []
+    assert repeats.allow("kind", "line", 20.0)
 
 
 def test_a_flood_of_different_kinds_is_bounded() -> None:
     repeats = logs.Repeats()
-    assert all(repeats.passes(number, "line", 0.0) for number in range(10 * logs.KINDS))
-    assert len(repeats.kinds) == logs.KINDS
+    assert all(repeats.allow(number, "line", 0.0) for number in range(10 * logs.MAX_KINDS))
+    assert len(repeats.kinds) == logs.MAX_KINDS
 
 
 def test_what_is_an_event_of_its_own_is_told_each_time(text: Told) -> None:
@@ -156,7 +156,7 @@ class Pipe:
 
     def __init__(self) -> None:
         self.reading, self.writing = os.pipe()
-        self.output = Output(self.writing, TEXT.lost)
+        self.output = Output(self.writing, TEXT.lost_line)
         self.received = bytearray()
         self._reader = threading.Thread(target=self._read)
 
@@ -169,7 +169,7 @@ class Pipe:
 
     def waits(self) -> int:
         """Bytes."""
-        return self.output._unwritten
+        return self.output._unwritten_bytes
 
     def lost(self) -> list[int]:
         found = re.findall(rb"supervisor WARNING: (\d+) lines were lost here: nobody read the log\n", self.received)
@@ -197,13 +197,13 @@ LINE = b"x" * 999 + b"\n"
 
 def test_a_reader_that_stands_still_costs_lines_and_one_line_says_how_many(pipe: Pipe) -> None:
     """Nobody waits for it: neither who logs nor vLLM's pump."""
-    many = output_module.BACKLOG // len(LINE) + 500
+    many = output_module.BACKLOG_BYTES // len(LINE) + 500
     for _ in range(many):
         pipe.output.put(LINE)
     pipe.output.put(b"small\n")  # there would be room for it, but it would stand before the line that counts
-    assert pipe.output.lost > 100
+    assert pipe.output.lost_count > 100
     pipe.read()
-    wait_until(lambda: not pipe.waits() and not pipe.output.lost, "its having read")
+    wait_until(lambda: not pipe.waits() and not pipe.output.lost_count, "its having read")
     pipe.output.put(b"goes on\n")
     wait_until(lambda: pipe.received.endswith(b"goes on\n"), "the last line")
     (lost,) = pipe.lost()
@@ -218,8 +218,8 @@ def test_what_waits_is_bounded_in_bytes_and_what_is_lost_is_counted_in_lines_how
         lines = [b"%06d of %06d %b\n" % (line, number, b"x" * 300) for line in range(number % 50 + 1)]
         pipe.output.put(b"".join(lines), len(lines))
         count += len(lines)
-        assert pipe.waits() <= output_module.BACKLOG
-    assert pipe.waits() > output_module.BACKLOG - 50 * 400
+        assert pipe.waits() <= output_module.BACKLOG_BYTES
+    assert pipe.waits() > output_module.BACKLOG_BYTES - 50 * 400
     pipe.read()
     wait_until(pipe.lost, "the line that counts")
     (lost,) = pipe.lost()
@@ -228,7 +228,7 @@ def test_what_waits_is_bounded_in_bytes_and_what_is_lost_is_counted_in_lines_how
 
 def test_a_line_longer_than_all_that_may_wait_is_one_that_was_lost(pipe: Pipe) -> None:
     pipe.read()
-    pipe.output.put(b"x" * output_module.BACKLOG + b"\n")
+    pipe.output.put(b"x" * output_module.BACKLOG_BYTES + b"\n")
     wait_until(pipe.lost, "the line that counts")
     assert pipe.lost() == [1]
 
@@ -273,7 +273,7 @@ def test_where_a_pipe_can_not_be_opened_again_a_thread_writes(monkeypatch: pytes
 def test_an_output_that_does_not_block_loses_nothing() -> None:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    output = Output(writing, TEXT.lost)
+    output = Output(writing, TEXT.lost_line)
     output.put(b"x" * 299_999 + b"\n")
     received = b""
     while not received.endswith(b"\n"):
@@ -294,7 +294,7 @@ def test_a_reader_that_is_gone_or_a_line_that_cant_be_made_is_not_the_end(text: 
 
 def test_closing_does_not_wait_for_a_reader_for_long() -> None:
     reading, writing = os.pipe()
-    output = Output(writing, TEXT.lost)
+    output = Output(writing, TEXT.lost_line)
     output.put(b"x" * 1_000_000)
     output.close()
     os.close(reading)  # and now it can go on, into nothing
@@ -314,28 +314,28 @@ def test_closing_does_not_wait_for_a_reader_for_long() -> None:
     ],
 )  # fmt: skip
 def test_vllms_lines_keep_their_level(line: str, level: str) -> None:
-    content = json.loads(VllmLines(JSON, terminal=False)(line.encode(), line))
+    content = json.loads(VllmLines(JSON, is_terminal=False)(line.encode(), line))
     assert (content["level"], content["logger"], content["message"]) == (level, "vllm", line)
 
 
 def test_what_follows_a_traceback_has_its_level_until_another_comes() -> None:
     lines = ["(A pid=1) Traceback (most recent call last):", '  File "x.py"', "ValueError: no", "INFO 11-26 [x] on"]
-    shown = VllmLines(JSON, terminal=False)
+    shown = VllmLines(JSON, is_terminal=False)
     levels = [json.loads(shown(line.encode(), line))["level"] for line in lines]
     assert levels == ["ERROR", "ERROR", "ERROR", "INFO"]
 
 
 def test_of_a_progress_bar_json_has_its_last_state() -> None:
     line = "Loading: 0%\rLoading: 50%\rLoading: 100%"
-    assert json.loads(VllmLines(JSON, terminal=False)(line.encode(), line))["message"] == "Loading: 100%"
+    assert json.loads(VllmLines(JSON, is_terminal=False)(line.encode(), line))["message"] == "Loading: 100%"
 
 
 def test_text_is_vllms_own_bytes_and_on_a_terminal_steps_back_but_for_what_is_wrong() -> None:
-    assert VllmLines(TEXT, terminal=False)(b"\xff as it is", "") == b"\xff as it is\n"
-    shown = VllmLines(TEXT, terminal=True)
+    assert VllmLines(TEXT, is_terminal=False)(b"\xff as it is", "") == b"\xff as it is\n"
+    shown = VllmLines(TEXT, is_terminal=True)
     assert shown(b"INFO 1", "INFO 1") == b"\x1b[2mINFO 1\x1b[0m\n"
     assert shown(b"ERROR 1", "ERROR 1") == b"\x1b[31mERROR 1\x1b[0m\n"
-    assert VllmLines(Form(MASK, colour=False), terminal=True)(b"ERROR 1", "ERROR 1") == b"ERROR 1\n"
+    assert VllmLines(LineStyle(MASK, colour=False), is_terminal=True)(b"ERROR 1", "ERROR 1") == b"ERROR 1\n"
 
 
 BANNER = """\
@@ -356,7 +356,7 @@ INFO:     127.0.0.1:1 - "GET /docs HTTP/1.1" 200 OK""".splitlines()
 
 
 def test_on_a_terminal_banner_and_routes_are_folded_and_nothing_else() -> None:
-    shown = VllmLines(Form(MASK, colour=False, folds=True), terminal=True)
+    shown = VllmLines(LineStyle(MASK, colour=False, fold=True), is_terminal=True)
     lines = "".join(shown(line.encode(), line).decode() for line in BANNER).splitlines()
     assert [line for line in lines if not line.startswith("...")] == [BANNER[at] for at in (2, 4, 6, 10, 12, 13)]
     assert [line.split()[1:3] for line in lines if line.startswith("...")] == [
@@ -367,10 +367,10 @@ def test_on_a_terminal_banner_and_routes_are_folded_and_nothing_else() -> None:
 
 @pytest.mark.parametrize(
     ("form", "terminal"),
-    [(Form(MASK, folds=True), False), (Form(MASK), True), (Form(MASK, as_json=True, folds=True), True)],
+    [(LineStyle(MASK, fold=True), False), (LineStyle(MASK), True), (LineStyle(MASK, as_json=True, fold=True), True)],
 )
-def test_elsewhere_nothing_is_folded(form: Form, terminal: bool) -> None:
-    shown = VllmLines(form, terminal=terminal)
+def test_elsewhere_nothing_is_folded(form: LineStyle, terminal: bool) -> None:
+    shown = VllmLines(form, is_terminal=terminal)
     assert all(shown(line.encode(), line) for line in BANNER)
 
 
@@ -411,7 +411,7 @@ def record(
 class Access:
     """An access log, and what it wrote."""
 
-    def __init__(self, form: Form) -> None:
+    def __init__(self, form: LineStyle) -> None:
         self.told: list[tuple[bytes, int]] = []
         self.log = AccessLog(None, form, lambda lines, count: self.told.append((lines, count)), ours=b"0c5f")  # type: ignore[arg-type]
         self.log.unix = lambda: UNIX  # type: ignore[method-assign]
@@ -427,7 +427,7 @@ class Access:
         return lines
 
 
-def lines_of(form: Form, *records: Any) -> list[str]:
+def lines_of(form: LineStyle, *records: Any) -> list[str]:
     return Access(form).lines(*records)
 
 
@@ -456,7 +456,7 @@ def test_in_json_its_numbers_stand_by_themselves() -> None:
 
 
 @pytest.mark.parametrize("form", [TEXT, JSON])
-def test_a_secret_in_a_clients_id_is_masked(form: Form) -> None:
+def test_a_secret_in_a_clients_id_is_masked(form: LineStyle) -> None:
     assert "very-secret-value" not in lines_of(form, record(request_id=b"very-secret-value"))[0]
 
 
@@ -464,7 +464,7 @@ def test_a_secret_in_a_clients_id_is_masked(form: Form) -> None:
 def test_what_becomes_a_secret_later_is_one_from_then_on(form: str) -> None:
     """Keys are read again on SIGHUP; what is kept of lines before that must not tell them."""
     mask = Mask({})
-    access = Access(Form(mask, as_json=form == "json"))
+    access = Access(LineStyle(mask, as_json=form == "json"))
     one = record(path=b"/a-key-of-tomorrow", request_id=b"a-key-of-tomorrow")
     assert access.lines(one)[0].count("a-key-of-tomorrow") == (2 if form == "text" else 3)
     mask.add(["a-key-of-tomorrow"])
@@ -472,7 +472,7 @@ def test_what_becomes_a_secret_later_is_one_from_then_on(form: str) -> None:
     assert "a-key-of-tomorrow" not in access.lines(one)[0]
 
 
-def documented(form: Form, one: Any) -> str:
+def documented(form: LineStyle, one: Any) -> str:
     """The line as docs/logs.md has it, made of all its parts anew."""
     level = "INFO" if one.status < 500 else "WARNING"
     path, client, method = shown_path(form.mask, one.request.path), one.address.decode(), one.request.method.decode()
@@ -529,7 +529,7 @@ RECORDS = st.builds(
 
 
 def test_lines_that_are_made_of_kept_parts_are_those_that_are_documented() -> None:
-    forms = [TEXT, JSON, QUEUE, Form(MASK, terminal=True)]
+    forms = [TEXT, JSON, QUEUE, LineStyle(MASK, is_terminal=True)]
     kept = [(form, Access(form)) for form in forms]  # the same for all examples, so that they keep something
 
     @settings(deadline=None, max_examples=100, derandomize=True)
@@ -595,7 +595,7 @@ EXAMPLES = [
 def test_examples_of_the_page_have_the_keys_that_are_written(example: dict[str, object]) -> None:
     form = QUEUE if example.get("requestId", "") is None else JSON
     if example["logger"] == "vllm":
-        line = VllmLines(form, terminal=False)(b"", str(example["message"])).decode()
+        line = VllmLines(form, is_terminal=False)(b"", str(example["message"])).decode()
     elif example["logger"] == "supervisor.access":
         line = lines_of(JSON, record())[0]
     else:

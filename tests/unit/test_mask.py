@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from supervisor import lines, logs, secrets
-from supervisor.secrets import MASK, SECRET_TEXT, Mask
+from supervisor.secrets import MASK, SECRET_SHAPES, Mask
 
 Use = Callable[[str], object]
 
@@ -76,9 +76,9 @@ def costs_too_much(use: Use, before: str, again: str, after: str) -> str:
 def uses() -> Iterator[tuple[str, Use]]:
     """All that is done to text from outside, by name."""
     yield "the mask", Mask({"HF_TOKEN": "a-a-a-a-secret", "API_KEY": "-" * 32 + "b", "MY_SECRET": "eyJ.eyJ.eyJ.x"})
-    for number, (_, pattern) in enumerate(SECRET_TEXT):
-        yield f"SECRET_TEXT[{number}]", lambda text, pattern=pattern: pattern.sub(secrets._masked, text)
-    yield "logs.VARYING", lambda text: logs.VARYING.sub("#", text)
+    for number, (_, pattern) in enumerate(SECRET_SHAPES):
+        yield f"SECRET_SHAPES[{number}]", lambda text, pattern=pattern: pattern.sub(secrets._mask_match, text)
+    yield "logs.VARYING_WORD", lambda text: logs.VARYING_WORD.sub("#", text)
     yield "lines.VLLM_LEVEL", lines.VLLM_LEVEL.match
     yield "lines.TRACEBACK", lines.TRACEBACK.match
 
@@ -239,10 +239,10 @@ def test_the_same_is_masked_as_by_the_plain_patterns(known: tuple[str, ...]) -> 
 
 def test_where_there_is_no_sign_there_is_no_secret() -> None:
     """Of each pattern by itself, for a text of one kind alone."""
-    counts = [0] * len(SECRET_TEXT)
+    counts = [0] * len(SECRET_SHAPES)
     for text in texts(10_000, seed=7):
-        for number, (sign, pattern) in enumerate(SECRET_TEXT):
-            if not sign(text, secrets._small(text)):
+        for number, (sign, pattern) in enumerate(SECRET_SHAPES):
+            if not sign(text, secrets._lower(text)):
                 assert not pattern.search(text), (number, text)
             elif pattern.search(text):
                 counts[number] += 1
@@ -255,7 +255,7 @@ def test_what_is_the_same_letter_for_a_pattern_is_the_same_for_a_sign() -> None:
     assert set(letters) == set("ıſİ\N{KELVIN SIGN}")
     for odd in letters:
         (plain,) = (letter for letter in "iks" if re.fullmatch(letter, odd, re.IGNORECASE))
-        assert secrets._small(f"A{odd}b") == f"a{plain}b"
+        assert secrets._lower(f"A{odd}b") == f"a{plain}b"
 
 
 def test_what_follows_an_option_with_a_secrets_name_is_one() -> None:

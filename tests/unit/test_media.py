@@ -147,7 +147,7 @@ def test_a_model_that_is_downloaded_first_is_looked_at_when_it_serves(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["X"], "audio_config": {"a": 1}}))
-    told = MediaTold(settings(folder), once(Weights("the hub", None, download=True), Weights("here", tmp_path)))
+    told = MediaTold(settings(folder), once(Weights("the hub", None, needs_download=True), Weights("here", tmp_path)))
     asyncio.run(lives(told))
     (warning,) = warnings(caplog)
     assert "audio" in warning

@@ -72,7 +72,7 @@ def test_what_is_imported_is_asked_for() -> None:
 
 
 def test_the_extra_of_the_queue_is_what_is_looked_for() -> None:
-    assert set(packages.RUNPOD) == names(EXTRAS["runpod"])
+    assert set(packages.RUNPOD_PACKAGES) == names(EXTRAS["runpod"])
 
 
 def test_whose_inside_is_known_is_pinned() -> None:
@@ -106,7 +106,7 @@ def test_the_page_of_the_package_has_its_words() -> None:
 
 def test_queue_mode_without_its_extra_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     environ = {"MODEL": "m", "SUPERVISOR_VLLM": str(folder.parent / "vllm/bin/vllm")}
-    monkeypatch.setattr(packages, "RUNPOD", ("aiohttp", "no_such_package"))
+    monkeypatch.setattr(packages, "RUNPOD_PACKAGES", ("aiohttp", "no_such_package"))
     with pytest.raises(SettingsError) as caught:
         packages.check(gather(Arguments(mode="queue"), environ))
     assert caught.value.problems == [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from supervisor.repositories import asks_the_hub, beside_the_model, fetch_command, model_of
+from supervisor.repositories import fetch_command, find_companions, find_model, needs_hub
 from supervisor.settings.settings import Arguments, Settings, gather
 from tests.harness import FAKE
 
@@ -36,7 +36,7 @@ def settings(*vllm_args: str, **environ: str) -> Settings:
 
 
 def words(settings: Settings) -> dict[str, str]:
-    return {option.key: setting.shown for option, setting in beside_the_model(settings)[1].options}
+    return {option.key: setting.shown for option, setting in find_companions(settings)[1].options}
 
 
 TOKENIZER = {"tokenizer.json": "{}"}
@@ -74,14 +74,14 @@ def test_what_names_no_repository_is_left_as_it_is(tmp_path: Path, key: str, val
     value = value.replace("FOLDER", str(tmp_path))
     given = settings(**{key.upper(): value})
     assert words(given)[key] == value
-    assert not any(each.weights.download for each in beside_the_model(given)[0])
+    assert not any(each.weights.needs_download for each in find_companions(given)[0])
 
 
 def test_the_model_itself_stands_for_its_name(tmp_path: Path) -> None:
     model = has(tmp_path, "org/model", **DRAFT)
     given = settings(HF_HUB_CACHE=str(tmp_path), TOKENIZER="org/model")
     assert words(given)["tokenizer"] == str(model)
-    assert beside_the_model(given)[0] == []
+    assert find_companions(given)[0] == []
 
 
 def test_a_revision_is_that_of_its_own(tmp_path: Path) -> None:
@@ -89,9 +89,9 @@ def test_a_revision_is_that_of_its_own(tmp_path: Path) -> None:
         TOKENIZER="org/t", TOKENIZER_REVISION="v1", REVISION="v2",
         SPECULATIVE_CONFIG='{"model": "org/d", "revision": "v3", "num_speculative_tokens": 1}',
     )  # fmt: skip
-    found = {each.name: (each.revision, each.load_format, each.setting) for each in beside_the_model(given)[0]}
+    found = {each.name: (each.revision, each.load_format, each.setting) for each in find_companions(given)[0]}
     assert found == {"org/t": ("v1", "tokenizer", "TOKENIZER"), "org/d": ("v3", "auto", "SPECULATIVE_CONFIG")}
-    assert model_of(given).revision == "v2"
+    assert find_model(given).revision == "v2"
 
 
 def test_whether_vllm_has_something_to_ask_the_hub(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_whether_vllm_has_something_to_ask_the_hub(tmp_path: Path) -> None:
 
     def asks(*vllm_args: str, **environ: str) -> bool:
         given = settings(*vllm_args, HF_HUB_CACHE=str(tmp_path), **environ)
-        return asks_the_hub(given, beside_the_model(given)[0])
+        return needs_hub(given, find_companions(given)[0])
 
     assert not asks()
     assert not asks(TOKENIZER="org/t")
@@ -113,7 +113,7 @@ def test_whether_vllm_has_something_to_ask_the_hub(tmp_path: Path) -> None:
 
 def test_what_the_downloading_program_is_told(tmp_path: Path) -> None:
     given = settings(HF_HUB_OFFLINE="", TOKENIZER="org/t", DOWNLOAD_DIR=str(tmp_path), SUPERVISOR_STALL_TIMEOUT="20")
-    command = fetch_command(given, [model_of(given), *beside_the_model(given)[0]])
+    command = fetch_command(given, [find_model(given), *find_companions(given)[0]])
     more = {"revision": None, "have": None, "gguf": False}
     assert json.loads(command[-1]) == {
         "repositories": [

@@ -15,7 +15,7 @@ import pytest
 
 from supervisor.around import prefetch
 from supervisor.around.prefetch import Prefetch
-from supervisor.repositories import BAKED, hub_cache, hub_env, places
+from supervisor.repositories import BAKED_CACHE, hub_cache, hub_env, list_places
 from supervisor.settings import volume as volumes
 from supervisor.settings.volume import Volume
 from supervisor.weights import find as finding
@@ -190,13 +190,13 @@ def test_what_a_folder_lacks(
             path.mkdir()
         elif content is not None:
             path.symlink_to("nowhere" if content == "dangling" else path)
-    assert snapshot.lacking(tmp_path, load_format) == expected
+    assert snapshot.find_fault(tmp_path, load_format) == expected
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert snapshot.lacking(tmp_path / "nowhere") == "it can't be read (No such file or directory)"
-    assert snapshot.lacking(tmp_path / "file") == "it can't be read (Not a directory)"
+    assert snapshot.find_fault(tmp_path / "nowhere") == "it can't be read (No such file or directory)"
+    assert snapshot.find_fault(tmp_path / "file") == "it can't be read (Not a directory)"
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
 def test_self_contained(tmp_path: Path, files: dict[str, str], expected: bool) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    assert snapshot.self_contained(tmp_path) is expected
+    assert snapshot.is_self_contained(tmp_path) is expected
 
 
 # Where
@@ -281,7 +281,7 @@ def test_capitals_do_not_matter_but_the_exact_name_is_preferred(tmp_path: Path) 
 @pytest.fixture
 def three(tmp_path: Path) -> dict[str, Place]:
     names = {"baked": "baked into the image", "volume": "on the volume", "cache": "in the hub's cache"}
-    return {name: Place(text, tmp_path / name, settled=name != "cache") for name, text in names.items()}
+    return {name: Place(text, tmp_path / name, is_pinned=name != "cache") for name, text in names.items()}
 
 
 def look(three: dict[str, Place], model: str = MODEL, revision: str | None = None, **environ: str) -> finding.Weights:
@@ -290,42 +290,42 @@ def look(three: dict[str, Place], model: str = MODEL, revision: str | None = Non
 
 def test_the_order(three: dict[str, Place], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert look(three) == finding.Weights("the hub", None, download=True)
+    assert look(three) == finding.Weights("the hub", None, needs_download=True)
     for name in ("cache", "volume", "baked"):  # each before the one that was there already
         folder = make_cache(three[name].cache) / COMMIT
         found = look(three)
-        assert found == finding.Weights(f"{three[name].name}, {folder}", folder, download=name == "cache")
+        assert found == finding.Weights(f"{three[name].name}, {folder}", folder, needs_download=name == "cache")
     (tmp_path / MODEL).mkdir(parents=True)
     found = look(three)
-    assert (found.folder, found.download, found.source) == (Path(MODEL), False, "the folder Org/Model")
+    assert (found.folder, found.needs_download, found.source) == (Path(MODEL), False, "the folder Org/Model")
 
 
 def test_who_is_asked_for_news(three: dict[str, Place]) -> None:
     """Whoever filled the image or the volume chose what is served; the hub's cache is the hub's."""
     make_cache(three["cache"].cache, refs={"main": COMMIT, "v2": COMMIT})
-    assert look(three).download
-    assert look(three, revision="v2").download
-    assert not look(three, revision=COMMIT).download  # never changes
-    assert not look(three, HF_HUB_OFFLINE="1").download
-    assert not look(three, HF_HUB_OFFLINE="YES").download
-    assert not look(three, TRANSFORMERS_OFFLINE="1").download
-    assert look(three, HF_HUB_OFFLINE="0").download
+    assert look(three).needs_download
+    assert look(three, revision="v2").needs_download
+    assert not look(three, revision=COMMIT).needs_download  # never changes
+    assert not look(three, HF_HUB_OFFLINE="1").needs_download
+    assert not look(three, HF_HUB_OFFLINE="YES").needs_download
+    assert not look(three, TRANSFORMERS_OFFLINE="1").needs_download
+    assert look(three, HF_HUB_OFFLINE="0").needs_download
 
 
 def test_what_is_not_whole_is_passed_over_and_said_to_be(three: dict[str, Place]) -> None:
     half = make_cache(three["baked"].cache, without=TWO[1]) / COMMIT
     told = (f"Org/Model is baked into the image ({half}), but not whole: {TWO[1]} is missing",)
-    assert look(three) == finding.Weights("the hub", None, download=True, passed_over=told)
+    assert look(three) == finding.Weights("the hub", None, needs_download=True, rejections=told)
     whole = make_cache(three["volume"].cache) / COMMIT
-    assert look(three) == finding.Weights(f"on the volume, {whole}", whole, passed_over=told)
+    assert look(three) == finding.Weights(f"on the volume, {whole}", whole, rejections=told)
 
 
 def test_without_a_hub(three: dict[str, Place]) -> None:
     """The download is what says that there may be none; of half a model vLLM may make something."""
-    assert look(three, HF_HUB_OFFLINE="1") == finding.Weights("the hub", None, download=True)
+    assert look(three, HF_HUB_OFFLINE="1") == finding.Weights("the hub", None, needs_download=True)
     make_cache(three["cache"].cache, without=TWO[1])
     found = look(three, HF_HUB_OFFLINE="1")
-    assert (found.folder, found.download, len(found.passed_over)) == (None, False, 1)
+    assert (found.folder, found.needs_download, len(found.rejections)) == (None, False, 1)
 
 
 @pytest.mark.parametrize("model", ["s3://bucket/model", "/models/nowhere", "a/b/c", "hf://a/b"])
@@ -335,11 +335,11 @@ def test_what_is_left_to_vllm(three: dict[str, Place], model: str) -> None:
 
 def test_gguf(three: dict[str, Place], tmp_path: Path) -> None:
     """Whether this vLLM has it is told where vLLM's Python is to be had."""
-    assert look(three, "org/name:Q4_K_M") == finding.Weights("left to vLLM", gguf=True)
-    assert find("org/name", None, "gguf", three.values(), {}) == finding.Weights("left to vLLM", gguf=True)
+    assert look(three, "org/name:Q4_K_M") == finding.Weights("left to vLLM", is_gguf=True)
+    assert find("org/name", None, "gguf", three.values(), {}) == finding.Weights("left to vLLM", is_gguf=True)
     (tmp_path / "m.gguf").touch()
-    assert look(three, str(tmp_path / "m.gguf")).gguf
-    assert not look(three, str(tmp_path)).gguf
+    assert look(three, str(tmp_path / "m.gguf")).is_gguf
+    assert not look(three, str(tmp_path)).is_gguf
 
 
 @pytest.mark.parametrize("load_format", ["runai_streamer", "sharded_state", "tensorizer", "my_own"])
@@ -362,19 +362,19 @@ def test_another_hub_is_left_to_vllm(three: dict[str, Place]) -> None:
 
 
 def test_a_name_that_is_too_long_for_a_file(three: dict[str, Place]) -> None:
-    assert look(three, "a/" + "b" * 5000).download
+    assert look(three, "a/" + "b" * 5000).needs_download
 
 
 def test_places(tmp_path: Path) -> None:
     environ = {"HF_HOME": "/h", "HOME": "/home/u"}
-    assert [(place.cache, place.settled) for place in places(environ, tmp_path)] == [
-        (BAKED, True),
+    assert [(place.cache, place.is_pinned) for place in list_places(environ, tmp_path)] == [
+        (BAKED_CACHE, True),
         (tmp_path / "huggingface-cache/hub", True),
         (Path("/h/hub"), False),
     ]
     own = {"HF_HOME": str(tmp_path / "huggingface-cache")}  # the volume's, as we set it: no second time
-    assert [place.settled for place in places(own, tmp_path)] == [True, True]
-    assert [place.cache for place in places(environ, None, "/models")] == [BAKED, Path("/models")]
+    assert [place.is_pinned for place in list_places(own, tmp_path)] == [True, True]
+    assert [place.cache for place in list_places(environ, None, "/models")] == [BAKED_CACHE, Path("/models")]
 
 
 @pytest.mark.parametrize(
@@ -441,7 +441,7 @@ def test_what_another_user_may_not_see(tmp_path: Path) -> None:
         "from supervisor.settings import volume; from supervisor.weights.find import Place, find\n"
         "os.setgid(65534); os.setuid(65534); folder = Path(sys.argv[1])\n"
         "print(volume.find(str(folder / 'hidden'), {}))\n"
-        "places = [Place('there', folder / 'hidden' / 'hub', settled=True)]\n"
+        "places = [Place('there', folder / 'hidden' / 'hub', is_pinned=True)]\n"
         "print(find('Org/Model', None, 'auto', places, {}).source, find(str(folder), None, 'auto', [], {}).source)\n"
     )
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
