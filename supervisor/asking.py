@@ -1,4 +1,4 @@
-"""An HTTP client for what is asked seldom: `supervisor job`, `status --url`, the doctor, a machine that is not fit."""
+"""An HTTP client for those who ask seldom: `supervisor job`, `status --url`, the doctor, a machine that is not fit."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from supervisor.listen import is_loopback
 
 
 def client(url: str, patience: float, *, authorization: str = "") -> httpx.Client:
-    """`http://` may be left out. Proxies that the environment names are not for this machine's own addresses; a key
-    goes to no other host. Raises ValueError where it is no address, or the key has characters that no header may."""
+    """Returns a client for `url`, which may lack `http://`. It uses no proxy of the environment for addresses of this
+    machine; its key goes to no other host. Raises ValueError for no address, or a key that no header may have."""
     if not (authorization.isascii() and authorization.isprintable()):
         raise ValueError("a key has characters that it may not have")
     try:
@@ -29,5 +29,5 @@ def client(url: str, patience: float, *, authorization: str = "") -> httpx.Clien
 
 
 def reason(error: Exception) -> str:
-    """In a word or two why nobody answered: `Connection refused`."""
+    """Returns in a word or two why nobody answered: `Connection refused`."""
     return re.sub(r"^\[Errno -?\d+\] ", "", str(getattr(error, "strerror", None) or error)) or type(error).__name__

@@ -1,5 +1,5 @@
-"""Calls that may hang: a driver, a disk, a hub. Each has a daemon thread of its own, so that neither the loop nor the
-end of the program waits for it. asyncio's own executor is no place for them: it is joined at the end, and it is full
+"""Calls that may hang, on a driver, a disk or a hub. Each has a daemon thread of its own, so that neither the loop nor
+the end of the program waits for it. asyncio's own executor is no place for them: it is joined at the end, and is full
 when a few of its threads hang.
 """
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     import asyncio
 
 Result = TypeVar("Result")
-# Of a file that the user named: seconds for it, and how many bytes it may have. A shell's `<(...)` may ask somebody.
+# A file that the user named may take this many seconds, and have this many bytes. A shell's `<(...)` may ask somebody.
 FILE_PATIENCE, LARGEST_FILE = 10.0, 2**20
 
 
 class Call(Generic[Result]):
-    """`Call(function)` begins at once. `wait` for it, or await it; asyncio is needed for the latter only."""
+    """A call that begins at once, in a thread. One may `wait` for it, or await it; only the latter needs asyncio."""
 
     def __init__(self, function: Callable[[], Result]) -> None:
         self._function = function
@@ -43,22 +43,22 @@ class Call(Generic[Result]):
             callback()
 
     def wait(self, seconds: float) -> bool:
-        """Whether it is over within so many seconds."""
+        """Waits so many seconds at most, and returns whether the call is over."""
         return self._done.wait(seconds)
 
     @property
     def is_running(self) -> bool:
-        """Whether it is not over yet."""
+        """It is true until the call is over, however long it hangs."""
         return not self._done.is_set()
 
     def result(self) -> Result:
-        """Of a call that is over; raises what it raised."""
+        """Returns the result of a call that is over, or raises what the call raised."""
         if self._error is not None:
             raise self._error
         return self._results[0]
 
     def add_callback(self, function: Callable[[], object]) -> None:
-        """Calls `function` when it is over: from its thread, or at once."""
+        """Calls `function` when the call is over: from the call's thread, or at once."""
         with self._lock:
             if not self._done.is_set():
                 self._callbacks.append(function)
@@ -66,11 +66,11 @@ class Call(Generic[Result]):
         function()
 
     def abandon(self, discard: Callable[[Result], object]) -> None:
-        """Nobody waits any more: `discard` gets what it may still find."""
+        """Passes the result to `discard` if the call still has one: nobody waits for it any more."""
         self.add_callback(lambda: discard(self._results[0]) if self._results else None)
 
     def __await__(self) -> Generator[Any, None, Result]:
-        import asyncio  # noqa: PLC0415  # 40 ms that vLLM's start does not wait for
+        import asyncio  # noqa: PLC0415  # it takes 40 ms, for which vLLM's start does not wait
 
         loop = asyncio.get_running_loop()
         future = loop.create_future()
@@ -90,8 +90,8 @@ def _settle(future: asyncio.Future[None]) -> None:
 
 
 async def run_bounded(seconds: float | None, function: Callable[[], Result]) -> Result:
-    """What the call returns. Raises TimeoutError after so many seconds (None: it may take as long as it likes); what
-    it finds later is lost."""
+    """Returns what the function returns. Raises TimeoutError after so many seconds (with None there is no limit); what
+    the function returns later is lost."""
     import asyncio  # noqa: PLC0415
 
     async with asyncio.timeout(seconds):
@@ -99,7 +99,7 @@ async def run_bounded(seconds: float | None, function: Callable[[], Result]) -> 
 
 
 def try_bounded(seconds: float, function: Callable[[], Result]) -> Result | None:
-    """For those without a loop: what it returns; None where it takes longer, or raises."""
+    """Returns what the function returns, for those without a loop; None where it takes longer, or raises."""
     call = Call(function)
     if call.wait(seconds):
         with contextlib.suppress(Exception):
@@ -108,8 +108,8 @@ def try_bounded(seconds: float, function: Callable[[], Result]) -> Result | None
 
 
 def read_file(path: Path, *, regular_only: bool = False) -> bytes:
-    """What is in it. Raises OSError, as for what never ends or never comes. `again`: others read it once more, which a
-    pipe does not allow."""
+    """Returns a file's content. Raises OSError, also where it never ends or never comes. `regular_only` refuses all but
+    plain files: others will read the file once more, which a pipe does not allow."""
 
     def read() -> bytes:
         if regular_only and not stat.S_ISREG(path.stat().st_mode):

@@ -21,12 +21,12 @@ VERBS = {
     "doctor": "check the machine; exit code 0 where nothing failed",
     "job": "send one job to a supervisor in queue mode",
 }
-# Verbs that need no valid settings: they ask a supervisor that runs, or tell what is wrong with them.
+# These verbs need no valid settings: they ask a supervisor that runs, or tell what is wrong with the settings.
 QUERIES = ("status", "doctor", "job")
 
 
 class _Parser(argparse.ArgumentParser):
-    """One clear line instead of argparse's usage block."""
+    """A parser whose errors are one clear line each, instead of argparse's usage block."""
 
     def error(self, message: str) -> NoReturn:
         fail([f"{message} (see `{self.prog} --help`)"])
@@ -41,7 +41,7 @@ def fail(problems: list[str]) -> NoReturn:
 def version() -> str:
     try:
         from supervisor import __version__  # noqa: PLC0415
-    except ImportError:  # their __init__.py is in the place of ours, or was removed with ours
+    except ImportError:  # their __init__.py replaced ours, or was removed together with ours
         fail([
             "an unrelated package named supervisor (supervisord) was installed over this one, or removed from beside "
             f"it, in {sys.prefix}. vLLM's dependencies bring it: install vllm-supervisor in an environment of its own."
@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _describe_unknown(unknown: list[str]) -> str:
-    """What to say of arguments that are not ours: `--max-model-len 4096` is one of vLLM's."""
+    """Returns a message about arguments that are not ours, such as vLLM's own `--max-model-len 4096`."""
     message = f"unrecognized arguments: {' '.join(unknown)}"
     if any(word.startswith("-") for word in unknown):
         message += f". Options of `vllm serve` go behind `--`: supervisor up MODEL -- {' '.join(unknown)}"
@@ -87,7 +87,7 @@ def _describe_unknown(unknown: list[str]) -> str:
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, Arguments]:
-    """What the command line says. What follows `--` is vLLM's, and argparse never sees it."""
+    """Returns what the command line says. What follows `--` is vLLM's, and argparse never sees it."""
     separator = argv.index("--") if "--" in argv else len(argv)
     parsed, unknown = parser().parse_known_args(argv[:separator])
     if unknown:
@@ -97,7 +97,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, Arguments]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    for name in ("stdin", "stdout", "stderr"):  # closed (`2>&-`): its place would be the next file's that is opened
+    for name in ("stdin", "stdout", "stderr"):  # a closed one (`2>&-`) leaves its place to the next file opened
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115, PTH123  # to the end
     parsed, arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
@@ -111,9 +111,9 @@ def main(argv: list[str] | None = None) -> None:
             explain.show_problems(error, as_json=getattr(parsed, "json", False))
         if parsed.verb not in ("up", "fetch"):
             sys.stdout.flush()
-    except KeyboardInterrupt:  # before anything was started; afterwards the signal is handled
+    except KeyboardInterrupt:  # nothing was started yet; afterwards the signal has a handler
         code = 128 + signal.SIGINT
-    except OSError as error:  # of what only tells something: a full disk, a reader that is gone
+    except OSError as error:  # the output of a verb that only prints: a full disk, no reader
         if parsed.verb in ("up", "fetch") or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EPIPE):
             raise
         code = 1 if isinstance(error, BrokenPipeError) else f"supervisor: its output can't be written: {error.strerror}"
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _forget_closed_output() -> None:
-    """Or Python's own last flush would turn a clean exit into code 120 where nobody reads our output any more."""
+    """Replaces output that nobody reads any more: Python's own last flush would turn a clean exit into code 120."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

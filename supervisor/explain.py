@@ -9,14 +9,14 @@ from supervisor.secrets import MASK
 from supervisor.settings.command import build
 from supervisor.settings.settings import Setting, Settings, SettingsError
 
-# The real ones are made at start, private to each run.
+# These stand for the real ones, which are made at the start and are private to each run.
 SOCKET, FOLDER = "/tmp/supervisor-XXXXXXXX/vllm.sock", "/tmp/supervisor-XXXXXXXX/tmp"  # noqa: S108  # shown, not used
-# Where the output is no terminal: tables are not folded, and `grep` finds whole rows.
+# The width of tables where the output is no terminal: no row is folded, and `grep` finds whole rows.
 PIPE_WIDTH = 200
 
 
 def facts(settings: Settings) -> dict[str, object]:
-    """For machines: `settings` (each with name, value, source, overrode) and `warnings`."""
+    """Returns for machines: `settings` (each with name, value, source, overrode) and `warnings`."""
     mask, rows = settings.mask, []
     for row in _rows(settings):
         overrode = [mask(text) for text in row.overrode]
@@ -33,7 +33,7 @@ def show(settings: Settings, *, as_json: bool) -> None:
         content = {"mode": settings.mode, "vllm_version": settings.vllm.version, **facts(settings)}
         print(json.dumps(content | {"problems": [], "command": command(settings)}, indent=2))
         return
-    from rich.console import Console  # noqa: PLC0415  # 60 ms that no other verb should pay for
+    from rich.console import Console  # noqa: PLC0415  # it takes 60 ms, for which no other verb should pay
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
@@ -58,7 +58,7 @@ def show(settings: Settings, *, as_json: bool) -> None:
 
 
 def show_problems(error: SettingsError, *, as_json: bool) -> None:
-    """What is wrong, all at once. For machines on standard output, for people on standard error."""
+    """Prints all that is wrong at once: for machines on standard output, for people on standard error."""
     if as_json:
         print(json.dumps({"problems": error.problems, "warnings": error.warnings}, indent=2))
     for line in (*error.problems, *(f"warning: {warning}" for warning in error.warnings)):
@@ -66,6 +66,6 @@ def show_problems(error: SettingsError, *, as_json: bool) -> None:
 
 
 def _rows(settings: Settings) -> list[Setting]:
-    """What was set comes first, each part in the order of vLLM's options."""
+    """Returns all settings: those that were set come first, and each part has the order of vLLM's options."""
     vllm_settings = (setting for _, setting in (*settings.options, *settings.raw_options))
     return [settings.model, *vllm_settings, *sorted(settings.knob_settings, key=lambda knob: knob.source == "default")]

@@ -1,6 +1,6 @@
 """`supervisor fetch`: downloads the model and what vLLM reads beside it, or says where they are.
 
-In the image's build it is what bakes the weights in.
+The build of an image bakes the weights in with it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ EXIT_UNAVAILABLE = 3
 
 
 def fetch(settings: Settings) -> int:
-    """Does not return where there is something to download: the program that does it takes this process over.
+    """Does not return where there is something to download: the program that downloads takes this process over.
 
-    Its exit codes are 0, 3 where another try would end the same way, and 4 where it may not.
+    Its exit code is 0, or 3 where another try would end the same way, or 4 where another try may end otherwise.
     """
     repositories = [find_model(settings), *find_companions(settings)[0]]
     downloads = [repository for repository in repositories if repository.weights.needs_download]
@@ -28,7 +28,7 @@ def fetch(settings: Settings) -> int:
             print(f"supervisor: {line}", file=sys.stderr)
         if repository not in downloads:
             print(f"supervisor: {repository.name}: {repository.weights.source}")
-    if not downloads:  # vLLM will have to fetch by itself what is nowhere
+    if not downloads:  # vLLM will have to fetch by itself what was found nowhere
         return 0 if all(repository.weights.folder is not None for repository in repositories) else EXIT_UNAVAILABLE
     if not python(settings):
         raise SettingsError(["the download runs in vLLM's Python, which is not to be found: set SUPERVISOR_VLLM"])

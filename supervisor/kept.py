@@ -1,6 +1,6 @@
 """Programs of ours beside vLLM, each a child that is started again when it dies: the queue worker, a simulated RunPod.
 
-Each is told what it needs through its standard input, a word per line; that this ends is how it learns of our death.
+Each is told what it needs through its standard input, a word per line. Where that input ends, it knows that we died.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import IO
 from supervisor.bounded import Call
 from supervisor.engine.child import how_it_ended
 
-# Seconds before one that died is started again: the first, the longest; after so long it counts as healthy.
+# Seconds until a dead program is started again, at first and at most; after so many seconds it counts as healthy.
 FIRST_BACKOFF, LONGEST_BACKOFF, HEALTHY_UPTIME = 0.5, 30.0, 60.0
 LAST_LINES_PATIENCE = 2.0
 LONGEST_LINE = 64 * 1024
 
 
 class KeptProgram:
-    """`run()` keeps it alive until `leaving` is set and it is gone."""
+    """A program that `run()` keeps alive, until `stop_requested` is set and the program is gone."""
 
     def __init__(
         self,
@@ -36,9 +36,9 @@ class KeptProgram:
         line_receivers: tuple[Callable[[str], object], ...] = (),
         descriptors: Sequence[int] = (),
     ) -> None:
-        """`program`: a module of ours and its arguments. `died` is told how it ended, and in how many seconds it is
-        started again; `heard` gets the lines of its stdout, and of its stderr; `files` are given to it."""
-        # -P: without the current folder among the places to import from, where a user may have a `queue.py`.
+        """`program` is a module of ours and its arguments. `child_died` gets how it ended, and in how many seconds it
+        starts again; `line_receivers` get the lines of its stdout and of its stderr; it inherits `descriptors`."""
+        # -P keeps the current folder, where a user may have a `queue.py`, out of the places to import from.
         self.command = [sys.executable, "-P", "-m", *program]
         self.environ = environ
         self.child_died = child_died
@@ -50,10 +50,10 @@ class KeptProgram:
         self.ended = asyncio.Event()
 
     def say(self, word: str) -> None:
-        """To it, and first of all to each that comes after it."""
+        """Sends a word to the child, and as the first one to each child that comes after it."""
         self.word = word
         if self.child is not None and self.child.stdin is not None:
-            with contextlib.suppress(OSError):  # it is dead, or about to be: the next one is told
+            with contextlib.suppress(OSError):  # the child is dead, or about to be: the next one gets the word
                 os.write(self.child.stdin.fileno(), f"{word}\n".encode())
 
     async def run(self) -> None:
@@ -77,7 +77,7 @@ class KeptProgram:
         child = self.child = subprocess.Popen(  # noqa: ASYNC220  # a thread waits for it, as for vLLM
             self.command, env=self.environ, stdin=subprocess.PIPE, stdout=output,
             stderr=subprocess.PIPE if self.line_receivers else None, pass_fds=self.descriptors,
-            process_group=0,  # Ctrl-C is for the supervisor; of another session it would be an orphan (engine/child.py)
+            process_group=0,  # Ctrl-C is for the supervisor; in another session it would be an orphan (engine/child.py)
         )  # fmt: skip
         if self.word:
             self.say(self.word)
@@ -97,8 +97,8 @@ class KeptProgram:
 
 
 def _reap_group(child: subprocess.Popen[bytes]) -> int:
-    """Its exit code. A process that it forked would go on, as if it were still there: it is killed while the group's
-    number is sure to be its own, and is then ours to reap."""
+    """Returns the child's exit code. A process that the child forked would go on as if nothing had ended: it is killed
+    while the group's number is sure to be the child's, and is then ours to reap."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
     code, deadline = child.wait(), time.monotonic() + LAST_LINES_PATIENCE

@@ -1,8 +1,8 @@
-"""What vLLM is started with, found out anew at each start: where the weights are, where caches go. Then the start.
+"""A start of vLLM. What vLLM is started with is found out anew each time: where the weights are, where caches go.
 
 A start whose weights have to come from the hub is one process as any other: it downloads, then becomes vLLM
-(weights/download.py). The next one finds them in the cache. The look for them reads a volume, which may hang: so each
-start is a call of its own (bounded.py), the first one before there is an event loop.
+(weights/download.py). The next start finds them in the cache. To look for them is to read a volume, which may hang: so
+each start is a call of its own (bounded.py), and the first one begins before there is an event loop.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ from supervisor.settings.settings import Settings
 from supervisor.terminal import Terminal
 from supervisor.weights import find, snapshot
 
-# From the spawn on they must not end us, or vLLM would stay. SIGHUP too: when the terminal is closed, vLLM in its own
-# session would not hear of it.
+# From the spawn on these signals must not end us, or vLLM would stay. SIGHUP is one of them: when the terminal is
+# closed, vLLM does not get it in its own session.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# Seconds that the end waits for a start that is just being made.
+# At the end a start that is just being made is waited for so many seconds.
 END_PATIENCE = 1.0
 
 
 class Forker(Protocol):
-    """How starts are made faster (around/prefork.py), where they are."""
+    """What makes starts faster (around/prefork.py), where something does."""
 
-    def program(self, argv: tuple[str, ...]) -> tuple[str, ...]: ...  # that is run in the place of this one
-    def fork(self, command: Command, output: int, errors: int) -> int | None: ...  # or is not run at all
+    def program(self, argv: tuple[str, ...]) -> tuple[str, ...]: ...  # returns what to run
+    def fork(self, command: Command, output: int, errors: int) -> int | None: ...  # returns the pid of a fork, or None
 
 
 class Launch:
-    """`launch()` starts vLLM: for the first time, and again after each crash. It may hang, and be called from any
-    thread; `close()` ends what it started, and lets it start nothing more."""
+    """A callable that starts vLLM, for the first time and after each crash. It may hang, and may be called from any
+    thread. `close()` ends the vLLM that was started, and lets nothing more be started."""
 
     def __init__(
         self, settings: Settings, workspace: Workspace, guard: Guard, environ: Mapping[str, str], forker: Forker | None
     ) -> None:
-        """`environ`: for vLLM, below what the user set."""
+        """`environ` is for vLLM, and yields to what the user set."""
         self.settings = settings
         self.workspace = workspace
         self.guard = guard
         self.environ = environ
         self.forker = forker
-        self.mask = settings.mask  # the only one: keys that are read again become secrets of every line
+        self.mask = settings.mask  # there is only this one: keys that are read again are masked in every line
         knobs = settings.knobs
         self.style = LineStyle(
             self.mask,
@@ -70,7 +70,7 @@ class Launch:
         self.foot = Terminal(2, self.style.lost_line) if has_foot else None
         self.stderr = self.foot or Output(2, self.style.lost_line)
         self.stdout = self.stderr if terminal else Output(1, self.style.lost_line)
-        self.command = build(settings, str(workspace.socket), str(workspace.temporary))  # as a person may see it
+        self.command = build(settings, str(workspace.socket), str(workspace.temporary))  # this one is for people to see
         self.weights = find.Weights("not looked for yet")
         self.weights_found: Callable[[find.Weights], object] = lambda _: None  # called at each start, from its thread
         self._latest_child: Child | None = None
@@ -78,7 +78,7 @@ class Launch:
         self._lock = threading.Lock()
 
     def __call__(self) -> Child:
-        """Raises OSError."""
+        """Returns the child that was started. Raises OSError."""
         model = find_model(self.settings)
         self.weights = weights = model.weights
         command = self._command(model)
@@ -87,7 +87,7 @@ class Launch:
             if self._closed:
                 raise OSError("the server is shutting down")
             if self._latest_child is not None:
-                self.workspace.clear()  # of what that one left
+                self.workspace.clear()  # what the last one left
             self._latest_child = child = Child(command, self.style, (self.stdout, self.stderr), self._remember, fork)
         self.weights_found(weights)
         return child
@@ -117,7 +117,7 @@ class Launch:
         self.workspace.remember(session)
 
     def close(self) -> None:
-        """Ends the last one, if it is still there, and writes what is still to be written."""
+        """Ends the last child, if it is still there, and writes the output that is still to be written."""
         acquired = self._lock.acquire(timeout=END_PATIENCE)
         self._closed = True
         if acquired:

@@ -1,6 +1,6 @@
-"""What a line of log looks like: text for people, or JSON for platforms. Ours, and vLLM's, which keep their own level.
+"""The look of log lines, as text for people or JSON for platforms: our own lines, and vLLM's, which keep their level.
 
-On RunPod's queue each line of JSON has a `requestId`, the job's, as the lines of its SDK do: its console sorts by that.
+On RunPod's queue each line of JSON has the job's `requestId`, as lines of RunPod's SDK do: its console sorts by that.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ RESET, DIM = "\x1b[0m", "\x1b[2m"
 COLOURS = {"INFO": "\x1b[36m", "WARNING": "\x1b[33m", "ERROR": "\x1b[31m", "CRITICAL": "\x1b[31m"}
 # `(EngineCore pid=7) WARNING 11-26 03:16:45 [core.py:77] ...`, and uvicorn's `INFO:     Started ...`.
 VLLM_LEVEL = re.compile(r"(?:\([^()]*\) )*(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b")
-# What each start of vLLM's has and nobody reads on a terminal: its banner, all its options, its routes, and uvicorn's
-# own start.
+# These lines come with each start of vLLM's, and nobody reads them on a terminal: its banner, all its options, its
+# routes, and uvicorn's own start.
 BOILERPLATE = re.compile(
     r"INFO [^\[]*\[[\w.]+:\d+\] (?:$|.*[█▄▀]|Initializing a V1 LLM engine|Available routes are|Route: /)|"
     r"INFO: +(?:Started server process|Waiting for application startup|Application startup complete)"
@@ -27,8 +27,8 @@ TRACEBACK = re.compile(r"(?:\([^()]*\) )*Traceback \(most recent call last\)")
 
 @dataclass(frozen=True, slots=True)
 class LineStyle:
-    """`as_json`, else text. `colour`: on terminals, of which stderr may be one. `queue`: RunPod's shape. `folds`: what
-    nobody reads of vLLM's is counted, on a terminal."""
+    """How lines look: JSON (`as_json`), which `queue_mode` gives RunPod's shape, or text. Terminals show `colour`, and
+    stderr may be one (`is_terminal`). With `fold` vLLM's lines that nobody reads are only counted on a terminal."""
 
     mask: Callable[[str], str]
     as_json: bool = False
@@ -38,7 +38,7 @@ class LineStyle:
     fold: bool = False
 
     def json(self, level: str, logger: str, message: str, at: float, request: str | None, **more: object) -> str:
-        """One object. `at`: Unix time; `more` has no secrets."""
+        """Returns a line that is one object. `at` is a Unix time; `more` has no secrets, for it is not masked."""
         line: dict[str, object] = {"time": iso(at), "level": level, "logger": logger, "message": self.mask(message)}
         if request is not None or self.queue_mode:
             line["requestId"] = request if request is None else self.mask(request)
@@ -63,7 +63,7 @@ class LineStyle:
 
 
 class VllmLines:
-    """How the lines of one of vLLM's streams are shown; called with each, masked, as bytes and as text."""
+    """Shows the lines of one of vLLM's streams: it is called with each, masked, as bytes and as text."""
 
     def __init__(self, style: LineStyle, *, is_terminal: bool) -> None:
         self.as_json = style.as_json
@@ -86,26 +86,26 @@ class VllmLines:
             return raw + b"\n"
         if match := VLLM_LEVEL.match(text):
             self.level = match[1]
-        elif TRACEBACK.match(text):  # what follows has no level of its own
+        elif TRACEBACK.match(text):  # the lines of a traceback have no level of their own
             self.level = "ERROR"
-        if self.as_json:  # of a progress bar only its last state
+        if self.as_json:  # a progress bar is shown in its last state alone
             line = self.style.json(self.level, "vllm", text.rpartition("\r")[2], time.time(), None)
             return line.encode() + b"\n"
-        # vLLM's many lines step back behind ours, but for those that somebody should see.
+        # vLLM's many lines are dimmer than ours, but for those that somebody should see.
         colour = DIM if self.level in ("INFO", "DEBUG") else COLOURS[self.level]
         return b"%b%b%b\n" % (colour.encode(), raw, RESET.encode())
 
 
 def escape(text: str) -> str:
-    """What a client chose, as it can stand in a line."""
+    """Returns text that a client chose in a form that can stand in a line."""
     return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
-# The lines of a busy second, and of a busy millisecond, share these.
+# These are kept: the lines of a busy second, and of a busy millisecond, share them.
 
 
 def iso(at: float) -> str:
-    """With milliseconds, in UTC."""
+    """Returns a Unix time as ISO 8601 in UTC, with milliseconds."""
     return _iso(int(at * 1000))
 
 

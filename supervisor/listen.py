@@ -12,12 +12,12 @@ from supervisor.settings.settings import Settings, SettingsError
 
 BACKLOG = 2048
 LOOPBACK = "127.0.0.1"
-# More are of no use to us, and programs that we start might look at each of them.
+# More descriptors are of no use to us, and programs that we start might look at each of them.
 MAX_OPEN_FILES = 65_536
 
 
 class Listeners(NamedTuple):
-    """Bound sockets. `front` is where clients come: the gateway's first, or the simulated RunPod's."""
+    """Bound sockets. Clients come to `front`: the simulated RunPod's socket, or else the gateway's first."""
 
     gateway: tuple[socket.socket, ...]
     simulator: socket.socket | None = None
@@ -28,7 +28,7 @@ class Listeners(NamedTuple):
 
 
 def bind(settings: Settings) -> Listeners:
-    """Raises SettingsError for a port that is taken or an address that is not ours.
+    """Binds the ports that the settings ask for. Raises SettingsError for one that is taken, or an address not ours.
 
     In queue mode the gateway has a port only where one was asked for: on RunPod's Hub, port 80 is the test runner's.
     Outside of RunPod the port is the simulator's.
@@ -37,7 +37,7 @@ def bind(settings: Settings) -> Listeners:
     health_listeners = [_listen(knobs.host, knobs.port_health)] if knobs.port_health not in (None, knobs.port) else []
     if settings.mode == "queue":
         if not settings.environ.get("RUNPOD_WEBHOOK_GET_JOB"):
-            # Whatever SUPERVISOR_HOST says: it is a tool for who sits here, and shows each job to whoever asks.
+            # SUPERVISOR_HOST doesn't count: the simulator is for who sits here, and shows each job to whoever asks.
             return Listeners(tuple(health_listeners), simulator=_listen(LOOPBACK, knobs.port))
         if not settings.is_set("PORT"):
             return Listeners(tuple(health_listeners))
@@ -61,7 +61,7 @@ def _listen(host: str, port: int | None) -> socket.socket:
 
 
 def raise_file_limit() -> None:
-    """To what the system allows us: each client takes a file descriptor, and each request that runs another."""
+    """Raises the limit as far as we may: each client takes a descriptor, and each request that runs another."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < limit:
@@ -69,7 +69,7 @@ def raise_file_limit() -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can ask there."""
+    """Returns whether only this machine can connect to that host."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -77,7 +77,7 @@ def is_loopback(host: str) -> bool:
 
 
 def bind_private(path: Path) -> socket.socket:
-    """For the queue worker and `supervisor status`. The folder is ours alone (0700)."""
+    """Binds the socket for the queue worker and `supervisor status`, in a folder that is ours alone (0700)."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(str(path))
     listener.listen(BACKLOG)
@@ -91,7 +91,7 @@ def address(listener: socket.socket) -> str:
 
 
 def url(listener: socket.socket, scheme: str = "http") -> str:
-    """As a person on this machine would type it."""
+    """Returns the URL that a person on this machine would type."""
     host, port = listener.getsockname()[:2]
     if host in ("0.0.0.0", "::"):  # noqa: S104  # compared, not bound
         host = "127.0.0.1"

@@ -1,7 +1,7 @@
 """Our own log: one line for each event, made where it happens (lines.py), and written without waiting (output.py).
 
-Every line goes through the mask, so that no secret can reach it, whoever logs. What comes again and again is told a few
-times, then counted.
+Every line goes through the mask, so that no secret can reach it, whoever logs. A line that comes again and again is
+written a few times, then counted.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from collections.abc import Sequence
 from supervisor.lines import LineStyle
 from supervisor.output import Output
 
-# Lines that differ in nothing but numbers and ids: so many in so many seconds, then one that counts the others.
+# Lines may differ in numbers and ids alone: so many are written in so many seconds, then one that counts the others.
 REPEAT_LIMIT, REPEAT_SECONDS = 10, 10.0
-# A word with a digit in it. It begins where a run of such characters does: a word that may begin inside of one is read
-# once for each of its beginnings, and `a-a-a-` has many.
+# This is a word with a digit in it. It begins where a run of such characters does: a word that may begin inside of it
+# is read once for each of its beginnings, and `a-a-a-` has many.
 VARYING_WORD = re.compile(r"(?<![\w.-])[\w.-]*\d[\w.-]*")
-# Kinds of lines that are counted at a time.
+# So many kinds of lines are counted at a time.
 MAX_KINDS = 500
 
 
 class Repeats:
-    """`passes(kind, line, now)`: whether it is to be told; `due(now)`: (kind's last line, how many were not)."""
+    """Counts lines by kind. `allow`: whether one is to be written; `pop_due`: (kind's last line, how many were not)."""
 
     def __init__(self) -> None:
         self.kinds: dict[object, tuple[float, int, str]] = {}
@@ -45,18 +45,18 @@ class Repeats:
 
 
 class Log(logging.Handler):
-    """The root's handler. A record's `request` is an id, its `fields` are more for JSON; with `each` it is told however
-    many are like it."""
+    """The root logger's handler. A record's `request` is an id; its `fields` are more fields for JSON; with `each` the
+    record is written however many are like it."""
 
     def __init__(self, style: LineStyle, output: Output) -> None:
         super().__init__()
         self.style = style
         self.output = output
         self.repeats = Repeats()
-        self._timer: threading.Timer | None = None  # while something is held back
+        self._timer: threading.Timer | None = None  # it runs while lines are held back
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.put(self._repeat_lines(time.monotonic()))  # before what comes now
+        self.put(self._repeat_lines(time.monotonic()))  # these come before the new line
         try:
             self.put(self._make_lines(record))
         except Exception as error:  # noqa: BLE001  # a line that can't be made must not be the last one
@@ -64,13 +64,13 @@ class Log(logging.Handler):
             self.put([self.style.line("ERROR", __name__, text, time.time())])
 
     def put(self, lines: Sequence[str]) -> None:
-        """Lines as they are to be written, but for their ends."""
+        """Writes finished lines, which lack only their ends."""
         if lines:
             text = "".join(f"{line}\n" for line in lines)
             self.output.put(text.encode("utf-8", "backslashreplace"), len(lines))
 
     def flush(self) -> None:
-        """Tells how many were held back, though their time is not over."""
+        """Writes how many lines were held back, though their time is not over."""
         self._write_repeats(math.inf)
 
     def _write_repeats(self, now: float) -> None:
@@ -90,7 +90,7 @@ class Log(logging.Handler):
             self._timer.start()
 
     def _repeat_lines(self, now: float) -> list[str]:
-        """How many were held back, of those kinds whose time is over."""
+        """Returns lines that count what was held back, for each kind whose time is over."""
         return [
             self.style.line("WARNING", __name__, f"{count} more of these in {REPEAT_SECONDS:g} s: {line}", time.time())
             for line, count in self.repeats.pop_due(now)
@@ -110,7 +110,7 @@ class Log(logging.Handler):
 
 
 def start(style: LineStyle, level: str, output: Output) -> Log:
-    """Takes the root logger over. What waits at the end is written by whoever closes `output`."""
+    """Takes the root logger over. At the end, whoever closes `output` writes the lines that still wait."""
     log = Log(style, output)
     root = logging.getLogger()
     root.handlers = [log]

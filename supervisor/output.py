@@ -1,8 +1,8 @@
-"""What is written to our stdout or stderr: at once where a pipe has room for it, else by a thread, which may have to
-wait for a reader. Nobody else waits.
+"""Output to our stdout or stderr. It is written at once where a pipe has room for it, else by a thread, which may have
+to wait for a reader. Nobody else waits.
 
 vLLM logs where it works: were its pipe not read while a terminal stands still (Ctrl-S) or a collector hangs, it would
-stand still as well, and then be taken for hung. So what nobody takes is lost in the end, and how much it was is told.
+stand still as well, and then be taken for hung. So lines that nobody reads are lost in the end, and then counted.
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ import stat
 import threading
 from collections.abc import Callable
 
-# Bytes that may wait for a reader.
+# So many bytes may wait for a reader.
 BACKLOG_BYTES = 8_000_000
-# Bytes that a pipe holds: a busy reader is some ms late, in which 64 kB, the usual size, would be full.
+# A pipe holds so many bytes: a busy reader is some ms late, in which 64 kB, the usual size, would be full.
 PIPE_BYTES = 1 << 18
-# Seconds for a reader to take the last lines.
+# A reader has so many seconds to take the last lines.
 LAST_LINES_PATIENCE = 1.0
 
 
 class Output:
-    """`put(lines)` from any thread, until `close()`."""
+    """Takes lines by `put`, from any thread, until `close`."""
 
     def __init__(self, descriptor: int, lost_line: Callable[[int], bytes]) -> None:
-        """`target` is a file descriptor; `lost_line` makes the line that tells how many lines were lost."""
+        """`descriptor` is that of a file; `lost_line` makes the line that tells how many lines were lost."""
         self.descriptor = descriptor
         self.lost_line = lost_line
         self.lost_count = 0
         self._pipe = _reopen_pipe(descriptor)
         self._buffer = bytearray()
-        self._unwritten_bytes = 0  # bytes: those that wait, and those in the thread's hands
+        self._unwritten_bytes = 0  # those that wait, and those that the thread is writing
         self._closed = False
-        # Reentrant, for whatever the garbage collector comes across may be logged.
+        # It is reentrant, for the garbage collector may run meanwhile, and what it comes across may be logged.
         self._condition = threading.Condition(threading.RLock())
         self._thread = threading.Thread(target=self._run, name=f"output-{descriptor}", daemon=True)
         self._thread.start()
 
     def put(self, lines: bytes, count: int = 1) -> None:
-        """Whole lines, the last line's end included; `count` of them. Once lines are lost, so are all that follow until
-        what waits is written: one line in their place then tells how many."""
+        """Takes `count` whole lines, with the last line's end. Once lines are lost, so are all that follow until the
+        buffer is written: one line in their place then tells how many were lost."""
         with self._condition:
             if self.lost_count or self._unwritten_bytes + len(lines) > BACKLOG_BYTES:
                 self.lost_count += count
@@ -56,7 +56,7 @@ class Output:
             self._condition.notify()
 
     def close(self) -> None:
-        """Writes what waits, if somebody reads it."""
+        """Writes the lines that wait, if somebody reads them."""
         with self._condition:
             self._closed = True
             self._condition.notify()
@@ -66,7 +66,7 @@ class Output:
                 os.close(self._pipe)
                 self._pipe = None
 
-    # In the thread
+    # The thread calls these.
 
     def _run(self) -> None:
         ended = False
@@ -85,7 +85,7 @@ class Output:
                 self._unwritten_bytes -= len(data)
 
     def _wait_timeout(self) -> float | None:
-        """Seconds after which something is to be written though nobody has put anything."""
+        """Returns after how many seconds something is to be written though nobody has put anything; None is never."""
         return None
 
     def _write(self, data: bytes | bytearray) -> None:
@@ -93,32 +93,32 @@ class Output:
         while rest:
             try:
                 rest = rest[os.write(self.descriptor, rest) :]
-            except BlockingIOError:  # another process made the terminal so, which is one for all of them
+            except BlockingIOError:  # another process made the terminal non-blocking, which they all share
                 select.select([], [self.descriptor], [])
             except OSError:
                 return  # nobody reads it any more: vLLM's log must still be taken from it
 
 
 def _reopen_pipe(descriptor: int) -> int | None:
-    """Returns a second descriptor of a pipe, which does not block; None where there is no such thing.
+    """Returns a second descriptor of a pipe, one that does not block; None where that can't be had.
 
-    O_NONBLOCK belongs to what was opened, which the shell and our children share with us: set on stderr itself it would
+    O_NONBLOCK belongs to the open file, which the shell and our children share with us: set on stderr itself it would
     be set for them. Asking first whether a pipe has room is not enough, since one of them may fill it meanwhile.
-    A file or a disk may take long whatever the flag says, and a terminal is not opened twice: they have the thread.
+    A file or a disk may take long whatever the flag says, and a terminal is not opened twice: the thread serves these.
     """
     try:
         if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
             pipe = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK)
-            with contextlib.suppress(OSError):  # this user has large ones enough
+            with contextlib.suppress(OSError):  # this user may have no more large pipes
                 fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, max(PIPE_BYTES, fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ)))
             return pipe
-    except OSError:  # another user's, or there is no /proc, or nobody who reads
+    except OSError:  # it is another user's, or there is no /proc, or no reader
         pass
     return None
 
 
 def _try_write(pipe: int, data: bytes) -> int:
-    """Returns how many bytes it took."""
+    """Writes without waiting, and returns how many bytes the pipe took."""
     try:
         return os.write(pipe, data)
     except BlockingIOError:

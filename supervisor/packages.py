@@ -1,4 +1,4 @@
-"""What is installed beside us: our distribution's extras (pyproject.toml), and a package that clashes with it."""
+"""The packages that are installed beside us: our extras (pyproject.toml), and one that clashes with ours."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import replace
 
 from supervisor.settings.settings import Settings, SettingsError
 
-# For the queue, RunPod's and the simulated one: what the extra `runpod` brings.
+# The extra `runpod` brings these, for RunPod's queue and the simulated one.
 RUNPOD_PACKAGES = ("aiohttp", "multidict", "runpod", "starlette", "urllib3", "yarl")
 
 
 def check(settings: Settings) -> Settings:
-    """The settings, with a warning more where vLLM shares our environment. Raises SettingsError where the mode needs an
-    extra that is not installed."""
+    """Returns the settings, with one more warning where vLLM shares our environment. Raises SettingsError where the
+    mode needs an extra that is not installed."""
     if settings.mode == "queue":
         from importlib.util import find_spec  # noqa: PLC0415
 

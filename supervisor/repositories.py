@@ -1,8 +1,8 @@
-"""What the settings have of the hub: the model, and the repositories that vLLM reads beside it. Where each of them is,
-and vLLM's options with the folders in the place of their names.
+"""The hub's repositories that the settings name: the model, and its companions, which vLLM reads beside it. They are
+found here, and vLLM's options get their folders in the place of their names.
 
-A tokenizer of its own, a draft model and adapters are found and fetched as the model is. What is named among vLLM's raw
-arguments is left to vLLM.
+A tokenizer of its own, a draft model and adapters are such companions, found and fetched as the model is. A repository
+that vLLM's raw arguments name is left to vLLM.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from supervisor.settings.volume import Volume
 from supervisor.vllm.values import json_object
 from supervisor.weights import find, snapshot
 
-# On a volume, RunPod's own name for it, so that its cached models and what a worker downloads are one.
+# RunPod's own name for the cache on a volume, so that its cached models and what a worker downloads lie in one.
 HUB_FOLDER = "huggingface-cache"
-# Where the image keeps weights that were baked in (Dockerfile).
+# The image keeps weights here that were baked in (Dockerfile).
 BAKED_CACHE = Path("/opt/weights/hub")
 DOWNLOAD_PROGRAM = Path(find.__file__).with_name("download.py")
-# What the downloading program puts a folder in the place of; of those beside the model `{weights:1}`, ...
+# The downloading program puts a folder in the place of this word, and a companion's in that of `{weights:1}`, ...
 PLACEHOLDER = "{weights}"
-# Seconds without a byte until a download is begun again, where SUPERVISOR_STALL_TIMEOUT does not say less.
+# After so many seconds without a byte a download begins again, where SUPERVISOR_STALL_TIMEOUT does not say less.
 STALL_TIMEOUT = 60.0
-# Options that may name another repository, in which vLLM looks for itself.
+# These options may name another repository, in which vLLM looks by itself.
 UNRESOLVED_OPTIONS = ("hf_config_path", "generation_config")
 
-# Puts something in the place of a repository, by its name, revision and format.
+# Returns what is put in the place of a repository, by its name, revision and format.
 Swap = Callable[[str, str | None, str], str]
 
 
 @dataclass(frozen=True, slots=True)
 class Repository:
-    """One of them. `setting`: what names it. `place`: what stands for it on a command line until it is fetched."""
+    """`setting` is what names it. `placeholder` stands for it on a command line until it is fetched."""
 
     name: str
     revision: str | None
@@ -49,7 +49,7 @@ class Repository:
     weights: find.Weights
 
     def argument(self, *, can_fetch: bool) -> str:
-        """What vLLM is told in its place."""
+        """Returns what vLLM gets on its command line in the place of the repository's name."""
         if self.weights.needs_download and can_fetch:
             return self.placeholder
         folder = self.weights.folder
@@ -67,7 +67,7 @@ def find_weights(settings: Settings) -> find.Weights:
 
 
 def find_companions(settings: Settings) -> tuple[list[Repository], Settings]:
-    """The others, and the settings with what stands for them."""
+    """Returns the model's companions, and the settings with what stands for each of them."""
     others: list[Repository] = []
     can_fetch = bool(python(settings))
 
@@ -87,7 +87,7 @@ def find_companions(settings: Settings) -> tuple[list[Repository], Settings]:
 
 
 def needs_hub(settings: Settings, companions: list[Repository]) -> bool:
-    """Whether vLLM has something to ask the hub even where it is given folders."""
+    """Returns whether vLLM has something to ask the hub even where it is given folders."""
     has_raw = any(option.key in REWRITERS for option, _ in settings.raw_options)
     has_unknown = any(not (each.weights.needs_download or each.weights.folder) for each in companions)
     folders = [each.weights.folder for each in companions if each.weights.folder and not each.weights.needs_download]
@@ -101,12 +101,12 @@ def needs_hub(settings: Settings, companions: list[Repository]) -> bool:
 
 
 def python(settings: Settings) -> tuple[str, ...]:
-    """vLLM's; empty where it is not known."""
+    """Returns the command of vLLM's Python; it is empty where that is not known."""
     return settings.vllm.python or ()
 
 
 def fetch_command(settings: Settings, repositories: list[Repository], *, offline: bool = False) -> tuple[str, ...]:
-    """The program that downloads these, in vLLM's environment. `offline`: what it becomes then asks the hub nothing."""
+    """Returns the command that downloads these in vLLM's environment. `offline`: what it becomes asks no hub."""
     rows = [
         {
             "repo": each.name,
@@ -129,17 +129,17 @@ def fetch_command(settings: Settings, repositories: list[Repository], *, offline
 
 
 def hub_env(volume: Volume | None, environ: Mapping[str, str], folder: str) -> dict[str, str]:
-    """The hub client's variables, where the user set none. `folder`: of this start alone."""
+    """Returns variables for the hub's client, where the user set none. `folder` belongs to this start alone."""
     variables = {"HF_XET_HIGH_PERFORMANCE": "1"}
     has_own_cache = any(environ.get(name) for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"))
     if volume is not None and volume.is_writable and not has_own_cache:
-        # Chunks of what is downloaded, kept beside the files themselves, would be written to the network twice.
+        # Xet keeps chunks of what it downloads: beside the files themselves they would be written to the network twice.
         variables |= {"HF_HOME": str(volume.path / HUB_FOLDER), "HF_XET_CACHE": os.path.join(folder, "xet")}  # noqa: PTH118
     return {name: value for name, value in variables.items() if not environ.get(name)}
 
 
 def hub_cache(environ: Mapping[str, str]) -> Path:
-    """Where the hub's client keeps what it downloads, by its own rules."""
+    """Returns where the hub's client keeps what it downloads, by its own rules."""
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if environ.get(name):
             return Path(environ[name]).expanduser()
@@ -151,7 +151,7 @@ def hub_cache(environ: Mapping[str, str]) -> Path:
 
 
 def list_places(environ: Mapping[str, str], disk: Path | None, download_dir: str | None = None) -> list[find.Place]:
-    """The image; the volume, where RunPod's cached models lie as well; the hub's own cache."""
+    """Lists the image; the volume, where RunPod's cached models lie as well; and the hub's own cache."""
     places = [find.Place("baked into the image", BAKED_CACHE, is_pinned=True)]
     if disk is not None:
         places.append(find.Place("on the volume", disk / HUB_FOLDER / "hub", is_pinned=True))
@@ -171,7 +171,7 @@ def _locate(settings: Settings, name: str, revision: str | None, load_format: st
     return find.find(name, revision, load_format, caches, environ)
 
 
-# How each option names repositories: its value, with what `swap` says in their place.
+# For each option that names repositories: a function that returns its value with what `swap` says in their place.
 
 
 def _rewrite_speculative(value: Any, settings: Settings, swap: Swap) -> Any:

@@ -1,7 +1,7 @@
-"""What must not be shown: values of secret variables, and what looks like a token wherever it stands.
+"""The mask of what must not be shown: values of secret variables, and what looks like a token wherever it stands.
 
-Whoever writes a text from outside (a path, a request's id, a model's name in vLLM's log) must not choose what masking
-it costs: each pattern takes time in proportion to the text, whatever the text is (tests/unit/test_mask.py).
+Whoever writes a text from outside (a path, a request's id, a model's name in vLLM's log) must not choose what it costs
+to mask it: each pattern takes time in proportion to the text, whatever the text is (tests/unit/test_mask.py).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FIELD = rf"(?:token|[\w.-]*(?:{_OWNER}token|{_NOUN}))"
 # Every such name has one of these, in small letters; `sig`, `key` and `auth` are names themselves.
 _HINT_WORDS = ("token", "secret", "passw", "passphrase", "credential", "key", "sig", "auth")
 
-# Where a token's first letters stand. A pattern that begins with one certain character is found by memchr: one that
+# These find a token's first letters. A pattern that begins with one certain character is found by memchr: one that
 # begins with a choice takes four times as long, and `\b` ten times.
 _find_underscore = re.compile(r"_(?<=[fapousrt]_)(?:(?<=hf_)|(?<=rpa_)|(?<=gh[pousr]_)|(?<=github_pat_))").search
 _find_dash = re.compile(r"-(?:(?<=sk-)|(?<=xox[bp]-))").search
@@ -46,10 +46,10 @@ def _has_hint(lower: str) -> bool:
 
 
 class Shape(NamedTuple):
-    """What a kind of secret looks like: `pattern`, whose group `keep` stays, and what follows it is masked.
+    """The look of a kind of secret, as a `pattern`: its group `keep` stays, and the rest of the match is masked.
 
-    `sign` is a quick look at a text, and at the same text in small letters. Where it finds nothing, neither does the
-    pattern, which then need not run: this is so for nearly all lines of vLLM's log.
+    `may_match` is a quick look at a text, and at the same text in small letters. Where it finds nothing, neither does
+    the pattern, which then need not run: this is so for nearly all lines of vLLM's log.
     """
 
     may_match: Callable[[str, str], object]
@@ -83,7 +83,7 @@ SECRET_SHAPES = (
         lambda text, lower: "@" in text and "://" in text,
         re.compile(r"(?P<keep>\w://)(?:[^/\s'\"]+|[^/\s'\":\[]*:(?!\d{2,5}/)(?:[^/\s'\"]|/(?!/))+)(?=@)"),
     ),
-    # A query's parameters.
+    # The parameters of a query.
     Shape(
         lambda text, lower: "=" in text and ("?" in text or "&" in text or ";" in text) and _has_hint(lower),
         re.compile(rf"(?i)(?P<keep>[?&;](?=[\w.-]+=)(?:{_FIELD}|sig|key|auth)=)[^&\s'\";]+"),
@@ -122,8 +122,8 @@ class Mask:
         self.add(values)
 
     def add(self, values: Iterable[str]) -> None:
-        """More secrets, from now on."""
-        self.values |= {form for value in values for form in (value, json.dumps(value)[1:-1])}  # as in a line of JSON
+        """Masks these values too, from now on."""
+        self.values |= {form for value in values for form in (value, json.dumps(value)[1:-1])}  # the latter for JSON
         known = sorted((value for value in self.values if len(value) >= SHORTEST_SECRET), key=len, reverse=True)
         self._known_secrets = known, re.compile("|".join(map(re.escape, known)))
 
@@ -140,8 +140,8 @@ class Mask:
         return text
 
     def command(self, argv: Iterable[str]) -> str:
-        """A command line as a person may see it, ready to paste but for what is masked: what follows an option with a
-        secret's name, too."""
+        """Returns a command line for people to see. It can be pasted but for what is masked, which is also what follows
+        an option with a secret's name."""
         words = list(argv)
         secret_options = (word[:2] == "--" and SECRET_NAME.search(word[2:].upper().replace("-", "_")) for word in words)
         pairs = zip(words, (None, *secret_options), strict=False)
@@ -149,7 +149,7 @@ class Mask:
 
 
 def complain(line: str, environ: Mapping[str, str]) -> None:
-    """On standard error, masked: a line may show what somebody typed."""
+    """Prints a line on standard error. It is masked, for it may show what somebody typed."""
     print(f"supervisor: {Mask(environ)(line)}", file=sys.stderr)
 
 

@@ -1,6 +1,6 @@
-"""What runs once vLLM is spawned: the engine's owner, the gateway, the queue worker, on one event loop.
+"""The wiring of what runs once vLLM is spawned: the engine's owner, the gateway, the queue worker, on one event loop.
 
-The wiring alone; each of them has a room of its own. It is imported while vLLM imports: that costs nobody any time.
+Each of them has a room of its own. This is imported while vLLM imports its own modules, which costs nobody any time.
 """
 
 from __future__ import annotations
@@ -56,24 +56,24 @@ if TYPE_CHECKING:
     from supervisor.local_runpod.child import LocalRunPod
     from supervisor.queue.child import QueueWorker
 
-# Asked once before it is called ready. On CPUs with AMX an eager vLLM 0.32.0 dies (SIGILL in its attention) when the
-# first prompt that it ever computes has one or two tokens; after a longer one, such prompts are fine.
+# vLLM is asked this once before it counts as ready. On CPUs with AMX an eager vLLM 0.32.0 dies (SIGILL in its
+# attention) when the first prompt that it ever computes has one or two tokens; after a longer one they are fine.
 WARM_UP = b'{"prompt": "one two three four five six seven eight nine ten eleven twelve", "max_tokens": 1}'
-# The own routes and clients' last bytes, after the last relayed request is done.
+# After the last relayed request, our own routes and the clients' last bytes have so many seconds.
 CLOSE_PATIENCE = 5
-# vLLM leaves 0.6 s to 2 s after SIGTERM when nothing is in flight; one that has not left by then is killed. Who wants a
-# short drain wants a short end, too.
+# vLLM leaves 0.6 s to 2 s after SIGTERM when nothing is in flight; one that is still there after this time is killed.
+# Who wants a short drain wants a short end, too.
 TERMINATE_PATIENCE = 10.0
-# Of the drain timeout, at most: to report RunPod's jobs that are not done as failed.
+# At most so much of the drain timeout is kept to report RunPod's jobs that are not done as failed.
 LAST_REPORTS_PATIENCE = 5.0
-# States that the queue worker is told of; the end is told by `finish`.
+# The queue worker is told of these states; `finish` tells it of the end.
 REPORTED_STATES = frozenset({State.STARTING, State.READY, State.RESTARTING, State.FAILED})
-# Seconds for a collector of traces to answer at the start.
+# A collector of traces has so many seconds to answer at the start.
 TRACING_PATIENCE = 30.0
 
 
 class Start(NamedTuple):
-    """What is there when vLLM is being spawned. `pending` holds signals that nobody has heard yet."""
+    """What exists while vLLM is spawned. `pending_signals` holds signals that nobody has obeyed yet."""
 
     settings: Settings
     launch: Launch
@@ -86,7 +86,7 @@ class Start(NamedTuple):
 
 
 def serve(start: Start) -> int:
-    """Until it is told to stop, or has failed; returns the exit code."""
+    """Serves until it is told to stop, or has failed; returns the exit code."""
     listen.raise_file_limit()
     sink = logs.start(start.launch.style, start.settings.knobs.log_level, start.launch.stderr)
 
@@ -101,7 +101,7 @@ def serve(start: Start) -> int:
 
 
 class Supervisor(Observer):
-    """One run of the supervisor. For the engine it is who passes requests to it (`Front`), and one who looks on."""
+    """One run of the supervisor. For the engine it is the `Front`, which passes requests to it, and an observer."""
 
     def __init__(self, start: Start, sink: logs.Log) -> None:
         self.log = logging.getLogger("supervisor")
@@ -134,7 +134,7 @@ class Supervisor(Observer):
             self.gateway.watch(self.access.ended, jobs=False)
 
     def _facts(self) -> dict[str, object]:
-        """What never changes, for /status."""
+        """Returns what never changes of `/status`."""
         settings, simulator = self.settings, self.listeners.simulator
         return {
             "model": settings.model.value,
@@ -151,7 +151,7 @@ class Supervisor(Observer):
         knobs = self.knobs
         return Limits(
             startup=knobs.startup_timeout,
-            # A headless rank answers nobody, and takes 13 s for an end of its own.
+            # A headless rank answers nobody, and takes 13 s to end by itself.
             terminate=0.0 if self.headless_rank else min(knobs.drain_timeout, TERMINATE_PATIENCE),
             stall=knobs.stall_timeout,
             restarts=knobs.max_restarts,
@@ -167,7 +167,7 @@ class Supervisor(Observer):
             return invitation(settings, listeners, self.runpod.url if self.runpod is not None else "")
 
         def current_weights() -> Weights:
-            """Those of the start; looked for again where they had to be downloaded for it."""
+            """Returns the weights of the start, or looks again where they had to be downloaded for it."""
             return launch.weights if launch.weights.folder is not None else find_weights(settings)
 
         vllm = settings.vllm.version
@@ -193,7 +193,7 @@ class Supervisor(Observer):
             settings.keys[1].values,
             routes=Routes(knobs.allow_routes or (), str(settings.option("root_path") or "")),
             origins=self._origins(),
-            # A page of a browser's reaches what listens on loopback; under which names others are known can't be told.
+            # A browser's page reaches what listens on loopback; by which names others are known can't be told.
             hosts=knobs.allowed_hosts if listen.is_loopback(knobs.host) else None,
             rate=Rate(knobs.rate_limit) if knobs.rate_limit else None,
             max_body=knobs.max_body,
@@ -215,7 +215,7 @@ class Supervisor(Observer):
         )
 
     def _origins(self) -> Origins:
-        """vLLM's options are lists, written as JSON."""
+        """Returns the origins of vLLM's options, which are lists written as JSON."""
         options = {}
         for name in ("origins", "methods", "headers"):
             value = self.settings.option(f"allowed_{name}")
@@ -258,8 +258,8 @@ class Supervisor(Observer):
         return code
 
     def _join_queue(self, group: asyncio.TaskGroup, address: str) -> None:
-        """`address`: of the gateway's private socket. Outside of RunPod a simulated one stands for it."""
-        from supervisor.queue.child import QueueWorker, worker_environment  # noqa: PLC0415  # in that mode only
+        """`address` is that of the gateway's private socket. Outside of RunPod a simulated RunPod takes its place."""
+        from supervisor.queue.child import QueueWorker, worker_environment  # noqa: PLC0415  # only that mode needs it
 
         settings, environ = self.settings, dict(self.settings.environ)
         if self.listeners.simulator is not None:
@@ -272,7 +272,7 @@ class Supervisor(Observer):
         batches = (self.knobs.job_batch_size, self.knobs.job_min_batch_size, self.knobs.job_batch_growth)
         environ = worker_environment(
             environ, socket=address, model=served_name(settings), jobs=self.knobs.max_concurrency or 1,
-            # Who names the model as runpod-LLM does has clients who know its answers.
+            # Users who name the model as runpod-LLM does have clients that know its answers.
             llm=settings.model.source.endswith("LLM_MODEL"), root=str(settings.option("root_path") or ""),
             batches=batches if self.knobs.job_output == "tokens" else None,
         )  # fmt: skip
@@ -288,11 +288,11 @@ class Supervisor(Observer):
             self.loop.add_signal_handler(signal.SIGHUP, lambda: self.loop.create_task(self._reload_keys()))
 
     async def _reload_keys(self) -> None:
-        """SIGHUP, where keys are in files and no terminal could have been closed."""
+        """Obeys SIGHUP, where keys are in files and no terminal could have been closed."""
         try:
             api_keys, admin_keys = await Call(lambda: [keys.reread().values for keys in self.settings.keys])
         except BadValue as error:
-            self.log.error("the keys stay as they were: expected %s", error)  # noqa: TRY400  # no bug of ours
+            self.log.error("the keys stay as they were: expected %s", error)  # noqa: TRY400  # it is no bug of ours
             return
         self.launch.mask.add((*api_keys, *admin_keys))
         self.access.forget()
@@ -309,13 +309,13 @@ class Supervisor(Observer):
         try:
             start = partial(tracing.start, settings.environ, attributes, self.launch.mask)
             self.traces = await run_bounded(TRACING_PATIENCE, start)
-        except Exception:  # nobody is served worse without traces
+        except Exception:  # without traces nobody is served worse
             self.log.exception("no traces are sent")
         if self.traces is not None:
             self.gateway.watch(self.traces.ended)
             tracing.log.info("traces go to %s", tracing.endpoint(settings.environ))  # from the next request on
 
-    # What the engine asks, and tells
+    # The engine calls these.
 
     async def ask(self, path: str, body: bytes, patience: float) -> tuple[int, bytes] | None:
         return await ask(self.upstream, path, body, patience=patience)
@@ -350,7 +350,7 @@ class Supervisor(Observer):
 
 
 def headless_refusal(settings: Settings) -> Refusal | None:
-    """Where requests belong, if not here."""
+    """Returns why no request is taken here, and where requests belong; None where they belong here."""
     cluster = settings.cluster
     if cluster is None or not cluster.is_headless:
         return None

@@ -1,7 +1,7 @@
-"""`supervisor status`: asks a running supervisor how it is; in the image, the health check.
+"""`supervisor status`: asks a running supervisor how it is. In the image it is the health check.
 
-Each supervisor listens on a private socket in its workspace, whatever its mode, port, address, keys and certificate:
-there it is asked, so nobody has to know them. One on another machine is asked by its URL.
+Each supervisor listens on a private socket in its workspace, whatever its mode, port, address, keys and certificate: it
+is asked there, so nobody has to know them. One on another machine is asked by its URL.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EXIT_NOT_READY = 1
 
 
 class StatusError(Exception):
-    """It can't be asked; the text says why."""
+    """A supervisor can't be asked; the text says why."""
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -44,7 +44,7 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 def show(url: str | None, environ: Mapping[str, str], *, as_json: bool) -> int:
-    """Prints a table on a terminal, elsewhere a line for each that is found, or all as JSON. 0 where all are ready."""
+    """Prints a table on a terminal, else a line, or JSON, for each supervisor. Returns 0 where all are ready."""
     failures: list[str] = []
     try:
         statuses = [_ask_url(url, environ)] if url else list(ask_local(environ, failures))
@@ -73,7 +73,7 @@ def summary(status: Mapping[str, Any]) -> str:
 
 
 def _print_table(status: Mapping[str, Any]) -> None:
-    from rich.console import Console  # noqa: PLC0415  # 60 ms that the health check need not pay
+    from rich.console import Console  # noqa: PLC0415  # it takes 60 ms, which the health check need not pay
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
@@ -104,8 +104,8 @@ def _print_table(status: Mapping[str, Any]) -> None:
 
 
 def ask_local(environ: Mapping[str, str], failures: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Those of this user on this machine; others' are not asked. What a killed one left behind answers nobody, and is
-    passed over. Those that live and do not answer are named in `silent`."""
+    """Yields the status of each supervisor of this user on this machine; others' are not asked. What a killed one left
+    behind answers nobody, and is passed over. `failures` gets a line for each that lives and does not answer."""
     for workspace in workspaces(temporary_folder(environ)):
         path = workspace.gateway
         if not is_ours(path, stat.S_IFSOCK):
@@ -121,7 +121,7 @@ def ask_local(environ: Mapping[str, str], failures: list[str] | None = None) -> 
 
 
 def _ask_url(url: str, environ: Mapping[str, str]) -> dict[str, Any]:
-    import httpx  # noqa: PLC0415  # 0.2 s that the health check need not pay
+    import httpx  # noqa: PLC0415  # it takes 0.2 s, which the health check need not pay
 
     from supervisor import asking  # noqa: PLC0415  # as above
 
@@ -137,7 +137,7 @@ def _ask_url(url: str, environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 def authorization(environ: Mapping[str, str], *names: str) -> str:
-    """By the first key of the first of these variables that is set; "" where none is."""
+    """Returns a header's value: the first key of the first of these variables that is set; "" where none is."""
     for name in names:
         if given := environ.get(name):
             try:
@@ -148,7 +148,7 @@ def authorization(environ: Mapping[str, str], *names: str) -> str:
 
 
 def _ask_socket(path: Path) -> dict[str, Any]:
-    """Over its private socket. Not with httpx, whose import takes seven times as long as all the rest of this."""
+    """Asks over the private socket, without httpx, whose import takes seven times as long as all the rest of this."""
     connection = _UnixConnection(path)
     try:
         connection.request("GET", "/status")
@@ -159,7 +159,7 @@ def _ask_socket(path: Path) -> dict[str, Any]:
 
 
 def _parse(code: int, body: bytes) -> dict[str, Any]:
-    """Raises StatusError where what answers is no supervisor."""
+    """Returns a status. Raises StatusError where a key is asked for, or where what answers is no supervisor."""
     if code == HTTPStatus.UNAUTHORIZED:
         raise StatusError("it asks for a key: set SUPERVISOR_API_KEYS to one of its keys")
     try:

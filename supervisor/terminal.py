@@ -7,20 +7,20 @@ from collections.abc import Callable, Sequence
 
 from supervisor.output import Output
 
-USUAL_HEIGHT = 24  # where a terminal tells none
+USUAL_HEIGHT = 24  # it counts where a terminal tells none
 REDRAW_INTERVAL = 0.15  # seconds between two pictures of the foot
 
 Picture = Callable[[], Sequence[str]]
 
 
 class Terminal(Output):
-    """An output with a foot: from `show(picture)` until `hide()`."""
+    """An output that has a foot from `show` until `hide`."""
 
     _picture: Picture | None = None
-    _drawn_lines = 0  # lines
+    _drawn_lines = 0  # of the foot, below the log
 
     def show(self, picture: Picture) -> None:
-        """`picture` is called by the thread, and gives the foot's lines."""
+        """Shows a foot: the thread calls `picture`, which returns its lines."""
         with self._condition:
             self._picture = picture
             self._condition.notify()
@@ -32,7 +32,7 @@ class Terminal(Output):
         self.hide()
         super().close()
 
-    # In the thread
+    # The thread calls these.
 
     def _wait_timeout(self) -> float | None:
         return REDRAW_INTERVAL if self._drawn_lines or self._picture else None
@@ -52,5 +52,5 @@ class Terminal(Output):
             return b""
         lines = picture()[-(height // 2) :]
         self._drawn_lines = len(lines)
-        # Without wrapping, so that a line is a line.
+        # The terminal does not wrap here, so that a line is a line.
         return ("\x1b[?7l" + "".join(f"{line}\n" for line in lines) + "\x1b[?7h").encode()

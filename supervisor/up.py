@@ -1,8 +1,8 @@
 """`supervisor up`: binds the port, launches vLLM, then runs the gateway until the engine is gone.
 
-The order is the point: settings and sockets first, so that every mistake of the user is told before anything starts;
-then vLLM, whose start is the long one; and only then our own imports (uvicorn, uvloop), while vLLM loads. A launch
-whose disk does not answer is left to itself: the port and SIGTERM do not wait for it.
+The order matters: settings and sockets come first, so that every mistake of the user is told before anything starts;
+then vLLM, whose start takes longest; and only then our own imports (uvicorn, uvloop), while vLLM loads. A launch whose
+disk does not answer is left to itself: the port and SIGTERM do not wait for it.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from supervisor.around.caches import Caches
     from supervisor.around.prefork import Prefork
 
-# As of an engine that can't start: the same settings may do on another machine.
+# It is the code of an engine that can't start: the same settings may do on another machine.
 EXIT_UNFIT = 3
-# A launch takes some milliseconds; our imports beside it would make it slower.
+# A launch is waited for this long: it takes some milliseconds, and our imports beside it would make it slower.
 LAUNCH_PATIENCE = 0.3
 
 
@@ -39,7 +39,7 @@ def up(settings: Settings) -> int:
     if settings.mode == "queue" and not _is_fit(settings, base):
         return EXIT_UNFIT
     listeners = bind(settings)
-    # Until the engine's owner listens, signals wait here.
+    # Signals wait here until the engine's owner listens.
     pending_signals: list[int] = []
     for number in SIGNALS:
         signal.signal(number, lambda number, _: pending_signals.append(number))
@@ -61,7 +61,7 @@ def up(settings: Settings) -> int:
             except OSError as error:
                 text = f"{settings.vllm.command[0]} can't be executed ({error.strerror}): check SUPERVISOR_VLLM"
                 raise SettingsError([text]) from error
-            from supervisor.serve import Start, serve  # noqa: PLC0415  # vLLM is importing by now: it costs no time
+            from supervisor.serve import Start, serve  # noqa: PLC0415  # vLLM is importing by now: this costs no time
 
             return serve(Start(settings, launch, first_call, caches, plan, forker, listeners, pending_signals))
         finally:
@@ -74,7 +74,7 @@ def up(settings: Settings) -> int:
 
 
 def _make_caches(settings: Settings) -> Caches | None:
-    """Compiled code is kept where there is a volume, or a folder for it; elsewhere vLLM's own folders do."""
+    """Returns a cache of compiled code where there is a volume, or a folder for it; else vLLM's own folders do."""
     is_kept = (settings.volume is not None and settings.volume.is_writable) or settings.knobs.cache_dir
     if not is_kept or settings.is_demo:
         return None
@@ -83,12 +83,12 @@ def _make_caches(settings: Settings) -> Caches | None:
     model, version = str(settings.model.value).strip("/"), settings.vllm.version
     try:
         return Caches(temporary_folder(settings.environ), settings.cache / "compiled", version=version, model=model)
-    except OSError:  # a full disk, or somebody else's folder: vLLM's own do
+    except OSError:  # a full disk, or somebody else's folder: vLLM's own folders do
         return None
 
 
 def _make_prefork(settings: Settings, workspace: Workspace) -> Prefork | None:
-    """One machine's engines, and no Ray's, which start in ways of their own."""
+    """Returns None for engines of several machines, and for Ray's: these start in ways of their own."""
     ray = settings.option("distributed_executor_backend") == "ray"
     if not settings.knobs.fast_restart or settings.cluster is not None or ray or sys.platform != "linux":
         return None
@@ -98,7 +98,7 @@ def _make_prefork(settings: Settings, workspace: Workspace) -> Prefork | None:
 
 
 def _is_fit(settings: Settings, folder: Path) -> bool:
-    from supervisor.around import fitness  # noqa: PLC0415  # in queue mode only
+    from supervisor.around import fitness  # noqa: PLC0415  # only queue mode needs it
 
     found = fitness.check(settings.environ, folder)
     if found is None:

@@ -1,1 +1,1 @@
-"""`supervisor doctor`: what this machine lacks."""
+"""`supervisor doctor` tells what this machine lacks."""

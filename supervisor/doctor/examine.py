@@ -1,7 +1,7 @@
-"""`supervisor doctor`: is this machine fit to serve, and if not, what is to be changed.
+"""`supervisor doctor` tells whether this machine is fit to serve, and if not, what is to be changed.
 
-Each check is asked by itself, all at the same time: one that hangs, on a driver or a name server, is told as such when
-the time is up, and one that fails by a fault of its own is a row like the others.
+All checks run at the same time, each by itself: one that hangs, on a driver or a name server, is shown as such when the
+time is up, and one that fails by a fault of its own is a row like the others.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from supervisor.secrets import Mask
 from supervisor.settings.settings import Arguments, SettingsError, gather
 
 PATIENCE = 10.0
-# Of that, for the settings, which the checks need: an unknown `vllm` is asked for its version.
+# The settings, which the checks need, get so much of that: an unknown `vllm` is asked for its version.
 SETTINGS_PATIENCE = 5.0
 LATE_SETTINGS = (
     "the settings could not be read in {:g} s. A vLLM that is new here is asked for its version and its options once, "
@@ -42,7 +42,7 @@ def check_settings(patient: Patient) -> Iterable[Row]:
     return [*rows, *(Row(WARN, warning) for warning in patient.warnings)]
 
 
-# In the order in which they are shown.
+# They are shown in this order.
 CHECKS: dict[str, Check] = {
     "settings": check_settings,
     "vllm": machine.check_vllm,
@@ -76,7 +76,7 @@ CHECKS: dict[str, Check] = {
 
 
 def show(arguments: Arguments, environ: Mapping[str, str], *, as_json: bool) -> int:
-    """Prints a row for each check; 0 where nothing failed, else 1."""
+    """Prints a row for each check; returns 0 where nothing failed, else 1."""
     deadline = time.monotonic() + PATIENCE
     patient = make_patient(arguments, environ)
     mask = patient.settings.mask if patient.settings else Mask(environ)
@@ -97,7 +97,7 @@ def show(arguments: Arguments, environ: Mapping[str, str], *, as_json: bool) -> 
 def make_patient(
     arguments: Arguments, environ: Mapping[str, str], host: Machine | None = None, patience: float = SETTINGS_PATIENCE
 ) -> Patient:
-    """Reads the settings, in a thread that may stay behind."""
+    """Returns a patient with the settings, which are read in a thread that may stay behind."""
     patient = partial(Patient, environ, host or Machine(), Hub(environ))
     reading = Call(partial(gather, arguments, environ))
     if not reading.wait(patience):
@@ -110,7 +110,7 @@ def make_patient(
 
 
 def examine(patient: Patient, checks: Mapping[str, Check], patience: float) -> list[Row]:
-    """All checks at once, in threads that are left behind where they hang; their rows in the table's order."""
+    """Runs all checks at once, in threads that are left behind where they hang; returns rows in the table's order."""
     deadline = time.monotonic() + patience
     calls = {name: Call(partial(_run_check, check, patient)) for name, check in checks.items()}
     hang = Row(WARN, f"no answer within {PATIENCE:g} s", "What it asks hangs: a driver, a network disk, a name server.")
@@ -130,7 +130,7 @@ def _run_check(check: Check, patient: Patient) -> list[Row]:
 
 
 def _print_table(rows: Iterable[Row]) -> None:
-    from rich.console import Console  # noqa: PLC0415  # 60 ms, and here alone
+    from rich.console import Console  # noqa: PLC0415  # it takes 60 ms, which only a table should cost
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 

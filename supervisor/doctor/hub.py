@@ -1,4 +1,4 @@
-"""The few questions that `supervisor doctor` has for the hub: one at a time, each asked once, with a short patience."""
+"""The few questions that `supervisor doctor` asks the hub: one at a time, each only once, and with a short patience."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ENDPOINT = "https://huggingface.co"
 
 
 class HubAnswer(NamedTuple):
-    """`status` is 0 where none came, and then `why` says why."""
+    """What the hub answered. `status` is 0 where no answer came, and then `reason` says why."""
 
     status: int
     content: Any = None
@@ -34,23 +34,23 @@ class Hub:
 
     def ask(self, path: str) -> HubAnswer:
         with self._lock:
-            # Where nobody answered, nobody will: the other checks are not kept waiting for that.
+            # Where one question got no answer, none will: the other checks do not wait for that.
             failure = next((answer for answer in self._answers.values() if not answer.status), None)
             if failure is None and path not in self._answers:
-                # A name server that is silent, or an address for each of its lines, is not covered by the timeout.
+                # The timeout does not cover a name server that is silent, or an address for each of its lines.
                 answer = try_bounded(PATIENCE + 1, lambda: self._ask_hub(path))
                 self._answers[path] = answer or HubAnswer(0, reason=f"no answer in {PATIENCE + 1:g} s")
             return failure or self._answers[path]
 
     def whoami(self) -> HubAnswer:
-        """Whether it is there, and what it thinks of our token, if we have one."""
+        """Asks whether the hub is there, and what it thinks of our token, if we have one."""
         return self.ask("/api/whoami-v2")
 
     def ask_model(self, name: str, revision: str) -> HubAnswer:
         return self.ask(f"/api/models/{name}/revision/{urllib.parse.quote(revision, safe='')}?blobs=true")
 
     def _ask_hub(self, path: str) -> HubAnswer:
-        import httpx  # noqa: PLC0415  # 0.2 s that the doctor's other checks need not wait for
+        import httpx  # noqa: PLC0415  # it takes 0.2 s, for which the other checks need not wait
 
         from supervisor import asking  # noqa: PLC0415  # as above
 
@@ -68,7 +68,7 @@ class Hub:
 
 
 def find_token(environ: Mapping[str, str]) -> str:
-    """As the hub's client looks for it."""
+    """Returns the token that the hub's client would find; "" where there is none."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         if found := environ.get(name, "").strip():
             return found

@@ -1,6 +1,5 @@
 """The checks of the machine: GPU, driver, memory, folders, port, and what is installed. None of them changes anything,
-and none imports torch or vLLM: what their files say is enough.
-"""
+and none imports torch or vLLM: what their files say is enough."""
 
 from __future__ import annotations
 
@@ -18,8 +17,7 @@ from supervisor.settings.settings import SettingsError
 from supervisor.vllm import catalogue, installed
 
 SMALL_SHM = 1 << 30
-# What Docker gives where nobody asks for more.
-DEFAULT_SHM = 64 << 20
+DEFAULT_SHM = 64 << 20  # Docker gives this much where nobody asks for more
 SHM_REMEDY = (
     "Start the container with --ipc=host or --shm-size=8g (Kubernetes: an emptyDir with medium: Memory on /dev/shm)."
 )
@@ -41,7 +39,7 @@ def check_vllm(patient: Patient) -> Row | None:
 
 
 def check_packages(patient: Patient) -> Row:
-    """PyPI's unrelated `supervisor`, which vLLM's dependencies bring, has a package of the same name as ours."""
+    """Checks for PyPI's unrelated `supervisor`: vLLM's dependencies bring it, and its package has the name of ours."""
     with contextlib.suppress(installed.VllmError):
         for pattern in ("vllm_supervisor-*.dist-info", "__editable__*vllm_supervisor*"):
             for folder in installed.beside(Path(patient.vllm.command[0]), pattern):
@@ -64,7 +62,7 @@ def check_gpus(patient: Patient) -> Row:  # noqa: PLR0911  # a rule each
     if error := patient.gpus.get("error"):
         return Row(FAIL, f"a GPU does not answer ({error})", "Start the machine anew, or take another one.")
     for word in map(str.strip, selection.split(",") if count else ()):
-        if word.isdecimal() and int(word) >= count:  # CUDA takes those before it, and says nothing
+        if word.isdecimal() and int(word) >= count:  # CUDA then uses those before it, and says nothing
             text = f"CUDA_VISIBLE_DEVICES={selection} names GPU {word}, which is not here"
             return Row(FAIL, text, "They are counted from 0: `nvidia-smi -L` lists them.")
     if patient.gpu_count:
@@ -95,11 +93,11 @@ def check_gpu_memory(patient: Patient) -> Row | None:
 
 
 def check_driver(patient: Patient) -> Row | None:
-    """Whether it takes what vLLM's torch is built for, by its own word. Within a major version of CUDA it does, but for
-    what only it can compile (NVIDIA's "minor version compatibility")."""
+    """Checks that the driver takes what vLLM's torch is built for, by the driver's own word. Within a major version of
+    CUDA it does, but for what only it can compile (NVIDIA's "minor version compatibility")."""
     version, cuda = patient.machine.driver() or patient.gpus.get("driver"), patient.torch_cuda
     if not version:
-        return None  # the check of the GPUs tells
+        return None  # the check of the GPUs tells it
     text = f"NVIDIA driver {version}"
     if cuda == "":
         return Row(WARN, f"{text}, and vLLM's torch is built for the CPU", "Install vLLM's CUDA build.")
@@ -163,7 +161,7 @@ def check_port(patient: Patient) -> Row | None:
 
 
 def check_write(pick: Callable[[Patient], Path | None], remedy: str, verdict: str, patient: Patient) -> Row | None:
-    """By trying, in the nearest folder that is there."""
+    """Checks by trying that a folder can be written, or the nearest one above it that exists."""
     if (folder := pick(patient)) is None:
         return None
     nearest_folder = nearest(folder)

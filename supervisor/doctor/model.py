@@ -5,7 +5,7 @@ from __future__ import annotations
 from supervisor.around.machine import amount, disk
 from supervisor.doctor.patient import FAIL, OK, WARN, Patient, Row
 
-# What a download needs beside the weights, for it is written whole before it gets its name; and caches.
+# A download needs so much beside the weights, for a file is written whole before it gets its name; and so do caches.
 SPARE_DISK = 2_000_000_000
 
 
@@ -27,12 +27,12 @@ def check_hub(patient: Patient) -> Row:
 
 
 def check_access(patient: Patient) -> Row | None:
-    """Whether the hub lets us have the model."""
+    """Checks that the hub lets us have the model."""
     answer, has_token = patient.remote_model, bool(patient.hub.token)
     if answer is None or not answer.status or patient.settings is None:
         return None
     if has_token and patient.hub.whoami().status == 401:
-        return None  # whatever is asked with that token: the check of the hub tells
+        return None  # so it is with all questions that have this token: the check of the hub tells
     name = patient.settings.model.value
     if answer.status == 200 and isinstance(answer.content, dict) and answer.content.get("gated"):
         answer = patient.hub.ask(f"/api/models/{name}/auth-check")
@@ -57,7 +57,7 @@ def check_disk(patient: Patient) -> Row | None:  # noqa: PLR0911  # a rule each
     space = disk(patient.download_path)
     size, free = patient.weight_bytes, space.get("free")
     if size is None or not isinstance(free, int):
-        return None  # the check of the model's access tells
+        return None  # the check of the model's access tells it
     text = f"{name} takes {amount(size)}, and {amount(free)} are free in {space['folder']}"
     if free < size:
         return Row(FAIL, text, "Make room, or set HF_HOME (or SUPERVISOR_VOLUME) to a larger disk.")
@@ -67,8 +67,8 @@ def check_disk(patient: Patient) -> Row | None:  # noqa: PLR0911  # a rule each
 
 
 def check_weights(patient: Patient) -> Row | None:
-    """Whether the weights fit into the GPUs' memory. What else vLLM takes of it, it measures when it starts, and says
-    what to change."""
+    """Checks that the weights fit into the GPUs' memory. What else vLLM takes of it, vLLM measures when it starts, and
+    then says what to change."""
     size, totals = patient.weight_bytes, [int(each["total"] - each.get("reserved", 0)) for each in patient.visible_gpus]
     if not totals or not size:
         return None

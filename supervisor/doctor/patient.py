@@ -1,4 +1,4 @@
-"""What the checks of `supervisor doctor` look at, found out when the first of them asks; and what they return."""
+"""The patient is what the doctor's checks look at, found out when the first of them asks; a row is what they return."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from supervisor.vllm import installed
 from supervisor.weights import find, snapshot
 
 OK, WARN, FAIL = "ok", "warn", "fail"
-# For vLLM's Python, which takes 30 ms where nothing hangs.
+# vLLM's Python has so many seconds to answer; it takes 30 ms where nothing hangs.
 PYTHON_PATIENCE = 3.0
-# Where torch would be imported from. Its folder is the last line: what is in a .pth file may print as well. The working
-# directory is in the path of `-c`, and not in that of a script.
+# This tells where torch would be imported from. The folder is the last line: what is in a .pth file may print as well.
+# The working directory is in the path of `-c`, and not in that of a script.
 FIND_TORCH = """
 import sys
 if not sys.path[0]:
@@ -53,7 +53,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Patient:
-    """What the checks look at. `problems`: why there are no settings."""
+    """What the checks look at. `problems` tell why there are no settings."""
 
     environ: Mapping[str, str]
     machine: Machine
@@ -65,13 +65,13 @@ class Patient:
 
     @cached_property
     def gpus(self) -> dict[str, Any]:
-        """Empty where there is no driver to ask."""
+        """What the driver says of the GPUs; it is empty where there is no driver to ask."""
         return self.ask_gpus() or {}
 
     @property
     def visible_gpus(self) -> list[dict[str, Any]]:
-        """Those that CUDA_VISIBLE_DEVICES leaves to vLLM, where it has numbers (a driver counts as `nvidia-smi` does);
-        else all."""
+        """The GPUs that CUDA_VISIBLE_DEVICES leaves to vLLM, where it has numbers (a driver counts as `nvidia-smi`
+        does); else all."""
         found = list(self.gpus.get("gpus") or ())
         words = [word.strip() for word in self.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
         if not all(word.isdecimal() for word in words):
@@ -80,13 +80,13 @@ class Patient:
 
     @property
     def gpu_count(self) -> int:
-        """How many GPUs vLLM will see."""
+        """The number of GPUs that vLLM will see."""
         present, declared = len(self.gpus.get("gpus") or ()), platform.count_gpus(self.environ)
         return present if declared is None or (present and declared > present) else declared
 
     @cached_property
     def vllm(self) -> installed.Vllm:
-        """Raises VllmError."""
+        """The vLLM of the settings, or else the one that is found. Raises VllmError."""
         if self.settings is not None:
             return self.settings.vllm
         cache = temporary_folder(self.environ) / "none"
@@ -94,7 +94,7 @@ class Patient:
 
     @cached_property
     def torch_folder(self) -> Path | None:
-        """Its folder: where vLLM's Python would import it from, or else beside vLLM."""
+        """The folder of torch: where vLLM's Python would import it from, or else beside vLLM."""
         try:
             vllm = self.vllm
         except installed.VllmError:
@@ -114,7 +114,7 @@ class Patient:
 
     @cached_property
     def torch_cuda(self) -> str | None:
-        """The version that vLLM's torch is built for; empty for a CPU build, None where it can't be told."""
+        """The CUDA version that vLLM's torch is built for; empty for a CPU build, None where it can't be told."""
         with contextlib.suppress(OSError):
             if self.torch_folder and (found := CUDA_VERSION.search((self.torch_folder / "version.py").read_text())):
                 return found[1] or ""
@@ -126,7 +126,7 @@ class Patient:
 
     @property
     def download_path(self) -> Path:
-        """Where the hub's client puts what it downloads."""
+        """The folder to which the hub's client downloads."""
         placed = hub_env(self.settings.volume if self.settings else None, self.environ, "")
         return Path(self.option("download_dir", None) or hub_cache({**placed, **self.environ}))
 
@@ -157,12 +157,12 @@ class Patient:
 
     @property
     def rank_count(self) -> int:
-        """Over how many GPUs the model is spread."""
+        """The number of GPUs over which the model is spread."""
         return int(self.option("tensor_parallel_size", 1)) * int(self.option("pipeline_parallel_size", 1))
 
     @cached_property
     def weight_bytes(self) -> int | None:
-        """Of the weights that vLLM will read, in bytes."""
+        """The size of the weights that vLLM will read; None where it can't be told."""
         if self.weights is None:
             return None
         if (folder := self.weights.folder) is None:

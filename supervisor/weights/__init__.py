@@ -1,1 +1,1 @@
-"""Where the weights are, and how they get there."""
+"""This package finds the weights, and downloads them."""

@@ -1,14 +1,14 @@
-"""Downloads what vLLM is to read, then becomes the command behind `--`, with the folders in the place of `{weights}`.
+"""A program that downloads what vLLM is to read, then becomes the command behind `--`, with folders for `{weights}`.
 
-Runs in vLLM's environment, by its path: with the hub's client that vLLM itself will read the cache with, and as the
+It runs in vLLM's environment, by its path: with the hub's client that vLLM itself will read the cache with, and as the
 process that then is vLLM. So a download is a phase of a start like any other: its progress is in the log, its failure
-an exit with a cause, SIGTERM ends it, and what is there already is not fetched again.
+is an exit with a cause, SIGTERM ends it, and what is there already is not fetched again.
 
     PYTHON download.py '{"repositories": [{"repo": "org/name", "have": DIR, ...}, ...], "stall": 60}' -- COMMAND...
 
-`stall`: seconds without a byte until it is given up, and begun again by whoever started it.
-Lines on standard output: `weights: ...`; the last of a failure is `weights: cannot be had: CAUSE | REMEDY`, with exit
-code 3, or `weights: cannot be had now: ...`, with 4, where another try may end otherwise.
+After `stall` seconds without a byte it gives up, and whoever started it begins again.
+Its lines on standard output are `weights: ...`; the last of a failure is `weights: cannot be had: CAUSE | REMEDY`, with
+exit code 3, or `weights: cannot be had now: ...`, with 4, where another try may end otherwise.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING or __package__:
     from supervisor.weights import halves, refusals, snapshot
-else:  # beside this file, and of the package nothing else: the supervisor is not installed where vLLM is
+else:  # these lie beside this file; the package itself can't be had: the supervisor is not installed where vLLM is
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     import halves
     import refusals
@@ -41,12 +41,12 @@ else:  # beside this file, and of the package nothing else: the supervisor is no
 REPORT_INTERVAL = 5.0  # seconds
 ASK_TIMEOUT = 10.0
 TRIES = 5  # in a row, without a byte more than before
-OUTSIDE_PARTS = {"..", "/", "//"}  # parts of a path that leads out of a folder
-# Another process may fill the disk, too: so much, or a tenth of what comes, where that is less.
+OUTSIDE_PARTS = {"..", "/", "//"}  # a path with one of these leads out of a folder
+# Another process may fill the disk, too: so many bytes stay free, or a tenth of what comes, where that is less.
 SPARE_BYTES = 200_000_000
-# What takes longer to come than vLLM's import, and than a moment to be read.
+# So many bytes take longer to come than vLLM's import, and longer than a moment to be read.
 LARGE_BYTES = 500_000_000
-# What a try ended with, and what all of them did.
+# The first text tells how one try ended, the second how all of them did.
 HUB_TROUBLE = ("the hub did not answer", "The hub could not be reached")
 DOWNLOAD_TROUBLE = ("the download broke off", "The download broke off, again and again")
 
@@ -60,37 +60,37 @@ def amount(count: float) -> str:
 
 
 class Download:
-    """One that is to be in the cache. `folder` is what is served of it: at first what the cache has already."""
+    """A repository that is to be in the cache. What is served is `folder`: at first what the cache has already."""
 
     def __init__(self, cache: Path, row: Mapping[str, Any]) -> None:
         self.repo, self.revision = row["repo"], row.get("revision")
         self.setting, self.placeholder = row.get("setting", "MODEL"), row.get("place", "{weights}")
-        self.where = "REVISION" if self.setting == "MODEL" else self.setting  # what names the revision
+        self.where = "REVISION" if self.setting == "MODEL" else self.setting  # the setting that names the revision
         self.load_format, self.is_gguf = row.get("load_format", "auto"), row.get("gguf", False)
         self.folder = Path(row["have"]) if row.get("have") else None
         self.cache, self.path = cache, cache / f"models--{self.repo.replace('/', '--')}"
         self.blobs, self.ref = self.path / "blobs", self.path / "refs" / (self.revision or "main")
-        self.snapshot = self.path  # what the hub has today
-        self.files: dict[str, Any] = {}  # what vLLM reads of it, as the hub tells; nothing where all is done
-        self.missing_sizes: list[int] = []  # sizes of those that are not here
-        self.missing_bytes = 0  # bytes of these that are not here
+        self.snapshot = self.path  # it becomes what the hub has today
+        self.files: dict[str, Any] = {}  # those that vLLM reads, as the hub lists them; none where all is done
+        self.missing_sizes: list[int] = []  # of those files that are not here
+        self.missing_bytes = 0  # of these sizes, less what the cache has of them
 
     def ask(self) -> None:
-        """Asks the hub what it has, and what of that is to come. Raises CannotError."""
+        """Asks the hub what it has, and finds out what of that is to come. Raises UnavailableError."""
         if self.is_gguf:
             check_gguf(self.repo, self.setting)
-        else:  # where it is in the cache, one question has to do
+        else:  # where the cache has it, one question has to do
             self._retry(self._ask_hub, HUB_TROUBLE, 1 if self.folder else TRIES)
 
     def _retry(self, step: Callable[[], object], trouble: tuple[str, str], tries: int = TRIES) -> object:
-        """Does it again and again for as long as more comes, and so many times where nothing does."""
+        """Repeats a step as long as more bytes come, and `tries` times where none do. Raises UnavailableError."""
         attempts, most_bytes = 0, 0
         while True:
             try:
                 return step()
             except refusals.UnavailableError:
                 raise
-            except Exception as error:  # noqa: BLE001  # of the client, its HTTP library, the disk: told apart there
+            except Exception as error:  # noqa: BLE001  # they are told apart there: the client's, its HTTP library's, the disk's
                 refusals.raise_known(error, vars(self))
                 loaded_bytes = sum(sizes(self.blobs).values())
                 attempts, most_bytes = (1, loaded_bytes) if loaded_bytes > most_bytes else (attempts + 1, most_bytes)
@@ -110,7 +110,7 @@ class Download:
             return
         options: dict[str, Any] = {"revision": commit, "cache_dir": str(self.cache)}
         rows = HfApi().list_repo_tree(self.repo, recursive=True, revision=commit)
-        # A name that leads out of the folder is none of the hub's own; files that are damaged are deleted.
+        # A name that leads out of the folder is none of the hub's own; this matters, for damaged files are deleted.
         files = {row.path: row for row in rows if hasattr(row, "size") and not OUTSIDE_PARTS & {*Path(row.path).parts}}
         weights = snapshot.weights(files, self.load_format, partial(hf_hub_download, self.repo, **options))
         if not weights and snapshot.PATTERNS[self.load_format] and any(name.endswith(".gguf") for name in files):
@@ -118,7 +118,7 @@ class Download:
         if absent := sorted({*weights} - {*files}):
             raise refusals.unavailable("lacking", repo=self.repo, file=absent[0], setting=self.setting)
         self.files = {name: row for name, row in files.items() if name in weights or snapshot.is_read(name)}
-        for name, row in self.files.items():  # for the client takes each that is there
+        for name, row in self.files.items():  # the client accepts each that is there
             path = self.snapshot / name
             if path.exists() and (path.stat().st_size != row.size or (name in weights and snapshot.find_damage(path))):
                 say(f"{name} is damaged, and is fetched again")
@@ -135,7 +135,7 @@ class Download:
         self.missing_bytes = sum(self.missing_sizes) - kept_bytes if has_dry_run else 0
 
     def fetch(self, stall: float) -> None:
-        """Downloads what is lacking, and checks it. Raises CannotError."""
+        """Downloads the files that are missing, and checks them. Raises UnavailableError."""
         if not self.files:
             return
         started_at, total = time.monotonic(), sum(self.missing_sizes)
@@ -150,8 +150,8 @@ class Download:
         self.folder = self.snapshot
 
     def _load(self, stall: float, bytes_before: int) -> None:
-        """Tells each few seconds how far it is. Raises CannotError where not a byte comes. `before`: bytes of the cache
-        that are none of the download's."""
+        """Downloads, and says every few seconds how far it is. Raises UnavailableError where not a byte comes. The
+        cache had `bytes_before`, which are none of the download's."""
         total, last_sizes = sum(self.missing_sizes), sizes(self.blobs)
         last_progress, moved_at = sum(last_sizes.values()), time.monotonic()
         reported_at = moved_at
@@ -171,7 +171,7 @@ class Download:
         future.result()
 
     def _check(self) -> None:
-        """By the client, which compares sizes alone where nobody asks for more. Then its name leads to this commit."""
+        """Has the client check more than sizes, which it only does when asked. Then the ref names this commit."""
         from huggingface_hub import HfApi  # noqa: PLC0415
 
         verify = getattr(HfApi(), "verify_repo_checksums", None)
@@ -182,18 +182,18 @@ class Download:
                 say(f"comparing {amount(total)} with the hub's checksums")
             report = verify(self.repo, revision=self.snapshot.name, cache_dir=str(self.cache))
             damaged = [row["path"] for row in report.mismatches if row["path"] in self.files]
-            for name in damaged:  # not to be taken for whole by the next start
+            for name in damaged:  # the next start must not take it for whole
                 delete(self.snapshot / name)
             if damaged:
                 raise refusals.unavailable("damaged", files=", ".join(damaged[:3]))
-        if self.ref.name != self.snapshot.name:  # what the client writes where it is asked for a name
+        if self.ref.name != self.snapshot.name:  # the client writes this where it is asked for a name
             self.ref.parent.mkdir(parents=True, exist_ok=True)
             half = self.ref.with_name(f".{self.ref.name}.{os.getpid()}")
             half.write_text(self.snapshot.name)
             half.replace(self.ref)
 
     def give_up(self, error: refusals.UnavailableError) -> None:
-        """Returns where there is something to serve all the same."""
+        """Returns only where there is something to serve all the same; else ends the program."""
         if self.folder is None or snapshot.find_fault(self.folder, self.load_format):  # damaged files have been deleted
             now = " now" if error.exit_code == refusals.EXIT_TRANSIENT else ""
             say(f"cannot be had{now}: {error.cause} | {error.remedy}")
@@ -203,17 +203,17 @@ class Download:
 
 
 def sizes(blobs: Path) -> dict[str, int]:
-    """Of all files in a cache, whichever way and by whomever they come."""
+    """Returns the size of each file in a cache, whichever way and by whomever it comes."""
     size_by_name = {}
     for path in blobs.glob("*"):
-        with contextlib.suppress(OSError):  # what is allotted, for a client may write a file's end first
+        with contextlib.suppress(OSError):  # only what is allotted counts: a client may write a file's end first
             status = path.stat()
             size_by_name[path.name] = min(status.st_size, status.st_blocks * 512 or status.st_size)
     return size_by_name
 
 
 def uses_xet(rows: Iterable[Any]) -> bool:
-    """Whether the large ones of the hub's files do, which then are checked by their content as they come."""
+    """Returns whether all large files come by Xet, which checks them by their content as they come."""
     from huggingface_hub import file_download  # noqa: PLC0415
 
     large, has_xet = [row for row in rows if row.lfs], getattr(file_download, "is_xet_available", lambda: False)
@@ -221,13 +221,13 @@ def uses_xet(rows: Iterable[Any]) -> bool:
 
 
 def delete(path: Path) -> None:
-    """A file of the cache and what it leads to."""
+    """Deletes a file of the cache, and what it leads to."""
     path.resolve().unlink(missing_ok=True)
     path.unlink(missing_ok=True)
 
 
 def check_room(repo: str, needed: int, cache: Path) -> None:
-    """Raises CannotError where so many bytes find no room."""
+    """Raises UnavailableError where so many bytes find no room."""
     folder = next(path for path in (cache, *cache.parents) if path.exists())
     free = shutil.disk_usage(folder).free
     if needed > 0 and needed + min(SPARE_BYTES, needed // 10) > free:
@@ -235,7 +235,7 @@ def check_room(repo: str, needed: int, cache: Path) -> None:
 
 
 def check_gguf(repo: str, setting: str) -> None:
-    """Raises CannotError where this vLLM reads no GGUF: since 0.24 that takes a plugin. It is not imported for this."""
+    """Raises UnavailableError where vLLM reads no GGUF: since 0.24 it takes a plugin. vLLM is not imported here."""
     found, allowed = util.find_spec("vllm"), os.environ.get("VLLM_PLUGINS")
     for folder in (found and found.submodule_search_locations) or ():
         if Path(folder, "model_executor/model_loader/gguf_loader.py").exists():
@@ -247,7 +247,7 @@ def check_gguf(repo: str, setting: str) -> None:
 
 
 def fetch_all(downloads: list[Download], stall: float, command: list[str]) -> None:
-    """Asks for all of them before the first byte of any comes."""
+    """Asks the hub about all of them before the first byte of any comes, then fetches them."""
     halves.keep(say)
     reader, is_hub_silent = None, False
     for download in downloads:
@@ -274,7 +274,7 @@ def fetch_all(downloads: list[Download], stall: float, command: list[str]) -> No
 
 
 def become(command: list[str], downloads: list[Download], *, offline: bool) -> NoReturn:
-    """`offline`: it asks the hub nothing more."""
+    """Becomes the command, or ends where there is none. With `offline` the command asks the hub nothing more."""
     folders = [str(download.folder or download.repo) for download in downloads]
     for folder in folders if not command else [f"vLLM is started with {', '.join(folders)}"]:
         say(folder)

@@ -1,6 +1,6 @@
-"""Where weights are: a folder, one of some caches in order; else they come from the hub.
+"""Finds weights: they are a folder, or in one of some caches, which are looked through in order, or come from the hub.
 
-Nothing is asked of the network here. A snapshot that lacks something is passed over, and said to be.
+Nothing is asked of the network here. A snapshot that lacks something is passed over, and a rejection says so.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import NamedTuple
 from supervisor.weights.snapshot import PATTERNS, find_fault
 
 REPOSITORY_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# One of many models in a repository, which vLLM's GGUF plugin knows by its quantization; or a file.
+# It names one of a repository's many models, which vLLM's GGUF plugin knows by its quantization; or a file.
 GGUF_NAME = re.compile(r"[\w.-]+/[\w.-]+:[\w.-]+|.+\.gguf")
 COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
 TRUE_WORDS = ("1", "true", "yes", "on")
 
 
 class Place(NamedTuple):
-    """A cache as the hub's client lays it out. `settled`: whoever filled it chose what is served, and nobody asks the
+    """A cache as the hub's client lays it out. `is_pinned`: whoever filled it chose what is served, and nobody asks the
     hub whether there is something newer."""
 
     name: str
@@ -33,9 +33,9 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """`source`: in words. `folder`: what vLLM is to serve, where it is known. `download`: they are to be fetched, or at
-    least asked for, before that. `passed_over`: what was found and not taken, and why. `gguf`: a vLLM without the
-    plugin for it can't serve them."""
+    """`source` says in words where they are. vLLM is to serve `folder`, where that is known. With `needs_download` they
+    are to be fetched before, or at least asked for. `rejections` tell what was found and not taken, and why. `is_gguf`
+    ones can't be served by a vLLM without the plugin."""
 
     source: str
     folder: Path | None = None
@@ -47,9 +47,9 @@ class Weights:
 def find(
     model: str, revision: str | None, load_format: str, places: Iterable[Place], environ: Mapping[str, str]
 ) -> Weights:
-    """Reads a few small files of each place."""
+    """Returns where the weights are; for that it reads a few small files of each place."""
     is_gguf = load_format == "gguf" or GGUF_NAME.fullmatch(model) is not None
-    if os.path.exists(model):  # noqa: PTH110  # not so either where the name is too long, or may not be looked at
+    if os.path.exists(model):  # noqa: PTH110  # it is false, too, where the name is too long or may not be looked at
         return Weights(f"the folder {model}", Path(model), is_gguf=is_gguf)
     if not REPOSITORY_NAME.fullmatch(model) or is_gguf or environ.get("VLLM_USE_MODELSCOPE", "").lower() in TRUE_WORDS:
         return Weights("left to vLLM", is_gguf=is_gguf)  # s3://..., another hub
@@ -70,11 +70,11 @@ def find(
         return Weights(f"left to vLLM, whose {load_format} has them in a way of its own")
     if offline and rejections:  # vLLM may get along with what is there
         return Weights("left to vLLM, for the hub may not be asked", None, False, tuple(rejections))
-    return Weights("the hub", None, True, tuple(rejections))  # offline: to be told so at once
+    return Weights("the hub", None, True, tuple(rejections))  # the downloader says at once where it is offline
 
 
 def find_snapshot(cache: Path, model: str, revision: str | None) -> Path | None:
-    """The folder of that revision (main, if none is asked for), where the cache has it.
+    """Returns the folder of that revision (main, if none is asked for), where the cache has it.
 
     RunPod writes some folders' names in small letters; the exact one is preferred.
     """

@@ -1,8 +1,8 @@
-"""Halves of files: they are gone on with, where the hub's client would throw them away.
+"""Halves of files: downloads go on with them, where the hub's client would throw them away.
 
-It deletes what came when the connection breaks off too often, the hub answers with an error in between, or its process
-ends. Here that stays, and the next try asks for the rest. Where files come by Xet, not in order, whole ones are what
-stays.
+The client deletes what came when the connection breaks off too often, the hub answers with an error in between, or the
+process ends. Here that stays, and the next try asks for the rest. Where files come by Xet, which is not in order, only
+whole files stay.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# A file that the client is writing (newer ones make a name for each try), and ours of what came.
+# The client writes to a file of this name (newer clients make one for each try); what came is kept in one of ours.
 TEMPORARY_NAME = re.compile(r"(?P<blob>.*/[^./]+)(\.[0-9a-f]{8})?\.incomplete")
 KEPT_SUFFIX = ".kept.incomplete"
-# Bytes that are written at once. The client's own 10 MB are lost whenever a connection breaks off, and on a slow line
-# come so seldom that it seems to stand still.
+# So many bytes are written at once. The client's own 10 MB are lost whenever a connection breaks off, and on a slow
+# line they come so seldom that the download seems to stand still.
 CHUNK_BYTES = 1 << 20
-# So many seconds after its last byte a half-written file is nobody's; on some network volumes locks do not tell.
+# So long after its last byte a half-written file belongs to nobody; on some network volumes locks do not tell.
 ABANDONED_SECONDS = 60.0
 
 
 def keep(say: Callable[[str], object]) -> None:
-    """Sets itself between the client and its files; tells where this client does not let it."""
-    from huggingface_hub import __version__, constants, file_download  # noqa: PLC0415  # not in every environment
+    """Steps between the client and its files; says so where this client does not let it."""
+    from huggingface_hub import __version__, constants, file_download  # noqa: PLC0415  # not every environment has it
 
     constants.DOWNLOAD_CHUNK_SIZE = CHUNK_BYTES
     original: Any = getattr(file_download, "http_get", None)
@@ -41,7 +41,7 @@ def keep(say: Callable[[str], object]) -> None:
         path = str(temp_file.name)
         match = TEMPORARY_NAME.fullmatch(path)
         if match is None:
-            if not path.endswith(KEPT_SUFFIX):  # which is the client's own next try
+            if not path.endswith(KEPT_SUFFIX):  # that is the client's own next try
                 say(warning)
             original(url=url, temp_file=temp_file, **options)
             return
@@ -57,7 +57,7 @@ def keep(say: Callable[[str], object]) -> None:
 
 
 def sweep(repository: Path, missing_blobs: set[str]) -> int:
-    """Removes what killed processes left, but for the halves that are gone on with. Returns the bytes of these."""
+    """Removes what killed processes left, but for halves that are still to be completed. Returns the bytes of these."""
     kept_bytes = 0
     for path in (repository / "blobs").glob("*.incomplete"):
         blob = path.name.partition(".")[0]

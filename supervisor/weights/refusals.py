@@ -1,4 +1,4 @@
-"""Why something can't be had, and what to change: the errors of the hub's client and of the disk, in words."""
+"""Says why something can't be had, and what to change: errors of the hub's client and of the disk, in words."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any, NoReturn
 
 EXIT_PERMANENT, EXIT_TRANSIENT = 3, 4
 REFUSALS: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_bytes())
-# What leads to the hub, or past it.
+# These variables lead to the hub, or past it.
 ROUTE_VARIABLES = ("HF_ENDPOINT", "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
 
 
 class UnavailableError(Exception):
-    """Why something can't be had, what to change, and the exit code that tells whether another try may help."""
+    """An error that says why something can't be had, what to change, and by its exit code, if another try may help."""
 
     def __init__(self, row: Mapping[str, Any], words: Mapping[str, object]) -> None:
         self.cause, self.remedy = row["cause"].format_map(words), row["remedy"].format_map(words)
@@ -30,7 +30,7 @@ def unavailable(name: str, **words: object) -> UnavailableError:
 
 
 def raise_known(error: BaseException, words: Mapping[str, object], exit_code: int = EXIT_PERMANENT) -> None:
-    """Raises CannotError where the hub's answer, or the disk's, is known to be a final one (or a transient one)."""
+    """Raises UnavailableError where the hub's or the disk's answer is known to be permanent (or transient)."""
     for each in _chain(error):
         names, code = {kind.__name__ for kind in type(each).__mro__}, _code(each)
         for row in REFUSALS["errors"]:
@@ -45,13 +45,13 @@ def raise_unreachable(summary: str, error: BaseException) -> NoReturn:
 
 
 def reason(error: BaseException) -> str:
-    """In a line; of two of the client's errors the one below says more."""
+    """Returns the reason in one line. Two of the client's errors are skipped, for the one below them says more."""
     errors = [each for each in _chain(error) if type(each).__name__ not in ("LocalEntryNotFoundError", "DryRunError")]
     return (str((errors or [error])[0]).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def backoff(error: BaseException, attempt: int) -> float:
-    """Seconds until the next try: what the hub asks for, else more each time."""
+    """Returns the seconds until the next try: what the hub asks for, else more each time."""
     for each in _chain(error):
         with contextlib.suppress(AttributeError, KeyError, ValueError):
             return min(float(each.response.headers["Retry-After"]), 60.0)  # type: ignore[attr-defined]
@@ -65,10 +65,10 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _code(error: BaseException) -> Any:
-    """Of the hub's answer, or of the disk; 0 for neither."""
-    if found := re.search(r"\(os error (\d+)\)", str(error)):  # by Xet's client
+    """Returns the status of the hub's answer, or the disk's errno; 0 for neither."""
+    if found := re.search(r"\(os error (\d+)\)", str(error)):  # Xet's client says it so
         return int(found[1])
-    if isinstance(error, PermissionError) and error.filename is None:  # the network's: a firewall
+    if isinstance(error, PermissionError) and error.filename is None:  # it is the network's: a firewall
         return 0
     status = getattr(getattr(error, "response", None), "status_code", 0)
     return status or getattr(error, "errno", None) or 0

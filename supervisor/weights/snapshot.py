@@ -1,6 +1,6 @@
 """A model's files: which of them vLLM reads, and whether a folder has all of those, whole.
 
-The downloading program imports this too, in vLLM's environment: the standard library alone.
+The downloading program imports this, too, in vLLM's environment: so it uses the standard library alone.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, BinaryIO
 
-# Which files vLLM reads, by patterns of their names, with the reasons.
+# Patterns of names tell which files vLLM reads; the table has the reasons.
 FILES: dict[str, Any] = json.loads(Path(__file__).with_name("files.json").read_bytes())
-# Weights, by --load-format.
+# The patterns of weights, by --load-format.
 PATTERNS: dict[str, list[str]] = FILES["weights"]
 CONSOLIDATED = "consolidated*.safetensors"
 LFS_POINTER = b"version https://git-lfs"
 PART_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
-# A safetensors file's header; a larger one is none.
+# The header of a safetensors file has at most so many bytes; a larger one is none.
 HEADER_LIMIT = 100_000_000
 
 
@@ -29,14 +29,14 @@ def matches_any(name: str, patterns: Iterable[str]) -> bool:
 
 
 def is_read(name: str) -> bool:
-    """Whether vLLM may read a file that holds no weights."""
+    """Returns whether vLLM may read a file that holds no weights."""
     return matches_any(name, FILES["read"]) and not matches_any(name, FILES["not read"])
 
 
 def weights(names: Iterable[str], load_format: str, locate: Callable[[str], str | Path] | None = None) -> list[str]:
-    """The files of weights that vLLM will read; none for a load format that nothing is known of.
+    """Returns the files of weights that vLLM will read; none for a load format of which nothing is known.
 
-    `locate(name)` gives the path of an index file. Parts of a row that are missing are in the list, too.
+    `locate(name)` returns the path of an index file. The list also has the parts that are missing from a row of parts.
     """
     patterns = PATTERNS.get(load_format, ())
     candidates = {name for name in names if not matches_any(name, FILES["not read"])}
@@ -63,7 +63,7 @@ def _model_weights(names: set[str], patterns: Iterable[str], locate: Callable[[s
 
 
 def _read_json(path: str | Path) -> dict[str, Any]:
-    """Of a small file of JSON; nothing where it is none."""
+    """Returns the object in a small file of JSON; an empty one where there is none."""
     with contextlib.suppress(OSError, ValueError):
         content = json.loads(Path(path).read_bytes())
         return content if isinstance(content, dict) else {}
@@ -71,7 +71,7 @@ def _read_json(path: str | Path) -> dict[str, Any]:
 
 
 def _all_parts(name: str) -> set[str]:
-    """All parts of a file that comes in parts."""
+    """Returns the names of all parts of a file that comes in parts."""
     part = PART_NAME.fullmatch(name)
     if part is None:
         return set()
@@ -80,7 +80,7 @@ def _all_parts(name: str) -> set[str]:
 
 
 def find_fault(folder: Path, load_format: str = "auto") -> str | None:
-    """What keeps a folder from being served, in a few words; None where nothing does."""
+    """Returns in a few words what keeps a folder from being served; None where nothing does."""
     try:
         names = {path.name for path in folder.iterdir()}
     except OSError as error:
@@ -97,9 +97,9 @@ def find_fault(folder: Path, load_format: str = "auto") -> str | None:
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with one file of weights, as far as its beginning and its size tell."""
+    """Returns what is wrong with one file of weights, as far as its beginning and its size tell."""
     try:
-        size = path.stat().st_size  # of what a link leads to
+        size = path.stat().st_size  # it is that of the file that a link leads to
         with path.open("rb") as file:
             prefix = file.read(8)
             if prefix == LFS_POINTER[:8]:
@@ -115,7 +115,7 @@ def find_damage(path: Path) -> str | None:
 
 
 def _expected_size(prefix: bytes, file: BinaryIO) -> int:
-    """How long a safetensors file is by its header. Raises ValueError and others where that is none."""
+    """Returns how long a safetensors file is by its header. Raises ValueError and others where there is no header."""
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > HEADER_LIMIT:
         raise ValueError
@@ -124,5 +124,5 @@ def _expected_size(prefix: bytes, file: BinaryIO) -> int:
 
 
 def is_self_contained(folder: Path) -> bool:
-    """Whether its files name no code of another repository, which only the hub could give."""
+    """Returns whether its files name no code of another repository, which only the hub could give."""
     return not any("--" in json.dumps(_read_json(path).get("auto_map")) for path in folder.glob("*config.json"))
