@@ -20,14 +20,14 @@ from supervisor import explain, listen, logs
 from supervisor.around.account import Account
 from supervisor.around.caches import CacheKeeper, Caches
 from supervisor.around.gpus import GpuMemory
-from supervisor.around.media import MediaTold
+from supervisor.around.media import MediaNotice
 from supervisor.around.multinode import Multinode
 from supervisor.around.oom import OomKills
 from supervisor.around.phases import Waterfall
 from supervisor.around.postmortem import PostMortem
 from supervisor.around.prefetch import ReadAhead
 from supervisor.around.stacks import Stacks
-from supervisor.around.start import StartTold, invitation
+from supervisor.around.start import StartDisplay, invitation
 from supervisor.bounded import Call, run_bounded
 from supervisor.engine.child import Child
 from supervisor.engine.engine import Engine, Limits
@@ -174,9 +174,9 @@ class Supervisor(Observer):
         observers: list[Observer] = [
             self.account,
             self,
-            StartTold(self.sink, launch.foot, colour=launch.style.colour, invitation=invite),
-            PostMortem(settings.cache, mask=launch.mask, vllm=vllm, facts=self.facts, account=self.account),
-            *([] if self.headless_rank else [MediaTold(settings, current_weights)]),
+            StartDisplay(self.sink, launch.foot, colour=launch.style.colour, invitation=invite),
+            PostMortem(settings.cache, mask=launch.mask, vllm_version=vllm, facts=self.facts, account=self.account),
+            *([] if self.headless_rank else [MediaNotice(settings, current_weights)]),
             ReadAhead(lambda: launch.weights, str(settings.option("load_format") or "auto")),
             Stacks(),
             OomKills(),

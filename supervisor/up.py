@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from supervisor import packages
-from supervisor.around.startup_plan import ENVIRONMENT, startup_plan
+from supervisor.around.startup_plan import ENVIRONMENT, make_startup_plan
 from supervisor.bounded import Call
 from supervisor.engine.guard import Guard
 from supervisor.engine.workspace import Workspace, clean_leftovers, temporary_folder
@@ -50,7 +50,7 @@ def up(settings: Settings) -> int:
         raise SettingsError([f"no folder can be made in {base} ({error.strerror}): set TMPDIR"]) from error
     guard = Guard(workspace)
     try:
-        caches, plan, forker = _make_caches(settings), startup_plan(settings), _make_prefork(settings, workspace)
+        caches, plan, forker = _make_caches(settings), make_startup_plan(settings), _make_prefork(settings, workspace)
         environ = caches.environment(settings.environ) if caches else {}
         launch = Launch(settings, workspace, guard, environ | (ENVIRONMENT if plan else {}), forker)
         try:
@@ -92,9 +92,9 @@ def _make_prefork(settings: Settings, workspace: Workspace) -> Prefork | None:
     ray = settings.option("distributed_executor_backend") == "ray"
     if not settings.knobs.fast_restart or settings.cluster is not None or ray or sys.platform != "linux":
         return None
-    from supervisor.around.prefork import prefork  # noqa: PLC0415
+    from supervisor.around.prefork import make_prefork  # noqa: PLC0415
 
-    return prefork(python(settings), settings.vllm.command, workspace.path)
+    return make_prefork(python(settings), settings.vllm.command, workspace.path)
 
 
 def _is_fit(settings: Settings, folder: Path) -> bool:

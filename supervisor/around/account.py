@@ -14,9 +14,9 @@ from supervisor.engine.run import Change, Observer, Run
 if TYPE_CHECKING:
     from supervisor.engine.diagnosis import Diagnosis
 
-SHOWN_LINES = 20
-FOLLOWED_LINES = 200  # of vLLM's log, over restarts, for those who follow it
-KEPT_TRANSITIONS = 100  # for the post-mortem
+LOG_TAIL_LINES = 20
+MAX_LOG_LINES = 200  # of vLLM's log, over restarts, for those who follow it
+MAX_TIMELINE_ROWS = 100  # for the post-mortem
 
 
 class Account(Observer):
@@ -24,39 +24,39 @@ class Account(Observer):
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.since = time.time()
+        self.changed_at = time.time()
         self.reason = ""
-        self.stopped_for = ""  # the last failure, in words
+        self.failure_text = ""  # the last failure, in words
         self.transitions: Counter[str] = Counter()  # how often each
-        self.timeline: deque[dict[str, object]] = deque(maxlen=KEPT_TRANSITIONS)
-        self.timeline.append({"at": self.since, "state": engine.state.value, "reason": ""})
+        self.timeline: deque[dict[str, object]] = deque(maxlen=MAX_TIMELINE_ROWS)
+        self.timeline.append({"at": self.changed_at, "state": engine.state.value, "reason": ""})
         self.restarts: Counter[str] = Counter()  # by what ended the run before
         self.last_failure: dict[str, object] | None = None
-        self.last_start: float | None = None  # seconds, of the latest that came to serve
+        self.last_start_s: float | None = None  # seconds, of the latest that came to serve
         self.last_phases: dict[str, float] = {}  # of the same, in order
-        self.lines: deque[str] = deque(maxlen=FOLLOWED_LINES)
-        self.count = 0  # of lines, ever
+        self.log_lines: deque[str] = deque(maxlen=MAX_LOG_LINES)
+        self.line_count = 0  # of lines, ever
 
     # What the engine tells
 
     def changed(self, change: Change) -> None:
-        before, state, reason = change
-        self.since = time.time()
+        previous, state, reason = change
+        self.changed_at = time.time()
         self.reason = reason
-        self.transitions[f"{before.value} -> {state.value}"] += 1
-        self.timeline.append({"at": self.since, "state": state.value, "reason": reason})
+        self.transitions[f"{previous.value} -> {state.value}"] += 1
+        self.timeline.append({"at": self.changed_at, "state": state.value, "reason": reason})
         if state is State.READY:
-            self.last_start = self.engine.clock() - self.engine.latest.began
-            self.last_phases = self._phases()
+            self.last_start_s = self.engine.clock() - self.engine.latest.began
+            self.last_phases = self._phase_seconds()
         if state is State.STARTING:
             self.restarts[self.engine.latest.ended_by] += 1
 
     def heard(self, run: Run, lines: Sequence[str]) -> None:
-        self.count += len(lines)
-        self.lines.extend(lines)
+        self.line_count += len(lines)
+        self.log_lines.extend(lines)
 
     def judged(self, run: Run, diagnosis: Diagnosis) -> None:
-        self.reason = self.stopped_for = diagnosis.text
+        self.reason = self.failure_text = diagnosis.text
         code = run.code
         self.last_failure = {
             "at": time.time(),
@@ -64,7 +64,7 @@ class Account(Observer):
             "signal": -code if code is not None and code < 0 else None,
             "cause": diagnosis.cause,
             "remedy": diagnosis.remedy,
-            "log_tail": run.log[-SHOWN_LINES:],
+            "log_tail": run.log[-LOG_TAIL_LINES:],
         }
 
     # What others ask
@@ -84,17 +84,17 @@ class Account(Observer):
     @property
     def state(self) -> str:
         state = self.engine.state
-        return (State.RESTARTING if self.stopped_for and state is State.STARTING else state).value
+        return (State.RESTARTING if self.failure_text and state is State.STARTING else state).value
 
     @property
     def explanation(self) -> str:
         state, run = self.engine.state, self.engine.latest
         if state is State.STARTING:
-            last = f" (the last start took {self.last_start:.0f} s)" if self.last_start else ""
-            doing = f"{run.doing}, {self.engine.clock() - run.began:.0f} s so far{last}."
-            if self.stopped_for:
-                return f"The engine is restarting: {doing} It had stopped: {self.stopped_for}"
-            return f"The engine is starting: {doing}"
+            comparison = f" (the last start took {self.last_start_s:.0f} s)" if self.last_start_s else ""
+            activity = f"{run.doing}, {self.engine.clock() - run.began:.0f} s so far{comparison}."
+            if self.failure_text:
+                return f"The engine is restarting: {activity} It had stopped: {self.failure_text}"
+            return f"The engine is starting: {activity}"
         if state is State.RESTARTING:
             return f"The engine is restarting. It had stopped: {self.reason}"
         if state is State.FAILED:
@@ -102,37 +102,37 @@ class Account(Observer):
         return "The engine is ready." if self.ready else "The server is shutting down."
 
     def status(self) -> dict[str, object]:
-        run, phases, alive = self.engine.latest, self.engine.latest.phases, self.engine.alive
-        before = {"name": run.doing, "seconds": round(self.engine.clock() - run.began, 3)}  # before vLLM has a log
+        run, phases, live_run = self.engine.latest, self.engine.latest.phases, self.engine.alive
+        launch_row = {"name": run.doing, "seconds": round(self.engine.clock() - run.began, 3)}  # before vLLM has a log
         return {
             "state": self.engine.state.value,
-            "since": self.since,
+            "since": self.changed_at,
             "reason": self.reason,
-            "phases": phases.as_rows() if phases is not None else [before],
-            "expected_seconds": self._expected(),
+            "phases": phases.as_rows() if phases is not None else [launch_row],
+            "expected_seconds": self._expected_seconds(),
             "progress": phases.progress if phases is not None else "",
             "restarts": self.restarts.total(),
             "restarts_by_cause": dict(self.restarts),
             "transitions": dict(self.transitions),
             "last_failure": self.last_failure,
-            "pid": alive.child.pid if alive is not None and alive.child is not None else None,
+            "pid": live_run.child.pid if live_run is not None and live_run.child is not None else None,
         }
 
-    def _expected(self) -> float | None:
+    def _expected_seconds(self) -> float | None:
         """Until it serves again: as long as what is still to come took the last time; None where nobody can tell. A
         forked start is over in seconds what takes the first one half a minute, so the time so far says little."""
-        state, begun = self.engine.state, self._phases()
-        if self.last_start is None or state not in (State.STARTING, State.RESTARTING):
+        state, current_phases = self.engine.state, self._phase_seconds()
+        if self.last_start_s is None or state not in (State.STARTING, State.RESTARTING):
             return None
-        now = next(reversed(begun), "")
-        if state is State.RESTARTING or now not in self.last_phases:
-            so_far = self.engine.clock() - self.engine.latest.began if state is State.STARTING else 0.0
-            return round(max(self.last_start - so_far, 0.0), 1)
+        phase = next(reversed(current_phases), "")
+        if state is State.RESTARTING or phase not in self.last_phases:
+            elapsed = self.engine.clock() - self.engine.latest.began if state is State.STARTING else 0.0
+            return round(max(self.last_start_s - elapsed, 0.0), 1)
         names = list(self.last_phases)
-        rest = sum(self.last_phases[name] for name in names[names.index(now) + 1 :])
-        return round(max(self.last_phases[now] - begun[now], 0.0) + rest, 1)
+        rest = sum(self.last_phases[name] for name in names[names.index(phase) + 1 :])
+        return round(max(self.last_phases[phase] - current_phases[phase], 0.0) + rest, 1)
 
-    def _phases(self) -> dict[str, float]:
+    def _phase_seconds(self) -> dict[str, float]:
         """Those of the latest run, with their seconds."""
         phases = self.engine.latest.phases
         rows = phases.as_rows() if phases is not None else []
@@ -140,5 +140,5 @@ class Account(Observer):
 
     def log_after(self, number: int) -> tuple[int, list[str]]:
         """How many lines there were, ever, and those of them behind the first `number` that are kept."""
-        fresh = max(0, min(self.count - number, len(self.lines)))  # who asks may have counted another run's lines
-        return self.count, list(self.lines)[-fresh:] if fresh else []
+        new_count = max(0, min(self.line_count - number, len(self.log_lines)))  # `number` may be another run's count
+        return self.line_count, list(self.log_lines)[-new_count:] if new_count else []

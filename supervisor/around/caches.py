@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from supervisor.around.startup_plan import StartupPlan
     from supervisor.engine.diagnosis import Diagnosis
 
-NVIDIA = Path("/proc/driver/nvidia/gpus")
+NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 # Variable -> folder below ours. Where the user set one, it stays. vLLM keeps Inductor's below its own.
 FOLDERS = {
     "VLLM_CACHE_ROOT": "vllm",
@@ -43,27 +43,27 @@ FOLDERS = {
     "CUDA_CACHE_PATH": "cuda",
 }
 # A larger one takes longer to carry than to compile; it is rather a cache of something else.
-LARGEST = 4 * 1024**3
+MAX_ARCHIVE_BYTES = 4 * 1024**3
 # Locks, what is still being written, and what is another machine's: which GPUs reach which.
-LEFT_OUT = re.compile(r"\.(lock|tmp)$|(^|/)tmp\.pid_|gpu_p2p_access_cache")
+EXCLUDED_NAMES = re.compile(r"\.(lock|tmp)$|(^|/)tmp\.pid_|gpu_p2p_access_cache")
 # Half-written ones, by workers that died, are removed after so many seconds.
-STALE = 3600.0
+MAX_HALF_AGE_S = 3600.0
 
 
-def machine() -> str:
+def hardware_id() -> str:
     """What compiled code is for: the GPUs' name, or this processor with what it can do."""
     with contextlib.suppress(OSError):
         names = {
-            found[1].strip()
-            for path in NVIDIA.glob("*/information")
-            if (found := re.search(r"Model:(.*)", path.read_text()))
+            match[1].strip()
+            for path in NVIDIA_GPUS.glob("*/information")
+            if (match := re.search(r"Model:(.*)", path.read_text()))
         }
         if names:
             return "+".join(sorted(names))
     flags = ""
     with contextlib.suppress(OSError):
-        found = re.search(r"(?m)^(flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text())
-        flags = " ".join(sorted(found[2].split())) if found else ""
+        match = re.search(r"(?m)^(flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text())
+        flags = " ".join(sorted(match[2].split())) if match else ""
     return f"{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:12]}"
 
 
@@ -72,18 +72,18 @@ class Caches:
 
     def __init__(self, base: Path, store: Path, *, version: str, model: str) -> None:
         """`base`: a folder for temporary files; `store`: on the volume. Raises OSError where `base` is not safe."""
-        text = f"{version}-{machine()}-{model}"
-        name = re.sub(r"[^A-Za-z0-9_.+-]+", "-", text).strip("-")[:180]
-        if len(text) > len(name):  # what was cut off, or is in no Latin letters, tells models apart, too
-            name += f"-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-        ours = base / f"vllm-supervisor-{os.getuid()}"
-        ours.mkdir(mode=0o700, exist_ok=True)
-        facts = ours.lstat()
-        if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o022:
-            raise PermissionError(f"{ours} is somebody else's")  # code lies there, which is run
-        self.folder = ours / name
+        identity = f"{version}-{hardware_id()}-{model}"
+        name = re.sub(r"[^A-Za-z0-9_.+-]+", "-", identity).strip("-")[:180]
+        if len(identity) > len(name):  # what was cut off, or is in no Latin letters, tells models apart, too
+            name += f"-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+        own_folder = base / f"vllm-supervisor-{os.getuid()}"
+        own_folder.mkdir(mode=0o700, exist_ok=True)
+        info = own_folder.lstat()
+        if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o022:
+            raise PermissionError(f"{own_folder} is somebody else's")  # code lies there, which is run
+        self.folder = own_folder / name
         self.archive = store / f"{name}.tar"
-        self.restored: set[str] = set()
+        self.archived_files: set[str] = set()
         self.lock = threading.Lock()
 
     def environment(self, environ: Mapping[str, str]) -> dict[str, str]:
@@ -94,9 +94,9 @@ class Caches:
         with self.lock:
             if self.folder.is_dir():
                 # Where the earlier start could not put it onto the volume, or did not come so far, this one is to.
-                self.restored = self._content() if self.archive.exists() else set()
+                self.archived_files = self._list_files() if self.archive.exists() else set()
                 return f"compiled code of an earlier start is here: {self.folder}"
-            began = time.monotonic()
+            started_at = time.monotonic()
             half = self.folder.with_name(f"{self.folder.name}.{os.getpid()}.half")
             shutil.rmtree(half, ignore_errors=True)
             try:
@@ -120,46 +120,46 @@ class Caches:
             except OSError:  # vLLM was quicker, and has begun its own
                 shutil.rmtree(half, ignore_errors=True)
                 return "compiled code that was kept came too late"
-            self.restored = self._content()
-            return f"compiled code of an earlier start: {size / 1e6:.0f} MB in {time.monotonic() - began:.1f} s"
+            self.archived_files = self._list_files()
+            return f"compiled code of an earlier start: {size / 1e6:.0f} MB in {time.monotonic() - started_at:.1f} s"
 
     def keep(self) -> str | None:
         """Puts what is there now onto the volume, where it is more than was there before."""
         with self.lock:
-            content = self._content()
-            if not content - self.restored:
+            files = self._list_files()
+            if not files - self.archived_files:
                 return None
             store, half = self.archive.parent, ""
             try:
-                size = sum((self.folder / name).stat().st_size for name in content)
-                if size > LARGEST:
+                size = sum((self.folder / name).stat().st_size for name in files)
+                if size > MAX_ARCHIVE_BYTES:
                     return f"compiled code is not kept: {size / 1e9:.1f} GB are too many"
                 store.mkdir(parents=True, exist_ok=True)
-                self._sweep()
-                number, half = tempfile.mkstemp(".half", ".", store)
-                os.fchmod(number, 0o644)
-                with open(number, "wb") as file, tarfile.open(fileobj=file, mode="w:") as archive:  # noqa: PTH123
-                    archive.add(self.folder, ".", filter=_kept)
+                self._sweep_halves()
+                descriptor, half = tempfile.mkstemp(".half", ".", store)
+                os.fchmod(descriptor, 0o644)
+                with open(descriptor, "wb") as file, tarfile.open(fileobj=file, mode="w:") as archive:  # noqa: PTH123
+                    archive.add(self.folder, ".", filter=_sanitize)
                 Path(half).replace(self.archive)
             except (OSError, tarfile.TarError) as error:  # among them a file that went or shrank while it was read
                 with contextlib.suppress(OSError):
                     Path(half).unlink()
                 return f"compiled code can't be kept at {store} ({getattr(error, 'strerror', None) or error})"
-            self.restored = content
+            self.archived_files = files
             return f"compiled code kept for the next start: {size / 1e6:.0f} MB, {self.archive}"
 
-    def _content(self) -> set[str]:
+    def _list_files(self) -> set[str]:
         """The files that are worth keeping. They may come and go meanwhile."""
-        found = set()
-        for folder, _, files in os.walk(self.folder):
-            paths = (os.path.join(folder, name) for name in files)  # noqa: PTH118
-            found |= {os.path.relpath(path, self.folder) for path in paths if not os.path.islink(path)}  # noqa: PTH114
-        return {name for name in found if not LEFT_OUT.search(name)}
+        names = set()
+        for folder, _, file_names in os.walk(self.folder):
+            paths = (os.path.join(folder, name) for name in file_names)  # noqa: PTH118
+            names |= {os.path.relpath(path, self.folder) for path in paths if not os.path.islink(path)}  # noqa: PTH114
+        return {name for name in names if not EXCLUDED_NAMES.search(name)}
 
-    def _sweep(self) -> None:
+    def _sweep_halves(self) -> None:
         for path in self.archive.parent.glob(".*.half"):
             with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > STALE:
+                if time.time() - path.stat().st_mtime > MAX_HALF_AGE_S:
                     path.unlink()
 
 
@@ -170,46 +170,46 @@ class CacheKeeper(Observer):
         self.caches = caches
         self.plan = plan
         self.log = logging.getLogger("supervisor.caches")
-        self.restored = False
-        self.keeping: Call[None] | None = None
+        self.has_restored = False
+        self.keep_call: Call[None] | None = None
 
     def began(self, run: Run) -> None:
-        Call(lambda: self._tend(lambda: self._restore(run)))
+        Call(lambda: self._run_job(lambda: self._restore(run)))
 
     def changed(self, change: Change) -> None:
-        if change.state is State.READY and (self.keeping is None or not self.keeping.is_running):
-            self.keeping = Call(lambda: self._tend(self._keep))
+        if change.state is State.READY and (self.keep_call is None or not self.keep_call.is_running):
+            self.keep_call = Call(lambda: self._run_job(self._keep))
 
     def judged(self, run: Run, diagnosis: Diagnosis) -> None:
-        if self.plan is not None and self.plan.taken(run, diagnosis):
+        if self.plan is not None and self.plan.is_suspect(run, diagnosis):
             run.doubted, forget = True, self.plan.forget
-            Call(lambda: self._tend(forget))
+            Call(lambda: self._run_job(forget))
 
     def _restore(self, run: Run) -> str | None:
-        told = None
-        if self.caches is not None and not self.restored:
-            self.restored = True
-            told = self.caches.restore()
+        message = None
+        if self.caches is not None and not self.has_restored:
+            self.has_restored = True
+            message = self.caches.restore()
         if self.plan is not None:
-            self.plan.check(run)
-        return told
+            self.plan.discard_stale(run)
+        return message
 
     def _keep(self) -> str | None:
         if self.plan is not None:
-            self.plan.keep()
+            self.plan.write_note()
         return self.caches.keep() if self.caches is not None else None
 
-    def _tend(self, what: Callable[[], str | None]) -> None:
+    def _run_job(self, job: Callable[[], str | None]) -> None:
         try:
-            if told := what():
-                self.log.info("%s", told)
+            if message := job():
+                self.log.info("%s", message)
         except Exception:  # a comfort: whatever is wrong with it, it must not end what serves
             self.log.exception("compiled code could not be looked after")
 
 
-def _kept(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+def _sanitize(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
     """Files and folders, and nobody's name."""
-    if LEFT_OUT.search(member.name) or not (member.isfile() or member.isdir()):
+    if EXCLUDED_NAMES.search(member.name) or not (member.isfile() or member.isdir()):
         return None
     member.uid = member.gid = 0
     member.uname = member.gname = ""

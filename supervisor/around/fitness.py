@@ -12,24 +12,24 @@ from collections.abc import Mapping
 from pathlib import Path
 
 # What a start needs at the very least; weights and caches have their own, larger wants.
-LEAST_DISK = 200 * 1024 * 1024
+MIN_DISK_BYTES = 200 * 1024 * 1024
 REPORT_TIMEOUT = 2.0
-LONGEST_REASON = 256
+MAX_REASON_LENGTH = 256
 
 
 def check(environ: Mapping[str, str], folder: Path) -> tuple[str, str] | None:
     """(which check, why) where the machine is not fit. `folder`: where temporary files go."""
-    wanted = environ.get("RUNPOD_GPU_COUNT", "")
-    if wanted.isdigit() and int(wanted) > 0 and (problem := _gpus(int(wanted))):
+    expected = environ.get("RUNPOD_GPU_COUNT", "")
+    if expected.isdigit() and int(expected) > 0 and (problem := _check_gpus(int(expected))):
         return "gpu", problem
     with contextlib.suppress(OSError):
         free = shutil.disk_usage(folder).free
-        if free < LEAST_DISK:
+        if free < MIN_DISK_BYTES:
             return "disk", f"only {free // 1_000_000} MB are free in {folder}"
     return None
 
 
-def _gpus(wanted: int) -> str | None:
+def _check_gpus(expected: int) -> str | None:
     try:
         import pynvml  # noqa: PLC0415
 
@@ -37,17 +37,17 @@ def _gpus(wanted: int) -> str | None:
     except ImportError:
         return None  # nothing to ask with
     except pynvml.NVMLError as error:
-        return f"RunPod gave {wanted} GPUs, and the driver does not answer ({error})"
+        return f"RunPod gave {expected} GPUs, and the driver does not answer ({error})"
     try:
-        found = pynvml.nvmlDeviceGetCount()
-        for index in range(found):  # a GPU that fell off the bus answers this with an error
+        count = pynvml.nvmlDeviceGetCount()
+        for index in range(count):  # a GPU that fell off the bus answers this with an error
             pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(index))
     except pynvml.NVMLError as error:
         return f"a GPU does not answer ({error})"
     finally:
         with contextlib.suppress(pynvml.NVMLError):
             pynvml.nvmlShutdown()
-    return f"RunPod gave {wanted} GPUs, and the driver shows {found}" if found < wanted else None
+    return f"RunPod gave {expected} GPUs, and the driver shows {count}" if count < expected else None
 
 
 def report(environ: Mapping[str, str], name: str, reason: str) -> None:
@@ -55,7 +55,7 @@ def report(environ: Mapping[str, str], name: str, reason: str) -> None:
     import httpx  # noqa: PLC0415  # 0.2 s, and few machines need it
 
     url = environ.get("RUNPOD_WEBHOOK_PING", "").replace("$RUNPOD_POD_ID", environ.get("RUNPOD_POD_ID", ""))
-    said = {"status": "unhealthy", "check": name, "reason": reason[:LONGEST_REASON]}
+    params = {"status": "unhealthy", "check": name, "reason": reason[:MAX_REASON_LENGTH]}
     with contextlib.suppress(httpx.HTTPError, httpx.InvalidURL, UnicodeError):
         key = environ.get("RUNPOD_AI_API_KEY", "")
-        httpx.get(httpx.URL(url).copy_merge_params(said), headers={"Authorization": key}, timeout=REPORT_TIMEOUT)
+        httpx.get(httpx.URL(url).copy_merge_params(params), headers={"Authorization": key}, timeout=REPORT_TIMEOUT)

@@ -19,20 +19,20 @@ from supervisor.bounded import run_bounded
 from supervisor.engine.run import Observer, Run
 
 # What a machine with NVIDIA's driver has (the second: WSL). Asking the library instead costs 15 ms of every start.
-DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvmap")
+DRIVER_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvmap")
 # What may stay allocated, in bytes: the driver's own, and contexts that other processes hold change by this much.
-SLACK = 512 * 1024 * 1024
+SLACK_BYTES = 512 * 1024 * 1024
 PATIENCE = 30.0
-POLL = 0.1
+POLL_INTERVAL = 0.1
 # Seconds for the driver's answer. One that hangs in nvmlInit kept the supervisor deaf to every signal.
-ANSWER = 5.0
+DRIVER_PATIENCE = 5.0
 
 
 @contextlib.contextmanager
-def _library() -> Iterator[Any]:
+def _open_nvml() -> Iterator[Any]:
     """NVML, ready to be asked; None where there is no package, no driver or no GPU (it has an error class for each)."""
     nvml: Any = None
-    if any(map(os.path.exists, DRIVERS)):
+    if any(map(os.path.exists, DRIVER_DEVICES)):
         with contextlib.suppress(Exception):
             import pynvml  # noqa: PLC0415
 
@@ -46,84 +46,84 @@ def _library() -> Iterator[Any]:
                 nvml.nvmlShutdown()
 
 
-def used() -> list[int] | None:
+def read_used_bytes() -> list[int] | None:
     """Bytes in use on each GPU; None where that can't be known."""
-    found = gpus()
-    return None if found is None or "error" in found else [gpu["used"] for gpu in found["gpus"]]
+    report = read_gpus()
+    return None if report is None or "error" in report else [gpu["used"] for gpu in report["gpus"]]
 
 
-def gpus() -> dict[str, Any] | None:
+def read_gpus() -> dict[str, Any] | None:
     """`driver`; `cuda`, the latest that it takes, where it tells; and of each GPU in `gpus` its `name` and its memory
     in bytes: `total`, `used`, and where it is known `reserved`, which the driver keeps for itself. None where there is
     no driver to ask."""
-    with _library() as nvml:
+    with _open_nvml() as nvml:
         if nvml is None:
             return None
         try:
             handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
-            found = [{"name": nvml.nvmlDeviceGetName(handle), **_memory(nvml, handle)} for handle in handles]
-            return {"driver": nvml.nvmlSystemGetDriverVersion(), "cuda": _cuda(nvml), "gpus": found}
+            rows = [{"name": nvml.nvmlDeviceGetName(handle), **_read_memory(nvml, handle)} for handle in handles]
+            return {"driver": nvml.nvmlSystemGetDriverVersion(), "cuda": _read_cuda_version(nvml), "gpus": rows}
         except nvml.NVMLError as error:  # one that fell off the bus
             return {"driver": "", "gpus": [], "error": str(error)}
 
 
-def _cuda(nvml: Any) -> str:
+def _read_cuda_version(nvml: Any) -> str:
     """Of the `libcuda` that the loader finds: of a newer one that stands for the driver's own, too."""
     with contextlib.suppress(nvml.NVMLError, AttributeError):
-        found = int(nvml.nvmlSystemGetCudaDriverVersion_v2())
-        return f"{found // 1000}.{found % 1000 // 10}"
+        version = int(nvml.nvmlSystemGetCudaDriverVersion_v2())
+        return f"{version // 1000}.{version % 1000 // 10}"
     return ""
 
 
-def _memory(nvml: Any, handle: Any) -> dict[str, int]:
+def _read_memory(nvml: Any, handle: Any) -> dict[str, int]:
     """As nvidia-smi counts it: `used` has nothing of `reserved`, which is 616 MiB of an H200 that nobody uses."""
     # Drivers before 510 have no such answer, and old versions of the package no such question.
     with contextlib.suppress(nvml.NVMLError, AttributeError, TypeError):
-        found = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
-        return {"used": int(found.used), "total": int(found.total), "reserved": int(found.reserved)}
-    found = nvml.nvmlDeviceGetMemoryInfo(handle)
-    return {"used": int(found.used), "total": int(found.total)}
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
+        return {"used": int(memory.used), "total": int(memory.total), "reserved": int(memory.reserved)}
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    return {"used": int(memory.used), "total": int(memory.total)}
 
 
-async def ask() -> list[int] | None:
+async def ask_used_bytes() -> list[int] | None:
     """As `used`, of a driver that may hang: it is told, and then the memory is not known."""
     try:
-        return await run_bounded(ANSWER, used)
+        return await run_bounded(DRIVER_PATIENCE, read_used_bytes)
     except TimeoutError:
         text = "the GPU's driver did not answer in %g s: its memory is not looked at"
-        logging.getLogger("supervisor.engine").warning(text, ANSWER)
+        logging.getLogger("supervisor.engine").warning(text, DRIVER_PATIENCE)
         return None
 
 
-async def freed(before: Sequence[int] | None, patience: float = PATIENCE) -> None:
+async def wait_until_freed(baseline: Sequence[int] | None, patience: float = PATIENCE) -> None:
     """Waits until no GPU holds more than it did before the engine was started; says so where it takes too long."""
-    if before is None:
+    if baseline is None:
         return
     deadline = time.monotonic() + patience
-    while (now := await ask()) is not None:
-        held = max((after - free for after, free in zip(now, before, strict=False)), default=0)
-        if held <= SLACK:
+    while (readings := await ask_used_bytes()) is not None:
+        excess = max((used - base for used, base in zip(readings, baseline, strict=False)), default=0)
+        if excess <= SLACK_BYTES:
             return
         if time.monotonic() > deadline:
             text = "%.1f GB of GPU memory are still held %g s after the engine's end"
-            logging.getLogger("supervisor.engine").warning(text, held / 1e9, patience)
+            logging.getLogger("supervisor.engine").warning(text, excess / 1e9, patience)
             return
-        await asyncio.sleep(POLL)
+        await asyncio.sleep(POLL_INTERVAL)
 
 
 class GpuMemory(Observer):
     """Another start waits until the memory that was free before the first one is free again."""
 
     def __init__(self) -> None:
-        self.before: list[int] | None = None
-        self._measuring: asyncio.Task[None] | None = None
+        self.baseline: list[int] | None = None
+        self._measure_task: asyncio.Task[None] | None = None
 
     def began(self, run: Run) -> None:
-        if self._measuring is None:  # vLLM imports for seconds before it takes any
-            self._measuring = asyncio.get_running_loop().create_task(self._measure())
+        if self._measure_task is None:  # vLLM imports for seconds before it takes any
+            self._measure_task = asyncio.get_running_loop().create_task(self._measure())
 
     async def clears(self) -> None:
-        await freed(self.before)
+        await wait_until_freed(self.baseline)
 
     async def _measure(self) -> None:
-        self.before = await ask()
+        self.baseline = await ask_used_bytes()

@@ -19,78 +19,78 @@ from supervisor.settings.settings import Settings
 from supervisor.settings.sources import Report
 from supervisor.weights.find import Weights
 
-WORDS = {"image": "images", "video": "videos", "audio": "audio"}
+KIND_WORDS = {"image": "images", "video": "videos", "audio": "audio"}
 REMEDY = "Set ALLOWED_MEDIA_DOMAINS to the hosts that they may come from (docs/operations.md)."
 
 
-def unrestricted(settings: Settings, kinds: Iterable[str]) -> frozenset[str]:
+def unrestricted_kinds(settings: Settings, kinds: Iterable[str]) -> frozenset[str]:
     """Of the kinds of media that the model takes: those that may be fetched from anywhere."""
-    name = settings.option("config")
-    file = config_file.read_vllm_config("", name, Report(settings.mask)).typed_content if name else {}
+    file_name = settings.option("config")
+    file_options = config_file.read_vllm_config("", file_name, Report(settings.mask)).typed_content if file_name else {}
 
-    def value(key: str) -> object:
-        return settings.option(key) or file.get(key)
+    def get_value(key: str) -> object:
+        return settings.option(key) or file_options.get(key)
 
-    if value("allowed_media_domains") or value("language_model_only"):
+    if get_value("allowed_media_domains") or get_value("language_model_only"):
         return frozenset()
-    limits = _counts(file.get("limit_mm_per_prompt"))
+    limits = _parse_limits(file_options.get("limit_mm_per_prompt"))
     for option, setting in (*settings.options, *settings.raw_options):
         if option.key == "limit_mm_per_prompt":
-            part = setting.name.partition(".")[2].partition(".")[0]  # --limit-mm-per-prompt.image 0
-            limits |= _counts({part: setting.value} if part else setting.value)
+            option_kind = setting.name.partition(".")[2].partition(".")[0]  # --limit-mm-per-prompt.image 0
+            limits |= _parse_limits({option_kind: setting.value} if option_kind else setting.value)
     return frozenset(kinds) - {kind for kind, count in limits.items() if count == 0}
 
 
-def text(kinds: Iterable[str]) -> str:
+def describe(kinds: Iterable[str]) -> str:
     """What is told of these, the remedy apart."""
-    words = [word for kind, word in WORDS.items() if kind in kinds]
-    listed = " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
-    return f"the model takes {listed} by URL, and vLLM fetches them from any host, those of its own network included"
+    words = [word for kind, word in KIND_WORDS.items() if kind in kinds]
+    listing = " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+    return f"the model takes {listing} by URL, and vLLM fetches them from any host, those of its own network included"
 
 
-def _counts(given: object) -> dict[str, object]:
+def _parse_limits(value: object) -> dict[str, object]:
     """The limit of each kind: a number, or an object that has it."""
-    if isinstance(given, str):
+    if isinstance(value, str):
         with contextlib.suppress(ValueError):
-            given = json.loads(given)
-    if not isinstance(given, dict):
+            value = json.loads(value)
+    if not isinstance(value, dict):
         return {}
-    rows = {kind: row.get("count") if isinstance(row, dict) else row for kind, row in given.items()}
-    return {kind: int(row) if isinstance(row, str) and row.isdecimal() else row for kind, row in rows.items()}
+    limits = {kind: row.get("count") if isinstance(row, dict) else row for kind, row in value.items()}
+    return {kind: int(row) if isinstance(row, str) and row.isdecimal() else row for kind, row in limits.items()}
 
 
-class MediaTold(Observer):
+class MediaNotice(Observer):
     """Looks when the engine starts, and again when it serves, until the model's config is there to be read: a model
     that is downloaded has none before."""
 
-    def __init__(self, settings: Settings, weights: Callable[[], Weights]) -> None:
+    def __init__(self, settings: Settings, find_weights: Callable[[], Weights]) -> None:
         """`weights()` may hang: it is asked in a thread."""
         self.log = logging.getLogger("supervisor")
         self.settings = settings
-        self.weights = weights
-        self.looking: asyncio.Task[None] | None = None
-        self.known = False
+        self.find_weights = find_weights
+        self.look_task: asyncio.Task[None] | None = None
+        self.is_known = False
 
     def began(self, run: Run) -> None:
-        self._look()
+        self._start_look()
 
     def changed(self, change: Change) -> None:
         if change.state is State.READY:
-            self._look()
+            self._start_look()
 
-    def _look(self) -> None:
-        if not self.known and (self.looking is None or self.looking.done()):
-            self.looking = asyncio.ensure_future(self._tell())
+    def _start_look(self) -> None:
+        if not self.is_known and (self.look_task is None or self.look_task.done()):
+            self.look_task = asyncio.ensure_future(self._warn_once())
 
-    async def _tell(self) -> None:
-        found = await Call(self._found)
-        if found is None or self.known:
+    async def _warn_once(self) -> None:
+        kinds = await Call(self._find_unrestricted)
+        if kinds is None or self.is_known:
             return
-        self.known = True
-        if found:
-            self.log.warning("%s. %s", text(found), REMEDY)
+        self.is_known = True
+        if kinds:
+            self.log.warning("%s. %s", describe(kinds), REMEDY)
 
-    def _found(self) -> frozenset[str] | None:
-        folder = self.weights().folder
-        kinds = modalities.read(folder) if folder is not None else None
-        return None if kinds is None else unrestricted(self.settings, kinds)
+    def _find_unrestricted(self) -> frozenset[str] | None:
+        folder = self.find_weights().folder
+        kinds = modalities.read_kinds(folder) if folder is not None else None
+        return None if kinds is None else unrestricted_kinds(self.settings, kinds)

@@ -14,12 +14,12 @@ from typing import Any
 
 VISION, AUDIO = frozenset({"image", "video"}), frozenset({"audio"})
 # A field's name, by whole words of it: `vision_config`, `mm_vision_tower`, `image_token_id`.
-FIELDS = (
+FIELD_PATTERNS = (
     (re.compile(r"(?:^|_)(?:vision|visual|image|img|video)(?:_|$)"), VISION),
     (re.compile(r"(?:^|_)(?:audio|speech|sound|whisper)(?:_|$)"), AUDIO),
 )
 # Fields that hold a model's parts.
-PARTS = re.compile(r"(?:^|_)(?:config|multimodal)$")
+PART_PATTERN = re.compile(r"(?:^|_)(?:config|multimodal)$")
 # Where the fields say nothing: vLLM 0.32's other names for such models, and how all the rest of them end.
 ARCHITECTURES = frozenset(
     {
@@ -34,43 +34,43 @@ ARCHITECTURES = frozenset(
         "SkyworkR1VChatModel", "UltravoxModel", "UnlimitedOCRForCausalLM", "VoxtralRealtimeGeneration",
     }
 )  # fmt: skip
-ENDING = "ForConditionalGeneration"
-TEXT_ONLY = frozenset(f"{name}{ENDING}" for name in ("Bart", "ChatGLM", "MBart", "T5"))
-LARGEST_CONFIG = 10_000_000  # bytes
+MEDIA_ENDING = "ForConditionalGeneration"
+TEXT_ARCHITECTURES = frozenset(f"{name}{MEDIA_ENDING}" for name in ("Bart", "ChatGLM", "MBart", "T5"))
+MAX_CONFIG_BYTES = 10_000_000  # bytes
 
 
-def read(folder: Path) -> frozenset[str] | None:
+def read_kinds(folder: Path) -> frozenset[str] | None:
     """The kinds that a folder's model takes; None where it has no config that can be read. Reads one small file."""
     for name in ("config.json", "params.json"):
         try:
             with (folder / name).open("rb") as file:
-                content = json.loads(file.read(LARGEST_CONFIG))
+                content = json.loads(file.read(MAX_CONFIG_BYTES))
         except (OSError, ValueError, RecursionError):
             continue
         if isinstance(content, dict) and content:
-            return kinds(content)
+            return find_kinds(content)
     return None
 
 
-def kinds(config: Mapping[str, Any]) -> frozenset[str]:
+def find_kinds(config: Mapping[str, Any]) -> frozenset[str]:
     """Of `image`, `video`, `audio`: those that a prompt may have."""
-    found = frozenset[str]().union(
-        *(media for name in _fields(config) for pattern, media in FIELDS if pattern.search(name))
+    kinds = frozenset[str]().union(
+        *(media for name in _field_names(config) for pattern, media in FIELD_PATTERNS if pattern.search(name))
     )
-    if found:
-        return found
-    names = config.get("architectures")
-    told = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
-    if any(name in ARCHITECTURES or (name.endswith(ENDING) and name not in TEXT_ONLY) for name in told):
+    if kinds:
+        return kinds
+    architectures = config.get("architectures")
+    names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
+    if any(name in ARCHITECTURES or (name.endswith(MEDIA_ENDING) and name not in TEXT_ARCHITECTURES) for name in names):
         return VISION | AUDIO
     return frozenset()
 
 
-def _fields(config: Mapping[str, Any]) -> Iterator[str]:
+def _field_names(config: Mapping[str, Any]) -> Iterator[str]:
     """Names of fields that say something, and of those of the model's parts."""
     for name, value in config.items():
         if value in (None, False):
             continue
         yield name
-        if PARTS.search(name) and isinstance(value, dict):
+        if PART_PATTERN.search(name) and isinstance(value, dict):
             yield from (inner for inner, content in value.items() if content not in (None, False))

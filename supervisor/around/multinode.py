@@ -26,16 +26,16 @@ from supervisor.engine.run import Observer, Run
 from supervisor.engine.session import Session
 from supervisor.settings.cluster import Cluster
 
-LAUNCHED = re.compile(r"Launching (?:vLLM .* headless|(?P<engines>\d+) data parallel engine)")
-JOINED = re.compile(r"rank \d+ in world size \d+ is assigned")
+LAUNCH_LINE = re.compile(r"Launching (?:vLLM .* headless|(?P<engines>\d+) data parallel engine)")
+JOIN_LINE = re.compile(r"rank \d+ in world size \d+ is assigned")
 # What a worker says of the memory that its weights leave: profiled, on a CPU, and where the user set it.
-LOADED = re.compile(r"Available KV cache memory|\) GiB for KV cache on node|GiB memory for KV Cache as specified")
-INITIALIZED = re.compile(r"init engine \(")
+LOAD_LINE = re.compile(r"Available KV cache memory|\) GiB for KV cache on node|GiB memory for KV Cache as specified")
+INIT_LINE = re.compile(r"init engine \(")
 ESTABLISHED, LISTENING = "01", "0A"
 # Seconds between two looks whether the other machines are there. A data-parallel rank connects soon after it is ready.
-INTERVAL, LOOKS = 1.0, 60
+LOOK_INTERVAL, MAX_LOOKS = 1.0, 60
 LOOK_PATIENCE = 10.0
-Ends = tuple[str, str]  # of a connection, as /proc writes them: ours, theirs
+Endpoints = tuple[str, str]  # of a connection, as /proc writes them: ours, theirs
 
 
 class Ranks:
@@ -43,50 +43,50 @@ class Ranks:
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
-        self.awaited: list[re.Pattern[str]] | None = None  # what a headless rank has still to say
-        self.noted: set[Ends] = set()
+        self.pending_lines: list[re.Pattern[str]] | None = None  # what a headless rank has still to say
+        self.connections: set[Endpoints] = set()
 
     def hear(self, line: str) -> None:
-        if self.awaited is None:
-            if launched := LAUNCHED.search(line):
-                engines = launched["engines"]
+        if self.pending_lines is None:
+            if launch := LAUNCH_LINE.search(line):
+                engines = launch["engines"]
                 # With its engine process another one is awaited: until then it has only shaken hands with rank 0.
-                self.awaited = [INITIALIZED] * int(engines) if engines else [JOINED, LOADED]
-        elif self.awaited and self.awaited[0].search(line):
-            del self.awaited[0]
+                self.pending_lines = [INIT_LINE] * int(engines) if engines else [JOIN_LINE, LOAD_LINE]
+        elif self.pending_lines and self.pending_lines[0].search(line):
+            del self.pending_lines[0]
 
     @property
-    def loaded(self) -> bool:
-        return self.awaited == []
+    def is_loaded(self) -> bool:
+        return self.pending_lines == []
 
-    def note(self, session: Session) -> int:
+    def note_connections(self, session: Session) -> int:
         """Looks which connections hold the ranks together; how many there are."""
-        sockets = {inode for pid in session.members() for inode in _sockets(pid)}
-        rows = [(ends, state) for ends, state, inode in _connections() if inode in sockets]
-        ours = {ends for ends, state in rows if state == ESTABLISHED}
-        listening = {_port(ends[0]) for ends, state in rows if state == LISTENING}
-        within = {tuple(map(_address, ends)) for ends in ours}  # between two of our own processes both ends are ours
-        self.noted = {
-            (mine, other)
-            for mine, other in ours
-            if (_address(other), _address(mine)) not in within and self._holds(mine, other, listening)
+        inodes = {inode for pid in session.members() for inode in _read_socket_inodes(pid)}
+        rows = [(ends, state) for ends, state, inode in _read_connections() if inode in inodes]
+        pairs = {ends for ends, state in rows if state == ESTABLISHED}
+        ports = {_port(ends[0]) for ends, state in rows if state == LISTENING}
+        address_pairs = {tuple(map(_address, ends)) for ends in pairs}  # two of our own processes have both ends here
+        self.connections = {
+            (local, remote)
+            for local, remote in pairs
+            if (_address(remote), _address(local)) not in address_pairs and self._is_rank_pair(local, remote, ports)
         }
-        return len(self.noted)
+        return len(self.connections)
 
-    def gone(self) -> str | None:
+    def find_lost_rank(self) -> str | None:
         """The address of a rank to which a connection is gone."""
-        lost = self.noted - {ends for ends, state, _ in _connections() if state == ESTABLISHED}
+        lost = self.connections - {ends for ends, state, _ in _read_connections() if state == ESTABLISHED}
         return _address(min(lost)[1])[0] if lost else None
 
-    def _holds(self, mine: str, other: str, listening: set[int]) -> bool:
+    def _is_rank_pair(self, local: str, remote: str, ports: set[int]) -> bool:
         port = self.cluster.port
         if not self.cluster.is_replicated:
-            return port in (_port(mine), _port(other))
-        if port in (_port(mine), _port(other)):
+            return port in (_port(local), _port(remote))
+        if port in (_port(local), _port(remote)):
             return False  # of the handshake, which ends when all have come
         if self.cluster.is_headless:
-            return _address(other)[0] in _addresses(self.cluster.leader)
-        return _port(mine) in listening
+            return _address(remote)[0] in _resolve_host(self.cluster.leader)
+        return _port(local) in ports
 
 
 class Multinode(Observer):
@@ -97,12 +97,12 @@ class Multinode(Observer):
         self.drain_timeout = drain_timeout
         self.log = logging.getLogger("supervisor.multinode")
         self.ranks = Ranks(cluster)
-        self.draining = False
-        self._watching: asyncio.Task[None] | None = None
+        self.is_draining = False
+        self._watch_task: asyncio.Task[None] | None = None
 
     def began(self, run: Run) -> None:
         self.ranks = Ranks(self.cluster)
-        self._watching = asyncio.get_running_loop().create_task(self._watch(run, self.ranks))
+        self._watch_task = asyncio.get_running_loop().create_task(self._watch(run, self.ranks))
 
     def heard(self, run: Run, lines: Sequence[str]) -> None:
         for line in lines:
@@ -112,42 +112,42 @@ class Multinode(Observer):
         """From the first request on, the end of another rank is noticed."""
         if run.child is not None:
             session = run.child.session
-            await run_bounded(LOOK_PATIENCE, lambda: self.ranks.note(session))
+            await run_bounded(LOOK_PATIENCE, lambda: self.ranks.note_connections(session))
 
     def removed(self) -> None:
-        if self._watching is not None:
-            self._watching.cancel()
+        if self._watch_task is not None:
+            self._watch_task.cancel()
 
     async def ask(self, path: str, body: bytes, patience: float) -> tuple[int, bytes] | None:
         """What a headless rank would say of its health, if it had a port."""
-        return (200, b"") if path == "/health" and self.ranks.loaded else None
+        return (200, b"") if path == "/health" and self.ranks.is_loaded else None
 
     async def drain(self) -> bool:
         """Of a headless rank: those that are stopped together get their signals at once, and rank 0's last answers need
         this one."""
-        self.draining = True
+        self.is_draining = True
         try:
             async with asyncio.timeout(self.drain_timeout):
-                while self.ranks.noted and await run_bounded(LOOK_PATIENCE, self.ranks.gone) is None:  # noqa: ASYNC110
-                    await asyncio.sleep(INTERVAL / 4)
+                while self.ranks.connections and await run_bounded(LOOK_PATIENCE, self.ranks.find_lost_rank) is None:  # noqa: ASYNC110
+                    await asyncio.sleep(LOOK_INTERVAL / 4)
         except TimeoutError:
             pass
         return True
 
     async def _watch(self, run: Run, ranks: Ranks) -> None:
         """vLLM itself does not notice when another machine is gone."""
-        session, looks = run.child.session if run.child is not None else Session(0), 0
+        session, look_count = run.child.session if run.child is not None else Session(0), 0
         try:
-            while looks < LOOKS:
-                await asyncio.sleep(INTERVAL)
+            while look_count < MAX_LOOKS:
+                await asyncio.sleep(LOOK_INTERVAL)
                 if not run.served:
                     continue
-                if not ranks.noted:
-                    looks += 1
-                    await run_bounded(LOOK_PATIENCE, lambda: ranks.note(session))
-                elif (address := await run_bounded(LOOK_PATIENCE, ranks.gone)) is not None:
+                if not ranks.connections:
+                    look_count += 1
+                    await run_bounded(LOOK_PATIENCE, lambda: ranks.note_connections(session))
+                elif (address := await run_bounded(LOOK_PATIENCE, ranks.find_lost_rank)) is not None:
                     # A headless rank that drains waits for just this.
-                    if not (self.draining and self.cluster.is_headless):
+                    if not (self.is_draining and self.cluster.is_headless):
                         run.broke("rank gone", f"the rank at {address} is gone: all of them have to start again")
                     return
             self.log.warning("no connection to another rank is to be seen: the end of one will not be noticed")
@@ -155,51 +155,51 @@ class Multinode(Observer):
             self.log.exception("the end of another rank will not be noticed")
 
 
-def _connections() -> list[tuple[Ends, str, str]]:
+def _read_connections() -> list[tuple[Endpoints, str, str]]:
     """Of this network, which is the engine's too: ends, state, inode."""
-    found = []
+    connections = []
     for name in ("tcp", "tcp6"):
         try:
             rows = Path(f"/proc/self/net/{name}").read_text().splitlines()[1:]
         except OSError:
             continue
         for row in rows:
-            _, mine, other, state, *_, inode = row.split(maxsplit=10)[:10]
-            found.append(((mine, other), state, inode))
-    return found
+            _, local, remote, state, *_, inode = row.split(maxsplit=10)[:10]
+            connections.append(((local, remote), state, inode))
+    return connections
 
 
-def _sockets(pid: int) -> set[str]:
-    found = set()
+def _read_socket_inodes(pid: int) -> set[str]:
+    inodes = set()
     try:
         for entry in Path(f"/proc/{pid}/fd").iterdir():
             target = entry.readlink().name
             if target.startswith("socket:["):
-                found.add(target[8:-1])
+                inodes.add(target[8:-1])
     except OSError:
         pass  # it has just ended
-    return found
+    return inodes
 
 
-def _port(text: str) -> int:
-    return int(text.rpartition(":")[2], 16)
+def _port(endpoint: str) -> int:
+    return int(endpoint.rpartition(":")[2], 16)
 
 
-def _address(text: str) -> tuple[str, int]:
+def _address(endpoint: str) -> tuple[str, int]:
     """`0100007F:1F90` -> 127.0.0.1, 8080. A socket for both IPs writes IPv4 as IPv6."""
-    data = bytes.fromhex(text.partition(":")[0])
-    words = b"".join(data[at : at + 4][::-1] for at in range(0, len(data), 4))
-    return _plain(ipaddress.ip_address(words)), _port(text)
+    data = bytes.fromhex(endpoint.partition(":")[0])
+    words = b"".join(data[offset : offset + 4][::-1] for offset in range(0, len(data), 4))
+    return _format_address(ipaddress.ip_address(words)), _port(endpoint)
 
 
-def _plain(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:
+def _format_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return str(mapped or address)
 
 
-def _addresses(host: str) -> set[str]:
+def _resolve_host(host: str) -> set[str]:
     try:
-        found = {str(row[4][0]).partition("%")[0] for row in socket.getaddrinfo(host, None)}
+        addresses = {str(row[4][0]).partition("%")[0] for row in socket.getaddrinfo(host, None)}
     except OSError:
         return set()
-    return {_plain(ipaddress.ip_address(text)) for text in found}
+    return {_format_address(ipaddress.ip_address(address)) for address in addresses}

@@ -12,14 +12,14 @@ class OomKills(Observer):
     def __init__(self, machine: Machine | None = None) -> None:
         self.machine = machine or Machine()
         self.run: Run | None = None
-        self.before = 0
+        self.baseline = 0
 
     def began(self, run: Run) -> None:
-        self.run, self.before = run, self._count()
+        self.run, self.baseline = run, self._count_kills()
 
     def removed(self) -> None:
         if self.run is not None:
-            self.run.oom_killed = self._count() > self.before
+            self.run.oom_killed = self._count_kills() > self.baseline
 
-    def _count(self) -> int:
+    def _count_kills(self) -> int:
         return self.machine.cgroup().get("oom_kills", 0)

@@ -7,7 +7,7 @@ import time
 
 # A line that matches means that the phase begins. Only forwards: several ranks log the same lines.
 # Wordings of vLLM 0.24 to 0.32; the fake engine logs the same.
-ROWS = {
+PHASE_PATTERNS = {
     # Ours (weights/download.py), where the weights come from the hub.
     "asking the hub": "(?!)",
     "fetching weights": r"^weights: Downloading",
@@ -38,13 +38,13 @@ ROWS = {
     "waiting for the other engines": r"Waiting for READY message from DP Coordinator",
     "warming up": "(?!)",  # ours: a first request, where one is asked for
 }
-PHASES = tuple((name, re.compile(pattern)) for name, pattern in ROWS.items())
-IMPORTING, COMPILING, CAPTURING = map([*ROWS].index, ("importing vLLM", "compiling", "capturing graphs"))
+PHASES = tuple((name, re.compile(pattern)) for name, pattern in PHASE_PATTERNS.items())
+IMPORTING, COMPILING, CAPTURING = map([*PHASE_PATTERNS].index, ("importing vLLM", "compiling", "capturing graphs"))
 # With ENFORCE_EAGER nothing is compiled: what would begin it begins the next.
-EAGER = re.compile(r"'enforce_eager': True|Enforce eager set")
+EAGER_LINE = re.compile(r"'enforce_eager': True|Enforce eager set")
 # No pattern matches a line that has none of these. All patterns take 75 us for a line of 900 characters, these 11: at
 # some thousand lines a second of a start the event loop had time for nothing else.
-SIGNS = (
+MARKERS = (
     "weights: ", "non-default args", "Using max model len", "Initializing a V1 LLM engine", "Waiting for ",
     "world_size=", "Launching ", "Downloading ", "Fetching ", "Starting to load ", "Loading ", "Model loading took",
     "Using cache directory", "Dynamo bytecode transform", "Start compiling", "torch.compile t", "Initial profiling",
@@ -52,66 +52,66 @@ SIGNS = (
     "Supported tasks", "Starting vLLM ", "enforce_eager", "Enforce eager",
 )  # fmt: skip
 # How far a download is.
-PROGRESS = re.compile(r"^weights: Downloading weights: (\S+ \S+ of .*)")
+PROGRESS_LINE = re.compile(r"^weights: Downloading weights: (\S+ \S+ of .*)")
 
 
 class Waterfall:
     """`hear(line)` for each log line; `current` and `as_rows()` at any time. Times from `start`, monotonic seconds."""
 
-    def __init__(self, start: float, *, fetches: bool = False) -> None:
+    def __init__(self, started_at: float, *, fetches: bool = False) -> None:
         """`fetches`: vLLM comes after a download."""
-        self.start = start
-        self.begun: list[tuple[int, float]] = [(0 if fetches else IMPORTING, start)]
+        self.started_at = started_at
+        self.phase_starts: list[tuple[int, float]] = [(0 if fetches else IMPORTING, started_at)]
         self.progress = ""
-        self.eager = False
-        self.finished: float | None = None
+        self.is_eager = False
+        self.finished_at: float | None = None
 
     @property
-    def current(self) -> str:
-        return PHASES[self.begun[-1][0]][0]
+    def current_phase(self) -> str:
+        return PHASES[self.phase_starts[-1][0]][0]
 
     @property
     def fetching(self) -> bool:
         """Whether the weights still come."""
-        return self.begun[-1][0] < IMPORTING
+        return self.phase_starts[-1][0] < IMPORTING
 
     @property
     def detail(self) -> str:
         """The phase, and how far it is, where that is known."""
-        return f"{self.current} ({self.progress})" if self.progress else self.current
+        return f"{self.current_phase} ({self.progress})" if self.progress else self.current_phase
 
     def hear(self, line: str) -> str | None:
         """The phase that this line begins, if any."""
-        if self.finished is not None or not any(sign in line for sign in SIGNS):
+        if self.finished_at is not None or not any(marker in line for marker in MARKERS):
             return None
-        if self.fetching and (told := PROGRESS.search(line)):
-            self.progress = told[1]
-        self.eager = self.eager or EAGER.search(line) is not None
-        at, now = self.begun[-1][0], time.monotonic()
-        if captured := PHASES[CAPTURING][1].search(line):
-            if at != CAPTURING - 1:
+        if self.fetching and (match := PROGRESS_LINE.search(line)):
+            self.progress = match[1]
+        self.is_eager = self.is_eager or EAGER_LINE.search(line) is not None
+        position, now = self.phase_starts[-1][0], time.monotonic()
+        if capture := PHASES[CAPTURING][1].search(line):
+            if position != CAPTURING - 1:
                 return None
-            self.begun.append((CAPTURING, max(self.begun[-1][1], now - int(captured[1]))))
-        following = [n for n in range(at + 1, len(PHASES)) if PHASES[n][1].search(line)]
-        if not following:
+            self.phase_starts.append((CAPTURING, max(self.phase_starts[-1][1], now - int(capture[1]))))
+        candidates = [n for n in range(position + 1, len(PHASES)) if PHASES[n][1].search(line)]
+        if not candidates:
             return None
-        begins = following[-1] + (self.eager and following[-1] == COMPILING)
-        self.begun.append((begins, now))
-        self.progress = self.progress if begins < IMPORTING else ""
-        return self.current
+        index = candidates[-1] + (self.is_eager and candidates[-1] == COMPILING)
+        self.phase_starts.append((index, now))
+        self.progress = self.progress if index < IMPORTING else ""
+        return self.current_phase
 
     def warm_up(self) -> None:
-        self.begun.append((len(PHASES) - 1, time.monotonic()))
+        self.phase_starts.append((len(PHASES) - 1, time.monotonic()))
 
     def finish(self) -> float:
         """The engine is ready; returns the seconds since the spawn."""
-        self.finished = time.monotonic()
-        return self.finished - self.start
+        self.finished_at = time.monotonic()
+        return self.finished_at - self.started_at
 
     def as_rows(self) -> list[dict[str, object]]:
-        begun = list(self.begun)  # a terminal's thread may ask
-        ends = [at for _, at in begun[1:]] + [self.finished or time.monotonic()]
+        starts = list(self.phase_starts)  # a terminal's thread may ask
+        ends = [start for _, start in starts[1:]] + [self.finished_at or time.monotonic()]
         return [
-            {"name": PHASES[number][0], "seconds": round(end - at, 3)}
-            for (number, at), end in zip(begun, ends, strict=True)
+            {"name": PHASES[index][0], "seconds": round(end - start, 3)}
+            for (index, start), end in zip(starts, ends, strict=True)
         ]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from supervisor.around.account import Account
-from supervisor.around.gpus import gpus
+from supervisor.around.gpus import read_gpus
 from supervisor.around.machine import Machine, amount, disk, versions
 from supervisor.bounded import run_bounded, try_bounded
 from supervisor.engine import tracebacks
@@ -28,14 +28,14 @@ from supervisor.engine.run import Observer, Run
 from supervisor.secrets import Mask
 
 FOLDER = "postmortem"
-KEPT = 5
+MAX_BUNDLES = 5
 # A driver that hangs answers nobody, and the thread that asked it stays; we do not.
 GPU_PATIENCE = 5.0
 # Of the whole, where the supervisor's own end waits for it.
 PATIENCE = 12.0
-SHOWN_COMMAND, SHOWN_LINE = 400, 200
+MAX_COMMAND_LENGTH, MAX_LINE_LENGTH = 400, 200
 # Of what `/status` tells: what the bundle has at length, and what is the next run's.
-SAID_ELSEWHERE = ("last_failure", "log_tail", "progress", "pid")
+OMITTED_KEYS = ("last_failure", "log_tail", "progress", "pid")
 
 
 class PostMortem(Observer):
@@ -46,14 +46,14 @@ class PostMortem(Observer):
         cache: Path,
         *,
         mask: Mask,
-        vllm: str,
+        vllm_version: str,
         facts: Mapping[str, Any],
         account: Account,
         machine: Machine | None = None,
     ) -> None:
         self.folder = cache / FOLDER
         self.mask = mask
-        self.vllm = vllm
+        self.vllm_version = vllm_version
         self.facts = facts
         self.account = account
         self.machine = machine or Machine()
@@ -61,7 +61,7 @@ class PostMortem(Observer):
 
     async def failed(self, run: Run, verdict: str, given_up: bool) -> None:
         """Raises nothing, and ends in bounded time."""
-        known = {
+        failure = {
             **self.account.status(),
             **(self.account.last_failure or {}),
             "timeline": list(self.account.timeline),
@@ -71,7 +71,7 @@ class PostMortem(Observer):
             "given_up": given_up,
         }
         try:
-            self.log.error("%s", await run_bounded(PATIENCE, lambda: self.report(known)))
+            self.log.error("%s", await run_bounded(PATIENCE, lambda: self.report(failure)))
         except TimeoutError:
             self.log.warning("the post-mortem was not done in %g s", PATIENCE)
         except Exception:  # it tells of a failure, and must not become one
@@ -81,14 +81,14 @@ class PostMortem(Observer):
         """Gathers, writes, and returns the block for the log."""
         bundle = self.gather(failure)
         try:
-            where = str(self.keep(bundle))
+            location = str(self.write(bundle))
         except OSError as error:
-            where = f"could not be written to {self.folder} ({error.strerror or error})"
-        return "\n".join(block(bundle, where))
+            location = f"could not be written to {self.folder} ({error.strerror or error})"
+        return "\n".join(format_block(bundle, location))
 
     def gather(self, failure: Mapping[str, Any]) -> dict[str, Any]:
         facts = dict(self.facts)
-        failure = {name: value for name, value in failure.items() if name not in SAID_ELSEWHERE}
+        failure = {name: value for name, value in failure.items() if name not in OMITTED_KEYS}
         bundle = {
             "written": time.time(),
             # Not word for word: that a value is a secret may be told by the option before it.
@@ -96,20 +96,20 @@ class PostMortem(Observer):
             **failure,
             "settings": facts.pop("settings", []),
             "facts": facts,
-            "versions": versions(self.vllm),
+            "versions": versions(self.vllm_version),
             "memory": self.machine.memory(),
             "cgroup": self.machine.cgroup(),
             "disks": [disk(folder) for folder in (self.folder, Path("/tmp"), self.machine.shm)],  # noqa: S108
-            "gpu": try_bounded(GPU_PATIENCE, gpus),
-            "nvidia_smi": _nvidia_smi(),
+            "gpu": try_bounded(GPU_PATIENCE, read_gpus),
+            "nvidia_smi": _run_nvidia_smi(),
         }
-        masked: dict[str, Any] = _masked(bundle, self.mask)
+        masked: dict[str, Any] = _mask_value(bundle, self.mask)
         return masked
 
-    def keep(self, bundle: Mapping[str, Any]) -> Path:
+    def write(self, bundle: Mapping[str, Any]) -> Path:
         """Raises OSError. What is written in part is removed, and of the whole ones only the last few stay."""
-        at = float(bundle["written"])
-        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(at)) + f"-{int(at % 1 * 1000):03}"
+        written_at = float(bundle["written"])
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(written_at)) + f"-{int(written_at % 1 * 1000):03}"
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{stamp}-{os.getpid()}.json"
         part = path.with_suffix(".part")
@@ -121,79 +121,79 @@ class PostMortem(Observer):
             with contextlib.suppress(OSError):
                 part.unlink()
             raise
-        for old in sorted(self.folder.glob("*.json"))[:-KEPT]:
+        for old in sorted(self.folder.glob("*.json"))[:-MAX_BUNDLES]:
             with contextlib.suppress(OSError):  # another supervisor on the same volume was quicker
                 old.unlink()
         return path
 
 
-def block(bundle: Mapping[str, Any], where: str) -> list[str]:
+def format_block(bundle: Mapping[str, Any], location: str) -> list[str]:
     """What of it an issue needs at first sight."""
     from supervisor.engine.diagnosis import follows  # noqa: PLC0415  # 200 patterns to compile, for failures only
 
     signal, code = bundle.get("signal"), bundle.get("exit_code")
-    ended = f"signal {signal}" if signal is not None else f"exit code {code}" if code is not None else "ended by us"
+    ending = f"signal {signal}" if signal is not None else f"exit code {code}" if code is not None else "ended by us"
     memory, cgroup = bundle["memory"], bundle["cgroup"]
-    told = [f"{amount(memory['available'])} of {amount(memory['total'])} free"] if "available" in memory else []
-    told += [f"limit {amount(cgroup['limit'])}"] if "limit" in cgroup else []
-    told += [f"{cgroup['oom_kills']} killed for want of it"] if cgroup.get("oom_kills") else []
-    known = bundle["versions"]
+    memory_notes = [f"{amount(memory['available'])} of {amount(memory['total'])} free"] if "available" in memory else []
+    memory_notes += [f"limit {amount(cgroup['limit'])}"] if "limit" in cgroup else []
+    memory_notes += [f"{cgroup['oom_kills']} killed for want of it"] if cgroup.get("oom_kills") else []
+    software = bundle["versions"]
     lines = {
         "when": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(float(bundle.get("at") or bundle["written"]))),
-        "what": f"{bundle.get('cause')} ({ended})",
+        "what": f"{bundle.get('cause')} ({ending})",
         "remedy": bundle.get("remedy"),
         "then": (f"given up: {bundle.get('verdict')}" if bundle.get("given_up") else "started again")
         + f"; restarts before: {bundle.get('restarts')}",
-        "states": _steps(bundle.get("timeline") or ()),
+        "states": _format_timeline(bundle.get("timeline") or ()),
         "start": ", ".join(f"{row['name']} {row['seconds']:.1f} s" for row in bundle.get("phases") or ()),
-        "versions": f"supervisor {known['supervisor']}, vLLM {known['vllm']}, Python {known['python']}, "
-        f"{known['kernel']}",
-        "memory": ", ".join(told),
-        "disks": ", ".join(f"{each['folder']} {amount(each['free'])} free" for each in bundle["disks"]
-                           if "free" in each),
-        "gpu": _gpu(bundle["gpu"]),
+        "versions": f"supervisor {software['supervisor']}, vLLM {software['vllm']}, Python {software['python']}, "
+        f"{software['kernel']}",
+        "memory": ", ".join(memory_notes),
+        "disks": ", ".join(f"{space['folder']} {amount(space['free'])} free" for space in bundle["disks"]
+                           if "free" in space),
+        "gpu": _format_gpus(bundle["gpu"]),
         "settings": _cut(" ".join(f"{row['name']}={shlex.quote(row['value'])}" for row in bundle["settings"]
-                                  if not row["source"].startswith("default")), SHOWN_COMMAND),
-        "command": _cut(bundle["command"], SHOWN_COMMAND),
-        "last error": _cut(tracebacks.read(bundle.get("log") or (), follows).error or "", SHOWN_LINE),
-        "bundle": where,
+                                  if not row["source"].startswith("default")), MAX_COMMAND_LENGTH),
+        "command": _cut(bundle["command"], MAX_COMMAND_LENGTH),
+        "last error": _cut(tracebacks.read(bundle.get("log") or (), follows).error or "", MAX_LINE_LENGTH),
+        "bundle": location,
     }  # fmt: skip
     rows = [f"  {name + ':':<12}{str(text).splitlines()[0]}" for name, text in lines.items() if text]
     return ["post-mortem, to be pasted into an issue:", *rows]
 
 
-def _nvidia_smi() -> str | None:
+def _run_nvidia_smi() -> str | None:
     program = shutil.which("nvidia-smi")
     if program is None:
         return None
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        done = subprocess.run([program], capture_output=True, text=True, timeout=GPU_PATIENCE, check=False)
-        return done.stdout or done.stderr
+        result = subprocess.run([program], capture_output=True, text=True, timeout=GPU_PATIENCE, check=False)
+        return result.stdout or result.stderr
     return "it did not answer"
 
 
-def _masked(value: Any, mask: Mask) -> Any:
+def _mask_value(value: Any, mask: Mask) -> Any:
     if isinstance(value, str):
         return mask(value)
     if isinstance(value, Mapping):
-        return {str(key): _masked(each, mask) for key, each in value.items()}
+        return {str(key): _mask_value(item, mask) for key, item in value.items()}
     if isinstance(value, Sequence):
-        return [_masked(each, mask) for each in value]
+        return [_mask_value(item, mask) for item in value]
     return value
 
 
-def _steps(timeline: Iterable[Mapping[str, Any]]) -> str:
+def _format_timeline(timeline: Iterable[Mapping[str, Any]]) -> str:
     """`starting, ready +1.2 s, restarting +33.0 s`: each with the seconds since the one before; the last ones."""
     rows = list(timeline)[-8:]
-    said = [f"{row['state']} +{row['at'] - before['at']:.1f} s" for before, row in itertools.pairwise(rows)]
-    return ", ".join([str(rows[0]["state"]), *said]) if rows else ""
+    steps = [f"{row['state']} +{row['at'] - previous['at']:.1f} s" for previous, row in itertools.pairwise(rows)]
+    return ", ".join([str(rows[0]["state"]), *steps]) if rows else ""
 
 
-def _gpu(found: Mapping[str, Any] | None) -> str:
-    if found is None:
+def _format_gpus(report: Mapping[str, Any] | None) -> str:
+    if report is None:
         return "none to be seen"
-    gpus = [f"{each['name']} {amount(each['used'])} of {amount(each['total'])} in use" for each in found["gpus"]]
-    return "; ".join([*gpus, f"driver {found['driver']}" if found["driver"] else str(found.get("error", ""))])
+    gpu_notes = [f"{gpu['name']} {amount(gpu['used'])} of {amount(gpu['total'])} in use" for gpu in report["gpus"]]
+    return "; ".join([*gpu_notes, f"driver {report['driver']}" if report["driver"] else str(report.get("error", ""))])
 
 
 def _cut(text: str, length: int) -> str:

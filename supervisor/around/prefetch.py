@@ -19,12 +19,12 @@ from supervisor.weights.find import Weights
 
 # More than one file at a time is what network volumes need to be fast.
 READERS = 4
-PIECE = 8 * 1024 * 1024
+BUFFER_BYTES = 8 * 1024 * 1024
 # Less is read faster than threads are started.
-LEAST = 256_000_000
+MIN_BYTES = 256_000_000
 # Of the memory that is free now: the rest is for vLLM itself.
-SHARE = 0.6
-CGROUP = (
+MEMORY_SHARE = 0.6
+CGROUP_FILES = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
@@ -36,43 +36,43 @@ def spare_memory() -> int:
     with contextlib.suppress(OSError, ValueError, IndexError):
         text = Path("/proc/meminfo").read_text()
         free = int(text.partition("MemAvailable:")[2].split()[0]) * 1024
-    for limit, used in CGROUP:
+    for limit, used in CGROUP_FILES:
         with contextlib.suppress(OSError, ValueError):
             free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-    return int(free * SHARE)
+    return int(free * MEMORY_SHARE)
 
 
 class Prefetch:
     """`Prefetch(files)` begins; `stop()` ends it early. Does nothing where the files would not fit into memory."""
 
     def __init__(self, files: Iterable[Path]) -> None:
-        self.left = sorted(files, reverse=True)
-        self.bytes = 0
+        self.pending_files = sorted(files, reverse=True)
+        self.total_bytes = 0
         with contextlib.suppress(OSError):
-            self.bytes = sum(path.stat().st_size for path in self.left)
-        self.over = threading.Event()
+            self.total_bytes = sum(path.stat().st_size for path in self.pending_files)
+        self.stop_event = threading.Event()
         self.lock = threading.Lock()
         self.threads: list[threading.Thread] = []
-        if 0 < self.bytes <= spare_memory():
-            self.threads = [threading.Thread(target=self._read, daemon=True) for _ in range(READERS)]
+        if 0 < self.total_bytes <= spare_memory():
+            self.threads = [threading.Thread(target=self._read_files, daemon=True) for _ in range(READERS)]
         for thread in self.threads:
             thread.start()
 
     def stop(self) -> None:
-        self.over.set()
+        self.stop_event.set()
 
-    def _read(self) -> None:
-        buffer = mmap.mmap(-1, PIECE)  # a thread's heap keeps what it once had: 34 MB for good
+    def _read_files(self) -> None:
+        buffer = mmap.mmap(-1, BUFFER_BYTES)  # a thread's heap keeps what it once had: 34 MB for good
         while True:
             with self.lock:
-                if not self.left or self.over.is_set():
+                if not self.pending_files or self.stop_event.is_set():
                     return
-                path = self.left.pop()
+                path = self.pending_files.pop()
             with contextlib.suppress(OSError):
                 descriptor = os.open(path, os.O_RDONLY)
                 try:
                     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-                    while os.readv(descriptor, [buffer]) and not self.over.is_set():
+                    while os.readv(descriptor, [buffer]) and not self.stop_event.is_set():
                         pass
                 finally:
                     os.close(descriptor)
@@ -81,23 +81,23 @@ class Prefetch:
 class ReadAhead(Observer):
     """Reads what each run of the engine is going to load."""
 
-    def __init__(self, weights: Callable[[], Weights], load_format: str) -> None:
-        self.weights = weights
+    def __init__(self, find_weights: Callable[[], Weights], load_format: str) -> None:
+        self.find_weights = find_weights
         self.load_format = load_format
-        self.latest: Prefetch | None = None
+        self.prefetch: Prefetch | None = None
 
     def began(self, run: Run) -> None:
-        Call(self._read)  # it may hang; nobody waits for it
+        Call(self._start_prefetch)  # it may hang; nobody waits for it
 
-    def _read(self) -> None:
-        if self.latest is not None:
-            self.latest.stop()
-        weights = self.weights()
+    def _start_prefetch(self) -> None:
+        if self.prefetch is not None:
+            self.prefetch.stop()
+        weights = self.find_weights()
         if weights.folder is None or weights.needs_download:
             return
         with contextlib.suppress(OSError):  # what is missing, or no folder, is vLLM's to tell
             names = {path.name for path in weights.folder.iterdir()}
-            wanted = snapshot.weights(names, self.load_format)
-            files = [weights.folder / name for name in wanted if name in names]
-            if sum(path.stat().st_size for path in files) >= LEAST:
-                self.latest = Prefetch(files)
+            weight_names = snapshot.weights(names, self.load_format)
+            files = [weights.folder / name for name in weight_names if name in names]
+            if sum(path.stat().st_size for path in files) >= MIN_BYTES:
+                self.prefetch = Prefetch(files)

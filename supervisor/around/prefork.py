@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 # Seconds for an answer, which takes 0.1 s.
 PATIENCE = 5.0
 # Bytes that have to be free: what a zygote does not share with an engine is 0.2 to 0.5 GB.
-LEAST_MEMORY = 2_000_000_000
+MIN_MEMORY_BYTES = 2_000_000_000
 # Starts that failed before they served, where none between them came to serve.
-MOST_FAILURES = 2
+MAX_FAILURES = 2
 # What is no mistake of the user's where we forked.
-OUR_OWN = re.compile("forked subprocess|fork method|after fork", re.I)
-ANEW, GONE = "vLLM is started anew, not forked: %s", "the process that keeps its modules imported does not answer"
-PEER = struct.Struct("3i")  # pid, uid, gid
+FORK_ERROR = re.compile("forked subprocess|fork method|after fork", re.I)
+NO_FORK, SILENCE = "vLLM is started anew, not forked: %s", "the process that keeps its modules imported does not answer"
+UCRED = struct.Struct("3i")  # pid, uid, gid
 
 
 class Zygote:
@@ -44,26 +44,26 @@ class Zygote:
         """Raises OSError where it is gone already."""
         self.connection = connection
         connection.settimeout(PATIENCE)
-        pid, _, _ = PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size))
-        self.handle = os.pidfd_open(pid)
+        pid, _, _ = UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
+        self.pidfd = os.pidfd_open(pid)
         self.hello = zygote.receive(connection)
 
-    def fork(self, request: object, files: Sequence[int]) -> dict[str, Any]:
+    def fork(self, request: object, descriptors: Sequence[int]) -> dict[str, Any]:
         """`{"pid": ...}` of the child that is ours now, or `{"why": ...}`."""
         with contextlib.suppress(OSError, ValueError):
-            zygote.send(self.connection, request, files)
+            zygote.send(self.connection, request, descriptors)
             if answer := zygote.receive(self.connection):
                 return answer[0]
-        return {"why": GONE}
+        return {"why": SILENCE}
 
     def end(self) -> None:
         """At once, even if it hangs."""
         self.connection.close()
         with contextlib.suppress(OSError):  # it was reaped; or is no child of ours, and not ours to kill
-            os.waitid(os.P_PIDFD, self.handle, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            signal.pidfd_send_signal(self.handle, signal.SIGKILL)
-            os.waitid(os.P_PIDFD, self.handle, os.WEXITED)  # what was stopped ends as well
-        os.close(self.handle)
+            os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)  # what was stopped ends as well
+        os.close(self.pidfd)
 
 
 class Prefork(Observer):
@@ -79,51 +79,51 @@ class Prefork(Observer):
         self.listener.listen()
         self.listener.setblocking(False)
         self.zygote: Zygote | None = None
-        self.plain = False  # the next start is
+        self.is_next_plain = False  # the next start is
         self.failures = 0
         self.has_served = False
 
     def program(self, argv: tuple[str, ...]) -> tuple[str, ...]:
         """What is run in the place of `vllm serve ...`."""
-        if self.plain or self.failures >= MOST_FAILURES:
+        if self.is_next_plain or self.failures >= MAX_FAILURES:
             self._accept()
-            self.forget()
+            self.end_zygote()
             return argv
-        if spare_memory() < LEAST_MEMORY:
+        if spare_memory() < MIN_MEMORY_BYTES:
             self.log.debug("memory is short: vLLM is started as it is")
             return argv
         return (*self.prefix, *argv[1:])
 
     def fork(self, command: Command, output: int, errors: int) -> int | None:
         """The pid of the start, which is our child by adoption; None where it has to be run."""
-        words = len(self.prefix)
+        prefix_length = len(self.prefix)
         self._accept()
-        if command.argv[:words] != self.prefix or self.zygote is None:
+        if command.argv[:prefix_length] != self.prefix or self.zygote is None:
             return None
-        request = {"argv": command.argv[words:], "environ": dict(command.environ), "parent": os.getpid()}
+        request = {"argv": command.argv[prefix_length:], "environ": dict(command.environ), "parent": os.getpid()}
         answer = self.zygote.fork(request, (output, errors))
         pid = answer.get("pid")
         if isinstance(pid, int):
             self.log.info("vLLM is forked: its modules were kept imported")
             return pid
-        self.log.info(ANEW, answer.get("why"))
-        self.forget()
+        self.log.info(NO_FORK, answer.get("why"))
+        self.end_zygote()
         return None
 
     def _accept(self) -> None:
         """The latest zygote. Each comes by itself, when it is made."""
         with contextlib.suppress(BlockingIOError):
             while True:
-                latest, _ = self.listener.accept()
-                self.forget()
+                connection, _ = self.listener.accept()
+                self.end_zygote()
                 try:
-                    self.zygote = Zygote(latest)
+                    self.zygote = Zygote(connection)
                 except (OSError, ValueError):
-                    self.log.info(ANEW, GONE)
+                    self.log.info(NO_FORK, SILENCE)
                 else:
                     self.log.debug("modules are kept imported; threads beside that: %s", self.zygote.hello)
 
-    def forget(self) -> None:
+    def end_zygote(self) -> None:
         if self.zygote is not None:
             self.zygote.end()
             self.zygote = None
@@ -132,36 +132,36 @@ class Prefork(Observer):
         """Nothing is left of it."""
         with contextlib.suppress(OSError):
             self._accept()
-        self.forget()
+        self.end_zygote()
         self.listener.close()
 
     # What the engine tells
 
     async def answers(self, run: Run) -> None:
-        self.plain, self.has_served = False, True
-        if self._is_ours(run):
+        self.is_next_plain, self.has_served = False, True
+        if self._has_zygote(run):
             self.failures = 0
 
     def judged(self, run: Run, diagnosis: Diagnosis) -> None:
-        if run.served or not self._is_ours(run):
+        if run.served or not self._has_zygote(run):
             return
         if run.broken is None and run.code == -signal.SIGKILL:
             return  # by somebody else: nothing of ours ends so
-        told = diagnosis.known and diagnosis.permanent and not diagnosis.vague
-        if told and not self.has_served and not any(OUR_OWN.search(line) for line in run.log):
+        is_certain = diagnosis.known and diagnosis.permanent and not diagnosis.vague
+        if is_certain and not self.has_served and not any(FORK_ERROR.search(line) for line in run.log):
             return  # a mistake of the user's, who is not to wait for it twice
-        self.plain = run.doubted = True
+        self.is_next_plain = run.doubted = True
         self.failures += 1
-        again = "all further ones are" if self.failures >= MOST_FAILURES else "the next one is"
-        self.log.warning("a start with modules kept imported failed: %s a plain `vllm serve`", again)
+        scope = "all further ones are" if self.failures >= MAX_FAILURES else "the next one is"
+        self.log.warning("a start with modules kept imported failed: %s a plain `vllm serve`", scope)
 
-    def _is_ours(self, run: Run) -> bool:
+    def _has_zygote(self, run: Run) -> bool:
         return run.child is not None and self.prefix[-2] in run.child.command.argv
 
 
-def prefork(python: Sequence[str], command: Sequence[str], folder: Path) -> Prefork | None:
+def make_prefork(python: Sequence[str], command: Sequence[str], folder: Path) -> Prefork | None:
     """Where `vllm` is the script that pip writes."""
     with contextlib.suppress(OSError, ValueError):
-        if python and len(command) == 1 and zygote.SCRIPT.search(Path(command[0]).read_text()):
+        if python and len(command) == 1 and zygote.SCRIPT_PATTERN.search(Path(command[0]).read_text()):
             return Prefork(python, command[0], folder)
     return None

@@ -32,11 +32,11 @@ class Stacks(Observer):
     def _dump(self, program: str, parts: Mapping[int, str]) -> None:
         for pid, name in parts.items():
             try:
-                done = subprocess.run(
+                result = subprocess.run(
                     [program, "dump", "--nonblocking", "--pid", str(pid)],
                     capture_output=True, text=True, timeout=10, check=False,
                 )  # fmt: skip
             except (OSError, subprocess.TimeoutExpired) as error:
                 self.log.warning("no stacks of %s: %s", name, error)
                 continue
-            self.log.warning("stacks of %s (pid %d):\n%s", name, pid, done.stdout or done.stderr)
+            self.log.warning("stacks of %s (pid %d):\n%s", name, pid, result.stdout or result.stderr)

@@ -20,11 +20,11 @@ from supervisor.settings.command import served_name
 from supervisor.settings.settings import Settings
 from supervisor.terminal import REDRAW_INTERVAL, Terminal
 
-BAR, SPINNER, DONE = "━", "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "✓"
+BAR, SPINNER, CHECK_MARK = "━", "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "✓"
 NAME_WIDTH, BAR_WIDTH = 29, 32
 
 
-class StartTold(Observer):
+class StartDisplay(Observer):
     """`foot`: the terminal, where there is one; `invitation` is asked for once it serves."""
 
     def __init__(self, lines: Log, foot: Terminal | None, *, colour: bool, invitation: Callable[[], str]) -> None:
@@ -33,13 +33,13 @@ class StartTold(Observer):
         self.foot = foot
         self.colour = colour
         self.invitation = invitation
-        self.invited = False
+        self.has_invited = False
         self.phases: Phases | None = None
 
     def began(self, run: Run) -> None:
         self.phases = run.phases
         if self.foot is not None:
-            self.foot.show(self._picture)
+            self.foot.show(self._draw)
 
     def changed(self, change: Change) -> None:
         state = change.state
@@ -51,28 +51,28 @@ class StartTold(Observer):
             return
         rows = self.phases.as_rows() if self.phases is not None else []
         if self.foot is not None:
-            self.lines.put(waterfall(rows, running=False, colour=self.colour))
+            self.lines.put(draw_waterfall(rows, running=False, colour=self.colour))
         else:
-            told = ", ".join(f"{row['name']} {row['seconds']:.1f} s" for row in rows)
-            self.log.info("vLLM's start: %s", told, extra={"fields": {"phases": rows}})
-        if not self.invited:
-            self.invited = True
+            summary = ", ".join(f"{row['name']} {row['seconds']:.1f} s" for row in rows)
+            self.log.info("vLLM's start: %s", summary, extra={"fields": {"phases": rows}})
+        if not self.has_invited:
+            self.has_invited = True
             self.log.info("%s", self.invitation())
 
-    def _picture(self) -> Sequence[str]:
+    def _draw(self) -> Sequence[str]:
         phases = self.phases  # of the terminal's thread: it may change meanwhile
         if phases is None:
             return ()
-        return waterfall(phases.as_rows(), phases.progress, running=True, colour=self.colour)
+        return draw_waterfall(phases.as_rows(), phases.progress, running=True, colour=self.colour)
 
 
 def invitation(settings: Settings, listeners: Listeners, simulator: str) -> str:
     """What to do now that it serves: the URL, and a line to paste."""
     chat = {"messages": [{"role": "user", "content": "What are you?"}]}
-    key = ' -H "Authorization: Bearer $KEY"' if any(keys.values for keys in settings.keys) else ""
+    key_option = ' -H "Authorization: Bearer $KEY"' if any(keys.values for keys in settings.keys) else ""
     if simulator:
         job = shlex.quote(json.dumps({"input": chat}))
-        request = f"{simulator}/runsync{key} -H 'Content-Type: application/json' -d {job}"
+        request = f"{simulator}/runsync{key_option} -H 'Content-Type: application/json' -d {job}"
         return f"ready: a simulated RunPod endpoint, {simulator}\n  curl {request}"
     if settings.cluster is not None and settings.cluster.is_headless:
         return f"ready: {settings.cluster.name}; rank 0, at {settings.cluster.leader}, serves"
@@ -80,22 +80,22 @@ def invitation(settings: Settings, listeners: Listeners, simulator: str) -> str:
         return f"ready: up to {settings.knobs.max_concurrency} of RunPod's jobs at once"
     url = listen.url(listeners.gateway[0], "https" if settings.knobs.tls_cert else "http")
     body = shlex.quote(json.dumps({"model": served_name(settings), **chat}))
-    return f"ready: {url}\n  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d {body}"
+    return f"ready: {url}\n  curl {url}/v1/chat/completions{key_option} -H 'Content-Type: application/json' -d {body}"
 
 
-def waterfall(phases: Sequence[Mapping[str, object]], note: str = "", *, running: bool, colour: bool) -> list[str]:
+def draw_waterfall(phases: Sequence[Mapping[str, object]], note: str = "", *, running: bool, colour: bool) -> list[str]:
     """A line for each phase (`name`, `seconds`), its bar where its time was. `note` is how far the last one is."""
-    dim, mark, plain = (DIM, COLOURS["INFO"], RESET) if colour else ("", "", "")
-    times = [float(str(row["seconds"])) for row in phases]
-    total = max(sum(times), 0.001)
-    lines, before = [], 0.0
-    for number, (row, seconds) in enumerate(zip(phases, times, strict=True)):
-        last = number == len(times) - 1
-        sign = SPINNER[int(time.monotonic() / REDRAW_INTERVAL) % len(SPINNER)] if last and running else DONE
-        start, end = round(BAR_WIDTH * before / total), round(BAR_WIDTH * (before + seconds) / total)
+    dim, highlight, plain = (DIM, COLOURS["INFO"], RESET) if colour else ("", "", "")
+    durations = [float(str(row["seconds"])) for row in phases]
+    total = max(sum(durations), 0.001)
+    lines, elapsed = [], 0.0
+    for index, (row, seconds) in enumerate(zip(phases, durations, strict=True)):
+        is_last = index == len(durations) - 1
+        sign = SPINNER[int(time.monotonic() / REDRAW_INTERVAL) % len(SPINNER)] if is_last and running else CHECK_MARK
+        start, end = round(BAR_WIDTH * elapsed / total), round(BAR_WIDTH * (elapsed + seconds) / total)
         bar = " " * start + BAR * max(1, end - start)
-        about = f"  {note}" if last and note else ""
+        suffix = f"  {note}" if is_last and note else ""
         name = f"{row['name']!s:<{NAME_WIDTH}}"
-        lines.append(f"{mark}{sign}{plain} {name}{dim}{seconds:6.1f} s{plain}  {bar}{about}")
-        before += seconds
+        lines.append(f"{highlight}{sign}{plain} {name}{dim}{seconds:6.1f} s{plain}  {bar}{suffix}")
+        elapsed += seconds
     return lines

@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 VARIABLE = "VLLM_ENABLE_STARTUP_PLAN"
 ENVIRONMENT = {VARIABLE: "1"}
 FOLDER, NOTE = "startup_plan", "settings"
-TAKEN = "Applying persisted startup plan"
+APPLIED_LINE = "Applying persisted startup plan"
 
 
 class StartupPlan:
     """`check` before vLLM reads it, `keep` once it is ready, `forget` where a start with it failed."""
 
     def __init__(self, settings: Settings) -> None:
-        asked: list[object] = [[option.key, setting.value] for option, setting in settings.options]
-        asked += [*settings.vllm_args, settings.cluster is not None]
-        asked += sorted(item for item in settings.environ.items() if item[0].startswith(("VLLM_", "CUDA_", "NVIDIA_")))
-        self.note = hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()
+        inputs: list[object] = [[option.key, setting.value] for option, setting in settings.options]
+        inputs += [*settings.vllm_args, settings.cluster is not None]
+        inputs += sorted(item for item in settings.environ.items() if item[0].startswith(("VLLM_", "CUDA_", "NVIDIA_")))
+        self.fingerprint = hashlib.sha256(json.dumps(inputs, default=str).encode()).hexdigest()
         self.folder: Path | None = None
 
-    def check(self, run: Run) -> None:
+    def discard_stale(self, run: Run) -> None:
         """Removes those of other settings."""
         if run.child is None:
             return
@@ -45,22 +45,22 @@ class StartupPlan:
         root = environ.get("VLLM_CACHE_ROOT") or f"{environ.get('XDG_CACHE_HOME') or '~/.cache'}/vllm"
         try:
             self.folder = Path(root).expanduser() / FOLDER
-            if (self.folder / NOTE).read_text() != self.note:
+            if (self.folder / NOTE).read_text() != self.fingerprint:
                 self._remove()
         except (OSError, ValueError, RuntimeError):  # no note, or none that can be read; RuntimeError: there is no home
             self._remove()
 
-    def keep(self) -> None:
+    def write_note(self) -> None:
         """Notes what they are for."""
         with contextlib.suppress(OSError):
             if self.folder is not None and any(self.folder.glob("*.json")):
-                (self.folder / NOTE).write_text(self.note)
+                (self.folder / NOTE).write_text(self.fingerprint)
 
-    def taken(self, run: Run, diagnosis: Diagnosis) -> bool:
+    def is_suspect(self, run: Run, diagnosis: Diagnosis) -> bool:
         """Whether a start took one, and may have failed for that: not where somebody killed it."""
-        killed = run.broken is None and run.code == -signal.SIGKILL
-        wanting = not run.served or "memory" in diagnosis.cause.lower()
-        return wanting and not killed and any(TAKEN in line for line in run.log)
+        was_killed = run.broken is None and run.code == -signal.SIGKILL
+        may_be_cause = not run.served or "memory" in diagnosis.cause.lower()
+        return may_be_cause and not was_killed and any(APPLIED_LINE in line for line in run.log)
 
     def forget(self) -> str:
         self._remove()
@@ -71,7 +71,7 @@ class StartupPlan:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def startup_plan(settings: Settings) -> StartupPlan | None:
+def make_startup_plan(settings: Settings) -> StartupPlan | None:
     """Where the installed vLLM has it, and the user says nothing else."""
     from supervisor.vllm.catalogue import load  # noqa: PLC0415
     from supervisor.vllm.installed import VllmError  # noqa: PLC0415

@@ -45,63 +45,63 @@ MODULES = (
     "torch._inductor.compile_fx", "transformers.models.llama",
 )  # fmt: skip
 # By vLLM's name of the platform: on others nobody has tried it.
-PLATFORMS = {
+PLATFORM_MODULES = {
     "cuda": ("vllm.v1.worker.gpu_worker", "vllm.v1.worker.gpu_model_runner", "vllm.v1.attention.backends.flash_attn",
              "triton"),
     "cpu": ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner", "vllm.v1.attention.backends.cpu_attn"),
 }  # fmt: skip
 # Where there is no locale, Python sets one.
-MADE_BY_PYTHON = {"LC_CTYPE"}
-METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+PYTHON_VARIABLES = {"LC_CTYPE"}
+METHOD_VARIABLE = "VLLM_WORKER_MULTIPROC_METHOD"
 # The script that pip writes: `from package.module import function`, and its call.
-SCRIPT = re.compile(r"^from ([\w.]+) import (\w+)$.*^\s+sys\.exit\(\2\(\)\)", re.M | re.S)
+SCRIPT_PATTERN = re.compile(r"^from ([\w.]+) import (\w+)$.*^\s+sys\.exit\(\2\(\)\)", re.M | re.S)
 # Where memory runs out it is the first to go: the engine can do without it.
-OOM_SCORE, FIRST_TO_GO = "/proc/self/oom_score_adj", "1000"
+OOM_SCORE_FILE, MAX_OOM_SCORE = "/proc/self/oom_score_adj", "1000"
 # Seconds without a byte until a look at a model, which takes one, is given up.
-LOOK_PATIENCE = 60.0
+JOB_PATIENCE = 60.0
 # Seconds until a process that was forked has been adopted by the supervisor.
-ADOPTION = 5.0
-SIZE = struct.Struct("!Q")
+ADOPTION_PATIENCE = 5.0
+LENGTH_PREFIX = struct.Struct("!Q")
 
 
 def main() -> NoReturn:
-    born = dict(os.environ)
-    address, program, *words = sys.argv[1:]
-    sys.argv[:] = [program, *words]
+    initial_environ = dict(os.environ)
+    address, program, *arguments = sys.argv[1:]
+    sys.argv[:] = [program, *arguments]
     if not getattr(sys.flags, "safe_path", False):
         sys.path[0] = os.path.dirname(program)  # noqa: PTH120  # not this folder; the script's, as Python has it
     try:
-        run = entry(program)
-        platform = load()
-        if platform in PLATFORMS:
-            stay(address, born)
-            allow_forks(born)
-        as_script(program)
+        vllm_main = find_entry_point(program)
+        platform = import_modules()
+        if platform in PLATFORM_MODULES:
+            fork_zygote(address, initial_environ)
+            allow_forks(initial_environ)
+        set_main_module(program)
     except Exception as error:  # noqa: BLE001  # of a vLLM that nobody foresaw
         print(f"zygote: {type(error).__name__}: {error}: started as it is", file=sys.stderr, flush=True)
         os.execv(program, sys.argv)  # noqa: S606
-    sys.exit(run())
+    sys.exit(vllm_main())
 
 
-def entry(program: str) -> Callable[[], Any]:
+def find_entry_point(program: str) -> Callable[[], Any]:
     with open(program, encoding="utf-8") as file:  # noqa: PTH123
-        found = SCRIPT.search(file.read(10_000))
-    if found is None:
+        match = SCRIPT_PATTERN.search(file.read(10_000))
+    if match is None:
         raise ValueError(f"{program} is no script of pip's")
-    return getattr(importlib.import_module(found[1]), found[2])  # type: ignore[no-any-return]
+    return getattr(importlib.import_module(match[1]), match[2])  # type: ignore[no-any-return]
 
 
-def load() -> str:
+def import_modules() -> str:
     """vLLM's name of the platform, once all is imported."""
     for name in MODULES:
-        _import(name)
+        _try_import(name)
     platform = platform_name()
-    for name in PLATFORMS.get(platform, ()):
-        _import(name)
+    for name in PLATFORM_MODULES.get(platform, ()):
+        _try_import(name)
     return platform
 
 
-def _import(name: str) -> None:
+def _try_import(name: str) -> None:
     with contextlib.suppress(Exception):  # whoever needs it says what is wrong with it
         importlib.import_module(name)
 
@@ -111,33 +111,33 @@ def platform_name() -> str:
     return str(getattr(getattr(platforms, "current_platform", None), "device_name", ""))
 
 
-def as_script(program: str) -> None:
+def set_main_module(program: str) -> None:
     """What multiprocessing would start again in a new process is the script, not this file."""
     script = types.ModuleType("__main__")
     script.__file__, script.__spec__ = program, None
     sys.modules["zygote"], sys.modules["__main__"] = sys.modules["__main__"], script
 
 
-def allow_forks(born: Mapping[str, str]) -> None:
+def allow_forks(initial_environ: Mapping[str, str]) -> None:
     """vLLM's command line and its CPU platform want new processes, as something may have begun that does not outlive a
     fork: a program's own use of CUDA, OpenMP's threads. Here nothing was. Its check for that comes later, and stays."""
-    if METHOD in born:
+    if METHOD_VARIABLE in initial_environ:
         return
     platform = type(sys.modules["vllm.platforms"].current_platform)
     check = platform.check_and_update_config
 
-    def checked(config: Any) -> None:
+    def check_and_set_method(config: Any) -> None:
         check(config)
         if may_fork(config):
-            os.environ[METHOD] = "fork"
+            os.environ[METHOD_VARIABLE] = "fork"
 
-    platform.check_and_update_config = staticmethod(checked)
+    platform.check_and_update_config = staticmethod(check_and_set_method)
     registry = sys.modules.get("vllm.model_executor.models.registry")
     if hasattr(registry, "_run_in_subprocess"):
-        registry._run_in_subprocess = partial(forked, registry._run_in_subprocess)  # type: ignore[union-attr]
+        registry._run_in_subprocess = partial(run_forked, registry._run_in_subprocess)  # type: ignore[union-attr]
 
 
-def forked(instead: Callable[[Callable[[], Any]], Any], job: Callable[[], Any]) -> Any:
+def run_forked(fallback: Callable[[Callable[[], Any]], Any], job: Callable[[], Any]) -> Any:
     """What the job gives, in a process of its own: a model that vLLM sees for the first time is looked at so, and a
     new process would import all of it for that. Where it fails, `instead` does it."""
     reader, writer = os.pipe()
@@ -153,15 +153,15 @@ def forked(instead: Callable[[Callable[[], Any]], Any], job: Callable[[], Any]) 
     os.close(writer)
     data = b""
     with open(reader, "rb") as file:  # noqa: PTH123
-        while select.select([file], [], [], LOOK_PATIENCE)[0] and (more := file.read1()):
-            data += more
+        while select.select([file], [], [], JOB_PATIENCE)[0] and (chunk := file.read1()):
+            data += chunk
     with contextlib.suppress(ProcessLookupError):
         os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     try:
         return pickle.loads(data)  # noqa: S301  # our own
     except (EOFError, pickle.UnpicklingError):
-        return instead(job)
+        return fallback(job)
 
 
 def may_fork(config: Any) -> bool:
@@ -177,16 +177,16 @@ def may_fork(config: Any) -> bool:
     )
 
 
-def unfit() -> str:
+def find_fork_obstacle() -> str:
     """Why no engine can be forked from this process; empty: it can. That the driver was opened, to count the GPUs, does
     no harm; a context on one does not outlive a fork."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return "CUDA is initialized"
     if "/libcuda.so" in _read("/proc/self/maps"):
-        cuda, number, flags = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_uint()
-        if cuda.cuDeviceGetCount(ctypes.byref(number)) == 0:
-            for device in range(number.value):
+        cuda, count, flags = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_uint()
+        if cuda.cuDeviceGetCount(ctypes.byref(count)) == 0:
+            for device in range(count.value):
                 active = ctypes.c_int()
                 cuda.cuDevicePrimaryCtxGetState(device, ctypes.byref(flags), ctypes.byref(active))
                 if active.value:
@@ -197,9 +197,9 @@ def unfit() -> str:
 # The zygote
 
 
-def stay(address: str, born: Mapping[str, str]) -> None:
+def fork_zygote(address: str, initial_environ: Mapping[str, str]) -> None:
     """Forks the zygote off, in which this never returns; it does in each engine that is forked from it."""
-    if unfit():
+    if find_fork_obstacle():
         return
     threads = Counter(_read(f"/proc/self/task/{task}/comm") for task in os.listdir("/proc/self/task"))  # noqa: PTH208
     gc.freeze()  # a collection would write to all that is shared
@@ -213,81 +213,81 @@ def stay(address: str, born: Mapping[str, str]) -> None:
             os._exit(0)
         os.setsid()
         null = os.open(os.devnull, os.O_RDWR)
-        for number in range(3):
-            os.dup2(null, number)
+        for descriptor in range(3):
+            os.dup2(null, descriptor)
         os.close(null)
-        score = _read(OOM_SCORE)
-        _write(OOM_SCORE, FIRST_TO_GO)
-        _call_it("VLLM::Zygote")
+        oom_score = _read(OOM_SCORE_FILE)
+        _write(OOM_SCORE_FILE, MAX_OOM_SCORE)
+        _set_title("VLLM::Zygote")
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(address)
             send(connection, {"threads": threads})
-            if (request := wait(connection, born)) is None:
+            if (request := wait_for_request(connection, initial_environ)) is None:
                 os._exit(0)
-        begin(request, score)
+        become_engine(request, oom_score)
     except BaseException:  # noqa: BLE001  # it must not become a second vLLM
         os._exit(1)
 
 
-def wait(connection: socket.socket, born: Mapping[str, str]) -> dict[str, Any] | None:
+def wait_for_request(connection: socket.socket, initial_environ: Mapping[str, str]) -> dict[str, Any] | None:
     """What is asked, in each process that was forked to do it; None in the zygote, when nobody is left to ask."""
-    while (asked := receive(connection)) is not None:
-        request, files = asked
-        request["files"] = files
-        why = unfit()
-        if changed := {name for name, _ in request["environ"].items() ^ born.items()} - MADE_BY_PYTHON:
-            why = f"the environment is another one: {', '.join(sorted(changed))}"
+    while (message := receive(connection)) is not None:
+        request, descriptors = message
+        request["files"] = descriptors
+        obstacle = find_fork_obstacle()
+        if differences := {name for name, _ in request["environ"].items() ^ initial_environ.items()} - PYTHON_VARIABLES:
+            obstacle = f"the environment is another one: {', '.join(sorted(differences))}"
         reader, writer = os.pipe()
-        if not why and not (between := os.fork()):
-            if (engine := os.fork()) == 0:
-                for number in (reader, writer):
-                    os.close(number)
+        if not obstacle and not (intermediary := os.fork()):
+            if (engine_pid := os.fork()) == 0:
+                for descriptor in (reader, writer):
+                    os.close(descriptor)
                 return request
-            os.write(writer, str(engine).encode())
+            os.write(writer, str(engine_pid).encode())
             os._exit(0)
         os.close(writer)
-        if why:
-            send(connection, {"why": why})
+        if obstacle:
+            send(connection, {"why": obstacle})
         else:
-            os.waitpid(between, 0)
+            os.waitpid(intermediary, 0)
             send(connection, {"pid": int(os.read(reader, 20))})
         os.close(reader)
-        for number in files:
-            os.close(number)
+        for descriptor in descriptors:
+            os.close(descriptor)
     return None
 
 
-def begin(request: Mapping[str, Any], score: str) -> None:
+def become_engine(request: Mapping[str, Any], oom_score: str) -> None:
     """In the process that is to be the next engine: what `Popen` does for a new one."""
     os.setsid()
-    deadline = time.monotonic() + ADOPTION
+    deadline = time.monotonic() + ADOPTION_PATIENCE
     while os.getppid() != request["parent"]:
         if time.monotonic() > deadline:
             os._exit(1)
         time.sleep(0.001)
-    _write(OOM_SCORE, score)
-    _call_it(" ".join([sys.argv[0], *request["argv"]]))
-    for number, file_number in enumerate(request["files"], 1):
-        os.dup2(file_number, number)
-        os.close(file_number)
+    _write(OOM_SCORE_FILE, oom_score)
+    _set_title(" ".join([sys.argv[0], *request["argv"]]))
+    for target, descriptor in enumerate(request["files"], 1):
+        os.dup2(descriptor, target)
+        os.close(descriptor)
     sys.argv[1:] = request["argv"]
 
 
 # A message: its length, then JSON. With a request come the files for standard output and error.
 
 
-def send(connection: socket.socket, content: object, files: Sequence[int] = ()) -> None:
+def send(connection: socket.socket, content: object, descriptors: Sequence[int] = ()) -> None:
     data = json.dumps(content).encode()
-    socket.send_fds(connection, [SIZE.pack(len(data))], files)
+    socket.send_fds(connection, [LENGTH_PREFIX.pack(len(data))], descriptors)
     connection.sendall(data)
 
 
 def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
     """None where there is nobody any more."""
-    size, files, _, _ = socket.recv_fds(connection, SIZE.size, 2)
+    prefix, descriptors, _, _ = socket.recv_fds(connection, LENGTH_PREFIX.size, 2)
     with connection.makefile("rb") as reader:  # eight bytes come in one piece
-        data = reader.read(SIZE.unpack(size)[0]) if size else b""
-    return (json.loads(data), list(files)) if data else None
+        data = reader.read(LENGTH_PREFIX.unpack(prefix)[0]) if prefix else b""
+    return (json.loads(data), list(descriptors)) if data else None
 
 
 def _read(path: str) -> str:
@@ -296,7 +296,7 @@ def _read(path: str) -> str:
     return ""
 
 
-def _call_it(title: str) -> None:
+def _set_title(title: str) -> None:
     """For who looks at the processes. vLLM names its own so, where that package is there."""
     with contextlib.suppress(Exception):
         importlib.import_module("setproctitle").setproctitle(title)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from supervisor import listen, status
-from supervisor.around.machine import amount, disk, nearest
+from supervisor.around.machine import amount, disk, nearest_folder
 from supervisor.doctor.patient import FAIL, OK, WARN, Patient, Row
 from supervisor.settings import volume
 from supervisor.settings.settings import SettingsError
@@ -72,7 +72,7 @@ def check_gpus(patient: Patient) -> Row:  # noqa: PLR0911  # a rule each
         return Row(OK, "none, and none is needed: vLLM's torch is built for the CPU")
     if count:
         return Row(FAIL, "CUDA_VISIBLE_DEVICES hides every GPU", "Remove it.")
-    if patient.machine.in_container(patient.environ):
+    if patient.machine.is_in_container(patient.environ):
         remedy = "--gpus all (compose: deploy.resources.reservations.devices; Kubernetes: nvidia.com/gpu: 1)"
         return Row(FAIL, "no GPU is to be seen in this container", f"Start it with {remedy}.")
     return Row(OK, "none here: fine for a try with the stand-in or vLLM's CPU build")
@@ -95,7 +95,7 @@ def check_gpu_memory(patient: Patient) -> Row | None:
 def check_driver(patient: Patient) -> Row | None:
     """Checks that the driver takes what vLLM's torch is built for, by the driver's own word. Within a major version of
     CUDA it does, but for what only it can compile (NVIDIA's "minor version compatibility")."""
-    version, cuda = patient.machine.driver() or patient.gpus.get("driver"), patient.torch_cuda
+    version, cuda = patient.machine.driver_version() or patient.gpus.get("driver"), patient.torch_cuda
     if not version:
         return None  # the check of the GPUs tells it
     text = f"NVIDIA driver {version}"
@@ -164,7 +164,7 @@ def check_write(pick: Callable[[Patient], Path | None], remedy: str, verdict: st
     """Checks by trying that a folder can be written, or the nearest one above it that exists."""
     if (folder := pick(patient)) is None:
         return None
-    nearest_folder = nearest(folder)
+    nearest_folder = nearest_folder(folder)
     if not nearest_folder.is_dir():
         return Row(verdict, f"{folder} can't be made: {nearest_folder} is no folder", remedy)
     if not volume.can_write(nearest_folder):

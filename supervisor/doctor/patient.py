@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from supervisor.around.gpus import gpus
+from supervisor.around.gpus import read_gpus
 from supervisor.around.machine import Machine
 from supervisor.doctor.hub import Hub, HubAnswer
 from supervisor.engine.workspace import temporary_folder
@@ -61,7 +61,7 @@ class Patient:
     settings: Settings | None
     problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    ask_gpus: Callable[[], dict[str, Any] | None] = field(default=gpus)
+    ask_gpus: Callable[[], dict[str, Any] | None] = field(default=read_gpus)
 
     @cached_property
     def gpus(self) -> dict[str, Any]:

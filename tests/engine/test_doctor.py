@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from supervisor.around.gpus import gpus as survey
+from supervisor.around.gpus import read_gpus as survey
 from supervisor.around.machine import Machine
 from supervisor.doctor import machine, model
 from supervisor.doctor.examine import CHECKS, examine, make_patient
@@ -463,7 +463,7 @@ class Nvml:
 def test_a_gpus_memory_is_what_nvidia_smi_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, used: int, second: bool, said: str
 ) -> None:
-    monkeypatch.setattr("supervisor.around.gpus.DRIVERS", ("/dev/null",))
+    monkeypatch.setattr("supervisor.around.gpus.DRIVER_DEVICES", ("/dev/null",))
     monkeypatch.setitem(sys.modules, "pynvml", Nvml(used, second=second))
     found = dataclasses.replace(patient(tmp_path), ask_gpus=survey)
     assert machine.check_gpus(found).text == "1 to be seen: NVIDIA H200 with 150.8 GB"
@@ -474,7 +474,7 @@ def test_a_gpus_memory_is_what_nvidia_smi_says(
 
 @pytest.mark.parametrize(("told", "cuda"), [(13010, "13.1"), (12080, "12.8"), (None, "")])
 def test_the_cuda_that_a_driver_takes(monkeypatch: pytest.MonkeyPatch, told: int | None, cuda: str) -> None:
-    monkeypatch.setattr("supervisor.around.gpus.DRIVERS", ("/dev/null",))
+    monkeypatch.setattr("supervisor.around.gpus.DRIVER_DEVICES", ("/dev/null",))
     monkeypatch.setitem(sys.modules, "pynvml", Nvml(0, second=True, cuda=told))
     assert survey() == {"driver": "580.159.04", "cuda": cuda, "gpus": [H200]}
 

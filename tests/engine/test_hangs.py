@@ -30,7 +30,7 @@ COMPLETIONS = "/v1/completions"
 # A machine with NVIDIA's driver, as far as anybody looks.
 WITH_A_DRIVER = """
 import supervisor.around.gpus as gpu
-gpu.DRIVERS = ("/dev/null",)
+gpu.DRIVER_DEVICES = ("/dev/null",)
 from supervisor.cli import main
 raise SystemExit(main())
 """

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from supervisor.around.start import waterfall
+from supervisor.around.start import draw_waterfall
 from supervisor.launch import Launch
 from supervisor.settings.settings import Arguments, gather
 from tests.harness import FAKE, SUPERVISOR, Supervisor, clean_environment, wait_until
@@ -285,5 +285,5 @@ def test_without_colours_the_foot_has_none(
 ) -> None:
     form = launch(**environ).style
     for running in (True, False):
-        (line,) = waterfall([{"name": "importing vLLM", "seconds": 1.0}], running=running, colour=form.colour)
+        (line,) = draw_waterfall([{"name": "importing vLLM", "seconds": 1.0}], running=running, colour=form.colour)
         assert bool(re.search(r"\x1b\[\d*m", line)) is colour

@@ -17,7 +17,7 @@ import pytest
 
 from supervisor.around import postmortem
 from supervisor.around.machine import Machine
-from supervisor.around.postmortem import KEPT, PostMortem, block
+from supervisor.around.postmortem import MAX_BUNDLES, PostMortem, format_block
 from supervisor.secrets import Mask
 from tests.harness import Supervisor, session_of
 
@@ -77,7 +77,7 @@ def test_a_crash_leaves_a_bundle_and_a_block_without_secrets(tmp_path: Path) -> 
 def test_only_the_last_few_stay(tmp_path: Path) -> None:
     environ = {"SUPERVISOR_CACHE_DIR": str(tmp_path), "SUPERVISOR_MAX_RESTARTS": "9"}
     (tmp_path / "postmortem").mkdir()
-    old = [tmp_path / "postmortem" / f"20200101-00000{n}-000-1.json" for n in range(KEPT)]
+    old = [tmp_path / "postmortem" / f"20200101-00000{n}-000-1.json" for n in range(MAX_BUNDLES)]
     for path in old:
         path.write_text("{}")
     with Supervisor("m", environ=environ) as supervisor:
@@ -87,7 +87,7 @@ def test_only_the_last_few_stay(tmp_path: Path) -> None:
         supervisor.says(r"(?s)restarting -> starting.*starting -> ready")
         supervisor.engine_pid = supervisor.client.get("/status").json()["pid"]
     left = bundles(tmp_path)
-    assert len(left) == KEPT
+    assert len(left) == MAX_BUNDLES
     assert left[:-1] == old[1:]
 
 
@@ -124,7 +124,9 @@ def failure(**more: Any) -> dict[str, Any]:
 def mortem(folder: Path, **environ: str) -> PostMortem:
     facts = {"model": "m", "settings": [{"name": "MODEL", "value": "m", "source": "command line", "overrode": []}]}
     account: Any = SimpleNamespace(status=dict, last_failure=None, timeline=())
-    return PostMortem(folder, mask=Mask(environ), vllm="0.32.0", facts=facts, account=account, machine=Machine(folder))
+    return PostMortem(
+        folder, mask=Mask(environ), vllm_version="0.32.0", facts=facts, account=account, machine=Machine(folder)
+    )
 
 
 def test_out_of_memory_kills_and_limits_are_told(tmp_path: Path) -> None:
@@ -135,7 +137,7 @@ def test_out_of_memory_kills_and_limits_are_told(tmp_path: Path) -> None:
         (cgroup / name).write_text(text)
     found = mortem(tmp_path).gather(failure())
     assert found["cgroup"] == {"limit": 8_000_000_000, "used": 7_000_000_000, "oom_kills": 2}
-    assert any("limit 8.0 GB, 2 killed for want of it" in line for line in block(found, "x"))
+    assert any("limit 8.0 GB, 2 killed for want of it" in line for line in format_block(found, "x"))
 
 
 def test_a_secret_behind_an_option_is_masked(tmp_path: Path) -> None:
@@ -152,15 +154,15 @@ def test_of_vllms_lines_a_bundle_has_all_but_the_secrets(tmp_path: Path) -> None
 def test_a_driver_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     never = threading.Event()
     monkeypatch.setattr(postmortem, "GPU_PATIENCE", 0.05)
-    monkeypatch.setattr(postmortem, "gpus", never.wait)
+    monkeypatch.setattr(postmortem, "read_gpus", never.wait)
     assert mortem(tmp_path).gather(failure())["gpu"] is None
     never.set()
 
 
 def test_gpus_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {"driver": "580.65.06", "gpus": [{"name": "NVIDIA X", "used": 1_000_000_000, "total": 80_000_000_000}]}
-    monkeypatch.setattr(postmortem, "gpus", lambda: seen)
-    lines = block(mortem(tmp_path).gather(failure()), "x")
+    monkeypatch.setattr(postmortem, "read_gpus", lambda: seen)
+    lines = format_block(mortem(tmp_path).gather(failure()), "x")
     assert "  gpu:        NVIDIA X 1.0 GB of 80.0 GB in use; driver 580.65.06" in lines
 
 

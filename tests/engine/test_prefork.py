@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from supervisor.around import zygote
-from supervisor.around.prefork import LEAST_MEMORY, Prefork, prefork
+from supervisor.around.prefork import MIN_MEMORY_BYTES, Prefork, make_prefork
 from tests.engine.test_faults import CHAT, OFTEN, chat
 from tests.harness import DEMO, Supervisor, gone, session_of, wait_until
 
@@ -207,7 +207,9 @@ def test_another_environment_is_no_reason_to_fork() -> None:
     """Much of it is read while modules are imported."""
     ours, theirs = socket.socketpair()
     with ours, theirs, concurrent.futures.ThreadPoolExecutor(1) as pool:
-        waits = pool.submit(zygote.wait, theirs, {"PATH": "/bin", "HF_HUB_OFFLINE": "1", "LC_CTYPE": "C.UTF-8"})
+        waits = pool.submit(
+            zygote.wait_for_request, theirs, {"PATH": "/bin", "HF_HUB_OFFLINE": "1", "LC_CTYPE": "C.UTF-8"}
+        )
         zygote.send(ours, {"argv": [], "environ": {"PATH": "/bin", "HF_HOME": "/x"}, "parent": 1})
         assert zygote.receive(ours) == ({"why": "the environment is another one: HF_HOME, HF_HUB_OFFLINE"}, [])
         ours.close()
@@ -217,9 +219,9 @@ def test_another_environment_is_no_reason_to_fork() -> None:
 def test_a_start_is_plain_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Prefork(["/python"], "/bin/vllm", tmp_path)
     argv = ("/bin/vllm", "serve", "m")
-    monkeypatch.setattr("supervisor.around.prefork.spare_memory", lambda: LEAST_MEMORY)
+    monkeypatch.setattr("supervisor.around.prefork.spare_memory", lambda: MIN_MEMORY_BYTES)
     assert made.program(argv) == ("/python", zygote.__file__, str(tmp_path / "zygote.sock"), *argv)
-    monkeypatch.setattr("supervisor.around.prefork.spare_memory", lambda: LEAST_MEMORY - 1)
+    monkeypatch.setattr("supervisor.around.prefork.spare_memory", lambda: MIN_MEMORY_BYTES - 1)
     assert made.program(argv) == argv
     made.close()
 
@@ -232,7 +234,7 @@ def test_a_start_is_plain_where_memory_is_short(tmp_path: Path, monkeypatch: pyt
 def test_a_script_that_is_not_pips_is_run_as_it_is(tmp_path: Path, text: str) -> None:
     script = tmp_path / "vllm"
     script.write_text(text)
-    assert prefork(["/usr/bin/python3"], [str(script)], tmp_path) is None
+    assert make_prefork(["/usr/bin/python3"], [str(script)], tmp_path) is None
 
 
 def test_vllms_own_objections_to_a_fork_hold(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,23 +274,23 @@ def test_the_method_is_set_after_vllms_own_check(monkeypatch: pytest.MonkeyPatch
     class Platform:
         @classmethod
         def check_and_update_config(cls, config: object) -> None:
-            os.environ[zygote.METHOD] = "spawn"
+            os.environ[zygote.METHOD_VARIABLE] = "spawn"
 
     config = SimpleNamespace(
         parallel_config=SimpleNamespace(world_size=1, data_parallel_size=1),
         model_config=SimpleNamespace(architecture="LlamaForCausalLM"),
     )
-    monkeypatch.setenv(zygote.METHOD, "")
+    monkeypatch.setenv(zygote.METHOD_VARIABLE, "")
     monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=Platform()))  # type: ignore[arg-type]
-    zygote.allow_forks({zygote.METHOD: "spawn"})  # the user's word
+    zygote.allow_forks({zygote.METHOD_VARIABLE: "spawn"})  # the user's word
     Platform().check_and_update_config(config)
-    assert os.environ[zygote.METHOD] == "spawn"
+    assert os.environ[zygote.METHOD_VARIABLE] == "spawn"
     zygote.allow_forks({})
     Platform().check_and_update_config(config)
-    assert os.environ[zygote.METHOD] == "fork"
+    assert os.environ[zygote.METHOD_VARIABLE] == "fork"
     config.parallel_config.world_size = 2
     Platform().check_and_update_config(config)
-    assert os.environ[zygote.METHOD] == "spawn"
+    assert os.environ[zygote.METHOD_VARIABLE] == "spawn"
 
 
 def test_a_model_is_looked_at_in_a_process_of_its_own() -> None:
@@ -297,5 +299,5 @@ def test_a_model_is_looked_at_in_a_process_of_its_own() -> None:
     def fails() -> int:
         raise ValueError("no such class")
 
-    assert zygote.forked(lambda _: 0, os.getpid) not in (0, os.getpid())
-    assert zygote.forked(lambda job: f"instead of {job.__name__}", fails) == "instead of fails"
+    assert zygote.run_forked(lambda _: 0, os.getpid) not in (0, os.getpid())
+    assert zygote.run_forked(lambda job: f"instead of {job.__name__}", fails) == "instead of fails"

@@ -25,7 +25,7 @@ def test_how_long_a_restart_may_take() -> None:
     engine.state = State.RESTARTING
     assert account.status()["expected_seconds"] == 12.0
     run.began, now, engine.state = 120.0, 125.0, State.STARTING
-    account.stopped_for = "It was killed."
+    account.failure_text = "It was killed."
     assert account.status()["expected_seconds"] == 7.0
     told = "loading weights, 5 s so far (the last start took 12 s). It had stopped: It was killed."
     assert account.explanation == f"The engine is restarting: {told}"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from supervisor.around import caches
-from supervisor.around.caches import Caches, machine
+from supervisor.around.caches import Caches, hardware_id
 from tests.harness import mounted
 
 
@@ -155,7 +155,7 @@ def test_two_workers_keep_at_once(tmp_path: Path, store: Path) -> None:
 
 def test_halves_of_workers_that_died_are_removed(tmp_path: Path, store: Path) -> None:
     store.mkdir(parents=True)
-    for name, age in ((".old.half", caches.STALE + 60), (".young.half", 0)):
+    for name, age in ((".old.half", caches.MAX_HALF_AGE_S + 60), (".young.half", 0)):
         (store / name).write_text("")
         os.utime(store / name, (time.time() - age,) * 2)
     cache = start(tmp_path, store)
@@ -293,7 +293,7 @@ def test_a_volume_that_is_read_only(tmp_path: Path, store: Path) -> None:
 
 
 def test_more_than_is_worth_it(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caches, "LARGEST", 10)
+    monkeypatch.setattr(caches, "MAX_ARCHIVE_BYTES", 10)
     cache = start(tmp_path, store)
     compile_into(cache, vllm__graph="more than ten")
     assert cache.keep() == "compiled code is not kept: 0.0 GB are too many"
@@ -332,11 +332,11 @@ def gpu(folder: Path, *models: str) -> Path:
 
 
 def test_the_gpu_is_in_the_name(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    without = machine()
-    assert without == machine()
+    without = hardware_id()
+    assert without == hardware_id()
     names = set()
     for models in ((), ("NVIDIA L4", "NVIDIA L4"), ("NVIDIA H100 80GB HBM3",), ("NVIDIA L4", "NVIDIA T4")):
-        monkeypatch.setattr(caches, "NVIDIA", gpu(tmp_path / str(models), *models))
+        monkeypatch.setattr(caches, "NVIDIA_GPUS", gpu(tmp_path / str(models), *models))
         names.add(start(tmp_path, store).archive.name)
     assert names == {
         f"0.32.0-{without}-Org-Model.tar",

@@ -13,20 +13,20 @@ GB = 1_000_000_000
 
 
 def readings(monkeypatch: pytest.MonkeyPatch, *values: list[int] | None) -> list[list[int] | None]:
-    """`gpu.used` gives these one after the other, and the last for ever; returns those not yet read."""
+    """`gpu.read_used_bytes` gives these one after the other, and the last for ever; returns those not yet read."""
     left = list(values)
 
     def used() -> list[int] | None:
         return left.pop(0) if len(left) > 1 else left[0]
 
-    monkeypatch.setattr(gpu, "used", used)
-    monkeypatch.setattr(gpu, "POLL", 0.001)
+    monkeypatch.setattr(gpu, "read_used_bytes", used)
+    monkeypatch.setattr(gpu, "POLL_INTERVAL", 0.001)
     return left
 
 
 def test_it_waits_until_no_gpu_holds_more_than_before(monkeypatch: pytest.MonkeyPatch) -> None:
     left = readings(monkeypatch, [60 * GB, 1 * GB], [1 * GB, 60 * GB], [1 * GB + 1, 1 * GB], [99 * GB, 99 * GB])
-    asyncio.run(gpu.freed([1 * GB, 1 * GB]))
+    asyncio.run(gpu.wait_until_freed([1 * GB, 1 * GB]))
     assert left == [[99 * GB, 99 * GB]]
 
 
@@ -35,11 +35,11 @@ def test_it_does_not_wait_for_ever_and_says_so(
 ) -> None:
     readings(monkeypatch, [60 * GB])
     with caplog.at_level(logging.WARNING):
-        asyncio.run(gpu.freed([0], patience=0.01))
+        asyncio.run(gpu.wait_until_freed([0], patience=0.01))
     assert "60.0 GB of GPU memory are still held" in caplog.text
 
 
 def test_without_a_gpu_there_is_nothing_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
     readings(monkeypatch, None)
-    asyncio.run(gpu.freed(None))
-    asyncio.run(gpu.freed([GB]))  # the driver is gone meanwhile
+    asyncio.run(gpu.wait_until_freed(None))
+    asyncio.run(gpu.wait_until_freed([GB]))  # the driver is gone meanwhile

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from supervisor.around.media import MediaTold, unrestricted
-from supervisor.around.modalities import kinds, read
+from supervisor.around.media import MediaNotice, unrestricted_kinds
+from supervisor.around.modalities import find_kinds, read_kinds
 from supervisor.engine.lifecycle import State
 from supervisor.engine.run import Change, Run
 from supervisor.settings.settings import Arguments, Settings, gather
@@ -51,21 +51,21 @@ QWEN = {"architectures": ["Qwen2VLForConditionalGeneration"], "vision_config": {
     ],
 )  # fmt: skip
 def test_a_config_tells_what_the_model_takes(config: dict[str, Any], expected: frozenset[str]) -> None:
-    assert kinds(config) == expected
+    assert find_kinds(config) == expected
 
 
 @pytest.mark.parametrize("name", ["config.json", "params.json"])
 def test_a_folder_tells_by_its_config(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text(json.dumps(QWEN))
-    assert read(tmp_path) == IMAGES
+    assert read_kinds(tmp_path) == IMAGES
 
 
 @pytest.mark.parametrize("text", [None, "", "[]", "{", "3", "[" * 100_000, "\x00", "{}" + " " * 20_000_000])
 def test_a_folder_whose_config_can_not_be_read_tells_nothing(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / "config.json").write_text(text)
-    assert read(tmp_path) is None
-    assert read(tmp_path / "model.gguf") is None
+    assert read_kinds(tmp_path) is None
+    assert read_kinds(tmp_path / "model.gguf") is None
 
 
 # Whether it is told
@@ -97,15 +97,15 @@ def settings(folder: Path, *vllm_args: str, model: str = "m", **environ: str) ->
 def test_what_may_be_fetched_from_anywhere(
     folder: Path, environ: dict[str, str], args: tuple[str, ...], expected: frozenset[str]
 ) -> None:
-    assert unrestricted(settings(folder, *args, **environ), IMAGES | AUDIO) == expected
-    assert unrestricted(settings(folder, *args, **environ), frozenset()) == frozenset()
+    assert unrestricted_kinds(settings(folder, *args, **environ), IMAGES | AUDIO) == expected
+    assert unrestricted_kinds(settings(folder, *args, **environ), frozenset()) == frozenset()
 
 
 def test_what_vllms_own_file_says_counts(folder: Path) -> None:
     (folder / "vllm.yaml").write_text("allowed-media-domains: [a.example]\n")
-    assert unrestricted(settings(folder, CONFIG="vllm.yaml"), IMAGES) == frozenset()
+    assert unrestricted_kinds(settings(folder, CONFIG="vllm.yaml"), IMAGES) == frozenset()
     (folder / "vllm.yaml").write_text("limit-mm-per-prompt: {image: 0}\n")
-    assert unrestricted(settings(folder, CONFIG="vllm.yaml"), IMAGES) == {"video"}
+    assert unrestricted_kinds(settings(folder, CONFIG="vllm.yaml"), IMAGES) == {"video"}
 
 
 def run() -> Run:
@@ -115,13 +115,13 @@ def run() -> Run:
 READY = Change(State.STARTING, State.READY, "")
 
 
-async def lives(told: MediaTold, *, starts: int = 2) -> None:
+async def lives(told: MediaNotice, *, starts: int = 2) -> None:
     """The engine starts, and is ready, as often."""
     for _ in range(starts):
         for happen in (lambda: told.began(run()), lambda: told.changed(READY)):
             happen()
-            if told.looking is not None:
-                await told.looking
+            if told.look_task is not None:
+                await told.look_task
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -136,7 +136,7 @@ def once(*found: Weights) -> Callable[[], Weights]:
 
 def test_it_is_told_once_and_names_the_setting(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "config.json").write_text(json.dumps(QWEN))
-    told = MediaTold(settings(folder), once(Weights("here", tmp_path)))
+    told = MediaNotice(settings(folder), once(Weights("here", tmp_path)))
     asyncio.run(lives(told))
     (warning,) = warnings(caplog)
     assert "ALLOWED_MEDIA_DOMAINS" in warning
@@ -147,7 +147,7 @@ def test_a_model_that_is_downloaded_first_is_looked_at_when_it_serves(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["X"], "audio_config": {"a": 1}}))
-    told = MediaTold(settings(folder), once(Weights("the hub", None, needs_download=True), Weights("here", tmp_path)))
+    told = MediaNotice(settings(folder), once(Weights("the hub", None, needs_download=True), Weights("here", tmp_path)))
     asyncio.run(lives(told))
     (warning,) = warnings(caplog)
     assert "audio" in warning
@@ -163,7 +163,7 @@ def test_otherwise_nothing_is_told(
 ) -> None:
     if config is not None:
         (tmp_path / "config.json").write_text(json.dumps(config))
-    asyncio.run(lives(MediaTold(settings(folder, **environ), once(Weights("here", tmp_path)))))
+    asyncio.run(lives(MediaNotice(settings(folder, **environ), once(Weights("here", tmp_path)))))
     assert warnings(caplog) == []
 
 
@@ -175,12 +175,12 @@ def test_a_disk_that_hangs_holds_up_nobody(folder: Path, caplog: pytest.LogCaptu
         return Weights("nowhere")
 
     async def go() -> None:
-        told = MediaTold(settings(folder), hangs)
+        told = MediaNotice(settings(folder), hangs)
         told.began(run())
         told.changed(READY)  # no second thread beside one that hangs
-        assert told.looking is not None
-        await asyncio.wait({told.looking}, timeout=0)
-        assert not told.looking.done()
+        assert told.look_task is not None
+        await asyncio.wait({told.look_task}, timeout=0)
+        assert not told.look_task.done()
 
     asyncio.run(go())  # ends, though the call did not
     answers.set()

@@ -29,12 +29,12 @@ Loading safetensors checkpoint shards:   0% Completed | 0/1 [00:00<?, ?it/s]
 def test_an_empty_line_begins_no_phase() -> None:
     waterfall = Waterfall(time.monotonic())
     assert waterfall.hear("") is None
-    assert waterfall.current == "importing vLLM"
+    assert waterfall.current_phase == "importing vLLM"
 
 
 def test_phases_of_a_real_start_only_go_forward() -> None:
     waterfall = Waterfall(time.monotonic())
-    assert waterfall.current == "importing vLLM"
+    assert waterfall.current_phase == "importing vLLM"
     begun = [phase for line in LOG.splitlines() if (phase := waterfall.hear(line))]
     assert begun == [
         "reading the model's config",

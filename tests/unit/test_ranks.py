@@ -60,9 +60,9 @@ def cluster(rank: int = 1, *, port: int = 29501, replicas: bool = False, leader:
 def test_a_headless_rank_is_ready_with_the_last_line_of_its_start(log: str) -> None:
     ranks = Ranks(cluster())
     for line in log.splitlines():
-        assert not ranks.loaded
+        assert not ranks.is_loaded
         ranks.hear(line)
-    assert ranks.loaded
+    assert ranks.is_loaded
 
 
 def test_of_several_replicas_on_one_machine_all_are_awaited() -> None:
@@ -70,16 +70,16 @@ def test_of_several_replicas_on_one_machine_all_are_awaited() -> None:
     first, *others = REPLICA.replace("Launching 1 data", "Launching 2 data").splitlines()
     for line in (first, first, *others):  # lines that came before anybody listened may come twice
         ranks.hear(line)
-    assert not ranks.loaded
+    assert not ranks.is_loaded
     ranks.hear(others[-1])
-    assert ranks.loaded
+    assert ranks.is_loaded
 
 
 def test_one_machines_lines_do_not_count() -> None:
     ranks = Ranks(cluster())
     for line in ONE_MACHINE.splitlines() * 2:
         ranks.hear(line)
-    assert not ranks.loaded
+    assert not ranks.is_loaded
 
 
 # Connections: this process is one rank, a child in a session of its own the engine of the other.
@@ -150,13 +150,13 @@ def test_rank_0_notes_who_has_come_and_tells_who_is_gone(listened: str, address:
         port = int(engine.says())
         # Replicas come to a port that nobody knows beforehand.
         ranks = Ranks(cluster(0, port=1 if replicas else port, replicas=replicas))
-        assert ranks.note(Session.led_by(engine.process.pid)) == 0
+        assert ranks.note_connections(Session.led_by(engine.process.pid)) == 0
         with socket.create_connection((address, port)):
             assert engine.says() == "met"
-            assert ranks.note(Session.led_by(engine.process.pid)) == 1
+            assert ranks.note_connections(Session.led_by(engine.process.pid)) == 1
             engine.close("own")
-            assert ranks.gone() is None
-        assert wait_until(ranks.gone, "the end of it") == address
+            assert ranks.find_lost_rank() is None
+        assert wait_until(ranks.find_lost_rank, "the end of it") == address
 
 
 @pytest.mark.parametrize("replicas", [False, True])
@@ -168,10 +168,10 @@ def test_a_headless_rank_notes_rank_0(listened: str, address: str, replicas: boo
         ranks = Ranks(cluster(1, port=1 if replicas else port, replicas=replicas, leader=address))
         with child("connect", address, str(port)) as engine, listener.accept()[0]:
             assert engine.says() == "met"
-            assert ranks.note(Session.led_by(engine.process.pid)) == 1
-            assert ranks.gone() is None
+            assert ranks.note_connections(Session.led_by(engine.process.pid)) == 1
+            assert ranks.find_lost_rank() is None
             engine.close("met")
-            assert wait_until(ranks.gone, "the end of it") == address
+            assert wait_until(ranks.find_lost_rank, "the end of it") == address
 
 
 def test_the_handshake_of_replicas_holds_nothing_together() -> None:
@@ -180,7 +180,7 @@ def test_the_handshake_of_replicas_holds_nothing_together() -> None:
         ranks = Ranks(cluster(1, port=port, replicas=True))
         with child("connect", "127.0.0.1", str(port)) as engine, listener.accept()[0]:
             assert engine.says() == "met"
-            assert ranks.note(Session.led_by(engine.process.pid)) == 0
+            assert ranks.note_connections(Session.led_by(engine.process.pid)) == 0
 
 
 @pytest.mark.parametrize("leader", ["10.255.255.1", "no-such-host.invalid"])
@@ -190,7 +190,7 @@ def test_a_replicas_other_connections_are_not_rank_0(leader: str) -> None:
         ranks = Ranks(cluster(1, port=1, replicas=True, leader=leader))
         with child("connect", "127.0.0.1", str(listener.getsockname()[1])) as engine, listener.accept()[0]:
             assert engine.says() == "met"
-            assert ranks.note(Session.led_by(engine.process.pid)) == 0
+            assert ranks.note_connections(Session.led_by(engine.process.pid)) == 0
 
 
 def test_connections_of_others_are_not_the_engines() -> None:
@@ -199,8 +199,8 @@ def test_connections_of_others_are_not_the_engines() -> None:
         with child("connect", "127.0.0.1", str(port)) as stranger, listener.accept()[0]:
             assert stranger.says() == "met"
             ranks = Ranks(cluster(1, port=port))
-            assert ranks.note(Session(1 << 22)) == 0
-            assert ranks.gone() is None
+            assert ranks.note_connections(Session(1 << 22)) == 0
+            assert ranks.find_lost_rank() is None
 
 
 def test_the_lines_are_those_that_the_fake_logs() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from supervisor.around.caches import CacheKeeper
-from supervisor.around.startup_plan import NOTE, StartupPlan, startup_plan
+from supervisor.around.startup_plan import NOTE, StartupPlan, make_startup_plan
 from supervisor.engine.diagnosis import SIGNALS, Diagnosis
 from supervisor.settings.settings import Arguments, Settings, gather
 from tests.harness import FAKE, wait_until
@@ -46,14 +46,14 @@ def plan_file(tmp_path: Path) -> Path:
 
 def kept_for(root: Path, **environ: str) -> None:
     plan = StartupPlan(settings(**environ))
-    plan.check(run(root))
+    plan.discard_stale(run(root))
     written(root)
-    plan.keep()
+    plan.write_note()
 
 
 def test_the_same_settings_keep_it(tmp_path: Path, plan_file: Path) -> None:
     kept_for(tmp_path, GPU_MEMORY_UTILIZATION="0.8")
-    StartupPlan(settings(GPU_MEMORY_UTILIZATION="0.8")).check(run(tmp_path))
+    StartupPlan(settings(GPU_MEMORY_UTILIZATION="0.8")).discard_stale(run(tmp_path))
     assert plan_file.exists()
 
 
@@ -64,23 +64,23 @@ def test_the_same_settings_keep_it(tmp_path: Path, plan_file: Path) -> None:
 )  # fmt: skip
 def test_other_settings_forget_it(tmp_path: Path, plan_file: Path, environ: Mapping[str, str]) -> None:
     kept_for(tmp_path, GPU_MEMORY_UTILIZATION="0.8")
-    StartupPlan(settings(**{"GPU_MEMORY_UTILIZATION": "0.8", **environ})).check(run(tmp_path))
+    StartupPlan(settings(**{"GPU_MEMORY_UTILIZATION": "0.8", **environ})).discard_stale(run(tmp_path))
     assert not plan_file.exists()
 
 
 def test_one_of_which_nothing_is_noted_is_somebody_elses(tmp_path: Path, plan_file: Path) -> None:
     """Who wrote it may have set something else."""
-    StartupPlan(settings()).check(run(tmp_path))
+    StartupPlan(settings()).discard_stale(run(tmp_path))
     assert not plan_file.exists()
 
 
 def test_one_whose_note_can_not_be_read_is_not_trusted(tmp_path: Path, plan_file: Path) -> None:
     plan = StartupPlan(settings())
     kept_for(tmp_path)
-    plan.check(run(tmp_path))
+    plan.discard_stale(run(tmp_path))
     assert plan_file.exists()
     plan_file.with_name(NOTE).write_bytes(b"\xff")
-    plan.check(run(tmp_path))
+    plan.discard_stale(run(tmp_path))
     assert not plan_file.exists()
 
 
@@ -116,24 +116,24 @@ def test_a_failure_with_it_forgets_it(
 
 def test_a_full_disk_or_no_home_is_no_fault(tmp_path: Path) -> None:
     plan = StartupPlan(settings())
-    plan.check(run(tmp_path / "none"))
-    plan.keep()
+    plan.discard_stale(run(tmp_path / "none"))
+    plan.write_note()
     plan.forget()
     nowhere = run(tmp_path)
     nowhere.child.command.environ = {}
-    plan.check(nowhere)
+    plan.discard_stale(nowhere)
 
 
 def test_the_users_word_and_vllms_version_decide() -> None:
-    assert startup_plan(settings()) is not None
-    assert startup_plan(settings(VLLM_ENABLE_STARTUP_PLAN="0")) is None
-    assert startup_plan(settings(SUPERVISOR_FAST_RESTART="false")) is None
+    assert make_startup_plan(settings()) is not None
+    assert make_startup_plan(settings(VLLM_ENABLE_STARTUP_PLAN="0")) is None
+    assert make_startup_plan(settings(SUPERVISOR_FAST_RESTART="false")) is None
     old = dataclasses.replace(settings(), vllm=dataclasses.replace(settings().vllm, version="0.1", python=None))
-    assert startup_plan(old) is None
+    assert make_startup_plan(old) is None
 
 
 def test_a_start_that_we_ended_forgets_it(plan_file: Path) -> None:
     """It hung, maybe for that; and its code is the same as where somebody else kills it."""
     plan = StartupPlan(settings())
-    assert plan.taken(run(plan_file, TAKEN, code=-9, broken="vLLM was not ready after 4 s"), OTHER)
-    assert not plan.taken(run(plan_file, TAKEN, code=-9), OTHER)
+    assert plan.is_suspect(run(plan_file, TAKEN, code=-9, broken="vLLM was not ready after 4 s"), OTHER)
+    assert not plan.is_suspect(run(plan_file, TAKEN, code=-9), OTHER)

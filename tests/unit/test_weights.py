@@ -483,7 +483,7 @@ def test_the_weights_are_in_the_page_cache(files: list[Path]) -> None:
     reading = Prefetch(files)
     wait_until(lambda: not any(thread.is_alive() for thread in reading.threads), "all to be read")
     assert min(cached(path) for path in files) > 0.99  # a machine that is short of memory takes some back
-    assert reading.bytes == len(files) * 4 << 20
+    assert reading.total_bytes == len(files) * 4 << 20
 
 
 def test_more_than_memory_is_not_read(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -508,7 +508,7 @@ def test_how_much_memory_there_is(
     for name, text in (("limit", limit), ("used", used)):
         if text is not None:
             (tmp_path / name).write_text(text + "\n")
-    monkeypatch.setattr(prefetch, "CGROUP", ((str(tmp_path / "limit"), str(tmp_path / "used")),))
+    monkeypatch.setattr(prefetch, "CGROUP_FILES", ((str(tmp_path / "limit"), str(tmp_path / "used")),))
     read = Path.read_text
 
     def read_text(path: Path) -> str:
@@ -528,7 +528,7 @@ def test_it_stops_early(tmp_path: Path) -> None:
     forget(later)
     reading = Prefetch([*pipes, later])
     assert len(reading.threads) == prefetch.READERS
-    wait_until(lambda: reading.left == [later], "a reader for each pipe")
+    wait_until(lambda: reading.pending_files == [later], "a reader for each pipe")
     reading.stop()
 
     def let_go(path: Path) -> bool:
@@ -540,7 +540,7 @@ def test_it_stops_early(tmp_path: Path) -> None:
     for path in pipes:
         wait_until(lambda path=path: let_go(path), "a reader")
     wait_until(lambda: not any(thread.is_alive() for thread in reading.threads), "the readers to leave")
-    assert reading.left == [later]
+    assert reading.pending_files == [later]
 
 
 def test_what_can_not_be_read_is_none_of_its_business(tmp_path: Path) -> None:

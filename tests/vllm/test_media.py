@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from supervisor.around.modalities import ARCHITECTURES, AUDIO, TEXT_ONLY, VISION, kinds
+from supervisor.around.modalities import ARCHITECTURES, AUDIO, TEXT_ARCHITECTURES, VISION, find_kinds
 from supervisor.settings.names import DEFAULTS
 from tests.vllm.conftest import VLLM
 
@@ -40,16 +40,16 @@ def architectures(table: str) -> set[str]:
 def test_every_model_that_takes_media_is_known_by_its_name() -> None:
     found = architectures("_MULTIMODAL_MODELS")
     assert len(found) > 100
-    assert {name for name in found if kinds({"architectures": [name]}) != VISION | AUDIO} == set()
+    assert {name for name in found if find_kinds({"architectures": [name]}) != VISION | AUDIO} == set()
     assert found >= ARCHITECTURES
 
 
 def test_models_for_text_are_not_taken_for_such() -> None:
     others = architectures("_TEXT_GENERATION_MODELS") - architectures("_MULTIMODAL_MODELS")
     assert len(others) > 100
-    wrong = {name for name in others if kinds({"architectures": [name]})}
+    wrong = {name for name in others if find_kinds({"architectures": [name]})}
     assert wrong <= {"InklingForConditionalGeneration"}
-    assert not TEXT_ONLY & architectures("_MULTIMODAL_MODELS")
+    assert not TEXT_ARCHITECTURES & architectures("_MULTIMODAL_MODELS")
 
 
 @pytest.mark.parametrize(
