@@ -1,1 +1,1 @@
-"""What hangs on the core from outside, and could be taken away without a change in it."""
+"""These modules hang on the core from outside, and could be taken away without a change in it."""

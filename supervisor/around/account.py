@@ -1,4 +1,4 @@
-"""What is told of the engine: in /status, on the page, in the metrics, and to those who wait for it."""
+"""Tells of the engine: in /status, on the page, in the metrics, and to those who wait for it."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ if TYPE_CHECKING:
     from supervisor.engine.diagnosis import Diagnosis
 
 LOG_TAIL_LINES = 20
-MAX_LOG_LINES = 200  # of vLLM's log, over restarts, for those who follow it
-MAX_TIMELINE_ROWS = 100  # for the post-mortem
+MAX_LOG_LINES = 200  # they are of vLLM's log, over restarts, for those who follow it
+MAX_TIMELINE_ROWS = 100  # the post-mortem has them
 
 
 class Account(Observer):
-    """It is the first that is told, so that the others find it true. For the gateway it is the engine."""
+    """The engine tells the account first, so that the other observers find it true. To the gateway it is the engine."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.changed_at = time.time()
         self.reason = ""
-        self.failure_text = ""  # the last failure, in words
-        self.transitions: Counter[str] = Counter()  # how often each
+        self.failure_text = ""  # the last failure, in words; empty: there was none
+        self.transitions: Counter[str] = Counter()  # how often each happened
         self.timeline: deque[dict[str, object]] = deque(maxlen=MAX_TIMELINE_ROWS)
         self.timeline.append({"at": self.changed_at, "state": engine.state.value, "reason": ""})
-        self.restarts: Counter[str] = Counter()  # by what ended the run before
+        self.restarts: Counter[str] = Counter()  # how many, by what ended the run before
         self.last_failure: dict[str, object] | None = None
-        self.last_start_s: float | None = None  # seconds, of the latest that came to serve
-        self.last_phases: dict[str, float] = {}  # of the same, in order
+        self.last_start_s: float | None = None  # the latest start that came to serve took so long
+        self.last_phases: dict[str, float] = {}  # the phases of that start with their seconds, in order
         self.log_lines: deque[str] = deque(maxlen=MAX_LOG_LINES)
-        self.line_count = 0  # of lines, ever
+        self.line_count = 0  # so many lines there were, ever
 
     # What the engine tells
 
@@ -119,8 +119,8 @@ class Account(Observer):
         }
 
     def _expected_seconds(self) -> float | None:
-        """Until it serves again: as long as what is still to come took the last time; None where nobody can tell. A
-        forked start is over in seconds what takes the first one half a minute, so the time so far says little."""
+        """Returns the seconds until it serves; None if nobody can tell. What is to come takes as long as last time.
+        A forked start does in seconds what takes the first one half a minute, so the time so far says little."""
         state, current_phases = self.engine.state, self._phase_seconds()
         if self.last_start_s is None or state not in (State.STARTING, State.RESTARTING):
             return None
@@ -133,12 +133,12 @@ class Account(Observer):
         return round(max(self.last_phases[phase] - current_phases[phase], 0.0) + rest, 1)
 
     def _phase_seconds(self) -> dict[str, float]:
-        """Those of the latest run, with their seconds."""
+        """Returns the phases of the latest run with their seconds."""
         phases = self.engine.latest.phases
         rows = phases.as_rows() if phases is not None else []
         return {str(row["name"]): float(str(row["seconds"])) for row in rows}
 
     def log_after(self, number: int) -> tuple[int, list[str]]:
-        """How many lines there were, ever, and those of them behind the first `number` that are kept."""
+        """Returns how many lines there were, ever, and those of them behind the first `number` that are kept."""
         new_count = max(0, min(self.line_count - number, len(self.log_lines)))  # `number` may be another run's count
         return self.line_count, list(self.log_lines)[-new_count:] if new_count else []

@@ -1,4 +1,4 @@
-"""What vLLM compiles (torch.compile, Triton, FlashInfer, CUDA's own), kept from one container to the next.
+"""Keeps what vLLM compiles (torch.compile, Triton, FlashInfer, CUDA's own) from one container to the next.
 
 vLLM writes into a folder of this container, always under the same name, since compiled code names its own files. When
 it is ready, that folder goes to the volume as one archive, by a rename; the next start unpacks it while vLLM imports.
@@ -34,24 +34,24 @@ if TYPE_CHECKING:
     from supervisor.engine.diagnosis import Diagnosis
 
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
-# Variable -> folder below ours. Where the user set one, it stays. vLLM keeps Inductor's below its own.
+# Each variable gets a folder below ours. One that the user set stays. vLLM keeps Inductor's folder below its own.
 FOLDERS = {
     "VLLM_CACHE_ROOT": "vllm",
     "TRITON_CACHE_DIR": "triton",
-    "TORCHINDUCTOR_CACHE_DIR": "inductor",  # of what is compiled beside the model; for that vLLM has its own
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",  # it is for what is compiled beside the model; for that vLLM has its own
     "FLASHINFER_WORKSPACE_BASE": "flashinfer",
     "CUDA_CACHE_PATH": "cuda",
 }
-# A larger one takes longer to carry than to compile; it is rather a cache of something else.
+# A larger archive takes longer to carry than its files to compile; it is rather a cache of something else.
 MAX_ARCHIVE_BYTES = 4 * 1024**3
-# Locks, what is still being written, and what is another machine's: which GPUs reach which.
+# These are locks, what is still being written, and what is another machine's: which GPUs reach which.
 EXCLUDED_NAMES = re.compile(r"\.(lock|tmp)$|(^|/)tmp\.pid_|gpu_p2p_access_cache")
-# Half-written ones, by workers that died, are removed after so many seconds.
+# Half-written archives of workers that died are removed after so many seconds.
 MAX_HALF_AGE_S = 3600.0
 
 
 def hardware_id() -> str:
-    """What compiled code is for: the GPUs' name, or this processor with what it can do."""
+    """Returns what compiled code is for: the GPUs' name, or this processor with what it can do."""
     with contextlib.suppress(OSError):
         names = {
             match[1].strip()
@@ -68,10 +68,10 @@ def hardware_id() -> str:
 
 
 class Caches:
-    """`environment` for vLLM; `restore()` while it imports; `keep()` when it is ready. All three may be left out."""
+    """vLLM gets `environment`; `restore` is for while it imports, `keep` for when it is ready. All may be left out."""
 
     def __init__(self, base: Path, store: Path, *, version: str, model: str) -> None:
-        """`base`: a folder for temporary files; `store`: on the volume. Raises OSError where `base` is not safe."""
+        """`base` is a folder for temporary files, `store` is on the volume. Raises OSError where `base` is not safe."""
         identity = f"{version}-{hardware_id()}-{model}"
         name = re.sub(r"[^A-Za-z0-9_.+-]+", "-", identity).strip("-")[:180]
         if len(identity) > len(name):  # what was cut off, or is in no Latin letters, tells models apart, too
@@ -80,7 +80,7 @@ class Caches:
         own_folder.mkdir(mode=0o700, exist_ok=True)
         info = own_folder.lstat()
         if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o022:
-            raise PermissionError(f"{own_folder} is somebody else's")  # code lies there, which is run
+            raise PermissionError(f"{own_folder} is somebody else's")  # the code that lies there is run
         self.folder = own_folder / name
         self.archive = store / f"{name}.tar"
         self.archived_files: set[str] = set()
@@ -90,10 +90,10 @@ class Caches:
         return {name: str(self.folder / part) for name, part in FOLDERS.items() if not environ.get(name)}
 
     def restore(self) -> str:
-        """Unpacks what another start left; what happened, in words."""
+        """Unpacks what another start left, and returns what happened, in words."""
         with self.lock:
             if self.folder.is_dir():
-                # Where the earlier start could not put it onto the volume, or did not come so far, this one is to.
+                # This start is to put it onto the volume, where the earlier one could not, or did not come so far.
                 self.archived_files = self._list_files() if self.archive.exists() else set()
                 return f"compiled code of an earlier start is here: {self.folder}"
             started_at = time.monotonic()
@@ -124,7 +124,7 @@ class Caches:
             return f"compiled code of an earlier start: {size / 1e6:.0f} MB in {time.monotonic() - started_at:.1f} s"
 
     def keep(self) -> str | None:
-        """Puts what is there now onto the volume, where it is more than was there before."""
+        """Puts what is there now onto the volume, if that is more than before. Returns what happened, in words."""
         with self.lock:
             files = self._list_files()
             if not files - self.archived_files:
@@ -149,7 +149,7 @@ class Caches:
             return f"compiled code kept for the next start: {size / 1e6:.0f} MB, {self.archive}"
 
     def _list_files(self) -> set[str]:
-        """The files that are worth keeping. They may come and go meanwhile."""
+        """Returns the files that are worth keeping. They may come and go meanwhile."""
         names = set()
         for folder, _, file_names in os.walk(self.folder):
             paths = (os.path.join(folder, name) for name in file_names)  # noqa: PTH118
@@ -203,12 +203,12 @@ class CacheKeeper(Observer):
         try:
             if message := job():
                 self.log.info("%s", message)
-        except Exception:  # a comfort: whatever is wrong with it, it must not end what serves
+        except Exception:  # this is a comfort: whatever is wrong with it must not end what serves
             self.log.exception("compiled code could not be looked after")
 
 
 def _sanitize(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    """Files and folders, and nobody's name."""
+    """Returns a file or a folder without anybody's name, and None for all that is not archived."""
     if EXCLUDED_NAMES.search(member.name) or not (member.isfile() or member.isdir()):
         return None
     member.uid = member.gid = 0

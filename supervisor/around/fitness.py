@@ -1,7 +1,7 @@
-"""Whether this machine can do the work, looked at before vLLM takes the GPU; and how RunPod is told that it can't.
+"""Checks whether this machine can do the work, before vLLM takes the GPU, and tells RunPod where it can't.
 
 The SDK's own checks come after vLLM is up: they import torch and make a context on every GPU, in memory that is full by
-then, and end the worker where they fail. These are cheap, and a worker that fails them is replaced before it loads.
+then, and end the worker where they fail. Ours are cheap, and a worker that fails them is replaced before it loads.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-# What a start needs at the very least; weights and caches have their own, larger wants.
+# A start needs this at the very least; weights and caches have larger wants of their own.
 MIN_DISK_BYTES = 200 * 1024 * 1024
 REPORT_TIMEOUT = 2.0
 MAX_REASON_LENGTH = 256
 
 
 def check(environ: Mapping[str, str], folder: Path) -> tuple[str, str] | None:
-    """(which check, why) where the machine is not fit. `folder`: where temporary files go."""
+    """Returns which check failed, and why; None where the machine is fit. Temporary files go to `folder`."""
     expected = environ.get("RUNPOD_GPU_COUNT", "")
     if expected.isdigit() and int(expected) > 0 and (problem := _check_gpus(int(expected))):
         return "gpu", problem
@@ -35,7 +35,7 @@ def _check_gpus(expected: int) -> str | None:
 
         pynvml.nvmlInit()
     except ImportError:
-        return None  # nothing to ask with
+        return None  # there is nothing to ask with
     except pynvml.NVMLError as error:
         return f"RunPod gave {expected} GPUs, and the driver does not answer ({error})"
     try:
@@ -51,7 +51,7 @@ def _check_gpus(expected: int) -> str | None:
 
 
 def report(environ: Mapping[str, str], name: str, reason: str) -> None:
-    """One ping that says so, as the SDK would send it; RunPod then gives the work to another machine."""
+    """Sends one ping that names the check, as the SDK would; RunPod then gives the work to another machine."""
     import httpx  # noqa: PLC0415  # 0.2 s, and few machines need it
 
     url = environ.get("RUNPOD_WEBHOOK_PING", "").replace("$RUNPOD_POD_ID", environ.get("RUNPOD_POD_ID", ""))

@@ -1,8 +1,8 @@
-"""What NVIDIA's library tells of the GPUs: for people, and whether their memory is free again. A new engine that starts
+"""Asks NVIDIA's library about the GPUs: for people, and whether their memory is free again. A new engine that starts
 beside a dying one runs out of memory.
 
-Needs the package nvidia-ml-py (`pynvml`), which vLLM's CUDA image has on its own side and ours installs where there is
-a GPU; without it, or without a GPU, there is nothing to wait for.
+This needs the package nvidia-ml-py (`pynvml`), which vLLM's CUDA image has on its own side and ours installs where
+there is a GPU; without it, or without a GPU, there is nothing to wait for.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from typing import Any
 from supervisor.bounded import run_bounded
 from supervisor.engine.run import Observer, Run
 
-# What a machine with NVIDIA's driver has (the second: WSL). Asking the library instead costs 15 ms of every start.
+# A machine with NVIDIA's driver has one of these (WSL: the second). Asking the library instead costs 15 ms a start.
 DRIVER_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvmap")
-# What may stay allocated, in bytes: the driver's own, and contexts that other processes hold change by this much.
+# So much may stay allocated: the driver's own memory, and contexts that other processes hold, change by this much.
 SLACK_BYTES = 512 * 1024 * 1024
 PATIENCE = 30.0
 POLL_INTERVAL = 0.1
-# Seconds for the driver's answer. One that hangs in nvmlInit kept the supervisor deaf to every signal.
+# The driver has so many seconds to answer. One that hung in nvmlInit kept the supervisor deaf to every signal.
 DRIVER_PATIENCE = 5.0
 
 
 @contextlib.contextmanager
 def _open_nvml() -> Iterator[Any]:
-    """NVML, ready to be asked; None where there is no package, no driver or no GPU (it has an error class for each)."""
+    """Yields NVML, ready to be asked; None without its package, a driver or a GPU (it has an error class for each)."""
     nvml: Any = None
     if any(map(os.path.exists, DRIVER_DEVICES)):
         with contextlib.suppress(Exception):
@@ -47,15 +47,15 @@ def _open_nvml() -> Iterator[Any]:
 
 
 def read_used_bytes() -> list[int] | None:
-    """Bytes in use on each GPU; None where that can't be known."""
+    """Returns the bytes in use on each GPU; None where that can't be known."""
     report = read_gpus()
     return None if report is None or "error" in report else [gpu["used"] for gpu in report["gpus"]]
 
 
 def read_gpus() -> dict[str, Any] | None:
-    """`driver`; `cuda`, the latest that it takes, where it tells; and of each GPU in `gpus` its `name` and its memory
-    in bytes: `total`, `used`, and where it is known `reserved`, which the driver keeps for itself. None where there is
-    no driver to ask."""
+    """Returns `driver`; `cuda`, the latest that it takes, where it tells; and of each GPU in `gpus` its `name` and its
+    memory in bytes: `total`, `used`, and where it is known `reserved`, which the driver keeps for itself. Returns None
+    where there is no driver to ask."""
     with _open_nvml() as nvml:
         if nvml is None:
             return None
@@ -63,12 +63,12 @@ def read_gpus() -> dict[str, Any] | None:
             handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
             rows = [{"name": nvml.nvmlDeviceGetName(handle), **_read_memory(nvml, handle)} for handle in handles]
             return {"driver": nvml.nvmlSystemGetDriverVersion(), "cuda": _read_cuda_version(nvml), "gpus": rows}
-        except nvml.NVMLError as error:  # one that fell off the bus
+        except nvml.NVMLError as error:  # a GPU fell off the bus
             return {"driver": "", "gpus": [], "error": str(error)}
 
 
 def _read_cuda_version(nvml: Any) -> str:
-    """Of the `libcuda` that the loader finds: of a newer one that stands for the driver's own, too."""
+    """Returns the version of the `libcuda` that the loader finds, which may be newer than the driver's own."""
     with contextlib.suppress(nvml.NVMLError, AttributeError):
         version = int(nvml.nvmlSystemGetCudaDriverVersion_v2())
         return f"{version // 1000}.{version % 1000 // 10}"
@@ -76,7 +76,7 @@ def _read_cuda_version(nvml: Any) -> str:
 
 
 def _read_memory(nvml: Any, handle: Any) -> dict[str, int]:
-    """As nvidia-smi counts it: `used` has nothing of `reserved`, which is 616 MiB of an H200 that nobody uses."""
+    """Counts as nvidia-smi does: `used` has nothing of `reserved`, which is 616 MiB of an H200 that nobody uses."""
     # Drivers before 510 have no such answer, and old versions of the package no such question.
     with contextlib.suppress(nvml.NVMLError, AttributeError, TypeError):
         memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
@@ -86,7 +86,7 @@ def _read_memory(nvml: Any, handle: Any) -> dict[str, int]:
 
 
 async def ask_used_bytes() -> list[int] | None:
-    """As `used`, of a driver that may hang: it is told, and then the memory is not known."""
+    """Returns what `read_used_bytes` does. Where the driver hangs, it logs that, and the memory is not known."""
     try:
         return await run_bounded(DRIVER_PATIENCE, read_used_bytes)
     except TimeoutError:

@@ -1,5 +1,5 @@
-"""What the machine has, read from the kernel's files: memory and its limits, disks, versions. For `supervisor doctor`
-and for post-mortems; nothing here raises, and what can't be known is None or left out.
+"""Reads what the machine has from the kernel's files: memory and its limits, disks, versions. It is for `supervisor
+doctor` and for post-mortems. Nothing here raises, and what can't be known is None or left out.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import NamedTuple
 
 from supervisor import __version__
 
-# A limit above this is version 1's way to say that there is none.
+# By a limit above this, version 1 of cgroups says that there is none.
 NO_LIMIT = 1 << 60
 CONTAINER_MARKS = (".dockerenv", "run/.containerenv")
 CONTAINER_VARIABLES = ("KUBERNETES_SERVICE_HOST", "RUNPOD_POD_ID", "container", "ECS_CONTAINER_METADATA_URI_V4")
 
 
 class Machine(NamedTuple):
-    """Where its files are; tests make their own."""
+    """`root` is where its files are; tests make their own."""
 
     root: Path = Path("/")
 
@@ -34,7 +34,7 @@ class Machine(NamedTuple):
         return has_mark or any(environ.get(name) for name in CONTAINER_VARIABLES)
 
     def cgroup(self) -> dict[str, int]:
-        """`limit` and `used` in bytes, `oom_kills`, as far as they are told."""
+        """Returns `limit` and `used` in bytes, and `oom_kills`, as far as they are told."""
         readings: dict[str, int] = {}
         for folder in self._cgroup_folders():
             for name, file in (("limit", "memory.max"), ("used", "memory.current"),
@@ -50,7 +50,7 @@ class Machine(NamedTuple):
         return readings
 
     def _cgroup_folders(self) -> list[Path]:
-        """From the root of what we see down to our own, for a limit counts wherever it is set; version 2, else 1."""
+        """Lists them from the root that we see to our own, for a limit counts wherever it is set; version 2, else 1."""
         base = self.root / "sys/fs/cgroup"
         folders = [base] if (base / "cgroup.controllers").exists() else [base / "memory"]
         for line in _read_text(self.root / "proc/self/cgroup").splitlines():
@@ -62,20 +62,20 @@ class Machine(NamedTuple):
         return [folder for folder in folders if folder.is_dir()]
 
     def memory(self) -> dict[str, int]:
-        """`total` and `available`, in bytes."""
+        """Returns `total` and `available`, in bytes."""
         rows = (line.split() for line in _read_text(self.root / "proc/meminfo").splitlines())
         values = {row[0]: int(row[1]) * 1024 for row in rows if len(row) > 1 and row[1].isdigit()}
         names = {"total": "MemTotal:", "available": "MemAvailable:"}
         return {name: values[key] for name, key in names.items() if key in values}
 
     def driver_version(self) -> str:
-        """The version of NVIDIA's kernel module; empty where none is loaded."""
+        """Returns the version of NVIDIA's kernel module; empty where none is loaded."""
         match = re.search(r"^NVRM.*?\s(\d+\.[\d.]+)", _read_text(self.root / "proc/driver/nvidia/version"), re.M)
         return match[1] if match else ""
 
 
 def disk(folder: Path) -> dict[str, object]:
-    """Of the nearest folder that is there: `folder`, `free` and `total` in bytes."""
+    """Returns `folder`, and `free` and `total` in bytes, as the nearest folder has them that is there."""
     ancestor = nearest_folder(folder)
     with contextlib.suppress(OSError):
         stats = os.statvfs(ancestor)
@@ -85,7 +85,7 @@ def disk(folder: Path) -> dict[str, object]:
 
 
 def nearest_folder(folder: Path) -> Path:
-    """The folder, or the one above it that is there."""
+    """Returns the folder, or the one above it that is there."""
     for path in (folder, *folder.absolute().parents):
         with contextlib.suppress(OSError):
             if path.exists():
@@ -99,7 +99,7 @@ def versions(vllm_version: str) -> dict[str, str]:
 
 
 def amount(byte_count: float) -> str:
-    """Bytes for people: `64 MB`, `15.2 GB`."""
+    """Writes bytes for people: `64 MB`, `15.2 GB`."""
     return f"{byte_count / 1e9:.1f} GB" if byte_count >= 1e9 else f"{byte_count / 1e6:.0f} MB"
 
 

@@ -1,5 +1,5 @@
-"""Tells that a model takes images and the like, which vLLM fetches from wherever a request says: from the network that
-it is in, too, which its clients may not be.
+"""Warns that a model takes images and the like, which vLLM fetches from wherever a request says. That may be a host of
+vLLM's own network, which its clients may not be in.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REMEDY = "Set ALLOWED_MEDIA_DOMAINS to the hosts that they may come from (docs/o
 
 
 def unrestricted_kinds(settings: Settings, kinds: Iterable[str]) -> frozenset[str]:
-    """Of the kinds of media that the model takes: those that may be fetched from anywhere."""
+    """Returns those of the kinds of media that the model takes that may be fetched from anywhere."""
     file_name = settings.option("config")
     file_options = config_file.read_vllm_config("", file_name, Report(settings.mask)).typed_content if file_name else {}
 
@@ -42,14 +42,14 @@ def unrestricted_kinds(settings: Settings, kinds: Iterable[str]) -> frozenset[st
 
 
 def describe(kinds: Iterable[str]) -> str:
-    """What is told of these, the remedy apart."""
+    """Returns what the warning says of these kinds, without the remedy."""
     words = [word for kind, word in KIND_WORDS.items() if kind in kinds]
     listing = " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
     return f"the model takes {listing} by URL, and vLLM fetches them from any host, those of its own network included"
 
 
 def _parse_limits(value: object) -> dict[str, object]:
-    """The limit of each kind: a number, or an object that has it."""
+    """Returns the limit of each kind. It is given as a number, or as an object that has it."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = json.loads(value)
@@ -61,10 +61,10 @@ def _parse_limits(value: object) -> dict[str, object]:
 
 class MediaNotice(Observer):
     """Looks when the engine starts, and again when it serves, until the model's config is there to be read: a model
-    that is downloaded has none before."""
+    that is downloaded has none before that."""
 
     def __init__(self, settings: Settings, find_weights: Callable[[], Weights]) -> None:
-        """`weights()` may hang: it is asked in a thread."""
+        """`find_weights()` may hang: it is called in a thread."""
         self.log = logging.getLogger("supervisor")
         self.settings = settings
         self.find_weights = find_weights

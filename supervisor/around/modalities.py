@@ -1,4 +1,4 @@
-"""Which kinds of media a model takes beside text, by its config.json (params.json, as Mistral has it).
+"""Finds which kinds of media a model takes beside text, by its config.json (params.json, as Mistral has it).
 
 vLLM knows it by the model's class, whose import takes it ten seconds. The names of the fields and of the architectures
 tell as much; a model of a new kind may be missed.
@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 VISION, AUDIO = frozenset({"image", "video"}), frozenset({"audio"})
-# A field's name, by whole words of it: `vision_config`, `mm_vision_tower`, `image_token_id`.
+# A field's name tells by whole words of it: `vision_config`, `mm_vision_tower`, `image_token_id`.
 FIELD_PATTERNS = (
     (re.compile(r"(?:^|_)(?:vision|visual|image|img|video)(?:_|$)"), VISION),
     (re.compile(r"(?:^|_)(?:audio|speech|sound|whisper)(?:_|$)"), AUDIO),
 )
-# Fields that hold a model's parts.
+# Such fields hold a model's parts.
 PART_PATTERN = re.compile(r"(?:^|_)(?:config|multimodal)$")
-# Where the fields say nothing: vLLM 0.32's other names for such models, and how all the rest of them end.
+# Where the fields say nothing, the name does: here are vLLM 0.32's odd names of such models, and how all others end.
 ARCHITECTURES = frozenset(
     {
         "DeepseekOCR2ForCausalLM", "DeepseekOCRForCausalLM", "DeepseekV41ForCausalLM", "DeepseekVLV2ForCausalLM",
@@ -36,11 +36,11 @@ ARCHITECTURES = frozenset(
 )  # fmt: skip
 MEDIA_ENDING = "ForConditionalGeneration"
 TEXT_ARCHITECTURES = frozenset(f"{name}{MEDIA_ENDING}" for name in ("Bart", "ChatGLM", "MBart", "T5"))
-MAX_CONFIG_BYTES = 10_000_000  # bytes
+MAX_CONFIG_BYTES = 10_000_000
 
 
 def read_kinds(folder: Path) -> frozenset[str] | None:
-    """The kinds that a folder's model takes; None where it has no config that can be read. Reads one small file."""
+    """Reads one small file, and returns the kinds that a folder's model takes; None where no config can be read."""
     for name in ("config.json", "params.json"):
         try:
             with (folder / name).open("rb") as file:
@@ -53,7 +53,7 @@ def read_kinds(folder: Path) -> frozenset[str] | None:
 
 
 def find_kinds(config: Mapping[str, Any]) -> frozenset[str]:
-    """Of `image`, `video`, `audio`: those that a prompt may have."""
+    """Returns those of `image`, `video` and `audio` that a prompt may have."""
     kinds = frozenset[str]().union(
         *(media for name in _field_names(config) for pattern, media in FIELD_PATTERNS if pattern.search(name))
     )
@@ -67,7 +67,7 @@ def find_kinds(config: Mapping[str, Any]) -> frozenset[str]:
 
 
 def _field_names(config: Mapping[str, Any]) -> Iterator[str]:
-    """Names of fields that say something, and of those of the model's parts."""
+    """Yields the names of fields that say something, and of such fields of the model's parts."""
     for name, value in config.items():
         if value in (None, False):
             continue

@@ -1,10 +1,10 @@
-"""The other machines that serve one model with this one, as far as this one can tell.
+"""Watches the other machines that serve one model with this one, as far as this one can tell.
 
 A vLLM that is spread over machines does not notice when one of them is gone: /health stays 200 on rank 0 until the
-next request fails, and a headless rank stays for good, holding its GPUs, whichever way rank 0 went. What does tell it,
-within a second, are the TCP connections between the ranks: those of this engine are noted once it serves, and when one
-of them is gone, the whole starts anew. Where the model is spread (tensor, pipeline parallelism) they are those to the
-port of rank 0 that all know. With data parallelism vLLM chooses its ports as it goes, all on rank 0.
+next request fails, and a headless rank stays for good, holding its GPUs, whichever way rank 0 went. The TCP connections
+between the ranks do tell it, within a second: those of this engine are noted once it serves, and when one of them is
+gone, the whole starts anew. Where the model is spread (tensor, pipeline parallelism), they are those to the port of
+rank 0 that all know. With data parallelism vLLM chooses its ports as it goes, all on rank 0.
 
 A headless rank has no port and says no word of readiness. It is ready when it has joined and loaded, by its log.
 
@@ -28,18 +28,18 @@ from supervisor.settings.cluster import Cluster
 
 LAUNCH_LINE = re.compile(r"Launching (?:vLLM .* headless|(?P<engines>\d+) data parallel engine)")
 JOIN_LINE = re.compile(r"rank \d+ in world size \d+ is assigned")
-# What a worker says of the memory that its weights leave: profiled, on a CPU, and where the user set it.
+# So a worker says how much memory its weights leave: profiled, on a CPU, and where the user set it.
 LOAD_LINE = re.compile(r"Available KV cache memory|\) GiB for KV cache on node|GiB memory for KV Cache as specified")
 INIT_LINE = re.compile(r"init engine \(")
 ESTABLISHED, LISTENING = "01", "0A"
-# Seconds between two looks whether the other machines are there. A data-parallel rank connects soon after it is ready.
+# So many seconds lie between two looks at the connections. A data-parallel rank connects soon after it is ready.
 LOOK_INTERVAL, MAX_LOOKS = 1.0, 60
 LOOK_PATIENCE = 10.0
-Endpoints = tuple[str, str]  # of a connection, as /proc writes them: ours, theirs
+Endpoints = tuple[str, str]  # of a connection, as /proc writes them: our end, their end
 
 
 class Ranks:
-    """Of one run of the engine: `hear` its log, `loaded`, then `note` until there is something, and `gone`."""
+    """Follows one run: `hear` its log until `is_loaded`, `note_connections` until some are there, `find_lost_rank`."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
@@ -50,7 +50,7 @@ class Ranks:
         if self.pending_lines is None:
             if launch := LAUNCH_LINE.search(line):
                 engines = launch["engines"]
-                # With its engine process another one is awaited: until then it has only shaken hands with rank 0.
+                # A line of each engine process is awaited: until then it has only shaken hands with rank 0.
                 self.pending_lines = [INIT_LINE] * int(engines) if engines else [JOIN_LINE, LOAD_LINE]
         elif self.pending_lines and self.pending_lines[0].search(line):
             del self.pending_lines[0]
@@ -60,12 +60,12 @@ class Ranks:
         return self.pending_lines == []
 
     def note_connections(self, session: Session) -> int:
-        """Looks which connections hold the ranks together; how many there are."""
+        """Notes which connections hold the ranks together, and returns how many there are."""
         inodes = {inode for pid in session.members() for inode in _read_socket_inodes(pid)}
         rows = [(ends, state) for ends, state, inode in _read_connections() if inode in inodes]
         pairs = {ends for ends, state in rows if state == ESTABLISHED}
         ports = {_port(ends[0]) for ends, state in rows if state == LISTENING}
-        address_pairs = {tuple(map(_address, ends)) for ends in pairs}  # two of our own processes have both ends here
+        address_pairs = {tuple(map(_address, ends)) for ends in pairs}  # two of our own processes have both ends
         self.connections = {
             (local, remote)
             for local, remote in pairs
@@ -74,7 +74,7 @@ class Ranks:
         return len(self.connections)
 
     def find_lost_rank(self) -> str | None:
-        """The address of a rank to which a connection is gone."""
+        """Returns the address of a rank to which a connection is gone."""
         lost = self.connections - {ends for ends, state, _ in _read_connections() if state == ESTABLISHED}
         return _address(min(lost)[1])[0] if lost else None
 
@@ -83,7 +83,7 @@ class Ranks:
         if not self.cluster.is_replicated:
             return port in (_port(local), _port(remote))
         if port in (_port(local), _port(remote)):
-            return False  # of the handshake, which ends when all have come
+            return False  # this is the handshake, which ends when all have come
         if self.cluster.is_headless:
             return _address(remote)[0] in _resolve_host(self.cluster.leader)
         return _port(local) in ports
@@ -119,12 +119,12 @@ class Multinode(Observer):
             self._watch_task.cancel()
 
     async def ask(self, path: str, body: bytes, patience: float) -> tuple[int, bytes] | None:
-        """What a headless rank would say of its health, if it had a port."""
+        """Answers what a headless rank would say of its health, if it had a port."""
         return (200, b"") if path == "/health" and self.ranks.is_loaded else None
 
     async def drain(self) -> bool:
-        """Of a headless rank: those that are stopped together get their signals at once, and rank 0's last answers need
-        this one."""
+        """Waits on a headless rank until another is gone: those that stop together get their signals at once, and
+        rank 0's last answers need this one."""
         self.is_draining = True
         try:
             async with asyncio.timeout(self.drain_timeout):
@@ -135,7 +135,7 @@ class Multinode(Observer):
         return True
 
     async def _watch(self, run: Run, ranks: Ranks) -> None:
-        """vLLM itself does not notice when another machine is gone."""
+        """Notices when another machine is gone, which vLLM itself does not."""
         session, look_count = run.child.session if run.child is not None else Session(0), 0
         try:
             while look_count < MAX_LOOKS:
@@ -156,7 +156,7 @@ class Multinode(Observer):
 
 
 def _read_connections() -> list[tuple[Endpoints, str, str]]:
-    """Of this network, which is the engine's too: ends, state, inode."""
+    """Returns ends, state and inode of each TCP socket of this network, which is the engine's too."""
     connections = []
     for name in ("tcp", "tcp6"):
         try:
@@ -177,7 +177,7 @@ def _read_socket_inodes(pid: int) -> set[str]:
             if target.startswith("socket:["):
                 inodes.add(target[8:-1])
     except OSError:
-        pass  # it has just ended
+        pass  # the process has just ended
     return inodes
 
 
@@ -186,7 +186,7 @@ def _port(endpoint: str) -> int:
 
 
 def _address(endpoint: str) -> tuple[str, int]:
-    """`0100007F:1F90` -> 127.0.0.1, 8080. A socket for both IPs writes IPv4 as IPv6."""
+    """Returns 127.0.0.1 and 8080 for `0100007F:1F90`. A socket for both IPs writes IPv4 as IPv6."""
     data = bytes.fromhex(endpoint.partition(":")[0])
     words = b"".join(data[offset : offset + 4][::-1] for offset in range(0, len(data), 4))
     return _format_address(ipaddress.ip_address(words)), _port(endpoint)

@@ -1,4 +1,4 @@
-"""Whether the kernel killed something in this container because memory ran out, while a run lived: its own count."""
+"""Tells by the kernel's own count whether it killed something here while a run lived, because memory ran out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from supervisor.engine.run import Observer, Run
 
 
 class OomKills(Observer):
-    """Notes it at the run, before its end is judged; where the kernel does not tell, nothing."""
+    """Notes kills in this container at the run, before its end is judged; none, where the kernel does not tell."""
 
     def __init__(self, machine: Machine | None = None) -> None:
         self.machine = machine or Machine()

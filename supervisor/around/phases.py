@@ -1,24 +1,24 @@
-"""The phases of a start, recognised in vLLM's log and timed: what it is doing while nobody can use it."""
+"""Recognises the phases of a start in vLLM's log and times them: what it is doing while nobody can use it."""
 
 from __future__ import annotations
 
 import re
 import time
 
-# A line that matches means that the phase begins. Only forwards: several ranks log the same lines.
-# Wordings of vLLM 0.24 to 0.32; the fake engine logs the same.
+# A line that matches means that the phase begins. No phase comes back: several ranks log the same lines.
+# The wordings are those of vLLM 0.24 to 0.32; the fake engine logs the same.
 PHASE_PATTERNS = {
-    # Ours (weights/download.py), where the weights come from the hub.
+    # These are ours (weights/download.py), where the weights come from the hub.
     "asking the hub": "(?!)",
     "fetching weights": r"^weights: Downloading",
-    # vLLM's. From the spawn on, or from the end of the download: 8 s and more of silence.
+    # The next are vLLM's. This lasts from the spawn, or from the end of the download: 8 s and more of silence.
     "importing vLLM": r"^weights: vLLM is started",
     "reading the model's config": r"non-default args",
     # The config is read; EngineCore is spawned, imports vLLM anew (8 s), and only then has a line of its own.
     "starting the engine core": (
         r"Using max model len|Initializing a V1 LLM engine|Waiting for \d+ local, \d+ remote core"
     ),
-    # Of several machines; on one, ranks meet by a file, or at its loopback address.
+    # This is for several machines; on one, ranks meet by a file, or at its loopback address.
     "waiting for the other ranks": (
         r"world_size=(?!1 )\d+ .{0,200}?distributed_init_method=tcp://(?!127\.0\.0\.1:)|"
         r"Launching \d+ data parallel engine|Launching vLLM .{0,200}? headless"
@@ -27,20 +27,20 @@ PHASE_PATTERNS = {
     "loading weights": (
         r"Starting to load (the )?model|Loading model from scratch|Loading model weights|Loading safetensors checkpoint"
     ),
-    # From the weights' end on: Dynamo's own lines come when it is done.
+    # It begins where the weights end: Dynamo's own lines come when it is done.
     "compiling": r"Model loading took|Using cache directory.{0,300}?compile|Dynamo bytecode transform|Start compiling",
     "profiling memory": r"torch\.compile (takes|took)|Initial profiling|CPU KV cache size|Available KV cache",
     "warming up kernels": r"GPU KV cache size|Warming up model",
-    # Told when it is over, as a progress bar's line is. What is captured before the KV cache is only measured (0.32).
+    # Its line comes at its end, as a progress bar's does. What is captured before the KV cache is only measured (0.32).
     "capturing graphs": r"Graph capturing finished in (\d+) sec",
-    "last warm-ups": r"Graph capturing finished",  # in 0.24 those of the kernels
+    "last warm-ups": r"Graph capturing finished",  # in 0.24 they are those of the kernels
     "starting the API server": r"init engine|Started server process|Supported tasks|Starting vLLM (API )?server",
     "waiting for the other engines": r"Waiting for READY message from DP Coordinator",
     "warming up": "(?!)",  # ours: a first request, where one is asked for
 }
 PHASES = tuple((name, re.compile(pattern)) for name, pattern in PHASE_PATTERNS.items())
 IMPORTING, COMPILING, CAPTURING = map([*PHASE_PATTERNS].index, ("importing vLLM", "compiling", "capturing graphs"))
-# With ENFORCE_EAGER nothing is compiled: what would begin it begins the next.
+# With ENFORCE_EAGER nothing is compiled: the line that would begin that phase begins the next one.
 EAGER_LINE = re.compile(r"'enforce_eager': True|Enforce eager set")
 # No pattern matches a line that has none of these. All patterns take 75 us for a line of 900 characters, these 11: at
 # some thousand lines a second of a start the event loop had time for nothing else.
@@ -51,15 +51,15 @@ MARKERS = (
     "KV cache", "Warming up model", "Graph capturing finished", "init engine", "Started server process",
     "Supported tasks", "Starting vLLM ", "enforce_eager", "Enforce eager",
 )  # fmt: skip
-# How far a download is.
+# This line says how far a download is.
 PROGRESS_LINE = re.compile(r"^weights: Downloading weights: (\S+ \S+ of .*)")
 
 
 class Waterfall:
-    """`hear(line)` for each log line; `current` and `as_rows()` at any time. Times from `start`, monotonic seconds."""
+    """`hear` takes each log line; `current_phase` and `as_rows` answer at any time. Times are in monotonic seconds."""
 
     def __init__(self, started_at: float, *, fetches: bool = False) -> None:
-        """`fetches`: vLLM comes after a download."""
+        """`started_at` is when the times begin; `fetches` says that vLLM comes after a download."""
         self.started_at = started_at
         self.phase_starts: list[tuple[int, float]] = [(0 if fetches else IMPORTING, started_at)]
         self.progress = ""
@@ -72,16 +72,16 @@ class Waterfall:
 
     @property
     def fetching(self) -> bool:
-        """Whether the weights still come."""
+        """Tells whether the weights still come."""
         return self.phase_starts[-1][0] < IMPORTING
 
     @property
     def detail(self) -> str:
-        """The phase, and how far it is, where that is known."""
+        """Returns the phase, and how far it is, where that is known."""
         return f"{self.current_phase} ({self.progress})" if self.progress else self.current_phase
 
     def hear(self, line: str) -> str | None:
-        """The phase that this line begins, if any."""
+        """Returns the phase that this line begins, if any."""
         if self.finished_at is not None or not any(marker in line for marker in MARKERS):
             return None
         if self.fetching and (match := PROGRESS_LINE.search(line)):
@@ -104,12 +104,12 @@ class Waterfall:
         self.phase_starts.append((len(PHASES) - 1, time.monotonic()))
 
     def finish(self) -> float:
-        """The engine is ready; returns the seconds since the spawn."""
+        """Notes that the engine is ready, and returns the seconds since the spawn."""
         self.finished_at = time.monotonic()
         return self.finished_at - self.started_at
 
     def as_rows(self) -> list[dict[str, object]]:
-        starts = list(self.phase_starts)  # a terminal's thread may ask
+        starts = list(self.phase_starts)  # a terminal's thread may ask meanwhile
         ends = [start for _, start in starts[1:]] + [self.finished_at or time.monotonic()]
         return [
             {"name": PHASES[index][0], "seconds": round(end - start, 3)}

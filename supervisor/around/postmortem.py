@@ -1,7 +1,7 @@
-"""The post-mortem of a failed engine: one JSON file in the cache folder, and a block in the log to paste into an issue.
+"""Writes the post-mortem of a failed engine: a JSON file in the cache folder, and a block in the log for an issue.
 
-Written in a thread of its own, so that the next engine is not held up; whatever goes wrong with it, a full disk or a
-driver that hangs, costs one line of the log and nothing else. Everything in it went through the mask.
+It is written in a thread of its own, so that the next engine is not held up; whatever goes wrong with it, a full disk
+or a driver that hangs, costs one line of the log and nothing else. Everything in it went through the mask.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ FOLDER = "postmortem"
 MAX_BUNDLES = 5
 # A driver that hangs answers nobody, and the thread that asked it stays; we do not.
 GPU_PATIENCE = 5.0
-# Of the whole, where the supervisor's own end waits for it.
+# The whole may take so many seconds, where the supervisor's own end waits for it.
 PATIENCE = 12.0
 MAX_COMMAND_LENGTH, MAX_LINE_LENGTH = 400, 200
-# Of what `/status` tells: what the bundle has at length, and what is the next run's.
+# `/status` tells these too; but the bundle has them at length, or they are the next run's.
 OMITTED_KEYS = ("last_failure", "log_tail", "progress", "pid")
 
 
 class PostMortem(Observer):
-    """`facts`: what `/status` tells and never changes, with the settings; `account`: what it tells of the engine."""
+    """`facts` is what `/status` tells and never changes, with the settings; `account` is what it says of the engine."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class PostMortem(Observer):
         self.log = logging.getLogger("supervisor.postmortem")
 
     async def failed(self, run: Run, verdict: str, given_up: bool) -> None:
-        """Raises nothing, and ends in bounded time."""
+        """Writes and logs it. Raises nothing, and ends in bounded time."""
         failure = {
             **self.account.status(),
             **(self.account.last_failure or {}),
@@ -78,7 +78,7 @@ class PostMortem(Observer):
             self.log.exception("the post-mortem could not be written")
 
     def report(self, failure: Mapping[str, Any]) -> str:
-        """Gathers, writes, and returns the block for the log."""
+        """Gathers the bundle, writes it, and returns the block for the log."""
         bundle = self.gather(failure)
         try:
             location = str(self.write(bundle))
@@ -91,7 +91,7 @@ class PostMortem(Observer):
         failure = {name: value for name, value in failure.items() if name not in OMITTED_KEYS}
         bundle = {
             "written": time.time(),
-            # Not word for word: that a value is a secret may be told by the option before it.
+            # It is not masked word for word: that a value is a secret may be told by the option before it.
             "command": self.mask(self.mask.command(failure.pop("argv"))),
             **failure,
             "settings": facts.pop("settings", []),
@@ -107,7 +107,7 @@ class PostMortem(Observer):
         return masked
 
     def write(self, bundle: Mapping[str, Any]) -> Path:
-        """Raises OSError. What is written in part is removed, and of the whole ones only the last few stay."""
+        """Raises OSError, and then removes what is written in part. Of whole bundles only the last few stay."""
         written_at = float(bundle["written"])
         stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(written_at)) + f"-{int(written_at % 1 * 1000):03}"
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ class PostMortem(Observer):
 
 
 def format_block(bundle: Mapping[str, Any], location: str) -> list[str]:
-    """What of it an issue needs at first sight."""
+    """Returns the lines that have what an issue needs of the bundle at first sight."""
     from supervisor.engine.diagnosis import follows  # noqa: PLC0415  # 200 patterns to compile, for failures only
 
     signal, code = bundle.get("signal"), bundle.get("exit_code")
@@ -183,7 +183,7 @@ def _mask_value(value: Any, mask: Mask) -> Any:
 
 
 def _format_timeline(timeline: Iterable[Mapping[str, Any]]) -> str:
-    """`starting, ready +1.2 s, restarting +33.0 s`: each with the seconds since the one before; the last ones."""
+    """Returns the last states, with the seconds since the one before: `starting, ready +1.2 s, restarting +33.0 s`."""
     rows = list(timeline)[-8:]
     steps = [f"{row['state']} +{row['at'] - previous['at']:.1f} s" for previous, row in itertools.pairwise(rows)]
     return ", ".join([str(rows[0]["state"]), *steps]) if rows else ""

@@ -1,6 +1,6 @@
 """Reads the weights into the page cache while vLLM is still importing: then loading them is a copy from memory.
 
-vLLM needs 10 to 40 s before it opens the first file, time in which the disk or the network volume has nothing to do.
+vLLM needs 10 to 40 s before it opens the first file; in this time the disk or the network volume has nothing to do.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from supervisor.engine.run import Observer, Run
 from supervisor.weights import snapshot
 from supervisor.weights.find import Weights
 
-# More than one file at a time is what network volumes need to be fast.
+# Network volumes are only fast where more than one file is read at a time.
 READERS = 4
 BUFFER_BYTES = 8 * 1024 * 1024
 # Less is read faster than threads are started.
 MIN_BYTES = 256_000_000
-# Of the memory that is free now: the rest is for vLLM itself.
+# This much of the memory that is free now may be filled: the rest is for vLLM itself.
 MEMORY_SHARE = 0.6
 CGROUP_FILES = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -31,7 +31,7 @@ CGROUP_FILES = (
 
 
 def spare_memory() -> int:
-    """Bytes that the page cache may take, by the machine and by the container's limit."""
+    """Returns how many bytes the page cache may take, by the machine and by the container's limit."""
     free = 0
     with contextlib.suppress(OSError, ValueError, IndexError):
         text = Path("/proc/meminfo").read_text()
@@ -43,7 +43,7 @@ def spare_memory() -> int:
 
 
 class Prefetch:
-    """`Prefetch(files)` begins; `stop()` ends it early. Does nothing where the files would not fit into memory."""
+    """`Prefetch(files)` begins; `stop()` ends it early. It does nothing where the files would not fit into memory."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         self.pending_files = sorted(files, reverse=True)

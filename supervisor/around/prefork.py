@@ -1,7 +1,7 @@
-"""The next engine is forked from a process that has vLLM's modules imported, where there is one (zygote.py).
+"""Forks the next engine from a process that has vLLM's modules imported, where there is one (zygote.py).
 
-A start is `zygote.py ... vllm serve`, which leaves that process behind. After one that fails before it serves comes a
-plain `vllm serve`; where it fails again, it stays at that.
+A start is `zygote.py ... vllm serve`, which leaves that process behind. After a start that fails before it serves
+comes a plain `vllm serve`; after another such failure, all further starts are plain.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from supervisor.settings.command import Command
 if TYPE_CHECKING:
     from supervisor.engine.diagnosis import Diagnosis
 
-# Seconds for an answer, which takes 0.1 s.
+# The zygote has so many seconds for an answer, which takes 0.1 s.
 PATIENCE = 5.0
-# Bytes that have to be free: what a zygote does not share with an engine is 0.2 to 0.5 GB.
+# So much has to be free: what a zygote does not share with an engine is 0.2 to 0.5 GB.
 MIN_MEMORY_BYTES = 2_000_000_000
-# Starts that failed before they served, where none between them came to serve.
+# These are starts that failed before they served, where none between them came to serve.
 MAX_FAILURES = 2
-# What is no mistake of the user's where we forked.
+# Such an error is no mistake of the user's where we forked.
 FORK_ERROR = re.compile("forked subprocess|fork method|after fork", re.I)
 NO_FORK, SILENCE = "vLLM is started anew, not forked: %s", "the process that keeps its modules imported does not answer"
 UCRED = struct.Struct("3i")  # pid, uid, gid
 
 
 class Zygote:
-    """As it is seen from here: a connection that it made, and our child by adoption."""
+    """The zygote, as it is seen from here, is a connection that it made, and our child by adoption."""
 
     def __init__(self, connection: socket.socket) -> None:
-        """Raises OSError where it is gone already."""
+        """Raises OSError where the zygote is gone already."""
         self.connection = connection
         connection.settimeout(PATIENCE)
         pid, _, _ = UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
@@ -49,7 +49,7 @@ class Zygote:
         self.hello = zygote.receive(connection)
 
     def fork(self, request: object, descriptors: Sequence[int]) -> dict[str, Any]:
-        """`{"pid": ...}` of the child that is ours now, or `{"why": ...}`."""
+        """Returns `{"pid": ...}` of the child that is ours now, or `{"why": ...}`."""
         with contextlib.suppress(OSError, ValueError):
             zygote.send(self.connection, request, descriptors)
             if answer := zygote.receive(self.connection):
@@ -57,7 +57,7 @@ class Zygote:
         return {"why": SILENCE}
 
     def end(self) -> None:
-        """At once, even if it hangs."""
+        """Ends the zygote at once, even if it hangs."""
         self.connection.close()
         with contextlib.suppress(OSError):  # it was reaped; or is no child of ours, and not ours to kill
             os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -67,10 +67,10 @@ class Zygote:
 
 
 class Prefork(Observer):
-    """`program` and `fork` are for a start, and called from its thread; there is one start at a time."""
+    """`program` and `fork` are for a start, and are called from its thread; there is one start at a time."""
 
     def __init__(self, python: Sequence[str], script: str, folder: Path) -> None:
-        """`script`: vLLM's; `folder`: where the zygote finds us. Raises OSError."""
+        """`script` is vLLM's; `folder` is where the zygote finds us. Raises OSError."""
         self.log = logging.getLogger("supervisor.prefork")
         address = folder / "zygote.sock"
         self.prefix = (*python, str(Path(zygote.__file__)), str(address), script)
@@ -79,12 +79,12 @@ class Prefork(Observer):
         self.listener.listen()
         self.listener.setblocking(False)
         self.zygote: Zygote | None = None
-        self.is_next_plain = False  # the next start is
+        self.is_next_plain = False  # the next start is a plain `vllm serve`
         self.failures = 0
         self.has_served = False
 
     def program(self, argv: tuple[str, ...]) -> tuple[str, ...]:
-        """What is run in the place of `vllm serve ...`."""
+        """Returns what is run in the place of `vllm serve ...`."""
         if self.is_next_plain or self.failures >= MAX_FAILURES:
             self._accept()
             self.end_zygote()
@@ -95,7 +95,7 @@ class Prefork(Observer):
         return (*self.prefix, *argv[1:])
 
     def fork(self, command: Command, output: int, errors: int) -> int | None:
-        """The pid of the start, which is our child by adoption; None where it has to be run."""
+        """Returns the pid of the start, which is our child by adoption; None where the command has to be run."""
         prefix_length = len(self.prefix)
         self._accept()
         if command.argv[:prefix_length] != self.prefix or self.zygote is None:
@@ -111,7 +111,7 @@ class Prefork(Observer):
         return None
 
     def _accept(self) -> None:
-        """The latest zygote. Each comes by itself, when it is made."""
+        """Takes the latest zygote. Each comes by itself, when it is made."""
         with contextlib.suppress(BlockingIOError):
             while True:
                 connection, _ = self.listener.accept()
@@ -129,7 +129,7 @@ class Prefork(Observer):
             self.zygote = None
 
     def close(self) -> None:
-        """Nothing is left of it."""
+        """Ends the zygote and the listener: nothing is left of them."""
         with contextlib.suppress(OSError):
             self._accept()
         self.end_zygote()
@@ -146,10 +146,10 @@ class Prefork(Observer):
         if run.served or not self._has_zygote(run):
             return
         if run.broken is None and run.code == -signal.SIGKILL:
-            return  # by somebody else: nothing of ours ends so
+            return  # somebody else did it: nothing of ours ends so
         is_certain = diagnosis.known and diagnosis.permanent and not diagnosis.vague
         if is_certain and not self.has_served and not any(FORK_ERROR.search(line) for line in run.log):
-            return  # a mistake of the user's, who is not to wait for it twice
+            return  # it is a mistake of the user's, who is not to wait for it twice
         self.is_next_plain = run.doubted = True
         self.failures += 1
         scope = "all further ones are" if self.failures >= MAX_FAILURES else "the next one is"
@@ -160,7 +160,7 @@ class Prefork(Observer):
 
 
 def make_prefork(python: Sequence[str], command: Sequence[str], folder: Path) -> Prefork | None:
-    """Where `vllm` is the script that pip writes."""
+    """Returns a Prefork where `vllm` is the script that pip writes; else None."""
     with contextlib.suppress(OSError, ValueError):
         if python and len(command) == 1 and zygote.SCRIPT_PATTERN.search(Path(command[0]).read_text()):
             return Prefork(python, command[0], folder)

@@ -1,4 +1,4 @@
-"""Where an engine stands that hangs, before it is killed; only where py-spy is installed."""
+"""Logs where an engine that hangs stands, before it is killed; only where py-spy is installed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PATIENCE = 15.0
 
 
 class Stacks(Observer):
-    """Logs the stacks of each of its processes."""
+    """Logs the stacks of each of the engine's processes."""
 
     def __init__(self) -> None:
         self.log = logging.getLogger("supervisor.engine")

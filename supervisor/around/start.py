@@ -1,5 +1,5 @@
-"""How a start is told: below the log of a terminal while it lasts (terminal.py), as one line elsewhere; and what to do
-once it serves.
+"""Shows a start: below the log of a terminal while it lasts (terminal.py), as one line elsewhere. Then it says what to
+do once it serves.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NAME_WIDTH, BAR_WIDTH = 29, 32
 
 
 class StartDisplay(Observer):
-    """`foot`: the terminal, where there is one; `invitation` is asked for once it serves."""
+    """`foot` is the terminal, where there is one; `invitation` is called once the engine serves."""
 
     def __init__(self, lines: Log, foot: Terminal | None, *, colour: bool, invitation: Callable[[], str]) -> None:
         self.log = logging.getLogger("supervisor")
@@ -60,14 +60,14 @@ class StartDisplay(Observer):
             self.log.info("%s", self.invitation())
 
     def _draw(self) -> Sequence[str]:
-        phases = self.phases  # of the terminal's thread: it may change meanwhile
+        phases = self.phases  # this is the terminal's thread: they may change meanwhile
         if phases is None:
             return ()
         return draw_waterfall(phases.as_rows(), phases.progress, running=True, colour=self.colour)
 
 
 def invitation(settings: Settings, listeners: Listeners, simulator: str) -> str:
-    """What to do now that it serves: the URL, and a line to paste."""
+    """Returns what to do now that it serves: the URL, and a line to paste."""
     chat = {"messages": [{"role": "user", "content": "What are you?"}]}
     key_option = ' -H "Authorization: Bearer $KEY"' if any(keys.values for keys in settings.keys) else ""
     if simulator:
@@ -84,7 +84,7 @@ def invitation(settings: Settings, listeners: Listeners, simulator: str) -> str:
 
 
 def draw_waterfall(phases: Sequence[Mapping[str, object]], note: str = "", *, running: bool, colour: bool) -> list[str]:
-    """A line for each phase (`name`, `seconds`), its bar where its time was. `note` is how far the last one is."""
+    """Draws a line for each phase (`name`, `seconds`), its bar where its time was. `note` is how far the last is."""
     dim, highlight, plain = (DIM, COLOURS["INFO"], RESET) if colour else ("", "", "")
     durations = [float(str(row["seconds"])) for row in phases]
     total = max(sum(durations), 0.001)

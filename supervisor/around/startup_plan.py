@@ -1,8 +1,8 @@
-"""vLLM's start-up plan: the measured size of the KV cache, kept so that the next start need not measure it.
+"""Keeps vLLM's start-up plan, the measured size of the KV cache, so that the next start need not measure it.
 
 vLLM's worker writes it below VLLM_CACHE_ROOT when it was measured, and takes it when as much memory is free as then.
 It tells its plans apart by the model and the GPU, but not by all options that matter, such as GPU_MEMORY_UTILIZATION:
-so what was set is noted beside them, and another start's plans are forgotten.
+so what was set is noted beside them, and plans without this note are forgotten.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ APPLIED_LINE = "Applying persisted startup plan"
 
 
 class StartupPlan:
-    """`check` before vLLM reads it, `keep` once it is ready, `forget` where a start with it failed."""
+    """`discard_stale` comes before vLLM reads it, `write_note` once it is ready, `forget` if a start with it failed."""
 
     def __init__(self, settings: Settings) -> None:
         inputs: list[object] = [[option.key, setting.value] for option, setting in settings.options]
@@ -38,7 +38,7 @@ class StartupPlan:
         self.folder: Path | None = None
 
     def discard_stale(self, run: Run) -> None:
-        """Removes those of other settings."""
+        """Removes the plans of other settings."""
         if run.child is None:
             return
         environ = run.child.command.environ
@@ -51,13 +51,13 @@ class StartupPlan:
             self._remove()
 
     def write_note(self) -> None:
-        """Notes what they are for."""
+        """Notes the settings that the plans are for."""
         with contextlib.suppress(OSError):
             if self.folder is not None and any(self.folder.glob("*.json")):
                 (self.folder / NOTE).write_text(self.fingerprint)
 
     def is_suspect(self, run: Run, diagnosis: Diagnosis) -> bool:
-        """Whether a start took one, and may have failed for that: not where somebody killed it."""
+        """Tells whether a start took a plan, and may have failed for that: not where somebody killed it."""
         was_killed = run.broken is None and run.code == -signal.SIGKILL
         may_be_cause = not run.served or "memory" in diagnosis.cause.lower()
         return may_be_cause and not was_killed and any(APPLIED_LINE in line for line in run.log)
@@ -72,7 +72,7 @@ class StartupPlan:
 
 
 def make_startup_plan(settings: Settings) -> StartupPlan | None:
-    """Where the installed vLLM has it, and the user says nothing else."""
+    """Returns a plan where the installed vLLM has such, and the user says nothing else."""
     from supervisor.vllm.catalogue import load  # noqa: PLC0415
     from supervisor.vllm.installed import VllmError  # noqa: PLC0415
 

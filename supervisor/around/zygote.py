@@ -2,10 +2,10 @@
 
     PYTHON zygote.py SOCKET VLLM serve MODEL ...
 
-Runs in vLLM's environment, by its path, in the place of the script VLLM. The copy, the zygote, is made before vLLM has
-begun: it holds no port, no lock, no GPU memory, and one thread alone, so that a fork of it is as good as a new start.
-It is the supervisor's child by adoption, waits at SOCKET (prefork.py), and ends with it. vLLM's own processes are
-forked as well, where that is known to do no harm: each would import all of it again.
+It runs in vLLM's environment, by its path, in the place of the script VLLM. The copy, the zygote, is made before vLLM
+has begun: it holds no port, no lock, no GPU memory, and one thread alone, so that a fork of it is as good as a new
+start. It is the supervisor's child by adoption, waits at SOCKET (prefork.py), and ends with it. vLLM's own processes
+are forked as well, where that is known to do no harm: each would import all of it again.
 
 Whatever is wrong with all this, VLLM is run as it is.
 """
@@ -33,9 +33,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
-# What a server and its engine import until they serve. What is not there, or for other hardware, is passed over. Not
-# `vllm.compilation.backends`, `flashinfer` and `flashinfer.autotuner`: they initialize CUDA, which does not outlive a
-# fork; without them a start takes 1.2 s more.
+# A server and its engine import these until they serve. What is not there, or for other hardware, is passed over. Left
+# out are `vllm.compilation.backends`, `flashinfer` and `flashinfer.autotuner`: they initialize CUDA, which does not
+# outlive a fork; without them a start takes 1.2 s more.
 MODULES = (
     "vllm.entrypoints.cli.main", "vllm.entrypoints.cli.serve", "vllm.entrypoints.openai.api_server",
     "vllm.entrypoints.launchers.api_server", "vllm.v1.engine.core", "vllm.v1.engine.async_llm",
@@ -44,7 +44,7 @@ MODULES = (
     "vllm.model_executor.models.registry", "vllm.model_executor.models.llama", "vllm.tokenizers", "torch._dynamo",
     "torch._inductor.compile_fx", "transformers.models.llama",
 )  # fmt: skip
-# By vLLM's name of the platform: on others nobody has tried it.
+# The keys are vLLM's names of platforms: on others nobody has tried it.
 PLATFORM_MODULES = {
     "cuda": ("vllm.v1.worker.gpu_worker", "vllm.v1.worker.gpu_model_runner", "vllm.v1.attention.backends.flash_attn",
              "triton"),
@@ -53,13 +53,13 @@ PLATFORM_MODULES = {
 # Where there is no locale, Python sets one.
 PYTHON_VARIABLES = {"LC_CTYPE"}
 METHOD_VARIABLE = "VLLM_WORKER_MULTIPROC_METHOD"
-# The script that pip writes: `from package.module import function`, and its call.
+# The script that pip writes has `from package.module import function`, and its call.
 SCRIPT_PATTERN = re.compile(r"^from ([\w.]+) import (\w+)$.*^\s+sys\.exit\(\2\(\)\)", re.M | re.S)
-# Where memory runs out it is the first to go: the engine can do without it.
+# Where memory runs out, the zygote is the first to go: the engine can do without it.
 OOM_SCORE_FILE, MAX_OOM_SCORE = "/proc/self/oom_score_adj", "1000"
-# Seconds without a byte until a look at a model, which takes one, is given up.
+# A look at a model takes one second. It is given up after so many seconds without a byte.
 JOB_PATIENCE = 60.0
-# Seconds until a process that was forked has been adopted by the supervisor.
+# The supervisor has so many seconds to adopt a process that was forked.
 ADOPTION_PATIENCE = 5.0
 LENGTH_PREFIX = struct.Struct("!Q")
 
@@ -69,7 +69,7 @@ def main() -> NoReturn:
     address, program, *arguments = sys.argv[1:]
     sys.argv[:] = [program, *arguments]
     if not getattr(sys.flags, "safe_path", False):
-        sys.path[0] = os.path.dirname(program)  # noqa: PTH120  # not this folder; the script's, as Python has it
+        sys.path[0] = os.path.dirname(program)  # noqa: PTH120  # the script's folder, as Python has it, not this one
     try:
         vllm_main = find_entry_point(program)
         platform = import_modules()
@@ -77,7 +77,7 @@ def main() -> NoReturn:
             fork_zygote(address, initial_environ)
             allow_forks(initial_environ)
         set_main_module(program)
-    except Exception as error:  # noqa: BLE001  # of a vLLM that nobody foresaw
+    except Exception as error:  # noqa: BLE001  # nobody may have foreseen this vLLM
         print(f"zygote: {type(error).__name__}: {error}: started as it is", file=sys.stderr, flush=True)
         os.execv(program, sys.argv)  # noqa: S606
     sys.exit(vllm_main())
@@ -92,7 +92,7 @@ def find_entry_point(program: str) -> Callable[[], Any]:
 
 
 def import_modules() -> str:
-    """vLLM's name of the platform, once all is imported."""
+    """Imports all of it, and returns vLLM's name of the platform."""
     for name in MODULES:
         _try_import(name)
     platform = platform_name()
@@ -112,7 +112,7 @@ def platform_name() -> str:
 
 
 def set_main_module(program: str) -> None:
-    """What multiprocessing would start again in a new process is the script, not this file."""
+    """Sees to it that multiprocessing would start the script again in a new process, not this file."""
     script = types.ModuleType("__main__")
     script.__file__, script.__spec__ = program, None
     sys.modules["zygote"], sys.modules["__main__"] = sys.modules["__main__"], script
@@ -120,7 +120,7 @@ def set_main_module(program: str) -> None:
 
 def allow_forks(initial_environ: Mapping[str, str]) -> None:
     """vLLM's command line and its CPU platform want new processes, as something may have begun that does not outlive a
-    fork: a program's own use of CUDA, OpenMP's threads. Here nothing was. Its check for that comes later, and stays."""
+    fork: a program's own use of CUDA, OpenMP's threads. Nothing has begun here. vLLM's check comes later, and stays."""
     if METHOD_VARIABLE in initial_environ:
         return
     platform = type(sys.modules["vllm.platforms"].current_platform)
@@ -138,8 +138,8 @@ def allow_forks(initial_environ: Mapping[str, str]) -> None:
 
 
 def run_forked(fallback: Callable[[Callable[[], Any]], Any], job: Callable[[], Any]) -> Any:
-    """What the job gives, in a process of its own: a model that vLLM sees for the first time is looked at so, and a
-    new process would import all of it for that. Where it fails, `instead` does it."""
+    """Returns what the job gives, in a process of its own. In this way vLLM looks at a model that it sees for the first
+    time, and a new process would import all of it for that. Where it fails, `fallback` does it."""
     reader, writer = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -159,14 +159,14 @@ def run_forked(fallback: Callable[[Callable[[], Any]], Any], job: Callable[[], A
         os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     try:
-        return pickle.loads(data)  # noqa: S301  # our own
+        return pickle.loads(data)  # noqa: S301  # they are our own
     except (EOFError, pickle.UnpicklingError):
         return fallback(job)
 
 
 def may_fork(config: Any) -> bool:
-    """One engine on one machine. GPUs' workers are forked before EngineCore starts its threads, as offline; CPUs' get
-    OpenMP's settings at a new start. Whisper's may hang, and torch's shared memory fails, says vLLM itself."""
+    """Allows one engine on one machine. GPUs' workers are forked before EngineCore starts its threads, as offline;
+    CPUs' get OpenMP's settings at a new start. Whisper's may hang, torch's shared memory fails, says vLLM itself."""
     parallel, model = config.parallel_config, config.model_config
     multimodal = getattr(model, "multimodal_config", None)
     return (
@@ -178,8 +178,8 @@ def may_fork(config: Any) -> bool:
 
 
 def find_fork_obstacle() -> str:
-    """Why no engine can be forked from this process; empty: it can. That the driver was opened, to count the GPUs, does
-    no harm; a context on one does not outlive a fork."""
+    """Returns why no engine can be forked from this process; empty where one can. That the driver was opened, to count
+    the GPUs, does no harm; a context on one does not outlive a fork."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return "CUDA is initialized"
@@ -198,13 +198,13 @@ def find_fork_obstacle() -> str:
 
 
 def fork_zygote(address: str, initial_environ: Mapping[str, str]) -> None:
-    """Forks the zygote off, in which this never returns; it does in each engine that is forked from it."""
+    """Forks the zygote off. This never returns in the zygote; it does in each engine that is forked from it."""
     if find_fork_obstacle():
         return
     threads = Counter(_read(f"/proc/self/task/{task}/comm") for task in os.listdir("/proc/self/task"))  # noqa: PTH208
     gc.freeze()  # a collection would write to all that is shared
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there are other threads: in the copy there are not
+        warnings.simplefilter("ignore")  # it says that there are other threads: in the copy there are not
         if child := os.fork():
             os.waitpid(child, 0)
             return
@@ -230,7 +230,7 @@ def fork_zygote(address: str, initial_environ: Mapping[str, str]) -> None:
 
 
 def wait_for_request(connection: socket.socket, initial_environ: Mapping[str, str]) -> dict[str, Any] | None:
-    """What is asked, in each process that was forked to do it; None in the zygote, when nobody is left to ask."""
+    """Returns what is asked, in each process forked to do it; None in the zygote, when nobody is left to ask."""
     while (message := receive(connection)) is not None:
         request, descriptors = message
         request["files"] = descriptors
@@ -258,7 +258,7 @@ def wait_for_request(connection: socket.socket, initial_environ: Mapping[str, st
 
 
 def become_engine(request: Mapping[str, Any], oom_score: str) -> None:
-    """In the process that is to be the next engine: what `Popen` does for a new one."""
+    """Does in the process that is to be the next engine what `Popen` does for a new one."""
     os.setsid()
     deadline = time.monotonic() + ADOPTION_PATIENCE
     while os.getppid() != request["parent"]:
@@ -273,7 +273,7 @@ def become_engine(request: Mapping[str, Any], oom_score: str) -> None:
     sys.argv[1:] = request["argv"]
 
 
-# A message: its length, then JSON. With a request come the files for standard output and error.
+# A message is its length, then JSON. With a request come the descriptors of standard output and error.
 
 
 def send(connection: socket.socket, content: object, descriptors: Sequence[int] = ()) -> None:
@@ -283,7 +283,7 @@ def send(connection: socket.socket, content: object, descriptors: Sequence[int] 
 
 
 def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    """None where there is nobody any more."""
+    """Returns a message and its descriptors; None where there is nobody any more."""
     prefix, descriptors, _, _ = socket.recv_fds(connection, LENGTH_PREFIX.size, 2)
     with connection.makefile("rb") as reader:  # eight bytes come in one piece
         data = reader.read(LENGTH_PREFIX.unpack(prefix)[0]) if prefix else b""
@@ -297,7 +297,7 @@ def _read(path: str) -> str:
 
 
 def _set_title(title: str) -> None:
-    """For who looks at the processes. vLLM names its own so, where that package is there."""
+    """Names this process for people who look at it. vLLM names its own so, where that package is there."""
     with contextlib.suppress(Exception):
         importlib.import_module("setproctitle").setproctitle(title)
 
