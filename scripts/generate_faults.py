@@ -14,8 +14,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from supervisor.engine.diagnosis import FOLLOWING, GONE, OOM_KILLED, REMEDIES, RULES, SIGNALS, Rule
-from supervisor.engine.topics import EMPTY, TOPICS
+from supervisor.engine.diagnosis import EFFECTS, GONE, OOM_KILLED, REMEDIES, RULES, SIGNALS, Rule
+from supervisor.engine.topics import GAP, TOPICS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/faults.md"
 BEGIN, END = "<!-- scripts/generate_faults.py: from here -->", "<!-- scripts/generate_faults.py: to here -->"
@@ -40,7 +40,7 @@ def rows(of: Iterable[tuple[str, ...]]) -> str:
 
 
 def of_rules() -> Iterator[tuple[str, ...]]:
-    for rule in unlike((*RULES, *FOLLOWING, *GONE)):
+    for rule in unlike((*RULES, *EFFECTS, *GONE)):
         yield f"`{told(rule.example)}`", said(rule.cause), said(rule.remedy), again(rule.permanent)
 
 
@@ -66,7 +66,7 @@ def told(example: str) -> str:
 
 def said(text: str) -> str:
     text = text.format_map(Shown(REMEDIES)).strip()
-    return cell(EMPTY.sub("", re.sub(r"…(?: ?…)+", "…", text)))
+    return cell(GAP.sub("", re.sub(r"…(?: ?…)+", "…", text)))
 
 
 class Shown(dict[str, str]):

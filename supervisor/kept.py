@@ -17,7 +17,7 @@ from functools import partial
 from typing import IO
 
 from supervisor.bounded import Call
-from supervisor.engine.child import how_it_ended
+from supervisor.engine.child import describe_exit
 
 # Seconds until a dead program is started again, at first and at most; after so many seconds it counts as healthy.
 FIRST_BACKOFF, LONGEST_BACKOFF, HEALTHY_UPTIME = 0.5, 30.0, 60.0
@@ -65,7 +65,7 @@ class KeptProgram:
                 break
             if time.monotonic() - started_at > HEALTHY_UPTIME:
                 backoff = FIRST_BACKOFF
-            self.child_died(how_it_ended(code), backoff)
+            self.child_died(describe_exit(code), backoff)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(backoff):
                     await self.stop_requested.wait()

@@ -70,7 +70,7 @@ class Launch:
         self.foot = Terminal(2, self.style.lost_line) if has_foot else None
         self.stderr = self.foot or Output(2, self.style.lost_line)
         self.stdout = self.stderr if terminal else Output(1, self.style.lost_line)
-        self.command = build(settings, str(workspace.socket), str(workspace.temporary))  # this one is for people to see
+        self.command = build(settings, str(workspace.socket), str(workspace.temp_folder))  # this one is for people to see
         self.weights = find.Weights("not looked for yet")
         self.weights_found: Callable[[find.Weights], object] = lambda _: None  # called at each start, from its thread
         self._latest_child: Child | None = None
@@ -93,7 +93,7 @@ class Launch:
         return child
 
     def _command(self, model: Repository) -> Command:
-        socket, temporary = str(self.workspace.socket), str(self.workspace.temporary)
+        socket, temporary = str(self.workspace.socket), str(self.workspace.temp_folder)
         environ = hub_env(self.settings.volume, self.settings.environ, temporary) | dict(self.environ)
         companions, settings = find_companions(self.settings)
         downloads = [each for each in (model, *companions) if each.weights.needs_download or each.weights.is_gguf]
@@ -113,7 +113,7 @@ class Launch:
 
     def _remember(self, session: Session | None) -> None:
         """Tells the guard, and a later start, what would have to be removed if we died now."""
-        self.guard.watch(session)
+        self.guard.remember(session)
         self.workspace.remember(session)
 
     def close(self) -> None:
@@ -123,6 +123,6 @@ class Launch:
         if acquired:
             self._lock.release()
         if self._latest_child is not None:
-            self._latest_child.end_now()
+            self._latest_child.end_sync()
         for output in {self.stdout, self.stderr}:
             output.close()

@@ -236,7 +236,7 @@ class Supervisor(Observer):
         location = f" on http://{listen.address(listeners.front)}" if listeners.front else ", for RunPod's queue"
         self.log.info("starting %s%s", settings.model.value, location)
         self.log.info("weights: %s", self.launch.weights.source)
-        private_path = self.launch.workspace.gateway
+        private_path = self.launch.workspace.gateway_socket
         sockets = [*listeners.gateway, listen.bind_private(private_path)]
         async with asyncio.TaskGroup() as group:
             tracing_task = group.create_task(self._start_tracing()) if tracing.endpoint(settings.environ) else None
@@ -340,12 +340,12 @@ class Supervisor(Observer):
             return False
         return True
 
-    def changed(self, change: Change) -> None:
+    def state_changed(self, change: Change) -> None:
         self.gateway.gate.changed()
         if self.worker is not None and change.state in REPORTED_STATES:
             self.worker.say(change.state.value)
 
-    def removed(self) -> None:
+    def run_removed(self) -> None:
         self.upstream.close()
 
 

@@ -17,7 +17,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from supervisor.engine.workspace import is_ours, temporary_folder, workspaces
+from supervisor.engine.workspace import find_workspaces, is_ours, temporary_folder
 from supervisor.secrets import complain
 from supervisor.settings.knobs import read_keys
 from supervisor.vllm.values import BadValue
@@ -106,8 +106,8 @@ def _print_table(status: Mapping[str, Any]) -> None:
 def ask_local(environ: Mapping[str, str], failures: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """Yields the status of each supervisor of this user on this machine; others' are not asked. What a killed one left
     behind answers nobody, and is passed over. `failures` gets a line for each that lives and does not answer."""
-    for workspace in workspaces(temporary_folder(environ)):
-        path = workspace.gateway
+    for workspace in find_workspaces(temporary_folder(environ)):
+        path = workspace.gateway_socket
         if not is_ours(path, stat.S_IFSOCK):
             continue
         try:

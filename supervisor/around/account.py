@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from supervisor.engine.engine import Engine
-from supervisor.engine.lifecycle import OVER, State
+from supervisor.engine.lifecycle import CLOSED_STATES, State
 from supervisor.engine.run import Change, Observer, Run
 
 if TYPE_CHECKING:
@@ -39,23 +39,23 @@ class Account(Observer):
 
     # What the engine tells
 
-    def changed(self, change: Change) -> None:
+    def state_changed(self, change: Change) -> None:
         previous, state, reason = change
         self.changed_at = time.time()
         self.reason = reason
         self.transitions[f"{previous.value} -> {state.value}"] += 1
         self.timeline.append({"at": self.changed_at, "state": state.value, "reason": reason})
         if state is State.READY:
-            self.last_start_s = self.engine.clock() - self.engine.latest.began
+            self.last_start_s = self.engine.clock() - self.engine.latest_run.began_at
             self.last_phases = self._phase_seconds()
         if state is State.STARTING:
-            self.restarts[self.engine.latest.ended_by] += 1
+            self.restarts[self.engine.latest_run.end_kind] += 1
 
-    def heard(self, run: Run, lines: Sequence[str]) -> None:
+    def lines_logged(self, run: Run, lines: Sequence[str]) -> None:
         self.line_count += len(lines)
         self.log_lines.extend(lines)
 
-    def judged(self, run: Run, diagnosis: Diagnosis) -> None:
+    def run_judged(self, run: Run, diagnosis: Diagnosis) -> None:
         self.reason = self.failure_text = diagnosis.text
         code = run.code
         self.last_failure = {
@@ -75,7 +75,7 @@ class Account(Observer):
 
     @property
     def over(self) -> bool:
-        return self.engine.state in OVER
+        return self.engine.state in CLOSED_STATES
 
     @property
     def draining(self) -> bool:
@@ -88,10 +88,10 @@ class Account(Observer):
 
     @property
     def explanation(self) -> str:
-        state, run = self.engine.state, self.engine.latest
+        state, run = self.engine.state, self.engine.latest_run
         if state is State.STARTING:
             comparison = f" (the last start took {self.last_start_s:.0f} s)" if self.last_start_s else ""
-            activity = f"{run.doing}, {self.engine.clock() - run.began:.0f} s so far{comparison}."
+            activity = f"{run.phase}, {self.engine.clock() - run.began_at:.0f} s so far{comparison}."
             if self.failure_text:
                 return f"The engine is restarting: {activity} It had stopped: {self.failure_text}"
             return f"The engine is starting: {activity}"
@@ -102,8 +102,8 @@ class Account(Observer):
         return "The engine is ready." if self.ready else "The server is shutting down."
 
     def status(self) -> dict[str, object]:
-        run, phases, live_run = self.engine.latest, self.engine.latest.phases, self.engine.alive
-        launch_row = {"name": run.doing, "seconds": round(self.engine.clock() - run.began, 3)}  # before vLLM has a log
+        run, phases, live_run = self.engine.latest_run, self.engine.latest_run.phases, self.engine.living_run
+        launch_row = {"name": run.phase, "seconds": round(self.engine.clock() - run.began_at, 3)}  # before vLLM has a log
         return {
             "state": self.engine.state.value,
             "since": self.changed_at,
@@ -126,7 +126,7 @@ class Account(Observer):
             return None
         phase = next(reversed(current_phases), "")
         if state is State.RESTARTING or phase not in self.last_phases:
-            elapsed = self.engine.clock() - self.engine.latest.began if state is State.STARTING else 0.0
+            elapsed = self.engine.clock() - self.engine.latest_run.began_at if state is State.STARTING else 0.0
             return round(max(self.last_start_s - elapsed, 0.0), 1)
         names = list(self.last_phases)
         rest = sum(self.last_phases[name] for name in names[names.index(phase) + 1 :])
@@ -134,7 +134,7 @@ class Account(Observer):
 
     def _phase_seconds(self) -> dict[str, float]:
         """Returns the phases of the latest run with their seconds."""
-        phases = self.engine.latest.phases
+        phases = self.engine.latest_run.phases
         rows = phases.as_rows() if phases is not None else []
         return {str(row["name"]): float(str(row["seconds"])) for row in rows}
 

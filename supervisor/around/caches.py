@@ -173,16 +173,16 @@ class CacheKeeper(Observer):
         self.has_restored = False
         self.keep_call: Call[None] | None = None
 
-    def began(self, run: Run) -> None:
+    def run_began(self, run: Run) -> None:
         Call(lambda: self._run_job(lambda: self._restore(run)))
 
-    def changed(self, change: Change) -> None:
+    def state_changed(self, change: Change) -> None:
         if change.state is State.READY and (self.keep_call is None or not self.keep_call.is_running):
             self.keep_call = Call(lambda: self._run_job(self._keep))
 
-    def judged(self, run: Run, diagnosis: Diagnosis) -> None:
+    def run_judged(self, run: Run, diagnosis: Diagnosis) -> None:
         if self.plan is not None and self.plan.is_suspect(run, diagnosis):
-            run.doubted, forget = True, self.plan.forget
+            run.has_suspect_start, forget = True, self.plan.forget
             Call(lambda: self._run_job(forget))
 
     def _restore(self, run: Run) -> str | None:

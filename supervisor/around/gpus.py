@@ -118,11 +118,11 @@ class GpuMemory(Observer):
         self.baseline: list[int] | None = None
         self._measure_task: asyncio.Task[None] | None = None
 
-    def began(self, run: Run) -> None:
+    def run_began(self, run: Run) -> None:
         if self._measure_task is None:  # vLLM imports for seconds before it takes any
             self._measure_task = asyncio.get_running_loop().create_task(self._measure())
 
-    async def clears(self) -> None:
+    async def wait_until_clear(self) -> None:
         await wait_until_freed(self.baseline)
 
     async def _measure(self) -> None:

@@ -71,10 +71,10 @@ class MediaNotice(Observer):
         self.look_task: asyncio.Task[None] | None = None
         self.is_known = False
 
-    def began(self, run: Run) -> None:
+    def run_began(self, run: Run) -> None:
         self._start_look()
 
-    def changed(self, change: Change) -> None:
+    def state_changed(self, change: Change) -> None:
         if change.state is State.READY:
             self._start_look()
 

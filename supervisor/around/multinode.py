@@ -100,21 +100,21 @@ class Multinode(Observer):
         self.is_draining = False
         self._watch_task: asyncio.Task[None] | None = None
 
-    def began(self, run: Run) -> None:
+    def run_began(self, run: Run) -> None:
         self.ranks = Ranks(self.cluster)
         self._watch_task = asyncio.get_running_loop().create_task(self._watch(run, self.ranks))
 
-    def heard(self, run: Run, lines: Sequence[str]) -> None:
+    def lines_logged(self, run: Run, lines: Sequence[str]) -> None:
         for line in lines:
             self.ranks.hear(line)
 
-    async def answers(self, run: Run) -> None:
+    async def run_answered(self, run: Run) -> None:
         """From the first request on, the end of another rank is noticed."""
         if run.child is not None:
             session = run.child.session
             await run_bounded(LOOK_PATIENCE, lambda: self.ranks.note_connections(session))
 
-    def removed(self) -> None:
+    def run_removed(self) -> None:
         if self._watch_task is not None:
             self._watch_task.cancel()
 
@@ -140,7 +140,7 @@ class Multinode(Observer):
         try:
             while look_count < MAX_LOOKS:
                 await asyncio.sleep(LOOK_INTERVAL)
-                if not run.served:
+                if not run.was_ready:
                     continue
                 if not ranks.connections:
                     look_count += 1
@@ -148,7 +148,7 @@ class Multinode(Observer):
                 elif (address := await run_bounded(LOOK_PATIENCE, ranks.find_lost_rank)) is not None:
                     # A headless rank that drains waits for just this.
                     if not (self.is_draining and self.cluster.is_headless):
-                        run.broke("rank gone", f"the rank at {address} is gone: all of them have to start again")
+                        run.mark_broken("rank gone", f"the rank at {address} is gone: all of them have to start again")
                     return
             self.log.warning("no connection to another rank is to be seen: the end of one will not be noticed")
         except Exception:  # the engine serves without this watch

@@ -14,10 +14,10 @@ class OomKills(Observer):
         self.run: Run | None = None
         self.baseline = 0
 
-    def began(self, run: Run) -> None:
+    def run_began(self, run: Run) -> None:
         self.run, self.baseline = run, self._count_kills()
 
-    def removed(self) -> None:
+    def run_removed(self) -> None:
         if self.run is not None:
             self.run.oom_killed = self._count_kills() > self.baseline
 

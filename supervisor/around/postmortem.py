@@ -59,7 +59,7 @@ class PostMortem(Observer):
         self.machine = machine or Machine()
         self.log = logging.getLogger("supervisor.postmortem")
 
-    async def failed(self, run: Run, verdict: str, given_up: bool) -> None:
+    async def run_failed(self, run: Run, verdict: str, given_up: bool) -> None:
         """Writes and logs it. Raises nothing, and ends in bounded time."""
         failure = {
             **self.account.status(),
@@ -129,7 +129,7 @@ class PostMortem(Observer):
 
 def format_block(bundle: Mapping[str, Any], location: str) -> list[str]:
     """Returns the lines that have what an issue needs of the bundle at first sight."""
-    from supervisor.engine.diagnosis import follows  # noqa: PLC0415  # 200 patterns to compile, for failures only
+    from supervisor.engine.diagnosis import is_effect  # noqa: PLC0415  # 200 patterns to compile, for failures only
 
     signal, code = bundle.get("signal"), bundle.get("exit_code")
     ending = f"signal {signal}" if signal is not None else f"exit code {code}" if code is not None else "ended by us"
@@ -155,7 +155,7 @@ def format_block(bundle: Mapping[str, Any], location: str) -> list[str]:
         "settings": _cut(" ".join(f"{row['name']}={shlex.quote(row['value'])}" for row in bundle["settings"]
                                   if not row["source"].startswith("default")), MAX_COMMAND_LENGTH),
         "command": _cut(bundle["command"], MAX_COMMAND_LENGTH),
-        "last error": _cut(tracebacks.read(bundle.get("log") or (), follows).error or "", MAX_LINE_LENGTH),
+        "last error": _cut(tracebacks.read(bundle.get("log") or (), is_effect).error or "", MAX_LINE_LENGTH),
         "bundle": location,
     }  # fmt: skip
     rows = [f"  {name + ':':<12}{str(text).splitlines()[0]}" for name, text in lines.items() if text]

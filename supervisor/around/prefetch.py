@@ -86,7 +86,7 @@ class ReadAhead(Observer):
         self.load_format = load_format
         self.prefetch: Prefetch | None = None
 
-    def began(self, run: Run) -> None:
+    def run_began(self, run: Run) -> None:
         Call(self._start_prefetch)  # it may hang; nobody waits for it
 
     def _start_prefetch(self) -> None:

@@ -137,20 +137,20 @@ class Prefork(Observer):
 
     # What the engine tells
 
-    async def answers(self, run: Run) -> None:
+    async def run_answered(self, run: Run) -> None:
         self.is_next_plain, self.has_served = False, True
         if self._has_zygote(run):
             self.failures = 0
 
-    def judged(self, run: Run, diagnosis: Diagnosis) -> None:
-        if run.served or not self._has_zygote(run):
+    def run_judged(self, run: Run, diagnosis: Diagnosis) -> None:
+        if run.was_ready or not self._has_zygote(run):
             return
-        if run.broken is None and run.code == -signal.SIGKILL:
+        if run.end_reason is None and run.code == -signal.SIGKILL:
             return  # somebody else did it: nothing of ours ends so
         is_certain = diagnosis.known and diagnosis.permanent and not diagnosis.vague
         if is_certain and not self.has_served and not any(FORK_ERROR.search(line) for line in run.log):
             return  # it is a mistake of the user's, who is not to wait for it twice
-        self.is_next_plain = run.doubted = True
+        self.is_next_plain = run.has_suspect_start = True
         self.failures += 1
         scope = "all further ones are" if self.failures >= MAX_FAILURES else "the next one is"
         self.log.warning("a start with modules kept imported failed: %s a plain `vllm serve`", scope)

@@ -19,7 +19,7 @@ class Stacks(Observer):
     def __init__(self) -> None:
         self.log = logging.getLogger("supervisor.engine")
 
-    async def hung(self, run: Run) -> None:
+    async def run_hung(self, run: Run) -> None:
         program = shutil.which("py-spy")
         if program is None or run.child is None:
             return

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from supervisor import listen
-from supervisor.engine.lifecycle import OVER, State
+from supervisor.engine.lifecycle import CLOSED_STATES, State
 from supervisor.engine.run import Change, Observer, Phases, Run
 from supervisor.lines import COLOURS, DIM, RESET
 from supervisor.listen import Listeners
@@ -36,14 +36,14 @@ class StartDisplay(Observer):
         self.has_invited = False
         self.phases: Phases | None = None
 
-    def began(self, run: Run) -> None:
+    def run_began(self, run: Run) -> None:
         self.phases = run.phases
         if self.foot is not None:
             self.foot.show(self._draw)
 
-    def changed(self, change: Change) -> None:
+    def state_changed(self, change: Change) -> None:
         state = change.state
-        if self.foot is not None and (state is State.READY or state in OVER):
+        if self.foot is not None and (state is State.READY or state in CLOSED_STATES):
             self.foot.hide()
         if state is State.RESTARTING:
             self.phases = None

@@ -58,8 +58,8 @@ class StartupPlan:
 
     def is_suspect(self, run: Run, diagnosis: Diagnosis) -> bool:
         """Tells whether a start took a plan, and may have failed for that: not where somebody killed it."""
-        was_killed = run.broken is None and run.code == -signal.SIGKILL
-        may_be_cause = not run.served or "memory" in diagnosis.cause.lower()
+        was_killed = run.end_reason is None and run.code == -signal.SIGKILL
+        may_be_cause = not run.was_ready or "memory" in diagnosis.cause.lower()
         return may_be_cause and not was_killed and any(APPLIED_LINE in line for line in run.log)
 
     def forget(self) -> str:

@@ -42,7 +42,7 @@ def check_packages(patient: Patient) -> Row:
     """Checks for PyPI's unrelated `supervisor`: vLLM's dependencies bring it, and its package has the name of ours."""
     with contextlib.suppress(installed.VllmError):
         for pattern in ("vllm_supervisor-*.dist-info", "__editable__*vllm_supervisor*"):
-            for folder in installed.beside(Path(patient.vllm.command[0]), pattern):
+            for folder in installed.find_beside(Path(patient.vllm.command[0]), pattern):
                 text = f"vllm-supervisor is installed in vLLM's own environment ({folder.parent})"
                 return Row(FAIL, f"{text}, where another package is named supervisor", CLASH_REMEDY)
     return find_clash(sys.path)

@@ -99,7 +99,7 @@ class Patient:
             vllm = self.vllm
         except installed.VllmError:
             return None
-        fallback = next(installed.beside(Path(vllm.command[0]), "torch"), None)
+        fallback = next(installed.find_beside(Path(vllm.command[0]), "torch"), None)
         if vllm.python is None:
             return fallback
         with contextlib.suppress(OSError, subprocess.SubprocessError):

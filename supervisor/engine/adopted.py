@@ -9,10 +9,10 @@ import time
 from typing import IO
 
 # Seconds between two looks: a child can be waited for with a limit only so.
-LOOK_EVERY = 0.005
+LOOK_INTERVAL = 0.005
 
 
-class Adopted:
+class AdoptedProcess:
     """As much of `subprocess.Popen` as an engine needs."""
 
     def __init__(self, pid: int, stdout: IO[bytes], stderr: IO[bytes]) -> None:
@@ -32,5 +32,5 @@ class Adopted:
             elif deadline is not None and time.monotonic() > deadline:
                 raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
             else:
-                time.sleep(LOOK_EVERY)
+                time.sleep(LOOK_INTERVAL)
         return self.returncode

@@ -18,7 +18,7 @@ from supervisor.engine.topics import REMEDIES, TABLE
 # What is searched, in characters: clients help to write a log, and 80 searches of 500 long lines took 45 s.
 LONGEST_TEXT = 250_000
 # What the API server says on SIGTERM; the errors after it are those of things being taken away.
-TOLD_TO_STOP = re.compile(r"\[shutdown\] API server: shutdown triggered")
+SHUTDOWN_LINE = re.compile(r"\[shutdown\] API server: shutdown triggered")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,66 +55,66 @@ class Rule:
         return re.compile(self.pattern, re.S)
 
 
-RULES, FOLLOWING, GONE = (tuple(Rule(**row) for row in TABLE[name]) for name in ("cause", "following", "gone"))
+RULES, EFFECTS, GONE = (tuple(Rule(**row) for row in TABLE[name]) for name in ("cause", "following", "gone"))
 SIGNALS = {signal.Signals[name]: Diagnosis(**end, permanent=False) for name, end in TABLE["signals"].items()}
 OOM_KILLED = Diagnosis(**TABLE["oom_killed"], permanent=False)
 TERMINATED = Diagnosis("It was told to stop (SIGTERM), and not by us.", "", permanent=False)
-NEAREST = "Its log does not say why; what comes closest to it there: "
+HINT_PREFIX = "Its log does not say why; what comes closest to it there: "
 UNKNOWN = Diagnosis("Its log does not say why.", "", permanent=False, known=False)
 
 
-def diagnose(code: int, lines: Iterable[str], ended_by_us: str | None = None, *, oom_killed: bool = False) -> Diagnosis:
+def diagnose(code: int, lines: Iterable[str], end_reason: str | None = None, *, oom_killed: bool = False) -> Diagnosis:
     """`code` is the exit code, -N for signal N; `lines` the last of the log; `ended_by_us` why we killed it, where we
     did (the code means nothing then); `oom_killed`: meanwhile the kernel killed something here for want of memory."""
-    failure = tracebacks.read(lines := list(lines), follows)
+    failure = tracebacks.read(lines := list(lines), is_effect)
     code = 128 - code if code - 128 in map(int, SIGNALS) else code  # a shell's, of what it ran
-    stopped = (find(FOLLOWING, failure) or TERMINATED) if any(map(TOLD_TO_STOP.search, lines)) else None
-    ended = stopped or _by_who_ended_it(code, ended_by_us, oom_killed)
-    return find(RULES, failure) or ended or _by_its_words(code, failure, ended_by_us, lines)
+    shutdown = (apply(EFFECTS, failure) or TERMINATED) if any(map(SHUTDOWN_LINE.search, lines)) else None
+    ending = shutdown or _diagnose_by_killer(code, end_reason, oom_killed)
+    return apply(RULES, failure) or ending or _diagnose_by_words(code, failure, end_reason, lines)
 
 
-def _by_who_ended_it(code: int, ended_by_us: str | None, oom_killed: bool) -> Diagnosis | None:
-    if ended_by_us is None and code < 0 and -code in SIGNALS:
+def _diagnose_by_killer(code: int, end_reason: str | None, oom_killed: bool) -> Diagnosis | None:
+    if end_reason is None and code < 0 and -code in SIGNALS:
         return SIGNALS[signal.Signals(-code)]
     if oom_killed:
         return OOM_KILLED
-    if ended_by_us is None or " died" in ended_by_us:
+    if end_reason is None or " died" in end_reason:
         return None
-    others, slow = "waiting for the other" in ended_by_us, "SUPERVISOR_STARTUP_TIMEOUT" in ended_by_us
-    return Diagnosis(f"{ended_by_us}.", REMEDIES["other_ranks"] if others else "", permanent=slow and not others)
+    others, timed_out = "waiting for the other" in end_reason, "SUPERVISOR_STARTUP_TIMEOUT" in end_reason
+    return Diagnosis(f"{end_reason}.", REMEDIES["other_ranks"] if others else "", permanent=timed_out and not others)
 
 
-def _by_its_words(code: int, failure: tracebacks.Failure, ended_by_us: str | None, lines: list[str]) -> Diagnosis:
+def _diagnose_by_words(code: int, failure: tracebacks.Failure, end_reason: str | None, lines: list[str]) -> Diagnosis:
     if failure.error is not None:
-        return _quoted(failure, permanent=code > 0 or ended_by_us is not None)
-    if (known := find(FOLLOWING, failure)) is not None or ended_by_us is not None:
-        return known or Diagnosis(f"{ended_by_us}.", "", permanent=False, known=False)
-    if (stray := tracebacks.stray(failure)) is not None:
-        return find(RULES, stray) or _quoted(stray, permanent=False)
-    if (known := find(GONE, failure)) is None and code and (nearest := tracebacks.nearest(failure, lines)) is not None:
-        return _quoted(nearest, permanent=False, before=NEAREST)
+        return _quote(failure, permanent=code > 0 or end_reason is not None)
+    if (known := apply(EFFECTS, failure)) is not None or end_reason is not None:
+        return known or Diagnosis(f"{end_reason}.", "", permanent=False, known=False)
+    if (library_error := tracebacks.find_library_error(failure)) is not None:
+        return apply(RULES, library_error) or _quote(library_error, permanent=False)
+    if (known := apply(GONE, failure)) is None and code and (hint := tracebacks.find_hint(failure, lines)) is not None:
+        return _quote(hint, permanent=False, prefix=HINT_PREFIX)
     return known or UNKNOWN
 
 
-def _quoted(failure: tracebacks.Failure, *, permanent: bool, before: str = "") -> Diagnosis:
-    words = f"{before}{failure.error or ''}"[: topics.LONGEST_ERROR]
-    if before and (row := find(RULES, failure._replace(whole=words, last=words))) and not row.vague:  # of a guess
+def _quote(failure: tracebacks.Failure, *, permanent: bool, prefix: str = "") -> Diagnosis:
+    words = f"{prefix}{failure.error or ''}"[: topics.LONGEST_ERROR]
+    if prefix and (row := apply(RULES, failure._replace(whole=words, last=words))) and not row.vague:  # of a guess
         return Diagnosis(words, row.remedy, permanent, known=False)
-    return Diagnosis(words, topics.told(failure)["elsewhere"], permanent, known=False)
+    return Diagnosis(words, topics.placeholders(failure)["elsewhere"], permanent, known=False)
 
 
-def find(rules: Iterable[Rule], failure: tracebacks.Failure) -> Diagnosis | None:
+def apply(rules: Iterable[Rule], failure: tracebacks.Failure) -> Diagnosis | None:
     """What the first of the rules says that matches."""
     for rule in rules:
         if found := rule.regex.search((getattr(failure, rule.where) or "")[-LONGEST_TEXT:]):
             groups = {name: " ".join((value or "").split()).rstrip(".") for name, value in found.groupdict().items()}
             groups |= {name.upper(): topics.variable(value) for name, value in groups.items()}
-            groups |= REMEDIES | topics.told(failure)
-            cause, remedy = (topics.sentence(text, groups) for text in (rule.cause, rule.remedy))
+            groups |= REMEDIES | topics.placeholders(failure)
+            cause, remedy = (topics.fill_in(text, groups) for text in (rule.cause, rule.remedy))
             return Diagnosis(cause, remedy, rule.permanent, vague="{governs}" in rule.remedy)
     return None
 
 
-def follows(text: str) -> bool:
+def is_effect(text: str) -> bool:
     """Whether it is what is said where another process has failed: never the cause."""
-    return any(rule.regex.search(text) for rule in (*FOLLOWING, *GONE))
+    return any(rule.regex.search(text) for rule in (*EFFECTS, *GONE))

@@ -28,17 +28,17 @@ class Guard:
                 os._exit(0)
         os.close(reader)
 
-    def watch(self, session: Session | None) -> None:
+    def remember(self, session: Session | None) -> None:
         """None: no engine lives, and there is nothing to kill."""
-        self._tell(session.note() if session is not None else {})
+        self._send_note(session.to_note() if session is not None else {})
 
     def dismiss(self) -> None:
-        self._tell(None)
+        self._send_note(None)
         os.close(self.pipe)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
 
-    def _tell(self, note: object) -> None:
+    def _send_note(self, note: object) -> None:
         with contextlib.suppress(OSError):  # somebody killed it: the next start cleans up instead
             os.write(self.pipe, json.dumps(note).encode() + b"\n")
 
@@ -60,6 +60,6 @@ def _stand_guard(reader: int, workspace: Workspace) -> None:
     lines = buffer.split(b"\n")
     note = json.loads(lines[-2]) if len(lines) > 1 else {}
     if note:
-        Session.read(note).remove()
+        Session.from_note(note).remove()
     if note is not None:
         workspace.remove()

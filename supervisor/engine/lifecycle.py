@@ -48,7 +48,7 @@ class Action(Enum):
 S, E, A = State, Event, Action
 
 # What is not listed here is ignored; `tests/unit/test_lifecycle.py` lists that too, so that nothing is by accident.
-TABLE: dict[tuple[State, Event], tuple[State, tuple[Action, ...]]] = {
+TRANSITIONS: dict[tuple[State, Event], tuple[State, tuple[Action, ...]]] = {
     (S.STARTING, E.READY): (S.READY, ()),
     (S.STARTING, E.BROKEN): (S.RESTARTING, (A.REMOVE, A.JUDGE)),
     (S.STARTING, E.EXITED): (S.RESTARTING, (A.REMOVE, A.JUDGE)),
@@ -73,8 +73,8 @@ TABLE: dict[tuple[State, Event], tuple[State, tuple[Action, ...]]] = {
 }
 
 # States in which no request that arrives can be answered any more.
-OVER = frozenset({S.DRAINING, S.STOPPING, S.STOPPED, S.FAILED})
+CLOSED_STATES = frozenset({S.DRAINING, S.STOPPING, S.STOPPED, S.FAILED})
 
 
 def step(state: State, event: Event) -> tuple[State, tuple[Action, ...]]:
-    return TABLE.get((state, event), (state, ()))
+    return TRANSITIONS.get((state, event), (state, ()))

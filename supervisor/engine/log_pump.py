@@ -16,42 +16,42 @@ from typing import IO
 from supervisor.lines import LineStyle, VllmLines
 from supervisor.output import Output
 
-KEPT_LINES = 2000  # eight ranks say 70 each of one error, and native stacks
+TAIL_LINES = 2000  # eight ranks say 70 each of one error, and native stacks
 LONGEST_LINE = 64 * 1024
-KEPT_OF_A_LINE = 4000  # characters
+TAIL_LINE_LENGTH = 4000  # characters
 # Lines that may wait for the event loop; where it falls behind, the oldest of them are for the log alone.
-WAITING_LINES = 10_000
+QUEUED_LINES = 10_000
 COLOUR = r"(?:\x1b\[[\d;]{0,8}m)?"
 # What the API server says of each request that it had when its engine died: one exception for all of them, with a
 # traceback that grows from one to the next. Of 48 streams it was 8,600 lines, and those that told the cause were gone.
-OF_A_REQUEST = re.compile(
+REQUEST_ERROR = re.compile(
     rf"{COLOUR}(?:\(\w{{1,40}} pid=\d+\){COLOUR} )?{COLOUR}ERROR{COLOUR} \S+ \S+ {COLOUR}\[[\w/]*(?:serving|async_llm)"
     rf"\w*\.py:\d+\]{COLOUR} ?([\w.]*\bEngineDeadError: )?"
 )
 
 
-class Lines:
+class LogBuffer:
     """The last lines of both streams, `kept`; and those that the event loop has not taken yet."""
 
     def __init__(self) -> None:
-        self.kept: deque[str] = deque(maxlen=KEPT_LINES)
-        self._fresh: deque[str] = deque(maxlen=WAITING_LINES)
+        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self._queue: deque[str] = deque(maxlen=QUEUED_LINES)
         self._wake: Callable[[], object] = lambda: None
-        self._woken = self._dead = False
+        self._is_woken = self._engine_died = False
 
     def add(self, lines: list[str]) -> None:
         """From a pump's thread. One wake-up stands for all until they are taken: one a line took the loop's time."""
-        self.kept.extend(filter(self._is_news, lines))
-        self._fresh.extend(lines)
-        if not self._woken:
-            self._woken = True
+        self.tail.extend(filter(self._is_kept, lines))
+        self._queue.extend(lines)
+        if not self._is_woken:
+            self._is_woken = True
             with contextlib.suppress(RuntimeError):  # the loop is gone
                 self._wake()
 
-    def _is_news(self, line: str) -> bool:
-        found = OF_A_REQUEST.match(line) if "ERROR" in line else None
-        dead, self._dead = self._dead, self._dead or bool(found and found[1])
-        return found is None or not dead
+    def _is_kept(self, line: str) -> bool:
+        found = REQUEST_ERROR.match(line) if "ERROR" in line else None
+        engine_died, self._engine_died = self._engine_died, self._engine_died or bool(found and found[1])
+        return found is None or not engine_died
 
     def follow(self, wake: Callable[[], object]) -> None:
         """Calls `wake`, from any thread, when there are lines to take."""
@@ -59,40 +59,40 @@ class Lines:
         wake()
 
     def take(self) -> list[str]:
-        self._woken = False  # before they are taken: what comes meanwhile wakes again
-        return [self._fresh.popleft() for _ in range(len(self._fresh))]
+        self._is_woken = False  # before they are taken: what comes meanwhile wakes again
+        return [self._queue.popleft() for _ in range(len(self._queue))]
 
 
 class LogPump:
     """Copies one of the child's streams to one of ours, line by line, in a thread of its own."""
 
-    def __init__(self, source: IO[bytes], output: Output, lines: Lines, form: LineStyle) -> None:
+    def __init__(self, source: IO[bytes], output: Output, buffer: LogBuffer, form: LineStyle) -> None:
         self.source = source
         self.output = output
-        self.lines = lines
+        self.buffer = buffer
         self.mask = form.mask
-        self.shown = VllmLines(form, is_terminal=os.isatty(output.descriptor))
+        self.format_line = VllmLines(form, is_terminal=os.isatty(output.descriptor))
         self.thread = threading.Thread(target=self._run, name="vllm-log", daemon=True)
         self.thread.start()
 
     def _run(self) -> None:
-        rest = b""
+        remainder = b""
         with self.source:
             while data := os.read(self.source.fileno(), LONGEST_LINE):
-                *lines, rest = (rest + data).split(b"\n")
-                if len(rest) > LONGEST_LINE:
-                    lines, rest = [*lines, rest], b""
-                self._pass_on(lines)
-        self._pass_on([rest] if rest else [])
+                *lines, remainder = (remainder + data).split(b"\n")
+                if len(remainder) > LONGEST_LINE:
+                    lines, remainder = [*lines, remainder], b""
+                self._forward(lines)
+        self._forward([remainder] if remainder else [])
 
-    def _pass_on(self, raw: list[bytes]) -> None:
-        out, texts = [], []
-        for line in raw:
+    def _forward(self, raw_lines: list[bytes]) -> None:
+        output_lines, texts = [], []
+        for line in raw_lines:
             # latin-1 maps each byte to one character and back: what is not masked stays as it was.
-            shown = self.mask(line.decode("latin-1")).encode("latin-1", "replace")
-            text = shown.decode("utf-8", "replace").rstrip()
-            out.append(self.shown(shown, text))
-            texts.append(text[:KEPT_OF_A_LINE])
-        if out:
-            self.lines.add(texts)
-            self.output.put(b"".join(out), len(out))
+            masked = self.mask(line.decode("latin-1")).encode("latin-1", "replace")
+            text = masked.decode("utf-8", "replace").rstrip()
+            output_lines.append(self.format_line(masked, text))
+            texts.append(text[:TAIL_LINE_LENGTH])
+        if output_lines:
+            self.buffer.add(texts)
+            self.output.put(b"".join(output_lines), len(output_lines))

@@ -17,12 +17,12 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_aft
 VARIABLES = "SUPERVISOR_MAX_RESTARTS, SUPERVISOR_RESTART_WINDOW"
 # Seconds: 1, 2, 4 ... 30, and up to one more, so that workers that died of the same cause do not return in step. After
 # an engine that had served it is none, 1, 2 ...
-LOADING, SERVING = (wait_exponential_jitter(multiplier=first, max=30, jitter=1) for first in (1, 0.5))
+LOADING_BACKOFF, SERVING_BACKOFF = (wait_exponential_jitter(multiplier=first, max=30, jitter=1) for first in (1, 0.5))
 
 # Seconds. A GPU that is paid for by the second is not to fail five times for a reason that nobody has a row for.
-SAME_AGAIN = 60.0
+REPEAT_WINDOW = 60.0
 # What differs in the same end: numbers of processes, addresses, times.
-DIFFERS = re.compile(r"0x[0-9a-f]+|\d+")
+VARYING_PART = re.compile(r"0x[0-9a-f]+|\d+")
 
 
 @dataclass(eq=False)
@@ -31,8 +31,8 @@ class EngineFailed(Exception):
     `unknown`: how it ended, where that is all that is known and it never was ready; else empty."""
 
     permanent: bool
-    served: bool
-    unknown: str = ""
+    was_ready: bool
+    unknown_cause: str = ""
     repeated: bool = False  # as the one before it
 
 
@@ -46,23 +46,23 @@ class Restarts:
         self.window = window
         self.clock = clock
         self.failures: deque[float] = deque()
-        self._last = ("", -SAME_AGAIN)  # how the last one ended, if that is unknown, and when
+        self._last = ("", -REPEAT_WINDOW)  # how the last one ended, if that is unknown, and when
         self._attempts = AsyncRetrying(
             sleep=sleep,
             retry=retry_if_exception(lambda error: isinstance(error, EngineFailed) and not error.permanent),
             after=self._count,
-            wait=_pause,
+            wait=_backoff,
             stop=stop_after_attempt(limit + 1),
-            before_sleep=lambda state: self._tell(state.upcoming_sleep, f"restart {len(self.failures)} of {limit}"),
+            before_sleep=lambda state: self._announce(state.upcoming_sleep, f"restart {len(self.failures)} of {limit}"),
             reraise=True,
         ).__aiter__()
 
-    async def again(self, failure: EngineFailed, tell: Callable[[float, str], None]) -> None:
+    async def wait_for_retry(self, failure: EngineFailed, announce: Callable[[float, str], None]) -> None:
         """Returns when another start's time has come; `tell` gets the seconds until then, and which one it is. Raises
         `failure` where there is to be none."""
-        self._tell = tell
-        (before, at), self._last = self._last, (DIFFERS.sub("", failure.unknown), self.clock())
-        failure.repeated = self._last[0] != "" and self._last[0] == before and self._last[1] - at <= SAME_AGAIN
+        self._announce = announce
+        (previous, time), self._last = self._last, (VARYING_PART.sub("", failure.unknown_cause), self.clock())
+        failure.repeated = self._last[0] != "" and self._last[0] == previous and self._last[1] - time <= REPEAT_WINDOW
         failure.permanent |= failure.repeated
         if not self.failures:
             self._attempt = await anext(self._attempts)
@@ -82,15 +82,15 @@ class Restarts:
         that take minutes each, the limit would never be reached, and a GPU be paid for without end."""
         now = self.clock()
         failure = state.outcome.exception() if state.outcome is not None else None
-        if isinstance(failure, EngineFailed) and failure.served:
+        if isinstance(failure, EngineFailed) and failure.was_ready:
             while self.failures and now - self.failures[0] > self.window:
                 self.failures.popleft()
         self.failures.append(now)
         state.attempt_number = len(self.failures)
 
 
-def _pause(state: RetryCallState) -> float:
+def _backoff(state: RetryCallState) -> float:
     failure = state.outcome.exception() if state.outcome is not None else None
-    if isinstance(failure, EngineFailed) and failure.served:
-        return SERVING(state) if state.attempt_number > 1 else 0.0
-    return LOADING(state)
+    if isinstance(failure, EngineFailed) and failure.was_ready:
+        return SERVING_BACKOFF(state) if state.attempt_number > 1 else 0.0
+    return LOADING_BACKOFF(state)

@@ -38,14 +38,14 @@ class Run:
     """`child` and `phases` are None until it is spawned."""
 
     number: int
-    began: float  # the loop's time
+    began_at: float  # the loop's time
     send: Callable[[Run, Event, str, str], object] = field(repr=False)
     child: Child | None = None
     phases: Phases | None = None
-    served: bool = False  # it was ready
-    broken: str | None = None  # why we ended it, where we did
-    ended_by: str = "exit"  # what another start is for: a word, for metrics
-    doubted: bool = False  # how it was started may be why it failed, so the next one is started in another way
+    was_ready: bool = False  # it was ready
+    end_reason: str | None = None  # why we ended it, where we did
+    end_kind: str = "exit"  # what another start is for: a word, for metrics
+    has_suspect_start: bool = False  # its way of starting may be why it failed: the next one starts in another way
     oom_killed: bool = False  # meanwhile the kernel killed something in this container because memory ran out
 
     @property
@@ -54,19 +54,19 @@ class Run:
 
     @property
     def log(self) -> list[str]:
-        return list(self.child.lines.kept) if self.child is not None else []
+        return list(self.child.log_buffer.tail) if self.child is not None else []
 
     @property
-    def doing(self) -> str:
+    def phase(self) -> str:
         return self.phases.detail if self.phases is not None else "looking for the weights"
 
-    def broke(self, kind: str, reason: str) -> None:
+    def mark_broken(self, kind: str, reason: str) -> None:
         """It has to be ended. `kind` is one of a few words, for metrics."""
         self.send(self, Event.BROKEN, reason, kind)
 
 
 class Change(NamedTuple):
-    before: State
+    previous: State
     state: State
     reason: str
 
@@ -74,16 +74,16 @@ class Change(NamedTuple):
 class Observer:
     """All of it may be left out. What is awaited is bounded by the observer."""
 
-    def began(self, run: Run) -> None: ...  # it is spawned
-    def heard(self, run: Run, lines: Sequence[str]) -> None: ...  # of its log, on the event loop
-    async def answers(self, run: Run) -> None: ...  # it does, and is ready when this is done
-    def changed(self, change: Change) -> None: ...  # after each transition
-    async def hung(self, run: Run) -> None: ...  # before a run that hangs is ended
-    def removed(self) -> None: ...  # nothing of the last run is left
-    def judged(self, run: Run, diagnosis: Diagnosis) -> None: ...  # the cause of each end that nobody asked for
+    def run_began(self, run: Run) -> None: ...  # it is spawned
+    def lines_logged(self, run: Run, lines: Sequence[str]) -> None: ...  # of its log, on the event loop
+    async def run_answered(self, run: Run) -> None: ...  # it does, and is ready when this is done
+    def state_changed(self, change: Change) -> None: ...  # after each transition
+    async def run_hung(self, run: Run) -> None: ...  # before a run that hangs is ended
+    def run_removed(self) -> None: ...  # nothing of the last run is left
+    def run_judged(self, run: Run, diagnosis: Diagnosis) -> None: ...  # the cause of each end that nobody asked for
     # Where it had served, or is the last one; then the end waits for this.
-    async def failed(self, run: Run, verdict: str, given_up: bool) -> None: ...
-    async def clears(self) -> None: ...  # before another start: when nothing of the last one is in its way
+    async def run_failed(self, run: Run, verdict: str, given_up: bool) -> None: ...
+    async def wait_until_clear(self) -> None: ...  # before another start: when nothing of the last one is in its way
 
 
 class Observers:
@@ -91,38 +91,38 @@ class Observers:
 
     def __init__(self, log: logging.Logger) -> None:
         self.log = log
-        self.all: Sequence[Observer] = ()
+        self.members: Sequence[Observer] = ()
         self._faults: set[str] = set()
 
-    def tell(self, what: str, *about: object) -> None:
-        for observer in self.all:
+    def notify(self, method: str, *args: object) -> None:
+        for observer in self.members:
             try:
-                getattr(observer, what)(*about)
+                getattr(observer, method)(*args)
             except Exception:  # noqa: BLE001  # whatever it is, it must not end what serves
-                self.fault(f"{type(observer).__name__}.{what}")
+                self.log_fault(f"{type(observer).__name__}.{method}")
 
-    async def ask(self, what: str, *about: object) -> None:
-        for observer in self.all:
-            await self.guarded(f"{type(observer).__name__}.{what}", getattr(observer, what), *about)
+    async def wait_for(self, method: str, *args: object) -> None:
+        for observer in self.members:
+            await self.attempt(f"{type(observer).__name__}.{method}", getattr(observer, method), *args)
 
-    async def guarded(self, what: str, job: Callable[..., Awaitable[Any]], *args: object) -> Any:
+    async def attempt(self, label: str, job: Callable[..., Awaitable[Any]], *args: object) -> Any:
         """What the job gives; None where it fails."""
         try:
             return await job(*args)
         except Exception:  # noqa: BLE001  # as above
-            self.fault(what)
+            self.log_fault(label)
             return None
 
-    def fault(self, what: str) -> None:
+    def log_fault(self, label: str) -> None:
         """Of the exception that is being handled."""
-        if what not in self._faults:
-            self._faults.add(what)
-            self.log.exception("%s failed: a fault of the supervisor's own; what serves goes on", what)
+        if label not in self._faults:
+            self._faults.add(label)
+            self.log.exception("%s failed: a fault of the supervisor's own; what serves goes on", label)
 
 
 class Traffic(NamedTuple):
     waiting: Collection[object]  # requests that vLLM has whole, that need its engine, and that wait for its next byte
-    signs: object  # differ when the engine has made something
+    output: object  # differ when the engine has made something
 
 
 class Front(Protocol):

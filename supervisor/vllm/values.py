@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-TRUE = frozenset({"true", "1", "yes", "on"})
-FALSE = frozenset({"false", "0", "no", "off"})
+TRUE_WORDS = frozenset({"true", "1", "yes", "on"})
+FALSE_WORDS = frozenset({"false", "0", "no", "off"})
 # Decimal suffixes small, binary ones large (`1k` is 1000, `1K` is 1024); only small ones take a fraction.
 HUMAN_INT = re.compile(r"\d+(\.\d+)?[kmgt]|\d+[KMGT]")
 HUMAN_INT_IN_JSON = re.compile(r'("(?:[^"\\]|\\.)*")|\b(?:\d+(?:\.\d+)?[kmgt]|\d+[KMGT])\b')
@@ -42,7 +42,7 @@ PLACEHOLDERS = (
     (re.compile(r"^<[^<>]*(your|token|key|model|name|secret|value|here)[^<>]*>$", re.IGNORECASE), "<NAME>"),
 )
 QUOTES = {"'": "'", '"': '"', "`": "`", "\u201c": "\u201d", "\u2018": "\u2019"}  # the last two are a word processor's
-INVISIBLE = "\ufeff\u200b\u2060"  # that a copy from a page may have at its ends, and that are no white space to Python
+INVISIBLES = "\ufeff\u200b\u2060"  # that a copy from a page may have at its ends, and that are no white space to Python
 
 
 def clean(given: Any, *, template: bool = False, command: bool = False) -> Any:
@@ -57,7 +57,7 @@ def clean(given: Any, *, template: bool = False, command: bool = False) -> Any:
         return {key: clean(value, template=template, command=command) for key, value in given.items()}
     if not isinstance(given, str):
         return given
-    text = given.strip().strip(INVISIBLE).strip()
+    text = given.strip().strip(INVISIBLES).strip()
     for pattern, form in PLACEHOLDERS[1:] if template else PLACEHOLDERS:
         if pattern.search(text):
             raise BadValue(f"a value; this one has a placeholder like {form}, which nothing has filled in")
@@ -71,12 +71,12 @@ def read_bool(given: object) -> bool:
     if isinstance(given, bool):
         return given
     word = str(given).strip().lower()
-    if word not in TRUE | FALSE:
+    if word not in TRUE_WORDS | FALSE_WORDS:
         raise BadValue("true or false (or 1, 0, yes, no, on, off)")
-    return word in TRUE
+    return word in TRUE_WORDS
 
 
-def items(given: object) -> list[object]:
+def split_items(given: object) -> list[object]:
     """A list as YAML gives it, or a text: a JSON list, JSON objects in a row, or items between commas or spaces."""
     if isinstance(given, list | tuple):
         return list(given)
@@ -90,21 +90,21 @@ def items(given: object) -> list[object]:
         except json.JSONDecodeError:
             raise BadValue('a list, such as a,b or JSON like ["a", "b"]') from None
     if text.startswith("{"):  # commas and spaces stand inside of objects too
-        return _objects(text)
+        return _split_objects(text)
     separator = "," if "," in text else None
     return [item.strip() for item in text.split(separator) if item.strip()]
 
 
-def _objects(text: str) -> list[object]:
-    decoder, found, at = json.JSONDecoder(), [], 0
-    while at < len(text):
+def _split_objects(text: str) -> list[object]:
+    decoder, found, offset = json.JSONDecoder(), [], 0
+    while offset < len(text):
         try:
-            item, at = decoder.raw_decode(text, at)
+            item, offset = decoder.raw_decode(text, offset)
         except json.JSONDecodeError:
             raise BadValue('a list of JSON objects, such as [{"name": "a"}, {"name": "b"}]') from None
         found.append(item)
-        while at < len(text) and text[at] in ", \n\t":
-            at += 1
+        while offset < len(text) and text[offset] in ", \n\t":
+            offset += 1
     return found
 
 
@@ -113,17 +113,17 @@ def read_choice(given: object, choices: Sequence[str]) -> str:
     text = read_word(given)
     if text in choices:
         return text
-    same = [choice for choice in choices if _folded(choice) == _folded(text)]
-    if len(same) == 1:
-        return same[0]
-    near = difflib.get_close_matches(text.lower(), choices, 3)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    folded_matches = [choice for choice in choices if _fold(choice) == _fold(text)]
+    if len(folded_matches) == 1:
+        return folded_matches[0]
+    close_matches = difflib.get_close_matches(text.lower(), choices, 3)
+    hint = f"; did you mean {close_matches[0]}?" if close_matches else ""
     if len(choices) <= CHOICES_SHOWN:
         raise BadValue(f"one of {', '.join(choices)}{hint}")
-    raise BadValue(f"one of {len(choices)} names, such as {', '.join(near or choices[:3])}{hint}")
+    raise BadValue(f"one of {len(choices)} names, such as {', '.join(close_matches or choices[:3])}{hint}")
 
 
-def _folded(word: str) -> str:
+def _fold(word: str) -> str:
     return word.lower().replace("-", "_")
 
 
@@ -132,14 +132,14 @@ def read_word(given: object) -> str:
     return str(given).lower() if isinstance(given, bool) else str(given).strip()
 
 
-def _int(given: object, expected: str = "a whole number, such as 8") -> str:
+def _read_int(given: object, expected: str = "a whole number, such as 8") -> str:
     with contextlib.suppress(ValueError):
         if not isinstance(given, bool | float):
             return str(int(str(given)))
     raise BadValue(expected)
 
 
-def _float(given: object) -> str:
+def _read_float(given: object) -> str:
     text = str(given).strip()
     with contextlib.suppress(ValueError):
         if not isinstance(given, bool) and not math.isnan(float(text)):
@@ -147,37 +147,37 @@ def _float(given: object) -> str:
     raise BadValue("a number, such as 0.9")
 
 
-def _text(given: object) -> str:
+def _read_text(given: object) -> str:
     if given is None or isinstance(given, dict | list):
         raise BadValue("a text, such as abc")
     return str(given).lower() if isinstance(given, bool) else str(given)
 
 
-def _text_or_json(given: object) -> str:
+def _read_text_or_json(given: object) -> str:
     """An item of a list, such as one of LORA_MODULES: `name=path`, or an object."""
-    return json.dumps(given) if isinstance(given, dict | list) else _text(given)
+    return json.dumps(given) if isinstance(given, dict | list) else _read_text(given)
 
 
-def _json_with_human_ints(given: object) -> str:
+def _read_json_with_human_ints(given: object) -> str:
     """vLLM's own classes of settings: numbers in their JSON may be written as 32k."""
     if isinstance(given, list) or str(given).lstrip().startswith("["):
         raise BadValue(JSON_OBJECT)
-    return _json(given, partial(HUMAN_INT_IN_JSON.sub, lambda found: found[1] or "1"))
+    return _read_json(given, partial(HUMAN_INT_IN_JSON.sub, lambda found: found[1] or "1"))
 
 
-def _json(given: object, plain: Callable[[str], str] = str) -> str:
+def _read_json(given: object, normalize: Callable[[str], str] = str) -> str:
     """`plain` makes JSON of what vLLM takes for it."""
     if isinstance(given, dict | list):
         return json.dumps(given)
     if not isinstance(given, str):
         raise BadValue(JSON_OBJECT)
     try:
-        value = json.loads(plain(given))
+        value = json.loads(normalize(given))
     except json.JSONDecodeError as error:
-        for instead in (given.replace("'", '"'), given.replace("\\", "")):  # Python's quotes; a shell's, in compose
+        for repair in (given.replace("'", '"'), given.replace("\\", "")):  # Python's quotes; a shell's, in compose
             with contextlib.suppress(json.JSONDecodeError):
-                json.loads(plain(instead))
-                raise BadValue(f"JSON: write {instead}") from None
+                json.loads(normalize(repair))
+                raise BadValue(f"JSON: write {repair}") from None
         raise BadValue(f'JSON, such as {{"key": "value"}} ({error.msg} at character {error.pos + 1})') from None
     if not isinstance(value, dict | list):
         raise BadValue(JSON_OBJECT)
@@ -192,32 +192,32 @@ def json_object(text: object) -> dict[str, Any] | None:
     return None
 
 
-def _json_or_text(given: object) -> str:
+def _read_json_or_text(given: object) -> str:
     if isinstance(given, str) and not re.fullmatch(r"(?s)\s*{.*}\s*", given):
         return given
-    return _json(given)
+    return _read_json(given)
 
 
-def _human_int(given: object, expected: str = "") -> str:
+def _read_human_int(given: object, expected: str = "") -> str:
     text = read_word(given)
     known = HUMAN_INT.fullmatch(text)
-    return text if known else _int(given, f"{expected}a whole number, such as 4096, 32k (32000) or 32K (32768)")
+    return text if known else _read_int(given, f"{expected}a whole number, such as 4096, 32k (32000) or 32K (32768)")
 
 
-def _human_int_or_auto(given: object) -> str:
-    return "auto" if read_word(given).lower() == "auto" else _human_int(given, "auto, or ")
+def _read_human_int_or_auto(given: object) -> str:
+    return "auto" if read_word(given).lower() == "auto" else _read_human_int(given, "auto, or ")
 
 
 READERS: dict[str, Callable[[object], str]] = {
-    "int": _int,
-    "float": _float,
-    "str": _text,
-    "folded": _text,  # has choices
-    "csv": lambda given: ",".join(map(_text, items(given))),
-    "json": _json,
-    "json_human": _json_with_human_ints,
-    "json_or_str": _json_or_text,
-    "human_int": _human_int,
-    "human_int_or_auto": _human_int_or_auto,
+    "int": _read_int,
+    "float": _read_float,
+    "str": _read_text,
+    "folded": _read_text,  # has choices
+    "csv": lambda given: ",".join(map(_read_text, split_items(given))),
+    "json": _read_json,
+    "json_human": _read_json_with_human_ints,
+    "json_or_str": _read_json_or_text,
+    "human_int": _read_human_int,
+    "human_int_or_auto": _read_human_int_or_auto,
 }
-ITEM_READERS = READERS | {"str": _text_or_json, "json_or_str": _text_or_json}
+ITEM_READERS = READERS | {"str": _read_text_or_json, "json_or_str": _read_text_or_json}

@@ -259,7 +259,7 @@ def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
         def launch(**environ: str) -> Launch:
             monkeypatch.setattr(os, "isatty", lambda _: True)
             environ = clean_environment(SUPERVISOR_VLLM=str(FAKE), PORT="0", TERM="xterm") | environ
-            workspace: Any = SimpleNamespace(socket=tmp_path / "vllm.sock", temporary=tmp_path)
+            workspace: Any = SimpleNamespace(socket=tmp_path / "vllm.sock", temp_folder=tmp_path)
             guard: Any = None
             made = Launch(gather(Arguments(model="m"), environ), workspace, guard, {}, None)
             stack.callback(made.close)

@@ -173,7 +173,7 @@ def test_a_fault_of_our_own_is_no_fault_of_the_engine(
         found = mortem(tmp_path)
         monkeypatch.setattr(found, "gather", lambda failure: 1 / 0)
         run: Any = SimpleNamespace(child=None, log=())
-        await found.failed(run, "restart 1 of 5", given_up=False)
+        await found.run_failed(run, "restart 1 of 5", given_up=False)
 
     asyncio.run(write())
     assert "the post-mortem could not be written" in caplog.text

@@ -37,8 +37,8 @@ def test_a_run_is_known_by_more_than_its_number() -> None:
         world.settle()
         assert first.removed
         run, again = world.seen.runs
-        assert (run.number, run.served, run.child.pid) == (1, True, first.pid)
-        assert (again.number, again.served, again.child.pid) == (2, False, world.launched().pid)
+        assert (run.number, run.was_ready, run.child.pid) == (1, True, first.pid)
+        assert (again.number, again.was_ready, again.child.pid) == (2, False, world.launched().pid)
         assert world.seen.states == [State.READY, State.RESTARTING, State.STARTING]
 
 
@@ -47,7 +47,7 @@ def test_between_two_runs_there_is_none() -> None:
         world.launched().exits(1)
         world.settle()
         assert world.engine.state is State.RESTARTING
-        assert world.engine.alive is None
+        assert world.engine.living_run is None
         assert world.account.status()["pid"] is None
 
 
@@ -147,7 +147,7 @@ def test_an_engine_that_had_served_is_started_again_however_it_ends() -> None:
 
 def test_the_kernels_kill_is_the_cause_where_it_was_noted() -> None:
     class Noted(Observer):
-        def began(self, run: Run) -> None:
+        def run_began(self, run: Run) -> None:
             run.oom_killed = True
 
     with World(LIMITS, Noted()) as world:
@@ -216,7 +216,7 @@ class Lives(RuleBasedStateMachine):
     @rule()
     def exits_and_is_ready_at_once(self) -> None:
         self.vllm.exits(0)
-        run = self.world.engine.latest
+        run = self.world.engine.latest_run
         if run.child is self.vllm:
             self.world.engine._send(run, Event.EXITED, "ended")
             self.world.engine._send(run, Event.READY, "answers")
@@ -225,7 +225,7 @@ class Lives(RuleBasedStateMachine):
     @rule(event=st.sampled_from([Event.READY, Event.BROKEN, Event.EXITED, Event.RETRY, Event.GIVE_UP, Event.DRAINED]),
           data=st.data())  # fmt: skip
     def old_news(self, event: Event, data: st.DataObject) -> None:
-        earlier = [run for run in self.world.seen.runs if run is not self.world.engine.latest]
+        earlier = [run for run in self.world.seen.runs if run is not self.world.engine.latest_run]
         if earlier:
             before = self.world.engine.state
             self.world.engine._send(data.draw(st.sampled_from(earlier)), event, "old news", "old")
@@ -235,7 +235,7 @@ class Lives(RuleBasedStateMachine):
     @rule()
     def breaks(self) -> None:
         if self.world.seen.runs:
-            self.world.seen.runs[-1].broke("hang", "it hangs")
+            self.world.seen.runs[-1].mark_broken("hang", "it hangs")
         self.world.settle()
 
     @rule(seconds=st.sampled_from([0.1, 2.0, 40.0, 700.0]))
@@ -429,32 +429,32 @@ def test_what_is_no_hang(what: str) -> None:
 class Faulty(Observer):
     """Whatever it is told, it raises."""
 
-    def began(self, run: Run) -> None:
-        raise ZeroDivisionError("began")
+    def run_began(self, run: Run) -> None:
+        raise ZeroDivisionError("run_began")
 
-    def heard(self, run: Run, lines: Sequence[str]) -> None:
-        raise ZeroDivisionError("heard")
+    def lines_logged(self, run: Run, lines: Sequence[str]) -> None:
+        raise ZeroDivisionError("lines_logged")
 
-    def changed(self, change: Change) -> None:
-        raise ZeroDivisionError("changed")
+    def state_changed(self, change: Change) -> None:
+        raise ZeroDivisionError("state_changed")
 
-    def removed(self) -> None:
-        raise ZeroDivisionError("removed")
+    def run_removed(self) -> None:
+        raise ZeroDivisionError("run_removed")
 
-    async def answers(self, run: Run) -> None:
-        raise ZeroDivisionError("answers")
+    async def run_answered(self, run: Run) -> None:
+        raise ZeroDivisionError("run_answered")
 
-    async def hung(self, run: Run) -> None:
-        raise ZeroDivisionError("hung")
+    async def run_hung(self, run: Run) -> None:
+        raise ZeroDivisionError("run_hung")
 
-    async def clears(self) -> None:
-        raise ZeroDivisionError("clears")
+    async def wait_until_clear(self) -> None:
+        raise ZeroDivisionError("wait_until_clear")
 
-    def judged(self, run: Run, diagnosis: object) -> None:
-        raise ZeroDivisionError("judged")
+    def run_judged(self, run: Run, diagnosis: object) -> None:
+        raise ZeroDivisionError("run_judged")
 
-    async def failed(self, run: Run, verdict: str, given_up: bool) -> None:
-        raise ZeroDivisionError("failed")
+    async def run_failed(self, run: Run, verdict: str, given_up: bool) -> None:
+        raise ZeroDivisionError("run_failed")
 
 
 def test_an_observer_that_fails_ends_nothing_and_is_told_once() -> None:
@@ -468,7 +468,17 @@ def test_an_observer_that_fails_ends_nothing_and_is_told_once() -> None:
         world.passes(25)
         assert vllm.removed
         world.serves()
-        for what in ("began", "answers", "heard", "changed", "removed", "hung", "clears", "judged", "failed"):
+        for what in (
+            "run_began",
+            "run_answered",
+            "lines_logged",
+            "state_changed",
+            "run_removed",
+            "run_hung",
+            "wait_until_clear",
+            "run_judged",
+            "run_failed",
+        ):
             assert world.told(f"Faulty.{what} failed") == 1
         world.stop()
         world.front.drained.set_result(True)  # type: ignore[union-attr]

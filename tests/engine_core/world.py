@@ -51,8 +51,8 @@ class ScriptedVllm:
         self.deaf = False
         self.removed = False
         self.terminated = 0
-        self.lines = self
-        self.kept: deque[str] = deque(maxlen=500)
+        self.log_buffer = self
+        self.tail: deque[str] = deque(maxlen=500)
         self._fresh: list[str] = []
         self._wake: Callable[[], object] = lambda: None
         self._exited = asyncio.Event()
@@ -74,7 +74,7 @@ class ScriptedVllm:
             self._exited.set()
 
     def says(self, *lines: str) -> None:
-        self.kept.extend(lines)
+        self.tail.extend(lines)
         self._fresh.extend(lines)
         self._wake()
 
@@ -88,7 +88,7 @@ class ScriptedVllm:
         taken, self._fresh = self._fresh, []
         return taken
 
-    async def ended(self) -> int:
+    async def wait(self) -> int:
         await self._exited.wait()
         assert self.code is not None
         return self.code
@@ -102,9 +102,9 @@ class ScriptedVllm:
             self.exits(0)
 
     async def end(self) -> list[int]:
-        return self.end_now()
+        return self.end_sync()
 
-    def end_now(self) -> list[int]:
+    def end_sync(self) -> list[int]:
         self.exits(-9)
         self.removed = True
         return self.undying
@@ -163,22 +163,22 @@ class Seen(Observer):
         self.hung_runs = 0
         self.removals = 0
 
-    def began(self, run: Run) -> None:
+    def run_began(self, run: Run) -> None:
         self.runs.append(run)
 
-    def heard(self, run: Run, lines: Sequence[str]) -> None:
+    def lines_logged(self, run: Run, lines: Sequence[str]) -> None:
         self.lines += lines
 
-    def changed(self, change: Change) -> None:
+    def state_changed(self, change: Change) -> None:
         self.states.append(change.state)
 
-    def removed(self) -> None:
+    def run_removed(self) -> None:
         self.removals += 1
 
-    async def hung(self, run: Run) -> None:
+    async def run_hung(self, run: Run) -> None:
         self.hung_runs += 1
 
-    async def failed(self, run: Run, verdict: str, given_up: bool) -> None:
+    async def run_failed(self, run: Run, verdict: str, given_up: bool) -> None:
         self.failures.append(verdict)
 
 
@@ -316,6 +316,6 @@ class World:
             assert living[0].code is None, "ready, and no engine alive"
         if self.engine.state in (State.RESTARTING, State.STOPPED, State.FAILED):
             assert not living, f"{self.engine.state}, and one is left"
-            assert self.engine.alive is None
+            assert self.engine.living_run is None
         if self.over:
             assert not living

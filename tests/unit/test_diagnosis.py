@@ -11,14 +11,14 @@ from typing import NamedTuple
 import pytest
 
 from supervisor.engine import topics, tracebacks
-from supervisor.engine.child import how_it_ended
-from supervisor.engine.diagnosis import FOLLOWING, GONE, REMEDIES, RULES, Diagnosis, diagnose, follows
+from supervisor.engine.child import describe_exit
+from supervisor.engine.diagnosis import EFFECTS, GONE, REMEDIES, RULES, Diagnosis, diagnose, is_effect
 from supervisor.engine.topics import OPTIONS, TOPICS
 from supervisor.settings.knobs import KNOBS
 from supervisor.vllm import catalogue
 
 LOGS = Path(__file__).parent / "failures"
-ROWS = (*RULES, *FOLLOWING, *GONE)
+ROWS = (*RULES, *EFFECTS, *GONE)
 KERNEL = "torch.AcceleratorError: CUDA error: an illegal memory access was encountered"
 OF_TOPICS = {"part", "at", "governs", "named", "elsewhere", "otherwise", "in_use"}
 OF_TOPICS |= {"by_name", "instead", "without", "ranks", "fit"}
@@ -285,7 +285,7 @@ def test_a_failure_of_the_real_vllm(row: Row) -> None:
     assert row.cause in diagnosis.cause
     assert row.remedy in diagnosis.remedy
     assert diagnosis.permanent is row.permanent
-    assert not follows(diagnosis.cause)
+    assert not is_effect(diagnosis.cause)
 
 
 @pytest.mark.parametrize("row", QUOTED, ids=lambda row: row.log[:60])
@@ -346,7 +346,7 @@ def test_every_row_is_the_one_for_its_example() -> None:
     for rule in ROWS:
         lines = rule.example.strip("\n").splitlines()
         for log in (lines, [*lines, after] if rule not in GONE else lines):
-            failure = tracebacks.read(log, follows)
+            failure = tracebacks.read(log, is_effect)
             first = next((row for row in ROWS if row.regex.search(getattr(failure, row.where) or "")), None)
             hidden += [f"{rule.cause}: {first and first.cause}"] if first is not rule else []
     assert hidden == []
@@ -373,8 +373,8 @@ def test_no_pattern_runs_over_a_whole_log() -> None:
 def test_every_topic_is_the_one_for_its_example(topic: topics.Topic) -> None:
     """An error, or the frame where an error was raised that says nothing."""
     lines = [topic.example, "AssertionError"] if "File" in topic.example else [topic.example]
-    failure = tracebacks.read([*("Traceback (most recent call last):",), *lines], follows)
-    assert topics.about(failure) is topic
+    failure = tracebacks.read([*("Traceback (most recent call last):",), *lines], is_effect)
+    assert topics.find_topic(failure) is topic
 
 
 def test_what_an_error_is_about_says_what_to_change() -> None:
@@ -455,7 +455,7 @@ def test_what_docker_and_journald_put_before_a_line_is_not_looked_at() -> None:
 
 def test_settings_that_an_error_names_are_named() -> None:
     error = "RuntimeError: chunked prefill, VLLM_USE_X=1, CUDA_ERROR_X, /a/mm_processor_kwargs.py, prefix-caching"
-    named = topics.named(tracebacks.read([error], follows))
+    named = topics.find_named(tracebacks.read([error], is_effect))
     assert named == ["VLLM_USE_X", "ENABLE_CHUNKED_PREFILL", "ENABLE_PREFIX_CACHING"]
     assert "Look at VLLM_USE_X, ENABLE_CHUNKED_PREFILL" in diagnose(1, [error]).remedy
 
@@ -656,7 +656,7 @@ def test_without_a_line_that_tells_the_signal_does() -> None:
     assert "SIGKILL" in diagnose(-9, []).cause
     assert "/dev/shm" in diagnose(-7, []).cause
     assert not diagnose(-11, []).permanent
-    assert (how_it_ended(0), how_it_ended(-9), how_it_ended(-250)) == (
+    assert (describe_exit(0), describe_exit(-9), describe_exit(-250)) == (
         "exit code 0", "killed by SIGKILL", "killed by signal 250")  # fmt: skip
 
 
@@ -667,20 +667,20 @@ def test_what_a_shell_says_of_a_signal_is_one() -> None:
 
 
 def test_what_we_did_to_it_comes_before_the_signal() -> None:
-    assert diagnose(-9, [], ended_by_us="It made no progress for 120 s").cause == "It made no progress for 120 s."
-    assert diagnose(-9, [], ended_by_us="Not ready within SUPERVISOR_STARTUP_TIMEOUT=1 s").permanent
+    assert diagnose(-9, [], end_reason="It made no progress for 120 s").cause == "It made no progress for 120 s."
+    assert diagnose(-9, [], end_reason="Not ready within SUPERVISOR_STARTUP_TIMEOUT=1 s").permanent
 
 
 def test_ranks_that_do_not_come_are_waited_for_again() -> None:
     """They come minutes apart, each with a disk and a network of its own: nothing has to be changed for that."""
     why = "vLLM was not ready after 1200 s (SUPERVISOR_STARTUP_TIMEOUT), it was at: "
     for phase in ("waiting for the other ranks", "waiting for the other engines"):
-        diagnosis = diagnose(-9, [], ended_by_us=why + phase)
+        diagnosis = diagnose(-9, [], end_reason=why + phase)
         assert diagnosis.cause == f"{why}{phase}."
         assert "MASTER_ADDR" in diagnosis.remedy
         assert "all ports" in diagnosis.remedy
         assert not diagnosis.permanent
-    assert diagnose(-9, [], ended_by_us=f"{why}loading weights").permanent
+    assert diagnose(-9, [], end_reason=f"{why}loading weights").permanent
 
 
 def test_the_root_comes_before_what_the_other_workers_say() -> None:

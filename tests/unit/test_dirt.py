@@ -346,7 +346,7 @@ def test_a_plugin_on_pythons_path_counts_and_where_vllm_is_not_found_nobody_know
     assert "it has no GGUF" in problems(folder, MODEL="org/model:Q4_K_M", PYTHONPATH="/x")[0]
     wrapped = f"env {folder.parent / 'vllm/bin/vllm'}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("supervisor.vllm.installed._version_asked", lambda command, cache: "0.32.0")
+        patch.setattr("supervisor.vllm.installed._cached_version", lambda command, cache: "0.32.0")
         assert read(folder, MODEL="org/model:Q4_K_M", SUPERVISOR_VLLM=wrapped, PATH=os.environ["PATH"])
 
 

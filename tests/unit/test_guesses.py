@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from supervisor.engine import topics, tracebacks
-from supervisor.engine.diagnosis import diagnose, follows
+from supervisor.engine.diagnosis import diagnose, is_effect
 
 FRAME = '  File "/venv/vllm/{}", line 99, in {}'
 
@@ -56,8 +56,8 @@ def test_a_word_alone_accuses_no_part(error: str, accused: str) -> None:
     ],
 )
 def test_a_place_comes_before_a_word(error: str, place: str, part: str) -> None:
-    failure = tracebacks.read(raised(error, place), follows)
-    assert part in topics.told(failure)["part"]
+    failure = tracebacks.read(raised(error, place), is_effect)
+    assert part in topics.placeholders(failure)["part"]
 
 
 def test_a_place_that_everything_comes_through_does_not_come_before_a_word() -> None:
@@ -113,12 +113,12 @@ def test_a_size_in_a_kernel_is_not_the_setting_that_its_name_begins_with() -> No
         "ValueError: block_size=8 is odd",  # mostly one of a kernel's or a format's own
         "ValueError: draft_tensor_parallel_size=4 is odd",
     ):
-        assert topics.named(tracebacks.read([error], follows)) == []
+        assert topics.find_named(tracebacks.read([error], is_effect)) == []
     for error in (
         "ValueError: tensor_parallel_size=3 is odd",
         "ValueError: the tensor parallel size is odd; config.tensor_parallel_size",
     ):
-        assert topics.named(tracebacks.read([error], follows)) == ["TENSOR_PARALLEL_SIZE"]
+        assert topics.find_named(tracebacks.read([error], is_effect)) == ["TENSOR_PARALLEL_SIZE"]
 
 
 def test_what_is_not_of_layers_is_not_told_as_theirs() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from supervisor.engine.heartbeat import MISSES, Pulse, progress
+from supervisor.engine.heartbeat import MAX_MISSES, Pulse, read_progress
 from supervisor.engine.run import Traffic
 
 STALL = 120.0
@@ -37,7 +37,7 @@ class Bench:
 
     def beat(self, counters: float | None, *waiting: object, signs: object = 0, late: float = 0.0) -> bool:
         self.now += self.pulse.pause + late
-        return self.pulse.hangs(self.now, late, Traffic(waiting, signs), counters)
+        return self.pulse.is_hung(self.now, late, Traffic(waiting, signs), counters)
 
     def after(self, seconds: float, counters: float | None, *waiting: object, signs: object = 0) -> bool:
         until = self.now + seconds
@@ -49,12 +49,12 @@ class Bench:
 
 
 def test_metrics_are_summed_over_engines() -> None:
-    assert progress(METRICS) == 1500 + 40 + 7 + 3 + 0.25
+    assert read_progress(METRICS) == 1500 + 40 + 7 + 3 + 0.25
 
 
 @pytest.mark.parametrize("name", ["x} y", r"a \"quoted\" one", r"back\\slash", "l,e=t", "ünïcode", r"new\nline"])
 def test_a_models_name_is_what_it_likes(name: str) -> None:
-    assert progress(METRICS.replace(b"demo", name.encode())) == 1550.25
+    assert read_progress(METRICS.replace(b"demo", name.encode())) == 1550.25
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_models_name_is_what_it_likes(name: str) -> None:
      b"vllm:generation_tokens_total{a=\xff} 1"],
 )  # fmt: skip
 def test_what_nobody_can_read_is_not_read(metrics: bytes) -> None:
-    assert progress(metrics) is None
+    assert read_progress(metrics) is None
 
 
 @pytest.mark.parametrize("stall", [2.0, 5.0, 15.0, 120.0, 600.0])
@@ -89,7 +89,7 @@ CASES: dict[str, Callable[[Bench], bool]] = {
     "saturated, but moving": lambda bench: any(bench.beat(float(n), *range(256)) for n in range(500)),
     "long prefills": lambda bench: bench.after(115, 50.0, 1) or bench.after(115, 51.0, 1),
     "missed scrapes at the end": lambda bench: (
-        bench.after(118, 50.0, 1) or any(bench.beat(None, 1) for _ in range(MISSES - 1)) or bench.after(50, 51.0, 1)
+        bench.after(118, 50.0, 1) or any(bench.beat(None, 1) for _ in range(MAX_MISSES - 1)) or bench.after(50, 51.0, 1)
     ),
     "restarted, counters anew": lambda bench: bench.after(115, 50.0, 1) or bench.after(115, 0.0, 1),
     "the client gave up": lambda bench: bench.after(115, 50.0, 1) or bench.after(1000, 50.0),

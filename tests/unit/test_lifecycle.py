@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from supervisor.engine.lifecycle import OVER, TABLE, Action, Event, State, step
+from supervisor.engine.lifecycle import CLOSED_STATES, TRANSITIONS, Action, Event, State, step
 
 S, E, A = State, Event, Action
 # States in which an engine lives, or is being spawned.
@@ -27,10 +27,10 @@ IGNORED = {
 @pytest.mark.parametrize(("state", "event"), list(itertools.product(State, Event)), ids=lambda value: value.name)
 def test_every_cell_is_there_or_ignored_on_purpose(state: State, event: Event) -> None:
     if event in IGNORED[state]:
-        assert (state, event) not in TABLE
+        assert (state, event) not in TRANSITIONS
         assert step(state, event) == (state, ())
     else:
-        assert step(state, event) == TABLE[state, event]
+        assert step(state, event) == TRANSITIONS[state, event]
 
 
 @pytest.mark.parametrize(
@@ -68,20 +68,20 @@ def test_lives(path: list[Event], end: State, actions: list[Action]) -> None:
 
 
 def test_whoever_leaves_a_living_engine_removes_it() -> None:
-    for (before, _), (after, actions) in TABLE.items():
+    for (before, _), (after, actions) in TRANSITIONS.items():
         assert (Action.REMOVE in actions) == (before in ALIVE and after not in ALIVE)
 
 
 def test_an_engine_is_only_spawned_when_the_last_is_removed_and_judged() -> None:
-    for (before, event), (after, actions) in TABLE.items():
+    for (before, event), (after, actions) in TRANSITIONS.items():
         spawned = Action.SPAWN in actions
         assert spawned == ((before, event) == (State.RESTARTING, Event.RETRY))
         assert spawned == (before not in ALIVE and after in ALIVE)
 
 
 def test_only_what_starts_becomes_ready() -> None:
-    assert [before for (before, _), (after, _) in TABLE.items() if after is State.READY] == [State.STARTING]
+    assert [before for (before, _), (after, _) in TRANSITIONS.items() if after is State.READY] == [State.STARTING]
 
 
 def test_no_request_is_taken_once_the_end_is_near() -> None:
-    assert set(State) - OVER == {State.STARTING, State.READY, State.RESTARTING}
+    assert set(State) - CLOSED_STATES == {State.STARTING, State.READY, State.RESTARTING}

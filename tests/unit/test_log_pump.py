@@ -7,7 +7,7 @@ import re
 import pytest
 
 from supervisor.engine.diagnosis import diagnose
-from supervisor.engine.log_pump import KEPT_LINES, Lines
+from supervisor.engine.log_pump import TAIL_LINES, LogBuffer
 
 CORE = [
     "EngineCore encountered a fatal error.",
@@ -58,14 +58,14 @@ def test_the_streams_of_an_engine_that_died_do_not_push_the_cause_out(
     core: str, server: str, places: tuple[str, str, str]
 ) -> None:
     log = engine_death(48, core, server, places)
-    assert len(log) > 4 * KEPT_LINES
-    lines = Lines()
+    assert len(log) > 4 * TAIL_LINES
+    lines = LogBuffer()
     for begin in range(0, len(log), 400):  # as they are read
         lines.add(log[begin : begin + 400])
     lines.add([f"{server}INFO:     Shutting down"])
-    assert lines.kept[-1].endswith("Shutting down")
-    assert len(lines.kept) < 100
-    assert "illegal memory access" in diagnose(1, lines.kept).cause
+    assert lines.tail[-1].endswith("Shutting down")
+    assert len(lines.tail) < 100
+    assert "illegal memory access" in diagnose(1, lines.tail).cause
     assert len(lines.take()) == len(log) + 1  # of the log itself nothing is missing
 
 
@@ -75,20 +75,20 @@ def test_colours_change_nothing() -> None:
         8, "(EngineCore pid=9) ", "(APIServer pid=1) ", ("core.py:1512", "async_llm.py:906", "serving.py:9")
     )
     form = re.compile(r"(\(\w+ pid=\d+\)) ERROR (\S+ \S+) (\[\S+\]) ")
-    lines = Lines()
+    lines = LogBuffer()
     lines.add(
         [
             form.sub("\x1b[0;36m\\1\x1b[0;0m \x1b[31mERROR\x1b[0m \x1b[90m\\2\x1b[0m \x1b[90m\\3\x1b[0m ", line)
             for line in plain
         ]
     )
-    assert len(lines.kept) == len(CORE) + len(ANNOUNCED)
-    assert "illegal memory access" in diagnose(1, lines.kept).cause
+    assert len(lines.tail) == len(CORE) + len(ANNOUNCED)
+    assert "illegal memory access" in diagnose(1, lines.tail).cause
 
 
 def test_an_error_of_a_request_is_kept_where_the_engine_lives() -> None:
     """Neither a client's own words nor another exception end that."""
-    lines = Lines()
+    lines = LogBuffer()
     prompt = "(APIServer pid=1) INFO 12-01 02:00:34 [logger.py:43] Received request: prompt: 'EngineDeadError: ', ERROR"
     other = "(APIServer pid=1) ERROR 12-01 02:00:34 [serving.py:929] ValueError: a client's EngineDeadError: none"
     log = [
@@ -98,7 +98,7 @@ def test_an_error_of_a_request_is_kept_where_the_engine_lives() -> None:
         *[f"(APIServer pid=1) ERROR 12-01 02:00:34 [serving.py:929] {line}" for line in FRAME],
     ]
     lines.add(log)
-    assert list(lines.kept) == log
+    assert list(lines.tail) == log
 
 
 @pytest.mark.parametrize("core", ["", "(EngineCore pid=9) "])
@@ -117,7 +117,7 @@ def test_answers_after_the_engines_death_do_not_show_that_it_serves(core: str, s
 
 def test_the_ranks_that_only_follow_do_not_push_the_cause_out() -> None:
     """Each of eight writes the stack of its native code, twice."""
-    lines = Lines()
+    lines = LogBuffer()
     words = [*CORE[1:4], "torch.OutOfMemoryError: CUDA out of memory."]
     lines.add([f"(Worker_TP3 pid=13) ERROR 12-01 02:00:34 [multiproc_executor.py:950] {line}" for line in words])
     for rank in range(16):
@@ -127,4 +127,4 @@ def test_the_ranks_that_only_follow_do_not_push_the_cause_out() -> None:
         lines.add(
             [f"frame #{number}: <unknown function> + 0xd6df4 (0x7f (in /venv/libtorch_cuda.so)" for number in range(45)]
         )
-    assert "memory" in diagnose(-6, lines.kept).cause
+    assert "memory" in diagnose(-6, lines.tail).cause

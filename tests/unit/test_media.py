@@ -118,7 +118,7 @@ READY = Change(State.STARTING, State.READY, "")
 async def lives(told: MediaNotice, *, starts: int = 2) -> None:
     """The engine starts, and is ready, as often."""
     for _ in range(starts):
-        for happen in (lambda: told.began(run()), lambda: told.changed(READY)):
+        for happen in (lambda: told.run_began(run()), lambda: told.state_changed(READY)):
             happen()
             if told.look_task is not None:
                 await told.look_task
@@ -176,8 +176,8 @@ def test_a_disk_that_hangs_holds_up_nobody(folder: Path, caplog: pytest.LogCaptu
 
     async def go() -> None:
         told = MediaNotice(settings(folder), hangs)
-        told.began(run())
-        told.changed(READY)  # no second thread beside one that hangs
+        told.run_began(run())
+        told.state_changed(READY)  # no second thread beside one that hangs
         assert told.look_task is not None
         await asyncio.wait({told.look_task}, timeout=0)
         assert not told.look_task.done()

@@ -20,9 +20,9 @@ def lived(root: Path, before: int | None, after: int | None) -> bool:
     observer = OomKills(Machine(root))
     run = Run(1, 0.0, lambda *_: None)
     count(root, before)
-    observer.began(run)
+    observer.run_began(run)
     count(root, after)
-    observer.removed()
+    observer.run_removed()
     return run.oom_killed
 
 
@@ -37,4 +37,4 @@ def test_earlier_kills_are_not_this_runs(tmp_path: Path) -> None:
 
 
 def test_without_a_run_nothing_is_noted() -> None:
-    OomKills().removed()
+    OomKills().run_removed()

@@ -9,8 +9,8 @@ import pytest
 
 from supervisor.around.phases import Waterfall
 from supervisor.engine import tracebacks
-from supervisor.engine.child import how_it_ended
-from supervisor.engine.diagnosis import follows
+from supervisor.engine.child import describe_exit
+from supervisor.engine.diagnosis import is_effect
 
 # vLLM 0.32's own lines, cut to what matters.
 LOG = """\
@@ -246,10 +246,10 @@ def test_workers_of_one_machine_wait_for_no_rank(line: str) -> None:
     ],
 )  # fmt: skip
 def test_last_error(lines: list[str], expected: str | None) -> None:
-    assert tracebacks.read(lines, follows).error == expected
+    assert tracebacks.read(lines, is_effect).error == expected
 
 
 def test_how_it_ended() -> None:
-    assert how_it_ended(1) == "exit code 1"
-    assert how_it_ended(-9) == "killed by SIGKILL"
-    assert how_it_ended(-40) == "killed by signal 40"
+    assert describe_exit(1) == "exit code 1"
+    assert describe_exit(-9) == "killed by SIGKILL"
+    assert describe_exit(-40) == "killed by signal 40"

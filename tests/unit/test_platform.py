@@ -79,7 +79,7 @@ def test_a_load_balancers_worker_takes_what_the_balancer_takes(folder: Path) -> 
 def test_all_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: str) -> None:
     nodes = [Path("/dev/nvidia0"), Path("/dev/nvidia1"), Path("/dev/nvidiactl"), Path("/dev/nvidia-uvm")]
     monkeypatch.setattr(platform.Path, "glob", lambda self, pattern: iter(nodes))
-    monkeypatch.setattr("supervisor.vllm.installed._version_beside", lambda program: "0.32.0")
+    monkeypatch.setattr("supervisor.vllm.installed._installed_version", lambda program: "0.32.0")
     environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     settings = read(folder, TENSOR_PARALLEL_SIZE="auto", **environ)
     assert settings.option("tensor_parallel_size") == expected

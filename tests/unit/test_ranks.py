@@ -150,10 +150,10 @@ def test_rank_0_notes_who_has_come_and_tells_who_is_gone(listened: str, address:
         port = int(engine.says())
         # Replicas come to a port that nobody knows beforehand.
         ranks = Ranks(cluster(0, port=1 if replicas else port, replicas=replicas))
-        assert ranks.note_connections(Session.led_by(engine.process.pid)) == 0
+        assert ranks.note_connections(Session.from_leader(engine.process.pid)) == 0
         with socket.create_connection((address, port)):
             assert engine.says() == "met"
-            assert ranks.note_connections(Session.led_by(engine.process.pid)) == 1
+            assert ranks.note_connections(Session.from_leader(engine.process.pid)) == 1
             engine.close("own")
             assert ranks.find_lost_rank() is None
         assert wait_until(ranks.find_lost_rank, "the end of it") == address
@@ -168,7 +168,7 @@ def test_a_headless_rank_notes_rank_0(listened: str, address: str, replicas: boo
         ranks = Ranks(cluster(1, port=1 if replicas else port, replicas=replicas, leader=address))
         with child("connect", address, str(port)) as engine, listener.accept()[0]:
             assert engine.says() == "met"
-            assert ranks.note_connections(Session.led_by(engine.process.pid)) == 1
+            assert ranks.note_connections(Session.from_leader(engine.process.pid)) == 1
             assert ranks.find_lost_rank() is None
             engine.close("met")
             assert wait_until(ranks.find_lost_rank, "the end of it") == address
@@ -180,7 +180,7 @@ def test_the_handshake_of_replicas_holds_nothing_together() -> None:
         ranks = Ranks(cluster(1, port=port, replicas=True))
         with child("connect", "127.0.0.1", str(port)) as engine, listener.accept()[0]:
             assert engine.says() == "met"
-            assert ranks.note_connections(Session.led_by(engine.process.pid)) == 0
+            assert ranks.note_connections(Session.from_leader(engine.process.pid)) == 0
 
 
 @pytest.mark.parametrize("leader", ["10.255.255.1", "no-such-host.invalid"])
@@ -190,7 +190,7 @@ def test_a_replicas_other_connections_are_not_rank_0(leader: str) -> None:
         ranks = Ranks(cluster(1, port=1, replicas=True, leader=leader))
         with child("connect", "127.0.0.1", str(listener.getsockname()[1])) as engine, listener.accept()[0]:
             assert engine.says() == "met"
-            assert ranks.note_connections(Session.led_by(engine.process.pid)) == 0
+            assert ranks.note_connections(Session.from_leader(engine.process.pid)) == 0
 
 
 def test_connections_of_others_are_not_the_engines() -> None:

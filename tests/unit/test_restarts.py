@@ -29,9 +29,9 @@ class Bench:
         self, *, permanent: bool = False, served: bool = True, after: float = 1.0, unknown: str = ""
     ) -> None:
         self.now += after
-        failure = EngineFailed(permanent=permanent, served=served, unknown=unknown)
+        failure = EngineFailed(permanent=permanent, was_ready=served, unknown_cause=unknown)
         try:
-            await self.restarts.again(failure, lambda delay, which: self.told.append(which))
+            await self.restarts.wait_for_retry(failure, lambda delay, which: self.told.append(which))
         except EngineFailed as error:
             assert error is failure
             self.given_up = self.restarts.verdict(failure)

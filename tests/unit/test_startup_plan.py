@@ -29,7 +29,9 @@ def settings(**environ: str) -> Settings:
 def run(root: Path, *log: str, served: bool = False, code: int = 1, broken: str | None = None) -> Any:
     command = SimpleNamespace(environ={"VLLM_CACHE_ROOT": str(root)})
     child = SimpleNamespace(command=command)
-    return SimpleNamespace(child=child, log=list(log), served=served, doubted=False, code=code, broken=broken)
+    return SimpleNamespace(
+        child=child, log=list(log), was_ready=served, has_suspect_start=False, code=code, end_reason=broken
+    )
 
 
 def written(root: Path) -> Path:
@@ -104,11 +106,11 @@ def test_a_failure_with_it_forgets_it(
     keeper = CacheKeeper(None, StartupPlan(settings()))
     failed = run(tmp_path, *log, served=served, code=code)
     kept_for(tmp_path)
-    keeper.began(failed)
+    keeper.run_began(failed)
     assert keeper.plan is not None
     wait_until(lambda: keeper.plan is not None and keeper.plan.folder is not None, "the look at it")
-    keeper.judged(failed, diagnosis)
-    assert failed.doubted == forgotten
+    keeper.run_judged(failed, diagnosis)
+    assert failed.has_suspect_start == forgotten
     if forgotten:
         wait_until(lambda: not plan_file.exists(), "its end")
     assert plan_file.exists() != forgotten

@@ -28,7 +28,7 @@ def test_a_workspace_that_is_just_made_is_nobodys_leftover(tmp_path: Path) -> No
         for _ in range(600):
             workspace = Workspace.create(tmp_path)
             assert workspace.note.exists()
-            assert workspace.temporary.is_dir()
+            assert workspace.temp_folder.is_dir()
             workspace.remove()
             os.close(workspace.lock)
     finally:

@@ -47,20 +47,20 @@ TYPES = {
 
 # What else a text may be, where the parser takes any: vLLM's own names, to which plugins may add others. By the option,
 # where vLLM keeps them.
-NAMES = {
+NAME_REGISTRIES = {
     "--load-format": ("vllm.model_executor.model_loader", "_LOAD_FORMAT_TO_MODEL_LOADER"),
     "--quantization": ("vllm.model_executor.layers.quantization", "QUANTIZATION_METHODS"),
     "--reasoning-parser": ("vllm.reasoning", "ReasoningParserManager"),
     "--tool-call-parser": ("vllm.tool_parsers", "ToolParserManager"),
 }
 
-DEPRECATED = re.compile(r"^\W*deprecated\b|\bdeprecated:|\bis deprecated\b", re.IGNORECASE)
+DEPRECATION = re.compile(r"^\W*deprecated\b|\bdeprecated:|\bis deprecated\b", re.IGNORECASE)
 
 # Those that vLLM writes out before its parser sees them: -O3, -O=3 and -O 3.
-SHORTS = {"--optimization-level": ["-O"]}
+SHORT_NAMES = {"--optimization-level": ["-O"]}
 
 
-def first_of(modules: Iterable[str], name: str) -> Any:
+def import_first(modules: Iterable[str], name: str) -> Any:
     for module in modules:
         try:
             return getattr(importlib.import_module(module), name)
@@ -72,14 +72,14 @@ def first_of(modules: Iterable[str], name: str) -> Any:
     sys.exit(f"dump: none of {', '.join(modules)} has {name}: this vLLM is not one that the dump knows")
 
 
-def release() -> str:
+def installed_version() -> str:
     for name in DISTRIBUTIONS:
         with contextlib.suppress(PackageNotFoundError):
             return version(name).split("+")[0]
     sys.exit(f"dump: none of {', '.join(DISTRIBUTIONS)} is installed")
 
 
-def give_a_device() -> None:
+def set_device_type() -> None:
     """Without a GPU a CUDA build knows no device, and its parser can't be made ("Failed to infer device type").
 
     Only the name is given, which is all the parser asks for: pretending to be the CPU loses choices (`cuda` of
@@ -99,24 +99,24 @@ def type_name(action: argparse.Action) -> str:
         inner = [cell.cell_contents for cell in getattr(converter, "__closure__", None) or ()]
         wrapped = [value for value in inner if callable(value)]
         if not wrapped:
-            return nameless_type(converter, action)
+            return lambda_type(converter, action)
         converter = wrapped[0]
     return TYPES[name]
 
 
-def nameless_type(converter: Callable[[str], object], action: argparse.Action) -> str:
+def lambda_type(converter: Callable[[str], object], action: argparse.Action) -> str:
     """vLLM's lambdas have no name to know them by, but do simple things: told by what they make of a text."""
     with contextlib.suppress(ValueError, TypeError, argparse.ArgumentTypeError):
-        made = converter("A-1,b")
-        if made == ["A-1", "b"]:
+        example = converter("A-1,b")
+        if example == ["A-1", "b"]:
             return "csv"
-        if made == "a_1,b":
+        if example == "a_1,b":
             return "folded"  # the choices are in lower case with underscores, the value need not be
     print(f"dump: {action.option_strings[0]} has an unknown converter: taken for a text", file=sys.stderr)
     return "str"
 
 
-def takes_none(action: argparse.Action) -> bool:
+def accepts_none(action: argparse.Action) -> bool:
     """Whether the text `None` (and the empty one) stands for no value; vLLM has that for most optional values."""
     if not callable(action.type) or (action.choices is not None and None not in action.choices):
         return False
@@ -126,7 +126,7 @@ def takes_none(action: argparse.Action) -> bool:
         return False
 
 
-def kind(action: argparse.Action) -> str:
+def action_kind(action: argparse.Action) -> str:
     if isinstance(action, argparse.BooleanOptionalAction):
         return "pair"
     if action.nargs == 0:
@@ -138,13 +138,13 @@ def kind(action: argparse.Action) -> str:
     return "optional" if action.nargs == "?" else "value"
 
 
-def deprecated(parser: argparse.ArgumentParser, action: argparse.Action) -> bool:
+def is_deprecated(parser: argparse.ArgumentParser, action: argparse.Action) -> bool:
     """vLLM marks few of them as argparse does; the others say it in their help text."""
     marked = getattr(action, "deprecated", False) or action in getattr(parser, "_deprecated", ())
-    return marked or DEPRECATED.search(action.help or "") is not None
+    return marked or DEPRECATION.search(action.help or "") is not None
 
 
-def plain(value: Any) -> bool:
+def is_json(value: Any) -> bool:
     """Whether a default can be told in JSON; the texts of vLLM's own objects tell little, and differ by machine."""
     try:
         json.dumps(value)
@@ -153,7 +153,7 @@ def plain(value: Any) -> bool:
     return True
 
 
-def bounds(parser: argparse.ArgumentParser) -> dict[str, dict[str, float]]:
+def collect_bounds(parser: argparse.ArgumentParser) -> dict[str, dict[str, float]]:
     """Field -> limits, as pydantic checks them in vLLM's config classes (`gpu_memory_utilization`: gt 0, le 1).
 
     The class is the one that the option's group is named after. Where there is none, a name that two classes limit in
@@ -161,7 +161,7 @@ def bounds(parser: argparse.ArgumentParser) -> dict[str, dict[str, float]]:
     """
     groups = {action.dest: group.title for group in parser._action_groups for action in group._group_actions}
     found: dict[str, list[dict[str, float]]] = {}
-    own: dict[str, dict[str, float]] = {}
+    group_limits: dict[str, dict[str, float]] = {}
     config = importlib.import_module("vllm.config")
     for name in dir(config):
         for field, info in getattr(getattr(config, name), "__pydantic_fields__", {}).items():
@@ -174,38 +174,38 @@ def bounds(parser: argparse.ArgumentParser) -> dict[str, dict[str, float]]:
             if limits and limits not in found.setdefault(field, []):
                 found[field].append(limits)
             if groups.get(field) == name:
-                own[field] = limits
-    return {field: limits[0] for field, limits in found.items() if len(limits) == 1} | own
+                group_limits[field] = limits
+    return {field: limits[0] for field, limits in found.items() if len(limits) == 1} | group_limits
 
 
-def known_names(option_name: str) -> list[str]:
+def list_known_names(option_name: str) -> list[str]:
     """Empty where this vLLM keeps them elsewhere."""
     try:
-        module, name = NAMES[option_name]
+        module, name = NAME_REGISTRIES[option_name]
         found = getattr(importlib.import_module(module), name)
         return sorted(found.list_registered() if hasattr(found, "list_registered") else found)
     except (KeyError, ImportError, AttributeError, TypeError):
         return []
 
 
-def switches(variables: dict[str, Callable[[], Any]]) -> list[str]:
+def find_switches(variables: dict[str, Callable[[], Any]]) -> list[str]:
     """Variables that are a number to vLLM and mean yes or no: at a word, such as `true`, it dies, or takes it as no."""
-    found = []
-    for name, look in variables.items():
+    names = []
+    for name, read_value in variables.items():
 
-        def read(text: str, name: str = name, look: Callable[[], Any] = look) -> str:
+        def read(text: str, name: str = name, read_value: Callable[[], Any] = read_value) -> str:
             os.environ[name] = text
             try:
-                return repr(look())
+                return repr(read_value())
             except ValueError:
                 return "error"
             finally:
                 del os.environ[name]
 
-        is_one = [read("0"), read("1")] == ["False", "True"] and (read("no") == "error" or read("true") == "False")
-        if name.startswith("VLLM_") and is_one:
-            found.append(name)
-    return sorted(found)
+        is_switch = [read("0"), read("1")] == ["False", "True"] and (read("no") == "error" or read("true") == "False")
+        if name.startswith("VLLM_") and is_switch:
+            names.append(name)
+    return sorted(names)
 
 
 def turns_off(parser: argparse.ArgumentParser, action: argparse.Action, name: str) -> bool:
@@ -215,54 +215,54 @@ def turns_off(parser: argparse.ArgumentParser, action: argparse.Action, name: st
     return getattr(namespace, action.dest) is False
 
 
-def option(parser: argparse.ArgumentParser, action: argparse.Action, limits: dict[str, float]) -> dict[str, Any]:
+def make_row(parser: argparse.ArgumentParser, action: argparse.Action, limits: dict[str, float]) -> dict[str, Any]:
     # Not action.option_strings, where 0.33 hides some names that it still takes.
     names = [name for name, owner in parser._option_string_actions.items() if owner is action]
-    row: dict[str, Any] = {"name": "", "kind": kind(action)}
-    off = [name for name in names if row["kind"] == "pair" and turns_off(parser, action, name)]
-    longs = [name for name in names if name.startswith("--") and name not in off]
-    row["name"] = longs[0]
-    if len(longs) > 1:
-        row["also"] = longs[1:]
-    if shorts := [name for name in names if not name.startswith("--")] + SHORTS.get(longs[0], []):
-        row["short"] = shorts
-    if others := [name for name in off if name != f"--no-{longs[0][2:]}"]:
-        row["off"] = others  # besides --no-x, which all pairs have
+    row: dict[str, Any] = {"name": "", "kind": action_kind(action)}
+    off_names = [name for name in names if row["kind"] == "pair" and turns_off(parser, action, name)]
+    long_names = [name for name in names if name.startswith("--") and name not in off_names]
+    row["name"] = long_names[0]
+    if len(long_names) > 1:
+        row["also"] = long_names[1:]
+    if short_names := [name for name in names if not name.startswith("--")] + SHORT_NAMES.get(long_names[0], []):
+        row["short"] = short_names
+    if more_off_names := [name for name in off_names if name != f"--no-{long_names[0][2:]}"]:
+        row["off"] = more_off_names  # besides --no-x, which all pairs have
     if row["kind"] not in ("pair", "switch"):
         row["type"] = type_name(action)
         if action.choices is not None:
             # vLLM has the text "None" among some of them, and its converter makes None of that, which is none of them.
             row["choices"] = [choice for choice in action.choices if str(choice) != "None"]
-        if row["kind"] == "value" and takes_none(action):
+        if row["kind"] == "value" and accepts_none(action):
             row["none"] = True
-    if known := known_names(row["name"]):
+    if known := list_known_names(row["name"]):
         row["names"] = known
     if row.get("type") in ("int", "float", "human_int", "human_int_or_auto"):
         row |= limits
     default = sorted(action.default) if isinstance(action.default, set | frozenset) else action.default
-    if default is not argparse.SUPPRESS and plain(default):
+    if default is not argparse.SUPPRESS and is_json(default):
         row["default"] = default
-    if deprecated(parser, action):
+    if is_deprecated(parser, action):
         row["deprecated"] = True
     return row
 
 
 def make_parser() -> argparse.ArgumentParser:
-    give_a_device()
-    make_arg_parser = first_of(PARSER_MODULES, "make_arg_parser")
-    parser: argparse.ArgumentParser = make_arg_parser(first_of(ARGPARSE_MODULES, "FlexibleArgumentParser")())
+    set_device_type()
+    make_arg_parser = import_first(PARSER_MODULES, "make_arg_parser")
+    parser: argparse.ArgumentParser = make_arg_parser(import_first(ARGPARSE_MODULES, "FlexibleArgumentParser")())
     return parser
 
 
-def catalogue() -> dict[str, Any]:
-    limits = bounds(parser := make_parser())
+def make_catalogue() -> dict[str, Any]:
+    limits = collect_bounds(parser := make_parser())
     actions = [action for action in parser._actions if action.option_strings and action.dest != "help"]
-    rows = [option(parser, action, limits.get(action.dest, {})) for action in actions]
+    rows = [make_row(parser, action, limits.get(action.dest, {})) for action in actions]
     variables = importlib.import_module("vllm.envs").environment_variables
     return {
-        "version": release(),
+        "version": installed_version(),
         "environment": sorted(name for name in variables if name.startswith("VLLM_")),
-        "switches": switches(variables),
+        "switches": find_switches(variables),
         "options": sorted(rows, key=lambda row: str(row["name"])),
     }
 
@@ -274,11 +274,11 @@ def main() -> None:
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
     sys.argv.append("--help")  # without it vLLM leaves out the help texts, and with them what is deprecated
     with contextlib.redirect_stdout(sys.stderr):  # what vLLM prints when it is imported is not of the catalogue
-        found = catalogue()
-    rows = ",\n".join("  " + json.dumps(row) for row in found["options"])
-    print(f'{{"version": {json.dumps(found["version"])},')
-    print(f'"environment": {json.dumps(found["environment"])},')
-    print(f'"switches": {json.dumps(found["switches"])},')
+        catalogue = make_catalogue()
+    rows = ",\n".join("  " + json.dumps(row) for row in catalogue["options"])
+    print(f'{{"version": {json.dumps(catalogue["version"])},')
+    print(f'"environment": {json.dumps(catalogue["environment"])},')
+    print(f'"switches": {json.dumps(catalogue["switches"])},')
     print(f'"options": [\n{rows}\n]}}')
 
 
