@@ -1,1 +1,1 @@
-"""The vllm child: its process, its states, its readiness."""
+"""This room owns the vLLM child: its process, its states, its readiness."""

@@ -1,4 +1,4 @@
-"""A process that somebody else forked, and that became our child because we adopt orphans (PR_SET_CHILD_SUBREAPER)."""
+"""An adopted process was forked by somebody else; it is our child because we adopt orphans (PR_SET_CHILD_SUBREAPER)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import subprocess
 import time
 from typing import IO
 
-# Seconds between two looks: a child can be waited for with a limit only so.
+# Seconds between two looks at the child: there is no other way to wait for it with a time limit.
 LOOK_INTERVAL = 0.005
 
 
 class AdoptedProcess:
-    """As much of `subprocess.Popen` as an engine needs."""
+    """It has as much of `subprocess.Popen` as an engine needs."""
 
     def __init__(self, pid: int, stdout: IO[bytes], stderr: IO[bytes]) -> None:
         self.pid = pid
@@ -21,11 +21,11 @@ class AdoptedProcess:
         self.returncode: int | None = None
 
     def wait(self, timeout: float | None = None) -> int:
-        """Its exit code, -N for signal N. Raises TimeoutExpired."""
+        """Waits for the end, and returns the exit code, -N for signal N. Raises TimeoutExpired."""
         deadline = time.monotonic() + timeout if timeout is not None else None
         while self.returncode is None:
             pid, status = self.pid, 0
-            with contextlib.suppress(ChildProcessError):  # reaped by somebody else: as Popen has it, it went well
+            with contextlib.suppress(ChildProcessError):  # somebody else reaped it: as for Popen, it went well
                 pid, status = os.waitpid(self.pid, os.WNOHANG if deadline is not None else 0)
             if pid:
                 self.returncode = os.waitstatus_to_exitcode(status)

@@ -1,4 +1,4 @@
-"""The vllm child: spawned in a session of its own, its log passed on line by line, and gone without a trace when told.
+"""The vLLM child runs in a session of its own, its log is passed on line by line, and its end leaves no trace.
 
 vLLM is several processes (API server, EngineCore, a worker for each rank). Only the API server gets SIGTERM: it takes
 the others down in order, and a signal to the whole group would cut EngineCore's own clean-up short. What is left of the
@@ -24,18 +24,18 @@ from supervisor.output import Output
 from supervisor.settings.command import Command
 
 PR_SET_CHILD_SUBREAPER = 36
-# vLLM names its processes `VLLM::EngineCore`; a compiler or `nvidia-smi` that it runs is none of the engine's parts.
+# vLLM names its processes `VLLM::EngineCore`; a compiler or `nvidia-smi` that it runs is no part of the engine.
 NAME_PREFIX, NAME_VARIABLE = "VLLM", "VLLM_PROCESS_NAME_PREFIX"
-# Seconds. After its exit the last log lines are read, which name the cause; orphans may hold the pipe open for good.
+# Seconds. The last log lines, read after the exit, name the cause; orphans may hold the pipe open for good.
 EXIT_LOG_PATIENCE, END_LOG_PATIENCE = 0.05, 1.0
-# Makes a start's process without running its command, with these files for its stdout and stderr; None: it can't.
+# Makes a start's process without running its command, with these files as stdout and stderr; returns None if it can't.
 Fork = Callable[[Command, int, int], int | None]
-# Reading /proc of a process whose memory the kernel is busy with can hang.
+# Seconds: reading /proc of a process whose memory the kernel is busy with can hang.
 SURVEY_PATIENCE = 10.0
 
 
 class Child:
-    """One `vllm serve`, from spawn to the last process of its session."""
+    """It is one `vllm serve`, from its spawn to the end of the last process of its session."""
 
     def __init__(
         self,
@@ -45,14 +45,14 @@ class Child:
         remember: Callable[[Session | None], object],
         fork: Fork = lambda *_: None,
     ) -> None:
-        """Raises OSError where the command can't be executed. Its stdout and stderr go to `outputs`; `remember` is told
-        what would have to be removed if we died now."""
-        with contextlib.suppress(AttributeError, OSError):  # its orphans become our children, to be reaped (Linux)
+        """Raises OSError where the command can't be executed. The child's stdout and stderr go to `outputs`; `remember`
+        is called with what would have to be removed if we died now."""
+        with contextlib.suppress(AttributeError, OSError):  # its orphans become our children, and we reap them (Linux)
             ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self.spawned_at = time.monotonic()
         self.popen = _spawn_by_fork(command, fork) or _spawn(command)
         self.command, self.remember = command, remember
-        self.pid = self.popen.pid  # of the API server; also the session's number
+        self.pid = self.popen.pid  # the API server's, and also the session's number
         self.session = Session.from_leader(self.pid)
         remember(self.session)
         self.log_buffer = LogBuffer()
@@ -63,32 +63,32 @@ class Child:
 
     @property
     def code(self) -> int | None:
-        """Its exit code, -N for signal N; None while it lives."""
+        """It is the API server's exit code, -N for signal N, and None while it lives."""
         return self._code if self._code is not None else self.popen.returncode
 
     async def wait(self) -> int:
-        """Waits for the API server's exit and its last words; its exit code."""
+        """Waits for the API server's exit and its last log lines, and returns its exit code."""
         return await Call(self._wait)
 
     async def survey(self) -> dict[int, str]:
-        """The engine's parts that live: pid -> name, such as `VLLM::EngineCore`. Notes their shared memory, and reaps
-        orphans. Raises TimeoutError where /proc hangs."""
+        """Returns the engine's parts that live: pid -> name, such as `VLLM::EngineCore`. It also notes their shared
+        memory, and reaps orphans. Raises TimeoutError where /proc hangs."""
         return await run_bounded(SURVEY_PATIENCE, self._survey)
 
     def terminate(self) -> None:
-        """SIGTERM to the API server alone."""
-        if self.popen.returncode is None:  # not by Popen, which reaps what has ended
+        """Sends SIGTERM to the API server alone."""
+        if self.popen.returncode is None:  # Popen is not used for this: it would reap a process that has ended
             os.kill(self.pid, signal.SIGTERM)
 
     async def end(self) -> list[int]:
-        """Kills what is left of the session and removes what that left; returns what would not die."""
+        """Kills what is left of the session and removes what that left; returns the pids of what would not die."""
         try:
             return await run_bounded(KILL_PATIENCE + 2 * END_LOG_PATIENCE, self.end_sync)
         except TimeoutError:
             return [self.pid]
 
     def end_sync(self) -> list[int]:
-        """As `end`, without a loop. A second time it does nothing."""
+        """Does the same as `end`, without an event loop. A second call does nothing."""
         survivors = self.session.remove()
         if not survivors:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -99,7 +99,7 @@ class Child:
         return survivors
 
     def _wait(self) -> int:
-        with contextlib.suppress(ChildProcessError):  # it was reaped: `end` came first
+        with contextlib.suppress(ChildProcessError):  # `end` came first, and reaped it
             info = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
             assert info is not None
             self._code = info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
@@ -110,7 +110,7 @@ class Child:
         import psutil  # noqa: PLC0415  # 20 ms that vLLM's start does not wait for
 
         members = self.session.inspect()
-        if self.popen.returncode is None:  # else `end` was quicker, and another one's session may be noted by now
+        if self.popen.returncode is None:  # else `end` was quicker, and a later child's session may be noted by now
             self.remember(self.session)
         self._reap_orphans()
         processes = {}
@@ -127,7 +127,7 @@ class Child:
         }
 
     def _reap_orphans(self) -> None:
-        """As process 1 of a container we inherit everybody's; those of our own session are awaited by somebody."""
+        """Reaps orphans: as process 1 of a container we inherit everybody's. Somebody awaits those of our session."""
         import psutil  # noqa: PLC0415
 
         with contextlib.suppress(ChildProcessError):
@@ -140,7 +140,7 @@ class Child:
                     os.waitpid(orphan.pid, os.WNOHANG)
 
     def _wait_for_log(self, patience: float) -> None:
-        """Returns when the log's last line is read, or after `patience` s."""
+        """Returns when the log's last line is read, or after `patience` seconds."""
         deadline = time.monotonic() + patience
         for pump in self._pumps:
             pump.thread.join(max(0.0, deadline - time.monotonic()))
@@ -168,7 +168,7 @@ def _spawn_by_fork(command: Command, fork: Fork) -> AdoptedProcess | None:
 
 
 def describe_exit(code: int) -> str:
-    """`exit code 1`, or `killed by SIGKILL`."""
+    """Returns a text such as `exit code 1`, or `killed by SIGKILL`."""
     names = {number.value: number.name for number in signal.Signals}
     text = f"killed by {names.get(-code, f'signal {-code}')}"
     return text if code < 0 else f"exit code {code}"

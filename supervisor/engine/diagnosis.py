@@ -1,7 +1,7 @@
-"""Why the engine ended: exit code and log tail -> cause and remedy, by the ordered table in `causes.toml`.
+"""This finds why the engine ended: exit code and log tail -> cause and remedy, by the ordered table in `causes.toml`.
 
-The end of the last traceback is the cause (tracebacks.py). The table says what it means and what to change: of the
-error itself, or of its kind and what it is about (topics.py). A permanent cause is one that another start meets again.
+The end of the last traceback is the cause (tracebacks.py). The table says what it means and what to change, for the
+error itself, or for its kind and what it is about (topics.py). A permanent cause is one that another start meets again.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from functools import cached_property
 from supervisor.engine import topics, tracebacks
 from supervisor.engine.topics import REMEDIES, TABLE
 
-# What is searched, in characters: clients help to write a log, and 80 searches of 500 long lines took 45 s.
+# Characters that are searched at most: clients help to write a log, and 80 searches of 500 long lines took 45 s.
 LONGEST_TEXT = 250_000
-# What the API server says on SIGTERM; the errors after it are those of things being taken away.
+# The API server writes this on SIGTERM; the errors after it come from things being taken away.
 SHUTDOWN_LINE = re.compile(r"\[shutdown\] API server: shutdown triggered")
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What happened, and what to change. `permanent`: the same settings will end the same way. `known`: by the table,
-    by a signal, or because it was us; else it is vLLM's own last words, or nothing. `vague`: it is known which part of
-    vLLM failed, and not what it is about that part."""
+    """It says what happened, and what to change. `permanent`: the same settings will end the same way. `known`: the
+    table knows the cause, or a signal tells it, or it was us; else it is vLLM's own last words, or nothing. `vague`:
+    it is known which part of vLLM failed, and not what it is about that part."""
 
     cause: str
     remedy: str
@@ -40,8 +40,8 @@ class Diagnosis:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """A row of the table; a misspelt key is an error. `where` it is looked for: a field of `tracebacks.Failure`.
-    `example`: lines of vLLM's that it is for."""
+    """It is a row of the table; a misspelt key is an error. `where`: which field of `tracebacks.Failure` is searched.
+    `example`: lines of vLLM's that the row is for."""
 
     pattern: str
     cause: str
@@ -64,10 +64,10 @@ UNKNOWN = Diagnosis("Its log does not say why.", "", permanent=False, known=Fals
 
 
 def diagnose(code: int, lines: Iterable[str], end_reason: str | None = None, *, oom_killed: bool = False) -> Diagnosis:
-    """`code` is the exit code, -N for signal N; `lines` the last of the log; `ended_by_us` why we killed it, where we
-    did (the code means nothing then); `oom_killed`: meanwhile the kernel killed something here for want of memory."""
+    """Returns why it ended. `code`: the exit code, -N for signal N; `lines`: the last of the log; `end_reason`: why, if
+    we killed it (the code means nothing then); `oom_killed`: the kernel killed something here for want of memory."""
     failure = tracebacks.read(lines := list(lines), is_effect)
-    code = 128 - code if code - 128 in map(int, SIGNALS) else code  # a shell's, of what it ran
+    code = 128 - code if code - 128 in map(int, SIGNALS) else code  # a shell's, for a command that a signal killed
     shutdown = (apply(EFFECTS, failure) or TERMINATED) if any(map(SHUTDOWN_LINE.search, lines)) else None
     ending = shutdown or _diagnose_by_killer(code, end_reason, oom_killed)
     return apply(RULES, failure) or ending or _diagnose_by_words(code, failure, end_reason, lines)
@@ -98,13 +98,13 @@ def _diagnose_by_words(code: int, failure: tracebacks.Failure, end_reason: str |
 
 def _quote(failure: tracebacks.Failure, *, permanent: bool, prefix: str = "") -> Diagnosis:
     words = f"{prefix}{failure.error or ''}"[: topics.LONGEST_ERROR]
-    if prefix and (row := apply(RULES, failure._replace(whole=words, last=words))) and not row.vague:  # of a guess
+    if prefix and (row := apply(RULES, failure._replace(whole=words, last=words))) and not row.vague:  # for a guess
         return Diagnosis(words, row.remedy, permanent, known=False)
     return Diagnosis(words, topics.placeholders(failure)["elsewhere"], permanent, known=False)
 
 
 def apply(rules: Iterable[Rule], failure: tracebacks.Failure) -> Diagnosis | None:
-    """What the first of the rules says that matches."""
+    """Returns what the first rule that matches says; None where none does."""
     for rule in rules:
         if found := rule.regex.search((getattr(failure, rule.where) or "")[-LONGEST_TEXT:]):
             groups = {name: " ".join((value or "").split()).rstrip(".") for name, value in found.groupdict().items()}
@@ -116,5 +116,5 @@ def apply(rules: Iterable[Rule], failure: tracebacks.Failure) -> Diagnosis | Non
 
 
 def is_effect(text: str) -> bool:
-    """Whether it is what is said where another process has failed: never the cause."""
+    """Tells whether a process says this where another one has failed: it is never the cause."""
     return any(rule.regex.search(text) for rule in (*EFFECTS, *GONE))

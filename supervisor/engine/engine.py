@@ -1,7 +1,7 @@
-"""The owner of the engine: the only one that walks the lifecycle's table and carries its actions out.
+"""The owner of the engine is the only one that walks the lifecycle's table and carries its actions out.
 
-Everyone else sends an event about a run (`run.broke`, `stop`), reads `state`, or is told. What it needs is passed in:
-how to launch vLLM, how to ask it, who passes requests to it, who looks on.
+Everyone else sends an event about a run (`run.mark_broken`, `stop`), reads `state`, or is told. What the owner needs is
+passed in: how to launch vLLM, how to ask it, who passes requests to it, who observes it.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
     from supervisor.engine.diagnosis import Diagnosis
 
 # A refused connection costs 0.1 ms, so asking every 25 ms is free and no time is lost when vLLM begins to answer.
-# An engine that answers, but not 200, logs each question: those are asked less and less often.
+# An engine that answers, but not 200, logs each question: it is asked less and less often.
 FIRST_POLL, SLOWEST_POLL, POLL_GROWTH = 0.025, 1.0, 1.3
 PROBE_PATIENCE = 10.0
-# While it loads, an engine whose part died says more of the cause than we could: it has this long to leave by itself.
+# An engine that loads when a part of it dies says more of the cause than we could: it has this long to leave by itself.
 LAST_WORDS_PATIENCE = 4.0
-# The look for the weights reads a volume. After so many seconds the log says what the start waits for.
+# The search for the weights reads a volume. After this many seconds the log says what the start waits for.
 SLOW_SEARCH = 10.0
 EXIT_CANNOT_START, EXIT_LIMIT = 3, 4
 
 
 class Limits(NamedTuple):
-    """Seconds: until it must be ready; until it must be gone after SIGTERM; without progress (0: never hung). And the
-    restarts. `warm_up`: a first request, a completion's body, before it is ready."""
+    """Seconds until the engine must be ready (`startup`), must be gone after SIGTERM (`terminate`), and hangs without
+    progress (`stall`; 0: never). And the restarts. `warm_up`: the body of a first completion, before it is ready."""
 
     startup: float
     terminate: float
@@ -51,7 +51,7 @@ class Limits(NamedTuple):
 
 
 class Engine:
-    """`await Engine(launch, ask, limits, phases).run(front, observers)` returns the supervisor's exit code."""
+    """`await Engine(launch, ask, limits, make_phases).run(front, observers)` returns the supervisor's exit code."""
 
     def __init__(
         self, launch: Callable[[], Call[Child]], ask: Ask, limits: Limits, make_phases: Callable[[Child], Phases]
@@ -68,7 +68,7 @@ class Engine:
         self._signal = signal.SIGTERM
         self._loop = asyncio.get_running_loop()
         self.clock = self._loop.time
-        # Event, reason, the run that it is about (None: whichever there is), and the kind of what broke it.
+        # They are: event, reason, the run that it is about (None: whichever there is), and the kind of what broke it.
         self._events: asyncio.Queue[tuple[Event, str, Run | None, str]] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()  # they end with the engine
         self._attendant: asyncio.Task[None] | None = None  # what happens beside a run, and ends with it
@@ -77,7 +77,7 @@ class Engine:
         self.living_run: Run | None = None  # none between two runs
 
     def stop(self, signal_number: int) -> None:
-        """A signal arrived: drain and leave; a second one skips the wait."""
+        """Drains and leaves, because a signal arrived; a second one skips the wait."""
         self._signal = signal.Signals(signal_number)
         if self.state in (State.DRAINING, State.STOPPING):
             self.exit_code = 128 + signal_number
@@ -86,7 +86,7 @@ class Engine:
     # The owner's loop
 
     async def run(self, front: Front, observers: Sequence[Observer]) -> int:
-        """From the first launch to the last trace. 0 clean stop, 3 never ready, 4 restart limit, 128+N by force."""
+        """Returns when no trace is left: 0 after a clean stop, 3 never ready, 4 restart limit, 128+N by force."""
         self.front, self.observers.members = front, observers
         try:
             async with asyncio.TaskGroup() as group:
@@ -95,7 +95,7 @@ class Engine:
                 end_states = {State.STOPPED} if self.limits.stay_when_failed else {State.STOPPED, State.FAILED}
                 while self.state not in end_states:
                     event, reason, run, kind = await self._events.get()
-                    if run is None or run is self.latest_run:  # else it is news of an earlier one
+                    if run is None or run is self.latest_run:  # else the event is about an earlier run
                         for action in self._transition(event, reason, kind):
                             await self._carry_out(action, self.latest_run)
                 for task in self._tasks:
@@ -120,7 +120,7 @@ class Engine:
         if self.state is State.FAILED:
             self.exit_code = EXIT_LIMIT if self.was_ready else EXIT_CANNOT_START
         if previous is State.DRAINING and event in (Event.EXITED, Event.BROKEN):
-            self.exit_code = 128 + self._signal  # what was in flight is lost with it
+            self.exit_code = 128 + self._signal  # what was in flight is lost with the engine
         level = logging.ERROR if self.state is State.FAILED else logging.INFO
         self.log.log(level, "%s -> %s: %s", previous.value, self.state.value, reason)
         self.observers.notify("state_changed", Change(previous, self.state, reason))
@@ -145,7 +145,7 @@ class Engine:
         return task
 
     async def _remove(self) -> None:
-        """After this nothing of the run is left, and its number means nothing to anybody."""
+        """Removes the run: after this nothing of it is left, and its number means nothing to anybody."""
         run, self.living_run = self.living_run, None
         if self._attendant is not None:
             self._attendant.cancel()
@@ -158,7 +158,7 @@ class Engine:
     # What happens beside a run
 
     async def _run_attendant(self, run: Run, launching: Call[Child]) -> None:
-        """From its launch to its removal, which cancels this. Whatever it sees becomes an event."""
+        """Attends to a run from its launch to its removal, which cancels this. Whatever it sees becomes an event."""
         try:
             await self._attend(run, launching)
         except Exception:  # noqa: BLE001  # a run that nobody attends to can't be kept
@@ -175,13 +175,13 @@ class Engine:
         take_lines = partial(self._take_lines, run, child, phases)
         child.log_buffer.follow(lambda: self._loop.call_soon_threadsafe(take_lines))
         self.observers.notify("run_began", run)
-        gc.collect()  # what attended to the last run is a ring (TaskGroup's traceback), and has its log
+        gc.collect()  # what attended to the last run is a reference cycle (TaskGroup's traceback), and has its log
         attempt = self.observers.attempt
         async with asyncio.TaskGroup() as group:
             group.create_task(self._await_exit(run, child))
             group.create_task(attempt("looking for vLLM's processes", watch.run))
             if await attempt("waiting for vLLM", self._wait_until_ready, phases):
-                # Some 20 ms: from the first request on, the death of any part is known at once.
+                # It takes some 20 ms: from the first request on, the death of any part is known at once.
                 await attempt("looking for vLLM's processes", watch.find_parts)
                 await self.observers.wait_for("run_answered", run)
                 self._send(run, Event.READY, f"vLLM answers after {phases.finish():.1f} s")
@@ -212,11 +212,11 @@ class Engine:
         self._send(run, Event.EXITED, f"vLLM ended ({describe_exit(code or 0)})")
 
     async def _ask_engine(self, path: str, body: bytes = b"", patience: float = PROBE_PATIENCE) -> tuple[int, bytes]:
-        """Status 0 without an answer."""
+        """Returns status and body; the status is 0 without an answer."""
         return await self.observers.attempt("asking vLLM", self.ask, path, body, patience) or (0, b"")
 
     async def _wait_until_ready(self, phases: Phases) -> bool:
-        """True when it answers, False when its time is over."""
+        """Returns True when it answers, False when its time is over."""
         delay, needs_warm_up = FIRST_POLL, bool(self.limits.warm_up)
         try:
             async with asyncio.timeout(None) as deadline:
@@ -225,7 +225,7 @@ class Engine:
                         needs_warm_up = False
                         phases.warm_up()
                         await self._ask_engine("/v1/completions", self.limits.warm_up, self.limits.startup)
-                        continue  # it may not have lived through it
+                        continue  # the engine may not have lived through it
                     if deadline.when() is None and not phases.fetching:  # a download watches itself
                         deadline.reschedule(self.clock() + self.limits.startup)
                     await asyncio.sleep(delay)
@@ -270,7 +270,7 @@ class Engine:
         overrun, traffic, counters = self.clock() - due, self.front.traffic(), None
         if self.state is not State.READY:
             return False
-        if traffic.waiting:  # else nobody would know, and the scrape costs vLLM some milliseconds
+        if traffic.waiting:  # else nobody would notice a hang, and the scrape costs vLLM some milliseconds
             status, metrics = await self._ask_engine("/metrics", patience=pulse.scrape_patience)
             counters = heartbeat.read_progress(metrics) if status == 200 else None
         return pulse.is_hung(self.clock(), overrun, traffic, counters)
@@ -282,15 +282,15 @@ class Engine:
         code, lines = run.code, list(run.log)
 
         def diagnose() -> Diagnosis:
-            from supervisor.engine import diagnosis as table  # noqa: PLC0415  # 900 patterns, for failures only
+            from supervisor.engine import diagnosis as table  # noqa: PLC0415  # 900 patterns, which only failures need
 
             try:
                 return table.diagnose(code or 0, lines, end_reason=run.end_reason, oom_killed=run.oom_killed)
-            except Exception:  # noqa: BLE001  # of a log that nobody foresaw; the engine is started again all the same
+            except Exception:  # noqa: BLE001  # a log that nobody foresaw; the engine is started again all the same
                 self.observers.log_fault("finding the cause")
                 return table.Diagnosis("Its log can't be understood.", "", permanent=False, known=False)
 
-        diagnosis = await run_bounded(None, diagnose)  # to compile the patterns takes half a second of the loop's time
+        diagnosis = await run_bounded(None, diagnose)  # compiling the patterns would take the loop half a second
         self.observers.notify("run_judged", run, diagnosis)
         exit_text = f"vLLM ended ({describe_exit(code)}): " if code is not None and not run.end_reason else ""
         self.log.error("%s%s", exit_text, diagnosis.text)
@@ -325,6 +325,6 @@ class Engine:
     async def _terminate(self, run: Run) -> None:
         if run.child is not None and self.limits.terminate:
             run.child.terminate()
-            await asyncio.sleep(self.limits.terminate)  # its exit ends this
+            await asyncio.sleep(self.limits.terminate)  # vLLM's exit ends this wait
             self.log.warning("vLLM ignored SIGTERM for %g s: killed", self.limits.terminate)
         self._send(run, Event.EXITED, "killed")

@@ -1,7 +1,7 @@
-"""The guard: it removes what a supervisor leaves that was killed without a word.
+"""The guard removes what a supervisor leaves that was killed without a word.
 
-A fork made before anything else. It sleeps on a pipe; when the supervisor dies, it removes the session that it was told
-of last, and the workspace. A guard that was killed as well is stood for by the next start (workspace.py).
+It is a fork made before anything else, and sleeps on a pipe. When the supervisor dies, it removes the session that it
+was told of last, and the workspace. If the guard was killed as well, the next start does this (workspace.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from supervisor.engine.workspace import Workspace
 
 
 class Guard:
-    """`Guard(workspace)` forks; `watch` tells it what to remove; `dismiss` sends it away."""
+    """`Guard(workspace)` forks; `remember` tells it what to remove; `dismiss` sends it away."""
 
     def __init__(self, workspace: Workspace) -> None:
         reader, self.pipe = os.pipe2(os.O_CLOEXEC)
@@ -29,7 +29,7 @@ class Guard:
         os.close(reader)
 
     def remember(self, session: Session | None) -> None:
-        """None: no engine lives, and there is nothing to kill."""
+        """Tells the guard which session to remove; None: no engine lives, and there is nothing to kill."""
         self._send_note(session.to_note() if session is not None else {})
 
     def dismiss(self) -> None:

@@ -1,4 +1,4 @@
-"""The engine's life as a table: (state, event) -> (next state, actions). Pure: no clock, no process, no I/O.
+"""This is the engine's life as a table: (state, event) -> (next state, actions). It is pure: no clock, process or I/O.
 
     starting ──ready──► ready ──stop──► draining ──drained──► stopping ──exited──► stopped
         ▲   │             │                                      ▲                    ▲
@@ -7,8 +7,8 @@
      retry── restarting ◄─┘ ───────────────────────stop───────────────────────────────┘
                   └──give up──► failed
 
-In `restarting` no engine lives: the last one was removed before anything else is heard. So no news leads from there to
-`ready`, only another start does. Events are about one run each; the owner (engine.py) drops those about earlier ones.
+In `restarting` no engine lives: the last one was removed before the next event is looked at. So no event leads from
+there to `ready`, only another start does. Events are about one run each; the owner (engine.py) drops earlier runs'.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ TRANSITIONS: dict[tuple[State, Event], tuple[State, tuple[Action, ...]]] = {
     (S.FAILED, E.STOP): (S.STOPPED, ()),
 }
 
-# States in which no request that arrives can be answered any more.
+# In these states no request that arrives can be answered any more.
 CLOSED_STATES = frozenset({S.DRAINING, S.STOPPING, S.STOPPED, S.FAILED})
 
 

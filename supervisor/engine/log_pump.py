@@ -1,4 +1,4 @@
-"""vLLM's log: masked, passed on, and its last lines kept.
+"""vLLM's log is masked and passed on, and its last lines are kept.
 
 vLLM logs where it works, and waits for its log to be read: nothing may hold up the thread that reads it.
 """
@@ -16,14 +16,14 @@ from typing import IO
 from supervisor.lines import LineStyle, VllmLines
 from supervisor.output import Output
 
-TAIL_LINES = 2000  # eight ranks say 70 each of one error, and native stacks
+TAIL_LINES = 2000  # eight ranks write 70 each about one error, and native stacks
 LONGEST_LINE = 64 * 1024
 TAIL_LINE_LENGTH = 4000  # characters
-# Lines that may wait for the event loop; where it falls behind, the oldest of them are for the log alone.
+# This many lines may wait for the event loop; where it falls behind, the oldest of them are for the log alone.
 QUEUED_LINES = 10_000
 COLOUR = r"(?:\x1b\[[\d;]{0,8}m)?"
-# What the API server says of each request that it had when its engine died: one exception for all of them, with a
-# traceback that grows from one to the next. Of 48 streams it was 8,600 lines, and those that told the cause were gone.
+# The API server writes this for each request that it had when its engine died: one exception for all of them, with a
+# traceback that grows from one to the next. For 48 streams it was 8,600 lines, and those that told the cause were gone.
 REQUEST_ERROR = re.compile(
     rf"{COLOUR}(?:\(\w{{1,40}} pid=\d+\){COLOUR} )?{COLOUR}ERROR{COLOUR} \S+ \S+ {COLOUR}\[[\w/]*(?:serving|async_llm)"
     rf"\w*\.py:\d+\]{COLOUR} ?([\w.]*\bEngineDeadError: )?"
@@ -31,7 +31,7 @@ REQUEST_ERROR = re.compile(
 
 
 class LogBuffer:
-    """The last lines of both streams, `kept`; and those that the event loop has not taken yet."""
+    """It holds the last lines of both streams, `tail`, and those that the event loop has not taken yet."""
 
     def __init__(self) -> None:
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
@@ -40,7 +40,7 @@ class LogBuffer:
         self._is_woken = self._engine_died = False
 
     def add(self, lines: list[str]) -> None:
-        """From a pump's thread. One wake-up stands for all until they are taken: one a line took the loop's time."""
+        """Runs in a pump's thread. One wake-up stands for all until they are taken: one a line took the loop's time."""
         self.tail.extend(filter(self._is_kept, lines))
         self._queue.extend(lines)
         if not self._is_woken:

@@ -1,7 +1,7 @@
-"""Whether a failed engine is started again, and when.
+"""This decides whether a failed engine is started again, and when.
 
-Never ready and a permanent cause: no; nor where nobody knows the cause and it ended the same way a moment ago.
-Otherwise yes, up to a limit in a window of time: at once the first time after it had been ready, with backoff after
+One that was never ready is not, where the cause is permanent, or nobody knows it and the end was the same a moment ago.
+Any other is, up to a limit in a window of time: at once the first time after it had been ready, with backoff after
 that. tenacity counts, waits and gives up; the window is ours.
 """
 
@@ -15,29 +15,29 @@ from dataclasses import dataclass
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
 VARIABLES = "SUPERVISOR_MAX_RESTARTS, SUPERVISOR_RESTART_WINDOW"
-# Seconds: 1, 2, 4 ... 30, and up to one more, so that workers that died of the same cause do not return in step. After
-# an engine that had served it is none, 1, 2 ...
+# The waits are 1, 2, 4 ... 30 s, and up to one more, so that workers that died of the same cause do not return in step.
+# After an engine that had been ready they are 0, 1, 2 ... s.
 LOADING_BACKOFF, SERVING_BACKOFF = (wait_exponential_jitter(multiplier=first, max=30, jitter=1) for first in (1, 0.5))
 
-# Seconds. A GPU that is paid for by the second is not to fail five times for a reason that nobody has a row for.
+# Seconds: a GPU that is paid for by the second must not fail five times for a reason that nobody has a row for.
 REPEAT_WINDOW = 60.0
-# What differs in the same end: numbers of processes, addresses, times.
+# Two ends that are the same differ in this: numbers of processes, addresses, times.
 VARYING_PART = re.compile(r"0x[0-9a-f]+|\d+")
 
 
 @dataclass(eq=False)
 class EngineFailed(Exception):
-    """One run of the engine. `permanent`: the same settings never worked and never will; `served`: it was ready.
-    `unknown`: how it ended, where that is all that is known and it never was ready; else empty."""
+    """One run of the engine failed. `permanent`: the same settings never worked and never will. `unknown_cause`: how it
+    ended, where that is all that is known and it never was ready; else empty."""
 
     permanent: bool
     was_ready: bool
     unknown_cause: str = ""
-    repeated: bool = False  # as the one before it
+    repeated: bool = False  # it ended as the one before it
 
 
 class Restarts:
-    """`await again(failure)` after each one. Failures older than the window are forgotten where it has served since."""
+    """Await `wait_for_retry` after each failure. Those older than the window are forgotten where it was ready since."""
 
     def __init__(
         self, limit: int, window: float, clock: Callable[[], float], sleep: Callable[[float], Awaitable[None]]
@@ -46,7 +46,7 @@ class Restarts:
         self.window = window
         self.clock = clock
         self.failures: deque[float] = deque()
-        self._last = ("", -REPEAT_WINDOW)  # how the last one ended, if that is unknown, and when
+        self._last = ("", -REPEAT_WINDOW)  # how the last run ended, if its cause is unknown, and when
         self._attempts = AsyncRetrying(
             sleep=sleep,
             retry=retry_if_exception(lambda error: isinstance(error, EngineFailed) and not error.permanent),
@@ -58,8 +58,8 @@ class Restarts:
         ).__aiter__()
 
     async def wait_for_retry(self, failure: EngineFailed, announce: Callable[[float, str], None]) -> None:
-        """Returns when another start's time has come; `tell` gets the seconds until then, and which one it is. Raises
-        `failure` where there is to be none."""
+        """Returns when another start's time has come; `announce` gets the seconds until then, and which one it is.
+        Raises `failure` where there is to be none."""
         self._announce = announce
         (previous, time), self._last = self._last, (VARYING_PART.sub("", failure.unknown_cause), self.clock())
         failure.repeated = self._last[0] != "" and self._last[0] == previous and self._last[1] - time <= REPEAT_WINDOW
@@ -71,15 +71,15 @@ class Restarts:
         self._attempt = await anext(self._attempts)
 
     def verdict(self, failure: EngineFailed) -> str:
-        """Why there is no other start."""
+        """Returns why there is no other start."""
         if failure.repeated:
             return "it ended twice in the same way within a minute"
         limit = f"{self.limit} restarts in {self.window:g} s is the limit ({VARIABLES})"
         return "another start would end the same way" if failure.permanent else limit
 
     def _count(self, state: RetryCallState) -> None:
-        """To tenacity only the failures in the window are attempts, and all since the engine last served: of starts
-        that take minutes each, the limit would never be reached, and a GPU be paid for without end."""
+        """Makes tenacity count the failures in the window, and all since the engine was last ready: by the window,
+        starts that take minutes each would never reach the limit, and a GPU be paid for without end."""
         now = self.clock()
         failure = state.outcome.exception() if state.outcome is not None else None
         if isinstance(failure, EngineFailed) and failure.was_ready:

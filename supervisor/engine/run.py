@@ -1,7 +1,7 @@
-"""One run of vLLM; and those whom the engine tells of it, or asks: the seam to all that is not the engine's own.
+"""This has one run of vLLM, and whom the engine tells of it or asks: the seam to all that is not the engine's own.
 
 What hangs on the engine from outside (`supervisor/around/`, the gateway) is an `Observer`. The engine calls it, and
-knows no more of it; an observer ends a run by the run itself (`run.broke`).
+knows no more of it; an observer ends a run by the run itself (`run.mark_broken`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Phases(Protocol):
-    """What a start is doing, by its log (around/phases.py)."""
+    """It tells what a start is doing, by its log (around/phases.py)."""
 
     progress: str
 
@@ -35,18 +35,18 @@ class Phases(Protocol):
 
 @dataclass(eq=False, slots=True)
 class Run:
-    """`child` and `phases` are None until it is spawned."""
+    """It is one start of vLLM. `child` and `phases` are None until vLLM is spawned."""
 
     number: int
     began_at: float  # the loop's time
     send: Callable[[Run, Event, str, str], object] = field(repr=False)
     child: Child | None = None
     phases: Phases | None = None
-    was_ready: bool = False  # it was ready
+    was_ready: bool = False
     end_reason: str | None = None  # why we ended it, where we did
-    end_kind: str = "exit"  # what another start is for: a word, for metrics
+    end_kind: str = "exit"  # why another start is needed: one of a few words, for metrics
     has_suspect_start: bool = False  # its way of starting may be why it failed: the next one starts in another way
-    oom_killed: bool = False  # meanwhile the kernel killed something in this container because memory ran out
+    oom_killed: bool = False  # the kernel meanwhile killed something in this container because memory ran out
 
     @property
     def code(self) -> int | None:
@@ -61,7 +61,7 @@ class Run:
         return self.phases.detail if self.phases is not None else "looking for the weights"
 
     def mark_broken(self, kind: str, reason: str) -> None:
-        """It has to be ended. `kind` is one of a few words, for metrics."""
+        """Tells the owner that the run has to be ended. `kind` is one of a few words, for metrics."""
         self.send(self, Event.BROKEN, reason, kind)
 
 
@@ -72,22 +72,22 @@ class Change(NamedTuple):
 
 
 class Observer:
-    """All of it may be left out. What is awaited is bounded by the observer."""
+    """Each method may be left out. The observer bounds the time of what is awaited."""
 
-    def run_began(self, run: Run) -> None: ...  # it is spawned
-    def lines_logged(self, run: Run, lines: Sequence[str]) -> None: ...  # of its log, on the event loop
-    async def run_answered(self, run: Run) -> None: ...  # it does, and is ready when this is done
+    def run_began(self, run: Run) -> None: ...  # vLLM is spawned
+    def lines_logged(self, run: Run, lines: Sequence[str]) -> None: ...  # its log has them; called on the event loop
+    async def run_answered(self, run: Run) -> None: ...  # vLLM answers, and is ready when this is done
     def state_changed(self, change: Change) -> None: ...  # after each transition
     async def run_hung(self, run: Run) -> None: ...  # before a run that hangs is ended
     def run_removed(self) -> None: ...  # nothing of the last run is left
     def run_judged(self, run: Run, diagnosis: Diagnosis) -> None: ...  # the cause of each end that nobody asked for
-    # Where it had served, or is the last one; then the end waits for this.
+    # The run had been ready, or is the last one: then the supervisor's end waits for this.
     async def run_failed(self, run: Run, verdict: str, given_up: bool) -> None: ...
-    async def wait_until_clear(self) -> None: ...  # before another start: when nothing of the last one is in its way
+    async def wait_until_clear(self) -> None: ...  # before another start: until nothing of the last one is in its way
 
 
 class Observers:
-    """Calls them all. A fault in one, or in what else happens beside what serves, is logged once, and is all."""
+    """Calls all observers. A fault in one, or in what else happens beside what serves, is only logged, once."""
 
     def __init__(self, log: logging.Logger) -> None:
         self.log = log
@@ -106,7 +106,7 @@ class Observers:
             await self.attempt(f"{type(observer).__name__}.{method}", getattr(observer, method), *args)
 
     async def attempt(self, label: str, job: Callable[..., Awaitable[Any]], *args: object) -> Any:
-        """What the job gives; None where it fails."""
+        """Returns what the job returns; None where it fails."""
         try:
             return await job(*args)
         except Exception:  # noqa: BLE001  # as above
@@ -114,23 +114,23 @@ class Observers:
             return None
 
     def log_fault(self, label: str) -> None:
-        """Of the exception that is being handled."""
+        """Logs the exception that is being handled, once for each label."""
         if label not in self._faults:
             self._faults.add(label)
             self.log.exception("%s failed: a fault of the supervisor's own; what serves goes on", label)
 
 
 class Traffic(NamedTuple):
-    waiting: Collection[object]  # requests that vLLM has whole, that need its engine, and that wait for its next byte
-    output: object  # differ when the engine has made something
+    waiting: Collection[object]  # requests that vLLM has in full, that need its engine, and that wait for its next byte
+    output: object  # differs when the engine has made something
 
 
 class Front(Protocol):
-    """Who passes requests to the engine. `drain` returns when all in-flight work is done; False where it was cut."""
+    """It passes requests to the engine. `drain` returns when all in-flight work is done; False where it was cut."""
 
     def traffic(self) -> Traffic: ...
     async def drain(self) -> bool: ...
 
 
-# Asks vLLM (path, JSON body or nothing, seconds of patience): status and body, None without an answer.
+# Asks vLLM (path, JSON body or nothing, seconds of patience), and returns status and body; None without an answer.
 Ask = Callable[[str, bytes, float], Awaitable[tuple[int, bytes] | None]]

@@ -1,9 +1,9 @@
-"""The processes of one vLLM, found by their session, and what they leave in shared memory.
+"""This finds the processes of one vLLM by their session, and what they leave in shared memory.
 
 vLLM renames its processes, which overwrites their command lines and environments, and orphans lose their parent: the
-session's number alone finds them. But a number comes again, and a stranger's session was killed for it. The kernel
+session's number alone finds them. But a number comes again, and a stranger's session was killed for that. The kernel
 gives none away while a process has it as its own or as its session's. So a session is ours as long as one process that
-was seen in it is there, with the start that it had; and vLLM's first one stays, as a zombie, to the end (child.py).
+was seen in it is there, with the start that it had; and vLLM's first process stays, as a zombie, to the end (child.py).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
-# How long killed processes may take to be gone; a process in uninterruptible sleep (a hung driver) may never be.
+# Killed processes may take so many seconds to go; one in uninterruptible sleep (a hung driver) may never be gone.
 KILL_PATIENCE = 10.0
 
 
 @dataclass(slots=True)
 class Session:
-    """`seen`: pid -> start, of its processes at the last look. `segments`: the files in /dev/shm that they have mapped:
+    """`processes`: pid -> start time, as last looked up. `segments`: the files in /dev/shm that they have mapped:
     two and a semaphore (420 MB by size, sparse), which nothing removes after a kill; a container has room for 64 MB."""
 
     sid: int
@@ -37,7 +37,7 @@ class Session:
 
     @classmethod
     def from_note(cls, note: Mapping[str, Any]) -> Session:
-        """From what `note` made. Raises KeyError, TypeError, AttributeError or ValueError for something else."""
+        """Reads what `to_note` made. Raises KeyError, TypeError, AttributeError or ValueError for something else."""
         processes = {int(pid): str(start) for pid, start in note["seen"].items()}
         return cls(int(note["session"]), processes, set(map(str, note["segments"])))
 
@@ -45,7 +45,7 @@ class Session:
         return {"session": self.sid, "seen": self.processes, "segments": sorted(self.segments)}
 
     def members(self) -> list[int]:
-        """Its living processes, zombies left out; none where the number is somebody else's now."""
+        """Returns its living processes without the zombies; none where the number is somebody else's now."""
         import psutil  # noqa: PLC0415  # 20 ms that vLLM's start does not wait for
 
         starts = {}
@@ -64,8 +64,8 @@ class Session:
         return members
 
     def inspect(self) -> list[int]:
-        """Its members, after the shared memory that they have mapped was noted. By inode: a semaphore is mapped by a
-        name that is gone (`sem.XXXXXX (deleted)`), and linked as `sem.mp-...`."""
+        """Returns its members, and notes the shared memory that they have mapped: by inode, for a semaphore is mapped
+        by a name that is gone (`sem.XXXXXX (deleted)`), and linked as `sem.mp-...`."""
         members, inodes = self.members(), set[int]()
         for pid in members:
             with contextlib.suppress(OSError), Path(f"/proc/{pid}/maps").open() as maps:
@@ -75,7 +75,7 @@ class Session:
         return members
 
     def remove(self) -> list[int]:
-        """Kills all of it, and removes its shared memory; returns what would not die."""
+        """Kills all its processes, and removes their shared memory; returns the pids of what would not die."""
         deadline = time.monotonic() + KILL_PATIENCE
         survivors = self.inspect()
         while survivors and time.monotonic() < deadline:
@@ -90,7 +90,7 @@ class Session:
 
 
 def _kill(pid: int, start: str) -> None:
-    """By a pidfd, where there are such: from the look on it is that process and no other."""
+    """Kills by a pidfd, where there are such: from its opening on it is that process and no other."""
     with contextlib.suppress(ProcessLookupError):
         try:
             pidfd = os.pidfd_open(pid)
@@ -106,7 +106,7 @@ def _kill(pid: int, start: str) -> None:
 
 
 def start_time(pid: int) -> str:
-    """When a process started, in the kernel's ticks: with the pid it names one process for good. Empty: none such."""
+    """Returns a process's start, in the kernel's ticks; with the pid it names one process for good. Empty: none."""
     with contextlib.suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     return ""

@@ -1,7 +1,7 @@
-"""Where a log says that something failed: the last traceback of each process, and what stands after it.
+"""This finds where a log says that something failed: the last traceback of each process, and what stands after it.
 
 vLLM is several processes that write into one log, each under a prefix of its own, and most failures are told by more
-than one of them. Pure: lines in, lines out; what they mean is diagnosis.py's.
+than one of them. It is pure: lines in, lines out; diagnosis.py knows what they mean.
 """
 
 from __future__ import annotations
@@ -10,57 +10,57 @@ import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-COLOUR = re.compile(r"\x1b\[[0-9;]*m|\[0(?:;\d+)?m")  # of a copy without what begins it, too
-# What docker, its compose and desktop, Kubernetes and journald put before each line; a name in brackets.
+COLOUR = re.compile(r"\x1b\[[0-9;]*m|\[0(?:;\d+)?m")  # a copy may have lost what begins it
+# docker, its compose and desktop, Kubernetes and journald put this before each line; it may have a name in brackets.
 STAMP = re.compile(
     r"^(?:[a-z][\w.-]{1,60} +\| |\[[\w./ -]{2,120}\] (?= ?(?:\([A-Z]\w+ pid=|(?:DEBUG|INFO|WARNING|ERROR)\b)))?"
     r"(?:\d{4}-\d\d-\d\dT[\d:.]+(?:Z|[+-]\d\d:?\d\d) |\d{4}-\d\d-\d\d [\d:.]+ \| |"
     r"[A-Z][a-z]{2} +\d+ \d\d:\d\d:\d\d \S{1,64} [\w./@-]{1,64}\[\d+\]: )?(?: INFO dynamo_engine_vllm::worker: VLLM: )?"
 )
-# Who writes, before each line: "(EngineCore pid=12) ", "(Worker pid=9) (Worker_TP0 pid=9) ", "[rank0]: ", and Ray's
-# "(RayWorkerWrapper pid=9, ip=10.0.0.2) ".
+# Each line begins with who writes it: "(EngineCore pid=12) ", "(Worker pid=9) (Worker_TP0 pid=9) ", "[rank0]: ", and
+# Ray's "(RayWorkerWrapper pid=9, ip=10.0.0.2) ".
 TAG = r"(?:\([^()\n]{0,80}pid=\d+[^()\n]{0,80}\) ?|\[rank\d+\]: ?)*"
-# After it vLLM's own stamp: "ERROR 11-21 19:00:00 [core.py:1] "; without the first bracket up to 0.8, and without the
-# date where VLLM_LOGGING_CONFIG_PATH says so.
+# After it comes vLLM's own stamp: "ERROR 11-21 19:00:00 [core.py:1] "; without the first bracket up to 0.8, and
+# without the date where VLLM_LOGGING_CONFIG_PATH says so.
 TIME = r"(?:\d{4}-)?\d\d-\d\d \d\d:\d\d:\d\d(?:[.,]\d+)?"
 LINE_PREFIX = re.compile(rf"^({TAG})(?:[A-Z]+ {TIME} (?:\[[^\]]*\] ?|[\w/]+\.py:\d+\] ?)?|ERROR \[[\w/]+\.py:\d+\] ?)?")
-# Levels below ERROR, of vLLM, torch and others: such a line may name an exception that was dealt with. One is bad news.
+# A line of a level below ERROR may name an exception that was dealt with: vLLM's, torch's, others'. One is bad news.
 HARMLESS_LINE = re.compile(
     rf"^(?!.*Available KV cache memory: -) ?{TAG}(?:(?:DEBUG|INFO|WARNING)\b|\[?[IW]\d{{4}} |"
     r"\[?\d{4}-\d\d-\d\d[ T][\d:.,]+Z?\]?[\s\-|]{1,3}\[?(?:DEBUG|INFO|WARN))"
 )
-# The API server is at work: what failed before this did not end it, and may be a client's.
+# Such a line shows the API server at work: what failed before it did not end it, and may be a client's.
 SERVING_LINE = re.compile(r'HTTP/\d(?:\.\d)?" \d{3}\b|\bAvg prompt throughput|Application startup complete')
-# It is not any more, whatever it still answers.
+# After such a line it is not at work any more, whatever it still answers.
 ENGINE_DIED = re.compile(r"(?:\w{1,30}\.){0,6}EngineDeadError: |EngineCore encountered a fatal error")
-# The exception's own line: its class, whatever that is called (`Unsupported`, `NoSuchBucket`), and mostly a text.
+# The exception's own line has its class, whatever that is called (`Unsupported`, `NoSuchBucket`), and mostly a text.
 EXCEPTION = re.compile(r"(?!(?:try|else|finally|pass|return|raise|break|continue)(?::|$))[A-Za-z_]\w*(?:\.\w+)*(?::|$)")
-# The source of an assertion, where it tells more than a name.
+# This is the source of an assertion, where it tells more than a name.
 ASSERTION = re.compile(r" {4,}(assert [^\n]{12,200}[^(,\n])$")
 CHAIN_LINE = re.compile(r"The above exception was the direct cause|During handling of the above exception")
-# A worker's error that Ray only hands on, without its traceback.
+# Ray hands a worker's error on like this, without its traceback.
 RAY_TASK_ERROR = re.compile(r"^ray\.exceptions\.RayTaskError\((?!Ray)(\w+)\): (?!ray::)")
-# A destructor's: nobody gets it, and it comes when all is being torn down. And a plugin's, without which vLLM goes on.
+# Nobody gets a destructor's error, which comes when all is torn down. And vLLM goes on without a plugin that fails.
 IGNORED_ERROR = re.compile(r"Exception ignored |Failed to load plugin ")
 FRAME = re.compile(r' *File "(?:[^"\n]*(?:site|dist)-packages/)?([^"\n]+)"(?:, line (\d+)(?! in)|, in )')
-# What vLLM shows of its settings: at the start, and of the engine when it is made or dies.
+# vLLM shows its settings so at the start, and the engine's when that is made or dies.
 SETTINGS_LINE = re.compile(r"(?:non-default args: |with config: |args: Namespace\()[^\n]+")
-# pydantic's: what it refuses stands in the second line, without the values after it.
+# What pydantic refuses stands in the second line; the values after it are left out.
 VALIDATION_ERROR = re.compile(r"validation errors? for \w+\n  (?:Value error|Assertion failed), (.+?)(?: \[type=|$)")
-# What the engine says of a worker's error: of use where the worker's own words are not in the log any more.
+# The engine says this of a worker's error. It is of use where the worker's own words are not in the log any more.
 RELAY = re.compile(
     r"Worker failed with error ['\"](.{3,1000}?)(?:['\"], please check the stack trace|$)"
     r"|^(?!.{0,300}Worker failed)(.{3,1000})['\"], please check the stack trace"  # the last of its lines
 )
-# A line that names an error, in a log without a traceback.
+# Such a line names an error, in a log without a traceback.
 ERROR_NAME = re.compile(r"(?:Error|Exception)(?:_\w{1,40}|\(\w{1,20}\))?(?:: |\(['\"])|\berror: ")
-# One as vLLM's V0 wrote it before its traceback: `ValueError('text')`.
+# vLLM's V0 wrote an error like this before its traceback: `ValueError('text')`.
 ERROR_REPR = re.compile(r"^(\w{1,80}(?:Error|Exception))\((['\"])(.*)\2\)$")
 
-# What libraries say that raise nothing; and how many lines before the end it is looked for.
+# Libraries that raise nothing say this; it is looked for in this many lines before the end.
 LIBRARY_WORD = re.compile(r"RESOURCE_EXHAUSTED|INVALID_ARGUMENT|\b(?:error|fatal) *: |is not valid\b|\w failed with \[")
 MAX_LINES = 40
-# A line that may tell of a fault, where nothing else does; what only announces one.
+# Such a line may tell of a fault, where nothing else does; an announcement only says that there is one.
 FAULT_WORD = re.compile(
     r"(?i)\b(?:errors?|errno|failed|failure|fatal|cannot|can't|could not|unable to|unsupported|only supports|invalid"
     r"|denied|refused|abort(?:ed|ing)|panic(?:ked)?|no such|out of"
@@ -75,7 +75,7 @@ ANNOUNCEMENT = re.compile(
 class Failure(NamedTuple):
     """`whole`: the log without prefixes, harmless lines and quoted source. `last`: of that, what failed last; the whole
     of it where there is no traceback. `error`: the last error's own words; `raised`: its traceback. `settings`: what
-    the log shows of vLLM's."""
+    the log shows of vLLM's settings."""
 
     whole: str
     last: str
@@ -87,25 +87,25 @@ class Failure(NamedTuple):
 class _Line(NamedTuple):
     writer: str
     text: str
-    chain_start: int | None  # of an exception's line: the number of the line where its chain of tracebacks begins
-    place: str  # and what was asserted there
+    chain_start: int | None  # for an exception's line: the number of the line where its chain of tracebacks begins
+    place: str  # where it was raised, and what was asserted there
 
 
 class _Process:
-    """What one process has written so far."""
+    """It tells what one process has written so far."""
 
-    in_traceback = False  # a traceback
-    engine_died = False  # its engine
-    is_ignored = False  # the last one is of no account
-    chain_start = serving_from = 0  # by number of a line; it serves at the latest there
+    in_traceback = False
+    engine_died = False
+    is_ignored = False  # its last traceback is of no account
+    chain_start = serving_from = 0  # numbers of lines; from the second on, at the latest, it serves
     place = previous_line = ""
 
 
 def read(lines: Iterable[str], is_effect: Callable[[str], bool]) -> Failure:
-    """`follows` knows what a process says when it is another one that failed: never the cause."""
+    """Returns what failed last. `is_effect` knows what a process says when another one failed: never the cause."""
     log = _parse(lines := list(lines))
     settings = "\n".join(found[0] for line in lines if (found := SETTINGS_LINE.search(line)))
-    ends: dict[str, int] = {}  # who -> where its last failure begins
+    ends: dict[str, int] = {}  # writer -> where its last failure begins
     error = None
     for number, line in enumerate(log):
         if line.chain_start is not None and not is_effect(_message(log, number)):
@@ -126,7 +126,7 @@ def read(lines: Iterable[str], is_effect: Callable[[str], bool]) -> Failure:
 
 
 def _error_text(log: list[_Line], number: int) -> str:
-    """What an exception says; its place where that is nothing, and the next line where it only announces one."""
+    """Returns what an exception says; its place where that is nothing, the next line too where it announces one."""
     text, place = ERROR_REPR.sub(r"\1: \3", log[number].text.strip()), log[number].place
     if found := VALIDATION_ERROR.search(_message(log, number)):
         return f"ValueError: {found[1]}"
@@ -137,13 +137,13 @@ def _error_text(log: list[_Line], number: int) -> str:
 
 
 def _message(log: list[_Line], number: int) -> str:
-    """An exception's line and the next one where that goes on: pydantic says only there what it is."""
+    """Returns an exception's line, and the next one where that goes on: pydantic says only there what it is."""
     continuation = _next_text(log, number)
     return f"{log[number].text}\n{continuation}" if continuation.startswith(" ") else log[number].text
 
 
 def _next_text(log: list[_Line], number: int) -> str:
-    """Of the same process."""
+    """Returns the next text of the same process; nothing where there is none."""
     rest = (line.text for line in log[number + 1 : number + 40] if line.writer == log[number].writer)
     return next((text for text in rest if text.strip()), "")
 
@@ -170,7 +170,7 @@ def _parse(lines: Iterable[str]) -> list[_Line]:
         elif CHAIN_LINE.match(text):
             process.in_traceback = not process.is_ignored
         elif frame := FRAME.match(text):
-            if not (process.in_traceback or process.is_ignored):  # its head has left the lines that are kept
+            if not (process.in_traceback or process.is_ignored):  # its first line is not kept any more
                 process.in_traceback, process.chain_start = True, len(log)
             process.place = f"{frame[1]}:{frame[2]}" if frame[2] else frame[1]
         elif assertion := ASSERTION.match(text):
@@ -181,20 +181,20 @@ def _parse(lines: Iterable[str]) -> list[_Line]:
             start, place, process.in_traceback = process.chain_start, process.place, False
         if text.strip():
             process.previous_line = text
-        if not text.startswith("    ") or text.startswith(("    TypeError: ", "    ValueError: ")):  # what is within
+        if not text.startswith("    ") or text.startswith(("    TypeError: ", "    ValueError: ")):  # a nested error
             log.append(_Line(writer, text, start, place))
     blank = _Line("", "", None, "")
     return [line if number >= processes[line.writer].serving_from else blank for number, line in enumerate(log)]
 
 
 def find_library_error(failure: Failure) -> Failure | None:
-    """Where all tracebacks only follow: the last line before them that says what failed."""
+    """Returns the last line that says what failed, before tracebacks that are all only effects."""
     return _find_last(failure, LIBRARY_WORD.search)
 
 
 def find_hint(failure: Failure, lines: Iterable[str]) -> Failure | None:
-    """Where nothing says so: the last line that may; of warnings, one that names an error. No other line: every key may
-    see a cause, and a log has what clients sent."""
+    """Returns the last line that may say what failed, where nothing does; of warnings, one that names an error. No
+    other line will do: every key may see a cause, and a log has what clients sent."""
     found = _find_last(failure, lambda line: FAULT_WORD.search(line) and not ANNOUNCEMENT.search(line))
     return found or _find_last(failure._replace(whole="\n".join(lines)), WARNING_LINE.search)
 

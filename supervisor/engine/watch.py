@@ -1,4 +1,4 @@
-"""Notices at once when a part of the engine dies: EngineCore, or a worker.
+"""This notices at once when a part of the engine dies: EngineCore, or a worker.
 
 vLLM itself takes 2 s to notice, leaves with exit code 0, and leaves the workers behind. The parts are no children of
 ours, so a pidfd stands for each: the kernel tells of its end without polling. Which parts there are is found by looking
@@ -16,7 +16,7 @@ LOADING_INTERVAL, SERVING_INTERVAL = 0.5, 5.0
 
 
 class Watch:
-    """`await Watch(survey, ready, died).run()` until it is cancelled."""
+    """`await Watch(survey, is_ready, part_died).run()` goes on until it is cancelled."""
 
     def __init__(
         self,
@@ -24,7 +24,7 @@ class Watch:
         is_ready: Callable[[], bool],
         part_died: Callable[[str], object],
     ) -> None:
-        """`survey` gives the parts that there are, pid -> name; `died` is called with what died."""
+        """`survey` returns the parts that there are, pid -> name; `part_died` is called with what died."""
         self.survey = survey
         self.is_ready = is_ready
         self.part_died = part_died
@@ -32,7 +32,7 @@ class Watch:
         self._loop = asyncio.get_running_loop()
 
     async def find_parts(self) -> None:
-        """Finds the parts that there are now, and attends to each. Raises TimeoutError where /proc hangs."""
+        """Finds the parts that there are now, and watches each. Raises TimeoutError where /proc hangs."""
         for pid, name in (await self.survey()).items():
             if pid not in self.pidfds:
                 self._watch_part(pid, name)
@@ -42,7 +42,7 @@ class Watch:
             while True:
                 await self.find_parts()
                 await asyncio.sleep(SERVING_INTERVAL if self.is_ready() else LOADING_INTERVAL)
-        except TimeoutError:  # another look would take another thread for good; the pidfds are still told of
+        except TimeoutError:  # another survey would take another thread for good; the pidfds still work
             await self._loop.create_future()
         finally:
             for pidfd in self.pidfds.values():
@@ -56,7 +56,7 @@ class Watch:
         except ProcessLookupError:
             self.part_died(message)
         except OSError:
-            pass  # forbidden here: then vLLM's own exit, 2 s later, has to do
+            pass  # forbidden here: then vLLM's own exit, 2 s later, has to be enough
         else:
             self._loop.add_reader(pidfd, self._part_ended, pidfd, message)
 

@@ -1,4 +1,4 @@
-"""A supervisor's private folder, and what is left of those that were killed.
+"""A workspace is a supervisor's private folder; those of killed supervisors are cleaned up here.
 
 It holds the sockets, vLLM's temporary files and a note of the session that would have to be removed. The note is locked
 while its supervisor lives, which is how another one tells a leftover. The temporary folder is everybody's: what lies
@@ -21,15 +21,15 @@ from pathlib import Path
 from supervisor.engine.session import Session
 
 PREFIX = "supervisor-"
-# A folder that is being made has this name until it is locked, which takes a millisecond. After so many seconds it is a
-# dead one's.
+# The name of a folder that is being made begins so until it is locked, which takes a millisecond. After this many
+# seconds it is a dead supervisor's.
 DRAFT_PREFIX, DRAFT_LIFETIME = f".{PREFIX}", 60.0
 # A socket's path may have 107 bytes on Linux, 103 on macOS.
 LONGEST_FOLDER = 80
 
 
 class Workspace:
-    """A private folder (0700), with `note` locked by whoever owns it."""
+    """It is a private folder (0700), with `note` locked by whoever owns it."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.lock = path, -1
@@ -40,8 +40,8 @@ class Workspace:
 
     @classmethod
     def create(cls, base: Path) -> Workspace:
-        """Raises OSError where `base` can't be written."""
-        # Locked under another name: without a lock it were a leftover for another that starts at the same moment.
+        """Makes one in `base`, and locks it. Raises OSError where `base` can't be written."""
+        # It is locked under another name: without a lock it would be a leftover to one that starts at the same moment.
         draft = cls(Path(tempfile.mkdtemp(prefix=DRAFT_PREFIX, dir=base)))
         draft.temp_folder.mkdir()
         lock = os.open(draft.note, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -51,7 +51,7 @@ class Workspace:
         return workspace
 
     def claim(self) -> bool:
-        """Locks one that has no owner; False where it has one, or its note is not to be trusted."""
+        """Locks it where it has no owner; returns False where it has one, or its note is not to be trusted."""
         try:
             self.lock = lock = os.open(self.note, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
@@ -68,7 +68,7 @@ class Workspace:
         """Notes what would have to be removed; None while no engine lives."""
         text = json.dumps(session.to_note() if session is not None else None).encode()
         with contextlib.suppress(OSError):  # a full disk: the guard still knows
-            # In this order: killed between the two, the note still begins with what is true now.
+            # In this order, if we are killed between the two, the note still begins with what is true now.
             os.pwrite(self.lock, text, 0)
             os.ftruncate(self.lock, len(text))
 
@@ -83,7 +83,7 @@ class Workspace:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def remove_with_session(self) -> None:
-        """Of a killed supervisor, that `take` has locked: what it noted last, too."""
+        """Removes a killed supervisor's, which `claim` has locked, and the session that it noted last."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             note, _ = json.JSONDecoder().raw_decode(os.pread(self.lock, 1 << 20, 0).decode())
             Session.from_note(note).remove()
@@ -92,13 +92,13 @@ class Workspace:
 
 
 def temporary_folder(environ: Mapping[str, str]) -> Path:
-    """Where workspaces go. Not Python's own choice, which writes a file to try it and fails on a full disk."""
+    """Returns where workspaces go. Python's own choice writes a file to try it, and fails on a full disk."""
     folder = environ.get("TMPDIR") or "/tmp"  # noqa: S108
     return Path(folder if len(folder) < LONGEST_FOLDER else "/tmp")  # noqa: S108
 
 
 def is_ours(path: Path, kind: int = stat.S_IFDIR) -> bool:
-    """Whether it is what it should be, and this user's, and a folder in which nobody else can write."""
+    """Tells whether a path is of this kind, and this user's, and no folder in which somebody else can write."""
     try:
         facts = path.lstat()
     except OSError:
@@ -108,12 +108,12 @@ def is_ours(path: Path, kind: int = stat.S_IFDIR) -> bool:
 
 
 def find_workspaces(base: Path, prefix: str = PREFIX) -> Iterator[Workspace]:
-    """Of this user, in the order of their names, whether their supervisor lives or not."""
+    """Returns this user's, in the order of their names, whether their supervisor lives or not."""
     return (Workspace(path) for path in sorted(base.glob(f"{prefix}*")) if is_ours(path))
 
 
 def clean_leftovers(base: Path) -> None:
-    """Ends and removes what killed supervisors left, and nothing else's."""
+    """Ends and removes what killed supervisors left, and nothing of anybody else's."""
     for workspace in find_workspaces(base):
         if workspace.claim():
             workspace.remove_with_session()

@@ -1,4 +1,4 @@
-"""The options of the installed `vllm serve`: what each is called, what values it takes, how it is written on argv.
+"""This has the options of the installed `vllm serve`: what each is called, what values it takes, how argv has it.
 
 One JSON file per vLLM version lies in `flags/`, dumped from vLLM's own parser by `flags/dump.py`. A version without a
 file is dumped on the spot, in vLLM's environment, and kept in the cache folder.
@@ -20,7 +20,7 @@ from supervisor.vllm.values import ITEM_READERS, READERS, BadValue, clean, read_
 FLAGS = Path(__file__).parent / "flags"
 DUMP_TIMEOUT = 300.0
 
-# What a bound of a number says, by its name in the catalogue (and in pydantic, from where the dump has it).
+# A number's bound, by its name in the catalogue (and in pydantic, from where the dump has it) -> what it says.
 BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "ge": ("at least", operator.ge),
     "gt": ("more than", operator.gt),
@@ -32,7 +32,7 @@ SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2*
 
 @dataclass(frozen=True)  # without slots: its names are asked for thousands of times at each start, and made once
 class Option:
-    """One option of `vllm serve`. `kind`: value, list, pair (--x/--no-x), switch, append or optional."""
+    """It is one option of `vllm serve`. `kind`: value, list, pair (--x/--no-x), switch, append or optional."""
 
     name: str
     kind: str
@@ -48,40 +48,40 @@ class Option:
 
     @cached_property
     def key(self) -> str:
-        """As in config.yaml: `max_model_len`."""
+        """It is the name in config.yaml: `max_model_len`."""
         return key_of(self.name)
 
     @cached_property
     def variable(self) -> str:
-        """As in the environment: `MAX_MODEL_LEN`."""
+        """It is the name in the environment: `MAX_MODEL_LEN`."""
         return self.key.upper()
 
     @cached_property
     def is_switch(self) -> bool:
-        """Whether it is yes or no."""
+        """Tells whether its value is yes or no."""
         return self.kind in ("pair", "switch")
 
     @cached_property
     def is_template(self) -> bool:
-        """Whether it is a program with braces of its own."""
+        """Tells whether its value is a program with braces of its own."""
         return self.key == "chat_template"
 
     @cached_property
     def opposite(self) -> str | None:
-        """The key that a pair `--enable-x` would have as `--disable-x`, and the other way round."""
+        """It is the key that a pair `--enable-x` would have as `--disable-x`, and the other way round."""
         word, _, rest = self.key.partition("_")
         other = {"enable": "disable", "disable": "enable"}.get(word)
         return f"{other}_{rest}" if other and self.kind == "pair" else None
 
     def is_unset(self, given: object) -> bool:
-        """vLLM takes the text `None` for no value; where that is the default as well, it is as if nothing was said."""
+        """Tells whether nothing is said: vLLM takes the text `None` for no value, which may be the default as well."""
         text = given.strip() if isinstance(given, str) else given
         return text in ("", None) or (
             text in ("None", "none", "null") and self.default is None and text not in self.choices
         )
 
     def read(self, given: object) -> object:
-        """The value that `given` (a text, or what YAML made of it) stands for. Raises BadValue."""
+        """Returns the value that `given` (a text, or what YAML made of it) stands for. Raises BadValue."""
         if self.is_switch:
             return read_bool(given)
         if self.kind in ("list", "append"):
@@ -94,7 +94,7 @@ class Option:
         return self._read_item(given, READERS)
 
     def check(self, text: str) -> None:
-        """One value as it stands on vLLM's command line. Raises BadValue."""
+        """Checks one value as it stands on vLLM's command line. Raises BadValue."""
         clean(text, template=self.is_template)
         if self.none and text in ("", "None"):
             return
@@ -103,7 +103,7 @@ class Option:
             raise BadValue(f"{value}, in these capitals")
 
     def argv(self, value: object) -> list[str]:
-        """How a value that `read` gave is written on vLLM's command line."""
+        """Returns how vLLM's command line has a value that `read` returned."""
         if self.kind == "pair":
             return [self.name if value else f"--no-{self.name[2:]}"]
         if self.kind == "switch":
@@ -138,13 +138,13 @@ class Option:
 
 @lru_cache(4096)  # a start asks for it some thousand times
 def key_of(name: str) -> str:
-    """`--max-model-len`, however it is written -> `max_model_len`."""
+    """Returns `max_model_len` for `--max-model-len`, however it is written."""
     return name.removeprefix("--").replace("-", "_").lower()
 
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
-    """All options of one vLLM version, by `key`, and the names of the variables that this vLLM reads itself."""
+    """It has all options of one vLLM version, by `key`, and the names of the variables that this vLLM reads itself."""
 
     version: str
     by_key: Mapping[str, Option]
@@ -152,14 +152,14 @@ class Catalogue:
     switches: frozenset[str] = frozenset()  # of these, the ones that are yes or no by a number
 
     def find(self, key: str) -> Option | None:
-        """The option of that key, under any of its long names."""
+        """Returns the option of that key, under any of its long names; None where there is none."""
         name = f"--{key.replace('_', '-')}"
         return self.by_key.get(key) or next((row for row in self.by_key.values() if name in row.also), None)
 
 
 @lru_cache(4)
 def parse(text: str) -> Catalogue:
-    """A catalogue file's text. Raises ValueError where it is none."""
+    """Reads a catalogue file's text. Raises ValueError where it is none."""
     content: dict[str, Any] = json.loads(text)
     options = map(_make_option, content["options"])
     environment, switches = (frozenset(content.get(name, ())) for name in ("environment", "switches"))
@@ -173,7 +173,7 @@ def _make_option(row: dict[str, Any]) -> Option:
 
 
 def load(vllm: Vllm, cache: Path) -> Catalogue:
-    """The catalogue of the installed vLLM: shipped, cached, or dumped now. Raises VllmError."""
+    """Returns the catalogue of the installed vLLM: shipped, cached, or dumped now. Raises VllmError."""
     name = f"{vllm.version}.json"
     for folder in (FLAGS, cache / "flags"):
         try:
@@ -187,7 +187,7 @@ def load(vllm: Vllm, cache: Path) -> Catalogue:
 
 
 def dump(vllm: Vllm) -> str:
-    """Runs `flags/dump.py` in vLLM's environment. Raises VllmError."""
+    """Runs `flags/dump.py` in vLLM's environment, and returns its output. Raises VllmError."""
     if vllm.python is None:
         raise VllmError(f"vLLM {vllm.version} is not a known version and its Python is not to be found beside it")
     trouble = f"the options of vLLM {vllm.version} can't be read"

