@@ -129,9 +129,11 @@ class Supervisor(Observer):
         )
         self.account = Account(self.engine)
         self.gateway = self._make_gateway()
-        self.access = AccessLog(self.loop, start.launch.style, sink.output.put, self.knobs.log_level, self.gateway.run)
+        self.access = AccessLog(
+            self.loop, start.launch.style, sink.output.put, self.knobs.log_level, self.gateway.id_prefix
+        )
         if self.knobs.access_log:
-            self.gateway.watch(self.access.ended, jobs=False)
+            self.gateway.watch(self.access.request_ended, jobs=False)
 
     def _facts(self) -> dict[str, object]:
         """Returns what never changes of `/status`."""
@@ -198,7 +200,7 @@ class Supervisor(Observer):
             rate=Rate(knobs.rate_limit) if knobs.rate_limit else None,
             max_body=knobs.max_body,
             timeout=knobs.request_timeout or math.inf,
-            elsewhere=headless_refusal(settings),
+            standing_refusal=headless_refusal(settings),
         )
         return Gateway(
             self.account,
@@ -208,7 +210,7 @@ class Supervisor(Observer):
             facts=self.facts,
             client_timeout=knobs.client_timeout or math.inf,
             cache_memory=knobs.response_cache or 0,
-            event_keep_alive=knobs.sse_keep_alive,
+            comment_interval=knobs.sse_keep_alive,
             certificate=knobs.tls_cert,
             key=knobs.tls_key,
             close_patience=CLOSE_PATIENCE,
@@ -307,12 +309,12 @@ class Supervisor(Observer):
             "vllm_supervisor.vllm_version": settings.vllm.version,
         }
         try:
-            start = partial(tracing.start, settings.environ, attributes, self.launch.mask)
+            start = partial(tracing.set_up, settings.environ, attributes, self.launch.mask)
             self.traces = await run_bounded(TRACING_PATIENCE, start)
         except Exception:  # without traces nobody is served worse
             self.log.exception("no traces are sent")
         if self.traces is not None:
-            self.gateway.watch(self.traces.ended)
+            self.gateway.watch(self.traces.request_ended)
             tracing.log.info("traces go to %s", tracing.endpoint(settings.environ))  # from the next request on
 
     # The engine calls these.
@@ -341,7 +343,7 @@ class Supervisor(Observer):
         return True
 
     def state_changed(self, change: Change) -> None:
-        self.gateway.gate.changed()
+        self.gateway.gate.engine_changed()
         if self.worker is not None and change.state in REPORTED_STATES:
             self.worker.say(change.state.value)
 

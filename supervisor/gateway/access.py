@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from supervisor.gateway.record import note
+from supervisor.gateway.record import describe
 from supervisor.lines import LineStyle, clock, escape, iso
 
 if TYPE_CHECKING:
@@ -46,16 +46,16 @@ class AccessLog:
     level: str = "info"  # above it, those of failures alone
     # How the ids begin that no client made. Who has seen one can begin like it: no more than letters and digits are
     # taken for ours.
-    ours: bytes = b" "
+    own_prefix: bytes = b" "
 
     def __post_init__(self) -> None:
         self.from_status = FROM_STATUS[self.level]
         self.mask, self.form = self.form.mask, replace(self.form, mask=str)
         self.batch: list[Record] = []
-        self._shape = lru_cache(KEPT)(self._with_gaps)
+        self._shape = lru_cache(KEPT)(self._make_shape)
         self._foreign_id = lru_cache(KEPT)(self._masked_id)
 
-    def ended(self, record: Record) -> None:
+    def request_ended(self, record: Record) -> None:
         """A watcher of the ports' door."""
         if record.status < self.from_status:
             return
@@ -80,22 +80,23 @@ class AccessLog:
             kept.cache_clear()
 
     def _lines(self, batch: list[Record]) -> Iterator[str]:
-        unix, as_json = self.unix(), self.form.as_json
-        for one in batch:
-            at, seconds, size = one.over_at + unix, one.over_at - one.began, one.sent
-            first = (one.first_at - one.began or TICK) if one.first_at else 0.0
-            unusual = note(one) if one.cut or one.gone or one.cached or one.marks else ""
-            request = one.request
+        unix, as_json = self.unix_offset(), self.form.as_json
+        for record in batch:
+            at, seconds, size = record.over_at + unix, record.over_at - record.began, record.sent
+            first = (record.first_at - record.began or TICK) if record.first_at else 0.0
+            is_unusual = record.code or record.client_left or record.cache_result or record.marks
+            unusual = describe(record) if is_unusual else ""
+            request = record.request
             # What is kept of a path is bounded.
-            line = self._shape(request.method, request.path[: LONGEST_PATH + 1], one.status, one.address, unusual)
+            line = self._shape(request.method, request.path[: LONGEST_PATH + 1], record.status, record.address, unusual)
             if as_json:
                 begun = _number(round(first * 10_000)) if first else "null"
-                yield line % (iso(at), self._id(one.request_id), _number(round(seconds * 10_000)), begun, size)
+                yield line % (iso(at), self._shown_id(record.request_id), _number(round(seconds * 10_000)), begun, size)
             else:  # of an answer that is not streamed the first byte is the last
                 begun = f", first byte after {first:.3f} s" if 0 < first < seconds - 0.001 else ""
-                yield line % (clock(int(at)), seconds, begun, _size(size), self._id(one.request_id))
+                yield line % (clock(int(at)), seconds, begun, _size(size), self._shown_id(record.request_id))
 
-    def _with_gaps(self, method: bytes, path: bytes, status: int, client: bytes, note: str) -> str:
+    def _make_shape(self, method: bytes, path: bytes, status: int, client: bytes, note: str) -> str:
         form, level = self.form, "INFO" if status < 500 else "WARNING"
         verb, place, source = method.decode("latin-1"), shown_path(self.mask, path), client.decode()
         what = f"{verb} {place} {status}"
@@ -112,12 +113,12 @@ class AccessLog:
             line = form.text(level, text, 0.0, None).replace(clock(0), GAP, 1)
         return line.replace("%", "%%").replace(SECONDS, "%.3f").replace(GAP, "%s") + "\n"
 
-    def unix(self) -> float:
+    def unix_offset(self) -> float:
         """What the loop's time lacks of Unix time."""
         return time.time() - self.loop.time()
 
-    def _id(self, request_id: bytes) -> str:
-        if request_id.startswith(self.ours) and request_id.isalnum():
+    def _shown_id(self, request_id: bytes) -> str:
+        if request_id.startswith(self.own_prefix) and request_id.isalnum():
             return request_id.decode()
         return self._foreign_id(request_id)
 

@@ -80,7 +80,7 @@ class OwnRoutes:
 
     def _path(self, path: bytes) -> bytes:
         """Below vLLM's --root-path ours are, too."""
-        return (self.policy.routes.below_root(path) or "/").encode("latin-1", "replace")
+        return (self.policy.routes.strip_root(path) or "/").encode("latin-1", "replace")
 
     async def __call__(self, scope: Scope, receive: object, send: Send) -> None:
         headers: Headers = scope["headers"]
@@ -101,44 +101,45 @@ class OwnRoutes:
         if scope["method"] not in METHODS:
             return _json(405, {"error": "GET, HEAD or POST"}, (b"allow", b"GET, HEAD, POST"))
         if path in READY:
-            return self._ready(path)
-        if path == b"/" and page.wanted(scope["headers"]):
+            return self._readiness(path)
+        if path == b"/" and page.wants_html(scope["headers"]):
             return page.answer()
-        if (refused := self._refused(scope)) is not None:
+        if (refused := self._check_key(scope)) is not None:
             return refused
-        return await self._metrics() if path == b"/metrics" else self._told(scope)
+        return await self._metrics() if path == b"/metrics" else self._status(scope)
 
-    def _ready(self, path: bytes) -> Answer:
+    def _readiness(self, path: bytes) -> Answer:
         if self.engine.ready:
             return _json(200, {"status": READY[path]})
         # RunPod's load balancer: 204 keeps the worker in its list while it loads, 200 sends it work.
         loads = path == b"/ping" and not self.engine.over
         return (204, [], b"") if loads else _json(503, {"status": self.engine.explanation})
 
-    def _refused(self, scope: Scope) -> Answer | None:
+    def _check_key(self, scope: Scope) -> Answer | None:
         """The rest is told only to those who have a key, where there are keys."""
-        if _private(scope):
+        if _is_local(scope):
             return None
         address = scope["client"][0].encode() if scope["client"] else b""
-        refusal = self.policy.refused(self.policy.identify(scope["headers"]), address, self.gate.loop.time())
+        refusal = self.policy.refusal_for(self.policy.identify(scope["headers"]), address, self.gate.loop.time())
         if refusal is None:
             return None
         again = [(b"retry-after", b"%d" % refusal.retry_after)] if refusal.retry_after else []
         return _json(refusal.status, {"error": refusal.message}, *again)
 
-    def shows_all(self, scope: Scope) -> bool:
+    def may_see_all(self, scope: Scope) -> bool:
         """With API keys alone nobody is an administrator over HTTP."""
         policy = self.policy
-        return _private(scope) or not (policy.api_keys or policy.admin_keys) or policy.identify(scope["headers"]).admin
+        return _is_local(scope) or not (policy.api_keys or policy.admin_keys) or policy.identify(scope["headers"]).admin
 
-    def _told(self, scope: Scope) -> Answer:
+    def _status(self, scope: Scope) -> Answer:
         content = self.status(after=lines_seen(scope["query_string"]))
-        content = content if self.shows_all(scope) else for_everybody(content)
+        content = content if self.may_see_all(scope) else public_part(content)
         return _json(200, content, (b"cache-control", b"no-store"))
 
     def status(self, after: int | None = None) -> dict[str, Any]:
         """`after` a line of vLLM's log: with what the page needs beside it."""
-        content = {**self.engine.status(), "in_flight": self.in_flight(), "waiting": self.gate.waiting, **self.facts}
+        counts = {"in_flight": self.in_flight(), "waiting": self.gate.waiting_count}
+        content = {**self.engine.status(), **counts, **self.facts}
         if after is not None:
             line, log = self.engine.log_after(after)
             content |= {
@@ -167,7 +168,7 @@ def lines_seen(query: bytes) -> int | None:
     return int(value) if NUMBER.fullmatch(value) else 0
 
 
-def for_everybody(status: Mapping[str, Any]) -> dict[str, Any]:
+def public_part(status: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: value for name, value in status.items() if name in FOR_EVERYBODY}
     if isinstance(failure := found.get("last_failure"), Mapping):
         found["last_failure"] = {name: value for name, value in failure.items() if name != LOG_OF_FAILURE}
@@ -178,6 +179,6 @@ def _json(status: int, content: Mapping[str, object], *more: tuple[bytes, bytes]
     return status, [(b"content-type", b"application/json"), *more], json.dumps(content).encode() + b"\n"
 
 
-def _private(scope: Scope) -> bool:
+def _is_local(scope: Scope) -> bool:
     """From a socket that nobody else can open: a path has no port."""
     return scope["server"] is not None and scope["server"][1] is None

@@ -19,8 +19,8 @@ from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from supervisor.gateway.delivery import KEEP_LIMIT, Answered, Delivery
-from supervisor.gateway.door import Delivering
+from supervisor.gateway.delivery import KEEP_LIMIT, Delivery, Recipient
+from supervisor.gateway.door import BaseDelivery
 from supervisor.gateway.endings import FAILED
 from supervisor.gateway.exchange import Exchange
 from supervisor.gateway.http1 import Framing, KnownAnswer, Request, ResponseHead
@@ -40,7 +40,7 @@ RESULTS = {"hit": "cache hit", "shared": "shared", "miss": "", "bypass": ""}  # 
 Call = tuple[Any, ...]
 
 
-class Kept(NamedTuple):
+class KeptAnswer(NamedTuple):
     """A whole answer."""
 
     calls: tuple[Call, ...]
@@ -56,57 +56,57 @@ class Cache:
         self.new_id = new_id
         self.memory = memory
         self.largest = memory * LARGEST_SHARE
-        self.kept: OrderedDict[bytes, Kept] = OrderedDict()  # the one that was asked for last is the last
+        self.kept: OrderedDict[bytes, KeptAnswer] = OrderedDict()  # the one that was asked for last is the last
         self.size = 0
         self.recordings: dict[bytes, Recording] = {}  # that may be joined, and kept when they are whole
         self.results: Counter[str] = Counter(dict.fromkeys(RESULTS, 0))
 
-    def deliver(self, exchange: Exchange, head: bytes) -> Delivering:
+    def deliver(self, exchange: Exchange, head: bytes) -> BaseDelivery:
         request = exchange.request
         if (
             request.method == b"POST"
             and exchange.verdict.route in CACHED_ROUTES
             and request.http11
             and not (request.chunked or request.expects_continue)
-            and b"no-store" not in _control(request)
+            and b"no-store" not in _cache_control(request)
         ):
-            return Asked(self, exchange, head)
+            return CacheableRequest(self, exchange, head)
         return Delivery(exchange, head)
 
-    def decide(self, asked: Asked) -> None:
+    def decide(self, cacheable: CacheableRequest) -> None:
         """Its body is there: answers it, or sends it on."""
-        exchange, body = asked.exchange, asked.body
+        exchange, body = cacheable.exchange, cacheable.body
         request = exchange.request
-        if not _deterministic(body, asked=CACHED_ROUTES[exchange.verdict.route]):
+        if not _is_deterministic(body, must_ask=CACHED_ROUTES[exchange.verdict.route]):
             self.results["bypass"] += 1
-            asked.go_on(complete=True)
+            cacheable.bypass(complete=True)
             return
-        key = _key(exchange, body)
-        control = _control(request)
+        key = _cache_key(exchange, body)
+        control = _cache_control(request)
         fresh = b"no-cache" in control or b"max-age=0" in control
         if not fresh and (kept := self.kept.get(key)) is not None:
             self.kept.move_to_end(key)
-            self._say(exchange, "hit", b"Age: %d\r\n" % (time.monotonic() - kept.at))
-            asked.unread.extend(kept.calls)
-            asked.catch_up()
+            self._note_result(exchange, "hit", b"Age: %d\r\n" % (time.monotonic() - kept.at))
+            cacheable.unread_calls.extend(kept.calls)
+            cacheable.catch_up()
         elif not fresh and (recording := self.recordings.get(key)) is not None:
-            self._say(exchange, "shared")
-            recording.join(asked)
+            self._note_result(exchange, "shared")
+            recording.join(cacheable)
         else:
-            self._say(exchange, "miss")
-            asked.went = True
+            self._note_result(exchange, "miss")
+            cacheable.was_sent = True
             # Its id is in vLLM's answer, and may come to others: so it is none that a client made.
-            head = request.again(b"%d" % len(body), self.new_id(), body)
+            head = request.write_again(b"%d" % len(body), self.new_id(), body)
             recording = self.recordings[key] = Recording(self, key, exchange, head)
-            recording.join(asked)
+            recording.join(cacheable)
             recording.source.begin(True)
 
-    def _say(self, exchange: Exchange, result: str, more: bytes = b"") -> None:
+    def _note_result(self, exchange: Exchange, result: str, more: bytes = b"") -> None:
         self.results[result] += 1
-        exchange.cached = RESULTS[result]
-        exchange.more_lines = b"X-Supervisor-Cache: %b\r\n%b" % (result.encode(), more)
+        exchange.cache_result = RESULTS[result]
+        exchange.extra_lines = b"X-Supervisor-Cache: %b\r\n%b" % (result.encode(), more)
 
-    def over(self, recording: Recording, kept: Kept | None = None) -> None:
+    def close_recording(self, recording: Recording, kept: KeptAnswer | None = None) -> None:
         """It is whole, or was given up, or has become too large to be kept: nobody joins it any more."""
         key = recording.key
         if self.recordings.get(key) is not recording:
@@ -121,7 +121,7 @@ class Cache:
         while self.size > self.memory:
             self.size -= self.kept.popitem(last=False)[1].size
 
-    def ended(self, record: Record) -> None:
+    def request_ended(self, record: Record) -> None:
         """A watcher: of what an administrator asks for."""
         verdict = record.verdict
         if verdict.route in ADMIN_ROUTES and record.request.method != b"GET" and verdict.refusal is None:
@@ -130,52 +130,52 @@ class Cache:
             self.size = 0
 
 
-class Asked(Delivering):
+class CacheableRequest(BaseDelivery):
     """One request: its body until all of it is there, then its client's way through a recording."""
 
     recording: Recording | None = None
-    source = Delivering()  # what produces the answer; what that goes through, this one does
+    source = BaseDelivery()  # what produces the answer; what that goes through, this one does
     marks = property(attrgetter("source.marks"))
     replayed = property(attrgetter("source.replayed"))
-    waits = property(attrgetter("source.waits"))
-    content = property(attrgetter("source.content"))
-    working = property(attrgetter("source.working"))
+    is_waiting = property(attrgetter("source.waits"))
+    request_bytes = property(attrgetter("source.content"))
+    is_working = property(attrgetter("source.working"))
 
     def __init__(self, cache: Cache, exchange: Exchange, head: bytes) -> None:
         self.cache = cache
         self.exchange = exchange
         self.head = head
-        self.received = bytearray()  # of its body
-        self.unread: deque[Call] = deque()  # of the answer
+        self.request_body = bytearray()  # of its body
+        self.unread_calls: deque[Call] = deque()  # of the answer
         self.paused = False  # its client takes no more for now
 
     @property
     def body(self) -> bytes:
         """It stands with a head that came before."""
-        return bytes(self.received) or self.head[self.head.find(b"\r\n\r\n") + 4 :]
+        return bytes(self.request_body) or self.head[self.head.find(b"\r\n\r\n") + 4 :]
 
     def begin(self, complete: bool) -> None:
         if complete:
             self.cache.decide(self)
 
     def write(self, data: bytes) -> None:
-        self.received += data
-        if len(self.received) > KEEP_LIMIT:  # too large to be looked at
-            self.go_on(complete=False)
+        self.request_body += data
+        if len(self.request_body) > KEEP_LIMIT:  # too large to be looked at
+            self.bypass(complete=False)
 
     def end(self) -> None:
         self.cache.decide(self)
 
-    def go_on(self, *, complete: bool) -> None:
+    def bypass(self, *, complete: bool) -> None:
         """As without a cache."""
-        self.exchange.delivering = delivery = Delivery(self.exchange, self.head)
-        if self.received:
-            delivery.write(bytes(self.received))
+        self.exchange.delivery = delivery = Delivery(self.exchange, self.head)
+        if self.request_body:
+            delivery.write(bytes(self.request_body))
         delivery.begin(complete)
 
     def abort(self) -> None:
         if self.recording is not None:
-            self.recording.left(self)
+            self.recording.leave(self)
 
     def pause(self) -> None:
         self.paused = True
@@ -190,12 +190,12 @@ class Asked(Delivering):
 
     def catch_up(self) -> None:
         """Tells its client what there is, as far as it takes it."""
-        while self.unread and not self.paused and not self.exchange.response_complete:
-            call, *about = self.unread.popleft()
+        while self.unread_calls and not self.paused and not self.exchange.response_complete:
+            call, *about = self.unread_calls.popleft()
             call(self.exchange, *about)
 
 
-class Recording(Answered):
+class Recording(Recipient):
     """An answer as its delivery tells it; each reader is told the same."""
 
     held_for = ""
@@ -209,22 +209,22 @@ class Recording(Answered):
         self.calls: list[Call] = []  # while it may be kept
         self.size = OVERHEAD  # that it takes, so far
         self.complete = False
-        self.readers: list[Asked] = []
+        self.readers: list[CacheableRequest] = []
         self.source = Delivery(self, head)
 
     @property
-    def named(self) -> Mapping[str, str]:
-        return self.first.named
+    def log_extra(self) -> Mapping[str, str]:
+        return self.first.log_extra
 
-    def join(self, reader: Asked) -> None:
+    def join(self, reader: CacheableRequest) -> None:
         reader.recording, reader.source = self, self.source
         if self.held_for:
-            reader.exchange.held(self.held_for)
-        reader.unread.extend(self.calls)
+            reader.exchange.request_held(self.held_for)
+        reader.unread_calls.extend(self.calls)
         self.readers.append(reader)
         reader.catch_up()
 
-    def left(self, reader: Asked) -> None:
+    def leave(self, reader: CacheableRequest) -> None:
         """It has all of it, or its client is gone."""
         if reader in self.readers:
             self.readers.remove(reader)
@@ -235,73 +235,73 @@ class Recording(Answered):
         if self.complete:
             return
         if not self.readers:
-            self._end(Exchange.ended)
+            self._end(Exchange.answer_ended)
         elif all(reader.paused for reader in self.readers):
             self.source.pause()
         else:
             self.source.resume()
 
-    def _tell(self, *call: Any) -> None:
+    def _tell_readers(self, *call: Any) -> None:
         self.calls.append(call)
         if self.size > self.cache.largest:
-            self.cache.over(self)
+            self.cache.close_recording(self)
             self.calls.clear()  # who has read it needs it no more
         for reader in list(self.readers):
-            reader.unread.append(call)
+            reader.unread_calls.append(call)
             reader.catch_up()
 
-    def _end(self, *call: Any, kept: Kept | None = None) -> None:
+    def _end(self, *call: Any, kept: KeptAnswer | None = None) -> None:
         self.complete = True
-        self.cache.over(self, kept)
+        self.cache.close_recording(self, kept)
         self.source.abort()
-        self._tell(*call)
+        self._tell_readers(*call)
 
     # Answered
 
-    def held(self, state: str) -> None:
+    def request_held(self, state: str) -> None:
         self.held_for = state
         for reader in self.readers:
-            reader.exchange.held(state)
+            reader.exchange.request_held(state)
 
-    def answer(self, head: ResponseHead) -> None:
-        self.head = head.for_others()
+    def answer_begun(self, head: ResponseHead) -> None:
+        self.head = head.copy_for_others()
         self.size += len(head.fields)
-        self._tell(Exchange.answer, self.head)
+        self._tell_readers(Exchange.answer_begun, self.head)
 
-    def whole(self, known: KnownAnswer, digits: bytes, body: bytes) -> None:
-        self.answer(known.with_length(digits))
-        self.data(body, False)
-        self.ended()
+    def answer_received(self, known: KnownAnswer, digits: bytes, body: bytes) -> None:
+        self.answer_begun(known.head_with_length(digits))
+        self.body_received(body, False)
+        self.answer_ended()
 
-    def data(self, data: bytes, in_chunk: bool) -> None:
+    def body_received(self, data: bytes, in_chunk: bool) -> None:
         self.size += len(data)
         if data:
-            self._tell(Exchange.data, data, in_chunk)
+            self._tell_readers(Exchange.body_received, data, in_chunk)
 
-    def ended(self) -> None:
+    def answer_ended(self) -> None:
         head, body = self.head, b"".join(data for _, data, _ in self.calls[1:])
         assert head is not None
         kept = None
         if head.status == 200 and head.framing is not Framing.CLOSE and FAILED.search(body) is None:
-            calls = (Exchange.answer, head), (Exchange.data, body, False), (Exchange.ended,)
-            kept = Kept(calls, time.monotonic(), self.size)
+            calls = (Exchange.answer_begun, head), (Exchange.body_received, body, False), (Exchange.answer_ended,)
+            kept = KeptAnswer(calls, time.monotonic(), self.size)
         self.source.release()
-        self._end(Exchange.ended, kept=kept)
+        self._end(Exchange.answer_ended, kept=kept)
 
-    def lost(self, error: UpstreamError) -> None:
-        self._end(Exchange.lost, error)
+    def answer_lost(self, error: UpstreamError) -> None:
+        self._end(Exchange.answer_lost, error)
 
-    def refused(self, refusal: Refusal) -> None:
-        self._end(Exchange.refused, refusal)
+    def request_refused(self, refusal: Refusal) -> None:
+        self._end(Exchange.request_refused, refusal)
 
 
-def _control(request: Request) -> bytes:
+def _cache_control(request: Request) -> bytes:
     """What the client says of caches."""
     values = (value for name, value in request.headers if name.lower() == b"cache-control")
     return b",".join(values).lower().replace(b" ", b"")
 
 
-def _key(exchange: Exchange, body: bytes) -> bytes:
+def _cache_key(exchange: Exchange, body: bytes) -> bytes:
     """The same client (its key), the same path and query, the same headers that matter, the same bytes.
 
     Not the same JSON: the order of a tool's properties is part of the prompt.
@@ -312,7 +312,7 @@ def _key(exchange: Exchange, body: bytes) -> bytes:
     return hashlib.sha256(said.encode() + body).digest()
 
 
-def _deterministic(body: bytes, *, asked: bool) -> bool:
+def _is_deterministic(body: bytes, *, must_ask: bool) -> bool:
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
@@ -320,4 +320,4 @@ def _deterministic(body: bytes, *, asked: bool) -> bool:
     if not isinstance(content, dict):
         return False
     temperature, seed = content.get("temperature"), content.get("seed")
-    return not asked or (temperature == 0 and not isinstance(temperature, bool)) or type(seed) is int
+    return not must_ask or (temperature == 0 and not isinstance(temperature, bool)) or type(seed) is int

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from supervisor.gateway.door import KEEP, Door, Then
+from supervisor.gateway.door import KEEP, AfterAnswer, Door
 from supervisor.gateway.errors import Refusal
 from supervisor.gateway.exchange import Exchange
 from supervisor.gateway.gate import RETRY_AFTER
-from supervisor.gateway.http1 import START, Request
+from supervisor.gateway.http1 import ANSWER_START, Request
 from supervisor.gateway.reader import OWN_BODY_LIMIT, PIPELINED, UNPARSED_LIMIT, RequestReader
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ GONE_AFTER = 2.0
 # Bytes in a second that a body has at least, once the client's time for its next bytes has passed.
 LEAST_RATE = 100
 # Files that are kept for our own routes, and for vLLM's; and seconds between two words about it.
-RESERVED_FILES, TOLD_EVERY = 64, 600.0
+RESERVED_FILES, WARN_EVERY = 64, 600.0
 CROWDED = Refusal(503, "The server has too many connections.", "too_many_connections", RETRY_AFTER)
 log = logging.getLogger("supervisor.gateway")
 HEAD_TOO_SLOW = Refusal(408, "The request's head did not come in time.", code="request_timeout")
@@ -53,31 +53,31 @@ class Clients:
         most_files: int,
         *,
         timeout: float,
-        keep_alive: float,
+        idle_timeout: float,
     ) -> None:
         """`is_own`: whether a path is our own; `timeout`: seconds for a client's next bytes, or for it to take ours;
         `keep_alive`: between requests."""
         self.loop = loop
         self.is_own = is_own
         self.most_files = most_files
-        self.told_at = -math.inf  # of too many of them
+        self.warned_at = -math.inf  # of too many of them
         self.timeout = timeout
-        self.keep_alive = keep_alive
+        self.idle_timeout = idle_timeout
         self.connections: set[ClientConnection] = set()
         self.clock = loop.time()  # at the last look
 
-    def opened(self, connection: ClientConnection, number: int) -> None:
+    def connection_opened(self, connection: ClientConnection, descriptor: int) -> None:
         """`number`: of its file, which is the lowest that was free. Before the last are taken, idle clients go, and of
         new ones only our own routes are served: a load balancer that is not answered would end a healthy server."""
         self.connections.add(connection)
-        if number < self.most_files - RESERVED_FILES:
+        if descriptor < self.most_files - RESERVED_FILES:
             return
         idle = sorted((one for one in self.connections if one.is_idle), key=lambda one: one.active_at)
         for one in idle[:RESERVED_FILES]:
             one.transport.close()
-        connection.door = replace(connection.door, crowded=CROWDED)
-        if self.loop.time() - self.told_at > TOLD_EVERY:
-            self.told_at = self.loop.time()
+        connection.door = replace(connection.door, crowd_refusal=CROWDED)
+        if self.loop.time() - self.warned_at > WARN_EVERY:
+            self.warned_at = self.loop.time()
             text = "%d files may be open, and nearly all are: new requests are refused. Raise the limit (ulimit -n)."
             log.warning(text, self.most_files)
 
@@ -106,47 +106,47 @@ class ClientConnection(RequestReader):
         self.write = transport.write
         self.address = self.client[0].encode() if self.client else b""
         connection = transport.get_extra_info("socket")
-        self.clients.opened(self, connection.fileno() if connection is not None else 0)
+        self.clients.connection_opened(self, connection.fileno() if connection is not None else 0)
 
     @property
     def is_idle(self) -> bool:
-        return self.between and self.answering is None and self.incoming is not None
+        return self.at_start and self.answering is None and self.incoming is not None
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.clients.connections.discard(self)
         waiting, self.waiting = self.waiting, deque()
-        for one in (self.answering, *waiting):
-            if isinstance(one, Exchange):
-                one.client_gone()
-            elif one is not None:
-                one.disconnected = True
-                one.message_event.set()
+        for request in (self.answering, *waiting):
+            if isinstance(request, Exchange):
+                request.client_gone()
+            elif request is not None:
+                request.disconnected = True
+                request.message_event.set()
         self.cycle = None  # type: ignore[assignment]  # as before its first request
         super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """The client has said its last word, and may still listen; or it is gone, which looks the same."""
         nothing_waits = self.answering is None and not self.waiting
-        if nothing_waits or not self.between or self.lingering or self.tunnel is not None or self.scheme == "https":
+        if nothing_waits or not self.at_start or self.lingering or self.tunnel is not None or self.scheme == "https":
             return False  # TLS knows no half of a connection
         if not self.half_closed:
             self.half_closed = True
-            self.look_for_client()
+            self.probe_client()
         return not self.transport.is_closing()
 
-    def look_for_client(self) -> None:
+    def probe_client(self) -> None:
         """A client that is gone answers bytes with a reset."""
         if isinstance(self.answering, Exchange):
-            nothing = self.answering.nothing()
+            nothing = self.answering.filler()
             self.write(nothing)
-            if nothing == START:
+            if nothing == ANSWER_START:
                 self.write = self._write_the_rest
         self.loop.call_later(GONE_KNOWN_AFTER, self._abort_if_gone)
 
     def _write_the_rest(self, answer: bytes) -> None:
         """Of an answer whose first bytes were sent before it."""
         self.write = self.transport.write
-        self.write(answer.removeprefix(START))
+        self.write(answer.removeprefix(ANSWER_START))
 
     def _abort_if_gone(self) -> None:
         if not self.transport.is_closing() and is_gone(self.transport):
@@ -162,20 +162,20 @@ class ClientConnection(RequestReader):
         self.active_at = self.body_began = self.loop.time()
         self.body_read = 0
 
-    def becomes_tunnel(self, exchange: Exchange) -> None:
+    def become_tunnel(self, exchange: Exchange) -> None:
         self.tunnel = exchange
 
-    def done(self, exchange: Exchange, then: Then) -> None:
+    def answer_done(self, exchange: Exchange, after: AfterAnswer) -> None:
         self.answering = None
-        if then is KEEP:
+        if after is KEEP:
             self.active_at = self.head_began = self.clients.clock  # also of what came meanwhile
-            if self.flow.read_paused and not self.full:
+            if self.flow.read_paused and not self.unparsed_is_full:
                 self.flow.resume_reading()
             if self.waiting or self.unparsed or self.half_closed:
                 self._advance()
-        elif then is Then.LINGER:
+        elif after is AfterAnswer.LINGER:
             self.linger()
-        elif then is Then.CLOSE:
+        elif after is AfterAnswer.CLOSE:
             self.active_at = self.clients.clock
             self.transport.close()
         else:
@@ -184,7 +184,7 @@ class ClientConnection(RequestReader):
     def on_response_complete(self) -> None:
         """uvicorn's cycle is done; it has closed the transport where it is to be."""
         self.answering = None
-        if self.incoming is not None and not self.between and self.body_read > OWN_BODY_LIMIT:
+        if self.incoming is not None and not self.at_start and self.body_read > OWN_BODY_LIMIT:
             self.linger()
         self._advance()
 
@@ -205,28 +205,28 @@ class ClientConnection(RequestReader):
         finally:
             self.advancing = False
         self.active_at = self.clients.clock
-        if self.full and len(self.unparsed) <= UNPARSED_LIMIT // 2:
-            self.full = False
+        if self.unparsed_is_full and len(self.unparsed) <= UNPARSED_LIMIT // 2:
+            self.unparsed_is_full = False
             self.flow.resume_reading()
         if self.half_closed and self.answering is None and not self.waiting and not self.lingering:
             self.transport.close()
 
-    def _begin(self, one: Exchange | RequestResponseCycle) -> None:
-        self.answering = one
+    def _begin(self, request: Exchange | RequestResponseCycle) -> None:
+        self.answering = request
         self.active_at = self.clients.clock
         self.body_began, self.body_read = self.loop.time(), 0
-        if isinstance(one, Exchange):
-            one.start()
+        if isinstance(request, Exchange):
+            request.start()
         else:
-            super()._start_asgi_task(one, self.app)
+            super()._start_asgi_task(request, self.app)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         """uvicorn has made it."""
-        self.arrived(cycle)
+        self.request_arrived(cycle)
 
-    def arrived(self, one: Exchange | RequestResponseCycle) -> None:
-        self.incoming = one
-        self.waiting.append(one)
+    def request_arrived(self, request: Exchange | RequestResponseCycle) -> None:
+        self.incoming = request
+        self.waiting.append(request)
         self._advance()
 
     def linger(self) -> None:
@@ -272,30 +272,31 @@ class ClientConnection(RequestReader):
         if unsent and now - self.unsent_at > timeout:
             self.cut()  # a close would wait for it for ever
             return
-        one = self.answering
+        request = self.answering
         if self.half_closed or self.flow.read_paused:
             if is_gone(self.transport):
                 self.transport.abort()
                 return
             if not self.half_closed and _poll(self.transport) & select.POLLRDHUP:  # no more will come than is there
                 self.half_closed = True
-                self.look_for_client()
-            elif self.half_closed and isinstance(one, Exchange) and one.body is not None and not unsent:
+                self.probe_client()
+            elif self.half_closed and isinstance(request, Exchange) and request.body is not None and not unsent:
                 # In the midst of what is no stream it can't be asked. vLLM makes such an answer at once.
-                if one.sent != self.sent:
-                    self.sent, self.sent_at = one.sent, now
-                elif now - self.sent_at > GONE_AFTER and not one.nothing():
+                if request.sent != self.sent:
+                    self.sent, self.sent_at = request.sent, now
+                elif now - self.sent_at > GONE_AFTER and not request.filler():
                     self.cut()
                     return
         if self.stuck_at and now - self.stuck_at > timeout:
             self.cut()
-        elif isinstance(one, Exchange):
-            if one is self.incoming and one.is_awaited and not self.flow.read_paused and self._body_is_slow(now):
-                one.refuse_late()
-        elif one is not None:
+        elif isinstance(request, Exchange):
+            is_reading = request is self.incoming and request.awaits_body and not self.flow.read_paused
+            if is_reading and self._body_is_slow(now):
+                request.refuse_slow_body()
+        elif request is not None:
             pass  # our own routes take no time of their client's
-        elif self.between:
-            if now - self.active_at > self.clients.keep_alive:
+        elif self.at_start:
+            if now - self.active_at > self.clients.idle_timeout:
                 self.transport.close()
         elif now - self.head_began > timeout if self.in_head else self._body_is_slow(now):
             self.refuse_without_a_request(HEAD_TOO_SLOW)
@@ -326,34 +327,34 @@ class ClientConnection(RequestReader):
         """What came is no request, or not yet, or the rest of one that was well until here."""
         if self.lingering:
             return
-        one = self.answering
-        if isinstance(one, Exchange) and one is self.incoming and not one.complete:
-            if one.body is not None:
+        request = self.answering
+        if isinstance(request, Exchange) and request is self.incoming and not request.request_complete:
+            if request.body is not None:
                 self.cut()
             else:
-                one.unwanted = True  # where its body ends nobody knows
-                one.end_now(refusal)
+                request.discards_request = True  # where its body ends nobody knows
+                request.end_now(refusal)
             return
-        if one is not None or self.waiting:
-            if not (self.between or self.in_head):
+        if request is not None or self.waiting:
+            if not (self.at_start or self.in_head):
                 self.cut()  # an answer is under way: a second one in its midst would corrupt it
-            elif not self.deaf:  # what lies behind whole requests is none: these are answered, and that is all
-                self.deaf = self.between = True
+            elif not self.ignores_input:  # what lies behind whole requests is none: these are answered, and that is all
+                self.ignores_input = self.at_start = True
                 self.in_head, self.unparsed = False, b""
-                (self.waiting[-1] if self.waiting else one).keep_alive = False  # type: ignore[union-attr]  # one of them is
+                (self.waiting[-1] if self.waiting else request).keep_alive = False  # type: ignore[union-attr]  # one of them is
             return
-        if not self.between and not self.in_head:
+        if not self.at_start and not self.in_head:
             self.linger()  # the rest of a request that was answered early: there is no second answer to it
             return
-        self._begin(self._unread(refusal))
+        self._begin(self._unread_request(refusal))
 
-    def _unread(self, refusal: Refusal) -> Exchange:
+    def _unread_request(self, refusal: Refusal) -> Exchange:
         """For who counts and logs: a request of which no more is known than was read."""
         method, target = (self.parser.get_method(), self.url) if self.headers else (b"-", b"-")
         request = Request(method, target, target.partition(b"?")[0], [])
         request.verdict = self.door.policy.judge(request)
         exchange = Exchange(self, self.door, request, self.door.new_id())
-        exchange.refusal = request.unfit(refusal)
+        exchange.refusal = request.end_reading(refusal)
         exchange.keep_alive = False
         return exchange
 

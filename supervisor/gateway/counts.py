@@ -46,15 +46,15 @@ class Histogram:
 class Series:
     """Answers of one route with one status: until their first byte, and until their last."""
 
-    first: Histogram = field(default_factory=Histogram)
-    whole: Histogram = field(default_factory=Histogram)
+    first_byte: Histogram = field(default_factory=Histogram)
+    last_byte: Histogram = field(default_factory=Histogram)
 
 
 class Jobs:
     """RunPod's, as the queue worker reports them."""
 
     def __init__(self) -> None:
-        self.began: dict[str, float] = {}  # by id: those that are not over
+        self.began_at: dict[str, float] = {}  # by id: those that are not over
         self.ended = {outcome: Histogram() for outcome in OUTCOMES}
         # What, and what became of it: each try to give RunPod a chunk or a result.
         self.posts = Counter(
@@ -65,17 +65,17 @@ class Jobs:
     def report(self, job: Mapping[str, Any]) -> None:
         """`{"id", "outcome": "taken"}`, then `{"id", "outcome", "seconds", "posts": {"chunk taken": n}}`."""
         if job["outcome"] == "taken":
-            self.began[job["id"]] = time.monotonic()
+            self.began_at[job["id"]] = time.monotonic()
             return
-        self.began.pop(job["id"], None)
+        self.began_at.pop(job["id"], None)
         self.ended[job["outcome"]].observe(job["seconds"])
         self.posts.update(job["posts"])
 
     def worker_died(self) -> None:
         self.deaths += 1
-        for began in self.began.values():
+        for began in self.began_at.values():
             self.ended["lost"].observe(time.monotonic() - began)
-        self.began.clear()
+        self.began_at.clear()
 
 
 class Counts:
@@ -84,7 +84,7 @@ class Counts:
     def __init__(self) -> None:
         self.answers: defaultdict[tuple[str, int], Series] = defaultdict(Series)  # by route and status
         self.gaps = Histogram(GAP_BOUNDS)
-        self.gap = self.gaps.observe  # between two reads of a stream; several events may have come with one
+        self.observe_gap = self.gaps.observe  # between two reads of a stream; several events may have come with one
         self.received = 0  # bytes of requests' bodies
         self.sent = 0  # bytes of answers' bodies
         self.aborted = 0  # by clients, in the midst of their answers
@@ -92,13 +92,13 @@ class Counts:
         self.replayed = 0
         self.jobs: Jobs | None = None  # where the queue is served
 
-    def ended(self, record: Record) -> None:
+    def request_ended(self, record: Record) -> None:
         """One request is over. A watcher of the gateway's doors."""
         series = self.answers[record.request.verdict.route, record.status]  # type: ignore[union-attr]  # it was judged
         began, first_at = record.began, record.first_at
         seconds = record.over_at - began
         at = bisect_left(BOUNDS, seconds)
-        whole, first = series.whole, series.first
+        whole, first = series.last_byte, series.first_byte
         whole.buckets[at] += 1
         whole.seconds += seconds
         if 0 < first_at != record.over_at:
@@ -106,7 +106,7 @@ class Counts:
         else:  # one place for both
             first.buckets[at] += 1
             first.seconds += seconds
-        self.aborted += record.gone and first_at > 0
+        self.aborted += record.client_left and first_at > 0
 
     # In all, for the status page
 
@@ -114,11 +114,11 @@ class Counts:
     def statuses(self) -> Mapping[int, int]:
         found: Counter[int] = Counter()
         for (_, status), series in self.answers.items():
-            found[status] += series.first.count
+            found[status] += series.first_byte.count
         return found
 
     @property
     def buckets(self) -> list[int]:
         """Until the first byte, by BOUNDS."""
-        every = [[0] * (len(BOUNDS) + 1), *(series.first.buckets for series in self.answers.values())]
+        every = [[0] * (len(BOUNDS) + 1), *(series.first_byte.buckets for series in self.answers.values())]
         return list(map(sum, zip(*every, strict=True)))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
-from supervisor.gateway.door import Delivering, Door
+from supervisor.gateway.door import BaseDelivery, Door
 from supervisor.gateway.errors import Refusal, UpstreamError
 from supervisor.gateway.http1 import Framing, KnownAnswer, Request, ResponseHead
 from supervisor.gateway.upstream import Disconnected, NotConnected, Receiver, Sink, Unanswered, UpstreamConnection
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Request bodies up to this size are kept until the answer begins, so that the request can be sent again.
 KEEP_LIMIT = 1024 * 1024
 # What vLLM's API server answers to everything in flight in the moment its EngineCore dies.
-DOUBTED = frozenset({500, 503})
+DOUBTED_STATUSES = frozenset({500, 503})
 BROKEN_OFF = Refusal(
     503, "The engine stopped in the middle of this answer. Please send the request again.", "engine_stopped"
 )
@@ -67,39 +67,39 @@ class Event(Enum):
     __hash__ = object.__hash__
 
 
-class Answered(Receiver):
+class Recipient(Receiver):
     """Who gets the answer: a client's exchange, or a recording of the cache."""
 
     door: Door
     request: Request
-    held: Callable[[str], object]  # it waits for the engine, which is in this state
+    request_held: Callable[[str], object]  # it waits for the engine, which is in this state
 
     @property
-    def named(self) -> Mapping[str, str]:
+    def log_extra(self) -> Mapping[str, str]:
         """Its request's id, for a line of log."""
         raise NotImplementedError
 
-    def interim(self, head: ResponseHead) -> None:
+    def interim_received(self, head: ResponseHead) -> None:
         """A 1xx."""
 
-    def answer(self, head: ResponseHead) -> None:
+    def answer_begun(self, head: ResponseHead) -> None:
         """Its body follows by `data`, and its end by `ended` or `lost`."""
         raise NotImplementedError
 
-    def whole(self, known: KnownAnswer, digits: bytes, body: bytes) -> None:
+    def answer_received(self, known: KnownAnswer, digits: bytes, body: bytes) -> None:
         """All of an answer at once, its head one that was seen before."""
         raise NotImplementedError
 
-    def switched(self, head: ResponseHead, data: bytes) -> None:
+    def websocket_opened(self, head: ResponseHead, data: bytes) -> None:
         """A WebSocket is open; `data` may hold its first frames."""
         raise NotImplementedError
 
-    def refused(self, refusal: Refusal) -> None:
+    def request_refused(self, refusal: Refusal) -> None:
         """There will be no answer of vLLM's."""
         raise NotImplementedError
 
 
-class Delivery(Delivering, Sink):
+class Delivery(BaseDelivery, Sink):
     """One request. `answered` gets what becomes of it: `answer`, `whole` or `switched`, or else `refused`."""
 
     # The state of a new one. Kept in the class: what a small request never touches costs it nothing.
@@ -107,7 +107,7 @@ class Delivery(Delivering, Sink):
     connection: UpstreamConnection | None = None
     admitted = False
     generation = -1
-    complete = False  # the request's body is
+    request_complete = False  # the request's body is
     kept_size = 0
     lost_before = False  # with its engine, and not sent again yet
     resent = False  # because an idle connection turned out closed
@@ -116,24 +116,24 @@ class Delivery(Delivering, Sink):
     pending_ended = False
     error: UpstreamError | None = None  # what it was lost by
 
-    def __init__(self, answered: Answered, head: bytes) -> None:
+    def __init__(self, recipient: Recipient, head: bytes) -> None:
         """`head`: as vLLM gets it; the body may stand with it."""
-        self.answered = answered
-        self.gate = answered.door.gate
+        self.recipient = recipient
+        self.gate = recipient.door.gate
         self.kept: list[bytes] | None = [head]
-        request = answered.request
+        request = recipient.request
         if request.is_head or request.websocket:
-            self.is_head, self.websocket = request.is_head, request.websocket
+            self.is_head, self.wants_websocket = request.is_head, request.websocket
 
     @property
-    def limited(self) -> bool:
+    def is_limited(self) -> bool:
         """How many jobs run at once is the queue worker's to keep; the requests of a job's batch wait in vLLM."""
-        return not self.answered.door.private
+        return not self.recipient.door.private
 
     # What its client's side calls
 
     def begin(self, complete: bool) -> None:
-        self.complete = complete
+        self.request_complete = complete
         self.gate.admit(self)
 
     def write(self, data: bytes) -> None:
@@ -145,10 +145,10 @@ class Delivery(Delivering, Sink):
             if self.kept_size > KEEP_LIMIT:
                 self.kept = None
         elif self.kept_size > HIGH_WATER_LIMIT:
-            self.answered.pause_request()
+            self.recipient.pause_request()
 
     def end(self) -> None:
-        self.complete = True
+        self.request_complete = True
         if self.connection is not None:
             self.connection.request_sent = True
 
@@ -161,7 +161,7 @@ class Delivery(Delivering, Sink):
             self.connection.abort()
             self.connection = None
         self.gate.leave(self)
-        self.answered = NOBODY  # each has the other: they would only go when the garbage is looked for
+        self.recipient = NO_RECIPIENT  # each has the other: they would only go when the garbage is looked for
 
     def pause(self) -> None:
         if self.connection is not None:
@@ -172,16 +172,16 @@ class Delivery(Delivering, Sink):
             self.connection.resume_response()
 
     @property
-    def working(self) -> bool:  # type: ignore[override]  # a property
+    def is_working(self) -> bool:  # type: ignore[override]  # a property
         """Whether vLLM has all of it, and nobody keeps it from answering."""
-        return self.connection is not None and self.complete and not self.connection.response_paused
+        return self.connection is not None and self.request_complete and not self.connection.response_paused
 
     @property
-    def waits(self) -> bool:  # type: ignore[override]
+    def is_waiting(self) -> bool:  # type: ignore[override]
         return self.state in (State.WAITING, State.UNSENT, State.LOST) and self in self.gate
 
     @property
-    def content(self) -> bytes:  # type: ignore[override]
+    def request_bytes(self) -> bytes:  # type: ignore[override]
         return b"".join(self.kept or ())
 
     def mark(self, what: str) -> None:
@@ -189,7 +189,7 @@ class Delivery(Delivering, Sink):
         self.marks = (*self.marks, (what, self.gate.loop.time()))
         if what == "held":  # a ready engine that let it down is known to be gone in a moment
             state = self.gate.engine.state
-            self.answered.held("restarting" if state == "ready" else state)
+            self.recipient.request_held("restarting" if state == "ready" else state)
 
     # What the gate calls
 
@@ -198,13 +198,13 @@ class Delivery(Delivering, Sink):
             self.state = SENT
             self._send(None)
         else:
-            self._happens(Event.GO)
+            self._apply(Event.GO)
 
     def refuse(self, refusal: Refusal) -> None:
-        self._happens(Event.REFUSE, refusal)
+        self._apply(Event.REFUSE, refusal)
 
-    def fate(self, *, alive: bool) -> None:
-        self._happens(Event.ALIVE if alive else Event.DEAD)
+    def engine_judged(self, *, alive: bool) -> None:
+        self._apply(Event.ALIVE if alive else Event.DEAD)
 
     # What the connection calls
 
@@ -217,48 +217,48 @@ class Delivery(Delivering, Sink):
         kept = self.kept
         assert kept is not None  # dropped only once there was a connection, and then nothing is sent again
         connection.transport.write(kept[0] if len(kept) == 1 else b"".join(kept))
-        if self.complete:
+        if self.request_complete:
             connection.request_sent = True
         else:
-            self.answered.resume_request()
+            self.recipient.resume_request()
 
-    def head(self, head: ResponseHead) -> None:
+    def head_received(self, head: ResponseHead) -> None:
         if head.status < 200:
-            self.answered.interim(head)
-        elif head.status in DOUBTED:
-            self._happens(Event.ERROR, head)
+            self.recipient.interim_received(head)
+        elif head.status in DOUBTED_STATUSES:
+            self._apply(Event.ERROR, head)
         elif head.framing is Framing.LENGTH and not self.is_head:
             self.pending = head  # a whole answer's head waits for its body: vLLM may die between the two
         else:
-            self._happens(Event.ANSWER, head)
+            self._apply(Event.ANSWER, head)
 
-    def switched(self, head: ResponseHead, data: bytes) -> None:
+    def websocket_opened(self, head: ResponseHead, data: bytes) -> None:
         self._step_aside()
-        self.answered.switched(head, data)
+        self.recipient.websocket_opened(head, data)
 
-    def whole(self, known: KnownAnswer, digits: bytes, body: bytes) -> None:
+    def answer_received(self, known: KnownAnswer, digits: bytes, body: bytes) -> None:
         self.connection = None
         self.state = OVER
-        self.answered.whole(known, digits, body)
+        self.recipient.answer_received(known, digits, body)
 
-    def data(self, data: bytes, in_chunk: bool) -> None:
+    def body_received(self, data: bytes, in_chunk: bool) -> None:
         if self.state is State.DOUBTED:  # error answers are small: nothing bounds them here
             self.pending_body += ((data, in_chunk),)
         elif self.pending is not None:
-            answered = self.answered
-            self._happens(Event.ANSWER, self.pending)
-            answered.data(data, in_chunk)
+            recipient = self.recipient
+            self._apply(Event.ANSWER, self.pending)
+            recipient.body_received(data, in_chunk)
 
-    def ended(self) -> None:
+    def answer_ended(self) -> None:
         self.connection = None
         if self.state is State.DOUBTED:
             self.pending_ended = True
         elif self.pending is not None:
-            answered = self.answered
-            self._happens(Event.ANSWER, self.pending)
-            answered.ended()
+            recipient = self.recipient
+            self._apply(Event.ANSWER, self.pending)
+            recipient.answer_ended()
 
-    def lost(self, error: UpstreamError) -> None:
+    def answer_lost(self, error: UpstreamError) -> None:
         connection, self.connection = self.connection, None
         self.pending, self.pending_body = None, ()
         self.error = error
@@ -273,21 +273,21 @@ class Delivery(Delivering, Sink):
             event = Event.STALE
         else:
             event = Event.GONE if self.replayed else Event.BROKEN
-        self._happens(event)
+        self._apply(event)
 
     def pause_request(self) -> None:
-        self.answered.pause_request()
+        self.recipient.pause_request()
 
     def resume_request(self) -> None:
-        self.answered.resume_request()
+        self.recipient.resume_request()
 
     # The table's actions; each gets the event's subject: a head, a refusal, or nothing
 
-    def _happens(self, event: Event, about: ResponseHead | Refusal | None = None) -> None:
+    def _apply(self, event: Event, subject: ResponseHead | Refusal | None = None) -> None:
         row = TABLE.get((self.state, event))
         if row is not None:  # what is not in the table changes nothing
             self.state = row[0]
-            row[1](self, about)
+            row[1](self, subject)
 
     def _send(self, _: object) -> None:
         if self.marks:
@@ -296,7 +296,7 @@ class Delivery(Delivering, Sink):
             self.lost_before = False
             self.replayed = True
             self.gate.counts.replayed += 1
-        self.went = True
+        self.was_sent = True
         self.generation = self.gate.generation
         self.gate.upstream.send(self, fresh=self.replayed or self.resent or self.error is not None)
 
@@ -307,14 +307,14 @@ class Delivery(Delivering, Sink):
     def _pass_on(self, head: ResponseHead | Refusal | None) -> None:
         assert isinstance(head, ResponseHead)
         self._step_aside()
-        self.answered.answer(head)
+        self.recipient.answer_begun(head)
 
     def _step_aside(self) -> None:
         """From here on the answer is its client's alone, and the request is not sent again."""
         self.state = State.OVER
         self.kept, self.pending = None, None
         if self.connection is not None:
-            self.connection.receiver = self.answered
+            self.connection.receiver = self.recipient
 
     def _suspect(self, head: ResponseHead | Refusal | None) -> None:
         assert isinstance(head, ResponseHead)
@@ -322,12 +322,12 @@ class Delivery(Delivering, Sink):
         self.gate.ask(self)
 
     def _believe(self, _: object) -> None:
-        answered, head, body, ended = self.answered, self.pending, self.pending_body, self.pending_ended
+        recipient, head, body, ended = self.recipient, self.pending, self.pending_body, self.pending_ended
         self._pass_on(head)
         for data, in_chunk in body:
-            answered.data(data, in_chunk)
+            recipient.body_received(data, in_chunk)
         if ended:
-            answered.ended()
+            recipient.answer_ended()
 
     def _replay(self, _: object) -> None:
         """The answer was the dying engine's."""
@@ -346,12 +346,12 @@ class Delivery(Delivering, Sink):
         """vLLM closed the connection before it answered: what becomes of the request depends on the engine's fate."""
         gate = self.gate
         if gate.engine.over:
-            self._refuse(gate.unavailable())
+            self._refuse(gate.unavailable_refusal())
             return
         if self.state is State.LOST:
             self.lost_before = True
             self.mark("lost")
-        log.warning("%s: its request is held", self.error, extra=self.answered.named)
+        log.warning("%s: its request is held", self.error, extra=self.recipient.log_extra)
         gate.hold(self)
         if gate.open:  # its death may not be known yet
             gate.ask(self)
@@ -363,21 +363,21 @@ class Delivery(Delivering, Sink):
 
     def _give_up(self, _: object) -> None:
         """vLLM had the request, and lives, and gave no answer."""
-        log.warning("%s", self.error, extra=self.answered.named)
+        log.warning("%s", self.error, extra=self.recipient.log_extra)
         if self.gate.engine.ready:
             again = ", for the second time" if self.replayed else ""
             self._refuse(Refusal(502, f"{self.error}{again}.", "engine_no_answer"))
         else:
-            self._refuse(LOST_TWICE if self.replayed else self.gate.unavailable())
+            self._refuse(LOST_TWICE if self.replayed else self.gate.unavailable_refusal())
 
     def _refuse(self, refusal: object) -> None:
         assert isinstance(refusal, Refusal)
-        answered = self.answered
+        recipient = self.recipient
         self.abort()
-        answered.refused(refusal)
+        recipient.request_refused(refusal)
 
 
-NOBODY = cast("Answered", None)
+NO_RECIPIENT = cast("Recipient", None)
 _D = Delivery
 TABLE: Mapping[tuple[State, Event], tuple[State, Callable[[Delivery, ResponseHead | Refusal | None], None]]] = {
     (State.WAITING, Event.GO): (State.SENT, _D._send),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from supervisor.gateway.record import Record
 
 
-class Then(Enum):
+class AfterAnswer(Enum):
     """What becomes of the client's connection behind an answer."""
 
     KEEP = "the next request may come"
@@ -27,7 +27,7 @@ class Then(Enum):
     RESET = "the answer's end is only told by the close, and this one is not whole"
 
 
-KEEP = Then.KEEP  # found faster
+KEEP = AfterAnswer.KEEP  # found faster
 
 
 class Client:
@@ -43,7 +43,7 @@ class Client:
     def resume(self) -> None:
         raise NotImplementedError
 
-    def becomes_tunnel(self, exchange: Exchange) -> None:
+    def become_tunnel(self, exchange: Exchange) -> None:
         """What it sends from now on are frames, and go to `exchange.tunnel`."""
         raise NotImplementedError
 
@@ -51,19 +51,19 @@ class Client:
         """Reads what still comes, and throws it away, for a while."""
         raise NotImplementedError
 
-    def done(self, exchange: Exchange, then: Then) -> None:
+    def answer_done(self, exchange: Exchange, after: AfterAnswer) -> None:
         raise NotImplementedError
 
 
-class Delivering:
+class BaseDelivery:
     """A request on its way to its answer: a `Delivery`, or one of the cache's."""
 
     marks: tuple[tuple[str, float], ...] = ()  # what kept it from going to vLLM at once, and when it went
-    went = False  # vLLM had it
+    was_sent = False  # vLLM had it
     replayed = False  # because the engine died
-    working = False  # vLLM is to make the next byte
-    waits = False  # for the engine, or for its turn
-    content = b""  # of one that waits: the request, its head and its body
+    is_working = False  # vLLM is to make the next byte
+    is_waiting = False  # for the engine, or for its turn
+    request_bytes = b""  # of one that waits: the request, its head and its body
 
     def begin(self, complete: bool) -> None:
         """`complete`: all of the request is there."""
@@ -99,28 +99,28 @@ class Door:
     counts: Counts
     new_id: Callable[[], bytes]
     time: Callable[[], float]
-    deliver: Callable[[Exchange, bytes], Delivering]  # head, as vLLM gets it
-    present: set[Exchange]  # those of all doors
+    deliver: Callable[[Exchange, bytes], BaseDelivery]  # head, as vLLM gets it
+    exchanges: set[Exchange]  # those of all doors
     memo: Memo[Request]
     max_body: int  # bytes
     private: bool = False
     tls: bool = False
-    keep_alive: float = 0.0  # seconds between two comments to a stream's client that waits; 0: it gets none
-    crowded: Refusal | None = None  # there are too many connections for any request
+    comment_interval: float = 0.0  # seconds between two comments to a stream's client that waits; 0: it gets none
+    crowd_refusal: Refusal | None = None  # there are too many connections for any request
     watchers: tuple[Callable[[Record], object], ...] = ()  # called with each that is over
 
-    def refusal(self, exchange: Exchange) -> Refusal | None:
+    def find_refusal(self, exchange: Exchange) -> Refusal | None:
         """Whether this request may go on: keys, routes, sizes, rates, and whether anybody will answer."""
         verdict: Verdict = exchange.request.verdict  # type: ignore[assignment]  # it was judged
-        if self.crowded is not None:
-            return self.crowded
+        if self.crowd_refusal is not None:
+            return self.crowd_refusal
         if verdict.refusal is not None:
-            return self.policy.refused(verdict, exchange.client.address, exchange.began)
-        if exchange.left < 0 or exchange.unwanted:
-            exchange.unwanted = True
-            return self.policy.too_large()
+            return self.policy.refusal_for(verdict, exchange.client.address, exchange.began)
+        if exchange.body_budget < 0 or exchange.discards_request:
+            exchange.discards_request = True
+            return self.policy.size_refusal()
         if self.policy.rate is not None:
             client = verdict.client or exchange.client.address
             if (refusal := self.policy.rate.take(client, exchange.began)) is not None:
                 return refusal
-        return None if self.gate.open else self.gate.refusal(limited=not self.private)
+        return None if self.gate.open else self.gate.find_refusal(limited=not self.private)

@@ -27,7 +27,7 @@ LINE_ENDS = re.compile(rb"[\r\n]+")
 STREAM_ENDS = (b"data: [DONE]\n\n\r\n", b'"type":"message_stop"}\n\n\r\n')
 # A piece of an event stream (the size of its chunk may stand before) that vLLM's API server makes without the engine:
 # a comment, or what every stream of /v1/responses begins with.
-NO_SIGN = re.compile(rb"(?:[0-9A-Fa-f]+\r\n)?(?::|event: response\.(?:created|in_progress)\b)")
+NO_PROGRESS = re.compile(rb"(?:[0-9A-Fa-f]+\r\n)?(?::|event: response\.(?:created|in_progress)\b)")
 COMMENT = re.compile(rb"(?:[0-9A-Fa-f]+\r\n)?:")
 # An engine that dies makes an error event of it, and vLLM's API server ends the stream as if it were well.
 FAILED = re.compile(rb"""(?m)^(?:data: ?\{"error"|event: ?error)|"finish_reason": ?"(?:abort|error)\"""")
@@ -49,7 +49,7 @@ class Body:
         """What may go to the client now. `in_chunk`: vLLM's bytes so far end within a chunk."""
         return data if self.dechunker is None else self.dechunker.feed(data)
 
-    def rest(self) -> bytes:
+    def flush(self) -> bytes:
         """What was kept back, once all of it is there."""
         return b""
 
@@ -57,7 +57,7 @@ class Body:
         """What ends it well at this moment. None: only a cut tells."""
         return None
 
-    def nothing(self) -> bytes:
+    def filler(self) -> bytes:
         """Bytes without a meaning, which a client that is gone will not take; none where there are no such bytes."""
         return b""
 
@@ -69,59 +69,59 @@ class Events(Body):
     """Of an event stream in chunks. Half an event is of no use to its client, and a stream that stops there could not
     be ended well: so it gets whole ones, unless one is too large to be kept."""
 
-    __slots__ = ("before", "latest", "partial", "torn")
+    __slots__ = ("last_piece", "partial_event", "previous_piece", "torn")
 
     def __init__(self, dechunker: Dechunker | None = None) -> None:
         super().__init__(dechunker)
-        self.partial = b""  # bytes that end within an event, and that the client has not got
+        self.partial_event = b""  # bytes that end within an event, and that the client has not got
         self.torn = False  # the client has half an event, and maybe half a chunk
-        self.before = self.latest = b""  # what the client got last but one, and last
+        self.previous_piece = self.last_piece = b""  # what the client got last but one, and last
 
     def feed(self, data: bytes, in_chunk: bool) -> bytes:
-        if not (self.partial or in_chunk or self.torn) and data.endswith(USUAL_ENDS):  # nearly always
-            self.before, self.latest = self.latest, data
+        if not (self.partial_event or in_chunk or self.torn) and data.endswith(USUAL_ENDS):  # nearly always
+            self.previous_piece, self.last_piece = self.last_piece, data
             return data if self.dechunker is None else self.dechunker.feed(data)
         if self.torn:
             # The end of an event may come in pieces.
-            self.latest = data if len(data) >= LONGEST_END else (self.latest + data)[-LONGEST_END:]
-            self.torn = in_chunk or not _ends_event(self.latest)
+            self.last_piece = data if len(data) >= LONGEST_END else (self.last_piece + data)[-LONGEST_END:]
+            self.torn = in_chunk or not _ends_event(self.last_piece)
         else:
-            data = self.partial + data
+            data = self.partial_event + data
             if in_chunk or not _ends_event(data):
                 if len(data) < PARTIAL_LIMIT:
-                    self.partial = data
+                    self.partial_event = data
                     return b""
                 self.torn = True
-            self.partial = b""
-            self.before, self.latest = self.latest, data
+            self.partial_event = b""
+            self.previous_piece, self.last_piece = self.last_piece, data
         return data if self.dechunker is None else self.dechunker.feed(data)
 
-    def rest(self) -> bytes:
-        data, self.partial = self.partial, b""
+    def flush(self) -> bytes:
+        data, self.partial_event = self.partial_event, b""
         return data if self.dechunker is None else self.dechunker.feed(data)
 
     @property
     def failed(self) -> bool:
         """vLLM itself has ended it by an error: the end mark stands behind that, and maybe in a piece of its own."""
-        return FAILED.search(self.before + self.latest) is not None
+        return FAILED.search(self.previous_piece + self.last_piece) is not None
 
     def ending(self, refusal: Refusal, path: bytes) -> bytes | None:
         if self.torn:
             return None
-        rest = _whole_events(self.partial)
+        rest = _cut_to_whole_events(self.partial_event)
         # vLLM may have ended the stream itself, and died before the last chunk.
-        events = b"" if (rest or self.latest).endswith(STREAM_ENDS) else refusal.events(path)
+        events = b"" if (rest or self.last_piece).endswith(STREAM_ENDS) else refusal.events(path)
         if self.dechunker is not None:
             return self.dechunker.feed(rest) + events
         return rest + (b"%x\r\n%b\r\n" % (len(events), events) if events else b"") + b"0\r\n\r\n"
 
-    def nothing(self) -> bytes:
+    def filler(self) -> bytes:
         if self.torn:
             return b""
         return COMMENT_CHUNK if self.dechunker is None else b":\n\n"
 
 
-class Late(Body):
+class LateAnswer(Body):
     """Of an answer that is no stream, whose client was given a stream's head while it waited: it becomes an event."""
 
     def __init__(self, path: bytes, *, chunked: bool) -> None:
@@ -133,7 +133,7 @@ class Late(Body):
         self.content += super().feed(data, in_chunk)
         return b""
 
-    def rest(self) -> bytes:
+    def flush(self) -> bytes:
         one_line = LINE_ENDS.sub(b" ", self.content)
         named = self.path.startswith((b"/v1/messages", b"/v1/responses"))
         events = b"event: error\ndata: %b\n\n" % one_line if named else b"data: %b\n\ndata: [DONE]\n\n" % one_line
@@ -142,7 +142,7 @@ class Late(Body):
     def ending(self, refusal: Refusal, path: bytes) -> bytes:
         return Events().ending(refusal, path) or b""
 
-    def nothing(self) -> bytes:
+    def filler(self) -> bytes:
         return COMMENT_CHUNK
 
 
@@ -156,14 +156,14 @@ class Tunnel(Body):
         self.frames.feed(data)
         return data
 
-    def rest(self) -> bytes:
+    def flush(self) -> bytes:
         """vLLM closed the connection, and may have said so."""
-        if self.frames.closed or not self.frames.between:
+        if self.frames.closed or not self.frames.is_between_frames:
             return b""
         return close_frame(INTERNAL_ERROR, "The engine closed the connection.")
 
     def ending(self, refusal: Refusal, path: bytes) -> bytes:
-        if self.frames.closed or not self.frames.between:  # within a frame it were part of a message
+        if self.frames.closed or not self.frames.is_between_frames:  # within a frame it were part of a message
             return b""
         return close_frame(GOING_AWAY if refusal.code == "shutting_down" else INTERNAL_ERROR, refusal.message)
 
@@ -177,9 +177,9 @@ def _ends_event(data: bytes) -> bool:
     return data.endswith(EVENT_ENDS) and (not data.endswith(LINE_END_ALONE) or data.endswith(SECOND_LINE_END))
 
 
-def _whole_events(data: bytes) -> bytes:
+def _cut_to_whole_events(data: bytes) -> bytes:
     """The chunks at the beginning of `data` up to the last that ends an event; what follows is dropped."""
-    at = whole = 0
+    at = whole_size = 0
     while (line := data.find(b"\r\n", at)) >= 0:
         size = int(data[at:line].partition(b";")[0], 16)
         end = line + 2 + size + 2
@@ -187,5 +187,5 @@ def _whole_events(data: bytes) -> bytes:
             break
         at = end
         if _ends_event(data[:at]):
-            whole = at
-    return data[:whole]
+            whole_size = at
+    return data[:whole_size]

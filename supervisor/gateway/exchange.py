@@ -11,11 +11,11 @@ import logging
 import re
 from typing import TYPE_CHECKING
 
-from supervisor.gateway.delivery import BROKEN_OFF, Answered
-from supervisor.gateway.door import KEEP, Client, Door, Then
-from supervisor.gateway.endings import COMMENT_CHUNK, PLAIN, Body, Events, Late, Tunnel, is_comment
+from supervisor.gateway.delivery import BROKEN_OFF, Recipient
+from supervisor.gateway.door import KEEP, AfterAnswer, Client, Door
+from supervisor.gateway.endings import COMMENT_CHUNK, PLAIN, Body, Events, LateAnswer, Tunnel, is_comment
 from supervisor.gateway.errors import Refusal, UpstreamError
-from supervisor.gateway.http1 import START, WATCHED, Dechunker, Framing, KnownAnswer, Request, ResponseHead
+from supervisor.gateway.http1 import ANSWER_START, WATCHED, Dechunker, Framing, KnownAnswer, Request, ResponseHead
 from supervisor.gateway.record import CLIENT_GONE, Record
 
 if TYPE_CHECKING:
@@ -32,31 +32,31 @@ EVENTS_HEAD = (
 )
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 # Bytes of a body that are kept before its turn comes.
-WAITING_LIMIT = 64 * 1024
+EARLY_BODY_LIMIT = 64 * 1024
 BODY_TOO_SLOW = Refusal(408, "The request's body did not come in time.", "request_timeout")
 log = logging.getLogger("supervisor.gateway")
 
 
-class Exchange(Record, Answered):
+class Exchange(Record, Recipient):
     """One relayed request. For the delivery it is who gets the answer (`Answered`)."""
 
     refusal: Refusal | None = None  # of its head, which is read before its turn comes
     head = b""  # of one that came before, as vLLM gets it, with its body
-    complete = False  # its body is there
-    waiting: tuple[bytes, ...] = ()  # its body, as far as it came before its turn
-    waiting_size = 0
-    unwanted = False  # what still comes of the request: it is read, and thrown away
-    received = 0  # bytes of a chunked body
-    framing = 0  # bytes of chunks that are not the body's
+    request_complete = False  # its body is there
+    early_body: tuple[bytes, ...] = ()  # its body, as far as it came before its turn
+    early_body_size = 0
+    discards_request = False  # what still comes of the request: it is read, and thrown away
+    chunked_size = 0  # bytes of a chunked body
+    framing_size = 0  # bytes of chunks that are not the body's
     body: Body | None = None  # of the answer, once it has begun
     response_complete = False
     keep_alive = True
     ends_by_close = False
-    early: tuple[bytes, ...] = ()  # frames that came before the WebSocket was there
+    early_frames: tuple[bytes, ...] = ()  # frames that came before the WebSocket was there
     wants_events: bool | None = None  # whether its body asks for a stream, where that was looked at
-    alive_at: float | None = None  # when its client, which waits, was last sent a comment
-    read_at = 0.0  # when a stream's last bytes came
-    more_lines = b""  # that the cache adds to the answer's head
+    commented_at: float | None = None  # when its client, which waits, was last sent a comment
+    last_read_at = 0.0  # when a stream's last bytes came
+    extra_lines = b""  # that the cache adds to the answer's head
 
     def __init__(self, client: Client, door: Door, request: Request, request_id: bytes) -> None:
         self.client = client
@@ -66,147 +66,147 @@ class Exchange(Record, Answered):
         self.began = door.time()
         if not request.keep_alive:
             self.keep_alive = False
-        self.left = door.max_body  # bytes that the request's body may still have
+        self.body_budget = door.max_body  # bytes that the request's body may still have
 
     # From the client
 
     def start(self) -> None:
         """Its turn has come: the answers before it on this connection are complete."""
         door = self.door
-        door.present.add(self)
-        refusal = self.refusal or door.refusal(self)
+        door.exchanges.add(self)
+        refusal = self.refusal or door.find_refusal(self)
         if refusal is not None:
-            self.refused(refusal)
+            self.request_refused(refusal)
             return
         head = self.head
         if head:
             self.head = b""
         else:
-            head = b"%b%b\r\n\r\n" % (self.request.written, self.request_id)
-        self.delivering = delivering = door.deliver(self, head)
-        if self.waiting:
-            for data in self.waiting:
+            head = b"%b%b\r\n\r\n" % (self.request.rewritten, self.request_id)
+        self.delivery = delivering = door.deliver(self, head)
+        if self.early_body:
+            for data in self.early_body:
                 delivering.write(data)
-            self.waiting = ()
-        delivering.begin(self.complete)
+            self.early_body = ()
+        delivering.begin(self.request_complete)
 
     def data_of_request(self, data: bytes) -> None:
         size = len(data)
         self.door.counts.received += size
         chunked = self.request.chunked
         if chunked:
-            self.left -= size
-            self.received += size
-            if self.left < 0:
-                self._too_much()
+            self.body_budget -= size
+            self.chunked_size += size
+            if self.body_budget < 0:
+                self._refuse_size()
         if self.response_complete:
             return  # answered early: the rest is read and thrown away, so that the connection stays usable
         if chunked:
             data = b"%x\r\n%b\r\n" % (size, data)
         self._pass_on(data)
 
-    def framed(self, size: int) -> None:
+    def count_framing(self, size: int) -> None:
         """So many bytes of a chunked body came, its framing included."""
-        self.framing += size
-        if self.framing - self.received > FRAMING_LIMIT + FRAMING_SHARE * self.received:
-            self._too_much()
+        self.framing_size += size
+        if self.framing_size - self.chunked_size > FRAMING_LIMIT + FRAMING_SHARE * self.chunked_size:
+            self._refuse_size()
 
-    def _too_much(self) -> None:
+    def _refuse_size(self) -> None:
         """A chunked body tells its size only as it comes. One whose turn has not come is refused when it has."""
-        self.unwanted = True
+        self.discards_request = True
         if self.response_complete:
             self.client.linger()  # refused for another reason: nobody reads all of it to be polite
-        elif self in self.door.present:
-            self.end_now(self.door.policy.too_large())
+        elif self in self.door.exchanges:
+            self.end_now(self.door.policy.size_refusal())
 
     def end_of_request(self, trailers: Headers) -> None:
-        self.complete = True
+        self.request_complete = True
         if self.response_complete:
             return
         if self.request.chunked:
             fields = b"".join(b"%b: %b\r\n" % field for field in trailers if field[0].lower() not in WATCHED)
             self._pass_on(b"0\r\n%b\r\n" % fields)
-        if self.delivering is not None:
-            self.delivering.end()
+        if self.delivery is not None:
+            self.delivery.end()
 
     def _pass_on(self, data: bytes) -> None:
-        if self.delivering is not None:
-            self.delivering.write(data)
+        if self.delivery is not None:
+            self.delivery.write(data)
         else:
-            self.waiting += (data,)
-            self.waiting_size += len(data)
-            if self.waiting_size > WAITING_LIMIT:
+            self.early_body += (data,)
+            self.early_body_size += len(data)
+            if self.early_body_size > EARLY_BODY_LIMIT:
                 self.client.pause()
 
-    def tunnel(self, data: bytes) -> None:
+    def pass_frames(self, data: bytes) -> None:
         """Frames, or what its client sent before it knew whether there would be any."""
         if isinstance(self.body, Tunnel):
-            assert self.delivering is not None
-            self.delivering.write(data)
+            assert self.delivery is not None
+            self.delivery.write(data)
         else:
-            self.early += (data,)
+            self.early_frames += (data,)
             self.client.pause()  # it is to wait
 
     def pause_answer(self) -> None:
         """Its client takes no more of it for now."""
-        if self.delivering is not None:
-            self.delivering.pause()
+        if self.delivery is not None:
+            self.delivery.pause()
 
     def resume_answer(self) -> None:
-        if self.delivering is not None:
-            self.delivering.resume()
+        if self.delivery is not None:
+            self.delivery.resume()
 
     @property
-    def is_awaited(self) -> bool:
+    def awaits_body(self) -> bool:
         """Whether its client is to go on with its body. One that waits for a 100 is not, while it is held."""
-        held = self.request.expects_continue and self.delivering is not None and self.delivering.waits
-        return not (self.complete or held)
+        held = self.request.expects_continue and self.delivery is not None and self.delivery.is_waiting
+        return not (self.request_complete or held)
 
-    def nothing(self) -> bytes:
+    def filler(self) -> bytes:
         """Bytes that mean nothing at this moment (RFC 9110, 15.2, before an answer), and that all clients know. One of
         HTTP/1.0 knows none: it is sent what its answer begins with."""
         if self.body is not None:
-            return self.body.nothing()
-        return CONTINUE if self.request.http11 else START
+            return self.body.filler()
+        return CONTINUE if self.request.http11 else ANSWER_START
 
     def client_gone(self) -> None:
         """Nobody will read the answer: vLLM is told at once, by closing its connection."""
         if self.response_complete:
             return
-        self.gone = True
+        self.client_left = True
         if not self.first_at:
             self.status = CLIENT_GONE
-        self._over()
+        self._leave()
 
     # From below: Answered
 
-    def interim(self, head: ResponseHead) -> None:
+    def interim_received(self, head: ResponseHead) -> None:
         if self.request.http11:
             self.client.write(b"HTTP/1.1 %d %b\r\n%b\r\n" % (head.status, head.reason, head.fields))
 
-    def keep_waiting(self, now: float) -> None:
+    def send_due_comment(self, now: float) -> None:
         """While it is held, or waits for its turn: begins the event stream that its client asked for, and keeps it from
         being closed on by a proxy. What becomes of the request is then told by an event, and no more by a status."""
-        silent = now - (self.alive_at or self.began)
-        if silent < self.door.keep_alive or self.delivering is None or not (self.complete and self.delivering.waits):
+        delivery, silence = self.delivery, now - (self.commented_at or self.began)
+        if silence < self.door.comment_interval or not (self.request_complete and delivery and delivery.is_waiting):
             return
-        if self.alive_at is None:
+        if self.commented_at is None:
             if self.wants_events is None:  # it is looked at once
-                self.wants_events = self.request.http11 and WANTS_EVENTS.search(self.delivering.content) is not None
+                self.wants_events = self.request.http11 and WANTS_EVENTS.search(delivery.request_bytes) is not None
             if not self.wants_events:
                 return
             self.body, self.status = Events(), 200
             self.client.write(b"%bX-Request-Id: %b\r\n\r\n" % (EVENTS_HEAD, self.request_id))
-        self.alive_at = now
+        self.commented_at = now
         self.client.write(COMMENT_CHUNK)
 
-    def answer(self, head: ResponseHead) -> None:
-        if self.alive_at is not None:
+    def answer_begun(self, head: ResponseHead) -> None:
+        if self.commented_at is not None:
             if not head.is_sse or head.framing is not Framing.CHUNKED:
-                self.body = Late(self._path(), chunked=head.framing is Framing.CHUNKED)
+                self.body = LateAnswer(self._path(), chunked=head.framing is Framing.CHUNKED)
             return
         self.status = head.status
-        lines = [b"HTTP/1.1 %d " % head.status, head.reason, b"\r\n", head.fields, self.more_lines]
+        lines = [b"HTTP/1.1 %d " % head.status, head.reason, b"\r\n", head.fields, self.extra_lines]
         self.body = PLAIN
         if head.framing is Framing.CHUNKED and not self.request.is_head:
             if self.request.http11:
@@ -223,9 +223,9 @@ class Exchange(Record, Answered):
             self.ends_by_close = True
         if not head.has_request_id:
             lines += (b"X-Request-Id: ", self.request_id, b"\r\n")
-        if self.held_for:
-            lines.append(_state(self.held_for))
-        lines.append(b"\r\n" if self._keeps() else b"Connection: close\r\n\r\n")
+        if self.held_state:
+            lines.append(_state_line(self.held_state))
+        lines.append(b"\r\n" if self._may_keep_alive() else b"Connection: close\r\n\r\n")
         if not isinstance(self.body, Events):  # vLLM sends a stream's head at once: its first event is waited for
             self.first_at = self.door.time()
         self.client.write(b"".join(lines))
@@ -233,34 +233,34 @@ class Exchange(Record, Answered):
     def _path(self) -> bytes:
         """As vLLM sees it, below its --root-path: it tells the dialect of errors."""
         routes = self.door.policy.routes
-        return routes.below_root(self.request.path).encode("latin-1", "replace") if routes.root else self.request.path
+        return routes.strip_root(self.request.path).encode("latin-1", "replace") if routes.root else self.request.path
 
-    def _keeps(self) -> bool:
+    def _may_keep_alive(self) -> bool:
         """Whether the connection may carry another request behind this answer."""
-        expects = self.request.expects_continue and not self.complete
-        if self.ends_by_close or expects or self.unwanted or self.door.gate.closing or self.door.crowded:
+        expects = self.request.expects_continue and not self.request_complete
+        if self.ends_by_close or expects or self.discards_request or self.door.gate.closing or self.door.crowd_refusal:
             self.keep_alive = False
         return self.keep_alive
 
-    def whole(self, known: KnownAnswer, digits: bytes, body: bytes) -> None:
-        if self.alive_at is not None:
-            self.answer(known.head)
-            self.data(body, False)
-            self.ended()
+    def answer_received(self, known: KnownAnswer, digits: bytes, body: bytes) -> None:
+        if self.commented_at is not None:
+            self.answer_begun(known.head)
+            self.body_received(body, False)
+            self.answer_ended()
             return
         self.status = known.status
         self.body = PLAIN
         self.sent = size = len(body)
         self.door.counts.sent += size
         self.first_at = self.over_at = self.door.time()
-        keeps = self._keeps()
-        end = b"\r\n\r\n" if keeps else b"\r\nConnection: close\r\n\r\n"
-        if self.held_for:
-            end = b"\r\n" + _state(self.held_for) + end[2:]
-        self.client.write(b"".join((known.before, digits, known.after, self.request_id, end, body)))
-        self._over(KEEP if keeps else self._then())
+        keeps_alive = self._may_keep_alive()
+        end = b"\r\n\r\n" if keeps_alive else b"\r\nConnection: close\r\n\r\n"
+        if self.held_state:
+            end = b"\r\n" + _state_line(self.held_state) + end[2:]
+        self.client.write(b"".join((known.prefix, digits, known.suffix, self.request_id, end, body)))
+        self._leave(KEEP if keeps_alive else self._after_answer())
 
-    def data(self, data: bytes, in_chunk: bool) -> None:
+    def body_received(self, data: bytes, in_chunk: bool) -> None:
         body = self.body
         data = body.feed(data, in_chunk)  # type: ignore[union-attr]  # it has begun
         if not data:
@@ -271,58 +271,58 @@ class Exchange(Record, Answered):
         self.client.write(data)
         if type(body) is Events and not is_comment(data):
             now = self.door.time()
-            if self.read_at:
-                self.door.counts.gap(now - self.read_at)
+            if self.last_read_at:
+                self.door.counts.observe_gap(now - self.last_read_at)
             else:
                 self.first_at = now
-            self.read_at = now
+            self.last_read_at = now
 
-    def ended(self) -> None:
+    def answer_ended(self) -> None:
         assert self.body is not None
-        assert self.delivering is not None
-        self.delivering.release()
-        self._send(self.body.rest())
+        assert self.delivery is not None
+        self.delivery.release()
+        self._send(self.body.flush())
         if isinstance(self.body, Events) and self.body.failed:
-            self.cut = "engine_error"
+            self.code = "engine_error"
         elif isinstance(self.body, Tunnel):
-            self.unwanted = True  # what the client still sends, its own close among it
-        self._complete()
+            self.discards_request = True  # what the client still sends, its own close among it
+        self._finish()
 
-    def lost(self, error: UpstreamError) -> None:
-        log.warning("%s: an answer is cut", error, extra=self.named)
+    def answer_lost(self, error: UpstreamError) -> None:
+        log.warning("%s: an answer is cut", error, extra=self.log_extra)
         self._break_off(BROKEN_OFF)
 
-    def switched(self, head: ResponseHead, data: bytes) -> None:
+    def websocket_opened(self, head: ResponseHead, data: bytes) -> None:
         self.status = head.status
         self.body = Tunnel()
         self.body.feed(data, False)
         self.first_at = self.door.time()
         lines = (b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n", head.fields)
         self.client.write(b"".join((*lines, b"X-Request-Id: ", self.request_id, b"\r\n\r\n", data)))
-        self.client.becomes_tunnel(self)
-        early, self.early = self.early, ()
+        self.client.become_tunnel(self)
+        early, self.early_frames = self.early_frames, ()
         for frames in early:
-            self.tunnel(frames)
+            self.pass_frames(frames)
         self.client.resume()
 
-    def refused(self, refusal: Refusal) -> None:
+    def request_refused(self, refusal: Refusal) -> None:
         if self.body is not None:
             self._break_off(refusal)
             return
-        self.status, self.cut, self.ours = refusal.status, refusal.code or "", True
+        self.status, self.code, self.is_ours = refusal.status, refusal.code or "", True
         self.first_at = self.over_at = self.door.time()
-        more = self.door.policy.origins.lines(self.request.header(b"origin"))
-        if state := self.held_for or (self.door.gate.engine.state if refusal.code == "engine_unavailable" else ""):
-            more += _state(state)
-        head, body = refusal.head_and_body(self._path(), self.request_id, more)
+        extra = self.door.policy.origins.lines(self.request.header(b"origin"))
+        if state := self.held_state or (self.door.gate.engine.state if refusal.code == "engine_unavailable" else ""):
+            extra += _state_line(state)
+        head, body = refusal.head_and_body(self._path(), self.request_id, extra)
         body = b"" if self.request.is_head else body
         self.sent = len(body)
-        end = b"\r\n" if self._keeps() else b"Connection: close\r\n\r\n"
+        end = b"\r\n" if self._may_keep_alive() else b"Connection: close\r\n\r\n"
         self.client.write(head + end + body)
-        self._complete()
+        self._finish()
 
     def pause_request(self) -> None:
-        if not self.complete or isinstance(self.body, Tunnel):
+        if not self.request_complete or isinstance(self.body, Tunnel):
             self.client.pause()
 
     def resume_request(self) -> None:
@@ -330,9 +330,9 @@ class Exchange(Record, Answered):
 
     # Its end
 
-    def refuse_late(self) -> None:
+    def refuse_slow_body(self) -> None:
         """The client does not go on with its body."""
-        self.unwanted = True
+        self.discards_request = True
         self.end_now(BODY_TOO_SLOW)
 
     def end_now(self, refusal: Refusal) -> None:
@@ -340,22 +340,22 @@ class Exchange(Record, Answered):
         if self.response_complete:
             return
         if self.body is None:
-            self.refused(refusal)
+            self.request_refused(refusal)
         else:
             self._break_off(refusal)
 
     def _break_off(self, refusal: Refusal) -> None:
         """Ends an answer that had begun: well, where that can be said, and else so that its client notices."""
         assert self.body is not None
-        self.cut = refusal.code or ""
+        self.code = refusal.code or ""
         ending = self.body.ending(refusal, self._path())
         if ending is None:
-            self._over(Then.RESET if self.ends_by_close else Then.CLOSE)
+            self._leave(AfterAnswer.RESET if self.ends_by_close else AfterAnswer.CLOSE)
             return
         self._send(ending)
         if isinstance(self.body, Tunnel):
-            self.unwanted = True
-        self._complete()
+            self.discards_request = True
+        self._finish()
 
     def _send(self, data: bytes) -> None:
         if data:
@@ -364,32 +364,32 @@ class Exchange(Record, Answered):
             self.first_at = self.first_at or self.door.time()
             self.client.write(data)
 
-    def _complete(self) -> None:
+    def _finish(self) -> None:
         self.first_at = self.first_at or self.door.time()  # a stream without an event
-        self._over(self._then())
+        self._leave(self._after_answer())
 
-    def _then(self) -> Then:
+    def _after_answer(self) -> AfterAnswer:
         if self.keep_alive:
-            return Then.KEEP
-        return Then.LINGER if self.unwanted or self.request.endless else Then.CLOSE
+            return AfterAnswer.KEEP
+        return AfterAnswer.LINGER if self.discards_request or self.request.has_unknown_end else AfterAnswer.CLOSE
 
-    def _over(self, then: Then | None = None) -> None:
+    def _leave(self, after: AfterAnswer | None = None) -> None:
         """Once, for each that has begun. None: its client's connection is gone."""
         self.response_complete = True
         door = self.door
-        door.present.discard(self)
+        door.exchanges.discard(self)
         self.over_at = self.over_at or door.time()
-        if self.delivering is not None:
-            self.delivering.abort()
+        if self.delivery is not None:
+            self.delivery.abort()
         for watcher in door.watchers:
             try:
                 watcher(self)
             except Exception:  # its fault is not the client's, whose answer is to end well
-                log.exception("a watcher of requests failed", extra=self.named)
-        if then is not None:
-            self.client.done(self, then)
+                log.exception("a watcher of requests failed", extra=self.log_extra)
+        if after is not None:
+            self.client.answer_done(self, after)
 
 
-def _state(name: str) -> bytes:
+def _state_line(name: str) -> bytes:
     """For clients that want to know why they waited, or have to."""
     return b"X-Supervisor-State: %b\r\n" % name.encode()

@@ -12,30 +12,30 @@ class Frames:
     """Watches what vLLM sends. `between`: no frame is under way; `closed`: one of them was its close."""
 
     def __init__(self) -> None:
-        self.left = 0  # bytes of the frame that is under way
+        self.remaining = 0  # bytes of the frame that is under way
         self.head = b""  # of a frame, as far as it has come
         self.closed = False
 
     @property
-    def between(self) -> bool:
-        return not self.left and not self.head
+    def is_between_frames(self) -> bool:
+        return not self.remaining and not self.head
 
     def feed(self, data: bytes) -> None:
-        while len(data) > self.left:
-            data = self.head + data[self.left :]
-            self.left = 0
+        while len(data) > self.remaining:
+            data = self.head + data[self.remaining :]
+            self.remaining = 0
             self.head = data[:14]
             if len(data) < 2:
                 return
             length, masked = data[1] & 127, data[1] >> 7
-            more = _MORE_LENGTH.get(length, 0)
-            size = 2 + more + 4 * masked
+            length_size = _MORE_LENGTH.get(length, 0)
+            size = 2 + length_size + 4 * masked
             if len(data) < size:
                 return
             self.head = b""
             self.closed = self.closed or data[0] & 15 == _CLOSE
-            self.left = size + (int.from_bytes(data[2 : 2 + more]) if more else length)
-        self.left -= len(data)
+            self.remaining = size + (int.from_bytes(data[2 : 2 + length_size]) if length_size else length)
+        self.remaining -= len(data)
 
 
 def close_frame(code: int, reason: str) -> bytes:

@@ -1,7 +1,7 @@
 """Who may go to the engine now, who waits, and who is next.
 
 Requests that arrive while the engine loads are held, in order, up to the hold timeout; those above the limit wait their
-turn. The gate sees the engine only through `Engine`, and a request only through `Waiting`.
+turn. The gate sees the engine only through `Engine`, and a request only through `PendingRequest`.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class Engine(Protocol):
         """Why it is not ready, in a sentence for a client: the phase while it loads, the cause when it failed."""
 
 
-class Waiting(Protocol):
+class PendingRequest(Protocol):
     """A request that has no answer yet."""
 
     admitted: bool  # the gate's own note: it counts among those that run
     generation: int  # of the engine that had it last
 
     @property
-    def limited(self) -> bool:
+    def is_limited(self) -> bool:
         """It counts among those that may run at once; jobs do not."""
 
     def go(self) -> None:
@@ -65,7 +65,7 @@ class Waiting(Protocol):
     def mark(self, what: str) -> None:
         """`held` for the engine, or `waiting` for its turn, from now on."""
 
-    def fate(self, *, alive: bool) -> None:
+    def engine_judged(self, *, alive: bool) -> None:
         """Of the engine that had it: the answer to `ask`."""
 
 
@@ -74,7 +74,7 @@ class Admission(NamedTuple):
     seconds, for their turn or for the engine."""
 
     limit: int | None
-    waiting: int
+    queue_limit: int
     hold: float
 
 
@@ -91,130 +91,130 @@ class Gate:
         self.open = False  # requests go to vLLM as they come
         self.closing = False  # every answer closes its connection
         self.generation = 0  # of the engine: one more each time it stops being ready
-        self.held: dict[Waiting, asyncio.TimerHandle] = {}
-        self.queued: dict[Waiting, asyncio.TimerHandle] = {}  # first come, first served
-        self.asking: dict[Waiting, asyncio.Task[None]] = {}  # whether the engine lives
+        self.held: dict[PendingRequest, asyncio.TimerHandle] = {}
+        self.queued: dict[PendingRequest, asyncio.TimerHandle] = {}  # first come, first served
+        self.questions: dict[PendingRequest, asyncio.Task[None]] = {}  # whether the engine lives
 
-    def __contains__(self, one: Waiting) -> bool:
+    def __contains__(self, request: PendingRequest) -> bool:
         """Whether it waits here."""
-        return one in self.held or one in self.queued
+        return request in self.held or request in self.queued
 
     @property
-    def waiting(self) -> int:
+    def waiting_count(self) -> int:
         return len(self.held) + len(self.queued)
 
-    def refusal(self, *, limited: bool = True) -> Refusal | None:
+    def find_refusal(self, *, limited: bool = True) -> Refusal | None:
         """Why no request can be taken at all. A job that RunPod has given us is done even while we drain."""
         if self.open or not self.engine.over or (self.engine.draining and not limited):
             return None
-        return self.unavailable()
+        return self.unavailable_refusal()
 
-    def unavailable(self) -> Refusal:
+    def unavailable_refusal(self) -> Refusal:
         return Refusal(503, self.engine.explanation, "engine_unavailable", RETRY_AFTER)
 
-    def admit(self, one: Waiting) -> None:
+    def admit(self, request: PendingRequest) -> None:
         """It goes on, or waits its turn behind those that came before."""
         limit = self.admission.limit
-        if limit is None or self.active < limit or not one.limited:
+        if limit is None or self.active < limit or not request.is_limited:
             self.active += 1
-            one.admitted = True
+            request.admitted = True
             if self.open or self.engine.draining:
-                one.go()
+                request.go()
             else:
-                self.hold(one)
-        elif len(self.queued) < self.admission.waiting:
-            self.queued[one] = self.loop.call_later(self.admission.hold, self._waited_too_long, one)
-            one.mark("waiting")
+                self.hold(request)
+        elif len(self.queued) < self.admission.queue_limit:
+            self.queued[request] = self.loop.call_later(self.admission.hold, self._refuse_queued, request)
+            request.mark("waiting")
         else:
-            one.refuse(self._busy("the server is busy.", 429))
+            request.refuse(self._busy_refusal("the server is busy.", 429))
 
-    def hold(self, one: Waiting) -> None:
+    def hold(self, request: PendingRequest) -> None:
         """Keeps it until the engine is ready."""
         self.counts.held += 1
-        one.mark("held")
-        self.held[one] = self.loop.call_later(self.admission.hold, self._held_too_long, one)
+        request.mark("held")
+        self.held[request] = self.loop.call_later(self.admission.hold, self._refuse_held, request)
 
-    def resume(self, one: Waiting) -> None:
+    def resume(self, request: PendingRequest) -> None:
         """Its engine is gone: it is for the next one, when that is ready."""
         if self.engine.over:
-            one.refuse(self.unavailable())
+            request.refuse(self.unavailable_refusal())
         elif self.open:
-            one.go()
+            request.go()
         else:
-            self.hold(one)
+            self.hold(request)
 
-    def leave(self, one: Waiting) -> None:
+    def leave(self, request: PendingRequest) -> None:
         """It is over, or waits for nothing any more. To leave twice is to leave."""
-        if self.held or self.queued or self.asking:
-            self.forget(one)
-        if not one.admitted:
+        if self.held or self.queued or self.questions:
+            self.forget(request)
+        if not request.admitted:
             return
-        one.admitted = False
+        request.admitted = False
         self.active -= 1
         while self.queued and self.active < (self.admission.limit or 0):
             following = next(iter(self.queued))
             self.queued.pop(following).cancel()
             self.admit(following)
 
-    def forget(self, one: Waiting) -> None:
+    def forget(self, request: PendingRequest) -> None:
         """It no longer waits here."""
-        timer = self.held.pop(one, None) or self.queued.pop(one, None) or self.asking.pop(one, None)
+        timer = self.held.pop(request, None) or self.queued.pop(request, None) or self.questions.pop(request, None)
         if timer is not None:
             timer.cancel()
-        if (task := self.asking.pop(one, None)) is not None:  # who is held may ask as well
+        if (task := self.questions.pop(request, None)) is not None:  # who is held may ask as well
             task.cancel()
 
-    def _held_too_long(self, one: Waiting) -> None:
+    def _refuse_held(self, request: PendingRequest) -> None:
         text = f"{self.engine.explanation} The request waited {self.admission.hold:g} s (SUPERVISOR_HOLD_TIMEOUT)."
-        one.refuse(Refusal(503, text, "engine_unavailable", RETRY_AFTER))
+        request.refuse(Refusal(503, text, "engine_unavailable", RETRY_AFTER))
 
-    def _waited_too_long(self, one: Waiting) -> None:
+    def _refuse_queued(self, request: PendingRequest) -> None:
         settings = "SUPERVISOR_MAX_CONCURRENCY, SUPERVISOR_HOLD_TIMEOUT"
-        one.refuse(self._busy(f"its turn did not come in {self.admission.hold:g} s ({settings}).", 503))
+        request.refuse(self._busy_refusal(f"its turn did not come in {self.admission.hold:g} s ({settings}).", 503))
 
-    def _busy(self, text: str, status: int) -> Refusal:
+    def _busy_refusal(self, text: str, status: int) -> Refusal:
         text = f"{self.active} requests are running and {len(self.queued)} are waiting: {text}"
         return Refusal(status, text, "too_many_requests" if status == 429 else "server_busy", RETRY_AFTER)
 
     # The engine's fate
 
-    def changed(self) -> None:
+    def engine_changed(self) -> None:
         """Called after each transition of the engine."""
         if self.open and not self.engine.ready:
             self.generation += 1
         self.open = self.engine.ready
         if self.open:
-            for one in list(self.held):
-                if one in self.held:
-                    self.forget(one)
-                    one.go()
+            for request in list(self.held):
+                if request in self.held:
+                    self.forget(request)
+                    request.go()
         elif self.engine.over:
             self.closing = True
             queued, self.queued = self.queued, {}  # first, or each that leaves would let the next one in
             for timer in queued.values():
                 timer.cancel()
-            for one in [*self.held, *queued]:
-                if one.limited or not self.engine.draining:
-                    one.refuse(self.unavailable())
+            for request in [*self.held, *queued]:
+                if request.is_limited or not self.engine.draining:
+                    request.refuse(self.unavailable_refusal())
         if not self.open:
-            for one in list(self.asking):
-                if one.generation != self.generation and (task := self.asking.pop(one, None)) is not None:
+            for request in list(self.questions):
+                if request.generation != self.generation and (task := self.questions.pop(request, None)) is not None:
                     task.cancel()
-                    one.fate(alive=False)
+                    request.engine_judged(alive=False)
 
-    def ask(self, one: Waiting) -> None:
+    def ask(self, request: PendingRequest) -> None:
         """Calls its `fate`: of an engine that dies it is known in a moment, on a busy machine in some moments more. So
         it is asked, and one that does not answer is asked again."""
-        if one not in self.asking:
-            self.asking[one] = self.loop.create_task(self._find_out(one))
+        if request not in self.questions:
+            self.questions[request] = self.loop.create_task(self._ask_engine(request))
 
-    async def _find_out(self, one: Waiting) -> None:
+    async def _ask_engine(self, request: PendingRequest) -> None:
         for _ in range(QUESTIONS):
             await asyncio.sleep(FATE_KNOWN_AFTER)
-            if one.generation != self.generation:
+            if request.generation != self.generation:
                 break
             answer = await ask(self.upstream, "/health", patience=PATIENCE)
             if answer is not None and answer[0] == 200:
                 break
-        self.asking.pop(one, None)
-        one.fate(alive=one.generation == self.generation)
+        self.questions.pop(request, None)
+        request.engine_judged(alive=request.generation == self.generation)

@@ -35,10 +35,10 @@ class Memo(Generic[Head]):
         self.known[key] = head
 
 
-class Repeats(Generic[Head]):
+class RepeatedHeads(Generic[Head]):
     """Finds the heads of one connection that came before, on it or on another one."""
 
-    __slots__ = ("after", "at", "before", "key", "latest", "memo")
+    __slots__ = ("digits_at", "key", "last_head", "memo", "prefix", "suffix")
 
     def __init__(self, memo: Memo[Head]) -> None:
         self.memo = memo
@@ -46,28 +46,28 @@ class Repeats(Generic[Head]):
         self.forget()
 
     def forget(self) -> None:
-        self.latest: Head | None = None  # most likely the next one, too: it is found without `split`
-        self.before, self.at, self.after = b"", 0, b""  # its bytes around the length's digits, and where these are
+        self.last_head: Head | None = None  # most likely the next one, too: it is found without `split`
+        self.prefix, self.digits_at, self.suffix = b"", 0, b""  # its bytes around the length's digits, and their offset
 
     def find(self, data: bytes) -> tuple[Head, bytes, bytes] | None:
         """What is known of it, its length's digits, and its body, where `data` is one whole message."""
-        if self.latest is not None and data.startswith(self.before):
-            stop = data.find(b"\r", self.at)
-            if data.startswith(self.after, stop):
-                end = stop + len(self.after)
-                digits = data[self.at : stop]
+        if self.last_head is not None and data.startswith(self.prefix):
+            stop = data.find(b"\r", self.digits_at)
+            if data.startswith(self.suffix, stop):
+                end = stop + len(self.suffix)
+                digits = data[self.digits_at : stop]
                 if digits == b"%d" % (len(data) - end):
-                    return self.latest, digits, data[end:]
+                    return self.last_head, digits, data[end:]
         self.key = None
-        if (found := split(data)) is None:
+        if (found := split_message(data)) is None:
             return None
         key, digits, body = found
         if (known := self.memo.get(key)) is None:
             self.key = key
             return None
         if digits:
-            self.latest, self.at = known, key.find(_LENGTH) + len(_LENGTH)
-            self.before, self.after = key[: self.at], key[self.at :]
+            self.last_head, self.digits_at = known, key.find(_LENGTH) + len(_LENGTH)
+            self.prefix, self.suffix = key[: self.digits_at], key[self.digits_at :]
         return known, digits, body
 
     def learn(self, head: Head) -> None:
@@ -76,7 +76,7 @@ class Repeats(Generic[Head]):
             self.memo.learn(self.key, head)
 
 
-def split(data: bytes) -> tuple[bytes, bytes, bytes] | None:
+def split_message(data: bytes) -> tuple[bytes, bytes, bytes] | None:
     """Its head without the digits of its length, the digits, and the body, where `data` is one whole message."""
     end = data.find(b"\r\n\r\n", 0, LARGEST) + 4
     if end < 4:
@@ -94,7 +94,7 @@ def split(data: bytes) -> tuple[bytes, bytes, bytes] | None:
     return data[:at] + data[stop:end], digits, data[end:]
 
 
-def halves(head: bytes) -> tuple[bytes, bytes]:
+def split_at_length(head: bytes) -> tuple[bytes, bytes]:
     """A head's lines before and after the length's digits; all of it where there is no length."""
     found = head.lower().find(b"\r\ncontent-length: ")
     if found < 0:

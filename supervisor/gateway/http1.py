@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import httptools
 
 from supervisor.gateway.errors import Refusal, UpstreamError
-from supervisor.gateway.heads import halves
+from supervisor.gateway.heads import split_at_length
 
 if TYPE_CHECKING:
     from supervisor.gateway.policy import Verdict
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Headers = list[tuple[bytes, bytes]]
 
 VERSIONS = ("1.1", "1.0")
-START = b"HTTP/1.1 "  # of each answer
+ANSWER_START = b"HTTP/1.1 "  # of each answer
 # Of a request: bytes of its head, headers, bytes of its target. Of an answer's head vLLM may have twice as many.
 HEAD_LIMIT, HEADERS_LIMIT, TARGET_LIMIT = 32 * 1024, 100, 8 * 1024
 ANSWER_HEAD_LIMIT = 64 * 1024
@@ -33,7 +33,7 @@ WATCHED = HOP_BY_HOP | {
 # In a browser a WebSocket can't have other headers: OpenAI's clients put the key here, beside the protocol's name.
 KEY_PROTOCOL = b"openai-insecure-api-key."
 # What a reason may be made of.
-TEXT = bytes([9, *range(32, 127), *range(128, 256)])
+REASON_BYTES = bytes([9, *range(32, 127), *range(128, 256)])
 
 HEAD_TOO_LARGE = Refusal(
     431,
@@ -67,9 +67,9 @@ class Request:
     websocket = False
     length: int | None = None  # of the body, where the head tells it
     client_id = b""  # the X-Request-Id that its client gave it
-    written = b""  # what vLLM gets, up to where the request's id is to follow
-    before = after = b""  # the same, before and after the digits of the length, of one that may come again
-    endless = False  # nobody knows where it ends: nothing more is read of its connection
+    rewritten = b""  # what vLLM gets, up to where the request's id is to follow
+    prefix = suffix = b""  # the same, before and after the digits of the length, of one that may come again
+    has_unknown_end = False  # nobody knows where it ends: nothing more is read of its connection
     verdict: Verdict | None = None
 
     def __init__(self, method: bytes, target: bytes, path: bytes, headers: Headers) -> None:
@@ -83,10 +83,10 @@ class Request:
         """The first one of this name (lower case)."""
         return next((value for other, value in self.headers if other.lower() == name), None)
 
-    def repeats(self) -> bool:
+    def may_repeat(self) -> bool:
         """Whether it is a common one, which may be known when it comes again."""
         common = (
-            bool(self.written)
+            bool(self.rewritten)
             and not (self.chunked or self.expects_continue or self.is_head or self.websocket or self.client_id)
             and self.http11
             and self.keep_alive
@@ -95,31 +95,31 @@ class Request:
             and sum(name.lower() in (b"content-length", b"x-request-id") for name, _ in self.headers) <= 1
         )
         if common:
-            self.before, self.after = halves(self.written)
+            self.prefix, self.suffix = split_at_length(self.rewritten)
         return common
 
-    def again(self, digits: bytes, request_id: bytes, body: bytes) -> bytes:
+    def write_again(self, digits: bytes, request_id: bytes, body: bytes) -> bytes:
         """What vLLM gets of another request with this head: `digits` of its length, and its body."""
-        before, after = (self.before, self.after) if self.before else halves(self.written)
+        before, after = (self.prefix, self.suffix) if self.prefix else split_at_length(self.rewritten)
         return b"".join((before, digits, after, request_id, b"\r\n\r\n", body))
 
     def rewrite(self, version: str, *, tls: bool) -> Refusal | None:  # noqa: PLR0911  # a rule each
         """Writes what vLLM gets. A refusal where HTTP leaves no honest way to pass it on; `tls`: it came so."""
-        refusal = self._limits() if version in VERSIONS else UNKNOWN_VERSION
+        refusal = self._check_limits() if version in VERSIONS else UNKNOWN_VERSION
         if self.method == b"CONNECT":
             refusal = NO_TUNNELS
         if refusal is not None:
-            return self.unfit(refusal)
+            return self.end_reading(refusal)
         lines = [self.method, b" ", self.target, b" HTTP/1.1\r\n"]
         has_host = False
-        named: frozenset[bytes] = frozenset()
+        connection_options: frozenset[bytes] = frozenset()
         for name, value in self.headers:
             lower = name.lower()
             if lower not in WATCHED:
                 lines += (name, b": ", value, b"\r\n")
             elif lower == b"host":
                 if has_host:
-                    return self.unfit(TWO_HOSTS)
+                    return self.end_reading(TWO_HOSTS)
                 has_host = True
                 lines += (name, b": ", value, b"\r\n")
             elif lower == b"content-length":
@@ -130,9 +130,9 @@ class Request:
                     self.client_id = value
             elif lower == b"transfer-encoding":
                 if value.lower() != b"chunked":
-                    return self.unfit(UNKNOWN_CODING)
+                    return self.end_reading(UNKNOWN_CODING)
                 if not self.http11:
-                    return self.unfit(CHUNKS_BEFORE_1_1)
+                    return self.end_reading(CHUNKS_BEFORE_1_1)
                 self.chunked = True
                 lines.append(b"Transfer-Encoding: chunked\r\n")
             elif lower == b"expect":
@@ -154,28 +154,28 @@ class Request:
                 if self.websocket and value.lower() == b"websocket":
                     lines.append(b"Connection: Upgrade\r\nUpgrade: websocket\r\n")
             elif lower == b"connection" and value.lower() not in (b"close", b"keep-alive"):
-                named |= {token.strip() for token in value.lower().split(b",")} - {b""}
+                connection_options |= {token.strip() for token in value.lower().split(b",")} - {b""}
         if self.websocket and (self.chunked or self.length):
-            return self.unfit(FRAMES_OR_BODY)
+            return self.end_reading(FRAMES_OR_BODY)
         if not has_host:
             if self.http11:
-                return self.unfit(NO_HOST)
+                return self.end_reading(NO_HOST)
             lines.append(b"Host: vllm\r\n")
         if tls:  # vLLM's redirects are made of it
             lines.append(b"X-Forwarded-Proto: https\r\n")
         lines.append(b"X-Request-Id: ")
-        if named - WATCHED:
-            lines = _without(lines, named - WATCHED)
-        self.written = b"".join(lines)
+        if connection_options - WATCHED:
+            lines = _drop_headers(lines, connection_options - WATCHED)
+        self.rewritten = b"".join(lines)
         return refusal
 
-    def unfit(self, refusal: Refusal) -> Refusal:
+    def end_reading(self, refusal: Refusal) -> Refusal:
         """Nothing behind it can be read either."""
         self.keep_alive = False
-        self.endless = True
+        self.has_unknown_end = True
         return refusal
 
-    def _limits(self) -> Refusal | None:
+    def _check_limits(self) -> Refusal | None:
         if len(self.target) > TARGET_LIMIT:
             return TARGET_TOO_LONG
         headers = self.headers
@@ -200,7 +200,7 @@ def origin_form(target: bytes) -> bytes:
     return target if target.startswith(b"/") else b"/" + target
 
 
-def _without(lines: list[bytes], names: frozenset[bytes]) -> list[bytes]:
+def _drop_headers(lines: list[bytes], names: frozenset[bytes]) -> list[bytes]:
     """The head's lines without the headers that `Connection` names."""
     first, *others = b"".join(lines).split(b"\r\n")
     return [b"\r\n".join([first, *(line for line in others if line.partition(b":")[0].lower() not in names)])]
@@ -223,21 +223,21 @@ class ResponseHead:
     def __init__(self, status: int, reason: bytes, headers: Headers) -> None:
         self.status = status
         self.reason = reason
-        if status < 100 or reason.translate(None, TEXT):
+        if status < 100 or reason.translate(None, REASON_BYTES):
             raise UpstreamError("vLLM's answer has no valid status line")
         self.has_request_id = False
         self.is_sse = False
         self.length = 0
         framing = Framing.CLOSE
-        named: frozenset[bytes] = frozenset()
+        connection_options: frozenset[bytes] = frozenset()
         for name, value in headers:
             if len(name) == 10 and name.lower() == b"connection" and value.lower() not in (b"close", b"keep-alive"):
-                named |= {token.strip() for token in value.lower().split(b",")}
+                connection_options |= {token.strip() for token in value.lower().split(b",")}
         lines: list[bytes] = []
-        own = {b"x-accel-buffering": b"X-Accel-Buffering: no\r\n", b"cache-control": b"Cache-Control: no-cache\r\n"}
+        extra = {b"x-accel-buffering": b"X-Accel-Buffering: no\r\n", b"cache-control": b"Cache-Control: no-cache\r\n"}
         for name, value in headers:
             lower = name.lower()
-            if lower in HOP_BY_HOP or lower in named:
+            if lower in HOP_BY_HOP or lower in connection_options:
                 if lower == b"transfer-encoding":
                     if value.lower() != b"chunked":
                         raise UpstreamError("vLLM's answer has a transfer coding other than chunked")
@@ -250,14 +250,14 @@ class ResponseHead:
                 self.is_sse = value.startswith(b"text/event-stream")
             elif lower == b"x-request-id":
                 self.has_request_id = True
-            own.pop(lower, None)
+            extra.pop(lower, None)
             lines += (name, b": ", value, b"\r\n")
         if self.is_sse:  # nginx and its kin would keep the events until they have some kilobytes
-            lines += own.values()
+            lines += extra.values()
         self.fields = b"".join(lines)
         self.framing = Framing.NONE if status in (204, 304) or status < 200 else framing
 
-    def for_others(self) -> ResponseHead:
+    def copy_for_others(self) -> ResponseHead:
         """The same without what is one client's own."""
         other = copy.copy(self)
         other.fields = b"".join(
@@ -270,17 +270,17 @@ class ResponseHead:
 class KnownAnswer:
     """What was made of the head of an answer with a length. The client sees the same pieces, and the status first."""
 
-    __slots__ = ("after", "before", "head", "status")
+    __slots__ = ("head", "prefix", "status", "suffix")
 
     def __init__(self, head: ResponseHead) -> None:
         self.head = head
         self.status = head.status
         written = b"HTTP/1.1 %d %b\r\n%bX-Request-Id: " % (head.status, head.reason, head.fields)
-        self.before, self.after = halves(written)
+        self.prefix, self.suffix = split_at_length(written)
 
-    def with_length(self, digits: bytes) -> ResponseHead:
+    def head_with_length(self, digits: bytes) -> ResponseHead:
         head = copy.copy(self.head)
-        before, after = halves(b"\r\n" + head.fields)
+        before, after = split_at_length(b"\r\n" + head.fields)
         head.fields = (before + digits + after)[2:]
         return head
 

@@ -36,7 +36,7 @@ class _Families(Collector):
             family: Any = FAMILIES[kind](f"supervisor_{name}", meaning, labels=labels)
             for label, number in value.items() if isinstance(value, Mapping) else [((), value)]:
                 one = label if isinstance(label, tuple) else (label,)
-                family.add_metric(one, *(_cumulated(number) if isinstance(number, Histogram) else (number,)))
+                family.add_metric(one, *(_cumulate(number) if isinstance(number, Histogram) else (number,)))
             yield family
 
 
@@ -51,9 +51,9 @@ def exposition(counts: Counts, now: Mapping[str, Any], cache: Cache | None) -> b
         "start_phase_seconds": {row["name"]: row["seconds"] for row in now["phases"]},
         "requests_in_flight": now["in_flight"],
         "requests_waiting": now["waiting"],
-        "requests": {labels: series.first.count for labels, series in answers.items()},
-        "first_byte_seconds": {labels: series.first for labels, series in answers.items()},
-        "request_seconds": {labels: series.whole for labels, series in answers.items()},
+        "requests": {labels: series.first_byte.count for labels, series in answers.items()},
+        "first_byte_seconds": {labels: series.first_byte for labels, series in answers.items()},
+        "request_seconds": {labels: series.last_byte for labels, series in answers.items()},
         "event_gap_seconds": counts.gaps,
         "requests_held": counts.held,
         "requests_replayed": counts.replayed,
@@ -64,7 +64,7 @@ def exposition(counts: Counts, now: Mapping[str, Any], cache: Cache | None) -> b
     if cache is not None:
         values |= {"cache_requests": cache.results, "cache_bytes": cache.size, "cache_answers": len(cache.kept)}
     if (jobs := counts.jobs) is not None:
-        values["jobs_running"] = len(jobs.began)
+        values["jobs_running"] = len(jobs.began_at)
         values["jobs"] = {outcome: histogram.count for outcome, histogram in jobs.ended.items()}
         values["job_seconds"] = jobs.ended
         values["job_posts"] = {tuple(name.split()): count for name, count in jobs.posts.items()}
@@ -72,6 +72,6 @@ def exposition(counts: Counts, now: Mapping[str, Any], cache: Cache | None) -> b
     return generate_latest(_Families(values))
 
 
-def _cumulated(histogram: Histogram) -> tuple[list[tuple[str, int]], float]:
+def _cumulate(histogram: Histogram) -> tuple[list[tuple[str, int]], float]:
     bounds = (*map(str, histogram.bounds), "+Inf")
     return list(zip(bounds, accumulate(histogram.buckets), strict=True)), histogram.seconds

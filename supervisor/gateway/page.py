@@ -17,7 +17,7 @@ from pathlib import Path
 HTML = Path(__file__).with_name("page.html")
 
 
-def wanted(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+def wants_html(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     """Browsers name HTML; curl and clients that want JSON don't."""
     accepted = b",".join(value for name, value in headers if name == b"accept").lower()
     return any(kind.partition(b";")[0].strip() == b"text/html" for kind in accepted.split(b","))

@@ -66,7 +66,7 @@ class Routes:
         # By its last part and by the last two, for a hint. Clients forget the /v1, or have it twice.
         self.hints = {"/".join(route.split("/")[-count:]): route for count in (1, 2) for route in OPEN_ROUTES}
 
-    def below_root(self, path: bytes) -> str:
+    def strip_root(self, path: bytes) -> str:
         """As vLLM looks at it: without escapes, and without the root path."""
         text = unquote(path.decode("latin-1"))
         if self.root and (text == self.root or text.startswith(self.root + "/")):
@@ -75,7 +75,7 @@ class Routes:
 
     def find(self, path: bytes) -> tuple[str, Refusal | None]:
         """The prefix that decides, and what it decides."""
-        text = self.below_root(path)
+        text = self.strip_root(path)
         at = len(text)
         while at > 0:
             if (prefix := text[:at]) in self.table:
@@ -168,10 +168,10 @@ class Policy:
     rate: Rate | None = None  # of each client
     max_body: int = sys.maxsize  # bytes
     timeout: float = math.inf  # of a whole request, in seconds
-    elsewhere: Refusal | None = None  # why no request is taken here
+    standing_refusal: Refusal | None = None  # why no request is taken here
     failures: Rate = field(default_factory=partial(Rate, FAILURES))
 
-    def too_large(self) -> Refusal:
+    def size_refusal(self) -> Refusal:
         return refuse("request_too_large", limit=self.max_body)
 
     def judge(self, request: Request) -> Verdict:
@@ -179,13 +179,13 @@ class Policy:
         verdict = self.identify(request.headers)
         if verdict.admin:
             refusal = None
-        refusal = verdict.refusal or refusal or self.elsewhere
+        refusal = verdict.refusal or refusal or self.standing_refusal
         return Verdict(refusal, verdict.client, route, verdict.admin)
 
     def identify(self, headers: Headers) -> Verdict:
         """Whether one of the keys is valid, and whose it is; and whether a browser was tricked into asking here."""
         known = b""
-        for given in keys_given(headers):
+        for given in find_keys(headers):
             # Every key is compared, so that the time tells nothing of which one came close.
             if sum(compare_digest(given, key.encode()) for key in self.admin_keys):
                 return Verdict(None, given, admin=True)
@@ -193,9 +193,9 @@ class Policy:
                 known = given
         if known:
             return Verdict(None, known)
-        return Verdict(UNAUTHORIZED if self.api_keys else self._host_refused(headers))
+        return Verdict(UNAUTHORIZED if self.api_keys else self._check_host(headers))
 
-    def _host_refused(self, headers: Headers) -> Refusal | None:
+    def _check_host(self, headers: Headers) -> Refusal | None:
         """DNS rebinding: a page's own name leads here, and its browser believes that it asks its own server."""
         if self.hosts is None:
             return None
@@ -209,7 +209,7 @@ class Policy:
             return None
         return refuse("host_not_allowed", name=name)
 
-    def refused(self, verdict: Verdict, address: bytes, now: float) -> Refusal | None:
+    def refusal_for(self, verdict: Verdict, address: bytes, now: float) -> Refusal | None:
         """What its client is told. Wrong keys are answered so many times a minute, and then with less; a valid one is
         let in whatever others at its address (a proxy's, maybe) have tried."""
         if verdict.refusal is UNAUTHORIZED and self.failures.take(address, now) is not None:
@@ -217,7 +217,7 @@ class Policy:
         return verdict.refusal
 
 
-def keys_given(headers: Headers) -> list[bytes]:
+def find_keys(headers: Headers) -> list[bytes]:
     """All of them: programs that know two spellings send both, and one of them may be stale."""
     found = []
     for name, value in headers:

@@ -16,7 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from supervisor.gateway.door import Client
 from supervisor.gateway.errors import Refusal
 from supervisor.gateway.exchange import Exchange
-from supervisor.gateway.heads import Repeats
+from supervisor.gateway.heads import RepeatedHeads
 from supervisor.gateway.http1 import HEAD_LIMIT, HEAD_TOO_LARGE, VERSIONS, Request, asks_for_websocket, origin_form
 from supervisor.gateway.policy import is_preflight
 
@@ -34,7 +34,7 @@ UNPARSED_LIMIT = 64 * 1024
 OWN_BODY_LIMIT = 64 * 1024
 
 
-class _Over(Exception):  # no error
+class _StopParsing(Exception):  # no error
     """Ends the parser's reading."""
 
 
@@ -48,10 +48,10 @@ class RequestReader(HttpToolsProtocol, Client):
         self.answering: Exchange | RequestResponseCycle | None = None
         self.waiting: deque[Exchange | RequestResponseCycle] = deque()  # for their turn
         self.incoming: Exchange | RequestResponseCycle | None = None  # whose body is arriving
-        self.heads: Repeats[Request] = Repeats(door.memo)
+        self.heads: RepeatedHeads[Request] = RepeatedHeads(door.memo)
         self.unparsed = b""  # what came behind more requests than may wait
-        self.full = False  # and no more of it is read
-        self.between = True  # whole requests: the parser expects a new one
+        self.unparsed_is_full = False  # and no more of it is read
+        self.at_start = True  # whole requests: the parser expects a new one
         self.in_head = False  # of a request that has begun
         self.head_began = 0.0  # when its first byte came
         self.head_read = 0  # bytes read since the last head, request, or byte of a body was complete
@@ -59,24 +59,24 @@ class RequestReader(HttpToolsProtocol, Client):
         self.body_left = 0  # bytes of it that are to come, where its head tells that
         self.active_at = clients.clock  # when the client did something, or was answered, last
         self.tunnel: Exchange | None = None  # a WebSocket, or what may become one
-        self.framing = b""  # of a request that offers another protocol: the header lines that tell its body's length
-        self.reading_on = False  # its head is read for the second time
+        self.framing_lines = b""  # the header lines that tell a body's length, where a request offers another protocol
+        self.rereads_head = False  # its head is read for the second time
         self.lingering = False  # answered and half closed; whatever still comes is thrown away
-        self.deaf = False  # what came behind the last request is none, and nothing more is read of it
+        self.ignores_input = False  # what came behind the last request is none, and nothing more is read of it
 
-    def arrived(self, one: Exchange | RequestResponseCycle) -> None:
+    def request_arrived(self, request: Exchange | RequestResponseCycle) -> None:
         raise NotImplementedError
 
     def refuse_without_a_request(self, refusal: Refusal) -> None:
         raise NotImplementedError
 
     def data_received(self, data: bytes) -> None:
-        if self.answering is not None or not self.between or self.lingering or self.unparsed or self.flow.write_paused:
-            self._more(data)
+        if self.answering is not None or not self.at_start or self.lingering or self.unparsed or self.flow.write_paused:
+            self._read_more(data)
             return
         found = self.heads.find(data)
         if found is not None:
-            self._repeat(*found)
+            self._take_repeated(*found)
             return
         self.active_at = self.clients.clock
         if self.heads.key is None:
@@ -86,32 +86,32 @@ class RequestReader(HttpToolsProtocol, Client):
         self._feed(data)  # it is one request, and all of it
         new = self.incoming
         # Of a new request alone: empty lines, which are none, must not stand for the one before.
-        if not self.between or new is before or not isinstance(new, Exchange):
+        if not self.at_start or new is before or not isinstance(new, Exchange):
             return
-        if new.refusal is None and new.request.repeats():
+        if new.refusal is None and new.request.may_repeat():
             self.heads.learn(new.request)
 
-    def _more(self, data: bytes) -> None:
+    def _read_more(self, data: bytes) -> None:
         """Of a request, or behind one."""
-        if self.lingering or self.deaf:
+        if self.lingering or self.ignores_input:
             return
         if self.tunnel is not None:
-            self.tunnel.tunnel(data)
+            self.tunnel.pass_frames(data)
         else:
             self.active_at = self.clients.clock
             self._parse(data)
 
-    def _repeat(self, request: Request, digits: bytes, body: bytes) -> None:
+    def _take_repeated(self, request: Request, digits: bytes, body: bytes) -> None:
         """A whole request whose head was seen before."""
         door = self.door
         request_id = door.new_id()
         self.incoming = self.answering = exchange = Exchange(self, door, request, request_id)
         # The body stands with the head: it is sent, and sent again, in one piece with it.
-        exchange.head = b"".join((request.before, digits, request.after, request_id, b"\r\n\r\n", body))
-        exchange.complete = True
+        exchange.head = b"".join((request.prefix, digits, request.suffix, request_id, b"\r\n\r\n", body))
+        exchange.request_complete = True
         size = len(body)
         door.counts.received += size
-        exchange.left -= size
+        exchange.body_budget -= size
         exchange.start()
 
     def _parse(self, data: bytes) -> None:
@@ -119,34 +119,34 @@ class RequestReader(HttpToolsProtocol, Client):
         if self.unparsed:
             data, self.unparsed = self.unparsed + data, b""
         at = 0
-        while at < len(data) and not (self.lingering or self.deaf) and self.tunnel is None:
+        while at < len(data) and not (self.lingering or self.ignores_input) and self.tunnel is None:
             if len(self.waiting) >= PIPELINED:
                 self.unparsed = data[at:]
                 if len(self.unparsed) > UNPARSED_LIMIT:
-                    self.full = True
+                    self.unparsed_is_full = True
                     self.flow.pause_reading()
                 return
-            part = data[at : at + self._slice()]
+            part = data[at : at + self._slice_size()]
             at += len(part)
             self._feed(part)
         if self.tunnel is not None and at < len(data):
-            self.tunnel.tunnel(data[at:])
+            self.tunnel.pass_frames(data[at:])
 
-    def _slice(self) -> int:
+    def _slice_size(self) -> int:
         """Bytes that are parsed at once."""
-        if self.between or self.in_head:
+        if self.at_start or self.in_head:
             return SLICE
         chunked = isinstance(self.incoming, Exchange) and self.incoming.request.chunked
         return CHUNKED_SLICE if chunked else max(self.body_left, SLICE)
 
     def _feed(self, data: bytes) -> None:
-        while data and not (self.lingering or self.deaf):
+        while data and not (self.lingering or self.ignores_input):
             self.head_read += len(data)
             before = self.incoming
             try:
                 self.parser.feed_data(data)
             except httptools.HttpParserCallbackError as error:
-                if not isinstance(error.__context__, _Over):
+                if not isinstance(error.__context__, _StopParsing):
                     raise
                 return
             except httptools.HttpParserError:
@@ -155,7 +155,7 @@ class RequestReader(HttpToolsProtocol, Client):
             except httptools.HttpParserUpgrade as upgrade:
                 data = self._upgrade(data[upgrade.args[0] :])
             else:
-                if self.head_read > HEAD_LIMIT and not self.between:
+                if self.head_read > HEAD_LIMIT and not self.at_start:
                     self.refuse_without_a_request(HEAD_TOO_LARGE)
                 elif (
                     before is not None
@@ -163,7 +163,7 @@ class RequestReader(HttpToolsProtocol, Client):
                     and isinstance(before, Exchange)
                     and before.request.chunked
                 ):
-                    before.framed(len(data))
+                    before.count_framing(len(data))
                 return
 
     def _upgrade(self, rest: bytes) -> bytes:
@@ -173,22 +173,22 @@ class RequestReader(HttpToolsProtocol, Client):
             # `curl --http2` and Java's client offer h2c with every POST. Nobody takes them up: HTTP/1.1 goes on, by a
             # parser that is told of the body what the first one was told.
             self.parser = httptools.HttpRequestParser(self)
-            self.reading_on = True
-            return b"POST / HTTP/1.1\r\n%b\r\n%b" % (self.framing, rest)
+            self.rereads_head = True
+            return b"POST / HTTP/1.1\r\n%b\r\n%b" % (self.framing_lines, rest)
         if not exchange.response_complete:
             self.tunnel = exchange
             if rest:
-                exchange.tunnel(rest)
+                exchange.pass_frames(rest)
         return b""
 
     # httptools' callbacks, in the order in which it calls them
 
     def on_message_begin(self) -> None:
         if self.lingering:
-            raise _Over  # what is behind a request that was refused for good is not read
-        if self.reading_on:
+            raise _StopParsing  # what is behind a request that was refused for good is not read
+        if self.rereads_head:
             return
-        self.between = False
+        self.at_start = False
         self.in_head = True
         self.head_began = self.clients.clock
         self.url = b""
@@ -199,12 +199,12 @@ class RequestReader(HttpToolsProtocol, Client):
         self.headers.append((name, value))
 
     def on_url(self, url: bytes) -> None:
-        if not self.reading_on:
+        if not self.rereads_head:
             self.url += url
 
     def on_headers_complete(self) -> None:
-        if self.reading_on:
-            self.reading_on = False
+        if self.rereads_head:
+            self.rereads_head = False
             self.headers = []
             return
         headers = self.headers
@@ -213,7 +213,7 @@ class RequestReader(HttpToolsProtocol, Client):
         parser = self.parser
         upgrades = parser.should_upgrade()
         if upgrades:
-            self.framing = b"".join(b"%b: %b\r\n" % field for field in headers if field[0].lower() in FRAMING)
+            self.framing_lines = b"".join(b"%b: %b\r\n" % field for field in headers if field[0].lower() in FRAMING)
         target = origin_form(self.url)
         path = target.partition(b"?")[0]
         method, version = parser.get_method(), parser.get_http_version()
@@ -234,8 +234,8 @@ class RequestReader(HttpToolsProtocol, Client):
         exchange = Exchange(self, door, request, request.client_id or door.new_id())
         exchange.refusal = refusal
         self.body_left = request.length or 0
-        exchange.left -= self.body_left
-        self.arrived(exchange)
+        exchange.body_budget -= self.body_left
+        self.request_arrived(exchange)
 
     def _leave_to_uvicorn(self, target: bytes, headers: list[tuple[bytes, bytes]]) -> None:
         super().on_message_begin()
@@ -260,7 +260,7 @@ class RequestReader(HttpToolsProtocol, Client):
         exchange = self.incoming if isinstance(self.incoming, Exchange) else None
         if self.parser.should_upgrade() and (exchange is None or not exchange.request.websocket):
             return  # its body is yet to be read
-        self.between = True
+        self.at_start = True
         self.head_read = 0
         if exchange is not None:
             exchange.end_of_request(self.headers)

@@ -18,8 +18,8 @@ from supervisor.gateway.app import EngineView, OwnRoutes
 from supervisor.gateway.client import ClientConnection, Clients
 from supervisor.gateway.counts import Counts
 from supervisor.gateway.delivery import Delivery
-from supervisor.gateway.door import Delivering, Door
-from supervisor.gateway.endings import NO_SIGN, Events
+from supervisor.gateway.door import BaseDelivery, Door
+from supervisor.gateway.endings import NO_PROGRESS, Events
 from supervisor.gateway.errors import Refusal, refuse
 from supervisor.gateway.exchange import Exchange
 from supervisor.gateway.gate import RETRY_AFTER, Admission, Gate
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # Seconds between two looks at what has been going on for too long. One look costs less than a timer for each request.
 TICK = 1.0
 # Seconds for a client's next bytes, or for it to take ours; and between its requests.
-CLIENT_TIMEOUT, KEEP_ALIVE = 60.0, 75.0
+CLIENT_TIMEOUT, IDLE_TIMEOUT = 60.0, 75.0
 log = logging.getLogger("supervisor.gateway")
 One = TypeVar("One")
 
@@ -43,8 +43,8 @@ class Gateway:
 
     def __init__(
         self, engine: EngineView, upstream: Upstream, policy: Policy, admission: Admission, *,
-        facts: Mapping[str, object], client_timeout: float = CLIENT_TIMEOUT, keep_alive: float = KEEP_ALIVE,
-        cache_memory: int = 0, event_keep_alive: float = 0.0, certificate: str | None = None, key: str | None = None,
+        facts: Mapping[str, object], client_timeout: float = CLIENT_TIMEOUT, idle_timeout: float = IDLE_TIMEOUT,
+        cache_memory: int = 0, comment_interval: float = 0.0, certificate: str | None = None, key: str | None = None,
         close_patience: int = 5,
     ) -> None:  # fmt: skip
         """`facts` never change and are shown at `/status`. `cache_memory` in bytes, 0 for no cache.
@@ -55,77 +55,79 @@ class Gateway:
         self.policy = policy
         self.counts = Counts()
         self.gate = Gate(engine, upstream, admission, self.counts)
-        self.present: set[Exchange] = set()
+        self.exchanges: set[Exchange] = set()
         # A request's id: of this run, and counted. To read as many random bytes for each would cost as much again.
-        self.run = os.urandom(10).hex().encode()
-        self.new_id = map((self.run + b"%012x").__mod__, itertools.count(1)).__next__
-        deliver: Callable[[Exchange, bytes], Delivering] = Delivery
-        watchers: tuple[Callable[[Record], object], ...] = (self.counts.ended,)
+        self.id_prefix = os.urandom(10).hex().encode()
+        self.new_id = map((self.id_prefix + b"%012x").__mod__, itertools.count(1)).__next__
+        deliver: Callable[[Exchange, bytes], BaseDelivery] = Delivery
+        watchers: tuple[Callable[[Record], object], ...] = (self.counts.request_ended,)
         cache = None
         if cache_memory:
             from supervisor.gateway.cache import Cache  # noqa: PLC0415  # for those who want it
 
             cache = Cache(self.new_id, cache_memory)
             deliver = cache.deliver
-            watchers += (cache.ended,)
-        common = (self.gate, self.counts, self.new_id, self.loop.time, deliver, self.present)
-        self.public = Door(
+            watchers += (cache.request_ended,)
+        common = (self.gate, self.counts, self.new_id, self.loop.time, deliver, self.exchanges)
+        self.public_door = Door(
             policy, *common, Memo(), policy.max_body,
-            tls=certificate is not None, watchers=watchers, keep_alive=event_keep_alive,
+            tls=certificate is not None, watchers=watchers, comment_interval=comment_interval,
         )  # fmt: skip
         # Who comes by the private socket is the same user, on this machine. RunPod has asked for its own key; no job is
         # an administrator, though. How large jobs may be, and how many run at once, is the queue's.
-        trusting = Policy(routes=policy.routes, elsewhere=policy.elsewhere, timeout=policy.timeout)
-        self.private = Door(trusting, *common, Memo(), trusting.max_body, private=True, watchers=watchers)
+        trusting = Policy(routes=policy.routes, standing_refusal=policy.standing_refusal, timeout=policy.timeout)
+        self.private_door = Door(trusting, *common, Memo(), trusting.max_body, private=True, watchers=watchers)
         self.routes = OwnRoutes(engine, policy, self.gate, self.counts, upstream, self.in_flight, facts, cache)
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self.clients = Clients(self.loop, self.routes.is_own, most, timeout=client_timeout, keep_alive=keep_alive)
+        self.clients = Clients(self.loop, self.routes.is_own, most, timeout=client_timeout, idle_timeout=idle_timeout)
         self.server = _Server(self, certificate, key, close_patience)
         self._tick()
 
     def watch(self, watcher: Callable[[Record], object], *, jobs: bool = True) -> None:
         """Has it called with each request that is over; `jobs`: with RunPod's, too."""
-        self.public.watchers += (watcher,)
+        self.public_door.watchers += (watcher,)
         if jobs:
-            self.private.watchers += (watcher,)
+            self.private_door.watchers += (watcher,)
 
     def set_keys(self, api_keys: Iterable[str], admin_keys: Iterable[str]) -> None:
         """From now on these are valid; requests that run are not stopped."""
         self.policy.api_keys, self.policy.admin_keys = tuple(api_keys), tuple(admin_keys)
-        self.public.memo.known.clear()
+        self.public_door.memo.known.clear()
         self.clients.forget_heads()
 
     # What the rest of the supervisor asks, and tells
 
     @property
     def waiting(self) -> int:
-        return self.gate.waiting
+        return self.gate.waiting_count
 
     def in_flight(self) -> int:
-        return len(self.present) - self.gate.waiting
+        return len(self.exchanges) - self.gate.waiting_count
 
     async def drained(self) -> None:
         """Returns when no request is in flight."""
-        if self.present:
+        if self.exchanges:
             emptied = asyncio.Event()
-            self.watch(lambda _: None if self.present else emptied.set())
+            self.watch(lambda _: None if self.exchanges else emptied.set())
             await emptied.wait()
 
     def cut(self, explanation: str) -> None:
         """Ends what is still in flight: the drain timeout has passed."""
         refusal = Refusal(503, explanation, "shutting_down", RETRY_AFTER)
-        each(self.present, lambda exchange: exchange.end_now(refusal))
+        for_each(self.exchanges, lambda exchange: exchange.end_now(refusal))
 
     def traffic(self) -> tuple[Sequence[object], object]:
         """Requests that vLLM has whole, that need its engine, and that wait for its next byte; and signs of its work,
         which differ when there was some: answers that were given, and what came of those streams last."""
-        waiting = [exchange for exchange in self.present if _needs_the_engine(exchange)]
+        waiting = [exchange for exchange in self.exchanges if _needs_the_engine(exchange)]
         answered = sum(
-            sum(series.whole.buckets)
+            sum(series.last_byte.buckets)
             for (route, status), series in self.counts.answers.items()
             if status < 300 and route in ENGINE_ROUTES
         )
-        sent = sum(one.sent for one in waiting if not (isinstance(one.body, Events) and NO_SIGN.match(one.body.latest)))
+        sent = sum(
+            one.sent for one in waiting if not (isinstance(one.body, Events) and NO_PROGRESS.match(one.body.last_piece))
+        )
         return waiting, (answered, sent)
 
     def _tick(self) -> None:
@@ -133,15 +135,15 @@ class Gateway:
         timeout = self.policy.timeout
         self.loop.call_later(min(TICK, timeout / 4, self.clients.timeout / 4), self._tick)
         oldest = self.loop.time() - timeout
-        each([exchange for exchange in self.present if exchange.began < oldest], self._end_late)
-        if self.public.keep_alive:
-            each(self.present, lambda exchange: exchange.keep_waiting(self.loop.time()))
+        for_each([exchange for exchange in self.exchanges if exchange.began < oldest], self._end_late)
+        if self.public_door.comment_interval:
+            for_each(self.exchanges, lambda exchange: exchange.send_due_comment(self.loop.time()))
         self.clients.clock = now = self.loop.time()
-        each(self.clients.connections, lambda connection: connection.check_time(now))
+        for_each(self.clients.connections, lambda connection: connection.check_time(now))
 
     def _end_late(self, exchange: Exchange) -> None:
         refusal = refuse("request_timeout", limit=self.policy.timeout)
-        log.warning("%s", refusal.message, extra=exchange.named)
+        log.warning("%s", refusal.message, extra=exchange.log_extra)
         exchange.end_now(refusal)
 
     async def run_on(self, sockets: list[socket.socket]) -> None:
@@ -151,19 +153,19 @@ class Gateway:
         self.server.should_exit = True
 
 
-def each(those: Iterable[One], act: Callable[[One], object]) -> None:
+def for_each(items: Iterable[One], act: Callable[[One], object]) -> None:
     """A fault in one ends that one: it once kept all timeouts of everybody from being looked at, every second."""
-    for one in list(those):
+    for item in list(items):
         try:
-            act(one)
+            act(item)
         except Exception:  # whatever it is, the others' turn comes
             log.exception("a connection or a request could not be ended")
 
 
 def _needs_the_engine(exchange: Exchange) -> bool:
     """Not so a WebSocket, in which nobody need speak; nor an answer that its client does not read."""
-    request, delivering = exchange.request, exchange.delivering
-    if delivering is None or not delivering.working or request.websocket:
+    request, delivering = exchange.request, exchange.delivery
+    if delivering is None or not delivering.is_working or request.websocket:
         return False
     return request.method == b"POST" and exchange.verdict.route in ENGINE_ROUTES
 
@@ -175,7 +177,7 @@ class _Server(uvicorn.Server):
         self.gateway = gateway
         super().__init__(
             uvicorn.Config(
-                cast(Any, gateway.routes), http=cast(Any, self.public), ws="none", loop="none", lifespan="off",
+                cast(Any, gateway.routes), http=cast(Any, self.public_client), ws="none", loop="none", lifespan="off",
                 interface="asgi3", log_config=None, access_log=False, proxy_headers=False, server_header=False,
                 ssl_certfile=certificate, ssl_keyfile=key, timeout_graceful_shutdown=close_patience,
             )
@@ -185,14 +187,14 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Generator[None]:
         yield  # the supervisor handles them
 
-    def public(self, **kwargs: Any) -> ClientConnection:
+    def public_client(self, **kwargs: Any) -> ClientConnection:
         kwargs.pop("_loop", None)
-        return ClientConnection(self.gateway.clients, self.gateway.public, **kwargs)
+        return ClientConnection(self.gateway.clients, self.gateway.public_door, **kwargs)
 
-    def private(self) -> ClientConnection:
+    def private_client(self) -> ClientConnection:
         gateway, state = self.gateway, self.lifespan.state
         return ClientConnection(
-            gateway.clients, gateway.private, config=self.config, server_state=self.server_state, app_state=state
+            gateway.clients, gateway.private_door, config=self.config, server_state=self.server_state, app_state=state
         )
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -200,4 +202,4 @@ class _Server(uvicorn.Server):
         private = [listener for listener in sockets or [] if listener.family == socket.AF_UNIX]
         await super().startup([listener for listener in sockets or [] if listener not in private])
         for listener in private:
-            self.servers.append(await asyncio.get_running_loop().create_unix_server(self.private, sock=listener))
+            self.servers.append(await asyncio.get_running_loop().create_unix_server(self.private_client, sock=listener))

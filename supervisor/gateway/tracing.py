@@ -46,7 +46,7 @@ def endpoint(environ: Mapping[str, str]) -> str | None:
     return found if not disabled and "otlp" in map(str.strip, exporters) else None
 
 
-def start(environ: Mapping[str, str], resource: Mapping[str, str], mask: Callable[[str], str]) -> Tracing | None:
+def set_up(environ: Mapping[str, str], resource: Mapping[str, str], mask: Callable[[str], str]) -> Tracing | None:
     """For a thread: the imports take 0.3 s. None, and a warning, where there can be no traces."""
     asked = environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")
     protocol = asked or "http/protobuf"
@@ -99,7 +99,7 @@ class Tracing:
         self.extract = TraceContextTextMapPropagator().extract
         self.trace = trace
 
-    def ended(self, record: Record) -> None:
+    def request_ended(self, record: Record) -> None:
         """A watcher of the doors."""
         offset = time.time_ns() - int(record.over_at * 1e9)
 
@@ -113,7 +113,7 @@ class Tracing:
         span = self.tracer.start_span(name, parent, trace.SpanKind.SERVER, facts, start_time=unix(record.began))
         if not span.is_recording():
             return
-        for what, since, until, lost in parts(record):
+        for what, since, until, lost in list_parts(record):
             part = self.tracer.start_span(what, trace.set_span_in_context(span), start_time=unix(since))
             if lost:
                 part.set_attribute("error.type", "engine_no_answer")
@@ -126,9 +126,9 @@ class Tracing:
         span.end(unix(record.over_at))
 
     def _facts(self, record: Record) -> dict[str, Any]:
-        request, status, cut = record.request, record.status, record.cut
+        request, status, cut = record.request, record.status, record.code
         method, route = request.method.decode("latin-1"), record.verdict.route
-        failed = status >= 500 or (cut and not record.ours)
+        failed = status >= 500 or (cut and not record.is_ours)
         facts = {
             "http.request.method": method if method in METHODS else "_OTHER",
             "http.route": route if route != OTHER else "",
@@ -138,8 +138,8 @@ class Tracing:
             "error.type": (cut or str(status)) if failed else "",
             "vllm_supervisor.request_id": record.request_id.decode("latin-1"),
             "vllm_supervisor.code": cut,
-            "vllm_supervisor.cache": record.cached,
-            "vllm_supervisor.client_gone": record.gone,
+            "vllm_supervisor.cache": record.cache_result,
+            "vllm_supervisor.client_gone": record.client_left,
             "vllm_supervisor.replayed": record.replayed,
             "vllm_supervisor.job": record.door.private,
         }
@@ -162,10 +162,10 @@ class Tracing:
             log.warning("traces: the last ones were not delivered within %g s", LAST_SPANS)
 
 
-def parts(record: Record) -> Iterator[tuple[str, float, float, bool]]:
+def list_parts(record: Record) -> Iterator[tuple[str, float, float, bool]]:
     """What became of it, in order: name of a span, from, to, and whether it was lost with its engine."""
     marks = (*record.marks, ("over", record.over_at))
-    if record.delivering is not None and record.delivering.went and marks[0][0] in ("lost", "over"):
+    if record.delivery is not None and record.delivery.was_sent and marks[0][0] in ("lost", "over"):
         marks = (("sent", record.began), *marks)  # at once, which is not worth a mark
     again = False
     for (what, since), (then, until) in pairwise(marks):

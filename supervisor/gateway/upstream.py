@@ -17,7 +17,7 @@ from typing import cast
 import httptools
 
 from supervisor.gateway.errors import UpstreamError
-from supervisor.gateway.heads import Memo, Repeats
+from supervisor.gateway.heads import Memo, RepeatedHeads
 from supervisor.gateway.http1 import ANSWER_HEAD_LIMIT, Framing, KnownAnswer, ResponseHead
 
 # vLLM's uvicorn closes an idle connection after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE): leave first.
@@ -41,14 +41,14 @@ class Unanswered(Disconnected):
 class Receiver:
     """Who receives the body of an answer. `ended` or `lost` is the last call."""
 
-    def data(self, data: bytes, in_chunk: bool) -> None:
+    def body_received(self, data: bytes, in_chunk: bool) -> None:
         """Raw body bytes, chunk framing and trailers included; `in_chunk`: they end within a chunk."""
         raise NotImplementedError
 
-    def ended(self) -> None:
+    def answer_ended(self) -> None:
         raise NotImplementedError
 
-    def lost(self, error: UpstreamError) -> None:
+    def answer_lost(self, error: UpstreamError) -> None:
         raise NotImplementedError
 
     def pause_request(self) -> None:
@@ -62,20 +62,20 @@ class Sink(Receiver):
     """Who sends one request, and receives its answer, or names somebody else for its body (`connection.receiver`)."""
 
     is_head = False
-    websocket = False  # asked for
+    wants_websocket = False  # asked for
 
     def connected(self, connection: UpstreamConnection) -> None:
         raise NotImplementedError
 
-    def head(self, head: ResponseHead) -> None:
+    def head_received(self, head: ResponseHead) -> None:
         """Also for each 1xx; the last call carries the final status."""
         raise NotImplementedError
 
-    def switched(self, head: ResponseHead, data: bytes) -> None:
+    def websocket_opened(self, head: ResponseHead, data: bytes) -> None:
         """A WebSocket is open; what comes of it follows by `data`, and its end by `ended`."""
         raise NotImplementedError
 
-    def whole(self, known: KnownAnswer, digits: bytes, body: bytes) -> None:
+    def answer_received(self, known: KnownAnswer, digits: bytes, body: bytes) -> None:
         """Instead of all the others: a whole answer, whose head was seen before."""
         raise NotImplementedError
 
@@ -89,7 +89,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.sink: Sink | None = None
         self.receiver: Receiver | None = None  # of the body: the sink, or whom it has named
         self.tunnel = False  # a WebSocket: no HTTP any more
-        self.heads: Repeats[KnownAnswer] = Repeats(upstream.heads)
+        self.heads: RepeatedHeads[KnownAnswer] = RepeatedHeads(upstream.heads)
         self.reused = False
         self.idle_since = 0.0
         self.response_paused = False
@@ -97,7 +97,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._expect_head()
 
     def _expect_head(self) -> None:
-        self.answered = False  # by a single byte
+        self.has_answered = False  # by a single byte
         self.raw_head = b""
         self.in_head = True
         self.reason = b""
@@ -106,7 +106,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.keep_alive = False
         self.request_sent = False  # whole: once answered, the connection may carry another
         self.message_complete = False
-        self.previous = b""  # what came of the body last
+        self.last_bytes = b""  # what came of the body last
         self.body_read = 0
         self.in_chunk = False  # between a chunk's size and its last byte
 
@@ -137,11 +137,11 @@ class UpstreamConnection(asyncio.Protocol):
         if receiver is None:
             return
         if self.tunnel or (self.head is not None and self.head.framing is Framing.CLOSE and exc is None):
-            receiver.ended()
-        elif not self.answered:
-            receiver.lost(Unanswered("vLLM closed the connection without an answer"))
+            receiver.answer_ended()
+        elif not self.has_answered:
+            receiver.answer_lost(Unanswered("vLLM closed the connection without an answer"))
         else:
-            receiver.lost(Disconnected("vLLM closed the connection before its answer was complete"))
+            receiver.answer_lost(Disconnected("vLLM closed the connection before its answer was complete"))
 
     def pause_writing(self) -> None:
         if self.receiver is not None:
@@ -157,16 +157,16 @@ class UpstreamConnection(asyncio.Protocol):
             self.transport.abort()
             return
         self.upstream.reads += 1
-        alone = self.in_head and self.request_sent and not self.raw_head
-        if alone and (found := self.heads.find(data)) is not None and not sink.is_head:
+        is_whole = self.in_head and self.request_sent and not self.raw_head
+        if is_whole and (found := self.heads.find(data)) is not None and not sink.is_head:
             self.sink = self.receiver = None
             self.request_sent = False
             self.upstream.release(self)
-            sink.whole(*found)
+            sink.answer_received(*found)
             return
-        self.answered = True
+        self.has_answered = True
         if self.tunnel:
-            self.receiver.data(data, False)  # type: ignore[union-attr]  # there is one while there is a sink
+            self.receiver.body_received(data, False)  # type: ignore[union-attr]  # there is one while there is a sink
             return
         try:
             while self.in_head and data:
@@ -174,7 +174,7 @@ class UpstreamConnection(asyncio.Protocol):
                 if self.sink is not sink or self.tunnel:
                     return
                 if self.in_head:
-                    alone = False  # there was an interim answer
+                    is_whole = False  # there was an interim answer
             if data:
                 if self.message_complete:
                     raise UpstreamError(TOO_MUCH)
@@ -182,8 +182,8 @@ class UpstreamConnection(asyncio.Protocol):
                 self.body_read += len(data)
                 if self.message_complete and not self._ends_well(data):
                     raise UpstreamError(TOO_MUCH)
-                self.previous = data if len(data) >= 4 else (self.previous + data)[-4:]
-                self.receiver.data(data, self.in_chunk)  # type: ignore[union-attr]  # as above
+                self.last_bytes = data if len(data) >= 4 else (self.last_bytes + data)[-4:]
+                self.receiver.body_received(data, self.in_chunk)  # type: ignore[union-attr]  # as above
         except httptools.HttpParserCallbackError as error:
             if not isinstance(error.__context__, UpstreamError):
                 raise  # a fault of ours: vLLM's answer is well
@@ -194,7 +194,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._fail(str(error))
         else:
             if self.message_complete and self.sink is sink:
-                if alone and (head := self._common(sink)) is not None:
+                if is_whole and (head := self._repeatable_head(sink)) is not None:
                     self.heads.learn(KnownAnswer(head))
                 self._finish(sink)
 
@@ -203,10 +203,10 @@ class UpstreamConnection(asyncio.Protocol):
         head = self.head
         if head is None or head.framing is not Framing.CHUNKED:
             return head is None or self.body_read == head.length
-        end = (self.previous[-4:] + data)[-5:]
+        end = (self.last_bytes[-4:] + data)[-5:]
         return end.endswith(b"\r\n\r\n") and end[:1] not in (b"\r", b"\n")
 
-    def _common(self, sink: Sink) -> ResponseHead | None:
+    def _repeatable_head(self, sink: Sink) -> ResponseHead | None:
         """The head of an answer that came as a whole, to be known when it comes again."""
         head = self.head
         if (
@@ -238,20 +238,20 @@ class UpstreamConnection(asyncio.Protocol):
         head = self.head
         if head.status < 200:  # an interim answer: the parser is ready for the next head
             if head.status == 101:
-                if not sink.websocket:
+                if not sink.wants_websocket:
                     raise UpstreamError("vLLM switched protocols unasked")
                 self.tunnel, self.in_head = True, False
-                sink.switched(head, data[end:])
+                sink.websocket_opened(head, data[end:])
                 return b""
             sent = self.request_sent
             self._expect_head()
             self.request_sent = sent
-            self.answered = True
+            self.has_answered = True
         else:
             self.in_head = False
             if sink.is_head:
                 self.message_complete = True
-        sink.head(head)
+        sink.head_received(head)
         return data[end:]
 
     def _finish(self, sink: Sink) -> None:
@@ -265,13 +265,13 @@ class UpstreamConnection(asyncio.Protocol):
         else:
             self.transport.abort()
         if receiver is not None:
-            receiver.ended()
+            receiver.answer_ended()
 
     def _fail(self, text: str) -> None:
         receiver = self.receiver
         self.abort()
         if receiver is not None:
-            receiver.lost(UpstreamError(text))
+            receiver.answer_lost(UpstreamError(text))
 
     # httptools' callbacks, in the order in which it calls them
 
@@ -309,7 +309,7 @@ class Upstream:
         self.idle: list[UpstreamConnection] = []
         self.heads: Memo[KnownAnswer] = Memo()
         self.reads = 0  # of answers, ever
-        self.opening: set[asyncio.Task[None]] = set()
+        self.opening_tasks: set[asyncio.Task[None]] = set()
 
     def send(self, sink: Sink, *, fresh: bool = False) -> None:
         """Calls `sink.connected` with a connection, or `sink.lost`; `fresh` passes the idle ones over."""
@@ -323,8 +323,8 @@ class Upstream:
             sink.connected(connection)
             return
         task = self.loop.create_task(self._open(sink))
-        self.opening.add(task)
-        task.add_done_callback(self.opening.discard)
+        self.opening_tasks.add(task)
+        task.add_done_callback(self.opening_tasks.discard)
 
     async def _open(self, sink: Sink) -> None:
         try:
@@ -332,10 +332,10 @@ class Upstream:
             connection.sink = connection.receiver = sink
             sink.connected(connection)
         except OSError as error:
-            sink.lost(NotConnected(f"vLLM does not take connections ({error.strerror or error})"))
+            sink.answer_lost(NotConnected(f"vLLM does not take connections ({error.strerror or error})"))
         except Exception:  # a fault of ours: nobody waits for this task, but somebody for an answer
             log.exception("no connection to vLLM")
-            sink.lost(UpstreamError("no connection to vLLM could be made"))
+            sink.answer_lost(UpstreamError("no connection to vLLM could be made"))
 
     def release(self, connection: UpstreamConnection) -> None:
         connection.idle_since = self.loop.time()

@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from supervisor.gateway.cache import _deterministic
+from supervisor.gateway.cache import _is_deterministic
 from supervisor.gateway.policy import CACHED_ROUTES, OPEN_ROUTES
 from tests.harness import Supervisor, http, wait_until
 
@@ -102,7 +102,7 @@ def test_what_is_sampled_is_computed_each_time(caching: Supervisor, other: dict[
     ],
 )  # fmt: skip
 def test_what_is_deterministic(body: bytes, asked: bool, is_so: bool) -> None:
-    assert _deterministic(body, asked=asked) == is_so
+    assert _is_deterministic(body, must_ask=asked) == is_so
 
 
 def test_routes_without_sampling_need_no_word_of_it(caching: Supervisor) -> None:

@@ -22,11 +22,11 @@ from supervisor.gateway.app import (
     LONGEST_LINE,
     TRANSITIONS,
     OwnRoutes,
-    for_everybody,
     lines_seen,
+    public_part,
 )
 from supervisor.gateway.counts import Counts
-from supervisor.gateway.page import HTML, wanted
+from supervisor.gateway.page import HTML, wants_html
 from supervisor.gateway.policy import Policy
 from supervisor.status import _UnixConnection
 from tests.engine.test_relay import CHAT, chat
@@ -72,7 +72,7 @@ def test_a_browser_gets_the_page_and_others_json(running: Supervisor) -> None:
     [(b"text/html", True), (b"a/b, TEXT/HTML;q=0.5", True), (b"*/*", False), (b"text/html2", False), (None, False)],
 )
 def test_who_wants_the_page(accept: bytes | None, html: bool) -> None:
-    assert wanted([(b"host", b"h"), *([(b"accept", accept)] if accept else [])]) is html
+    assert wants_html([(b"host", b"h"), *([(b"accept", accept)] if accept else [])]) is html
 
 
 def test_the_page_runs_what_is_written_in_it_and_asks_this_server_alone(running: Supervisor) -> None:
@@ -242,7 +242,7 @@ def test_of_many_transitions_the_last_ones_are_told() -> None:
 def test_what_nobody_has_thought_about_is_for_administrators_alone() -> None:
     found = routes(Policy(), fact=2).status()
     assert found == {"state": "ready", "new": 1, "fact": 2, "in_flight": 0, "waiting": 0}
-    assert for_everybody(found) == {"state": "ready", "in_flight": 0, "waiting": 0}
+    assert public_part(found) == {"state": "ready", "in_flight": 0, "waiting": 0}
 
 
 # Who sees what
@@ -364,5 +364,5 @@ def test_administrators_see_everything_and_others_the_rest(tmp_path: Path) -> No
 def test_who_sees_everything(api_keys: list[str], admin_keys: list[str], given: str, full: bool) -> None:
     policy = Policy(api_keys, admin_keys)
     headers = [(b"x-api-key", given.encode())] if given else []
-    assert routes(policy).shows_all({"server": ("127.0.0.1", 8000), "headers": headers}) is full
-    assert routes(policy).shows_all({"server": ("gateway.sock", None), "headers": headers})
+    assert routes(policy).may_see_all({"server": ("127.0.0.1", 8000), "headers": headers}) is full
+    assert routes(policy).may_see_all({"server": ("gateway.sock", None), "headers": headers})

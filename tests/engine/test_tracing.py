@@ -364,7 +364,7 @@ def test_a_protocol_that_is_not_there(
     protocol: str, why: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.grpc", None)
-    assert tracing.start({"OTEL_EXPORTER_OTLP_PROTOCOL": protocol}, {}, str) is None
+    assert tracing.set_up({"OTEL_EXPORTER_OTLP_PROTOCOL": protocol}, {}, str) is None
     (record,) = caplog.records
     assert why in record.getMessage()
 
@@ -375,6 +375,6 @@ def test_without_the_packages_there_are_none_and_it_is_said(
     for name in [name for name in sys.modules if name.partition(".")[0] == "opentelemetry"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
-    assert tracing.start({}, {}, str) is None
+    assert tracing.set_up({}, {}, str) is None
     (record,) = caplog.records
     assert re.search(r"no traces: .*`pip install 'vllm-supervisor\[otel\]'` brings it", record.getMessage())

@@ -151,13 +151,13 @@ class Scene:
             self.connects()
         match state:
             case S.DOUBTED:
-                delivery.head(head(500))
+                delivery.head_received(head(500))
             case S.UNSENT:
-                delivery.lost(NotConnected("nobody listens"))
+                delivery.answer_lost(NotConnected("nobody listens"))
             case S.LOST:
-                delivery.lost(Disconnected("closed"))
+                delivery.answer_lost(Disconnected("closed"))
             case S.OVER:
-                delivery.head(head(200))
+                delivery.head_received(head(200))
         assert delivery.state is state
         self.calls.clear()
         return self
@@ -169,20 +169,20 @@ class Scene:
             case E.GO:
                 delivery.go()
             case E.ANSWER:
-                delivery.head(head(200))
+                delivery.head_received(head(200))
             case E.ERROR:
-                delivery.head(head(503))
+                delivery.head_received(head(503))
             case E.STALE:
                 delivery.connection = Connection(self.calls, reused=True)  # type: ignore[assignment]
-                delivery.lost(Unanswered("closed"))
+                delivery.answer_lost(Unanswered("closed"))
             case E.UNCONNECTED:
-                delivery.lost(NotConnected("nobody listens"))
+                delivery.answer_lost(NotConnected("nobody listens"))
             case E.BROKEN:
-                delivery.lost(Disconnected("closed"))
+                delivery.answer_lost(Disconnected("closed"))
             case E.GONE:
-                delivery.lost(UpstreamError("no HTTP"))
+                delivery.answer_lost(UpstreamError("no HTTP"))
             case E.ALIVE | E.DEAD:
-                delivery.fate(alive=event is E.ALIVE)
+                delivery.engine_judged(alive=event is E.ALIVE)
             case E.REFUSE:
                 delivery.refuse(TOO_LATE)
 
@@ -267,7 +267,7 @@ def test_what_a_loss_is(
     delivery.replayed, delivery.resent = replayed, resent
     if not same_engine:
         scene.generation += 1
-    delivery.lost(kind("lost"))
+    delivery.answer_lost(kind("lost"))
     assert SHOWS[delivery.state] is expected
 
 
@@ -315,13 +315,13 @@ def test_one_that_was_sent_again_is_not_invited_a_third_time(ready: bool) -> Non
 
 def test_a_doubted_answer_that_is_kept_is_replaced_once() -> None:
     scene = Scene().is_in(S.DOUBTED)
-    scene.delivery.fate(alive=False)
+    scene.delivery.engine_judged(alive=False)
     assert (scene.delivery.replayed, scene.counts.replayed) == (False, 0)
     scene.delivery.go()
     scene.connects()
     assert (scene.delivery.replayed, scene.counts.replayed) == (True, 1)
-    scene.delivery.head(head(500))
-    scene.delivery.fate(alive=False)
+    scene.delivery.head_received(head(500))
+    scene.delivery.engine_judged(alive=False)
     assert scene.delivery.state is S.OVER
     assert scene.refusal is LOST_TWICE
     assert scene.counts.replayed == 1
@@ -332,8 +332,8 @@ def test_a_doubted_answer_whose_request_is_not_kept_is_refused() -> None:
     scene.delivery.go()
     scene.connects()
     scene.delivery.write(b"x" * (KEEP_LIMIT + 1))
-    scene.delivery.head(head(500))
-    scene.delivery.fate(alive=False)
+    scene.delivery.head_received(head(500))
+    scene.delivery.engine_judged(alive=False)
     assert scene.delivery.state is S.OVER
     assert scene.refusal is BROKEN_OFF
 
@@ -342,17 +342,17 @@ def test_an_idle_connection_that_was_closed_is_no_replay() -> None:
     scene = Scene()
     scene.delivery.go()
     scene.connects(reused=True)
-    scene.delivery.lost(Unanswered("closed"))
+    scene.delivery.answer_lost(Unanswered("closed"))
     assert (scene.delivery.resent, scene.delivery.replayed, scene.counts.replayed) == (True, False, 0)
     # The second time on a reused one can't be: it was to be a fresh one. If it were, the engine is asked.
     scene.connects(reused=True)
-    scene.delivery.lost(Unanswered("closed"))
+    scene.delivery.answer_lost(Unanswered("closed"))
     assert scene.delivery.state is S.LOST
 
 
 def test_what_was_lost_and_given_up_was_not_sent_again() -> None:
     scene = Scene().is_in(S.LOST)
-    scene.delivery.fate(alive=True)
+    scene.delivery.engine_judged(alive=True)
     assert scene.calls[-1] == "refused 502"
     assert (scene.delivery.replayed, scene.counts.replayed) == (False, 0)
 
@@ -361,7 +361,7 @@ def test_what_was_lost_and_sent_again_is_counted_once() -> None:
     scene = Scene().is_in(S.LOST)
     scene.delivery.go()
     scene.connects()
-    scene.delivery.head(head(200))
+    scene.delivery.head_received(head(200))
     assert (scene.delivery.replayed, scene.counts.replayed) == (True, 1)
 
 
@@ -392,7 +392,7 @@ def test_a_body_of_the_limit_is_sent_again_whole(pieces: int) -> None:
     for at in range(0, len(body), step):
         scene.delivery.write(body[at : at + step])
     scene.delivery.end()
-    scene.delivery.lost(Disconnected("closed"))
+    scene.delivery.answer_lost(Disconnected("closed"))
     assert scene.delivery.state is S.LOST
     scene.delivery.go()
     again = scene.connects()
@@ -407,8 +407,8 @@ def test_a_larger_body_is_not_kept_and_not_sent_again() -> None:
     scene.delivery.write(b"x" * KEEP_LIMIT)
     scene.delivery.write(b"y")
     assert len(connection.written) == len(HEAD) + KEEP_LIMIT + 1
-    assert scene.delivery.content == b""
-    scene.delivery.lost(Disconnected("closed"))
+    assert scene.delivery.request_bytes == b""
+    scene.delivery.answer_lost(Disconnected("closed"))
     assert scene.calls[-1] == "refused 502"
 
 
@@ -425,8 +425,8 @@ def test_once_an_answer_has_begun_the_request_is_forgotten() -> None:
     scene = Scene()
     scene.delivery.go()
     connection = scene.connects()
-    scene.delivery.head(head(200))
-    assert scene.delivery.content == b""
+    scene.delivery.head_received(head(200))
+    assert scene.delivery.request_bytes == b""
     assert connection.receiver is scene
     scene.delivery.write(b"rest")  # an early answer: the body goes on
     assert connection.written == HEAD + b"rest"
@@ -437,79 +437,79 @@ def test_once_an_answer_has_begun_the_request_is_forgotten() -> None:
 
 def test_the_head_of_a_whole_answer_waits_for_its_body() -> None:
     scene = Scene().is_in(S.SENT)
-    scene.delivery.head(head(200, length=4))
+    scene.delivery.head_received(head(200, length=4))
     assert (scene.delivery.state, scene.calls) == (S.SENT, [])
-    scene.delivery.data(b"ab", in_chunk=False)
+    scene.delivery.body_received(b"ab", in_chunk=False)
     assert (scene.delivery.state, scene.calls, scene.body) == (S.OVER, ["answer 200"], [(b"ab", False)])
 
 
 def test_an_answer_without_a_body_begins_with_its_end() -> None:
     scene = Scene().is_in(S.SENT)
-    scene.delivery.head(head(200, length=0))
-    scene.delivery.ended()
+    scene.delivery.head_received(head(200, length=0))
+    scene.delivery.answer_ended()
     assert (scene.delivery.state, scene.calls) == (S.OVER, ["answer 200", "ended"])
 
 
 def test_an_answer_to_head_waits_for_nothing() -> None:
     scene = Scene(is_head=True).is_in(S.SENT)
-    scene.delivery.head(head(200, length=4))
+    scene.delivery.head_received(head(200, length=4))
     assert scene.calls == ["answer 200"]
 
 
 def test_a_head_whose_body_was_lost_is_not_shown() -> None:
     scene = Scene().is_in(S.SENT)
-    scene.delivery.head(head(200, length=4))
-    scene.delivery.lost(Disconnected("closed"))
+    scene.delivery.head_received(head(200, length=4))
+    scene.delivery.answer_lost(Disconnected("closed"))
     assert scene.delivery.state is S.LOST
     scene.delivery.go()
     scene.connects()
-    scene.delivery.data(b"ab", in_chunk=False)  # of no answer: none has begun
+    scene.delivery.body_received(b"ab", in_chunk=False)  # of no answer: none has begun
     assert scene.body == []
 
 
 def test_an_error_that_is_believed_passes_as_it_came() -> None:
     scene = Scene().is_in(S.SENT)
-    scene.delivery.head(head(500))
-    scene.delivery.data(b"3\r\nab", in_chunk=True)
-    scene.delivery.data(b"c\r\n0\r\n\r\n", in_chunk=False)
-    scene.delivery.ended()
+    scene.delivery.head_received(head(500))
+    scene.delivery.body_received(b"3\r\nab", in_chunk=True)
+    scene.delivery.body_received(b"c\r\n0\r\n\r\n", in_chunk=False)
+    scene.delivery.answer_ended()
     assert scene.calls == ["ask"]
-    scene.delivery.fate(alive=True)
+    scene.delivery.engine_judged(alive=True)
     assert scene.calls == ["ask", "answer 500", "ended"]
     assert scene.body == [(b"3\r\nab", True), (b"c\r\n0\r\n\r\n", False)]
 
 
 def test_of_an_error_that_is_not_believed_nothing_is_left() -> None:
     scene = Scene().is_in(S.SENT)
-    scene.delivery.head(head(500))
-    scene.delivery.data(b"0\r\n\r\n", in_chunk=False)
-    scene.delivery.ended()
-    scene.delivery.fate(alive=False)
+    scene.delivery.head_received(head(500))
+    scene.delivery.body_received(b"0\r\n\r\n", in_chunk=False)
+    scene.delivery.answer_ended()
+    scene.delivery.engine_judged(alive=False)
     assert scene.calls == ["ask", "resume"]  # its connection was done with: there is nothing to abort
     scene.delivery.go()
     scene.connects()
-    scene.delivery.head(head(500))
-    scene.delivery.fate(alive=True)
+    scene.delivery.head_received(head(500))
+    scene.delivery.engine_judged(alive=True)
     assert scene.calls[-1] == "answer 500"  # and not its end, which has not come
     assert scene.body == []
 
 
 def test_interim_answers_pass_and_change_nothing() -> None:
     scene = Scene().is_in(S.SENT)
-    scene.delivery.head(head(103, length=0))
+    scene.delivery.head_received(head(103, length=0))
     assert (scene.delivery.state, scene.calls) == (S.SENT, ["interim 103"])
 
 
 @pytest.mark.parametrize("status", [200, 400, 404, 429, 499, 501, 502, 504])
 def test_only_what_a_dying_engine_says_is_doubted(status: int) -> None:
     scene = Scene().is_in(S.SENT)
-    scene.delivery.head(head(status))
+    scene.delivery.head_received(head(status))
     assert scene.calls == [f"answer {status}"]
 
 
 def test_a_known_answer_is_one_call_and_the_end() -> None:
     scene = Scene().is_in(S.SENT)
-    scene.delivery.whole(KnownAnswer(head(200, length=2)), b"2", b"ok")
+    scene.delivery.answer_received(KnownAnswer(head(200, length=2)), b"2", b"ok")
     assert (scene.delivery.state, scene.delivery.connection, scene.calls) == (S.OVER, None, ["whole 200"])
 
 
@@ -517,7 +517,7 @@ def test_a_websocket_is_the_clients_once_it_is_open() -> None:
     scene = Scene()
     scene.delivery.go()
     connection = scene.connects()
-    scene.delivery.switched(head(101, length=0), b"frame")
+    scene.delivery.websocket_opened(head(101, length=0), b"frame")
     assert (scene.delivery.state, scene.calls[-1], connection.receiver) == (S.OVER, "switched", scene)
 
 
@@ -552,9 +552,9 @@ def test_backpressure_reaches_the_connection_that_there_is() -> None:
     scene.delivery.pause()
     scene.delivery.end()
     scene.delivery.go()
-    assert not scene.delivery.working
+    assert not scene.delivery.is_working
     connection = scene.connects()
-    assert scene.delivery.working
+    assert scene.delivery.is_working
     scene.delivery.pause()
     assert connection.response_paused
     assert not scene.delivery.working
@@ -565,9 +565,9 @@ def test_backpressure_reaches_the_connection_that_there_is() -> None:
 @pytest.mark.parametrize("state", State, ids=lambda state: state.name)
 def test_it_waits_only_while_the_gate_has_it(state: State) -> None:
     scene = Scene().is_in(state)
-    assert not scene.delivery.waits
+    assert not scene.delivery.is_waiting
     scene.calls.append("hold")
-    assert scene.delivery.waits == (state in (S.WAITING, S.UNSENT, S.LOST))
+    assert scene.delivery.is_waiting == (state in (S.WAITING, S.UNSENT, S.LOST))
 
 
 def test_the_marks_tell_what_it_waited_for() -> None:
@@ -578,4 +578,4 @@ def test_the_marks_tell_what_it_waited_for() -> None:
     assert scene.held_for == "starting"
     undisturbed = Scene().is_in(S.SENT)
     assert undisturbed.delivery.marks == ()
-    assert undisturbed.delivery.went
+    assert undisturbed.delivery.was_sent

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from supervisor.gateway.endings import LARGEST_COMMENT, PARTIAL_LIMIT, Body, Events, Late, Tunnel, is_comment
+from supervisor.gateway.endings import LARGEST_COMMENT, PARTIAL_LIMIT, Body, Events, LateAnswer, Tunnel, is_comment
 from supervisor.gateway.errors import Refusal
 from supervisor.gateway.frames import GOING_AWAY, INTERNAL_ERROR
 from supervisor.gateway.http1 import Dechunker
@@ -213,7 +213,7 @@ def test_a_stream_that_is_not_broken_off_passes_untouched(stream: Stream) -> Non
         got += body.feed(data, in_chunk=in_chunk)
         assert seen.startswith(got)
         assert len(seen) - len(got) < PARTIAL_LIMIT, "what is large is not kept"
-    assert got + body.rest() == b"".join(stream.pieces)
+    assert got + body.flush() == b"".join(stream.pieces)
 
 
 @given(stream=streams() | streams(anywhere=True))
@@ -263,7 +263,7 @@ def test_the_stream_of_an_http_1_0_client_ends_likewise(stream: Stream) -> None:
 def test_an_http_1_0_client_gets_the_content_alone(stream: Stream) -> None:
     body = Events(Dechunker())
     got = b"".join(body.feed(data, in_chunk=in_chunk) for data, in_chunk in stream.reads())
-    assert got + body.rest() == stream.content
+    assert got + body.flush() == stream.content
 
 
 @given(stream=streams(), http11=st.booleans(), moments=st.sets(st.integers(0, 12)))
@@ -273,8 +273,8 @@ def test_a_comment_may_stand_wherever_one_is_offered(stream: Stream, http11: boo
     for number, (data, in_chunk) in enumerate(stream.reads()):
         got += body.feed(data, in_chunk=in_chunk)
         if number in moments:
-            got += body.nothing()
-    got += body.rest()
+            got += body.filler()
+    got += body.flush()
     content = got
     if http11:
         chunks = read_chunks(got)
@@ -372,7 +372,7 @@ def test_what_is_no_stream_passes_and_can_only_be_cut(data: bytes, cuts: list[in
     assert b"".join(plain.feed(piece, in_chunk=False) for piece in pieces) == raw
     assert b"".join(old.feed(piece, in_chunk=False) for piece in pieces) == data
     for body in (plain, old):
-        assert (body.rest(), body.nothing(), body.ending(STOPPED, b"/")) == (b"", b"", None)
+        assert (body.flush(), body.filler(), body.ending(STOPPED, b"/")) == (b"", b"", None)
 
 
 JSON = st.recursive(
@@ -394,10 +394,10 @@ def test_a_late_answer_becomes_one_event(
     content: Any, indent: int | None, chunked: bool, cuts: list[int], route: str
 ) -> None:
     raw = json.dumps({"error": content}, indent=indent).encode()
-    body = Late(route.encode(), chunked=chunked)
+    body = LateAnswer(route.encode(), chunked=chunked)
     for piece in pieces_of(chunk(raw) + b"0\r\n\r\n" if chunked else raw, cuts):
         assert body.feed(piece, in_chunk=False) == b""
-    chunks = read_chunks(body.rest())
+    chunks = read_chunks(body.flush())
     assert chunks.ended
     events = chunks.content.split(b"\n\n")
     assert events.pop() == b""
@@ -410,17 +410,17 @@ def test_a_late_answer_becomes_one_event(
 
 
 def test_a_late_answer_with_windows_line_ends_becomes_one_event() -> None:
-    body = Late(b"/v1/completions", chunked=False)
+    body = LateAnswer(b"/v1/completions", chunked=False)
     body.feed(b'{\r\n"error": 1\r\n}', in_chunk=False)
-    assert read_chunks(body.rest()).content == b'data: { "error": 1 }\n\n' + DONE + b"\n\n"
+    assert read_chunks(body.flush()).content == b'data: { "error": 1 }\n\n' + DONE + b"\n\n"
 
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("came", [b"", b'{"error": '])
 def test_a_late_answer_that_never_came_whole_is_our_error_alone(route: str, came: bytes) -> None:
-    body = Late(route.encode(), chunked=False)
+    body = LateAnswer(route.encode(), chunked=False)
     body.feed(came, in_chunk=False)
-    chunks = read_chunks(body.nothing() + body.ending(STOPPED, route.encode()))
+    chunks = read_chunks(body.filler() + body.ending(STOPPED, route.encode()))
     assert chunks.ended
     assert chunks.content == b":\n\n" + STOPPED.events(route.encode())
 
@@ -486,11 +486,11 @@ def test_a_websocket_is_closed_by_a_frame_between_two_others(
         got += piece
         ending = body.ending(refusal, b"/v1/realtime")
         if len(got) not in ends:
-            assert ending == b"" == body.rest()
+            assert ending == b"" == body.flush()
             continue
         for end, code in (
             (ending, GOING_AWAY if refusal is SHUTS_DOWN else INTERNAL_ERROR),
-            (body.rest(), INTERNAL_ERROR),
+            (body.flush(), INTERNAL_ERROR),
         ):
             last = read_frames(got + end)[-1]
             assert (last.opcode, last.final, last.masked) == (8, True, False)
@@ -504,7 +504,7 @@ def test_nothing_is_added_behind_vllms_own_close(frames: list[Frame], cuts: list
     body = Tunnel()
     for piece in pieces_of(b"".join(frame.written() for frame in [*frames, Frame(8, b"\x03\xe8")]), cuts):
         body.feed(piece, in_chunk=False)
-    assert body.rest() == b""
+    assert body.flush() == b""
 
 
 def test_a_websocket_that_vllm_has_closed_is_not_closed_again() -> None:

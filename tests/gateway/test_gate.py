@@ -78,7 +78,7 @@ class Place:
 
     def engine_is(self, state: str) -> None:
         self.engine.state = state
-        self.gate.changed()
+        self.gate.engine_changed()
         self.loop.settle()
 
     def comes(self, name: str = "one", *, limited: bool = True) -> One:
@@ -92,7 +92,7 @@ class Place:
     @property
     def load(self) -> tuple[int, int]:
         """Those that were let in, and those that wait."""
-        return self.gate.active, self.gate.waiting
+        return self.gate.active, self.gate.waiting_count
 
 
 @pytest.fixture
@@ -287,7 +287,7 @@ def test_what_a_state_of_the_engine_means_for_whom(place: Place, state: str) -> 
     place.make(limit=None)
     place.engine_is(state)
     for limited, expected in ((True, AT_EACH_STATE[state][3]), (False, AT_EACH_STATE[state][4])):
-        refusal = place.gate.refusal(limited=limited)
+        refusal = place.gate.find_refusal(limited=limited)
         assert (refusal is not None) == (expected == "refusal")
         if refusal is None:
             assert place.comes(limited=limited).last == expected
@@ -337,7 +337,7 @@ def test_an_engine_that_answers_lives(place: Place) -> None:
     assert (place.questions, one.told) == (0, ["go"])  # first its death has time to be noticed
     place.passes(0.1)
     assert (place.questions, one.told) == (1, ["go", "alive"])
-    assert not place.gate.asking
+    assert not place.gate.questions
 
 
 def test_a_death_that_is_noticed_is_told_at_once(place: Place) -> None:
@@ -413,9 +413,9 @@ def test_an_engine_that_dies_and_is_ready_again_between_two_questions_was_anothe
     for one in (held, doubtful):
         place.gate.ask(one)
     place.engine.state = "restarting"
-    place.gate.changed()
+    place.gate.engine_changed()
     place.engine.state = "ready"
-    place.gate.changed()
+    place.gate.engine_changed()
     place.passes(60)
     assert held.told == ["go", "held", "dead", "go"]
     assert doubtful.told == ["go", "dead"]

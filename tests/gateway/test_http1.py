@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, assume, event, example, given, settings
 from hypothesis import strategies as st
 
 from supervisor.gateway.errors import Refusal
-from supervisor.gateway.heads import Memo, Repeats, split
+from supervisor.gateway.heads import Memo, RepeatedHeads, split_message
 from supervisor.gateway.http1 import (
     COMPRESSED,
     HOP_BY_HOP,
@@ -184,15 +184,15 @@ def test_vllm_sees_the_request_that_was_read_and_no_other(raw: bytes, tls: bool)
     assume(found is not None)
     assert found is not None
     request, parsed, refusal = found
-    if not request.written:
+    if not request.rewritten:
         event("refused")
         assert refusal is not None
-        assert request.endless, "where it ends nobody knows, and so nothing may be read behind it"
+        assert request.has_unknown_end, "where it ends nobody knows, and so nothing may be read behind it"
         return
     assert refusal in (None, COMPRESSED)
     complete = parsed.whole > 0
     body = parsed.body
-    written = request.written + ID + b"\r\n\r\n"
+    written = request.rewritten + ID + b"\r\n\r\n"
     if request.chunked:
         written += (b"%x\r\n%b\r\n" % (len(body), body) if body else b"") + (b"0\r\n\r\n" if complete else b"")
     elif not request.websocket:
@@ -239,7 +239,7 @@ def test_vllm_sees_the_request_that_was_read_and_no_other(raw: bytes, tls: bool)
 @often
 def test_a_head_that_comes_again_is_written_as_if_it_were_read_again(raw: bytes, length: int) -> None:
     """With another length, as most do: by its halves, without the parser."""
-    parts = split(raw)
+    parts = split_message(raw)
     assume(parts is not None)
     assert parts is not None
     key, digits, body = parts
@@ -248,9 +248,9 @@ def test_a_head_that_comes_again_is_written_as_if_it_were_read_again(raw: bytes,
     assert found is not None
     request, parsed, refusal = found
     request.verdict = Verdict(None)
-    assume(refusal is None and parsed.whole == 1 and request.repeats())
+    assume(refusal is None and parsed.whole == 1 and request.may_repeat())
     event("with a length" if digits else "without a length")
-    repeats: Repeats[Request] = Repeats(Memo())
+    repeats: RepeatedHeads[Request] = RepeatedHeads(Memo())
     assert repeats.find(raw) is None
     repeats.learn(request)
     again, other, content = b"", raw, b""
@@ -260,8 +260,8 @@ def test_a_head_that_comes_again_is_written_as_if_it_were_read_again(raw: bytes,
         other = key[:place] + again + key[place:] + content
     for data, expected in ((raw, (request, digits, body)), (other, (request, again, content))) * 2:
         assert repeats.find(data) == expected
-    assert split(other) == (key, again, content)
+    assert split_message(other) == (key, again, content)
     afresh = read(other)
     assert afresh is not None
     assert afresh[2] is None
-    assert request.before + again + request.after == afresh[0].written
+    assert request.prefix + again + request.suffix == afresh[0].rewritten

@@ -420,18 +420,18 @@ class World:
     def _protocol(self, *, private: bool) -> asyncio.Protocol:
         """For one connection of a client's."""
         if private:
-            return self.server.private()
-        return self.server.public(config=self.server.config, server_state=self.server.server_state, app_state={})
+            return self.server.private_client()
+        return self.server.public_client(config=self.server.config, server_state=self.server.server_state, app_state={})
 
     def watched_by(self, watcher: Callable[[object], None]) -> None:
-        for door in (self.gateway.public, self.gateway.private):
+        for door in (self.gateway.public_door, self.gateway.private_door):
             door.watchers = (watcher, *door.watchers)
 
     def _note(self, over: Record) -> None:
-        self.ended.append(Ended(over.request_id, over.request.path, over.status, over.gone))
+        self.ended.append(Ended(over.request_id, over.request.path, over.status, over.client_left))
 
     def _tell_state(self) -> None:
-        self.gateway.gate.changed()
+        self.gateway.gate.engine_changed()
         if not self.engine.alive:
             self.upstream.close()
 
@@ -456,11 +456,11 @@ class World:
     @property
     def waiting(self) -> int:
         """Requests that are held for the engine, or wait for their turn."""
-        return self.gateway.gate.waiting
+        return self.gateway.gate.waiting_count
 
     @property
     def in_flight(self) -> int:
-        return len(self.gateway.present)
+        return len(self.gateway.exchanges)
 
     @property
     def sent_bytes(self) -> int:

@@ -413,8 +413,8 @@ class Access:
 
     def __init__(self, form: LineStyle) -> None:
         self.told: list[tuple[bytes, int]] = []
-        self.log = AccessLog(None, form, lambda lines, count: self.told.append((lines, count)), ours=b"0c5f")  # type: ignore[arg-type]
-        self.log.unix = lambda: UNIX  # type: ignore[method-assign]
+        self.log = AccessLog(None, form, lambda lines, count: self.told.append((lines, count)), own_prefix=b"0c5f")  # type: ignore[arg-type]
+        self.log.unix_offset = lambda: UNIX  # type: ignore[method-assign]
 
     def lines(self, *records: Any) -> list[str]:
         self.told.clear()
@@ -566,7 +566,7 @@ def test_lines_do_not_wait_for_more_than_a_hundred() -> None:
     told: list[int] = []
     log = AccessLog(loop, TEXT, lambda _, count: told.append(count))  # type: ignore[arg-type]
     for _ in range(2 * BATCH + 1):
-        log.ended(record())
+        log.request_ended(record())
     assert told == [BATCH, BATCH]
     timers[-1][1]()
     assert told == [BATCH, BATCH, 1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from supervisor.gateway.errors import Refusal
-from supervisor.gateway.heads import REMEMBERED, Memo, Repeats, halves, split
+from supervisor.gateway.heads import REMEMBERED, Memo, RepeatedHeads, split_at_length, split_message
 from supervisor.gateway.http1 import (
     COMPRESSED,
     HEAD_TOO_LARGE,
@@ -209,11 +209,11 @@ GET = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
     ],
 )
 def test_split(data: bytes, expected: object) -> None:
-    assert split(data) == expected
+    assert split_message(data) == expected
 
 
 def test_the_latest_head_is_found_again_whatever_its_length() -> None:
-    repeats: Repeats[str] = Repeats(Memo())
+    repeats: RepeatedHeads[str] = RepeatedHeads(Memo())
     assert repeats.find(HEAD + BODY) is None
     repeats.learn("it")
     for size in (12, 12, 12345, 0):
@@ -232,7 +232,7 @@ def test_the_latest_head_is_found_again_whatever_its_length() -> None:
 
 
 def test_what_is_no_whole_message_is_not_learnt() -> None:
-    repeats: Repeats[str] = Repeats(Memo())
+    repeats: RepeatedHeads[str] = RepeatedHeads(Memo())
     assert repeats.find(HEAD + BODY) is None
     assert repeats.find(HEAD) is None
     repeats.learn("it")
@@ -247,9 +247,9 @@ def test_the_memo_does_not_grow_for_ever() -> None:
 
 
 def test_a_head_is_written_around_its_length() -> None:
-    before, after = halves(HEAD[:-2] + b"X-Request-Id: ")
+    before, after = split_at_length(HEAD[:-2] + b"X-Request-Id: ")
     assert before + b"99" + after == HEAD.replace(b"12", b"99")[:-2] + b"X-Request-Id: "
-    assert halves(b"GET / HTTP/1.1\r\nHost: h\r\n") == (b"GET / HTTP/1.1\r\nHost: h\r\n", b"")
+    assert split_at_length(b"GET / HTTP/1.1\r\nHost: h\r\n") == (b"GET / HTTP/1.1\r\nHost: h\r\n", b"")
 
 
 # Credentials
@@ -284,11 +284,11 @@ def test_of_two_keys_the_administrators_counts(headers: Headers) -> None:
 def test_wrong_keys_are_answered_so_often_and_a_valid_one_always() -> None:
     policy = Policy(["one"])
     wrong = policy.judge(Request(b"POST", CHAT, CHAT, []))
-    told = [policy.refused(wrong, b"192.0.2.1", 0.0) for _ in range(FAILURES + 2)]
+    told = [policy.refusal_for(wrong, b"192.0.2.1", 0.0) for _ in range(FAILURES + 2)]
     assert told == [UNAUTHORIZED] * FAILURES + [TOO_MANY_FAILURES] * 2
-    assert policy.refused(wrong, b"192.0.2.2", 0.0) is UNAUTHORIZED
-    assert policy.refused(policy.judge(Request(b"POST", CHAT, CHAT, KEY)), b"192.0.2.1", 0.0) is None
-    assert policy.refused(wrong, b"192.0.2.1", 60.0) is UNAUTHORIZED
+    assert policy.refusal_for(wrong, b"192.0.2.2", 0.0) is UNAUTHORIZED
+    assert policy.refusal_for(policy.judge(Request(b"POST", CHAT, CHAT, KEY)), b"192.0.2.1", 0.0) is None
+    assert policy.refusal_for(wrong, b"192.0.2.1", 60.0) is UNAUTHORIZED
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def test_what_vllm_gets_of_a_head() -> None:
     ]  # fmt: skip
     request, refusal = rewritten(headers)
     assert refusal is None
-    lines = request.written.split(b"\r\n")
+    lines = request.rewritten.split(b"\r\n")
     assert lines == [
         b"POST /x HTTP/1.1", b"Host: h", b"Sec-WebSocket-Protocol: realtime", b"X-Forwarded-Proto: https",
         b"Content-Encoding: identity", b"X-Other: 1", b"X-Request-Id: ",
@@ -356,8 +356,8 @@ def test_what_vllm_gets_of_a_head() -> None:
 @pytest.mark.parametrize("claimed", [[], [(b"x-forwarded-proto", b"http")]])
 def test_where_we_end_tls_vllm_knows_it_whatever_the_client_says(claimed: Headers) -> None:
     request, _ = rewritten([(b"Host", b"h"), *claimed], tls=True)
-    assert request.written.lower().count(b"x-forwarded-proto") == 1
-    assert b"X-Forwarded-Proto: https\r\n" in request.written
+    assert request.rewritten.lower().count(b"x-forwarded-proto") == 1
+    assert b"X-Forwarded-Proto: https\r\n" in request.rewritten
 
 
 def test_heads_that_are_refused() -> None:
@@ -366,7 +366,7 @@ def test_heads_that_are_refused() -> None:
     for coding in (b"gzip", b"zstd", b"GZIP", b"identity, gzip"):
         request, refusal = rewritten([(b"Host", b"h"), (b"Content-Encoding", coding)])
         assert refusal is COMPRESSED
-        assert not request.endless  # its body is read, and the connection goes on
+        assert not request.has_unknown_end  # its body is read, and the connection goes on
 
 
 # CORS
