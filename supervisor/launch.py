@@ -11,7 +11,7 @@ import dataclasses
 import os
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -70,9 +70,8 @@ class Launch:
         self.foot = Terminal(2, self.style.lost_line) if has_foot else None
         self.stderr = self.foot or Output(2, self.style.lost_line)
         self.stdout = self.stderr if terminal else Output(1, self.style.lost_line)
-        self.command = build(settings, str(workspace.socket), str(workspace.temp_folder))  # this one is for people to see
+        self.command = build(settings, str(workspace.socket), str(workspace.temp_folder))  # this one is shown
         self.weights = find.Weights("not looked for yet")
-        self.weights_found: Callable[[find.Weights], object] = lambda _: None  # called at each start, from its thread
         self._latest_child: Child | None = None
         self._closed = False
         self._lock = threading.Lock()
@@ -80,7 +79,7 @@ class Launch:
     def __call__(self) -> Child:
         """Returns the child that was started. Raises OSError."""
         model = find_model(self.settings)
-        self.weights = weights = model.weights
+        self.weights = model.weights
         command = self._command(model)
         fork: Fork = self.forker.fork if self.forker is not None else lambda *_: None
         with self._lock:
@@ -89,7 +88,6 @@ class Launch:
             if self._latest_child is not None:
                 self.workspace.clear()  # what the last one left
             self._latest_child = child = Child(command, self.style, (self.stdout, self.stderr), self._remember, fork)
-        self.weights_found(weights)
         return child
 
     def _command(self, model: Repository) -> Command:

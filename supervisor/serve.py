@@ -128,10 +128,8 @@ class Supervisor(Observer):
             lambda child: Waterfall(child.spawned_at, fetches=child.command.fetches),
         )
         self.account = Account(self.engine)
-        self.gateway = self._make_gateway()
-        self.access = AccessLog(
-            self.loop, start.launch.style, sink.output.put, self.knobs.log_level, self.gateway.id_prefix
-        )
+        self.gateway = gateway = self._make_gateway()
+        self.access = AccessLog(self.loop, self.launch.style, sink.output.put, self.knobs.log_level, gateway.run_id)
         if self.knobs.access_log:
             self.gateway.watch(self.access.request_ended, jobs=False)
 

@@ -103,7 +103,7 @@ class Account(Observer):
 
     def status(self) -> dict[str, object]:
         run, phases, live_run = self.engine.latest_run, self.engine.latest_run.phases, self.engine.living_run
-        launch_row = {"name": run.phase, "seconds": round(self.engine.clock() - run.began_at, 3)}  # before vLLM has a log
+        launch_row = {"name": run.phase, "seconds": round(self.engine.clock() - run.began_at, 3)}  # before vLLM logs
         return {
             "state": self.engine.state.value,
             "since": self.changed_at,

@@ -164,10 +164,10 @@ def check_write(pick: Callable[[Patient], Path | None], remedy: str, verdict: st
     """Checks by trying that a folder can be written, or the nearest one above it that exists."""
     if (folder := pick(patient)) is None:
         return None
-    nearest_folder = nearest_folder(folder)
-    if not nearest_folder.is_dir():
-        return Row(verdict, f"{folder} can't be made: {nearest_folder} is no folder", remedy)
-    if not volume.can_write(nearest_folder):
+    nearest = nearest_folder(folder)
+    if not nearest.is_dir():
+        return Row(verdict, f"{folder} can't be made: {nearest} is no folder", remedy)
+    if not volume.can_write(nearest):
         return Row(verdict, f"{folder} can't be written", remedy)
     free = disk(folder).get("free")
     return Row(OK, f"{folder}" + (f", {amount(free)} free" if isinstance(free, int) else ""))

@@ -84,8 +84,7 @@ class AccessLog:
         for record in batch:
             at, seconds, size = record.over_at + unix, record.over_at - record.began, record.sent
             first = (record.first_at - record.began or TICK) if record.first_at else 0.0
-            is_unusual = record.code or record.client_left or record.cache_result or record.marks
-            unusual = describe(record) if is_unusual else ""
+            unusual = describe(record) if record.code or record.client_left or record.cache_word or record.marks else ""
             request = record.request
             # What is kept of a path is bounded.
             line = self._shape(request.method, request.path[: LONGEST_PATH + 1], record.status, record.address, unusual)

@@ -138,8 +138,7 @@ class OwnRoutes:
 
     def status(self, after: int | None = None) -> dict[str, Any]:
         """`after` a line of vLLM's log: with what the page needs beside it."""
-        counts = {"in_flight": self.in_flight(), "waiting": self.gate.waiting_count}
-        content = {**self.engine.status(), **counts, **self.facts}
+        content = {**self.engine.status(), "in_flight": self.in_flight(), "waiting": self.gate.backlog, **self.facts}
         if after is not None:
             line, log = self.engine.log_after(after)
             content |= {

@@ -103,7 +103,7 @@ class Cache:
 
     def _note_result(self, exchange: Exchange, result: str, more: bytes = b"") -> None:
         self.results[result] += 1
-        exchange.cache_result = RESULTS[result]
+        exchange.cache_word = RESULTS[result]
         exchange.extra_lines = b"X-Supervisor-Cache: %b\r\n%b" % (result.encode(), more)
 
     def close_recording(self, recording: Recording, kept: KeptAnswer | None = None) -> None:
@@ -137,9 +137,9 @@ class CacheableRequest(BaseDelivery):
     source = BaseDelivery()  # what produces the answer; what that goes through, this one does
     marks = property(attrgetter("source.marks"))
     replayed = property(attrgetter("source.replayed"))
-    is_waiting = property(attrgetter("source.waits"))
-    request_bytes = property(attrgetter("source.content"))
-    is_working = property(attrgetter("source.working"))
+    is_waiting = property(attrgetter("source.is_waiting"))
+    request_bytes = property(attrgetter("source.request_bytes"))
+    is_working = property(attrgetter("source.is_working"))
 
     def __init__(self, cache: Cache, exchange: Exchange, head: bytes) -> None:
         self.cache = cache

@@ -100,7 +100,7 @@ class Gate:
         return request in self.held or request in self.queued
 
     @property
-    def waiting_count(self) -> int:
+    def backlog(self) -> int:
         return len(self.held) + len(self.queued)
 
     def find_refusal(self, *, limited: bool = True) -> Refusal | None:

@@ -33,7 +33,7 @@ class Record:
     held_state = ""  # the engine's state that it had to wait for
     is_ours = False  # the answer is ours alone
     code = ""  # the code of what refused it, or broke it off
-    cache_result = ""  # how the cache answered it, in a word
+    cache_word = ""  # how the cache answered it, in a word
     client_left = False  # its client is, before the answer's end
 
     def request_held(self, state: str) -> None:
@@ -72,4 +72,4 @@ def describe(record: Record) -> str:
         if what in WAITS and until - since >= LEAST_WAIT:
             found.append(f"{until - since:.1f} s {what}" + (f" ({record.held_state})" if what == "held" else ""))
     again, gone = "sent again" if record.replayed else "", "client gone" if record.client_left else ""
-    return ", ".join(filter(None, [*found, again, record.cache_result, gone, record.code]))
+    return ", ".join(filter(None, [*found, again, record.cache_word, gone, record.code]))

@@ -57,8 +57,8 @@ class Gateway:
         self.gate = Gate(engine, upstream, admission, self.counts)
         self.exchanges: set[Exchange] = set()
         # A request's id: of this run, and counted. To read as many random bytes for each would cost as much again.
-        self.id_prefix = os.urandom(10).hex().encode()
-        self.new_id = map((self.id_prefix + b"%012x").__mod__, itertools.count(1)).__next__
+        self.run_id = os.urandom(10).hex().encode()
+        self.new_id = map((self.run_id + b"%012x").__mod__, itertools.count(1)).__next__
         deliver: Callable[[Exchange, bytes], BaseDelivery] = Delivery
         watchers: tuple[Callable[[Record], object], ...] = (self.counts.request_ended,)
         cache = None
@@ -97,12 +97,8 @@ class Gateway:
 
     # What the rest of the supervisor asks, and tells
 
-    @property
-    def waiting(self) -> int:
-        return self.gate.waiting_count
-
     def in_flight(self) -> int:
-        return len(self.exchanges) - self.gate.waiting_count
+        return len(self.exchanges) - self.gate.backlog
 
     async def drained(self) -> None:
         """Returns when no request is in flight."""

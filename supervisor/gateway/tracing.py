@@ -138,7 +138,7 @@ class Tracing:
             "error.type": (cut or str(status)) if failed else "",
             "vllm_supervisor.request_id": record.request_id.decode("latin-1"),
             "vllm_supervisor.code": cut,
-            "vllm_supervisor.cache": record.cache_result,
+            "vllm_supervisor.cache": record.cache_word,
             "vllm_supervisor.client_gone": record.client_left,
             "vllm_supervisor.replayed": record.replayed,
             "vllm_supervisor.job": record.door.private,

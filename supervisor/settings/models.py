@@ -29,8 +29,8 @@ def read(name: str, vllm: Vllm, catalogue: Catalogue, environ: Mapping[str, str]
     exists = try_bounded(DISK_PATIENCE, Path(path).exists) if is_path or not HUB_NAME.fullmatch(name) else False
     is_gguf = QUANTIZED_NAME.fullmatch(name) or (name.lower().endswith(".gguf") and "/" in name)
     is_known = not is_path and (is_gguf or BUCKET_URL.fullmatch(name) or HUB_NAME.fullmatch(name))
-    place = Path(path)
-    if exists and try_bounded(DISK_PATIENCE, lambda: not place.is_file() and not (place.is_dir() and os.listdir(place))):  # noqa: PTH208
+    file = Path(path)
+    if exists and try_bounded(DISK_PATIENCE, lambda: not file.is_file() and not (file.is_dir() and os.listdir(file))):  # noqa: PTH208
         raise BadValue("a folder with a model in it; there is nothing in this one")
     if exists is not False or is_known:  # where the disk hangs, the launch waits
         formats = [row.names for row in catalogue.by_key.values() if row.key in ("load_format", "quantization")]

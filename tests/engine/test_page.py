@@ -229,7 +229,7 @@ def routes(policy: Policy, **facts: object) -> OwnRoutes:
     timeline = deque({"at": float(number), "state": "starting", "reason": ""} for number in range(100))
     status = {"state": "ready", "new": 1}
     engine: Any = SimpleNamespace(timeline=timeline, log_after=lambda _: (0, []), status=lambda: status)
-    gate: Any = SimpleNamespace(waiting=0)
+    gate: Any = SimpleNamespace(backlog=0)
     upstream: Any = SimpleNamespace(reads=0)
     return OwnRoutes(engine, policy, gate, Counts(), upstream, lambda: 0, facts)
 

@@ -60,7 +60,7 @@ class Scene:
         self.generation, self.open = 7, True
         self.loop = SimpleNamespace(time=lambda: 1.0)
         self.upstream = SimpleNamespace(send=self._sent)
-        self.named = {"request": "r"}
+        self.log_extra = {"request": "r"}
         self.held_for = ""
         self.body: list[tuple[bytes, bool]] = []  # as the client's side got it
         request = Request(b"HEAD" if is_head else b"POST", b"/v1/completions", b"/v1/completions", [])
@@ -98,34 +98,34 @@ class Scene:
     def ask(self, delivery: Delivery) -> None:
         self.calls.append("ask")
 
-    def unavailable(self) -> Refusal:
+    def unavailable_refusal(self) -> Refusal:
         return Refusal(503, self.engine.explanation, "engine_unavailable")
 
     # The client's side
 
-    def held(self, state: str) -> None:
+    def request_held(self, state: str) -> None:
         self.held_for = state
 
-    def interim(self, head: ResponseHead) -> None:
+    def interim_received(self, head: ResponseHead) -> None:
         self.calls.append(f"interim {head.status}")
 
-    def answer(self, head: ResponseHead) -> None:
+    def answer_begun(self, head: ResponseHead) -> None:
         self.calls.append(f"answer {head.status}")
 
-    def whole(self, known: KnownAnswer, digits: bytes, body: bytes) -> None:
+    def answer_received(self, known: KnownAnswer, digits: bytes, body: bytes) -> None:
         self.calls.append(f"whole {known.status}")
 
-    def switched(self, head: ResponseHead, data: bytes) -> None:
+    def websocket_opened(self, head: ResponseHead, data: bytes) -> None:
         self.calls.append("switched")
 
-    def refused(self, refusal: Refusal) -> None:
+    def request_refused(self, refusal: Refusal) -> None:
         self.refusal = refusal
         self.calls.append(f"refused {refusal.status}")
 
-    def data(self, data: bytes, in_chunk: bool) -> None:
+    def body_received(self, data: bytes, in_chunk: bool) -> None:
         self.body.append((data, in_chunk))
 
-    def ended(self) -> None:
+    def answer_ended(self) -> None:
         self.calls.append("ended")
 
     def pause_request(self) -> None:
@@ -557,9 +557,9 @@ def test_backpressure_reaches_the_connection_that_there_is() -> None:
     assert scene.delivery.is_working
     scene.delivery.pause()
     assert connection.response_paused
-    assert not scene.delivery.working
+    assert not scene.delivery.is_working
     scene.delivery.resume()
-    assert scene.delivery.working
+    assert scene.delivery.is_working
 
 
 @pytest.mark.parametrize("state", State, ids=lambda state: state.name)

@@ -842,7 +842,7 @@ ANTHROPIC_ERROR = b'event: error\ndata: {"type":"error","error":{"type":"interna
 def test_a_stream_that_vllm_ends_by_an_error_is_no_plain_success(end: tuple[bytes, ...], code: str) -> None:
     with World() as world:
         told: list[str] = []
-        world.watched_by(lambda record: told.append(record.cut))  # type: ignore[attr-defined]
+        world.watched_by(lambda record: told.append(record.code))  # type: ignore[attr-defined]
         client = world.client()
         client.asks()
         request = world.engine.request()

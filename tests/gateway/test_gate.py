@@ -27,7 +27,7 @@ class One:
     def __init__(self, place: Place, name: str, *, limited: bool = True) -> None:
         self.place = place
         self.name = name
-        self.limited = limited
+        self.is_limited = limited
         self.admitted = False
         self.generation = place.gate.generation
         self.told: list[str] = []
@@ -46,7 +46,7 @@ class One:
     def mark(self, what: str) -> None:
         self.told.append(what)
 
-    def fate(self, *, alive: bool) -> None:
+    def engine_judged(self, *, alive: bool) -> None:
         self.told.append("alive" if alive else "dead")
 
     @property
@@ -92,7 +92,7 @@ class Place:
     @property
     def load(self) -> tuple[int, int]:
         """Those that were let in, and those that wait."""
-        return self.gate.active, self.gate.waiting_count
+        return self.gate.active, self.gate.backlog
 
 
 @pytest.fixture

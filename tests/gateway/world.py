@@ -384,8 +384,8 @@ class World:
         faults_expected: bool = False,
     ) -> None:
         """Times in seconds; `limit` requests run at once, and `waiting` more may wait; `cache` in bytes."""
-        self.options = {"client_timeout": client_timeout, "keep_alive": keep_alive, "cache_memory": cache}
-        self.options["event_keep_alive"] = event_keep_alive
+        self.options = {"client_timeout": client_timeout, "idle_timeout": keep_alive, "cache_memory": cache}
+        self.options["comment_interval"] = event_keep_alive
         self.policy = {
             "api_keys": keys,
             "rate": Rate(rate) if rate else None,
@@ -456,7 +456,7 @@ class World:
     @property
     def waiting(self) -> int:
         """Requests that are held for the engine, or wait for their turn."""
-        return self.gateway.gate.waiting_count
+        return self.gateway.gate.backlog
 
     @property
     def in_flight(self) -> int:

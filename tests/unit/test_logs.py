@@ -396,14 +396,14 @@ def record(
         "status": 200,
         "sent": 13400,
         "request_id": b"abc",
-        "gone": False,
-        "cached": "",
+        "client_left": False,
+        "cache_word": "",
         "marks": (),
         "replayed": False,
-        "held_for": "",
+        "held_state": "",
     }
     return types.SimpleNamespace(
-        request=types.SimpleNamespace(method=method, path=path), address=client, cut=note, began=began,
+        request=types.SimpleNamespace(method=method, path=path), address=client, code=note, began=began,
         over_at=began + seconds, first_at=first and (began if first == TICK else began + first), **(usual | more),
     )  # fmt: skip
 
@@ -490,10 +490,10 @@ def documented(form: LineStyle, one: Any) -> str:
             level, "supervisor.access", what, at, request_id,
             method=method, path=path, status=one.status,
             seconds=round(seconds, 4), first_byte_seconds=round(first, 4) or None,
-            bytes=one.sent, client=client, note=one.cut or None,
+            bytes=one.sent, client=client, note=one.code or None,
         )  # fmt: skip
     begun = f", first byte after {first:.3f} s" if 0 < first < seconds - 0.001 else ""
-    parts = [f"{what} in {seconds:.3f} s{begun}", size(one.sent), one.cut, client and f"from {client}"]
+    parts = [f"{what} in {seconds:.3f} s{begun}", size(one.sent), one.code, client and f"from {client}"]
     return plain.text(level, ", ".join(part for part in parts if part), at, request_id)
 
 
