@@ -115,7 +115,7 @@ class Batches(NamedTuple):
         usage: JSON = {}
         count = 0  # pieces, which count where vLLM does not say how many tokens they were
         async for text in stream:
-            for line in text.splitlines():
+            for line in map(str.rstrip, text.split("\n")):  # no splitlines: JSON may hold U+2028, a line end there
                 if line.startswith("data: {"):
                     event = json.loads(line.removeprefix("data:"))
                     usage = event.get("usage") or usage

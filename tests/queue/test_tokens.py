@@ -62,6 +62,16 @@ def test_batches_grow(batches: Batches, sizes: list[int]) -> None:
     assert found[-1]["usage"] == {"input": 5, "output": 50}
 
 
+@pytest.mark.parametrize("sign", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_what_python_takes_for_a_line_end_is_text(sign: str, end: str) -> None:
+    """vLLM writes such signs as they are, where JSON lets it."""
+    content = {"choices": [{"index": 0, "delta": {"content": f"a{sign}b"}}]}
+    data = json.dumps(content, ensure_ascii=ord(sign) < 32)
+    (batch,) = cut(Batches(2, 2), f"data: {data}{end * 2}data: [DONE]{end * 2}")
+    assert batch["choices"] == [{"tokens": [f"a{sign}b"]}]
+
+
 def test_several_answers_are_told_apart() -> None:
     assert cut(Batches(2, 2), event(1, "b") + event(0, "a")) == [
         {"choices": [{"tokens": ["a"]}, {"tokens": ["b"]}], "usage": {"input": 5, "output": 0}}
