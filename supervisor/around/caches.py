@@ -137,8 +137,9 @@ class Caches:
                 store.mkdir(parents=True, exist_ok=True)
                 self._sweep_halves()
                 descriptor, half = tempfile.mkstemp(".half", ".", store)
-                os.fchmod(descriptor, 0o644)
                 with open(descriptor, "wb") as file, tarfile.open(fileobj=file, mode="w:") as archive:  # noqa: PTH123
+                    with contextlib.suppress(OSError):  # a bucket that is mounted may know no modes
+                        os.fchmod(descriptor, 0o644)
                     archive.add(self.folder, ".", filter=_sanitize)
                 Path(half).replace(self.archive)
             except (OSError, tarfile.TarError) as error:  # among them a file that went or shrank while it was read

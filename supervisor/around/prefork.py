@@ -41,12 +41,16 @@ class Zygote:
     """The zygote, as it is seen from here, is a connection that it made, and our child by adoption."""
 
     def __init__(self, connection: socket.socket) -> None:
-        """Raises OSError where the zygote is gone already."""
+        """Raises OSError or ValueError where the zygote is gone, or says nothing; then it is ended."""
         self.connection = connection
         connection.settimeout(PATIENCE)
         pid, _, _ = UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
         self.pidfd = os.pidfd_open(pid)
-        self.hello = zygote.receive(connection)
+        try:
+            self.hello = zygote.receive(connection)
+        except (OSError, ValueError):
+            self.end()
+            raise
 
     def fork(self, request: object, descriptors: Sequence[int]) -> dict[str, Any]:
         """Returns `{"pid": ...}` of the child that is ours now, or `{"why": ...}`."""

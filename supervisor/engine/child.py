@@ -155,16 +155,15 @@ def _spawn(command: Command) -> subprocess.Popen[bytes]:
 
 def _spawn_by_fork(command: Command, fork: Fork) -> AdoptedProcess | None:
     (output, output_writer), (errors, errors_writer) = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
+    pid = None
     try:
         pid = fork(command, output_writer, errors_writer)
     finally:
-        os.close(output_writer)
-        os.close(errors_writer)
-    if pid is not None:
-        return AdoptedProcess(pid, open(output, "rb"), open(errors, "rb"))  # noqa: PTH123  # its pumps close them
-    os.close(output)
-    os.close(errors)
-    return None
+        for descriptor in (output_writer, errors_writer, *((output, errors) if pid is None else ())):
+            os.close(descriptor)
+    if pid is None:
+        return None
+    return AdoptedProcess(pid, open(output, "rb"), open(errors, "rb"))  # noqa: PTH123  # its pumps close them
 
 
 def describe_exit(code: int) -> str:

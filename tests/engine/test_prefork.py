@@ -8,6 +8,7 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,9 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from supervisor.around import zygote
+from supervisor.around import prefork, zygote
 from supervisor.around.prefork import MIN_MEMORY_BYTES, Prefork, make_prefork
+from supervisor.engine.child import _spawn_by_fork
 from tests.engine.test_faults import CHAT, OFTEN, chat
 from tests.harness import DEMO, Supervisor, gone, session_of, wait_until
 
@@ -224,6 +226,37 @@ def test_a_start_is_plain_where_memory_is_short(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("supervisor.around.prefork.spare_memory", lambda: MIN_MEMORY_BYTES - 1)
     assert made.program(argv) == argv
     made.close()
+
+
+def test_a_fork_that_raises_leaves_no_pipe() -> None:
+    def fork(command: object, output: int, errors: int) -> int | None:
+        raise OSError("no more files")
+
+    before = psutil.Process().num_fds()
+    with pytest.raises(OSError, match="no more files"):
+        _spawn_by_fork(SimpleNamespace(), fork)  # type: ignore[arg-type]  # only the fork looks at it
+    assert psutil.Process().num_fds() == before
+
+
+SILENT = "import socket, sys, time; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); print(); time.sleep(60)"
+
+
+def test_one_that_hangs_before_its_first_word_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves no open file with us."""
+    monkeypatch.setattr(prefork, "PATIENCE", 0.05)
+    here = Prefork(("python",), "vllm", tmp_path)
+    ours = psutil.Process()
+    with subprocess.Popen(
+        [sys.executable, "-c", SILENT, str(tmp_path / "zygote.sock")], stdout=subprocess.PIPE
+    ) as silent:
+        assert silent.stdout is not None
+        silent.stdout.readline()
+        before = ours.num_fds()
+        here._accept()
+        assert here.zygote is None
+        assert not psutil.pid_exists(silent.pid)
+        assert ours.num_fds() == before
+    here.close()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import multiprocessing
 import os
@@ -55,6 +56,22 @@ def test_what_one_start_compiles_the_next_one_has(tmp_path: Path, store: Path) -
     assert second.restore().startswith("compiled code of an earlier start: 0 MB in ")
     assert content(second) == {"vllm/graph": b"graph", "triton/kernel.so": b"\x7fELF"}
     assert (second.folder / "triton/kernel.so").stat().st_mode & 0o100
+
+
+def test_a_volume_that_knows_no_modes(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a bucket that is mounted."""
+
+    def refuse(descriptor: int, mode: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fchmod", refuse)
+    first = start(tmp_path, store)
+    first.restore()
+    compile_into(first, vllm__graph="graph")
+    before = os.listdir("/proc/self/fd")
+    assert (first.keep() or "").startswith("compiled code kept for the next start")
+    assert os.listdir("/proc/self/fd") == before
+    assert [path.name for path in store.iterdir()] == [first.archive.name]
 
 
 def test_nothing_new_is_not_written_again(tmp_path: Path, store: Path) -> None:
