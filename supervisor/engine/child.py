@@ -161,9 +161,7 @@ def _spawn_by_fork(command: Command, fork: Fork) -> AdoptedProcess | None:
     finally:
         for descriptor in (output_writer, errors_writer, *((output, errors) if pid is None else ())):
             os.close(descriptor)
-    if pid is None:
-        return None
-    return AdoptedProcess(pid, open(output, "rb"), open(errors, "rb"))  # noqa: PTH123  # its pumps close them
+    return AdoptedProcess(pid, open(output, "rb"), open(errors, "rb")) if pid else None  # noqa: PTH123  # its pumps close them
 
 
 def describe_exit(code: int) -> str:
