@@ -123,7 +123,7 @@ class Engine:
             self.exit_code = 128 + self._signal  # what was in flight is lost with the engine
         level = logging.ERROR if self.state is State.FAILED else logging.INFO
         self.log.log(level, "%s -> %s: %s", previous.value, self.state.value, reason)
-        self.observers.notify("state_changed", Change(previous, self.state, reason))
+        self.observers.notify(Observer.state_changed, Change(previous, self.state, reason))
         return actions
 
     async def _carry_out(self, action: Action, run: Run) -> None:
@@ -153,7 +153,7 @@ class Engine:
             return
         if survivors := await run.child.end():
             self.log.error("processes %s of vLLM's session would not die", ", ".join(map(str, survivors)))
-        self.observers.notify("run_removed")
+        self.observers.notify(Observer.run_removed)
 
     # What happens beside a run
 
@@ -174,7 +174,7 @@ class Engine:
         watch = Watch(child.survey, lambda: run.was_ready, partial(self._part_died, run))
         take_lines = partial(self._take_lines, run, child, phases)
         child.log_buffer.follow(lambda: self._loop.call_soon_threadsafe(take_lines))
-        self.observers.notify("run_began", run)
+        self.observers.notify(Observer.run_began, run)
         gc.collect()  # what attended to the last run is a reference cycle (TaskGroup's traceback), and has its log
         attempt = self.observers.attempt
         async with asyncio.TaskGroup() as group:
@@ -183,7 +183,7 @@ class Engine:
             if await attempt("waiting for vLLM", self._wait_until_ready, phases):
                 # It takes some 20 ms: from the first request on, the death of any part is known at once.
                 await attempt("looking for vLLM's processes", watch.find_parts)
-                await self.observers.wait_for("run_answered", run)
+                await self.observers.wait_for(Observer.run_answered, run)
                 self._send(run, Event.READY, f"vLLM answers after {phases.finish():.1f} s")
                 await self._watch_heartbeat(run)
             else:
@@ -245,7 +245,7 @@ class Engine:
         for phase in phase_names if self.state is State.STARTING else ():
             self.log.info("%s (%.1f s so far)", phase, time.monotonic() - child.spawned_at)
         if lines:
-            self.observers.notify("lines_logged", run, lines)
+            self.observers.notify(Observer.lines_logged, run, lines)
 
     def _part_died(self, run: Run, reason: str) -> None:
         if run.was_ready:
@@ -259,7 +259,7 @@ class Engine:
         pulse = heartbeat.Pulse(self.limits.stall, self.clock())
         while not await self.observers.attempt("the heartbeat", self._is_hung, pulse):
             pass
-        await self.observers.wait_for("run_hung", run)
+        await self.observers.wait_for(Observer.run_hung, run)
         limit = f"{self.limits.stall:g} s (SUPERVISOR_STALL_TIMEOUT)"
         count = len(self.front.traffic().waiting)
         run.mark_broken("hang", f"vLLM hangs: no progress in {limit} with {count} requests in flight")
@@ -291,17 +291,17 @@ class Engine:
                 return table.Diagnosis("Its log can't be understood.", "", permanent=False, known=False)
 
         diagnosis = await run_bounded(None, diagnose)  # compiling the patterns would take the loop half a second
-        self.observers.notify("run_judged", run, diagnosis)
+        self.observers.notify(Observer.run_judged, run, diagnosis)
         exit_text = f"vLLM ended ({describe_exit(code)}): " if code is not None and not run.end_reason else ""
         self.log.error("%s%s", exit_text, diagnosis.text)
 
         def announce(delay: float, restart: str) -> None:
             self.log.info("%s%s", restart, f", in {delay:.1f} s" if delay else "")
             if run.was_ready:
-                self._start_task("reporting a failure", self.observers.wait_for, "run_failed", run, restart, False)
+                self._start_task("the report", self.observers.wait_for, Observer.run_failed, run, restart, False)
 
         if run.has_suspect_start and not run.was_ready:  # that start's failure was ours: it does not count
-            await self.observers.wait_for("wait_until_clear")
+            await self.observers.wait_for(Observer.wait_until_clear)
             self._send(run, Event.RETRY, "another start, in another way")
             return
         unknown_cause = "" if diagnosis.known or self.was_ready else diagnosis.cause
@@ -311,11 +311,11 @@ class Engine:
             self._send(run, Event.RETRY, "another start")
         except EngineFailed:
             verdict = self._restarts.verdict(failure)  # the next thing is our own end, which waits for the report
-            await self.observers.wait_for("run_failed", run, verdict, True)
+            await self.observers.wait_for(Observer.run_failed, run, verdict, True)
             self._send(run, Event.GIVE_UP, f"{diagnosis.text} ({verdict})")
 
     async def _wait_before_start(self, delay: float) -> None:
-        await asyncio.gather(asyncio.sleep(delay), self.observers.wait_for("wait_until_clear"))
+        await asyncio.gather(asyncio.sleep(delay), self.observers.wait_for(Observer.wait_until_clear))
 
     async def _drain(self, run: Run) -> None:
         is_drained = await self.observers.attempt("draining", self.front.drain)

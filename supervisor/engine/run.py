@@ -94,16 +94,16 @@ class Observers:
         self.members: Sequence[Observer] = ()
         self._faults: set[str] = set()
 
-    def notify(self, method: str, *args: object) -> None:
+    def notify(self, hook: Callable[..., object], *args: object) -> None:
         for observer in self.members:
             try:
-                getattr(observer, method)(*args)
+                getattr(observer, hook.__name__)(*args)
             except Exception:  # noqa: BLE001  # whatever it is, it must not end what serves
-                self.log_fault(f"{type(observer).__name__}.{method}")
+                self.log_fault(f"{type(observer).__name__}.{hook.__name__}")
 
-    async def wait_for(self, method: str, *args: object) -> None:
+    async def wait_for(self, hook: Callable[..., object], *args: object) -> None:
         for observer in self.members:
-            await self.attempt(f"{type(observer).__name__}.{method}", getattr(observer, method), *args)
+            await self.attempt(f"{type(observer).__name__}.{hook.__name__}", getattr(observer, hook.__name__), *args)
 
     async def attempt(self, label: str, job: Callable[..., Awaitable[Any]], *args: object) -> Any:
         """Returns what the job returns; None where it fails."""
