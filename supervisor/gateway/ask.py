@@ -1,4 +1,4 @@
-"""One small question of our own to vLLM."""
+"""This asks vLLM one small question of our own, over a connection of its own."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 async def ask(upstream: Upstream, path: str, body: bytes = b"", *, patience: float) -> tuple[int, bytes] | None:
-    """The answer's status and body, None where there is none within `patience` seconds; a POST where there is a body,
-    which is JSON."""
+    """Returns the answer's status and body; None where there is none within `patience` seconds. It sends a POST where
+    there is a `body`, which is JSON."""
     more = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n" if body else ""
     head = f"{'POST' if body else 'GET'} {path} HTTP/1.1\r\nHost: vllm\r\nConnection: close\r\n{more}\r\n"
     answer = _Answer()
@@ -32,7 +32,7 @@ async def ask(upstream: Upstream, path: str, body: bytes = b"", *, patience: flo
 
 
 class _Answer:
-    """What httptools calls."""
+    """Gathers one answer: httptools calls its methods."""
 
     def __init__(self) -> None:
         self.parser = httptools.HttpResponseParser(self)

@@ -1,8 +1,8 @@
-"""A request on its way to an engine that may die, until its answer begins.
+"""This brings a request to an engine that may die, until its answer begins.
 
-Until then it is kept (bodies up to 1 MiB), so that it can be sent again: `TABLE` says when, and is the same table as in
-docs/faults.md. Once an answer has begun it can't be taken back: the delivery steps out of its way, and only passes on
-what is left of the request's body.
+Until then the request is kept (bodies up to 1 MiB), so that it can be sent again: `TABLE` says when, and is the same
+table as in docs/faults.md. Once an answer has begun it can't be taken back: the delivery steps out of its way, and only
+passes on what is left of the request's body.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from supervisor.gateway.upstream import Disconnected, NotConnected, Receiver, Si
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-# Request bodies up to this size are kept until the answer begins, so that the request can be sent again.
+# Request bodies of up to so many bytes are kept until the answer begins, so that the request can be sent again.
 KEEP_LIMIT = 1024 * 1024
-# What vLLM's API server answers to everything in flight in the moment its EngineCore dies.
+# vLLM's API server answers everything in flight with one of these in the moment its EngineCore dies.
 DOUBTED_STATUSES = frozenset({500, 503})
 BROKEN_OFF = Refusal(
     503, "The engine stopped in the middle of this answer. Please send the request again.", "engine_stopped"
 )
-# Without a Retry-After: it is most likely what stops engines.
+# It has no Retry-After: the request is most likely what stops engines.
 LOST_TWICE = Refusal(
     503,
     "The engine stopped twice while it worked on this request, which may be why. It is not tried again; look at it "
@@ -46,10 +46,10 @@ class State(Enum):
     LOST = "vLLM closed the connection without an answer: does it live?"
     OVER = "answered, refused, or given up by its client"
 
-    __hash__ = object.__hash__  # Enum's is written in Python, and the table is looked at for each request
+    __hash__ = object.__hash__  # Enum's own is written in Python, and the table is looked at for each request
 
 
-WAITING, SENT, OVER = State.WAITING, State.SENT, State.OVER  # found faster
+WAITING, SENT, OVER = State.WAITING, State.SENT, State.OVER  # a module's names are found faster than an enum's
 
 
 class Event(Enum):
@@ -68,56 +68,56 @@ class Event(Enum):
 
 
 class Recipient(Receiver):
-    """Who gets the answer: a client's exchange, or a recording of the cache."""
+    """Receives the answer from the delivery, then from vLLM's connection: an `Exchange`, or the cache's `Recording`."""
 
     door: Door
     request: Request
-    request_held: Callable[[str], object]  # it waits for the engine, which is in this state
+    request_held: Callable[[str], object]  # called with the engine's state, when the wait for it begins
 
     @property
     def log_extra(self) -> Mapping[str, str]:
-        """Its request's id, for a line of log."""
+        """Holds the request's id, as the `extra` of a line of log about it."""
         raise NotImplementedError
 
     def interim_received(self, head: ResponseHead) -> None:
-        """A 1xx."""
+        """Takes the head of a 1xx before the answer, except 101; an implementer that can't pass it on ignores it."""
 
     def answer_begun(self, head: ResponseHead) -> None:
-        """Its body follows by `data`, and its end by `ended` or `lost`."""
+        """Takes the answer's head, once; `body_received` brings the body, `answer_ended` or `answer_lost` the end."""
         raise NotImplementedError
 
     def answer_received(self, known: KnownAnswer, digits: bytes, body: bytes) -> None:
-        """All of an answer at once, its head one that was seen before."""
+        """Takes a whole answer instead, whose head was seen before; `digits` are its length's. It is the last call."""
         raise NotImplementedError
 
     def websocket_opened(self, head: ResponseHead, data: bytes) -> None:
-        """A WebSocket is open; `data` may hold its first frames."""
+        """It is called instead when a WebSocket is open; `data` may hold frames, and `body_received` brings others."""
         raise NotImplementedError
 
     def request_refused(self, refusal: Refusal) -> None:
-        """There will be no answer of vLLM's."""
+        """The delivery calls this instead, and last, when there will be no answer of vLLM's."""
         raise NotImplementedError
 
 
 class Delivery(BaseDelivery, Sink):
-    """One request. `answered` gets what becomes of it: `answer`, `whole` or `switched`, or else `refused`."""
+    """Delivers one request. `recipient` is told once what comes of it: an answer, a WebSocket, or a refusal."""
 
-    # The state of a new one. Kept in the class: what a small request never touches costs it nothing.
+    # A new delivery's values stand in the class: what a small request never touches costs it nothing.
     state = State.WAITING
-    connection: UpstreamConnection | None = None
-    admitted = False
-    generation = -1
-    request_complete = False  # the request's body is
-    kept_size = 0
-    lost_before = False  # with its engine, and not sent again yet
-    resent = False  # because an idle connection turned out closed
-    pending: ResponseHead | None = None  # of an answer that is doubted, or whose body has not begun
-    pending_body: tuple[tuple[bytes, bool], ...] = ()
-    pending_ended = False
-    error: UpstreamError | None = None  # what it was lost by
+    connection: UpstreamConnection | None = None  # vLLM's, while it carries the request or its answer
+    admitted = False  # set by the gate, while the request counts among those that run
+    generation = -1  # the gate's number of the engine that had the request last
+    request_complete = False  # set when all of the request's body is there
+    kept_size = 0  # bytes of the body that were kept
+    lost_before = False  # set when the engine was lost with the request, until it is sent again
+    resent = False  # set when it is sent again because an idle connection turned out closed
+    pending: ResponseHead | None = None  # the head of an answer that is doubted, or whose body has not begun
+    pending_body: tuple[tuple[bytes, bool], ...] = ()  # of a doubted answer: what `body_received` was called with
+    pending_ended = False  # set when a doubted answer is complete
+    error: UpstreamError | None = None  # how its connection to vLLM failed last
 
     def __init__(self, recipient: Recipient, head: bytes) -> None:
-        """`head`: as vLLM gets it; the body may stand with it."""
+        """`head` is the request's as vLLM is to receive it; the body may stand behind it."""
         self.recipient = recipient
         self.gate = recipient.door.gate
         self.kept: list[bytes] | None = [head]
@@ -127,10 +127,10 @@ class Delivery(BaseDelivery, Sink):
 
     @property
     def is_limited(self) -> bool:
-        """How many jobs run at once is the queue worker's to keep; the requests of a job's batch wait in vLLM."""
+        """Tells whether the gate's limit holds. The queue worker limits its jobs; a batch's requests wait in vLLM."""
         return not self.recipient.door.private
 
-    # What its client's side calls
+    # The client's side calls these: an exchange, or the cache
 
     def begin(self, complete: bool) -> None:
         self.request_complete = complete
@@ -161,7 +161,7 @@ class Delivery(BaseDelivery, Sink):
             self.connection.abort()
             self.connection = None
         self.gate.leave(self)
-        self.recipient = NO_RECIPIENT  # each has the other: they would only go when the garbage is looked for
+        self.recipient = NO_RECIPIENT  # each has the other, and they would stay until a garbage collection
 
     def pause(self) -> None:
         if self.connection is not None:
@@ -173,7 +173,7 @@ class Delivery(BaseDelivery, Sink):
 
     @property
     def is_working(self) -> bool:  # type: ignore[override]  # a property
-        """Whether vLLM has all of it, and nobody keeps it from answering."""
+        """Tells whether vLLM has all of the request, and nobody keeps it from answering."""
         return self.connection is not None and self.request_complete and not self.connection.response_paused
 
     @property
@@ -185,16 +185,16 @@ class Delivery(BaseDelivery, Sink):
         return b"".join(self.kept or ())
 
     def mark(self, what: str) -> None:
-        """`held` for the engine, `waiting` for its turn, `sent` to vLLM, `lost` there; what was before ends."""
+        """Marks it `held` for the engine, `waiting` for its turn, `sent` to vLLM or `lost` there; the last one ends."""
         self.marks = (*self.marks, (what, self.gate.loop.time()))
-        if what == "held":  # a ready engine that let it down is known to be gone in a moment
+        if what == "held":  # a ready engine that let the request down is known to be gone in a moment
             state = self.gate.engine.state
             self.recipient.request_held("restarting" if state == "ready" else state)
 
-    # What the gate calls
+    # The gate calls these
 
     def go(self) -> None:
-        if self.state is WAITING:  # as the table has it: the first row is each request's
+        if self.state is WAITING:  # the table's first row, which each request takes, without looking it up
             self.state = SENT
             self._send(None)
         else:
@@ -206,7 +206,7 @@ class Delivery(BaseDelivery, Sink):
     def engine_judged(self, *, alive: bool) -> None:
         self._apply(Event.ALIVE if alive else Event.DEAD)
 
-    # What the connection calls
+    # vLLM's connection calls these
 
     def connected(self, connection: UpstreamConnection) -> None:
         if self.state is not SENT:
@@ -215,7 +215,7 @@ class Delivery(BaseDelivery, Sink):
         self.connection = connection
         self.generation = self.gate.generation
         kept = self.kept
-        assert kept is not None  # dropped only once there was a connection, and then nothing is sent again
+        assert kept is not None  # it is dropped only once there was a connection, and then nothing is sent again
         connection.transport.write(kept[0] if len(kept) == 1 else b"".join(kept))
         if self.request_complete:
             connection.request_sent = True
@@ -269,7 +269,7 @@ class Delivery(BaseDelivery, Sink):
             event = Event.GONE
         elif (
             isinstance(error, Unanswered) and reused and not self.resent and self.generation == self.gate.generation
-        ):  # vLLM closed it while this request was on its way into it. Of an engine that died it may be the cause.
+        ):  # vLLM closed it while this request was on its way into it. An engine that died may have died of it.
             event = Event.STALE
         else:
             event = Event.GONE if self.replayed else Event.BROKEN
@@ -281,7 +281,7 @@ class Delivery(BaseDelivery, Sink):
     def resume_request(self) -> None:
         self.recipient.resume_request()
 
-    # The table's actions; each gets the event's subject: a head, a refusal, or nothing
+    # These are the table's actions; each is given the event's subject: a head, a refusal, or nothing
 
     def _apply(self, event: Event, subject: ResponseHead | Refusal | None = None) -> None:
         row = TABLE.get((self.state, event))
@@ -310,7 +310,7 @@ class Delivery(BaseDelivery, Sink):
         self.recipient.answer_begun(head)
 
     def _step_aside(self) -> None:
-        """From here on the answer is its client's alone, and the request is not sent again."""
+        """Leaves what follows of the answer to the recipient alone: from here on the request is not sent again."""
         self.state = State.OVER
         self.kept, self.pending = None, None
         if self.connection is not None:
@@ -330,7 +330,7 @@ class Delivery(BaseDelivery, Sink):
             recipient.answer_ended()
 
     def _replay(self, _: object) -> None:
-        """The answer was the dying engine's."""
+        """Throws away the answer, which was the dying engine's, and gives the request to the next engine, once."""
         if self.connection is not None:
             self.connection.abort()
             self.connection = None
@@ -343,7 +343,7 @@ class Delivery(BaseDelivery, Sink):
             self.gate.resume(self)
 
     def _hold(self, _: object) -> None:
-        """vLLM closed the connection before it answered: what becomes of the request depends on the engine's fate."""
+        """Holds a request whose connection failed before an answer: what becomes of it depends on the engine's fate."""
         gate = self.gate
         if gate.engine.over:
             self._refuse(gate.unavailable_refusal())
@@ -353,16 +353,16 @@ class Delivery(BaseDelivery, Sink):
             self.mark("lost")
         log.warning("%s: its request is held", self.error, extra=self.recipient.log_extra)
         gate.hold(self)
-        if gate.open:  # its death may not be known yet
+        if gate.open:  # the engine's death may not be known yet
             gate.ask(self)
 
     def _try_again(self, _: object) -> None:
-        """The engine lives, and its socket was overrun."""
+        """Sends the request again: the engine lives, and its socket was overrun."""
         self.gate.forget(self)
         self._send(None)
 
     def _give_up(self, _: object) -> None:
-        """vLLM had the request, and lives, and gave no answer."""
+        """Refuses the request, as vLLM had it and gave no answer: by a 502 if the engine is ready, else by a 503."""
         log.warning("%s", self.error, extra=self.recipient.log_extra)
         if self.gate.engine.ready:
             again = ", for the second time" if self.replayed else ""
@@ -392,7 +392,7 @@ TABLE: Mapping[tuple[State, Event], tuple[State, Callable[[Delivery, ResponseHea
     # The rest of an error answer is lost with its connection: the engine is asked about the request instead.
     (State.DOUBTED, Event.BROKEN): (State.LOST, _D._hold),
     (State.DOUBTED, Event.GONE): (State.OVER, _D._give_up),
-    # Held, both of them: a new engine lets them go.
+    # Requests that are UNSENT or LOST are held: a new engine lets them go.
     (State.UNSENT, Event.GO): (State.SENT, _D._send),
     (State.UNSENT, Event.ALIVE): (State.SENT, _D._try_again),
     (State.LOST, Event.GO): (State.SENT, _D._send),

@@ -1,4 +1,4 @@
-"""Where requests come in: what those of one listener have in common, and what an exchange asks of either side."""
+"""This has what the requests of one listener share (`Door`), and what an exchange asks of either side."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class AfterAnswer(Enum):
-    """What becomes of the client's connection behind an answer."""
+    """Says what becomes of the client's connection after an answer."""
 
     KEEP = "the next request may come"
     CLOSE = "the answer was the last"
@@ -27,91 +27,91 @@ class AfterAnswer(Enum):
     RESET = "the answer's end is only told by the close, and this one is not whole"
 
 
-KEEP = AfterAnswer.KEEP  # found faster
+KEEP = AfterAnswer.KEEP  # a module's name is found faster than an enum's
 
 
 class Client:
-    """What an exchange may ask of the connection to its client."""
+    """This is what an exchange may ask of the connection to its client, which client.py has."""
 
-    write: Callable[[bytes], object]
-    address = b""
+    write: Callable[[bytes], object]  # sends bytes of the answer, without waiting for the client to take them
+    address = b""  # the client's IP address as text; empty where it has none, as on the private socket
 
     def pause(self) -> None:
-        """The reading of its request."""
+        """Stops reading from the client: the exchange can't pass on more of its request for now."""
         raise NotImplementedError
 
-    def resume(self) -> None:
+    def resume(self) -> None:  # reads on, where it was paused: the exchange can pass on more of the request
         raise NotImplementedError
 
     def become_tunnel(self, exchange: Exchange) -> None:
-        """What it sends from now on are frames, and go to `exchange.tunnel`."""
+        """Passes what the client sends from now on, which are frames, to `exchange.pass_frames`: vLLM answered 101."""
         raise NotImplementedError
 
     def linger(self) -> None:
-        """Reads what still comes, and throws it away, for a while."""
+        """Reads what still comes, and throws it away, for a while: a body grew too large after its answer was over."""
         raise NotImplementedError
 
     def answer_done(self, exchange: Exchange, after: AfterAnswer) -> None:
-        raise NotImplementedError
+        raise NotImplementedError  # called once, when the answer is over: `after` says what becomes of the connection
 
 
 class BaseDelivery:
-    """A request on its way to its answer: a `Delivery`, or one of the cache's."""
+    """This is a request on its way to its answer, as its exchange calls it: a `Delivery`, or one of the cache's."""
 
-    marks: tuple[tuple[str, float], ...] = ()  # what kept it from going to vLLM at once, and when it went
-    was_sent = False  # vLLM had it
-    replayed = False  # because the engine died
-    is_working = False  # vLLM is to make the next byte
-    is_waiting = False  # for the engine, or for its turn
-    request_bytes = b""  # of one that waits: the request, its head and its body
+    marks: tuple[tuple[str, float], ...] = ()  # what kept it from vLLM, and when it went: each with the loop's time
+    was_sent = False  # set when the request is first sent to vLLM
+    replayed = False  # set when the request is sent again because the engine that had it died
+    is_working = False  # whether vLLM has all of the request, and is to make the next byte of the answer
+    is_waiting = False  # whether the request waits for the engine, or for its turn
+    request_bytes = b""  # head and body of the request, while it waits
 
     def begin(self, complete: bool) -> None:
-        """`complete`: all of the request is there."""
+        """The exchange calls this once, when its turn has come. `complete`: all of the request's body is there."""
         raise NotImplementedError
 
     def write(self, data: bytes) -> None:
-        """The request's body, framed."""
+        """Takes a piece of the body, framed for vLLM, also before `begin`; or a WebSocket's frames, once it is open."""
         raise NotImplementedError
 
     def end(self) -> None:
-        """The whole request is there."""
+        """The exchange calls this when all of the body was written, unless `begin` was told so."""
         raise NotImplementedError
 
     def release(self) -> None:
-        """vLLM is done with it, and its connection may have another's by now."""
+        """Lets vLLM's connection go: the answer is complete, and the connection may carry another request by now."""
 
     def abort(self) -> None:
-        """Nothing more is wanted of it: vLLM is told, where it is still at work. To abort twice is to abort."""
+        """The exchange is over: vLLM is told, where it is still at work. To abort twice is to abort."""
 
     def pause(self) -> None:
-        """Its client takes no more of the answer for now."""
+        """Keeps back what follows of the answer until `resume`: the client takes no more for now."""
 
     def resume(self) -> None:
-        """It takes it again."""
+        """Goes on with the answer: the client takes more of it again."""
 
 
 @dataclass(slots=True)
 class Door:
-    """What the requests of one listener have in common: one for the ports, one for the private socket."""
+    """Holds what one listener's requests have in common: there is one for the ports, one for the private socket."""
 
     policy: Policy
     gate: Gate
     counts: Counts
-    new_id: Callable[[], bytes]
-    time: Callable[[], float]
-    deliver: Callable[[Exchange, bytes], BaseDelivery]  # head, as vLLM gets it
-    exchanges: set[Exchange]  # those of all doors
-    memo: Memo[Request]
-    max_body: int  # bytes
-    private: bool = False
-    tls: bool = False
-    comment_interval: float = 0.0  # seconds between two comments to a stream's client that waits; 0: it gets none
-    crowd_refusal: Refusal | None = None  # there are too many connections for any request
-    watchers: tuple[Callable[[Record], object], ...] = ()  # called with each that is over
+    new_id: Callable[[], bytes]  # makes the id of a request that has none
+    time: Callable[[], float]  # the event loop's clock, in seconds
+    deliver: Callable[[Exchange, bytes], BaseDelivery]  # called with the request's head as vLLM is to receive it
+    exchanges: set[Exchange]  # those of all doors that have begun and are not over
+    memo: Memo[Request]  # the heads of requests that may come again
+    max_body: int  # bytes that a request's body may have
+    private: bool = False  # whether it is the private socket's
+    tls: bool = False  # whether clients come by TLS
+    comment_interval: float = 0.0  # seconds between comments to a client that waits for its stream; 0: none are sent
+    crowd_refusal: Refusal | None = None  # set where too many connections are open: why no request is taken
+    watchers: tuple[Callable[[Record], object], ...] = ()  # called with each request that is over
 
     def find_refusal(self, exchange: Exchange) -> Refusal | None:
-        """Whether this request may go on: keys, routes, sizes, rates, and whether anybody will answer."""
-        verdict: Verdict = exchange.request.verdict  # type: ignore[assignment]  # it was judged
+        """Returns what refuses the request (keys, routes, sizes, rates, or that nobody will answer), or None."""
+        verdict: Verdict = exchange.request.verdict  # type: ignore[assignment]  # its head was judged
         if self.crowd_refusal is not None:
             return self.crowd_refusal
         if verdict.refusal is not None:

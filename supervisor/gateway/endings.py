@@ -1,6 +1,6 @@
-"""How an answer that has begun can be ended at any moment: what of it may go to the client now, and what ends it well.
+"""This can end an answer that has begun, at any moment: it says what may go to the client now, and what ends it well.
 
-An event stream is ended by an error event and its proper end, a WebSocket by a close frame; of all else a cut alone
+An event stream is ended by an error event and its proper end, a WebSocket by a close frame. Of all else a cut alone
 tells that it is not whole.
 """
 
@@ -12,53 +12,53 @@ from supervisor.gateway.errors import Refusal
 from supervisor.gateway.frames import GOING_AWAY, INTERNAL_ERROR, Frames, close_frame
 from supervisor.gateway.http1 import Dechunker
 
-# An event that is larger than this passes in pieces.
+# An event of more bytes than this passes in pieces.
 PARTIAL_LIMIT = 64 * 1024
-# The end of a chunk that ends an event: as vLLM's do, and any.
+# A chunk that ends an event ends with one of EVENT_ENDS, and vLLM's chunks with one of the usual ends.
 USUAL_ENDS = (b"}\n\n\r\n", b"]\n\n\r\n")
 EVENT_ENDS = (b"\n\n\r\n", b"\r\n\r\n\r\n")
-# A chunk of a line end and no more looks like one, with the end of its size: it is one where the chunk before it ends
-# with a line end, too.
+# A chunk of a line end and no more looks as if it ended an event, because its size ends with a line end, too. It
+# ends one where the chunk before it ends with a line end.
 LINE_END_ALONE = (b"1\r\n\n\r\n", b"2\r\n\r\n\r\n")
 SECOND_LINE_END = (b"\n\r\n1\r\n\n\r\n", b"\r\n\r\n2\r\n\r\n\r\n")
-LONGEST_END = 12
+LONGEST_END = 12  # bytes that hold any of these ends
 LINE_ENDS = re.compile(rb"[\r\n]+")
-# The last event of a stream, by the dialect of its route.
+# The last event of a stream ends so, by the dialect of its route.
 STREAM_ENDS = (b"data: [DONE]\n\n\r\n", b'"type":"message_stop"}\n\n\r\n')
-# A piece of an event stream (the size of its chunk may stand before) that vLLM's API server makes without the engine:
-# a comment, or what every stream of /v1/responses begins with.
+# This matches a piece of an event stream that vLLM's API server makes without the engine: a comment, or what every
+# stream of /v1/responses begins with. The size of the piece's chunk may stand before it.
 NO_PROGRESS = re.compile(rb"(?:[0-9A-Fa-f]+\r\n)?(?::|event: response\.(?:created|in_progress)\b)")
 COMMENT = re.compile(rb"(?:[0-9A-Fa-f]+\r\n)?:")
-# An engine that dies makes an error event of it, and vLLM's API server ends the stream as if it were well.
+# An engine that dies makes such an event of its death, and vLLM's API server ends the stream as if it were well.
 FAILED = re.compile(rb"""(?m)^(?:data: ?\{"error"|event: ?error)|"finish_reason": ?"(?:abort|error)\"""")
 COMMENT_CHUNK = b"3\r\n:\n\n\r\n"
-# A comment that keeps a connection alive is small; an event with a token in it is not.
+# A comment that keeps a connection alive has at most so many bytes; an event with a token in it has more.
 LARGEST_COMMENT = 64
 
 
 class Body:
-    """The body of an answer that has begun: of one that is no event stream, and no WebSocket."""
+    """Passes the body of an answer that has begun as it comes: one that is no event stream, and no WebSocket."""
 
     __slots__ = ("dechunker",)
 
     def __init__(self, dechunker: Dechunker | None = None) -> None:
-        """`dechunker`: its client speaks HTTP/1.0, and knows no chunks."""
+        """A `dechunker` takes the chunks off for a client that speaks HTTP/1.0, and knows none."""
         self.dechunker = dechunker
 
     def feed(self, data: bytes, in_chunk: bool) -> bytes:
-        """What may go to the client now. `in_chunk`: vLLM's bytes so far end within a chunk."""
+        """Returns what may go to the client now. `in_chunk`: vLLM's bytes so far end within a chunk."""
         return data if self.dechunker is None else self.dechunker.feed(data)
 
     def flush(self) -> bytes:
-        """What was kept back, once all of it is there."""
+        """Returns what was kept back. It is called once all of the body is there."""
         return b""
 
     def ending(self, refusal: Refusal, path: bytes) -> bytes | None:
-        """What ends it well at this moment. None: only a cut tells."""
+        """Returns what ends the body well at this moment; None where only a cut tells."""
         return None
 
     def filler(self) -> bytes:
-        """Bytes without a meaning, which a client that is gone will not take; none where there are no such bytes."""
+        """Returns bytes without a meaning, which a client that is gone will not take; b"" where there are none."""
         return b""
 
 
@@ -66,19 +66,19 @@ PLAIN = Body()
 
 
 class Events(Body):
-    """Of an event stream in chunks. Half an event is of no use to its client, and a stream that stops there could not
-    be ended well: so it gets whole ones, unless one is too large to be kept."""
+    """Passes an event stream in chunks. Half an event is of no use to the client, and a stream that stops there could
+    not be ended well. So the client gets whole events, unless one is too large to be kept."""
 
     __slots__ = ("last_piece", "partial_event", "previous_piece", "torn")
 
     def __init__(self, dechunker: Dechunker | None = None) -> None:
         super().__init__(dechunker)
-        self.partial_event = b""  # bytes that end within an event, and that the client has not got
-        self.torn = False  # the client has half an event, and maybe half a chunk
+        self.partial_event = b""  # bytes that end within an event, and are kept from the client until that ends
+        self.torn = False  # set while the client has half an event, and maybe half a chunk
         self.previous_piece = self.last_piece = b""  # what the client got last but one, and last
 
     def feed(self, data: bytes, in_chunk: bool) -> bytes:
-        if not (self.partial_event or in_chunk or self.torn) and data.endswith(USUAL_ENDS):  # nearly always
+        if not (self.partial_event or in_chunk or self.torn) and data.endswith(USUAL_ENDS):  # nearly always so
             self.previous_piece, self.last_piece = self.last_piece, data
             return data if self.dechunker is None else self.dechunker.feed(data)
         if self.torn:
@@ -102,7 +102,7 @@ class Events(Body):
 
     @property
     def failed(self) -> bool:
-        """vLLM itself has ended it by an error: the end mark stands behind that, and maybe in a piece of its own."""
+        """Tells whether vLLM itself ended the stream by an error. The end mark follows, maybe in a piece of its own."""
         return FAILED.search(self.previous_piece + self.last_piece) is not None
 
     def ending(self, refusal: Refusal, path: bytes) -> bytes | None:
@@ -122,7 +122,7 @@ class Events(Body):
 
 
 class LateAnswer(Body):
-    """Of an answer that is no stream, whose client was given a stream's head while it waited: it becomes an event."""
+    """Makes one event of an answer that is no stream: its client was given a stream's head while it waited."""
 
     def __init__(self, path: bytes, *, chunked: bool) -> None:
         super().__init__(Dechunker() if chunked else None)
@@ -147,7 +147,7 @@ class LateAnswer(Body):
 
 
 class Tunnel(Body):
-    """Of a WebSocket: vLLM's frames."""
+    """Passes vLLM's frames of a WebSocket, and watches where they end."""
 
     def __init__(self) -> None:
         self.frames = Frames()
@@ -157,19 +157,19 @@ class Tunnel(Body):
         return data
 
     def flush(self) -> bytes:
-        """vLLM closed the connection, and may have said so."""
+        """Returns a close frame, as vLLM closed the connection; none where vLLM sent one, or half a frame."""
         if self.frames.closed or not self.frames.is_between_frames:
             return b""
         return close_frame(INTERNAL_ERROR, "The engine closed the connection.")
 
     def ending(self, refusal: Refusal, path: bytes) -> bytes:
-        if self.frames.closed or not self.frames.is_between_frames:  # within a frame it were part of a message
+        if self.frames.closed or not self.frames.is_between_frames:  # within a frame it would be part of a message
             return b""
         return close_frame(GOING_AWAY if refusal.code == "shutting_down" else INTERNAL_ERROR, refusal.message)
 
 
 def is_comment(data: bytes) -> bool:
-    """Whether a piece of an event stream keeps a connection alive, and is nothing else."""
+    """Tells whether a piece of an event stream keeps a connection alive, and is nothing else."""
     return len(data) <= LARGEST_COMMENT and COMMENT.match(data) is not None
 
 
@@ -178,7 +178,7 @@ def _ends_event(data: bytes) -> bool:
 
 
 def _cut_to_whole_events(data: bytes) -> bytes:
-    """The chunks at the beginning of `data` up to the last that ends an event; what follows is dropped."""
+    """Returns the chunks at the beginning of `data` up to the last that ends an event, without what follows."""
     at = whole_size = 0
     while (line := data.find(b"\r\n", at)) >= 0:
         size = int(data[at:line].partition(b";")[0], 16)

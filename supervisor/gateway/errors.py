@@ -1,4 +1,4 @@
-"""Answers of our own when vLLM can't give one, in the dialect of the client's route."""
+"""This makes answers of our own when vLLM can't give one, in the dialect of the client's route."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ REFUSALS: dict[str, tuple[int, str]] = TABLE["refusals"]
 
 
 class UpstreamError(Exception):
-    """vLLM's side of the exchange failed; `text` says how, in words a client may read."""
+    """vLLM's side of the exchange failed; the message says how, in words that a client may read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a request gets no answer from vLLM. `retry_after` in seconds; `code` is OpenAI's machine-readable word."""
+    """Says why vLLM does not answer a request. `retry_after` is in seconds, `code` OpenAI's machine-readable word."""
 
     status: int
     message: str
@@ -28,11 +28,11 @@ class Refusal:
 
     @property
     def kinds(self) -> tuple[str, str]:
-        """OpenAI's name for the kind of error, and Anthropic's."""
+        """Names the kind of error, first as OpenAI does, then as Anthropic does."""
         return KINDS.get(str(self.status), ("server_error", "api_error"))
 
     def head_and_body(self, path: bytes, request_id: bytes, more: bytes = b"") -> tuple[bytes, bytes]:
-        """The response's status line and headers, without the blank line, and its body. `more`: header lines."""
+        """Returns status line and headers, without the blank line, and the body. `more` are header lines to add."""
         if path.startswith(b"/v1/messages"):
             content = {**_anthropic(self.kinds[1], self.message), "request_id": request_id.decode("latin-1")}
         else:
@@ -45,7 +45,7 @@ class Refusal:
         return head % (status, len(body), more, request_id), body
 
     def events(self, path: bytes) -> bytes:
-        """The end of an event stream that had begun: an error event, and the end mark that the route's clients know."""
+        """Returns what ends a stream that had begun: an error event, and the end mark that the route's clients know."""
         if path.startswith(b"/v1/messages"):
             content = _anthropic("api_error", self.message)
         elif path.startswith(b"/v1/responses"):
@@ -60,7 +60,7 @@ class Refusal:
 
 
 def refuse(code: str, retry_after: int | None = None, **words: object) -> Refusal:
-    """One of refusals.toml. `words` are for the gaps in its message."""
+    """Returns the refusal that refusals.toml has for the code. `words` fill the gaps in its message."""
     status, message = REFUSALS[code]
     return Refusal(status, message.format_map(words), code, retry_after)
 

@@ -1,6 +1,6 @@
-"""One relayed request and its answer, as its client sees them.
+"""This relays one request and its answer, as its client sees them.
 
-Heads are rebuilt on both ways (hop-by-hop headers gone, the request id added); bodies pass as they come. A request
+Heads are rebuilt on both ways (hop-by-hop headers go, the request's id is added); bodies pass as they come. A request
 body is framed anew, by what the parser saw, so that vLLM never sees two requests where we saw one. Backpressure works
 both ways: whoever can't take more pauses the reading of the other side.
 """
@@ -21,42 +21,42 @@ from supervisor.gateway.record import CLIENT_GONE, Record
 if TYPE_CHECKING:
     from supervisor.gateway.http1 import Headers
 
-# Of a chunked body: bytes of framing that may stand beside it, and as many again for each of its own bytes. A chunk of
-# one byte has five; sixteen thousand of an extension were 15 MB for a body of 1,000 bytes.
+# A chunked body may have so many bytes of framing, and FRAMING_SHARE more for each byte of its own. A chunk of one byte
+# has five of them; sixteen thousand of an extension were 15 MB for a body of 1,000 bytes.
 FRAMING_LIMIT, FRAMING_SHARE = 64 * 1024, 8
-# A request for an event stream, in JSON.
+# The body of a request for an event stream, in JSON, has this in it.
 WANTS_EVENTS = re.compile(rb'"stream"\s*:\s*true\b')
 EVENTS_HEAD = (
     b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nCache-Control: no-cache\r\n"
     b"X-Accel-Buffering: no\r\nTransfer-Encoding: chunked\r\n"
 )
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-# Bytes of a body that are kept before its turn comes.
+# So many bytes of a body are kept before the request's turn comes; then the client is read no further.
 EARLY_BODY_LIMIT = 64 * 1024
 BODY_TOO_SLOW = Refusal(408, "The request's body did not come in time.", "request_timeout")
 log = logging.getLogger("supervisor.gateway")
 
 
 class Exchange(Record, Recipient):
-    """One relayed request. For the delivery it is who gets the answer (`Answered`)."""
+    """Relays one request. For the delivery it is the `Recipient` of the answer."""
 
-    refusal: Refusal | None = None  # of its head, which is read before its turn comes
-    head = b""  # of one that came before, as vLLM gets it, with its body
-    request_complete = False  # its body is there
-    early_body: tuple[bytes, ...] = ()  # its body, as far as it came before its turn
-    early_body_size = 0
-    discards_request = False  # what still comes of the request: it is read, and thrown away
-    chunked_size = 0  # bytes of a chunked body
-    framing_size = 0  # bytes of chunks that are not the body's
-    body: Body | None = None  # of the answer, once it has begun
-    response_complete = False
-    keep_alive = True
-    ends_by_close = False
-    early_frames: tuple[bytes, ...] = ()  # frames that came before the WebSocket was there
-    wants_events: bool | None = None  # whether its body asks for a stream, where that was looked at
-    commented_at: float | None = None  # when its client, which waits, was last sent a comment
-    last_read_at = 0.0  # when a stream's last bytes came
-    extra_lines = b""  # that the cache adds to the answer's head
+    refusal: Refusal | None = None  # why its head is refused, which is read before the request's turn comes
+    head = b""  # of a request whose head came before: what vLLM is to receive, its body included
+    request_complete = False  # set when all of the request's body is there
+    early_body: tuple[bytes, ...] = ()  # what came of the body before the request's turn
+    early_body_size = 0  # bytes of `early_body`
+    discards_request = False  # set where what still comes of the request is read, and thrown away
+    chunked_size = 0  # bytes of a chunked body, without its framing
+    framing_size = 0  # bytes of a chunked body as it came, its framing included
+    body: Body | None = None  # what passes the answer's body, once the answer has begun
+    response_complete = False  # set when the exchange is over: its answer has ended, or its client is gone
+    keep_alive = True  # whether another request may follow on the connection
+    ends_by_close = False  # set where the answer's end is only told by the close
+    early_frames: tuple[bytes, ...] = ()  # frames that came before the WebSocket was open
+    wants_events: bool | None = None  # whether the body asks for a stream; None until somebody looked
+    commented_at: float | None = None  # when the client, which waits, was last sent a comment; None: it was sent none
+    last_read_at = 0.0  # when a stream's last bytes came, comments apart; 0: none came
+    extra_lines = b""  # header lines that the cache adds to the answer's head
 
     def __init__(self, client: Client, door: Door, request: Request, request_id: bytes) -> None:
         self.client = client
@@ -68,10 +68,10 @@ class Exchange(Record, Recipient):
             self.keep_alive = False
         self.body_budget = door.max_body  # bytes that the request's body may still have
 
-    # From the client
+    # The client's connection calls these
 
     def start(self) -> None:
-        """Its turn has come: the answers before it on this connection are complete."""
+        """Begins, as its turn has come: the answers before it on this connection are complete."""
         door = self.door
         door.exchanges.add(self)
         refusal = self.refusal or door.find_refusal(self)
@@ -100,22 +100,22 @@ class Exchange(Record, Recipient):
             if self.body_budget < 0:
                 self._refuse_size()
         if self.response_complete:
-            return  # answered early: the rest is read and thrown away, so that the connection stays usable
+            return  # it was answered early: the rest is read and thrown away, so that the connection stays usable
         if chunked:
             data = b"%x\r\n%b\r\n" % (size, data)
         self._pass_on(data)
 
     def count_framing(self, size: int) -> None:
-        """So many bytes of a chunked body came, its framing included."""
+        """Counts `size` bytes of a chunked body, its framing included, and refuses it where that is too much."""
         self.framing_size += size
         if self.framing_size - self.chunked_size > FRAMING_LIMIT + FRAMING_SHARE * self.chunked_size:
             self._refuse_size()
 
     def _refuse_size(self) -> None:
-        """A chunked body tells its size only as it comes. One whose turn has not come is refused when it has."""
+        """Refuses a chunked body, whose size shows only as it comes. Before its turn it is refused when that comes."""
         self.discards_request = True
         if self.response_complete:
-            self.client.linger()  # refused for another reason: nobody reads all of it to be polite
+            self.client.linger()  # it was refused for another reason: nobody reads all of it to be polite
         elif self in self.door.exchanges:
             self.end_now(self.door.policy.size_refusal())
 
@@ -139,16 +139,16 @@ class Exchange(Record, Recipient):
                 self.client.pause()
 
     def pass_frames(self, data: bytes) -> None:
-        """Frames, or what its client sent before it knew whether there would be any."""
+        """Passes frames on, or keeps what the client sent before it knew whether there would be a WebSocket."""
         if isinstance(self.body, Tunnel):
             assert self.delivery is not None
             self.delivery.write(data)
         else:
             self.early_frames += (data,)
-            self.client.pause()  # it is to wait
+            self.client.pause()  # the client is to wait
 
     def pause_answer(self) -> None:
-        """Its client takes no more of it for now."""
+        """The client takes no more of the answer for now: what vLLM sends is read no further."""
         if self.delivery is not None:
             self.delivery.pause()
 
@@ -158,19 +158,19 @@ class Exchange(Record, Recipient):
 
     @property
     def awaits_body(self) -> bool:
-        """Whether its client is to go on with its body. One that waits for a 100 is not, while it is held."""
+        """Tells whether the client is to go on with its body. One that waits for a 100 is not, while it is held."""
         held = self.request.expects_continue and self.delivery is not None and self.delivery.is_waiting
         return not (self.request_complete or held)
 
     def filler(self) -> bytes:
-        """Bytes that mean nothing at this moment (RFC 9110, 15.2, before an answer), and that all clients know. One of
-        HTTP/1.0 knows none: it is sent what its answer begins with."""
+        """Returns bytes that mean nothing at this moment (RFC 9110, 15.2, before an answer), and that all clients know.
+        A client of HTTP/1.0 knows none: it is sent what its answer begins with."""
         if self.body is not None:
             return self.body.filler()
         return CONTINUE if self.request.http11 else ANSWER_START
 
     def client_gone(self) -> None:
-        """Nobody will read the answer: vLLM is told at once, by closing its connection."""
+        """Ends the exchange, as nobody will read the answer: vLLM is told at once, by closing its connection."""
         if self.response_complete:
             return
         self.client_left = True
@@ -178,20 +178,20 @@ class Exchange(Record, Recipient):
             self.status = CLIENT_GONE
         self._leave()
 
-    # From below: Answered
+    # The delivery and vLLM's connection call these (`Recipient`); the gateway's clock calls `send_due_comment`
 
     def interim_received(self, head: ResponseHead) -> None:
         if self.request.http11:
             self.client.write(b"HTTP/1.1 %d %b\r\n%b\r\n" % (head.status, head.reason, head.fields))
 
     def send_due_comment(self, now: float) -> None:
-        """While it is held, or waits for its turn: begins the event stream that its client asked for, and keeps it from
-        being closed on by a proxy. What becomes of the request is then told by an event, and no more by a status."""
+        """While the request is held, or waits for its turn, this begins the event stream that its client asked for, and
+        keeps a proxy from closing it. What becomes of the request is then told by an event, and no more by a status."""
         delivery, silence = self.delivery, now - (self.commented_at or self.began)
         if silence < self.door.comment_interval or not (self.request_complete and delivery and delivery.is_waiting):
             return
         if self.commented_at is None:
-            if self.wants_events is None:  # it is looked at once
+            if self.wants_events is None:  # the body is looked at once
                 self.wants_events = self.request.http11 and WANTS_EVENTS.search(delivery.request_bytes) is not None
             if not self.wants_events:
                 return
@@ -226,17 +226,17 @@ class Exchange(Record, Recipient):
         if self.held_state:
             lines.append(_state_line(self.held_state))
         lines.append(b"\r\n" if self._may_keep_alive() else b"Connection: close\r\n\r\n")
-        if not isinstance(self.body, Events):  # vLLM sends a stream's head at once: its first event is waited for
+        if not isinstance(self.body, Events):  # vLLM sends a stream's head at once: the first event is what counts
             self.first_at = self.door.time()
         self.client.write(b"".join(lines))
 
     def _path(self) -> bytes:
-        """As vLLM sees it, below its --root-path: it tells the dialect of errors."""
+        """Returns the path as vLLM sees it, below its --root-path: it tells the dialect of errors."""
         routes = self.door.policy.routes
         return routes.strip_root(self.request.path).encode("latin-1", "replace") if routes.root else self.request.path
 
     def _may_keep_alive(self) -> bool:
-        """Whether the connection may carry another request behind this answer."""
+        """Decides whether the connection may carry another request behind this answer."""
         expects = self.request.expects_continue and not self.request_complete
         if self.ends_by_close or expects or self.discards_request or self.door.gate.closing or self.door.crowd_refusal:
             self.keep_alive = False
@@ -262,7 +262,7 @@ class Exchange(Record, Recipient):
 
     def body_received(self, data: bytes, in_chunk: bool) -> None:
         body = self.body
-        data = body.feed(data, in_chunk)  # type: ignore[union-attr]  # it has begun
+        data = body.feed(data, in_chunk)  # type: ignore[union-attr]  # the answer has begun
         if not data:
             return
         size = len(data)
@@ -285,7 +285,7 @@ class Exchange(Record, Recipient):
         if isinstance(self.body, Events) and self.body.failed:
             self.code = "engine_error"
         elif isinstance(self.body, Tunnel):
-            self.discards_request = True  # what the client still sends, its own close among it
+            self.discards_request = True  # what the client still sends is discarded, its own close among it
         self._finish()
 
     def answer_lost(self, error: UpstreamError) -> None:
@@ -328,15 +328,15 @@ class Exchange(Record, Recipient):
     def resume_request(self) -> None:
         self.client.resume()
 
-    # Its end
+    # These end the exchange
 
     def refuse_slow_body(self) -> None:
-        """The client does not go on with its body."""
+        """Refuses the request because its client does not go on with the body."""
         self.discards_request = True
         self.end_now(BODY_TOO_SLOW)
 
     def end_now(self, refusal: Refusal) -> None:
-        """A time limit has passed, or a size: an answer that has not begun is a refusal, one that has is broken off."""
+        """Ends the exchange for a time limit or a size: by a refusal, or by breaking off an answer that has begun."""
         if self.response_complete:
             return
         if self.body is None:
@@ -345,7 +345,7 @@ class Exchange(Record, Recipient):
             self._break_off(refusal)
 
     def _break_off(self, refusal: Refusal) -> None:
-        """Ends an answer that had begun: well, where that can be said, and else so that its client notices."""
+        """Ends an answer that had begun: well, where its form allows that, and else so that the client notices."""
         assert self.body is not None
         self.code = refusal.code or ""
         ending = self.body.ending(refusal, self._path())
@@ -365,7 +365,7 @@ class Exchange(Record, Recipient):
             self.client.write(data)
 
     def _finish(self) -> None:
-        self.first_at = self.first_at or self.door.time()  # a stream without an event
+        self.first_at = self.first_at or self.door.time()  # a stream may end without an event
         self._leave(self._after_answer())
 
     def _after_answer(self) -> AfterAnswer:
@@ -374,7 +374,7 @@ class Exchange(Record, Recipient):
         return AfterAnswer.LINGER if self.discards_request or self.request.has_unknown_end else AfterAnswer.CLOSE
 
     def _leave(self, after: AfterAnswer | None = None) -> None:
-        """Once, for each that has begun. None: its client's connection is gone."""
+        """It is called once for each exchange that has begun. `after` is None where the client's connection is gone."""
         self.response_complete = True
         door = self.door
         door.exchanges.discard(self)
@@ -384,12 +384,12 @@ class Exchange(Record, Recipient):
         for watcher in door.watchers:
             try:
                 watcher(self)
-            except Exception:  # its fault is not the client's, whose answer is to end well
+            except Exception:  # a watcher's fault is not the client's, whose answer is to end well
                 log.exception("a watcher of requests failed", extra=self.log_extra)
         if after is not None:
             self.client.answer_done(self, after)
 
 
 def _state_line(name: str) -> bytes:
-    """For clients that want to know why they waited, or have to."""
+    """Returns a header line for clients that want to know why they waited, or have to wait."""
     return b"X-Supervisor-State: %b\r\n" % name.encode()

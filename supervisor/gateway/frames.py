@@ -1,19 +1,19 @@
-"""Where the frames of a WebSocket end (RFC 6455, 5.2), so that its own end can be told by one."""
+"""This finds where the frames of a WebSocket end (RFC 6455, 5.2), so that its own end can be told by a frame."""
 
 from __future__ import annotations
 
 GOING_AWAY, INTERNAL_ERROR = 1001, 1011
 _CLOSE = 8
-_MORE_LENGTH = {126: 2, 127: 8}
-_REASON_LIMIT = 123  # a control frame has 125 bytes at most, and two are the code
+_MORE_LENGTH = {126: 2, 127: 8}  # bytes of length that follow, by a head's own length field
+_REASON_LIMIT = 123  # bytes: a control frame has 125 at most, and two are the code
 
 
 class Frames:
-    """Watches what vLLM sends. `between`: no frame is under way; `closed`: one of them was its close."""
+    """Watches the frames that vLLM sends. `is_between_frames`: none is under way; `closed`: one was its close."""
 
     def __init__(self) -> None:
-        self.remaining = 0  # bytes of the frame that is under way
-        self.head = b""  # of a frame, as far as it has come
+        self.remaining = 0  # bytes that are to come of the frame under way
+        self.head = b""  # a frame's first bytes, until they tell its length
         self.closed = False
 
     @property

@@ -11,19 +11,19 @@ from __future__ import annotations
 
 from typing import Generic, TypeVar
 
-# A larger head is no common one.
+# A head of more bytes than this is no common one.
 LARGEST = 4096
-# Heads that are remembered. Clients that put something new into each (a trace's id) fill it, and it is emptied.
+# So many heads are remembered. Clients that put something new into each (a trace's id) fill the memo: it is emptied.
 REMEMBERED = 256
 
-_LENGTH = b"ength: "  # of Content-Length, in both spellings that clients have
+_LENGTH = b"ength: "  # the end of Content-Length, in both spellings that clients have
 _BEFORE = b"\r\ncontent-l"
 
 Head = TypeVar("Head")
 
 
 class Memo(Generic[Head]):
-    """Heads by what `split` left of them."""
+    """Remembers heads, by what `split_message` leaves of their bytes."""
 
     def __init__(self) -> None:
         self.known: dict[bytes, Head] = {}
@@ -42,15 +42,15 @@ class RepeatedHeads(Generic[Head]):
 
     def __init__(self, memo: Memo[Head]) -> None:
         self.memo = memo
-        self.key: bytes | None = None  # of what was looked for last and not found, where it may be learnt
+        self.key: bytes | None = None  # by which `learn` will remember what `find` last did not know; None: not at all
         self.forget()
 
     def forget(self) -> None:
-        self.last_head: Head | None = None  # most likely the next one, too: it is found without `split`
-        self.prefix, self.digits_at, self.suffix = b"", 0, b""  # its bytes around the length's digits, and their offset
+        self.last_head: Head | None = None  # most likely the next message's, too: it is found without `split_message`
+        self.prefix, self.digits_at, self.suffix = b"", 0, b""  # that head's bytes around the digits, and their offset
 
     def find(self, data: bytes) -> tuple[Head, bytes, bytes] | None:
-        """What is known of it, its length's digits, and its body, where `data` is one whole message."""
+        """Returns the known head, its length's digits and the body; None if `data` is not one whole message, or new."""
         if self.last_head is not None and data.startswith(self.prefix):
             stop = data.find(b"\r", self.digits_at)
             if data.startswith(self.suffix, stop):
@@ -71,13 +71,13 @@ class RepeatedHeads(Generic[Head]):
         return known, digits, body
 
     def learn(self, head: Head) -> None:
-        """What `find` did not know."""
+        """Remembers the head of the message that `find` last did not know."""
         if self.key is not None:
             self.memo.learn(self.key, head)
 
 
 def split_message(data: bytes) -> tuple[bytes, bytes, bytes] | None:
-    """Its head without the digits of its length, the digits, and the body, where `data` is one whole message."""
+    """Returns the head less its length's digits, the digits, and the body; None if `data` is not one whole message."""
     end = data.find(b"\r\n\r\n", 0, LARGEST) + 4
     if end < 4:
         return None
@@ -95,7 +95,7 @@ def split_message(data: bytes) -> tuple[bytes, bytes, bytes] | None:
 
 
 def split_at_length(head: bytes) -> tuple[bytes, bytes]:
-    """A head's lines before and after the length's digits; all of it where there is no length."""
+    """Returns a head's lines before and after the length's digits; all of it and b"" where there is no length."""
     found = head.lower().find(b"\r\ncontent-length: ")
     if found < 0:
         return head, b""

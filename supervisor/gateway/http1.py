@@ -1,5 +1,5 @@
-"""HTTP/1.1 heads and framing, without a connection: what a request becomes on its way to vLLM, and an answer on its way
-to the client."""
+"""This has HTTP/1.1 heads and framing, without a connection: what a request becomes on its way to vLLM, and an answer
+on its way to the client."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 Headers = list[tuple[bytes, bytes]]
 
 VERSIONS = ("1.1", "1.0")
-ANSWER_START = b"HTTP/1.1 "  # of each answer
-# Of a request: bytes of its head, headers, bytes of its target. Of an answer's head vLLM may have twice as many.
+ANSWER_START = b"HTTP/1.1 "  # every answer to a client begins with it
+# A request may have so many bytes of head, headers, and bytes of target; the head of vLLM's answer, twice the bytes.
 HEAD_LIMIT, HEADERS_LIMIT, TARGET_LIMIT = 32 * 1024, 100, 8 * 1024
 ANSWER_HEAD_LIMIT = 64 * 1024
-REQUEST_ID_LIMIT = 256
+REQUEST_ID_LIMIT = 256  # bytes; a client's longer id is replaced
 # RFC 9110, 7.6.1: these speak of one connection, not of the message.
 HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"te", b"transfer-encoding", b"upgrade"})
-# Header lines of a request that are looked at; all others are copied without a look.
+# These header lines of a request are looked at; all others are copied without a look.
 WATCHED = HOP_BY_HOP | {
     b"content-encoding", b"content-length", b"expect", b"host", b"sec-websocket-protocol", b"x-forwarded-proto",
     b"x-request-id",
 }  # fmt: skip
-# In a browser a WebSocket can't have other headers: OpenAI's clients put the key here, beside the protocol's name.
+# A page can give its WebSocket no header but Sec-WebSocket-Protocol: OpenAI's clients put the key there, too.
 KEY_PROTOCOL = b"openai-insecure-api-key."
-# What a reason may be made of.
+# The reason of a status line may be made of these bytes.
 REASON_BYTES = bytes([9, *range(32, 127), *range(128, 256)])
 
 HEAD_TOO_LARGE = Refusal(
@@ -54,23 +54,23 @@ COMPRESSED = Refusal(
 
 
 class Request:
-    """A request's head: what it says, and, once it is rewritten, what vLLM gets of it.
+    """Holds a request's head: what it says, and, once it is rewritten, what vLLM receives of it.
 
-    One that came before is shared by all requests that repeat it.
+    A head that came before is shared by all requests that repeat it.
     """
 
-    # The state of a new one. Kept in the class: what a small request never touches costs it nothing.
-    http11 = True
-    keep_alive = True
-    chunked = False
-    expects_continue = False
-    websocket = False
-    length: int | None = None  # of the body, where the head tells it
+    # A new head's values stand in the class: what a small request never touches costs it nothing.
+    http11 = True  # whether its client speaks HTTP/1.1
+    keep_alive = True  # whether another request may follow on the connection
+    chunked = False  # whether the body comes in chunks
+    expects_continue = False  # whether the client waits for a 100 before it sends the body
+    websocket = False  # whether it asks for a WebSocket
+    length: int | None = None  # bytes of the body, where the head tells that
     client_id = b""  # the X-Request-Id that its client gave it
-    rewritten = b""  # what vLLM gets, up to where the request's id is to follow
-    prefix = suffix = b""  # the same, before and after the digits of the length, of one that may come again
-    has_unknown_end = False  # nobody knows where it ends: nothing more is read of its connection
-    verdict: Verdict | None = None
+    rewritten = b""  # the head as vLLM receives it, up to where the request's id is to follow
+    prefix = suffix = b""  # `rewritten` before and after the length's digits, where the head may come again
+    has_unknown_end = False  # set where nobody knows where the request ends: nothing more is read behind it
+    verdict: Verdict | None = None  # the policy's, once it has judged the head
 
     def __init__(self, method: bytes, target: bytes, path: bytes, headers: Headers) -> None:
         self.method = method
@@ -80,11 +80,11 @@ class Request:
         self.is_head = method == b"HEAD"
 
     def header(self, name: bytes) -> bytes | None:
-        """The first one of this name (lower case)."""
+        """Returns the value of the first header of this name (lower case); None where there is none."""
         return next((value for other, value in self.headers if other.lower() == name), None)
 
     def may_repeat(self) -> bool:
-        """Whether it is a common one, which may be known when it comes again."""
+        """Tells whether the head is a common one, which may be known when it comes again, and splits it then."""
         common = (
             bool(self.rewritten)
             and not (self.chunked or self.expects_continue or self.is_head or self.websocket or self.client_id)
@@ -99,12 +99,12 @@ class Request:
         return common
 
     def write_again(self, digits: bytes, request_id: bytes, body: bytes) -> bytes:
-        """What vLLM gets of another request with this head: `digits` of its length, and its body."""
+        """Returns what vLLM receives of another request with this head; `digits` are those of its length."""
         before, after = (self.prefix, self.suffix) if self.prefix else split_at_length(self.rewritten)
         return b"".join((before, digits, after, request_id, b"\r\n\r\n", body))
 
-    def rewrite(self, version: str, *, tls: bool) -> Refusal | None:  # noqa: PLR0911  # a rule each
-        """Writes what vLLM gets. A refusal where HTTP leaves no honest way to pass it on; `tls`: it came so."""
+    def rewrite(self, version: str, *, tls: bool) -> Refusal | None:  # noqa: PLR0911  # each is a rule
+        """Writes what vLLM receives. Returns a refusal where HTTP leaves no honest way for it. `tls`: it came so."""
         refusal = self._check_limits() if version in VERSIONS else UNKNOWN_VERSION
         if self.method == b"CONNECT":
             refusal = NO_TUNNELS
@@ -144,7 +144,7 @@ class Request:
                     refusal = COMPRESSED
                 lines += (name, b": ", value, b"\r\n")
             elif lower == b"x-forwarded-proto":
-                if not tls:  # else it is we who know
+                if not tls:  # where TLS ends here, we know the scheme ourselves
                     lines += (name, b": ", value, b"\r\n")
             elif lower == b"sec-websocket-protocol":
                 tokens = [token.strip() for token in value.split(b",")]
@@ -161,7 +161,7 @@ class Request:
             if self.http11:
                 return self.end_reading(NO_HOST)
             lines.append(b"Host: vllm\r\n")
-        if tls:  # vLLM's redirects are made of it
+        if tls:  # vLLM makes its redirects of it
             lines.append(b"X-Forwarded-Proto: https\r\n")
         lines.append(b"X-Request-Id: ")
         if connection_options - WATCHED:
@@ -170,7 +170,7 @@ class Request:
         return refusal
 
     def end_reading(self, refusal: Refusal) -> Refusal:
-        """Nothing behind it can be read either."""
+        """Returns the refusal, and notes that nothing behind this head can be read either."""
         self.keep_alive = False
         self.has_unknown_end = True
         return refusal
@@ -191,7 +191,7 @@ def asks_for_websocket(method: bytes, headers: Headers) -> bool:
 
 
 def origin_form(target: bytes) -> bytes:
-    """The target of a request that names it otherwise: `http://host/path?query`, or `*`."""
+    """Returns the target as `/path?query` where it is `http://host/path?query`; any other, such as `*`, stays."""
     if target.startswith(b"/") or b"://" not in target:
         return target
     rest = target.partition(b"://")[2]
@@ -201,13 +201,13 @@ def origin_form(target: bytes) -> bytes:
 
 
 def _drop_headers(lines: list[bytes], names: frozenset[bytes]) -> list[bytes]:
-    """The head's lines without the headers that `Connection` names."""
+    """Returns the head's lines without the headers of these names, which `Connection` has."""
     first, *others = b"".join(lines).split(b"\r\n")
     return [b"\r\n".join([first, *(line for line in others if line.partition(b":")[0].lower() not in names)])]
 
 
 class Framing(Enum):
-    """How the end of a response body is known."""
+    """Says how the end of a response's body is known."""
 
     NONE = "no body"
     LENGTH = "content-length"
@@ -216,7 +216,7 @@ class Framing(Enum):
 
 
 class ResponseHead:
-    """Status, reason, and the header lines that may travel on (hop-by-hop ones are gone). Raises UpstreamError."""
+    """Holds status, reason, and header lines that may travel on (hop-by-hop ones are gone). Raises UpstreamError."""
 
     __slots__ = ("fields", "framing", "has_request_id", "is_sse", "length", "reason", "status")
 
@@ -258,7 +258,7 @@ class ResponseHead:
         self.framing = Framing.NONE if status in (204, 304) or status < 200 else framing
 
     def copy_for_others(self) -> ResponseHead:
-        """The same without what is one client's own."""
+        """Returns a copy without what is one client's own, the request's id."""
         other = copy.copy(self)
         other.fields = b"".join(
             line for line in self.fields.splitlines(keepends=True) if not line.lower().startswith(b"x-request-id:")
@@ -268,7 +268,7 @@ class ResponseHead:
 
 
 class KnownAnswer:
-    """What was made of the head of an answer with a length. The client sees the same pieces, and the status first."""
+    """Keeps the head of an answer with a length as clients get it: `prefix`, status first, digits, `suffix`, an id."""
 
     __slots__ = ("head", "prefix", "status", "suffix")
 

@@ -1,9 +1,7 @@
-"""The connection to vLLM: HTTP/1.1 over its unix socket, pooled.
+"""This has the connections to vLLM: HTTP/1.1 over its unix socket, pooled. Each carries one request at a time.
 
-`Upstream.send(sink)` finds an idle connection, or opens one, and hands it to the sink, which writes its request on it.
-What comes back reaches the sink as one `ResponseHead` and then the raw bytes of the body, framing included, exactly as
-vLLM wrote them: httptools only watches for where the message ends. One connection carries one request at a time.
-
+`Upstream.send(sink)` finds an idle connection or opens one, and the sink writes its request on it. The answer reaches
+it as one `ResponseHead`, then as raw bytes, framing included, as vLLM wrote them: httptools only finds where it ends.
 No coroutine runs per request and no body is parsed: this is the path of every token (docs/development/performance.md).
 """
 
@@ -20,8 +18,7 @@ from supervisor.gateway.errors import UpstreamError
 from supervisor.gateway.heads import Memo, RepeatedHeads
 from supervisor.gateway.http1 import ANSWER_HEAD_LIMIT, Framing, KnownAnswer, ResponseHead
 
-# vLLM's uvicorn closes an idle connection after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE): leave first.
-IDLE_LIMIT = 4.0
+IDLE_LIMIT = 4.0  # seconds; vLLM's uvicorn closes idle connections after 5 (VLLM_HTTP_TIMEOUT_KEEP_ALIVE): leave first
 TOO_MUCH = "vLLM sent more than its answer"
 log = logging.getLogger("supervisor.gateway")
 
@@ -39,81 +36,84 @@ class Unanswered(Disconnected):
 
 
 class Receiver:
-    """Who receives the body of an answer. `ended` or `lost` is the last call."""
+    """Receives an answer's body from its connection, whose last call is `answer_ended` or `answer_lost`."""
 
     def body_received(self, data: bytes, in_chunk: bool) -> None:
-        """Raw body bytes, chunk framing and trailers included; `in_chunk`: they end within a chunk."""
+        """Takes raw bytes of the body, chunk framing and trailers included; `in_chunk`: they end within a chunk."""
         raise NotImplementedError
 
     def answer_ended(self) -> None:
+        """The connection calls this when the answer is complete; it may carry another request by now."""
         raise NotImplementedError
 
     def answer_lost(self, error: UpstreamError) -> None:
+        """It is called instead when there is no connection, it broke, or what came is no HTTP: `error` says which."""
         raise NotImplementedError
 
     def pause_request(self) -> None:
-        """vLLM takes no more of the request body for now."""
+        """vLLM takes no more of the request's body for now: whoever sends it is to stop until `resume_request`."""
 
     def resume_request(self) -> None:
-        """It takes more."""
+        """vLLM takes more of the body again. It may be called without a pause before."""
 
 
 class Sink(Receiver):
-    """Who sends one request, and receives its answer, or names somebody else for its body (`connection.receiver`)."""
+    """Sends one request, and receives its answer, or names somebody else for the body (`connection.receiver`)."""
 
-    is_head = False
-    wants_websocket = False  # asked for
+    is_head = False  # whether the request is a HEAD, whose answer has no body
+    wants_websocket = False  # whether the request asks for a WebSocket
 
     def connected(self, connection: UpstreamConnection) -> None:
+        """`Upstream.send` calls this, maybe at once, with a connection: to write the request on it, or abort it."""
         raise NotImplementedError
 
     def head_received(self, head: ResponseHead) -> None:
-        """Also for each 1xx; the last call carries the final status."""
+        """Takes the head of the answer, and of each 1xx before it but 101; the last call carries the final status."""
         raise NotImplementedError
 
     def websocket_opened(self, head: ResponseHead, data: bytes) -> None:
-        """A WebSocket is open; what comes of it follows by `data`, and its end by `ended`."""
+        """vLLM opened the WebSocket: `data` may hold frames, `body_received` brings others, `answer_ended` the end."""
         raise NotImplementedError
 
     def answer_received(self, known: KnownAnswer, digits: bytes, body: bytes) -> None:
-        """Instead of all the others: a whole answer, whose head was seen before."""
+        """Takes a whole answer, whose head was seen before; only `connected` came first. `digits` are its length's."""
         raise NotImplementedError
 
 
 class UpstreamConnection(asyncio.Protocol):
-    """One connection to vLLM. `sink` is whoever's request it carries, None while it is idle."""
+    """Carries requests to vLLM, one at a time. `sink` is whoever's request it carries, None while it is idle."""
 
     def __init__(self, upstream: Upstream) -> None:
         self.upstream = upstream
         self.transport: asyncio.Transport = None  # type: ignore[assignment]  # set by connection_made, before any use
         self.sink: Sink | None = None
-        self.receiver: Receiver | None = None  # of the body: the sink, or whom it has named
-        self.tunnel = False  # a WebSocket: no HTTP any more
+        self.receiver: Receiver | None = None  # who gets the answer's body: the sink, or whom it has named
+        self.tunnel = False  # set when a WebSocket is open: no HTTP follows
         self.heads: RepeatedHeads[KnownAnswer] = RepeatedHeads(upstream.heads)
-        self.reused = False
-        self.idle_since = 0.0
-        self.response_paused = False
+        self.reused = False  # set when it is taken from the idle ones
+        self.idle_since = 0.0  # when its last answer was complete: the loop's time in seconds
+        self.response_paused = False  # set while the client takes no more of the answer
         self.parser = httptools.HttpResponseParser(self)
         self._expect_head()
 
     def _expect_head(self) -> None:
-        self.has_answered = False  # by a single byte
-        self.raw_head = b""
-        self.in_head = True
+        self.has_answered = False  # set when an answer's first byte came
+        self.raw_head = b""  # what came of a head that is not complete
+        self.in_head = True  # true until the answer's own head is complete
         self.reason = b""
         self.headers: list[tuple[bytes, bytes]] = []
         self.head: ResponseHead | None = None
-        self.keep_alive = False
-        self.request_sent = False  # whole: once answered, the connection may carry another
-        self.message_complete = False
-        self.last_bytes = b""  # what came of the body last
-        self.body_read = 0
-        self.in_chunk = False  # between a chunk's size and its last byte
+        self.keep_alive = False  # whether vLLM leaves the connection open behind the answer
+        self.request_sent = False  # set when the request is complete: once answered, the connection may carry another
+        self.message_complete = False  # set when the parser has seen the answer's end
+        self.last_bytes = b""  # what came of the body last: four bytes or more, where there are so many
+        self.body_read = 0  # bytes of the body that came, its framing included
+        self.in_chunk = False  # set between a chunk's size and its last byte
 
-    # What the sink calls
+    # The sink calls these
 
     def abort(self) -> None:
-        """Closes at once, which tells vLLM to stop generating."""
+        """Closes the connection at once, which tells vLLM to stop generating."""
         self.sink = self.receiver = None
         self.transport.abort()
 
@@ -199,7 +199,7 @@ class UpstreamConnection(asyncio.Protocol):
                 self._finish(sink)
 
     def _ends_well(self, data: bytes) -> bool:
-        """The parser passes over line ends behind an answer; nothing may lie there."""
+        """Tells whether nothing lies behind the answer, not even the line ends that the parser passes over."""
         head = self.head
         if head is None or head.framing is not Framing.CHUNKED:
             return head is None or self.body_read == head.length
@@ -207,7 +207,7 @@ class UpstreamConnection(asyncio.Protocol):
         return end.endswith(b"\r\n\r\n") and end[:1] not in (b"\r", b"\n")
 
     def _repeatable_head(self, sink: Sink) -> ResponseHead | None:
-        """The head of an answer that came as a whole, to be known when it comes again."""
+        """Returns the head of an answer that came as a whole, if it may be known when it comes again; else None."""
         head = self.head
         if (
             head is None
@@ -221,7 +221,7 @@ class UpstreamConnection(asyncio.Protocol):
         return head
 
     def _feed_head(self, data: bytes, sink: Sink) -> bytes:
-        """Parses up to the end of one head and returns what lies behind it."""
+        """Parses up to the end of one head, and returns what lies behind it. Raises UpstreamError."""
         if self.raw_head:
             data = self.raw_head + data
         end = data.find(b"\r\n\r\n") + 4
@@ -231,7 +231,7 @@ class UpstreamConnection(asyncio.Protocol):
             self.raw_head = data
             return b""
         self.raw_head = b""
-        with contextlib.suppress(httptools.HttpParserUpgrade):  # 101: told from the status below
+        with contextlib.suppress(httptools.HttpParserUpgrade):  # a 101 is told from the status below
             self.parser.feed_data(data[:end])
         if self.head is None:
             raise UpstreamError("vLLM's response head is not valid HTTP/1.1")
@@ -301,18 +301,18 @@ class UpstreamConnection(asyncio.Protocol):
 
 
 class Upstream:
-    """The pool. The connection used last is used next, so that a burst's extra ones grow old and go."""
+    """Pools the connections. The one used last is used next, so that a burst's extra ones grow old and go."""
 
     def __init__(self, path: str, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self.path = path
         self.loop = loop or asyncio.get_running_loop()
         self.idle: list[UpstreamConnection] = []
         self.heads: Memo[KnownAnswer] = Memo()
-        self.reads = 0  # of answers, ever
+        self.reads = 0  # pieces of answers that were read, since the start
         self.opening_tasks: set[asyncio.Task[None]] = set()
 
     def send(self, sink: Sink, *, fresh: bool = False) -> None:
-        """Calls `sink.connected` with a connection, or `sink.lost`; `fresh` passes the idle ones over."""
+        """Calls `sink.connected` with a connection, or `sink.answer_lost`; `fresh` passes the idle ones over."""
         while self.idle and not fresh:
             connection = self.idle.pop()
             if connection.idle_since < self.loop.time() - IDLE_LIMIT or connection.transport.is_closing():
