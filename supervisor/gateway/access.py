@@ -1,8 +1,8 @@
-"""The access log: a line for each relayed request, once its answer is over, with its latency and its first byte's.
+"""The access log has a line for each relayed request, once its answer is over, with its latency and its first byte's.
 
-The event loop makes the lines, some at a time. What is the same in many of them is made once, by the one who makes all
-other lines (lines.py): the line of a method, path and status, with gaps for the rest. No query, header or body is in
-it. RunPod's jobs have a line of their own (queue/delivery.py).
+The event loop makes the lines, some at a time. What is the same in many of them is made once, by lines.py, which makes
+all other lines: the line of a method, path and status, with gaps for the rest. No query, header or body is in it.
+RunPod's jobs have a line of their own (queue/delivery.py).
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ if TYPE_CHECKING:
 LOGGER = "supervisor.access"
 FLUSH = 0.1  # seconds that a line waits for others
 BATCH = 100  # lines that wait at most: making them takes 0.2 ms
-KEPT = 1024  # of each part that comes again
-TICK = 0.0005  # seconds: the loop's clock has whole milliseconds, and no time at all means no first byte
-LONGEST_PATH = 200
-# By the log's level: a 5xx is a warning, and nothing here is an error.
+KEPT = 1024  # so many are kept of each part of a line that comes again
+TICK = 0.0005  # seconds that stand for none: the loop's clock has whole milliseconds, and 0 means no first byte
+LONGEST_PATH = 200  # bytes of a path that are shown
+# By the log's level, answers from this status on have a line: a 5xx is a warning, and nothing here is an error.
 FROM_STATUS = {"debug": 0, "info": 0, "warning": 500, "error": 1000}
 UNITS = ("B", "kB", "MB", "GB")
-# What differs from line to line. Of what a client sends no such bytes get into a line (lines.escape).
+# These stand for what differs from line to line. No such bytes of a client's get into a line (lines.escape).
 GAP, SECONDS = "\0", "\1"
 
 
 @dataclass(eq=False)
 class AccessLog:
-    """`ended(record)` for each; `flush()` before the end."""
+    """`request_ended(record)` is to be called for each request, and `flush()` before the end."""
 
     loop: asyncio.AbstractEventLoop
     form: LineStyle
-    put: Callable[[bytes, int], None]  # writes lines, so many
-    level: str = "info"  # above it, those of failures alone
-    # How the ids begin that no client made. Who has seen one can begin like it: no more than letters and digits are
+    put: Callable[[bytes, int], None]  # writes these lines, and is told how many they are
+    level: str = "info"  # the log's: at `warning` failures alone have lines, at `error` nothing has
+    # Ids that no client made begin like this. Whoever has seen one can begin like it: so only letters and digits are
     # taken for ours.
     own_prefix: bytes = b" "
 
@@ -56,7 +56,7 @@ class AccessLog:
         self._foreign_id = lru_cache(KEPT)(self._masked_id)
 
     def request_ended(self, record: Record) -> None:
-        """A watcher of the ports' door."""
+        """Is a watcher of the ports' door, which calls it with each request that is over; the line is made later."""
         if record.status < self.from_status:
             return
         if not self.batch:
@@ -71,11 +71,11 @@ class AccessLog:
             return
         try:
             self.put("".join(self._lines(batch)).encode("utf-8", "backslashreplace"), len(batch))
-        except Exception:  # a fault here must not be the request's
+        except Exception:  # a fault here must not become the request's
             logging.getLogger("supervisor").exception("%d lines of access could not be made", len(batch))
 
     def forget(self) -> None:
-        """There are more secrets from now on."""
+        """Drops the kept parts of lines, because there are more secrets to mask from now on."""
         for kept in (self._shape, self._foreign_id, shown_path):
             kept.cache_clear()
 
@@ -86,12 +86,12 @@ class AccessLog:
             first = (record.first_at - record.began or TICK) if record.first_at else 0.0
             unusual = describe(record) if record.code or record.client_left or record.cache_word or record.marks else ""
             request = record.request
-            # What is kept of a path is bounded.
+            # The path is cut here, because it is kept with the shape.
             line = self._shape(request.method, request.path[: LONGEST_PATH + 1], record.status, record.address, unusual)
             if as_json:
                 begun = _number(round(first * 10_000)) if first else "null"
                 yield line % (iso(at), self._shown_id(record.request_id), _number(round(seconds * 10_000)), begun, size)
-            else:  # of an answer that is not streamed the first byte is the last
+            else:  # the first byte of an answer that is not streamed is its last
                 begun = f", first byte after {first:.3f} s" if 0 < first < seconds - 0.001 else ""
                 yield line % (clock(int(at)), seconds, begun, _size(size), self._shown_id(record.request_id))
 
@@ -113,7 +113,7 @@ class AccessLog:
         return line.replace("%", "%%").replace(SECONDS, "%.3f").replace(GAP, "%s") + "\n"
 
     def unix_offset(self) -> float:
-        """What the loop's time lacks of Unix time."""
+        """Returns the seconds that the loop's time lacks of Unix time."""
         return time.time() - self.loop.time()
 
     def _shown_id(self, request_id: bytes) -> str:

@@ -1,5 +1,5 @@
-"""Our own routes, as an ASGI app: `/ping`, `/health`, `/status`, `/metrics`, the page at `/`, and CORS preflights for
-every path, which a browser asks without a key and before it asks anything else.
+"""This ASGI app answers our own routes: `/ping`, `/health`, `/status`, `/metrics`, the page at `/`; and CORS preflights
+for every path, which a browser asks without a key and before it asks anything else.
 
 `/status` tells everything to administrators, to everybody where no keys are set at all, and over the private unix
 socket, which only the supervisor's own user can open. Whoever else may ask is told what `FOR_EVERYBODY` names.
@@ -29,19 +29,19 @@ if TYPE_CHECKING:
 OWN_PATHS = frozenset({b"/ping", b"/health", b"/status", b"/metrics", b"/"})
 READY = {b"/ping": "ready", b"/health": "ok"}
 METHODS = ("GET", "HEAD", "POST")
-# How the server is and what it counts. The rest is how it is set up (settings, paths, vLLM's command), as which vLLM's
-# own /server_info needs an admin key, and vLLM's log, which quotes what other clients sent. A list of what is shown and
-# not of what is hidden: a new fact is hidden until somebody thinks about it.
+# These tell how the server is and what it counts. The rest is how it is set up (settings, paths, vLLM's command), for
+# which vLLM's own /server_info needs an admin key, and vLLM's log, which quotes what other clients sent. The list says
+# what is shown, and not what is hidden: a new fact is hidden until somebody thinks about it.
 FOR_EVERYBODY = frozenset({
     "state", "since", "reason", "pid", "phases", "progress", "expected_seconds", "model", "mode", "vllm_version",
     "last_failure", "restarts", "restarts_by_cause", "transitions", "in_flight", "waiting",
     "now", "bounds", "statuses", "buckets", "reads", "happened",
 })  # fmt: skip
-LOG_OF_FAILURE = "log_tail"  # within `last_failure`
-TRANSITIONS = 30
+LOG_OF_FAILURE = "log_tail"  # vLLM's last lines, within `last_failure`
+TRANSITIONS = 30  # so many of the latest are shown on the page
 LONGEST_LINE = 1000  # characters; vLLM's log may have a line of 64 kB
 NUMBER = re.compile(r"[0-9]{1,15}")
-# Seconds for vLLM to tell its metrics, before only ours are told.
+# vLLM has so many seconds to tell its metrics; then only ours are told.
 METRICS_PATIENCE = 5.0
 
 Scope = dict[str, Any]
@@ -50,21 +50,21 @@ Answer = tuple[int, "Headers", bytes]  # status, header fields, body
 
 
 class EngineView(Engine, Protocol):
-    """What the gateway may know of the engine."""
+    """The routes read this of the engine as well, on the loop, each time that somebody asks. Nothing of it may wait."""
 
     @property
     def timeline(self) -> Sequence[Mapping[str, object]]:
-        """Its latest states, the present one included: `at`, `state`, `reason`."""
+        """Returns its latest states for the page, in order, the present one included: `at`, `state`, `reason`."""
 
-    def status(self) -> Mapping[str, object]: ...
+    def status(self) -> Mapping[str, object]: ...  # returns what /status tells of the engine; /metrics reads it, too
 
     def log_after(self, number: int) -> tuple[int, list[str]]:
-        """How many lines vLLM has logged, and those of them behind the first `number` that are kept."""
+        """Returns, for the page, how many lines vLLM has logged, and those behind the first `number` that are kept."""
 
 
 @dataclass(slots=True)
 class OwnRoutes:
-    """`facts` never change and are shown at `/status`: model, mode, version, command (masked)."""
+    """Answers our own routes. `facts` never change and are shown at `/status`: model, mode, version, masked command."""
 
     engine: EngineView
     policy: Policy
@@ -79,7 +79,7 @@ class OwnRoutes:
         return path in OWN_PATHS or (bool(self.policy.routes.root) and self._path(path) in OWN_PATHS)
 
     def _path(self, path: bytes) -> bytes:
-        """Below vLLM's --root-path ours are, too."""
+        """Returns the path without vLLM's --root-path: our own routes are found below it, too."""
         return (self.policy.routes.strip_root(path) or "/").encode("latin-1", "replace")
 
     async def __call__(self, scope: Scope, receive: object, send: Send) -> None:
@@ -111,12 +111,12 @@ class OwnRoutes:
     def _readiness(self, path: bytes) -> Answer:
         if self.engine.ready:
             return _json(200, {"status": READY[path]})
-        # RunPod's load balancer: 204 keeps the worker in its list while it loads, 200 sends it work.
+        # RunPod's load balancer asks /ping: 204 keeps the worker in its list while it loads, 200 sends it work.
         loads = path == b"/ping" and not self.engine.over
         return (204, [], b"") if loads else _json(503, {"status": self.engine.explanation})
 
     def _check_key(self, scope: Scope) -> Answer | None:
-        """The rest is told only to those who have a key, where there are keys."""
+        """Returns a refusal, or None: where there are keys, the rest is told only to those who have one."""
         if _is_local(scope):
             return None
         address = scope["client"][0].encode() if scope["client"] else b""
@@ -127,7 +127,7 @@ class OwnRoutes:
         return _json(refusal.status, {"error": refusal.message}, *again)
 
     def may_see_all(self, scope: Scope) -> bool:
-        """With API keys alone nobody is an administrator over HTTP."""
+        """Tells whether `/status` may tell everything. With API keys alone nobody is an administrator over HTTP."""
         policy = self.policy
         return _is_local(scope) or not (policy.api_keys or policy.admin_keys) or policy.identify(scope["headers"]).admin
 
@@ -137,7 +137,7 @@ class OwnRoutes:
         return _json(200, content, (b"cache-control", b"no-store"))
 
     def status(self, after: int | None = None) -> dict[str, Any]:
-        """`after` a line of vLLM's log: with what the page needs beside it."""
+        """Returns what `/status` tells; with `after` (a line of vLLM's log, by its number) what the page needs, too."""
         content = {**self.engine.status(), "in_flight": self.in_flight(), "waiting": self.gate.backlog, **self.facts}
         if after is not None:
             line, log = self.engine.log_after(after)
@@ -149,7 +149,7 @@ class OwnRoutes:
         return content
 
     async def _metrics(self) -> Answer:
-        """Ours, and vLLM's own as they are."""
+        """Answers with our metrics, and behind them vLLM's own as they are."""
         from supervisor.gateway.metrics import CONTENT_TYPE, exposition  # noqa: PLC0415  # 20 ms, for those who ask
 
         text = exposition(self.counts, self.status(), self.cache)
@@ -160,14 +160,14 @@ class OwnRoutes:
 
 
 def lines_seen(query: bytes) -> int | None:
-    """The N of `after=N`, 0 where it is no number; None where nobody asks for what is new."""
+    """Returns the N of the query's `after=N`, 0 where it is no number; None where nobody asks for what is new."""
     value = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True)).get("after")
     if value is None:
         return None
     return int(value) if NUMBER.fullmatch(value) else 0
 
 
-def public_part(status: Mapping[str, Any]) -> dict[str, Any]:
+def public_part(status: Mapping[str, Any]) -> dict[str, Any]:  # what everybody may see of it
     found = {name: value for name, value in status.items() if name in FOR_EVERYBODY}
     if isinstance(failure := found.get("last_failure"), Mapping):
         found["last_failure"] = {name: value for name, value in failure.items() if name != LOG_OF_FAILURE}
@@ -179,5 +179,5 @@ def _json(status: int, content: Mapping[str, object], *more: tuple[bytes, bytes]
 
 
 def _is_local(scope: Scope) -> bool:
-    """From a socket that nobody else can open: a path has no port."""
+    """Tells whether a request came by the socket that nobody else can open: its address is a path, without a port."""
     return scope["server"] is not None and scope["server"][1] is None

@@ -1,10 +1,10 @@
-"""Answers that would come out the same: kept in memory, and shared by those who ask at the same time. Opt-in.
+"""This keeps answers in memory that would come out the same; those who ask at the same time share one. It is opt-in.
 
 A request is deterministic where its body says so (temperature 0, or a seed), or where its route has no sampling. Its
-answer is asked for by a delivery of its own, for a `Recording`: holds, a replay when the engine dies are those of any
-request. Each client that asked reads the recording from its beginning, the first one like those that come later; what
-they get is what a delivery would have told them. When all of them are gone, so is the delivery. What is recorded whole,
-with status 200, is kept.
+answer is asked for by a delivery of its own, for a `Recording`: it is held, and sent again when the engine dies, as any
+request is. Each client that asked reads the recording from its beginning, the first one like those that come later;
+what they get is what a delivery would have told them. When all of them are gone, so is the delivery. What is recorded
+whole, with status 200, is kept.
 
 Only here a body is parsed, and only where this is switched on.
 """
@@ -30,35 +30,35 @@ if TYPE_CHECKING:
     from supervisor.gateway.errors import Refusal, UpstreamError
     from supervisor.gateway.record import Record
 
-# Headers by which vLLM's answer differs.
+# vLLM's answer differs by these headers of a request.
 VARYING = frozenset({b"content-type", b"endpoint-load-metrics-format", b"origin", b"x-data-parallel-rank"})
 # An answer that would take more than this share of the memory is not kept.
 LARGEST_SHARE = 1 / 4
-OVERHEAD = 1000  # bytes that an answer takes beside its own, about
-RESULTS = {"hit": "cache hit", "shared": "shared", "miss": "", "bypass": ""}  # and how the access log has it
-# What an exchange is told of its answer: one of its methods, and what it is called with.
+OVERHEAD = 1000  # an answer takes about so many bytes beside its own
+RESULTS = {"hit": "cache hit", "shared": "shared", "miss": "", "bypass": ""}  # with the words of the access log
+# An exchange is told of its answer by such calls: one of its methods, and what it is called with.
 Call = tuple[Any, ...]
 
 
 class KeptAnswer(NamedTuple):
-    """A whole answer."""
+    """Is an answer that was recorded to its end."""
 
-    calls: tuple[Call, ...]
-    at: float
-    size: int  # that it takes, in bytes
+    calls: tuple[Call, ...]  # they tell it to an exchange
+    at: float  # the monotonic time of its end
+    size: int  # bytes that it takes
 
 
 class Cache:
-    """`deliver` stands where a delivery is made, and makes one for each request that it has nothing to do with."""
+    """Makes the deliveries, by `deliver`: a plain `Delivery` for each request that it has nothing to do with."""
 
     def __init__(self, new_id: Callable[[], bytes], memory: int) -> None:
-        """`memory` in bytes."""
+        """`memory` is how many bytes all kept answers may take; `new_id` returns the id of a request."""
         self.new_id = new_id
         self.memory = memory
         self.largest = memory * LARGEST_SHARE
-        self.kept: OrderedDict[bytes, KeptAnswer] = OrderedDict()  # the one that was asked for last is the last
-        self.size = 0
-        self.recordings: dict[bytes, Recording] = {}  # that may be joined, and kept when they are whole
+        self.kept: OrderedDict[bytes, KeptAnswer] = OrderedDict()  # by key: the one that was asked for last is the last
+        self.size = 0  # bytes that the kept answers take
+        self.recordings: dict[bytes, Recording] = {}  # by key: those that may be joined, and kept when they are whole
         self.results: Counter[str] = Counter(dict.fromkeys(RESULTS, 0))
 
     def deliver(self, exchange: Exchange, head: bytes) -> BaseDelivery:
@@ -74,7 +74,7 @@ class Cache:
         return Delivery(exchange, head)
 
     def decide(self, cacheable: CacheableRequest) -> None:
-        """Its body is there: answers it, or sends it on."""
+        """Answers a request whose body is there, or sends it on."""
         exchange, body = cacheable.exchange, cacheable.body
         request = exchange.request
         if not _is_deterministic(body, must_ask=CACHED_ROUTES[exchange.verdict.route]):
@@ -95,7 +95,7 @@ class Cache:
         else:
             self._note_result(exchange, "miss")
             cacheable.was_sent = True
-            # Its id is in vLLM's answer, and may come to others: so it is none that a client made.
+            # The id is in vLLM's answer, which others may get, too: so it is none that a client made.
             head = request.write_again(b"%d" % len(body), self.new_id(), body)
             recording = self.recordings[key] = Recording(self, key, exchange, head)
             recording.join(cacheable)
@@ -107,7 +107,7 @@ class Cache:
         exchange.extra_lines = b"X-Supervisor-Cache: %b\r\n%b" % (result.encode(), more)
 
     def close_recording(self, recording: Recording, kept: KeptAnswer | None = None) -> None:
-        """It is whole, or was given up, or has become too large to be kept: nobody joins it any more."""
+        """Lets nobody join a recording any more, which is whole, was given up, or has become too large to be kept."""
         key = recording.key
         if self.recordings.get(key) is not recording:
             return  # somebody asked afresh since, or an administrator changed the model
@@ -122,19 +122,19 @@ class Cache:
             self.size -= self.kept.popitem(last=False)[1].size
 
     def request_ended(self, record: Record) -> None:
-        """A watcher: of what an administrator asks for."""
+        """Forgets all answers after the use of an admin route: both doors call it with each request, as a watcher."""
         verdict = record.verdict
         if verdict.route in ADMIN_ROUTES and record.request.method != b"GET" and verdict.refusal is None:
-            self.recordings.clear()  # other weights, another adapter: who knows
+            self.recordings.clear()  # vLLM may have other weights now, or another adapter
             self.kept.clear()
             self.size = 0
 
 
 class CacheableRequest(BaseDelivery):
-    """One request: its body until all of it is there, then its client's way through a recording."""
+    """Keeps a request's body until all of it is there, then leads its client through a recording."""
 
     recording: Recording | None = None
-    source = BaseDelivery()  # what produces the answer; what that goes through, this one does
+    source = BaseDelivery()  # this delivery produces the answer; what it goes through, this one does
     marks = property(attrgetter("source.marks"))
     replayed = property(attrgetter("source.replayed"))
     is_waiting = property(attrgetter("source.is_waiting"))
@@ -145,13 +145,13 @@ class CacheableRequest(BaseDelivery):
         self.cache = cache
         self.exchange = exchange
         self.head = head
-        self.request_body = bytearray()  # of its body
-        self.unread_calls: deque[Call] = deque()  # of the answer
+        self.request_body = bytearray()  # the body, as far as it came
+        self.unread_calls: deque[Call] = deque()  # of the answer's calls, those that its exchange has not had
         self.paused = False  # its client takes no more for now
 
     @property
     def body(self) -> bytes:
-        """It stands with a head that came before."""
+        """Returns the request's body, which stands behind its head where that came before."""
         return bytes(self.request_body) or self.head[self.head.find(b"\r\n\r\n") + 4 :]
 
     def begin(self, complete: bool) -> None:
@@ -167,7 +167,7 @@ class CacheableRequest(BaseDelivery):
         self.cache.decide(self)
 
     def bypass(self, *, complete: bool) -> None:
-        """As without a cache."""
+        """Delivers the request as it would be without a cache."""
         self.exchange.delivery = delivery = Delivery(self.exchange, self.head)
         if self.request_body:
             delivery.write(bytes(self.request_body))
@@ -189,16 +189,16 @@ class CacheableRequest(BaseDelivery):
         self.catch_up()
 
     def catch_up(self) -> None:
-        """Tells its client what there is, as far as it takes it."""
+        """Tells the client what there is of the answer, as far as it takes it."""
         while self.unread_calls and not self.paused and not self.exchange.response_complete:
             call, *about = self.unread_calls.popleft()
             call(self.exchange, *about)
 
 
 class Recording(Recipient):
-    """An answer as its delivery tells it; each reader is told the same."""
+    """Records an answer as its delivery tells it, and tells each reader the same."""
 
-    held_for = ""
+    held_for = ""  # the engine's state in which the request was held, if it was
 
     def __init__(self, cache: Cache, key: bytes, first: Exchange, head: bytes) -> None:
         self.cache = cache
@@ -206,8 +206,8 @@ class Recording(Recipient):
         self.first = first
         self.door, self.request = first.door, first.request
         self.head: ResponseHead | None = None
-        self.calls: list[Call] = []  # while it may be kept
-        self.size = OVERHEAD  # that it takes, so far
+        self.calls: list[Call] = []  # all that came, while it may be kept
+        self.size = OVERHEAD  # bytes that it takes, so far
         self.complete = False
         self.readers: list[CacheableRequest] = []
         self.source = Delivery(self, head)
@@ -225,13 +225,13 @@ class Recording(Recipient):
         reader.catch_up()
 
     def leave(self, reader: CacheableRequest) -> None:
-        """It has all of it, or its client is gone."""
+        """Lets a reader go that has all of the answer, or whose client is gone."""
         if reader in self.readers:
             self.readers.remove(reader)
             self.pace()
 
     def pace(self) -> None:
-        """It goes on while one of the readers can, and ends with the last of them."""
+        """Has the delivery go on while one of the readers can, and ends it with the last of them."""
         if self.complete:
             return
         if not self.readers:
@@ -245,7 +245,7 @@ class Recording(Recipient):
         self.calls.append(call)
         if self.size > self.cache.largest:
             self.cache.close_recording(self)
-            self.calls.clear()  # who has read it needs it no more
+            self.calls.clear()  # those who have read them need them no more
         for reader in list(self.readers):
             reader.unread_calls.append(call)
             reader.catch_up()
@@ -256,7 +256,7 @@ class Recording(Recipient):
         self.source.abort()
         self._tell_readers(*call)
 
-    # Answered
+    # What its delivery calls (delivery.Recipient)
 
     def request_held(self, state: str) -> None:
         self.held_for = state
@@ -296,15 +296,15 @@ class Recording(Recipient):
 
 
 def _cache_control(request: Request) -> bytes:
-    """What the client says of caches."""
+    """Returns what the client says of caches, in lower case and without spaces."""
     values = (value for name, value in request.headers if name.lower() == b"cache-control")
     return b",".join(values).lower().replace(b" ", b"")
 
 
 def _cache_key(exchange: Exchange, body: bytes) -> bytes:
-    """The same client (its key), the same path and query, the same headers that matter, the same bytes.
+    """Returns a key that is the same for the same client (its key), path, query, headers that matter, and bytes.
 
-    Not the same JSON: the order of a tool's properties is part of the prompt.
+    Different bytes of equal JSON have different keys: the order of a tool's properties is part of the prompt.
     """
     request = exchange.request
     varying = sorted((name.lower(), value) for name, value in request.headers if name.lower() in VARYING)

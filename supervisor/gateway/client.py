@@ -1,4 +1,4 @@
-"""A client's connection: bytes to requests, in order, none too slow.
+"""This is a client's connection: it answers the requests that reader.py makes of its bytes, and ends what is too slow.
 
 Requests wait here for their turn, so that answers leave in the order in which the requests came.
 """
@@ -28,15 +28,15 @@ from supervisor.gateway.reader import OWN_BODY_LIMIT, PIPELINED, UNPARSED_LIMIT,
 if TYPE_CHECKING:
     from uvicorn._types import ASGI3Application
 
-# Seconds in which a client that was refused may still send its body, and read why.
+# A client that was refused has so many seconds in which it may still send its body, and read why.
 LINGER = 2.0
-# Seconds until a client that has closed its side is looked at: one that is gone has refused our bytes by then.
+# A client that has closed its side is looked at after so many seconds: one that is gone has refused our bytes by then.
 GONE_KNOWN_AFTER = 0.1
-# Seconds without a byte of its answer, after which one that can't be looked at is taken for gone.
+# A half-closed client whose answer is no stream is taken for gone when nothing of it was sent for so many seconds.
 GONE_AFTER = 2.0
-# Bytes in a second that a body has at least, once the client's time for its next bytes has passed.
+# A body must bring so many bytes a second, once the client's time for its next bytes has passed.
 LEAST_RATE = 100
-# Files that are kept for our own routes, and for vLLM's; and seconds between two words about it.
+# So many files are kept for our own routes and for vLLM; the log warns of that once in so many seconds.
 RESERVED_FILES, WARN_EVERY = 64, 600.0
 CROWDED = Refusal(503, "The server has too many connections.", "too_many_connections", RETRY_AFTER)
 log = logging.getLogger("supervisor.gateway")
@@ -44,7 +44,7 @@ HEAD_TOO_SLOW = Refusal(408, "The request's head did not come in time.", code="r
 
 
 class Clients:
-    """What the connections have in common, and the look that is taken at all of them each second."""
+    """Holds all connections, which the gateway looks at each second, and what they have in common."""
 
     def __init__(
         self,
@@ -55,20 +55,20 @@ class Clients:
         timeout: float,
         idle_timeout: float,
     ) -> None:
-        """`is_own`: whether a path is our own; `timeout`: seconds for a client's next bytes, or for it to take ours;
-        `keep_alive`: between requests."""
+        """`is_own` tells whether a path is our own. At most `most_files` files may be open. `timeout`: seconds for a
+        client's next bytes, or for it to take ours; `idle_timeout`: seconds between its requests."""
         self.loop = loop
         self.is_own = is_own
         self.most_files = most_files
-        self.warned_at = -math.inf  # of too many of them
+        self.warned_at = -math.inf  # the loop's time of the last warning about files
         self.timeout = timeout
         self.idle_timeout = idle_timeout
         self.connections: set[ClientConnection] = set()
-        self.clock = loop.time()  # at the last look
+        self.clock = loop.time()  # the loop's time at the last look
 
     def connection_opened(self, connection: ClientConnection, descriptor: int) -> None:
-        """`number`: of its file, which is the lowest that was free. Before the last are taken, idle clients go, and of
-        new ones only our own routes are served: a load balancer that is not answered would end a healthy server."""
+        """`descriptor` is the lowest that was free. Before the last are taken, idle clients are closed, and new ones
+        get our own routes alone: a load balancer that is not answered would end a healthy server."""
         self.connections.add(connection)
         if descriptor < self.most_files - RESERVED_FILES:
             return
@@ -82,21 +82,21 @@ class Clients:
             log.warning(text, self.most_files)
 
     def forget_heads(self) -> None:
-        """The policy changed."""
+        """Makes each connection forget its latest head, whose verdict may differ now that the policy has changed."""
         for connection in self.connections:
             connection.heads.forget()
 
 
 class ClientConnection(RequestReader):
-    """One client. For its exchanges it is a `Client`."""
+    """Serves one client's connection. To its exchanges it is a `Client`."""
 
     def __init__(self, clients: Clients, door: Door, **kwargs: Any) -> None:
         super().__init__(clients, door, **kwargs)
-        self.advancing = False
-        self.body_began = 0.0  # when the body that arrives was asked for
-        self.stuck_at = 0.0  # since when the client does not take its answer; 0: it does
-        self.unsent, self.unsent_at = 0, 0.0  # bytes of answers that the client has not taken, and since when so many
-        self.sent, self.sent_at = 0, 0.0  # bytes of the answer, of a client that is half closed, and when the last went
+        self.advancing = False  # `_advance` runs, and is called again from within
+        self.body_began = 0.0  # the loop's time when the body that arrives was asked for
+        self.stuck_at = 0.0  # the loop's time since when the client does not take its answer; 0: it takes it
+        self.unsent, self.unsent_at = 0, 0.0  # bytes of answers that the client has not taken, and when that changed
+        self.sent, self.sent_at = 0, 0.0  # bytes of its answer that a half-closed client was sent; when that changed
         self.half_closed = False  # the client has said its last word, or is gone
 
     # asyncio's callbacks
@@ -121,11 +121,11 @@ class ClientConnection(RequestReader):
             elif request is not None:
                 request.disconnected = True
                 request.message_event.set()
-        self.cycle = None  # type: ignore[assignment]  # as before its first request
+        self.cycle = None  # type: ignore[assignment]  # uvicorn has nothing to end: it was done above
         super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """The client has said its last word, and may still listen; or it is gone, which looks the same."""
+        """Returns whether our side stays open: the client closed its own, and listens or is gone: both look alike."""
         nothing_waits = self.answering is None and not self.waiting
         if nothing_waits or not self.at_start or self.lingering or self.tunnel is not None or self.scheme == "https":
             return False  # TLS knows no half of a connection
@@ -135,7 +135,7 @@ class ClientConnection(RequestReader):
         return not self.transport.is_closing()
 
     def probe_client(self) -> None:
-        """A client that is gone answers bytes with a reset."""
+        """Sends bytes that mean nothing, and looks later what came back: a client that is gone answers with a reset."""
         if isinstance(self.answering, Exchange):
             nothing = self.answering.filler()
             self.write(nothing)
@@ -144,7 +144,7 @@ class ClientConnection(RequestReader):
         self.loop.call_later(GONE_KNOWN_AFTER, self._abort_if_gone)
 
     def _write_the_rest(self, answer: bytes) -> None:
-        """Of an answer whose first bytes were sent before it."""
+        """Writes an answer without its first bytes, which the probe has sent already."""
         self.write = self.transport.write
         self.write(answer.removeprefix(ANSWER_START))
 
@@ -152,7 +152,7 @@ class ClientConnection(RequestReader):
         if not self.transport.is_closing() and is_gone(self.transport):
             self.transport.abort()
 
-    # A client for its exchanges, and the order of answers
+    # What its exchanges call (door.Client), and the order of answers
 
     def pause(self) -> None:
         self.flow.pause_reading()
@@ -168,7 +168,7 @@ class ClientConnection(RequestReader):
     def answer_done(self, exchange: Exchange, after: AfterAnswer) -> None:
         self.answering = None
         if after is KEEP:
-            self.active_at = self.head_began = self.clients.clock  # also of what came meanwhile
+            self.active_at = self.head_began = self.clients.clock  # also for a head that came meanwhile
             if self.flow.read_paused and not self.unparsed_is_full:
                 self.flow.resume_reading()
             if self.waiting or self.unparsed or self.half_closed:
@@ -182,15 +182,15 @@ class ClientConnection(RequestReader):
             reset(self.transport)
 
     def on_response_complete(self) -> None:
-        """uvicorn's cycle is done; it has closed the transport where it is to be."""
+        """uvicorn's cycle calls this when it is done; it has closed the transport by then, if that is to be closed."""
         self.answering = None
         if self.incoming is not None and not self.at_start and self.body_read > OWN_BODY_LIMIT:
             self.linger()
         self._advance()
 
     def _advance(self) -> None:
-        """The next one's turn, as soon as its client takes the answer: else what it asks for would pile up here. A
-        loop, for a thousand refusals may stand in one read."""
+        """Starts the next request as soon as the client takes answers: else what it asks for would pile up here. It is
+        a loop and does not call itself, because a thousand requests that are refused may come with one read."""
         if self.advancing:
             return
         self.advancing = True
@@ -221,7 +221,7 @@ class ClientConnection(RequestReader):
             super()._start_asgi_task(request, self.app)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        """uvicorn has made it."""
+        """uvicorn calls this to run a cycle that it has made; the cycle waits for its turn instead."""
         self.request_arrived(cycle)
 
     def request_arrived(self, request: Exchange | RequestResponseCycle) -> None:
@@ -264,24 +264,24 @@ class ClientConnection(RequestReader):
     # Called each second
 
     def check_time(self, now: float) -> None:
-        """Closes what waits for its client for too long."""
+        """Ends what has waited for the client for too long. `now` is the loop's time."""
         timeout = self.clients.timeout
         unsent = self.transport.get_write_buffer_size()
         if unsent != self.unsent:
             self.unsent, self.unsent_at = unsent, now
         if unsent and now - self.unsent_at > timeout:
-            self.cut()  # a close would wait for it for ever
+            self.cut()  # a close would wait for the client for ever
             return
         request = self.answering
         if self.half_closed or self.flow.read_paused:
             if is_gone(self.transport):
                 self.transport.abort()
                 return
-            if not self.half_closed and _poll(self.transport) & select.POLLRDHUP:  # no more will come than is there
+            if not self.half_closed and _poll(self.transport) & select.POLLRDHUP:  # the client has closed its side
                 self.half_closed = True
                 self.probe_client()
             elif self.half_closed and isinstance(request, Exchange) and request.body is not None and not unsent:
-                # In the midst of what is no stream it can't be asked. vLLM makes such an answer at once.
+                # Within an answer that is no stream the client can't be probed. vLLM makes such an answer at once.
                 if request.sent != self.sent:
                     self.sent, self.sent_at = request.sent, now
                 elif now - self.sent_at > GONE_AFTER and not request.filler():
@@ -294,7 +294,7 @@ class ClientConnection(RequestReader):
             if is_reading and self._body_is_slow(now):
                 request.refuse_slow_body()
         elif request is not None:
-            pass  # our own routes take no time of their client's
+            pass  # one of our own routes is at work, and does not wait for the client
         elif self.at_start:
             if now - self.active_at > self.clients.idle_timeout:
                 self.transport.close()
@@ -302,7 +302,7 @@ class ClientConnection(RequestReader):
             self.refuse_without_a_request(HEAD_TOO_SLOW)
 
     def _body_is_slow(self, now: float) -> bool:
-        """Of a request that is answered already as well: it is read to its end, but not for ever."""
+        """Tells whether a body comes too slowly; if it was answered already it is read to its end, but not for ever."""
         timeout = self.clients.timeout
         return now - self.active_at > timeout or now - self.body_began > timeout + self.body_read / LEAST_RATE
 
@@ -324,7 +324,7 @@ class ClientConnection(RequestReader):
         self.refuse_without_a_request(Refusal(400, msg, code="bad_request"))
 
     def refuse_without_a_request(self, refusal: Refusal) -> None:
-        """What came is no request, or not yet, or the rest of one that was well until here."""
+        """Refuses bytes that are no request, or not yet one, or the rest of a request that was well until here."""
         if self.lingering:
             return
         request = self.answering
@@ -332,13 +332,13 @@ class ClientConnection(RequestReader):
             if request.body is not None:
                 self.cut()
             else:
-                request.discards_request = True  # where its body ends nobody knows
+                request.discards_request = True  # nobody knows where its body ends
                 request.end_now(refusal)
             return
         if request is not None or self.waiting:
             if not (self.at_start or self.in_head):
                 self.cut()  # an answer is under way: a second one in its midst would corrupt it
-            elif not self.ignores_input:  # what lies behind whole requests is none: these are answered, and that is all
+            elif not self.ignores_input:  # whole requests are answered, and what follows them is ignored
                 self.ignores_input = self.at_start = True
                 self.in_head, self.unparsed = False, b""
                 (self.waiting[-1] if self.waiting else request).keep_alive = False  # type: ignore[union-attr]  # one of them is
@@ -349,7 +349,7 @@ class ClientConnection(RequestReader):
         self._begin(self._unread_request(refusal))
 
     def _unread_request(self, refusal: Refusal) -> Exchange:
-        """For who counts and logs: a request of which no more is known than was read."""
+        """Returns an exchange for the watchers, who count and log: no more is known of its request than was read."""
         method, target = (self.parser.get_method(), self.url) if self.headers else (b"-", b"-")
         request = Request(method, target, target.partition(b"?")[0], [])
         request.verdict = self.door.policy.judge(request)
@@ -360,7 +360,7 @@ class ClientConnection(RequestReader):
 
 
 def reset(transport: asyncio.Transport) -> None:
-    """Closes so that the client notices: a body whose end only the close tells must not look complete."""
+    """Closes by a reset, so that the client notices: a body whose end only the close tells must not look complete."""
     connection = transport.get_extra_info("socket")
     if connection is not None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -377,5 +377,5 @@ def _poll(transport: asyncio.Transport) -> int:
 
 
 def is_gone(transport: asyncio.Transport) -> bool:
-    """Whether the client's side is closed for both ways. While nothing is read, nobody else tells."""
+    """Tells whether the client has closed the connection both ways. While nothing is read, nothing else shows that."""
     return bool(_poll(transport) & (select.POLLHUP | select.POLLERR))

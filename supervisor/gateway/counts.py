@@ -1,4 +1,4 @@
-"""What the gateway counts, for each request and each event, and so in plain numbers; metrics.py makes text of them."""
+"""The gateway counts here, for each request and each event, and so in plain numbers; metrics.py makes text of them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from supervisor.gateway.record import Record
 
-# Seconds: from a cached first token to a request that waits for a cold start, or an answer of an hour.
+# These bounds are seconds, from a cached first token to a request that waits for a cold start, or an answer of an hour.
 BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 600.0, 3600.0)
-# Seconds between two reads of a stream: a token of a fast engine, and what a person calls stuck.
+# These are seconds between two reads of a stream, from a token of a fast engine to what a person calls stuck.
 GAP_BOUNDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
-# The route of what is no route, or was refused before anybody looked. Routes are the prefixes of routes.toml, and so
-# are few.
+# A request has this route if its path is no route, or if it was refused before anybody looked. Routes are the prefixes
+# of routes.toml, and so are few.
 OTHER = "other"
-# How a job ends. `lost`: with its worker, which died; `undelivered`: RunPod did not take the result.
+# A job ends in one of these ways. `lost`: its worker died; `undelivered`: RunPod did not take the result.
 OUTCOMES = ("completed", "failed", "cancelled", "undelivered", "lost")
 
 
 class Histogram:
-    """Observations by upper bound, and their sum."""
+    """Counts observations by their upper bound, and sums them."""
 
     __slots__ = ("bounds", "buckets", "seconds")
 
@@ -44,26 +44,26 @@ class Histogram:
 
 @dataclass(slots=True)
 class Series:
-    """Answers of one route with one status: until their first byte, and until their last."""
+    """Measures answers of one route with one status: the seconds until their first byte, and until their last."""
 
     first_byte: Histogram = field(default_factory=Histogram)
     last_byte: Histogram = field(default_factory=Histogram)
 
 
 class Jobs:
-    """RunPod's, as the queue worker reports them."""
+    """Counts RunPod's jobs, as the queue worker reports them."""
 
     def __init__(self) -> None:
-        self.began_at: dict[str, float] = {}  # by id: those that are not over
+        self.began_at: dict[str, float] = {}  # monotonic times by job id: when those that are not over were taken
         self.ended = {outcome: Histogram() for outcome in OUTCOMES}
-        # What, and what became of it: each try to give RunPod a chunk or a result.
+        # Each try to give RunPod a chunk or a result is counted by what it was, and by what became of it.
         self.posts = Counter(
             {f"{what} {end}": 0 for what in ("chunk", "result") for end in ("taken", "refused", "failed")}
         )
-        self.deaths = 0
+        self.deaths = 0  # how often the worker died
 
     def report(self, job: Mapping[str, Any]) -> None:
-        """`{"id", "outcome": "taken"}`, then `{"id", "outcome", "seconds", "posts": {"chunk taken": n}}`."""
+        """Takes `{"id", "outcome": "taken"}`, then `{"id", "outcome", "seconds", "posts": {"chunk taken": n}}`."""
         if job["outcome"] == "taken":
             self.began_at[job["id"]] = time.monotonic()
             return
@@ -79,21 +79,21 @@ class Jobs:
 
 
 class Counts:
-    """Of all requests that are over; of a stream, the time between its reads as well."""
+    """Counts all requests that are over, and measures the time between two reads of a stream."""
 
     def __init__(self) -> None:
         self.answers: defaultdict[tuple[str, int], Series] = defaultdict(Series)  # by route and status
         self.gaps = Histogram(GAP_BOUNDS)
-        self.observe_gap = self.gaps.observe  # between two reads of a stream; several events may have come with one
+        self.observe_gap = self.gaps.observe  # gets the seconds between reads of a stream; one may have several events
         self.received = 0  # bytes of requests' bodies
         self.sent = 0  # bytes of answers' bodies
-        self.aborted = 0  # by clients, in the midst of their answers
-        self.held = 0
-        self.replayed = 0
-        self.jobs: Jobs | None = None  # where the queue is served
+        self.aborted = 0  # answers whose client left in the midst of them
+        self.held = 0  # how often a request began to wait for the engine
+        self.replayed = 0  # requests that were sent again because the engine died
+        self.jobs: Jobs | None = None  # there are some where the queue is served
 
     def request_ended(self, record: Record) -> None:
-        """One request is over. A watcher of the gateway's doors."""
+        """Counts a request that is over: both doors call it with each one, as their first watcher."""
         series = self.answers[record.request.verdict.route, record.status]  # type: ignore[union-attr]  # it was judged
         began, first_at = record.began, record.first_at
         seconds = record.over_at - began
@@ -103,12 +103,12 @@ class Counts:
         whole.seconds += seconds
         if 0 < first_at != record.over_at:
             first.observe(first_at - began)
-        else:  # one place for both
+        else:  # both are the same, or there was none: one place for both
             first.buckets[at] += 1
             first.seconds += seconds
         self.aborted += record.client_left and first_at > 0
 
-    # In all, for the status page
+    # What the status page shows, over all routes
 
     @property
     def statuses(self) -> Mapping[int, int]:
@@ -119,6 +119,6 @@ class Counts:
 
     @property
     def buckets(self) -> list[int]:
-        """Until the first byte, by BOUNDS."""
+        """Returns the number of answers by the time until their first byte, in the buckets of BOUNDS."""
         every = [[0] * (len(BOUNDS) + 1), *(series.first_byte.buckets for series in self.answers.values())]
         return list(map(sum, zip(*every, strict=True)))

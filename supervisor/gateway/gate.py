@@ -1,4 +1,4 @@
-"""Who may go to the engine now, who waits, and who is next.
+"""The gate decides which requests may go to the engine now, which ones wait, and which one is next.
 
 Requests that arrive while the engine loads are held, in order, up to the hold timeout; those above the limit wait their
 turn. The gate sees the engine only through `Engine`, and a request only through `PendingRequest`.
@@ -14,64 +14,64 @@ from supervisor.gateway.counts import Counts
 from supervisor.gateway.errors import Refusal
 from supervisor.gateway.upstream import Upstream
 
-# The death of the engine is known within 0.1 s; whoever lost an answer waits this long, in seconds, to learn of it.
+# The death of the engine is known within 0.1 s; a request that lost its answer waits so many seconds to learn of it.
 FATE_KNOWN_AFTER = 0.25
-# How often an engine that is not well, and does not die, is asked; then it is believed.
+# An engine that neither answers well nor dies is asked so many times; then it is taken for alive.
 QUESTIONS = 20
-# Seconds for it to answer.
+# The engine has so many seconds for each answer.
 PATIENCE = 5.0
-# What a client is told to wait, in seconds, before it asks again: it is held again then, and so misses nothing.
+# A client is told to wait so many seconds before it asks again: it is held again then, and so misses nothing.
 RETRY_AFTER = 5
 
 
 class Engine(Protocol):
-    """What the gate may know of the engine."""
+    """The gate and its requests read this of the engine, on the loop, at any moment. It tells what is so just then."""
 
     @property
-    def ready(self) -> bool: ...
+    def ready(self) -> bool: ...  # whether vLLM answers, so that requests may go to it
 
     @property
     def over(self) -> bool:
-        """Draining, stopped or failed: no request that arrives now can be answered."""
+        """Tells whether it drains, stops, has stopped or failed: no request that arrives now can be answered."""
 
     @property
     def draining(self) -> bool:
-        """The engine still answers what was there before the signal came."""
+        """Tells whether it still answers what was there before the signal came; `over` is true meanwhile."""
 
     @property
     def state(self) -> str:
-        """In a word, for a client: `starting`, `restarting`, `ready`, ..."""
+        """Returns its state in a word, which clients are told: `starting`, `restarting`, `ready`, ..."""
 
     @property
     def explanation(self) -> str:
-        """Why it is not ready, in a sentence for a client: the phase while it loads, the cause when it failed."""
+        """Returns why it is not ready, as a sentence for clients: the phase while it loads, the cause if it failed."""
 
 
 class PendingRequest(Protocol):
-    """A request that has no answer yet."""
+    """This is a request that has no answer yet, as the gate knows it. Its methods are called on the loop."""
 
-    admitted: bool  # the gate's own note: it counts among those that run
-    generation: int  # of the engine that had it last
+    admitted: bool  # the gate's own note, False at first: the request counts among those that run
+    generation: int  # the request copies the gate's when it is sent: it says which engine had it last
 
     @property
     def is_limited(self) -> bool:
-        """It counts among those that may run at once; jobs do not."""
+        """Tells the gate whether the limit holds for it, and whether a drain refuses it; neither is so for jobs."""
 
     def go(self) -> None:
-        """The engine may have it."""
+        """Sends the request: the gate calls this when the engine may have it, at once or after a wait."""
 
-    def refuse(self, refusal: Refusal) -> None: ...
+    def refuse(self, refusal: Refusal) -> None: ...  # called when it can't go: it tells its client, and leaves the gate
 
     def mark(self, what: str) -> None:
-        """`held` for the engine, or `waiting` for its turn, from now on."""
+        """Notes that a wait begins: the gate calls it with `held` (for the engine) or `waiting` (for its turn)."""
 
     def engine_judged(self, *, alive: bool) -> None:
-        """Of the engine that had it: the answer to `ask`."""
+        """Decides what becomes of it. The gate calls this after its `ask`: whether the engine that had it lives."""
 
 
 class Admission(NamedTuple):
-    """How many requests may run at once (None: as many as come), and how many more may wait. `hold`: how long, in
-    seconds, for their turn or for the engine."""
+    """Says how many requests may run at once (None: as many as come), and how many more may wait. `hold` is how many
+    seconds they may wait, for their turn or for the engine."""
 
     limit: int | None
     queue_limit: int
@@ -79,7 +79,7 @@ class Admission(NamedTuple):
 
 
 class Gate:
-    """`admit`, then `leave`, for each; `changed` when the engine did."""
+    """Each request calls `admit`, and `leave` in the end; the supervisor calls `engine_changed` when the engine did."""
 
     def __init__(self, engine: Engine, upstream: Upstream, admission: Admission, counts: Counts) -> None:
         self.engine = engine
@@ -87,24 +87,24 @@ class Gate:
         self.loop = upstream.loop
         self.admission = admission
         self.counts = counts
-        self.active = 0  # admitted, and not over
-        self.open = False  # requests go to vLLM as they come
-        self.closing = False  # every answer closes its connection
-        self.generation = 0  # of the engine: one more each time it stops being ready
-        self.held: dict[PendingRequest, asyncio.TimerHandle] = {}
-        self.queued: dict[PendingRequest, asyncio.TimerHandle] = {}  # first come, first served
-        self.questions: dict[PendingRequest, asyncio.Task[None]] = {}  # whether the engine lives
+        self.active = 0  # how many requests are admitted, and not over
+        self.open = False  # whether requests go to vLLM as they come
+        self.closing = False  # whether every answer closes its client's connection, because the engine is over
+        self.generation = 0  # the engine's: one more each time that it stops being ready
+        self.held: dict[PendingRequest, asyncio.TimerHandle] = {}  # requests that wait for the engine
+        self.queued: dict[PendingRequest, asyncio.TimerHandle] = {}  # requests in a queue: first come, first served
+        self.questions: dict[PendingRequest, asyncio.Task[None]] = {}  # requests that ask whether their engine lives
 
     def __contains__(self, request: PendingRequest) -> bool:
-        """Whether it waits here."""
+        """Tells whether the request waits here, for the engine or for its turn."""
         return request in self.held or request in self.queued
 
     @property
-    def backlog(self) -> int:
+    def backlog(self) -> int:  # how many requests wait here
         return len(self.held) + len(self.queued)
 
     def find_refusal(self, *, limited: bool = True) -> Refusal | None:
-        """Why no request can be taken at all. A job that RunPod has given us is done even while we drain."""
+        """Returns why no request can be taken at all, or None. A job that RunPod gave us is done even in a drain."""
         if self.open or not self.engine.over or (self.engine.draining and not limited):
             return None
         return self.unavailable_refusal()
@@ -113,7 +113,7 @@ class Gate:
         return Refusal(503, self.engine.explanation, "engine_unavailable", RETRY_AFTER)
 
     def admit(self, request: PendingRequest) -> None:
-        """It goes on, or waits its turn behind those that came before."""
+        """Lets the request go on, or has it wait behind those that came before; refuses it if too many wait."""
         limit = self.admission.limit
         if limit is None or self.active < limit or not request.is_limited:
             self.active += 1
@@ -129,13 +129,13 @@ class Gate:
             request.refuse(self._busy_refusal("the server is busy.", 429))
 
     def hold(self, request: PendingRequest) -> None:
-        """Keeps it until the engine is ready."""
+        """Keeps the request until the engine is ready, or its time is over."""
         self.counts.held += 1
         request.mark("held")
         self.held[request] = self.loop.call_later(self.admission.hold, self._refuse_held, request)
 
     def resume(self, request: PendingRequest) -> None:
-        """Its engine is gone: it is for the next one, when that is ready."""
+        """Gives a request whose engine is gone to the next engine, when that is ready; refuses it if none will come."""
         if self.engine.over:
             request.refuse(self.unavailable_refusal())
         elif self.open:
@@ -144,7 +144,7 @@ class Gate:
             self.hold(request)
 
     def leave(self, request: PendingRequest) -> None:
-        """It is over, or waits for nothing any more. To leave twice is to leave."""
+        """Forgets a request that is over or waits no more, and lets the next ones in. A second call changes nothing."""
         if self.held or self.queued or self.questions:
             self.forget(request)
         if not request.admitted:
@@ -157,11 +157,11 @@ class Gate:
             self.admit(following)
 
     def forget(self, request: PendingRequest) -> None:
-        """It no longer waits here."""
+        """Ends the request's waiting here, and its question; it stays admitted."""
         timer = self.held.pop(request, None) or self.queued.pop(request, None) or self.questions.pop(request, None)
         if timer is not None:
             timer.cancel()
-        if (task := self.questions.pop(request, None)) is not None:  # who is held may ask as well
+        if (task := self.questions.pop(request, None)) is not None:  # a request that is held may ask as well
             task.cancel()
 
     def _refuse_held(self, request: PendingRequest) -> None:
@@ -179,7 +179,7 @@ class Gate:
     # The engine's fate
 
     def engine_changed(self) -> None:
-        """Called after each transition of the engine."""
+        """The supervisor calls this after each transition of the engine: who waits is let go, refused or judged."""
         if self.open and not self.engine.ready:
             self.generation += 1
         self.open = self.engine.ready
@@ -190,7 +190,7 @@ class Gate:
                     request.go()
         elif self.engine.over:
             self.closing = True
-            queued, self.queued = self.queued, {}  # first, or each that leaves would let the next one in
+            queued, self.queued = self.queued, {}  # emptied first, or each that leaves would let the next in
             for timer in queued.values():
                 timer.cancel()
             for request in [*self.held, *queued]:
@@ -203,8 +203,8 @@ class Gate:
                     request.engine_judged(alive=False)
 
     def ask(self, request: PendingRequest) -> None:
-        """Calls its `fate`: of an engine that dies it is known in a moment, on a busy machine in some moments more. So
-        it is asked, and one that does not answer is asked again."""
+        """Calls the request's `engine_judged` once it is known whether its engine lives. A death is known in a moment,
+        on a busy machine in some moments more: so the engine is asked, and asked again while it does not answer."""
         if request not in self.questions:
             self.questions[request] = self.loop.create_task(self._ask_engine(request))
 

@@ -1,4 +1,4 @@
-"""What the gateway counts, and what the engine says of itself, as Prometheus reads it; metrics.toml has the series."""
+"""This writes for Prometheus what the gateway counts and the engine says of itself; metrics.toml has the series."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 TABLE: dict[str, list[str]] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 FAMILIES = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily, "histogram": HistogramMetricFamily}
 STATES = ("starting", "ready", "restarting", "draining", "stopping", "stopped", "failed")
-# Each is there from the beginning, or the first restart would be no increase.
+# Each cause is there from the beginning, or its first restart would be no increase.
 CAUSES = ("exit", "part died", "hang", "rank gone", "slow start")
 
 
 @dataclass
 class _Families(Collector):
-    values: Mapping[str, Any]
+    values: Mapping[str, Any]  # by the name of the series; where it has labels, a mapping by their values
 
     def collect(self) -> Iterator[Any]:
         for name, value in self.values.items():
@@ -41,7 +41,7 @@ class _Families(Collector):
 
 
 def exposition(counts: Counts, now: Mapping[str, Any], cache: Cache | None) -> bytes:
-    """`now`: what /status tells. Numbers stand by the name of the series; where it has labels, by their values."""
+    """Returns the text of /metrics. `now` is what /status tells; `cache` is None where answers are not kept."""
     answers = {(route, str(status)): series for (route, status), series in sorted(counts.answers.items())}
     values: dict[str, Any] = {
         "info": {tuple(str(now.get(name, "")) for name in TABLE["info"][2:]): 1},

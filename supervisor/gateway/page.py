@@ -1,4 +1,4 @@
-"""The page at `/`: page.html, with a head as page.toml has it.
+"""This answers with the page at `/`, which is page.html, and with the header fields that page.toml has.
 
 It holds no data, so everybody may have it; what it shows it asks for once a second (`/status?after=N`), with the key
 that its reader gives it.
@@ -18,13 +18,13 @@ HTML = Path(__file__).with_name("page.html")
 
 
 def wants_html(headers: Iterable[tuple[bytes, bytes]]) -> bool:
-    """Browsers name HTML; curl and clients that want JSON don't."""
+    """Tells whether a client names HTML: browsers do; curl and clients that want JSON don't."""
     accepted = b",".join(value for name, value in headers if name == b"accept").lower()
     return any(kind.partition(b";")[0].strip() == b"text/html" for kind in accepted.split(b","))
 
 
 @cache
-def answer() -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+def answer() -> tuple[int, list[tuple[bytes, bytes]], bytes]:  # status, header fields, body
     text = HTML.read_bytes()
     hashes = {}
     for element in ("script", "style"):

@@ -1,4 +1,4 @@
-"""Who may ask for what, how much, and how often.
+"""The policy says who may ask for what, how much, and how often.
 
 What can be said of a request by its head alone is a `Verdict`, which is kept with a head that comes again; what depends
 on the moment (the rate) is asked each time. routes.toml has vLLM's routes.
@@ -26,28 +26,28 @@ from supervisor.gateway.http1 import KEY_PROTOCOL, Headers, Request
 
 UNAUTHORIZED = refuse("invalid_api_key")
 ADMIN_ONLY = refuse("admin_key_needed")
-# Wrong keys that one address may try in a minute before it is told no more than that.
+# One address may try so many wrong keys in a minute before it is told only that there were too many.
 FAILURES = 60
 TOO_MANY_FAILURES = refuse("too_many_wrong_keys", 60, limit=FAILURES)
-# Keys of one request that are looked at.
+# So many keys of one request are looked at.
 KEYS_LIMIT = 8
-# Names by which this machine's loopback is reached, and that nobody can have in the DNS; the last two from containers.
+# This machine's loopback is reached by these names, which nobody can have in the DNS; by the last two from containers.
 LOOPBACK_NAMES = ("localhost", "*.localhost", "host.docker.internal", "host.containers.internal")
 METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 _TABLE = tomllib.loads(Path(__file__).with_name("routes.toml").read_text(encoding="utf-8"))
 ENGINE_ROUTES: frozenset[str] = frozenset(_TABLE["engine"])
 OPEN_ROUTES: tuple[str, ...] = (*_TABLE["engine"], *_TABLE["server"])
 ADMIN_ROUTES: tuple[str, ...] = (*_TABLE["admin"],)
-# Whether the body has to ask for an answer that may be kept.
+# The cache may keep these routes' answers; True: only where the body asks for an answer that comes out the same.
 CACHED_ROUTES: dict[str, bool] = _TABLE["cached"]
-# Clients whose rate is remembered; those that have not used theirs up are forgotten first.
+# The rates of so many clients are remembered; those whose bucket is full are forgotten first.
 CLIENTS_LIMIT = 10_000
 ROUNDING = 1e-6  # seconds: sixty times a sixtieth of a minute is not always a minute
 
 
 class Verdict(NamedTuple):
-    """What a request's head tells. `client`: the key that was given, for limits by client; `route`: the prefix of
-    routes.toml that its path has, for metrics; `admin`: its key is an administrator's."""
+    """Is what a request's head tells. `client`: the valid key that was given, for limits by client; `route`: the prefix
+    of routes.toml that its path has, for metrics; `admin`: its key is an administrator's."""
 
     refusal: Refusal | None
     client: bytes = b""
@@ -56,25 +56,25 @@ class Verdict(NamedTuple):
 
 
 class Routes:
-    """Which paths are open: the longest prefix decides."""
+    """Knows which paths are open: the longest prefix decides."""
 
     def __init__(self, allowed: Iterable[str] = (), root: str = "") -> None:
-        """`allowed`: more prefixes to open; `root`: vLLM's --root-path, which it takes off."""
+        """`allowed` are more prefixes to open. `root` is vLLM's --root-path, which vLLM takes off a path."""
         table = dict.fromkeys(ADMIN_ROUTES, ADMIN_ONLY) | dict.fromkeys((*OPEN_ROUTES, *allowed))
         self.table = {prefix.rstrip("/"): refusal for prefix, refusal in table.items()}
         self.root = root.rstrip("/")
-        # By its last part and by the last two, for a hint. Clients forget the /v1, or have it twice.
+        # Open routes by their last part and by their last two give a hint: clients forget the /v1, or have it twice.
         self.hints = {"/".join(route.split("/")[-count:]): route for count in (1, 2) for route in OPEN_ROUTES}
 
     def strip_root(self, path: bytes) -> str:
-        """As vLLM looks at it: without escapes, and without the root path."""
+        """Returns the path as vLLM looks at it: without escapes, and without the root path."""
         text = unquote(path.decode("latin-1"))
         if self.root and (text == self.root or text.startswith(self.root + "/")):
             text = text[len(self.root) :]
         return text
 
     def find(self, path: bytes) -> tuple[str, Refusal | None]:
-        """The prefix that decides, and what it decides."""
+        """Returns the prefix that decides, and the refusal that it means; None: the path is open."""
         text = self.strip_root(path)
         at = len(text)
         while at > 0:
@@ -91,7 +91,7 @@ class Routes:
 
 @dataclass(frozen=True)
 class Origins:
-    """CORS for our own answers, and for preflights, by the options that vLLM's own middleware has."""
+    """Does CORS for our own answers, and for preflights, by the options that vLLM's own middleware has."""
 
     allowed: Collection[str] = ()
     methods: Collection[str] = ("*",)
@@ -102,7 +102,7 @@ class Origins:
         return origin is not None and ("*" in self.allowed or origin.decode("latin-1") in self.allowed)
 
     def fields(self, origin: bytes | None) -> Headers:
-        """What an answer to a page from there carries."""
+        """Returns the header fields that an answer to a page of this origin carries."""
         if "*" in self.allowed and not self.credentials:
             return [(b"access-control-allow-origin", b"*")] if origin is not None else []
         found = [(b"vary", b"Origin")] if self.allowed else []
@@ -112,11 +112,11 @@ class Origins:
         return found
 
     def lines(self, origin: bytes | None) -> bytes:
-        """The same, as they stand in a head."""
+        """Returns the same fields as the lines of a head."""
         return b"".join(b"%b: %b\r\n" % (name.title(), value) for name, value in self.fields(origin))
 
     def preflight(self, headers: Headers) -> Headers | None:
-        """What a browser is told that asks whether it may. None: it may not."""
+        """Returns the header fields for a browser that asks whether a page may ask; None where the page may not."""
         asked = {name.lower(): value for name, value in headers}
         origin, wanted = asked.get(b"origin", b""), asked.get(b"access-control-request-headers", b"")
         if not self._allows(origin):
@@ -130,21 +130,21 @@ class Origins:
 
 
 def is_preflight(method: bytes, headers: Headers) -> bool:
-    """A browser asks, without a key, whether a page may ask."""
+    """Tells whether a browser asks, without a key, whether a page may ask."""
     names = {name.lower() for name, _ in headers} if method == b"OPTIONS" else ()
     return b"origin" in names and b"access-control-request-method" in names
 
 
 class Rate:
-    """Requests per minute for each client: a bucket that holds as many, and fills steadily."""
+    """Limits the requests per minute of each client by a bucket, which holds as many and fills steadily."""
 
     def __init__(self, per_minute: int) -> None:
         self.per_minute = per_minute
-        self.full_at: dict[bytes, float] = {}  # when a client's bucket is full again
+        self.full_at: dict[bytes, float] = {}  # the loop's time when a client's bucket is full again
 
-    def take(self, client: bytes, now: float) -> Refusal | None:
+    def take(self, client: bytes, now: float) -> Refusal | None:  # None: the request may go on, and was counted
         full_at = max(self.full_at.get(client, now), now) + 60 / self.per_minute
-        wait = full_at - (now + 60)  # an empty one is full in a minute
+        wait = full_at - (now + 60)  # an empty bucket is full in a minute
         if wait > ROUNDING:
             wait = math.ceil(wait)
             return refuse("rate_limit_exceeded", wait, limit=self.per_minute, wait=wait)
@@ -158,18 +158,18 @@ class Rate:
 
 @dataclass
 class Policy:
-    """Asked once for each head."""
+    """Holds what the settings allow, and judges each head once."""
 
     api_keys: Collection[str] = ()
     admin_keys: Collection[str] = ()
     routes: Routes = field(default_factory=Routes)
     origins: Origins = Origins()
     hosts: Collection[str] | None = None  # what `Host` may be beside localhost and addresses; None: anything
-    rate: Rate | None = None  # of each client
-    max_body: int = sys.maxsize  # bytes
-    timeout: float = math.inf  # of a whole request, in seconds
-    standing_refusal: Refusal | None = None  # why no request is taken here
-    failures: Rate = field(default_factory=partial(Rate, FAILURES))
+    rate: Rate | None = None  # limits each client's requests; None: no limit
+    max_body: int = sys.maxsize  # bytes that a request's body may have
+    timeout: float = math.inf  # seconds that a whole request may take
+    standing_refusal: Refusal | None = None  # why no request is ever taken here; None: requests are taken
+    failures: Rate = field(default_factory=partial(Rate, FAILURES))  # limits the wrong keys of each address
 
     def size_refusal(self) -> Refusal:
         return refuse("request_too_large", limit=self.max_body)
@@ -183,7 +183,7 @@ class Policy:
         return Verdict(refusal, verdict.client, route, verdict.admin)
 
     def identify(self, headers: Headers) -> Verdict:
-        """Whether one of the keys is valid, and whose it is; and whether a browser was tricked into asking here."""
+        """Tells whether one of the keys is valid, and whose; and whether a browser was tricked into asking here."""
         known = b""
         for given in find_keys(headers):
             # Every key is compared, so that the time tells nothing of which one came close.
@@ -196,7 +196,7 @@ class Policy:
         return Verdict(UNAUTHORIZED if self.api_keys else self._check_host(headers))
 
     def _check_host(self, headers: Headers) -> Refusal | None:
-        """DNS rebinding: a page's own name leads here, and its browser believes that it asks its own server."""
+        """Refuses DNS rebinding: a page's own name leads here, so that its browser takes us for the page's server."""
         if self.hosts is None:
             return None
         found = next((value for name, value in headers if name.lower() == b"host"), b"localhost")
@@ -210,15 +210,15 @@ class Policy:
         return refuse("host_not_allowed", name=name)
 
     def refusal_for(self, verdict: Verdict, address: bytes, now: float) -> Refusal | None:
-        """What its client is told. Wrong keys are answered so many times a minute, and then with less; a valid one is
-        let in whatever others at its address (a proxy's, maybe) have tried."""
+        """Returns what the client is told, or None. Wrong keys are answered so many times a minute, and then with less;
+        a valid one is let in whatever others at its address (a proxy's, maybe) have tried."""
         if verdict.refusal is UNAUTHORIZED and self.failures.take(address, now) is not None:
             return TOO_MANY_FAILURES
         return verdict.refusal
 
 
 def find_keys(headers: Headers) -> list[bytes]:
-    """All of them: programs that know two spellings send both, and one of them may be stale."""
+    """Returns all keys of a request: programs that know two spellings send both, and one of them may be stale."""
     found = []
     for name, value in headers:
         lower = name.lower()

@@ -1,4 +1,4 @@
-"""The bytes of a client's connection, made into requests.
+"""This makes the bytes of a client's connection into requests.
 
 It is uvicorn's httptools protocol with the parser's callbacks replaced. A head that came before is not read again
 (heads.py). Requests for our own paths are handed back to uvicorn, which runs the ASGI app; every other request becomes
@@ -25,50 +25,50 @@ if TYPE_CHECKING:
     from supervisor.gateway.door import Door
 
 FRAMING = frozenset({b"content-length", b"transfer-encoding"})
-# Requests that may wait behind the one that is answered, before no more is parsed; and bytes that are parsed at once,
-# which may hold some tens of them. Of a chunked body it is more: where it ends is not known.
+# No more is parsed while so many requests wait behind the one that is answered. So many bytes are parsed at once, which
+# may hold some tens of requests; it is more within a chunked body, because where that ends is not known.
 PIPELINED, SLICE, CHUNKED_SLICE = 8, 1024, 16 * 1024
-# Bytes that may wait for the parser before no more is read. Reading on shows when the client goes.
+# So many bytes may wait for the parser before no more is read. Reading on until then shows when the client goes.
 UNPARSED_LIMIT = 64 * 1024
-# Bytes of a body that our own routes throw away.
+# So many bytes of a body are thrown away for our own routes; a longer one ends the connection.
 OWN_BODY_LIMIT = 64 * 1024
 
 
-class _StopParsing(Exception):  # no error
-    """Ends the parser's reading."""
+class _StopParsing(Exception):  # it is no error
+    """A callback raises this to end the parser's reading."""
 
 
 class RequestReader(HttpToolsProtocol, Client):
-    """`arrived` is called with each request whose head is there; its body follows."""
+    """Calls `request_arrived` with each request whose head is there; its body follows."""
 
     def __init__(self, clients: Clients, door: Door, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.clients = clients
         self.door = door
-        self.answering: Exchange | RequestResponseCycle | None = None
-        self.waiting: deque[Exchange | RequestResponseCycle] = deque()  # for their turn
-        self.incoming: Exchange | RequestResponseCycle | None = None  # whose body is arriving
+        self.answering: Exchange | RequestResponseCycle | None = None  # the request that is being answered
+        self.waiting: deque[Exchange | RequestResponseCycle] = deque()  # requests that wait for their turn
+        self.incoming: Exchange | RequestResponseCycle | None = None  # the latest request; its body arrives or is there
         self.heads: RepeatedHeads[Request] = RepeatedHeads(door.memo)
-        self.unparsed = b""  # what came behind more requests than may wait
-        self.unparsed_is_full = False  # and no more of it is read
-        self.at_start = True  # whole requests: the parser expects a new one
-        self.in_head = False  # of a request that has begun
-        self.head_began = 0.0  # when its first byte came
-        self.head_read = 0  # bytes read since the last head, request, or byte of a body was complete
-        self.body_read = 0  # bytes of the body that arrives, since it was asked for
-        self.body_left = 0  # bytes of it that are to come, where its head tells that
-        self.active_at = clients.clock  # when the client did something, or was answered, last
-        self.tunnel: Exchange | None = None  # a WebSocket, or what may become one
-        self.framing_lines = b""  # the header lines that tell a body's length, where a request offers another protocol
-        self.rereads_head = False  # its head is read for the second time
-        self.lingering = False  # answered and half closed; whatever still comes is thrown away
-        self.ignores_input = False  # what came behind the last request is none, and nothing more is read of it
+        self.unparsed = b""  # bytes that wait for the parser, because as many requests wait as may
+        self.unparsed_is_full = False  # `unparsed` is over its limit, and no more is read
+        self.at_start = True  # only whole requests have come, and the parser expects a new one
+        self.in_head = False  # a request has begun, and its head is not complete
+        self.head_began = 0.0  # the loop's time when the first byte of the latest head came
+        self.head_read = 0  # bytes read since a head or a request was complete, or a body went on
+        self.body_read = 0  # bytes of the arriving body that came since it was asked for
+        self.body_left = 0  # bytes of the arriving body that are yet to come, if its head tells its length
+        self.active_at = clients.clock  # the loop's time when the client last did something, or was answered
+        self.tunnel: Exchange | None = None  # the exchange of a WebSocket, or of what may become one
+        self.framing_lines = b""  # the lines that tell a body's length, if the request offers another protocol
+        self.rereads_head = False  # another parser reads a head again, which only tells it of the body
+        self.lingering = False  # we have answered and closed our side; whatever still comes is thrown away
+        self.ignores_input = False  # what follows the last request is none, and is thrown away unread
 
     def request_arrived(self, request: Exchange | RequestResponseCycle) -> None:
-        raise NotImplementedError
+        raise NotImplementedError  # called for each new head; the subclass gives each request its turn, in this order
 
     def refuse_without_a_request(self, refusal: Refusal) -> None:
-        raise NotImplementedError
+        raise NotImplementedError  # called for bytes that can't be read as a request; the subclass answers or closes
 
     def data_received(self, data: bytes) -> None:
         if self.answering is not None or not self.at_start or self.lingering or self.unparsed or self.flow.write_paused:
@@ -83,16 +83,16 @@ class RequestReader(HttpToolsProtocol, Client):
             self._parse(data)
             return
         before = self.incoming
-        self._feed(data)  # it is one request, and all of it
+        self._feed(data)  # `data` is one request, and all of it
         new = self.incoming
-        # Of a new request alone: empty lines, which are none, must not stand for the one before.
+        # Only a new request's head is learnt: empty lines, which are no request, must not stand for the one before.
         if not self.at_start or new is before or not isinstance(new, Exchange):
             return
         if new.refusal is None and new.request.may_repeat():
             self.heads.learn(new.request)
 
     def _read_more(self, data: bytes) -> None:
-        """Of a request, or behind one."""
+        """Reads bytes that belong to a request that has begun, or that come behind one."""
         if self.lingering or self.ignores_input:
             return
         if self.tunnel is not None:
@@ -102,11 +102,11 @@ class RequestReader(HttpToolsProtocol, Client):
             self._parse(data)
 
     def _take_repeated(self, request: Request, digits: bytes, body: bytes) -> None:
-        """A whole request whose head was seen before."""
+        """Starts a whole request whose head was seen before, but for the `digits` of its length."""
         door = self.door
         request_id = door.new_id()
         self.incoming = self.answering = exchange = Exchange(self, door, request, request_id)
-        # The body stands with the head: it is sent, and sent again, in one piece with it.
+        # The body is joined to the head: it is sent, and sent again, in one piece with it.
         exchange.head = b"".join((request.prefix, digits, request.suffix, request_id, b"\r\n\r\n", body))
         exchange.request_complete = True
         size = len(body)
@@ -115,7 +115,7 @@ class RequestReader(HttpToolsProtocol, Client):
         exchange.start()
 
     def _parse(self, data: bytes) -> None:
-        """As far as there is room for what it holds; the rest waits."""
+        """Parses `data` as far as there is room for the requests in it; the rest waits in `unparsed`."""
         if self.unparsed:
             data, self.unparsed = self.unparsed + data, b""
         at = 0
@@ -133,7 +133,7 @@ class RequestReader(HttpToolsProtocol, Client):
             self.tunnel.pass_frames(data[at:])
 
     def _slice_size(self) -> int:
-        """Bytes that are parsed at once."""
+        """Returns how many bytes are parsed at once."""
         if self.at_start or self.in_head:
             return SLICE
         chunked = isinstance(self.incoming, Exchange) and self.incoming.request.chunked
@@ -167,11 +167,11 @@ class RequestReader(HttpToolsProtocol, Client):
                 return
 
     def _upgrade(self, rest: bytes) -> bytes:
-        """The parser stops behind a head that offers another protocol. Returns what is to be parsed next."""
+        """Deals with a head that offers another protocol, where the parser stops. Returns what is to be parsed next."""
         exchange = self.incoming
         if not isinstance(exchange, Exchange) or not exchange.request.websocket:
-            # `curl --http2` and Java's client offer h2c with every POST. Nobody takes them up: HTTP/1.1 goes on, by a
-            # parser that is told of the body what the first one was told.
+            # `curl --http2` and Java's client offer h2c with every POST. Nobody accepts that: HTTP/1.1 goes on, with
+            # another parser, which is told of the body what the first one was told.
             self.parser = httptools.HttpRequestParser(self)
             self.rereads_head = True
             return b"POST / HTTP/1.1\r\n%b\r\n%b" % (self.framing_lines, rest)
@@ -185,7 +185,7 @@ class RequestReader(HttpToolsProtocol, Client):
 
     def on_message_begin(self) -> None:
         if self.lingering:
-            raise _StopParsing  # what is behind a request that was refused for good is not read
+            raise _StopParsing  # what follows a request that was refused for good is not read
         if self.rereads_head:
             return
         self.at_start = False
@@ -225,9 +225,9 @@ class RequestReader(HttpToolsProtocol, Client):
         request.keep_alive = request.http11 and parser.should_keep_alive()
         if upgrades and asks_for_websocket(method, headers):
             request.websocket = True
-            request.keep_alive = False  # what comes behind it are frames, whatever vLLM makes of it
-        self.headers = []  # what comes now are trailers
-        # Its head is read now: how its body is framed must be known before the body comes.
+            request.keep_alive = False  # what follows it are frames, whatever vLLM answers
+        self.headers = []  # from now on they are trailers
+        # The head is looked at before its turn: how the body is framed must be known before the body comes.
         door = self.door
         refusal = request.rewrite(version, tls=door.tls)
         request.verdict = door.policy.judge(request)
@@ -242,7 +242,7 @@ class RequestReader(HttpToolsProtocol, Client):
         self.url = target
         for name, value in headers:
             super().on_header(name, value)
-        self.cycle = None  # type: ignore[assignment]  # the order is kept here, and reading goes on
+        self.cycle = None  # type: ignore[assignment]  # else uvicorn would pause reading; the order is kept here
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -252,14 +252,14 @@ class RequestReader(HttpToolsProtocol, Client):
         if isinstance(self.incoming, Exchange):
             self.incoming.data_of_request(body)
         elif self.incoming is not None and self.body_read > OWN_BODY_LIMIT:
-            self.incoming.keep_alive = False  # nobody reads all of it to be polite
+            self.incoming.keep_alive = False  # nobody reads all of a long body to be polite
             if self.incoming.response_complete:
                 self.linger()
 
     def on_message_complete(self) -> None:
         exchange = self.incoming if isinstance(self.incoming, Exchange) else None
         if self.parser.should_upgrade() and (exchange is None or not exchange.request.websocket):
-            return  # its body is yet to be read
+            return  # another parser is yet to read its body
         self.at_start = True
         self.head_read = 0
         if exchange is not None:

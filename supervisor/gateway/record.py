@@ -1,4 +1,4 @@
-"""What became of one request, for those who count it, log it, trace it."""
+"""A record tells what became of one request, to those who count it, log it, trace it."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ if TYPE_CHECKING:
     from supervisor.gateway.http1 import Request
     from supervisor.gateway.policy import Verdict
 
-# What a request may have waited for, and how many seconds are worth a word.
+# A request that waited has one of these marks; a wait of so many seconds is worth a word.
 WAITS, LEAST_WAIT = ("held", "waiting"), 0.1
-# What nginx calls an answer that nobody waited for.
+# This is nginx's status for an answer that nobody waited for.
 CLIENT_GONE = 499
 
 
 class Record:
-    """One request, for whoever is told of it when it is over. Times are the event loop's, in seconds."""
+    """Tells of one request, and goes to the watchers when that is over. Times are the event loop's, in seconds."""
 
     client: Client
     door: Door
     request: Request
     request_id: bytes
     began: float  # when its head was there
-    # The state of a new one. Kept in the class: what a small request never touches costs it nothing.
+    # A new request has these values. They are kept in the class: what a small one never touches costs it nothing.
     delivery: BaseDelivery | None = None
-    status = 0  # of the answer, once there is one; CLIENT_GONE where none had begun
+    status = 0  # the answer's, once there is one; CLIENT_GONE if the client left before
     first_at = 0.0  # when the answer's first byte went to the client, a stream's first event; 0: none did
-    over_at = 0.0
+    over_at = 0.0  # when the request was over; 0: it is not
     sent = 0  # bytes of the answer's body, its framing included
-    held_state = ""  # the engine's state that it had to wait for
-    is_ours = False  # the answer is ours alone
-    code = ""  # the code of what refused it, or broke it off
-    cache_word = ""  # how the cache answered it, in a word
-    client_left = False  # its client is, before the answer's end
+    held_state = ""  # the state in which the engine was when the request had to wait for it, if it had to
+    is_ours = False  # the answer is the gateway's own, and nothing of it is vLLM's
+    code = ""  # the error code of what refused the request, or broke its answer off, if anything did
+    cache_word = ""  # how the cache answered it, in a word; empty: vLLM answered it, or we did
+    client_left = False  # its client left before the answer's end
 
     def request_held(self, state: str) -> None:
         self.held_state = state
@@ -46,27 +46,27 @@ class Record:
 
     @property
     def address(self) -> bytes:
-        """Its client's."""
+        """Returns its client's address, empty where there is none."""
         return self.client.address
 
     @property
     def replayed(self) -> bool:
-        """It was sent again, for the engine died."""
+        """Tells whether it was sent again because the engine died."""
         return self.delivery is not None and self.delivery.replayed
 
     @property
     def marks(self) -> tuple[tuple[str, float], ...]:
-        """What kept it from going to vLLM at once, and when it went."""
+        """Returns what kept it from going to vLLM at once, and when it went."""
         return self.delivery.marks if self.delivery is not None else ()
 
     @property
     def log_extra(self) -> dict[str, str]:
-        """For a line of log that is about it."""
+        """Returns the `extra` of a line of log that is about it."""
         return {"request": self.request_id.decode("latin-1")}
 
 
 def describe(record: Record) -> str:
-    """What was unusual about it, for the access log."""
+    """Returns what was unusual about it, for the access log; empty where nothing was."""
     found = []
     for (what, since), (_, until) in pairwise((*record.marks, ("over", record.over_at))):
         if what in WAITS and until - since >= LEAST_WAIT:

@@ -1,4 +1,4 @@
-"""The gateway as a whole: uvicorn set up for us, one `Door` for each kind of listener, and what the supervisor asks."""
+"""This is the gateway as a whole: uvicorn, one `Door` for each kind of listener, and what the supervisor asks of it."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from supervisor.gateway.upstream import Upstream
 if TYPE_CHECKING:
     from supervisor.gateway.record import Record
 
-# Seconds between two looks at what has been going on for too long. One look costs less than a timer for each request.
+# Once in so many seconds we look for what takes too long. One look costs less than a timer for each request.
 TICK = 1.0
-# Seconds for a client's next bytes, or for it to take ours; and between its requests.
+# A client has so many seconds for its next bytes, or to take ours; and so many between its requests.
 CLIENT_TIMEOUT, IDLE_TIMEOUT = 60.0, 75.0
 log = logging.getLogger("supervisor.gateway")
 One = TypeVar("One")
 
 
 class Gateway:
-    """All of it. `run_on(sockets)` serves until `stop`."""
+    """Holds the gateway together. `run_on(sockets)` serves until `stop()` is called."""
 
     def __init__(
         self, engine: EngineView, upstream: Upstream, policy: Policy, admission: Admission, *,
@@ -47,23 +47,23 @@ class Gateway:
         cache_memory: int = 0, comment_interval: float = 0.0, certificate: str | None = None, key: str | None = None,
         close_patience: int = 5,
     ) -> None:  # fmt: skip
-        """`facts` never change and are shown at `/status`. `cache_memory` in bytes, 0 for no cache.
-        `event_keep_alive`: seconds between comments to streams that wait, 0 for none. `certificate` and
-        `key`: files, for HTTPS. `close_patience`: seconds for the own routes' last bytes."""
+        """`facts` never change and are shown at `/status`. `cache_memory` is in bytes, and 0 means no cache.
+        `comment_interval`: seconds between two comments to a stream's client that waits, 0 for none. `certificate` and
+        `key` are files, for HTTPS. `close_patience`: seconds for our own routes' last bytes at the end."""
         self.upstream = upstream
         self.loop = upstream.loop
         self.policy = policy
         self.counts = Counts()
         self.gate = Gate(engine, upstream, admission, self.counts)
         self.exchanges: set[Exchange] = set()
-        # A request's id: of this run, and counted. To read as many random bytes for each would cost as much again.
+        # A request's id is this run's, and a number. To read as many random bytes for each would cost as much again.
         self.run_id = os.urandom(10).hex().encode()
         self.new_id = map((self.run_id + b"%012x").__mod__, itertools.count(1)).__next__
         deliver: Callable[[Exchange, bytes], BaseDelivery] = Delivery
         watchers: tuple[Callable[[Record], object], ...] = (self.counts.request_ended,)
         cache = None
         if cache_memory:
-            from supervisor.gateway.cache import Cache  # noqa: PLC0415  # for those who want it
+            from supervisor.gateway.cache import Cache  # noqa: PLC0415  # only for those who switch it on
 
             cache = Cache(self.new_id, cache_memory)
             deliver = cache.deliver
@@ -73,8 +73,8 @@ class Gateway:
             policy, *common, Memo(), policy.max_body,
             tls=certificate is not None, watchers=watchers, comment_interval=comment_interval,
         )  # fmt: skip
-        # Who comes by the private socket is the same user, on this machine. RunPod has asked for its own key; no job is
-        # an administrator, though. How large jobs may be, and how many run at once, is the queue's.
+        # Whoever comes by the private socket is the same user, on this machine. RunPod has asked for its own key; no
+        # job is an administrator, though. The queue decides how large jobs may be, and how many run at once.
         trusting = Policy(routes=policy.routes, standing_refusal=policy.standing_refusal, timeout=policy.timeout)
         self.private_door = Door(trusting, *common, Memo(), trusting.max_body, private=True, watchers=watchers)
         self.routes = OwnRoutes(engine, policy, self.gate, self.counts, upstream, self.in_flight, facts, cache)
@@ -84,37 +84,37 @@ class Gateway:
         self._tick()
 
     def watch(self, watcher: Callable[[Record], object], *, jobs: bool = True) -> None:
-        """Has it called with each request that is over; `jobs`: with RunPod's, too."""
+        """Has `watcher` called on the loop for each request that is over, RunPod's only if `jobs`; it must not wait."""
         self.public_door.watchers += (watcher,)
         if jobs:
             self.private_door.watchers += (watcher,)
 
     def set_keys(self, api_keys: Iterable[str], admin_keys: Iterable[str]) -> None:
-        """From now on these are valid; requests that run are not stopped."""
+        """Makes these keys valid from now on, and no others; requests that run are not stopped."""
         self.policy.api_keys, self.policy.admin_keys = tuple(api_keys), tuple(admin_keys)
         self.public_door.memo.known.clear()
         self.clients.forget_heads()
 
-    # What the rest of the supervisor asks, and tells
+    # What the rest of the supervisor calls
 
-    def in_flight(self) -> int:
+    def in_flight(self) -> int:  # how many requests are not over and do not wait at the gate
         return len(self.exchanges) - self.gate.backlog
 
     async def drained(self) -> None:
-        """Returns when no request is in flight."""
+        """Returns when each relayed request is over."""
         if self.exchanges:
             emptied = asyncio.Event()
             self.watch(lambda _: None if self.exchanges else emptied.set())
             await emptied.wait()
 
     def cut(self, explanation: str) -> None:
-        """Ends what is still in flight: the drain timeout has passed."""
+        """Ends all requests that are not over, because the drain timeout has passed; clients get the explanation."""
         refusal = Refusal(503, explanation, "shutting_down", RETRY_AFTER)
         for_each(self.exchanges, lambda exchange: exchange.end_now(refusal))
 
     def traffic(self) -> tuple[Sequence[object], object]:
-        """Requests that vLLM has whole, that need its engine, and that wait for its next byte; and signs of its work,
-        which differ when there was some: answers that were given, and what came of those streams last."""
+        """Returns the requests that vLLM has in full, that need its engine, and that wait for its next byte; and signs
+        of its work, which differ when there was some: answers given, and bytes sent of the answers under way."""
         waiting = [exchange for exchange in self.exchanges if _needs_the_engine(exchange)]
         answered = sum(
             sum(series.last_byte.buckets)
@@ -127,7 +127,7 @@ class Gateway:
         return waiting, (answered, sent)
 
     def _tick(self) -> None:
-        """Ends what is over its time."""
+        """Ends whatever is over its time, sends the comments that are due, and sees to its own next call."""
         timeout = self.policy.timeout
         self.loop.call_later(min(TICK, timeout / 4, self.clients.timeout / 4), self._tick)
         oldest = self.loop.time() - timeout
@@ -150,16 +150,16 @@ class Gateway:
 
 
 def for_each(items: Iterable[One], act: Callable[[One], object]) -> None:
-    """A fault in one ends that one: it once kept all timeouts of everybody from being looked at, every second."""
+    """Acts on each. A fault ends that one only: it once kept everybody's timeouts from being looked at, each second."""
     for item in list(items):
         try:
             act(item)
-        except Exception:  # whatever it is, the others' turn comes
+        except Exception:  # whatever it is, the others have their turn
             log.exception("a connection or a request could not be ended")
 
 
 def _needs_the_engine(exchange: Exchange) -> bool:
-    """Not so a WebSocket, in which nobody need speak; nor an answer that its client does not read."""
+    """Tells whether it waits for the engine: not a WebSocket, where nobody need speak, nor an answer nobody reads."""
     request, delivering = exchange.request, exchange.delivery
     if delivering is None or not delivering.is_working or request.websocket:
         return False
@@ -167,7 +167,7 @@ def _needs_the_engine(exchange: Exchange) -> bool:
 
 
 class _Server(uvicorn.Server):
-    """Our protocol, our loop, our signals, sockets that are bound already."""
+    """Is uvicorn's server with our protocol, our loop, our signals, and sockets that are bound already."""
 
     def __init__(self, gateway: Gateway, certificate: str | None, key: str | None, close_patience: int) -> None:
         self.gateway = gateway
@@ -181,7 +181,7 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:
-        yield  # the supervisor handles them
+        yield  # the supervisor handles the signals
 
     def public_client(self, **kwargs: Any) -> ClientConnection:
         kwargs.pop("_loop", None)
@@ -194,7 +194,7 @@ class _Server(uvicorn.Server):
         )
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """No TLS on the private socket, whatever the ports have."""
+        """Begins to serve all sockets; the private one has no TLS, whatever the ports have."""
         private = [listener for listener in sockets or [] if listener.family == socket.AF_UNIX]
         await super().startup([listener for listener in sockets or [] if listener not in private])
         for listener in private:

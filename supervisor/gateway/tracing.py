@@ -1,9 +1,9 @@
-"""OpenTelemetry spans: one for each relayed request, and below it one for each time that it was held, waited, was sent.
+"""Each relayed request becomes an OpenTelemetry span, with one below for each time that it was held, waited, was sent.
 
-Made once a request is over, from the times that it has noted: tracing costs nothing where it is off, and delays no
-byte where it is on. The client's `traceparent` is the parent of our spans, and goes to vLLM as it came. No query,
-other header or body is in a span. Spans are delivered by a thread; a collector that does not take them is told of once
-a minute, and keeps nobody waiting but the supervisor's end, for `LAST_SPANS` seconds.
+Spans are made once a request is over, from the times that it has noted: tracing costs nothing where it is off, and
+delays no byte where it is on. The client's `traceparent` is the parent of our spans, and goes to vLLM as it came. No
+query, other header or body is in a span. A thread delivers them; if a collector does not take them, the log says so
+once a minute, and only the supervisor's end waits for it, for `LAST_SPANS` seconds.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
     from supervisor.gateway.http1 import Headers
     from supervisor.gateway.record import Record
 
-LAST_SPANS = 2.0
-TOLD_EVERY = 60.0
+LAST_SPANS = 2.0  # seconds in which the last spans are to be delivered
+TOLD_EVERY = 60.0  # seconds between two of OpenTelemetry's warnings that are logged
 SERVICE = "vllm-supervisor"
 PROTOCOLS = {"http/protobuf": "http", "grpc": "grpc"}
-# HTTP's semantic conventions: what is none of these has no name of its own.
+# In HTTP's semantic conventions a method that is none of these has no name of its own.
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY"})
-NAMES = {"held": "hold", "waiting": "wait", "sent": "relay"}
+NAMES = {"held": "hold", "waiting": "wait", "sent": "relay"}  # a request's mark -> the name of its span
 log = logging.getLogger("supervisor.tracing")
 
 
 def endpoint(environ: Mapping[str, str]) -> str | None:
-    """Where traces were asked to go, by OpenTelemetry's own variables."""
+    """Returns where traces are to go by OpenTelemetry's own variables; None: nowhere."""
     found = environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
     exporters = (environ.get("OTEL_TRACES_EXPORTER") or "otlp").split(",")
     disabled = environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
@@ -47,7 +47,7 @@ def endpoint(environ: Mapping[str, str]) -> str | None:
 
 
 def set_up(environ: Mapping[str, str], resource: Mapping[str, str], mask: Callable[[str], str]) -> Tracing | None:
-    """For a thread: the imports take 0.3 s. None, and a warning, where there can be no traces."""
+    """Is to be called in a thread: the imports take 0.3 s. Returns None, and warns, where there can be no traces."""
     asked = environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")
     protocol = asked or "http/protobuf"
     try:
@@ -59,7 +59,7 @@ def set_up(environ: Mapping[str, str], resource: Mapping[str, str], mask: Callab
         from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
 
         ours = {"service.name": SERVICE, "service.version": __version__, **resource}
-        known = Resource.create(ours).merge(OTELResourceDetector().detect())  # the user's own come last
+        known = Resource.create(ours).merge(OTELResourceDetector().detect())  # the user's own attributes come last
         provider = TracerProvider(resource=known, shutdown_on_exit=False)
         provider.add_span_processor(BatchSpanProcessor(exporter.OTLPSpanExporter()))
     except ImportError as error:
@@ -75,9 +75,9 @@ def set_up(environ: Mapping[str, str], resource: Mapping[str, str], mask: Callab
 
 
 class _Sparing(logging.Handler):
-    """What OpenTelemetry itself says: an exporter that fails says so several times for each batch."""
+    """Logs little of what OpenTelemetry itself says: an exporter that fails says so several times for each batch."""
 
-    silent_until = 0.0
+    silent_until = 0.0  # the monotonic time of the next warning that may be logged
 
     def emit(self, record: logging.LogRecord) -> None:
         now = time.monotonic()
@@ -87,7 +87,7 @@ class _Sparing(logging.Handler):
 
 
 class Tracing:
-    """`ended(record)` for each; `close()` before the end."""
+    """`request_ended(record)` is to be called for each request, and `close()` before the end."""
 
     def __init__(self, provider: TracerProvider, mask: Callable[[str], str]) -> None:
         from opentelemetry import trace  # noqa: PLC0415
@@ -100,7 +100,7 @@ class Tracing:
         self.trace = trace
 
     def request_ended(self, record: Record) -> None:
-        """A watcher of the doors."""
+        """Makes the spans of a request that is over: both doors call it with each one, as a watcher."""
         offset = time.time_ns() - int(record.over_at * 1e9)
 
         def unix(at: float) -> int:
@@ -146,7 +146,7 @@ class Tracing:
         return {name: value for name, value in facts.items() if value}
 
     def _parent(self, headers: Headers) -> Context:
-        """As the W3C has it: several `tracestate` are one list, several `traceparent` are none."""
+        """Returns the client's span by the W3C's rules: several `tracestate` are a list, several `traceparent` none."""
 
         def joined(wanted: bytes) -> str:
             return b",".join(value.strip() for name, value in headers if name.lower() == wanted).decode("latin-1")
@@ -154,7 +154,7 @@ class Tracing:
         return self.extract({"traceparent": joined(b"traceparent"), "tracestate": joined(b"tracestate")})
 
     def close(self) -> None:
-        """Delivers what is left."""
+        """Delivers the spans that are left, and warns where that takes too long."""
         last = threading.Thread(target=self.provider.shutdown, name="last spans", daemon=True)
         last.start()
         last.join(LAST_SPANS)
@@ -163,10 +163,10 @@ class Tracing:
 
 
 def list_parts(record: Record) -> Iterator[tuple[str, float, float, bool]]:
-    """What became of it, in order: name of a span, from, to, and whether it was lost with its engine."""
+    """Yields what became of it, in order: a span's name, its begin and end, and whether it was lost with its engine."""
     marks = (*record.marks, ("over", record.over_at))
     if record.delivery is not None and record.delivery.was_sent and marks[0][0] in ("lost", "over"):
-        marks = (("sent", record.began), *marks)  # at once, which is not worth a mark
+        marks = (("sent", record.began), *marks)  # it was sent at once, which is not worth a mark
     again = False
     for (what, since), (then, until) in pairwise(marks):
         if what != "lost":
