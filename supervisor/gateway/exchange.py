@@ -47,7 +47,7 @@ class Exchange(Record, Recipient):
     early_body_size = 0  # bytes of `early_body`
     discards_request = False  # set where what still comes of the request is read, and thrown away
     chunked_size = 0  # bytes of a chunked body, without its framing
-    framing_size = 0  # bytes of a chunked body as it came, its framing included
+    raw_size = 0  # bytes of a chunked body as it came, its framing included
     body: Body | None = None  # what passes the answer's body, once the answer has begun
     response_complete = False  # set when the exchange is over: its answer has ended, or its client is gone
     keep_alive = True  # whether another request may follow on the connection
@@ -83,12 +83,12 @@ class Exchange(Record, Recipient):
             self.head = b""
         else:
             head = b"%b%b\r\n\r\n" % (self.request.rewritten, self.request_id)
-        self.delivery = delivering = door.deliver(self, head)
+        self.delivery = delivery = door.deliver(self, head)
         if self.early_body:
             for data in self.early_body:
-                delivering.write(data)
+                delivery.write(data)
             self.early_body = ()
-        delivering.begin(self.request_complete)
+        delivery.begin(self.request_complete)
 
     def data_of_request(self, data: bytes) -> None:
         size = len(data)
@@ -107,8 +107,8 @@ class Exchange(Record, Recipient):
 
     def count_framing(self, size: int) -> None:
         """Counts `size` bytes of a chunked body, its framing included, and refuses it where that is too much."""
-        self.framing_size += size
-        if self.framing_size - self.chunked_size > FRAMING_LIMIT + FRAMING_SHARE * self.chunked_size:
+        self.raw_size += size
+        if self.raw_size - self.chunked_size > FRAMING_LIMIT + FRAMING_SHARE * self.chunked_size:
             self._refuse_size()
 
     def _refuse_size(self) -> None:

@@ -160,8 +160,8 @@ def for_each(items: Iterable[One], act: Callable[[One], object]) -> None:
 
 def _needs_the_engine(exchange: Exchange) -> bool:
     """Tells whether it waits for the engine: not a WebSocket, where nobody need speak, nor an answer nobody reads."""
-    request, delivering = exchange.request, exchange.delivery
-    if delivering is None or not delivering.is_working or request.websocket:
+    request, delivery = exchange.request, exchange.delivery
+    if delivery is None or not delivery.is_working or request.websocket:
         return False
     return request.method == b"POST" and exchange.verdict.route in ENGINE_ROUTES
 
