@@ -332,7 +332,7 @@ class Supervisor(Observer):
                 if self.worker is not None:
                     reserve = min(LAST_REPORTS_PATIENCE, patience / 4)
                     await self.worker.finish(patience - reserve, reserve)
-                await self.gateway.drained()
+                await self.gateway.wait_until_drained()
         except TimeoutError:
             limit = f"{patience:g} s (SUPERVISOR_DRAIN_TIMEOUT)"
             self.log.warning("%d requests were still running after %s: cut", self.gateway.in_flight(), limit)

@@ -74,7 +74,7 @@ class Account(Observer):
         return self.engine.state is State.READY
 
     @property
-    def over(self) -> bool:
+    def is_closed(self) -> bool:
         return self.engine.state in CLOSED_STATES
 
     @property

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 LOGGER = "supervisor.access"
 FLUSH = 0.1  # seconds that a line waits for others
 BATCH = 100  # lines that wait at most: making them takes 0.2 ms
-KEPT = 1024  # so many are kept of each part of a line that comes again
-TICK = 0.0005  # seconds that stand for none: the loop's clock has whole milliseconds, and 0 means no first byte
+MAX_PARTS = 1024  # so many are kept of each part of a line that comes again
+NO_TIME = 0.0005  # seconds that stand for none: the loop's clock has whole milliseconds, and 0 means no first byte
 LONGEST_PATH = 200  # bytes of a path that are shown
 # By the log's level, answers from this status on have a line: a 5xx is a warning, and nothing here is an error.
 FROM_STATUS = {"debug": 0, "info": 0, "warning": 500, "error": 1000}
@@ -52,8 +52,8 @@ class AccessLog:
         self.from_status = FROM_STATUS[self.level]
         self.mask, self.form = self.form.mask, replace(self.form, mask=str)
         self.batch: list[Record] = []
-        self._shape = lru_cache(KEPT)(self._make_shape)
-        self._foreign_id = lru_cache(KEPT)(self._masked_id)
+        self._shape = lru_cache(MAX_PARTS)(self._make_shape)
+        self._foreign_id = lru_cache(MAX_PARTS)(self._masked_id)
 
     def request_ended(self, record: Record) -> None:
         """Is a watcher of the ports' door, which calls it with each request that is over; the line is made later."""
@@ -83,7 +83,7 @@ class AccessLog:
         unix, as_json = self.unix_offset(), self.form.as_json
         for record in batch:
             at, seconds, size = record.over_at + unix, record.over_at - record.began, record.sent
-            first = (record.first_at - record.began or TICK) if record.first_at else 0.0
+            first = (record.first_at - record.began or NO_TIME) if record.first_at else 0.0
             unusual = describe(record) if record.code or record.client_left or record.cache_word or record.marks else ""
             request = record.request
             # The path is cut here, because it is kept with the shape.
@@ -126,18 +126,18 @@ class AccessLog:
         return json.dumps(shown)[1:-1] if self.form.as_json else escape(shown)
 
 
-@lru_cache(KEPT)
+@lru_cache(MAX_PARTS)
 def shown_path(mask: Callable[[str], str], path: bytes) -> str:
     text = escape(mask(path[:LONGEST_PATH].decode("utf-8", "backslashreplace")))
     return text if len(path) <= LONGEST_PATH else f"{text}..."
 
 
-@lru_cache(KEPT)
+@lru_cache(MAX_PARTS)
 def _number(ten_thousandths: int) -> str:
     return repr(ten_thousandths / 10_000)
 
 
-@lru_cache(KEPT)
+@lru_cache(MAX_PARTS)
 def _size(count: int) -> str:
     power = min((len(str(count)) - 1) // 3, len(UNITS) - 1)
     return f"{count / 1000**power:.3g} {UNITS[power]}"

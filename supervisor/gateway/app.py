@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 OWN_PATHS = frozenset({b"/ping", b"/health", b"/status", b"/metrics", b"/"})
 READY = {b"/ping": "ready", b"/health": "ok"}
-METHODS = ("GET", "HEAD", "POST")
+OWN_METHODS = ("GET", "HEAD", "POST")
 # These tell how the server is and what it counts. The rest is how it is set up (settings, paths, vLLM's command), for
 # which vLLM's own /server_info needs an admin key, and vLLM's log, which quotes what other clients sent. The list says
 # what is shown, and not what is hidden: a new fact is hidden until somebody thinks about it.
@@ -98,7 +98,7 @@ class OwnRoutes:
 
     async def _answer(self, scope: Scope) -> Answer:
         path = self._path(scope["raw_path"])
-        if scope["method"] not in METHODS:
+        if scope["method"] not in OWN_METHODS:
             return _json(405, {"error": "GET, HEAD or POST"}, (b"allow", b"GET, HEAD, POST"))
         if path in READY:
             return self._readiness(path)
@@ -112,7 +112,7 @@ class OwnRoutes:
         if self.engine.ready:
             return _json(200, {"status": READY[path]})
         # RunPod's load balancer asks /ping: 204 keeps the worker in its list while it loads, 200 sends it work.
-        loads = path == b"/ping" and not self.engine.over
+        loads = path == b"/ping" and not self.engine.is_closed
         return (204, [], b"") if loads else _json(503, {"status": self.engine.explanation})
 
     def _check_key(self, scope: Scope) -> Answer | None:

@@ -345,7 +345,7 @@ class Delivery(BaseDelivery, Sink):
     def _hold(self, _: object) -> None:
         """Holds a request whose connection failed before an answer: what becomes of it depends on the engine's fate."""
         gate = self.gate
-        if gate.engine.over:
+        if gate.engine.is_closed:
             self._refuse(gate.unavailable_refusal())
             return
         if self.state is State.LOST:

@@ -31,7 +31,7 @@ class Engine(Protocol):
     def ready(self) -> bool: ...  # whether vLLM answers, so that requests may go to it
 
     @property
-    def over(self) -> bool:
+    def is_closed(self) -> bool:
         """Tells whether it drains, stops, has stopped or failed: no request that arrives now can be answered."""
 
     @property
@@ -105,7 +105,7 @@ class Gate:
 
     def find_refusal(self, *, limited: bool = True) -> Refusal | None:
         """Returns why no request can be taken at all, or None. A job that RunPod gave us is done even in a drain."""
-        if self.open or not self.engine.over or (self.engine.draining and not limited):
+        if self.open or not self.engine.is_closed or (self.engine.draining and not limited):
             return None
         return self.unavailable_refusal()
 
@@ -136,7 +136,7 @@ class Gate:
 
     def resume(self, request: PendingRequest) -> None:
         """Gives a request whose engine is gone to the next engine, when that is ready; refuses it if none will come."""
-        if self.engine.over:
+        if self.engine.is_closed:
             request.refuse(self.unavailable_refusal())
         elif self.open:
             request.go()
@@ -188,7 +188,7 @@ class Gate:
                 if request in self.held:
                     self.forget(request)
                     request.go()
-        elif self.engine.over:
+        elif self.engine.is_closed:
             self.closing = True
             queued, self.queued = self.queued, {}  # emptied first, or each that leaves would let the next in
             for timer in queued.values():

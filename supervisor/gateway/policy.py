@@ -27,8 +27,8 @@ from supervisor.gateway.http1 import KEY_PROTOCOL, Headers, Request
 UNAUTHORIZED = refuse("invalid_api_key")
 ADMIN_ONLY = refuse("admin_key_needed")
 # One address may try so many wrong keys in a minute before it is told only that there were too many.
-FAILURES = 60
-TOO_MANY_FAILURES = refuse("too_many_wrong_keys", 60, limit=FAILURES)
+MAX_FAILURES = 60
+TOO_MANY_FAILURES = refuse("too_many_wrong_keys", 60, limit=MAX_FAILURES)
 # So many keys of one request are looked at.
 KEYS_LIMIT = 8
 # This machine's loopback is reached by these names, which nobody can have in the DNS; by the last two from containers.
@@ -169,7 +169,7 @@ class Policy:
     max_body: int = sys.maxsize  # bytes that a request's body may have
     timeout: float = math.inf  # seconds that a whole request may take
     standing_refusal: Refusal | None = None  # why no request is ever taken here; None: requests are taken
-    failures: Rate = field(default_factory=partial(Rate, FAILURES))  # limits the wrong keys of each address
+    failures: Rate = field(default_factory=partial(Rate, MAX_FAILURES))  # limits the wrong keys of each address
 
     def size_refusal(self) -> Refusal:
         return refuse("request_too_large", limit=self.max_body)

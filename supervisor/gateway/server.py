@@ -100,7 +100,7 @@ class Gateway:
     def in_flight(self) -> int:  # how many requests are not over and do not wait at the gate
         return len(self.exchanges) - self.gate.backlog
 
-    async def drained(self) -> None:
+    async def wait_until_drained(self) -> None:
         """Returns when each relayed request is over."""
         if self.exchanges:
             emptied = asyncio.Event()

@@ -33,8 +33,8 @@ TOLD_EVERY = 60.0  # seconds between two of OpenTelemetry's warnings that are lo
 SERVICE = "vllm-supervisor"
 PROTOCOLS = {"http/protobuf": "http", "grpc": "grpc"}
 # In HTTP's semantic conventions a method that is none of these has no name of its own.
-METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY"})
-NAMES = {"held": "hold", "waiting": "wait", "sent": "relay"}  # a request's mark -> the name of its span
+KNOWN_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY"})
+SPAN_NAMES = {"held": "hold", "waiting": "wait", "sent": "relay"}  # a request's mark -> the name of its span
 log = logging.getLogger("supervisor.tracing")
 
 
@@ -130,7 +130,7 @@ class Tracing:
         method, route = request.method.decode("latin-1"), record.verdict.route
         failed = status >= 500 or (cut and not record.is_ours)
         facts = {
-            "http.request.method": method if method in METHODS else "_OTHER",
+            "http.request.method": method if method in KNOWN_METHODS else "_OTHER",
             "http.route": route if route != OTHER else "",
             "http.response.status_code": status if status != CLIENT_GONE else 0,  # it is not sent to anybody
             "url.path": shown_path(self.mask, request.path),
@@ -170,6 +170,6 @@ def list_parts(record: Record) -> Iterator[tuple[str, float, float, bool]]:
     again = False
     for (what, since), (then, until) in pairwise(marks):
         if what != "lost":
-            name = "replay" if again and what == "sent" else NAMES[what]
+            name = "replay" if again and what == "sent" else SPAN_NAMES[what]
             yield name, max(since, record.began), max(until, record.began), then == "lost"
         again |= what == "lost"

@@ -55,7 +55,7 @@ class Scene:
 
     def __init__(self, *, is_head: bool = False) -> None:
         self.calls: list[str] = []
-        self.engine = SimpleNamespace(ready=True, over=False, state="starting", explanation="The engine loads.")
+        self.engine = SimpleNamespace(ready=True, is_closed=False, state="starting", explanation="The engine loads.")
         self.counts = Counts()
         self.generation, self.open = 7, True
         self.loop = SimpleNamespace(time=lambda: 1.0)
@@ -277,7 +277,7 @@ def test_what_a_loss_is(
 @pytest.mark.parametrize("event", [E.BROKEN, E.UNCONNECTED])
 def test_what_is_lost_to_an_engine_that_is_over_is_refused(event: Event) -> None:
     scene = Scene().is_in(S.SENT)
-    scene.engine.over, scene.engine.ready, scene.open = True, False, False
+    scene.engine.is_closed, scene.engine.ready, scene.open = True, False, False
     scene.happens(event)
     assert scene.delivery.state is S.OVER
     assert scene.calls[-1] == "refused 503"

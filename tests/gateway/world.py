@@ -347,7 +347,7 @@ class EngineView:
         return self.state == "ready"
 
     @property
-    def over(self) -> bool:
+    def is_closed(self) -> bool:
         return self.state in OVER
 
     @property
@@ -439,7 +439,7 @@ class World:
         """What `serve.py` does after a signal, and uvicorn after that."""
         try:
             async with asyncio.timeout(patience):
-                await self.gateway.drained()
+                await self.gateway.wait_until_drained()
         except TimeoutError:
             self.gateway.cut("The server shut down before this request was done.")
         self.engine_is("stopping")

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from supervisor import logs
 from supervisor import output as output_module
-from supervisor.gateway.access import BATCH, TICK, AccessLog, shown_path
+from supervisor.gateway.access import BATCH, NO_TIME, AccessLog, shown_path
 from supervisor.lines import LineStyle, VllmLines
 from supervisor.output import Output
 from supervisor.secrets import Mask
@@ -404,7 +404,7 @@ def record(
     }
     return types.SimpleNamespace(
         request=types.SimpleNamespace(method=method, path=path), address=client, code=note, began=began,
-        over_at=began + seconds, first_at=first and (began if first == TICK else began + first), **(usual | more),
+        over_at=began + seconds, first_at=first and (began if first == NO_TIME else began + first), **(usual | more),
     )  # fmt: skip
 
 
@@ -479,7 +479,7 @@ def documented(form: LineStyle, one: Any) -> str:
     at, seconds, first = (
         one.over_at + UNIX,
         one.over_at - one.began,
-        one.first_at and (one.first_at - one.began or TICK),
+        one.first_at and (one.first_at - one.began or NO_TIME),
     )
     request_id = one.request_id.decode("latin-1")
     if not re.fullmatch("0c5f[0-9A-Za-z]*", request_id):
@@ -517,7 +517,7 @@ RECORDS = st.builds(
     path=WORDS.map(lambda text: b"/" + text.encode()) | st.binary(max_size=300).map(lambda data: b"/" + data),
     status=st.integers(100, 599),
     seconds=SPAN,
-    first=SPAN | st.sampled_from([0.0, TICK]),
+    first=SPAN | st.sampled_from([0.0, NO_TIME]),
     sent=st.integers(0, 10**13),
     request_id=WORDS.map(lambda text: text.encode("latin-1", "replace"))
     | WORDS.map(lambda text: b"0c5f" + text.encode()) | st.binary(max_size=30).map(bytes)
@@ -552,8 +552,8 @@ def test_a_long_path_is_shortened() -> None:
 
 def test_a_first_byte_at_once_is_one() -> None:
     """The loop's clock has whole milliseconds."""
-    once, never = lines_of(JSON, record(first=TICK), record(first=0.0))
-    assert json.loads(once)["first_byte_seconds"] == TICK
+    once, never = lines_of(JSON, record(first=NO_TIME), record(first=0.0))
+    assert json.loads(once)["first_byte_seconds"] == NO_TIME
     assert json.loads(never)["first_byte_seconds"] is None
 
 

@@ -18,7 +18,7 @@ from supervisor.gateway.policy import (
     ADMIN_ONLY,
     ADMIN_ROUTES,
     CLIENTS_LIMIT,
-    FAILURES,
+    MAX_FAILURES,
     OPEN_ROUTES,
     TOO_MANY_FAILURES,
     UNAUTHORIZED,
@@ -284,8 +284,8 @@ def test_of_two_keys_the_administrators_counts(headers: Headers) -> None:
 def test_wrong_keys_are_answered_so_often_and_a_valid_one_always() -> None:
     policy = Policy(["one"])
     wrong = policy.judge(Request(b"POST", CHAT, CHAT, []))
-    told = [policy.refusal_for(wrong, b"192.0.2.1", 0.0) for _ in range(FAILURES + 2)]
-    assert told == [UNAUTHORIZED] * FAILURES + [TOO_MANY_FAILURES] * 2
+    told = [policy.refusal_for(wrong, b"192.0.2.1", 0.0) for _ in range(MAX_FAILURES + 2)]
+    assert told == [UNAUTHORIZED] * MAX_FAILURES + [TOO_MANY_FAILURES] * 2
     assert policy.refusal_for(wrong, b"192.0.2.2", 0.0) is UNAUTHORIZED
     assert policy.refusal_for(policy.judge(Request(b"POST", CHAT, CHAT, KEY)), b"192.0.2.1", 0.0) is None
     assert policy.refusal_for(wrong, b"192.0.2.1", 60.0) is UNAUTHORIZED
