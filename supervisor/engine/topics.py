@@ -28,7 +28,7 @@ FRAME = re.compile(r'(?m:^) *File "([^"\n]{1,400})"(?:, line \d+)?(?:, in ([^\n]
 WRAPPER = re.compile(
     r"vllm/tracing/\w+\.py:\w*wrapper|compilation/decorators\.py:__init__|/offloader/\w+\.py:wrap_modules|:decorate_context$"
     r"|compilation/(?:decorators|wrapper|cuda_graph|piecewise_backend)\.py:__call__|eval_frame\.py:|fx/graph_module\.py:"
-    r"|model_loader/\w+\.py:(?:load_model|initialize_model)$"
+    r"|model_loader/\w+\.py:(?:(?:load|create|get|initialize)_model)$"
     r"|modules/module\.py:_\w*call_impl|:run_method$|:collective_rpc$|models/utils\.py:(?:make_layers|<genexpr>)"
 )
 # This is `--max-num-seqs`, or a variable that is no option of vLLM's. A library's errors, constants and backends
@@ -52,7 +52,7 @@ PATH = re.compile(r"/\S{1,300}")
 # This is an option that is set, in what vLLM shows of its settings: `'cpu_offload_gb': 4` of those that are not the
 # default, and `speculative_config=SpeculativeConfig(` of all of them.
 SETTING = re.compile(r"'([a-z]\w{1,60})': (?!None|False|'auto'|'')|\b([a-z]\w{1,60})=(?!None|False|auto|'auto'|''|0)")
-# Of all settings that are shown, nobody has these without asking for them.
+# Of all settings that are shown, nobody has these without asking for them, or the model does (kv_cache_dtype).
 OPT_INS = {"speculative_config", "kv_cache_dtype", "kv_transfer_config", "enable_expert_parallel", "cpu_offload_gb"}
 # A part that can be left out has a remedy that begins so.
 OPTIONAL_PART = re.compile(r"Leave|Unset|Set ")
@@ -144,9 +144,10 @@ def _lower(text: str) -> str:
 
 
 def find_used(failure: Failure) -> list[str]:
-    """Returns the settings that can be why, of those that the log shows."""
+    """Returns the settings that can be why: those that the log tells as not the default, where it does."""
     topic, shown = find_topic(failure), failure.settings[-LONGEST_LOG:]
-    found = {plain or (every if every in OPT_INS else "") for plain, every in SETTING.findall(shown)}
+    opt_ins = set() if "non-default args" in shown else OPT_INS
+    found = {plain or (every if every in opt_ins else "") for plain, every in SETTING.findall(shown)}
     return [name for name in topic.suspects if name.lower() in found]
 
 

@@ -146,7 +146,7 @@ def run_program(argv: Sequence[str], patience: float, trouble: str) -> subproces
 
 def _ask_version(command: tuple[str, ...]) -> str:
     result = run_program([*command, "--version"], VERSION_TIMEOUT, f"`{shlex.join(command)} --version` does not answer")
-    last = result.stdout.strip().rpartition("\n")[2]
+    last = ((result.returncode and result.stderr.strip()) or result.stdout.strip()).rpartition("\n")[2]
     found = VERSION.fullmatch(last)
     if result.returncode != 0 or not found:
         hint = f" (it says {last[:80]!r})" if last else ""

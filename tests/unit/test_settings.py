@@ -724,6 +724,14 @@ def test_a_program_that_is_no_vllm_is_told(folder: Path, said: str) -> None:
     assert not (folder / "cache").exists()
 
 
+def test_a_vllm_that_lacks_a_package_is_told_with_its_own_words(folder: Path) -> None:
+    path = program(
+        folder, "echo INFO importing\necho \"ModuleNotFoundError: No module named 'typing_extensions'\" >&2; exit 1"
+    )
+    (problem,) = problems(folder, SUPERVISOR_VLLM=path, SUPERVISOR_CACHE_DIR=str(folder / "cache"))
+    assert "it is not a working vLLM (it says \"ModuleNotFoundError: No module named 'typing_extensions'\")" in problem
+
+
 def test_a_program_that_says_no_text_is_told(folder: Path) -> None:
     path = program(folder, r"printf '\377\376\n'")
     (problem,) = problems(folder, SUPERVISOR_VLLM=path, SUPERVISOR_CACHE_DIR=str(folder / "cache"))
