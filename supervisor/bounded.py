@@ -48,7 +48,7 @@ class Call(Generic[Result]):
 
     @property
     def is_running(self) -> bool:
-        """It is true until the call is over, however long it hangs."""
+        """True until the call is over, however long it hangs."""
         return not self._done.is_set()
 
     def result(self) -> Result:

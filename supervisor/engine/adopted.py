@@ -13,7 +13,7 @@ LOOK_INTERVAL = 0.005
 
 
 class AdoptedProcess:
-    """It has as much of `subprocess.Popen` as an engine needs."""
+    """As much of `subprocess.Popen` as an engine needs."""
 
     def __init__(self, pid: int, stdout: IO[bytes], stderr: IO[bytes]) -> None:
         self.pid = pid

@@ -35,7 +35,7 @@ SURVEY_PATIENCE = 10.0
 
 
 class Child:
-    """It is one `vllm serve`, from its spawn to the end of the last process of its session."""
+    """One `vllm serve`, from its spawn to the end of the last process of its session."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Child:
 
     @property
     def code(self) -> int | None:
-        """It is the API server's exit code, -N for signal N, and None while it lives."""
+        """The API server's exit code, -N for signal N, and None while it lives."""
         return self._code if self._code is not None else self.popen.returncode
 
     async def wait(self) -> int:

@@ -1,4 +1,4 @@
-"""This finds why the engine ended: exit code and log tail -> cause and remedy, by the ordered table in `causes.toml`.
+"""Finds why the engine ended: exit code and log tail -> cause and remedy, by the ordered table in `causes.toml`.
 
 The end of the last traceback is the cause (tracebacks.py). The table says what it means and what to change, for the
 error itself, or for its kind and what it is about (topics.py). A permanent cause is one that another start meets again.
@@ -23,7 +23,7 @@ SHUTDOWN_LINE = re.compile(r"\[shutdown\] API server: shutdown triggered")
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """It says what happened, and what to change. `permanent`: the same settings will end the same way. `known`: the
+    """Says what happened, and what to change. `permanent`: the same settings will end the same way. `known`: the
     table knows the cause, or a signal tells it, or it was us; else it is vLLM's own last words, or nothing. `vague`:
     it is known which part of vLLM failed, and not what it is about that part."""
 
@@ -40,7 +40,7 @@ class Diagnosis:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """It is a row of the table; a misspelt key is an error. `where`: which field of `tracebacks.Failure` is searched.
+    """A row of the table; a misspelt key is an error. `where`: which field of `tracebacks.Failure` is searched.
     `example`: lines of vLLM's that the row is for."""
 
     pattern: str

@@ -1,4 +1,4 @@
-"""This tells an engine that lives from one that only looks alive. vLLM's API server answers /health, lists models,
+"""Tells an engine that lives from one that only looks alive. vLLM's API server answers /health, lists models,
 refuses bad JSON, opens streams and sends comments into them while its EngineCore is frozen. So only what the engine
 itself has made is progress: vLLM's counters of steps and tokens.
 

@@ -1,4 +1,4 @@
-"""This is the engine's life as a table: (state, event) -> (next state, actions). It is pure: no clock, process or I/O.
+"""The engine's life as a table: (state, event) -> (next state, actions). It is pure: no clock, process or I/O.
 
     starting ──ready──► ready ──stop──► draining ──drained──► stopping ──exited──► stopped
         ▲   │             │                                      ▲                    ▲

@@ -31,7 +31,7 @@ REQUEST_ERROR = re.compile(
 
 
 class LogBuffer:
-    """It holds the last lines of both streams, `tail`, and those that the event loop has not taken yet."""
+    """Holds the last lines of both streams, `tail`, and those that the event loop has not taken yet."""
 
     def __init__(self) -> None:
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)

@@ -1,4 +1,4 @@
-"""This decides whether a failed engine is started again, and when.
+"""Decides whether a failed engine is started again, and when.
 
 One that was never ready is not, where the cause is permanent, or nobody knows it and the end was the same a moment ago.
 Any other is, up to a limit in a window of time: at once the first time after it had been ready, with backoff after

@@ -1,4 +1,4 @@
-"""This has one run of vLLM, and whom the engine tells of it or asks: the seam to all that is not the engine's own.
+"""One run of vLLM, and whom the engine tells of it or asks: the seam to all that is not the engine's own.
 
 What hangs on the engine from outside (`supervisor/around/`, the gateway) is an `Observer`. The engine calls it, and
 knows no more of it; an observer ends a run by the run itself (`run.mark_broken`).
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Phases(Protocol):
-    """It tells what a start is doing, by its log (around/phases.py)."""
+    """Tells what a start is doing, by its log (around/phases.py)."""
 
     progress: str
 
@@ -35,7 +35,7 @@ class Phases(Protocol):
 
 @dataclass(eq=False, slots=True)
 class Run:
-    """It is one start of vLLM. `child` and `phases` are None until vLLM is spawned."""
+    """One start of vLLM. `child` and `phases` are None until vLLM is spawned."""
 
     number: int
     began_at: float  # the loop's time
@@ -126,7 +126,7 @@ class Traffic(NamedTuple):
 
 
 class Front(Protocol):
-    """It passes requests to the engine. `drain` returns when all in-flight work is done; False where it was cut."""
+    """Passes requests to the engine. `drain` returns when all in-flight work is done; False where it was cut."""
 
     def traffic(self) -> Traffic: ...
     async def drain(self) -> bool: ...

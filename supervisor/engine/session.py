@@ -1,4 +1,4 @@
-"""This finds the processes of one vLLM by their session, and what they leave in shared memory.
+"""Finds the processes of one vLLM by their session, and what they leave in shared memory.
 
 vLLM renames its processes, which overwrites their command lines and environments, and orphans lose their parent: the
 session's number alone finds them. But a number comes again, and a stranger's session was killed for that. The kernel

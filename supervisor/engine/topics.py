@@ -1,4 +1,4 @@
-"""This tells what an error is about: its words, or its place -> the part of vLLM, and the settings that govern it.
+"""Tells what an error is about: its words, or its place -> the part of vLLM, and the settings that govern it.
 
 It is for errors that no row of `causes.toml` knows by themselves, but a row for a kind of error does. `[[topic]]` there
 is the table of the parts; `find_named` finds the settings that an error names itself. It is pure.
@@ -73,7 +73,7 @@ ONE_MACHINE = re.compile(r"(?:tcp://|\(|\[)(?:127\.0\.0\.1|localhost)\b|engine/m
 
 @dataclass(frozen=True, kw_only=True)
 class Topic:
-    """It is a row of the table. `words` are looked for in the last error, `path` in the innermost frames as
+    """A row of the table. `words` are looked for in the last error, `path` in the innermost frames as
     `path:function`. `weak`: words that are said of much else too and prove nothing; `general`: a path that all sorts of
     errors come through. `part` begins a sentence, `remedy` is one or two, with three ways at most. `suspects`: settings
     to leave out where the log shows that they are set. `compiles`: its kernels are compiled at the start. `example`: an

@@ -1,4 +1,4 @@
-"""This finds where a log says that something failed: the last traceback of each process, and what stands after it.
+"""Finds where a log says that something failed: the last traceback of each process, and what stands after it.
 
 vLLM is several processes that write into one log, each under a prefix of its own, and most failures are told by more
 than one of them. It is pure: lines in, lines out; diagnosis.py knows what they mean.
@@ -92,7 +92,7 @@ class _Line(NamedTuple):
 
 
 class _Process:
-    """It tells what one process has written so far."""
+    """Tells what one process has written so far."""
 
     in_traceback = False
     engine_died = False

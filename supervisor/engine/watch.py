@@ -1,4 +1,4 @@
-"""This notices at once when a part of the engine dies: EngineCore, or a worker.
+"""Notices at once when a part of the engine dies: EngineCore, or a worker.
 
 vLLM itself takes 2 s to notice, leaves with exit code 0, and leaves the workers behind. The parts are no children of
 ours, so a pidfd stands for each: the kernel tells of its end without polling. Which parts there are is found by looking

@@ -29,7 +29,7 @@ LONGEST_FOLDER = 80
 
 
 class Workspace:
-    """It is a private folder (0700), with `note` locked by whoever owns it."""
+    """A private folder (0700), with `note` locked by whoever owns it."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.lock = path, -1

@@ -1,4 +1,4 @@
-"""This asks vLLM one small question of our own, over a connection of its own."""
+"""Asks vLLM one small question of our own, over a connection of its own."""
 
 from __future__ import annotations
 

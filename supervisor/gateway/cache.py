@@ -1,4 +1,4 @@
-"""This keeps answers in memory that would come out the same; those who ask at the same time share one. It is opt-in.
+"""Keeps answers in memory that would come out the same; those who ask at the same time share one. It is opt-in.
 
 A request is deterministic where its body says so (temperature 0, or a seed), or where its route has no sampling. Its
 answer is asked for by a delivery of its own, for a `Recording`: it is held, and sent again when the engine dies, as any

@@ -1,4 +1,4 @@
-"""This is a client's connection: it answers the requests that reader.py makes of its bytes, and ends what is too slow.
+"""A client's connection: it answers the requests that reader.py makes of its bytes, and ends what is too slow.
 
 Requests wait here for their turn, so that answers leave in the order in which the requests came.
 """

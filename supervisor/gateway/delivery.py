@@ -1,4 +1,4 @@
-"""This brings a request to an engine that may die, until its answer begins.
+"""Brings a request to an engine that may die, until its answer begins.
 
 Until then the request is kept (bodies up to 1 MiB), so that it can be sent again: `TABLE` says when, and is the same
 table as in docs/faults.md. Once an answer has begun it can't be taken back: the delivery steps out of its way, and only
@@ -91,7 +91,7 @@ class Recipient(Receiver):
         raise NotImplementedError
 
     def websocket_opened(self, head: ResponseHead, data: bytes) -> None:
-        """It is called instead when a WebSocket is open; `data` may hold frames, and `body_received` brings others."""
+        """Called instead when a WebSocket is open; `data` may hold frames, and `body_received` brings others."""
         raise NotImplementedError
 
     def request_refused(self, refusal: Refusal) -> None:

@@ -1,4 +1,4 @@
-"""This has what the requests of one listener share (`Door`), and what an exchange asks of either side."""
+"""What the requests of one listener share (`Door`), and what an exchange asks of either side."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KEEP = AfterAnswer.KEEP  # a module's name is found faster than an enum's
 
 
 class Client:
-    """This is what an exchange may ask of the connection to its client, which client.py has."""
+    """What an exchange may ask of the connection to its client, which client.py has."""
 
     write: Callable[[bytes], object]  # sends bytes of the answer, without waiting for the client to take them
     address = b""  # the client's IP address as text; empty where it has none, as on the private socket
@@ -56,7 +56,7 @@ class Client:
 
 
 class BaseDelivery:
-    """This is a request on its way to its answer, as its exchange calls it: a `Delivery`, or one of the cache's."""
+    """A request on its way to its answer, as its exchange calls it: a `Delivery`, or one of the cache's."""
 
     marks: tuple[tuple[str, float], ...] = ()  # what kept it from vLLM, and when it went: each with the loop's time
     was_sent = False  # set when the request is first sent to vLLM

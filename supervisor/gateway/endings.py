@@ -1,4 +1,4 @@
-"""This can end an answer that has begun, at any moment: it says what may go to the client now, and what ends it well.
+"""Ends an answer that has begun, at any moment: it says what may go to the client now, and what ends it well.
 
 An event stream is ended by an error event and its proper end, a WebSocket by a close frame. Of all else a cut alone
 tells that it is not whole.

@@ -1,4 +1,4 @@
-"""This makes answers of our own when vLLM can't give one, in the dialect of the client's route."""
+"""Makes answers of our own when vLLM can't give one, in the dialect of the client's route."""
 
 from __future__ import annotations
 

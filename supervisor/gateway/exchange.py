@@ -1,4 +1,4 @@
-"""This relays one request and its answer, as its client sees them.
+"""Relays one request and its answer, as its client sees them.
 
 Heads are rebuilt on both ways (hop-by-hop headers go, the request's id is added); bodies pass as they come. A request
 body is framed anew, by what the parser saw, so that vLLM never sees two requests where we saw one. Backpressure works
@@ -374,7 +374,7 @@ class Exchange(Record, Recipient):
         return AfterAnswer.LINGER if self.discards_request or self.request.has_unknown_end else AfterAnswer.CLOSE
 
     def _leave(self, after: AfterAnswer | None = None) -> None:
-        """It is called once for each exchange that has begun. `after` is None where the client's connection is gone."""
+        """Called once for each exchange that has begun. `after` is None where the client's connection is gone."""
         self.response_complete = True
         door = self.door
         door.exchanges.discard(self)

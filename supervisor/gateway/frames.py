@@ -1,4 +1,4 @@
-"""This finds where the frames of a WebSocket end (RFC 6455, 5.2), so that its own end can be told by a frame."""
+"""Finds where the frames of a WebSocket end (RFC 6455, 5.2), so that its own end can be told by a frame."""
 
 from __future__ import annotations
 

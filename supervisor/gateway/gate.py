@@ -48,7 +48,7 @@ class Engine(Protocol):
 
 
 class PendingRequest(Protocol):
-    """This is a request that has no answer yet, as the gate knows it. Its methods are called on the loop."""
+    """A request that has no answer yet, as the gate knows it. Its methods are called on the loop."""
 
     admitted: bool  # the gate's own note, False at first: the request counts among those that run
     generation: int  # the request copies the gate's when it is sent: it says which engine had it last

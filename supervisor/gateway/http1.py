@@ -1,4 +1,4 @@
-"""This has HTTP/1.1 heads and framing, without a connection: what a request becomes on its way to vLLM, and an answer
+"""HTTP/1.1 heads and framing, without a connection: what a request becomes on its way to vLLM, and an answer
 on its way to the client."""
 
 from __future__ import annotations

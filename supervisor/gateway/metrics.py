@@ -1,4 +1,4 @@
-"""This writes for Prometheus what the gateway counts and the engine says of itself; metrics.toml has the series."""
+"""Writes for Prometheus what the gateway counts and the engine says of itself; metrics.toml has the series."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This answers with the page at `/`, which is page.html, and with the header fields that page.toml has.
+"""Answers with the page at `/`, which is page.html, and with the header fields that page.toml has.
 
 It holds no data, so everybody may have it; what it shows it asks for once a second (`/status?after=N`), with the key
 that its reader gives it.

@@ -1,4 +1,4 @@
-"""This makes the bytes of a client's connection into requests.
+"""Makes the bytes of a client's connection into requests.
 
 It is uvicorn's httptools protocol with the parser's callbacks replaced. A head that came before is not read again
 (heads.py). Requests for our own paths are handed back to uvicorn, which runs the ASGI app; every other request becomes

@@ -1,4 +1,4 @@
-"""This is the gateway as a whole: uvicorn, one `Door` for each kind of listener, and what the supervisor asks of it."""
+"""The gateway as a whole: uvicorn, one `Door` for each kind of listener, and what the supervisor asks of it."""
 
 from __future__ import annotations
 

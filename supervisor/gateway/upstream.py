@@ -1,4 +1,4 @@
-"""This has the connections to vLLM: HTTP/1.1 over its unix socket, pooled. Each carries one request at a time.
+"""The connections to vLLM: HTTP/1.1 over its unix socket, pooled. Each carries one request at a time.
 
 `Upstream.send(sink)` finds an idle connection or opens one, and the sink writes its request on it. The answer reaches
 it as one `ResponseHead`, then as raw bytes, framing included, as vLLM wrote them: httptools only finds where it ends.
@@ -47,7 +47,7 @@ class Receiver:
         raise NotImplementedError
 
     def answer_lost(self, error: UpstreamError) -> None:
-        """It is called instead when there is no connection, it broke, or what came is no HTTP: `error` says which."""
+        """Called instead when there is no connection, it broke, or what came is no HTTP: `error` says which."""
         raise NotImplementedError
 
     def pause_request(self) -> None:

@@ -1,4 +1,4 @@
-"""This is a RunPod endpoint's queue in memory: jobs, the workers that take them, limits of size and time. No HTTP.
+"""A RunPod endpoint's queue in memory: jobs, the workers that take them, limits of size and time. No HTTP.
 
 Everything runs on one event loop, and no method changes anything across an `await`. Times are seconds of the monotonic
 clock, which is the loop's.

@@ -1,4 +1,4 @@
-"""This is RunPod's side of the queue on a laptop, over HTTP: what workers poll and post to, and what clients ask.
+"""RunPod's side of the queue on a laptop, over HTTP: what workers poll and post to, and what clients ask.
 
     python -m supervisor.local_runpod.simulator --port 8000
 

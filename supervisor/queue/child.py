@@ -1,4 +1,4 @@
-"""This is the queue worker as the supervisor sees it: a child that is told the engine's state, and kept alive."""
+"""The queue worker as the supervisor sees it: a child that is told the engine's state, and kept alive."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class PostRefusal(PostError):
 
 
 class RunPod(NamedTuple):
-    """This is where results go. `done_url` and `stream_url` have `$ID` in place of the job's id. In the Hub's tests,
+    """Where results go. `done_url` and `stream_url` have `$ID` in place of the job's id. In the Hub's tests,
     where nobody reads streams, `stream_url` is no address."""
 
     session: aiohttp.ClientSession

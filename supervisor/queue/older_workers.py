@@ -1,4 +1,4 @@
-"""This is what clients of both older workers send and expect, where vLLM's server has it otherwise: fields that have
+"""What clients of both older workers send and expect, where vLLM's server has it otherwise: fields that have
 another name now, or are gone; runpod-LLM's requests and results; worker-vllm's output of old. Pure: no I/O.
 
 vLLM passes over what it does not know, so that a constraint would be lost without a word. Therefore a field is renamed

@@ -12,7 +12,7 @@ from supervisor.settings.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """This is what is executed. None of it may be shown as it is: see `secrets.Mask`."""
+    """What is executed. None of it may be shown as it is: see `secrets.Mask`."""
 
     argv: tuple[str, ...]
     environ: Mapping[str, str]

@@ -58,7 +58,7 @@ SAFE_KEY_LENGTH = 8  # characters; a shorter key can be tried out, which is told
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """It has keys, and the plain file that they were read from, if any."""
+    """Keys, and the plain file that they were read from, if any."""
 
     values: tuple[str, ...] = ()
     file: str | None = None

@@ -1,4 +1,4 @@
-"""This has the options of the installed `vllm serve`: what each is called, what values it takes, how argv has it.
+"""The options of the installed `vllm serve`: what each is called, what values it takes, how argv has it.
 
 One JSON file per vLLM version lies in `flags/`, dumped from vLLM's own parser by `flags/dump.py`. A version without a
 file is dumped on the spot, in vLLM's environment, and kept in the cache folder.
@@ -32,7 +32,7 @@ SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2*
 
 @dataclass(frozen=True)  # without slots: its names are asked for thousands of times at each start, and made once
 class Option:
-    """It is one option of `vllm serve`. `kind`: value, list, pair (--x/--no-x), switch, append or optional."""
+    """One option of `vllm serve`. `kind`: value, list, pair (--x/--no-x), switch, append or optional."""
 
     name: str
     kind: str
@@ -48,12 +48,12 @@ class Option:
 
     @cached_property
     def key(self) -> str:
-        """It is the name in config.yaml: `max_model_len`."""
+        """The name in config.yaml: `max_model_len`."""
         return key_of(self.name)
 
     @cached_property
     def variable(self) -> str:
-        """It is the name in the environment: `MAX_MODEL_LEN`."""
+        """The name in the environment: `MAX_MODEL_LEN`."""
         return self.key.upper()
 
     @cached_property
@@ -68,7 +68,7 @@ class Option:
 
     @cached_property
     def opposite(self) -> str | None:
-        """It is the key that a pair `--enable-x` would have as `--disable-x`, and the other way round."""
+        """The key that a pair `--enable-x` would have as `--disable-x`, and the other way round."""
         word, _, rest = self.key.partition("_")
         other = {"enable": "disable", "disable": "enable"}.get(word)
         return f"{other}_{rest}" if other and self.kind == "pair" else None
@@ -144,7 +144,7 @@ def key_of(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
-    """It has all options of one vLLM version, by `key`, and the names of the variables that this vLLM reads itself."""
+    """All options of one vLLM version, by `key`, and the names of the variables that this vLLM reads itself."""
 
     version: str
     by_key: Mapping[str, Option]

@@ -1,4 +1,4 @@
-"""This finds vLLM: the command that stands for `vllm`, its version, its Python. Importing it (8 s) is avoided."""
+"""Finds vLLM: the command that stands for `vllm`, its version, its Python. Importing it (8 s) is avoided."""
 
 from __future__ import annotations
 

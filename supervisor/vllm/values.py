@@ -1,4 +1,4 @@
-"""This reads values, written as text or in YAML, for options of `vllm serve`; it raises BadValue where it can't.
+"""Reads values, written as text or in YAML, for options of `vllm serve`; it raises BadValue where it can't.
 
 vLLM's own converters decide what is right (`engine/arg_utils.py` and `utils/argparse_utils.py` there); each reader
 returns the text that goes on argv. What a person may write more freely (a list between commas, a choice in other
