@@ -384,6 +384,18 @@ def test_no_pattern_has_a_backslash_too_many() -> None:
     assert [rule.pattern for rule in ROWS if re.search(r"(?<!\\)\\\\[bdsw]", rule.pattern)] == []
 
 
+def test_a_module_that_vllms_own_code_lacks_is_named_by_no_setting() -> None:
+    log = [
+        "Traceback (most recent call last):",
+        '  File "/venv/vllm/utils/import_utils.py", line 122, in resolve_obj_by_qualname',
+        '  File "/usr/lib/python3.12/importlib/__init__.py", line 90, in import_module',
+        '  File "/venv/vllm/v1/worker/tpu_worker.py", line 9, in <module>',
+        "ModuleNotFoundError: No module named 'acme_chips'",
+    ]
+    assert diagnose(1, log).cause == "This image lacks the Python package acme_chips."
+    assert diagnose(1, [*log[:3], *log[4:]]).cause.startswith("A setting names a module of Python's")
+
+
 def test_every_row_is_the_one_for_its_example() -> None:
     """Or it would stand behind one that takes its lines away. What is said after it changes nothing."""
     after = "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}"
