@@ -21,7 +21,7 @@ from xdist.scheduler import LoadScopeScheduling
 gc.disable()
 
 # Seconds, about, of a test in these files; where tests share something, what all of them take.
-SLOW = {
+SECONDS_PER_TEST = {
     "tests/queue/test_worker.py": 5.0,
     "tests/engine/test_faults.py": 2.0,
     "tests/engine/test_engine.py": 2.0,
@@ -34,7 +34,7 @@ SLOW = {
     "tests/engine/test_hangs.py": 3.0,
     "tests/engine/test_strangers.py": 1.5,
 }
-TOGETHER = {  # by fixture, or by file: one process compiles the table of causes, and not each of them
+SECONDS_PER_GROUP = {  # by fixture, or by file: one process compiles the table of causes, and not each of them
     "tests/unit/test_diagnosis.py": 6.0,
     "clients": 60.0,
     "cloud": 3.0,
@@ -57,7 +57,7 @@ TOGETHER = {  # by fixture, or by file: one process compiles the table of causes
 
 
 # Of tests/vllm, those that don't meet the vLLM that the others share: they wait most of the time, or start their own.
-BESIDE = {
+WITHOUT_SHARED_VLLM = {
     f"tests/vllm/test_{name}.py"
     for name in ("catalogue", "demo_model", "download", "every_option", "first_prompt", "hang", "templates")
 }
@@ -67,7 +67,7 @@ class TwoProcesses(LoadScopeScheduling):
     """One has the shared vLLM with all of its tests, in their order; the other those beside."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "beside" if nodeid.partition("::")[0] in BESIDE else "shared"
+        return "beside" if nodeid.partition("::")[0] in WITHOUT_SHARED_VLLM else "shared"
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -78,7 +78,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScope
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     count = getattr(config, "workerinput", {}).get("workercount", 1)
     if count > 1 and not any(item.get_closest_marker("vllm") for item in items):
-        items[:] = dealt(items, count)
+        items[:] = deal(items, count)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -93,15 +93,15 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-def dealt(items: Iterable[pytest.Item], count: int) -> list[pytest.Item]:
+def deal(items: Iterable[pytest.Item], count: int) -> list[pytest.Item]:
     groups: dict[str, tuple[float, list[pytest.Item]]] = {}
     quick: list[pytest.Item] = []
     for item in items:
         file = item.nodeid.partition("::")[0]
-        shared = next((name for name in TOGETHER if name in (file, *getattr(item, "fixturenames", ()))), None)
-        seconds = SLOW.get(file)
+        shared = next((name for name in SECONDS_PER_GROUP if name in (file, *getattr(item, "fixturenames", ()))), None)
+        seconds = SECONDS_PER_TEST.get(file)
         if shared is not None:
-            groups.setdefault(shared, (TOGETHER[shared], []))[1].append(item)
+            groups.setdefault(shared, (SECONDS_PER_GROUP[shared], []))[1].append(item)
         elif seconds is not None:
             groups[item.nodeid] = (seconds, [item])
         else:
@@ -111,11 +111,11 @@ def dealt(items: Iterable[pytest.Item], count: int) -> list[pytest.Item]:
         at = min(range(count), key=lambda at: piles[at][0])
         piles[at] = (piles[at][0] + seconds, piles[at][1] + group)
     # As xdist deals: each gets an equal share of what is left.
-    left = sum(len(pile) for _, pile in piles) + len(quick)
+    remaining = sum(len(pile) for _, pile in piles) + len(quick)
     found = []
     for at, (_, pile) in enumerate(sorted(piles, key=lambda pile: -len(pile[1]))):
-        share = left // (count - at)
+        share = remaining // (count - at)
         filled = pile + [quick.pop() for _ in range(min(len(quick), max(0, share - len(pile))))]
-        left -= share
+        remaining -= share
         found += filled
     return found + quick

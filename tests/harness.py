@@ -79,26 +79,26 @@ def mounted(folder: Path, *how: str) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def session_of(pid: int) -> list[int]:
+def session_pids(session: int) -> list[int]:
     """The living processes of a session, by its id."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if os.getsid(process.pid) == pid and process.status() != psutil.STATUS_ZOMBIE:
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process.pid)
     return found
 
 
-def gone(*processes: psutil.Process) -> bool:
+def have_ended(*processes: psutil.Process) -> bool:
     """Whether none of them runs any more; its parent may not have asked for it yet."""
 
-    def is_gone(process: psutil.Process) -> bool:
+    def has_ended(process: psutil.Process) -> bool:
         try:
             return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:  # between the two
             return True
 
-    return all(map(is_gone, processes))
+    return all(map(has_ended, processes))
 
 
 RECORD = re.compile(r"\(|\{|\d\d:\d\d:\d\d |(?:DEBUG|INFO|WARNING|ERROR|CRITICAL)\b")
@@ -174,7 +174,7 @@ class Supervisor:
         if kind is None and not self._reading_ends.is_set():
             self._reader.join(5)
             assert not (faults := self.faults()), "\n".join(faults)
-        for pid in session_of(self.engine_pid) if self.engine_pid else []:
+        for pid in session_pids(self.engine_pid) if self.engine_pid else []:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -182,12 +182,12 @@ class Supervisor:
 
     def faults(self) -> list[str]:
         """What only a fault of ours says. vLLM's records begin with the process that wrote them, or with a level."""
-        found, vllms = [], False
+        found, is_vllms = [], False
         lines = self.output.splitlines()
         for at, line in enumerate(lines):
             if RECORD.match(line):
-                vllms = not line[0].isdigit() and line[0] != "{"
-            if FAULT.search(line) and not vllms:
+                is_vllms = not line[0].isdigit() and line[0] != "{"
+            if FAULT.search(line) and not is_vllms:
                 found.append("\n".join(lines[at : at + 30]))
         return found
 
@@ -198,12 +198,12 @@ class Supervisor:
     def says(self, pattern: str, seconds: float = 30.0) -> re.Match[str]:
         """Waits until its output has the pattern; no longer than until it has ended."""
 
-        def found_or_over() -> re.Match[str] | bool | None:
-            over = self.process.poll() is not None and not self._reader.is_alive()
-            return re.search(pattern, self.output) or over
+        def match_or_end() -> re.Match[str] | bool | None:
+            has_ended = self.process.poll() is not None and not self._reader.is_alive()
+            return re.search(pattern, self.output) or has_ended
 
         try:
-            found = wait_until(found_or_over, f"output {pattern!r}", seconds)
+            found = wait_until(match_or_end, f"output {pattern!r}", seconds)
             assert found is not True, f"it ended without output {pattern!r}"
         except AssertionError as error:
             raise AssertionError(f"{error}; it said:\n{self.output[-3000:]}") from None

@@ -29,9 +29,9 @@ class Block(NamedTuple):
 
 # Run by tests/engine/test_readme.py; TRY by tests/vllm/test_pages.py as well.
 TRY = Block("README.md", '"model": "demo"')
-OWN = Block("README.md", "SUPERVISOR_VLLM=scripts/fake_vllm")
+OWN_VLLM = Block("README.md", "SUPERVISOR_VLLM=scripts/fake_vllm")
 DOCKER = Block("README.md", "docker build")  # tests/containers/test_image.py
-WRONG = Block("README.md", "MAX_MODEL_LENGTH")  # tests/engine/test_cli.py
+MISTAKE = Block("README.md", "MAX_MODEL_LENGTH")  # tests/engine/test_cli.py
 # Run by tests/vllm/test_pages.py, tests/queue/test_pages.py or tests/containers/test_image.py.
 QUEUE = Block("README.md", "scripts/up --mode queue")
 CONTAINER = Block("docs/queue.md", "docker exec")
@@ -46,9 +46,9 @@ BALANCER_IN_THE_CLOUD = Block("docs/runpod.md", "https://$ENDPOINT.api.runpod.ai
 # No commands.
 PICTURE = Block("docs/queue.md", "RunPod ◄──")
 
-NAMED = (
-    TRY, OWN, DOCKER, WRONG, QUEUE, CONTAINER, SIMULATOR, FAKE_RUNPOD, WORKER, CLIENT, FAULTS, QUEUE_IN_THE_CLOUD,
-    BALANCER_IN_THE_CLOUD, PICTURE,
+NAMED_BLOCKS = (
+    TRY, OWN_VLLM, DOCKER, MISTAKE, QUEUE, CONTAINER, SIMULATOR, FAKE_RUNPOD, WORKER, CLIENT, FAULTS,
+    QUEUE_IN_THE_CLOUD, BALANCER_IN_THE_CLOUD, PICTURE,
 )  # fmt: skip
 # Of these pages all blocks are named.
 PAGES = ("README.md", "docs/queue.md", "docs/runpod.md", "docs/development/simulator.md")
@@ -75,18 +75,18 @@ def examples() -> list[tuple[str, str]]:
 ELIDED = "..."
 
 
-def shown(text: str) -> object:
+def read_shown(text: str) -> object:
     """The page's JSON, in which `...` stands for more elements, more members, or more of a text."""
-    within: list[str] = []
+    brackets: list[str] = []
 
     def read(token: re.Match[str]) -> str:
         word = token[0]
         if word in "[{":
-            within.append(word)
+            brackets.append(word)
         elif word in "]}":
-            within.pop()
+            brackets.pop()
         elif word == ELIDED:
-            return f'"{ELIDED}": null' if within[-1] == "{" else f'"{ELIDED}"'
+            return f'"{ELIDED}": null' if brackets[-1] == "{" else f'"{ELIDED}"'
         return word
 
     return json.loads(re.sub(r'"(?:[^"\\]|\\.)*"|\.\.\.|[][{}]', read, text))

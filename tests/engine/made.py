@@ -26,8 +26,8 @@ ODD = [
     b"chunked", b"Content-Length: 0\r\n", b"Transfer-Encoding: chunked\r\n",
     b"GET /smuggled HTTP/1.1\r\nHost: h\r\n\r\n",
 ]  # fmt: skip
-odd = st.one_of(st.sampled_from(ODD), st.binary(min_size=1, max_size=4))
-FRAMING = [
+odd_bytes = st.one_of(st.sampled_from(ODD), st.binary(min_size=1, max_size=4))
+FRAMING_HEADERS = [
     b"Content-Length: 5", b"Content-Length: 0", b"Content-Length: 44", b"content-length: 5", b"Content-Length: 05",
     b"Content-Length: 5, 5", b"Content-Length: +5", b"Content-Length:", b"Content-Length: 5 5",
     b"Content-Length: 18446744073709551621", b"Content-Length: 9223372036854775807", b"X-Length: 5", b"X-Strength: 5",
@@ -36,7 +36,7 @@ FRAMING = [
     b"Transfer-Encoding: xchunked", b"Transfer_Encoding: chunked", b"Connection: Transfer-Encoding",
     b"Connection: Content-Length",
 ]  # fmt: skip
-OTHER = [
+OTHER_HEADERS = [
     b"Host: h", b"Host: other", b"X-A: 1", b"X-A:", b"X-B: \xe9\xff", b"Connection: close", b"Connection: keep-alive",
     b"Connection: X-A, , X-B", b"Connection: Upgrade", b"Upgrade: h2c", b"Upgrade: websocket", b"TE: trailers",
     b"Expect: 100-continue", b"X-Request-Id: mine", b"Keep-Alive: 5", b"Trailer: X-Sum", b"X-C: " + b"c" * 3000,
@@ -58,7 +58,7 @@ def mutated(draw: st.DrawFn, data: bytes) -> bytes:
         elif what == "double":
             data = data[:stop] + data[at:]
         else:
-            put = b"" if what == "out" else draw(odd)
+            put = b"" if what == "out" else draw(odd_bytes)
             data = data[:at] + put + data[at if what == "in" else stop :]
     return data
 
@@ -95,13 +95,17 @@ def odd_requests(draw: st.DrawFn) -> bytes:
     )
     blank = draw(st.sampled_from([b" "] * 20 + [b"  ", b"\t"]))
     head = draw(st.sampled_from([b"GET", b"POST", b"HEAD"] * 6 + METHODS)) + blank + target + b" " + version + b"\r\n"
-    for line in [b"Host: h", *draw(st.lists(st.sampled_from(FRAMING + OTHER), max_size=5)), b"X-Marker: " + MARK]:
-        head += draw(spelt(line))
+    for line in [
+        b"Host: h",
+        *draw(st.lists(st.sampled_from(FRAMING_HEADERS + OTHER_HEADERS), max_size=5)),
+        b"X-Marker: " + MARK,
+    ]:
+        head += draw(header_lines(line))
     return head + b"\r\n" + draw(st.sampled_from(BODIES))
 
 
 @st.composite
-def spelt(draw: st.DrawFn, line: bytes) -> bytes:
+def header_lines(draw: st.DrawFn, line: bytes) -> bytes:
     """A header's line, in one of ten cases not as it should be."""
     if draw(st.integers(0, 9)):
         return line + b"\r\n"
@@ -115,7 +119,7 @@ SLOW = request(b"GET", b"/" + MARK, play((b"HTTP/1.1 200 OK\r\nContent-Length: 4
 good = st.one_of(good_requests(), good_requests(), good_requests(), st.just(SLOW))
 bad = good_requests().flatmap(mutated)
 any_request = st.one_of(good, bad, odd_requests())
-noise = st.one_of(st.binary(max_size=200), st.lists(odd, max_size=30).map(b"".join))
+noise = st.one_of(st.binary(max_size=200), st.lists(odd_bytes, max_size=30).map(b"".join))
 UNANSWERED = request(b"GET", b"/" + MARK, play())
 # What once went wrong.
 TWO_HOSTS_BETWEEN = SLOW + request(b"GET", b"/" + MARK, b"Host: other") + request(b"GET", b"/" + MARK)
@@ -125,7 +129,7 @@ CUT_BEHIND_A_LARGE_BODY = [_large[:100], _large[100:] + SMUGGLED[:9], SMUGGLED[9
 
 
 @st.composite
-def written(draw: st.DrawFn, requests: list[bytes], *, whole: bool = True) -> list[bytes]:
+def writes(draw: st.DrawFn, requests: list[bytes], *, whole: bool = True) -> list[bytes]:
     """In a few writes, many of which end near a request's end; not always `whole`."""
     data = b"".join(requests)
     near = draw(
@@ -157,8 +161,8 @@ CONTENTS = [
     b"", b"hello", b"hello\r\n", TWO_CHUNKS, EVENTS, EVENTS[:-3], EVENTS[:20], b"5\r\nhello\r\n0\r\nX-Sum: 1\r\n\r\n",
     b"5\r\nhellooo\r\n0\r\n\r\n", b"-5\r\nhello", b"5;\r\nhello\r\n0\r\n\r\n", b"ffffffffffffffffff\r\nhello",
 ]  # fmt: skip
-KNOWN = [answer for answer in [*ANSWERS.values(), *CLOSING_ANSWERS.values()] if len(answer) < 1000]
-BEHIND = [b"\r\n", b"\n", b"x", b"0\r\n\r\n", ANSWERS["200"], ANSWERS["204"], b"HTTP/1.1 103 Early\r\n\r\n"]
+KNOWN_ANSWERS = [answer for answer in [*ANSWERS.values(), *CLOSING_ANSWERS.values()] if len(answer) < 1000]
+BYTES_BEHIND = [b"\r\n", b"\n", b"x", b"0\r\n\r\n", ANSWERS["200"], ANSWERS["204"], b"HTTP/1.1 103 Early\r\n\r\n"]
 
 
 @dataclass
@@ -195,19 +199,28 @@ class Played:
 @st.composite
 def played(draw: st.DrawFn) -> Played:
     if draw(st.booleans()):
-        data = draw(st.sampled_from(KNOWN))
+        data = draw(st.sampled_from(KNOWN_ANSWERS))
         if draw(st.booleans()):
             data = draw(mutated(data))
     else:
-        lines = draw(st.lists(st.sampled_from([*FRAMING, *OTHER, b"Content-Type: text/event-stream"]), max_size=4))
-        data = draw(st.sampled_from(STATUS_LINES)) + b"\r\n" + b"".join([draw(spelt(line)) for line in lines]) + b"\r\n"
+        lines = draw(
+            st.lists(
+                st.sampled_from([*FRAMING_HEADERS, *OTHER_HEADERS, b"Content-Type: text/event-stream"]), max_size=4
+            )
+        )
+        data = (
+            draw(st.sampled_from(STATUS_LINES))
+            + b"\r\n"
+            + b"".join([draw(header_lines(line)) for line in lines])
+            + b"\r\n"
+        )
         data += draw(st.sampled_from(CONTENTS))
     before = draw(
         st.sampled_from(
             [b""] * 9 + [b"HTTP/1.1 103 Early\r\nContent-Length: 0\r\n\r\n", b"HTTP/1.1 100 C\r\n\r\n" * 99]
         )
     )
-    data = before + data + draw(st.sampled_from([b""] * 9 + BEHIND))
+    data = before + data + draw(st.sampled_from([b""] * 9 + BYTES_BEHIND))
     method, version = draw(st.sampled_from([b"GET", b"GET", b"HEAD"])), draw(st.sampled_from([b"1.1", b"1.1", b"1.0"]))
     found = Played(method, version, data, 0, draw(st.booleans()))
     answer, rest = found.meaning()

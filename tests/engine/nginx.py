@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 # Where nothing hides what nginx makes of a request by itself: limits far away, nothing repaired or left out for safety.
-PLACES = """
+COMMON_PART = """
 daemon off;
 worker_processes 1;
 {user}
@@ -33,8 +33,8 @@ http {{
     uwsgi_temp_path {folder}/uwsgi;
     scgi_temp_path {folder}/scgi;
 """
-CONFIGURATION = (
-    PLACES
+TRANSPARENT = (
+    COMMON_PART
     + """\
     client_max_body_size 0;
     client_header_buffer_size 64k;
@@ -70,7 +70,7 @@ CONFIGURATION = (
 
 # What most have: all but the places where it may write is nginx's own default.
 PLAIN = (
-    PLACES
+    COMMON_PART
     + """\
     server {{
         listen 127.0.0.1:{port}{listen};
@@ -99,7 +99,7 @@ def program() -> str:
 @contextlib.contextmanager
 def nginx_before(upstream: str, folder: Path) -> Iterator[int]:
     """Runs nginx in front of the unix socket, with all its files in `folder`; gives the port."""
-    with _running(CONFIGURATION, folder, upstream=upstream) as port:
+    with _running(TRANSPARENT, folder, upstream=upstream) as port:
         yield port
 
 

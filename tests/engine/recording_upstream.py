@@ -75,7 +75,7 @@ class Reader:
         self.request_line, self.line_ends = (REPAIRED_LINE, b"\r\n") if repairs else (REQUEST_LINE, b"")
         self.buffer = bytearray()
         self.request: Request | None = None  # whose head is complete, and whose body is not
-        self.left = 0  # of the body, or of the chunk
+        self.remaining = 0  # of the body, or of the chunk
         self.expects: Literal["head", "body", "size", "chunk", "trailers"] = "head"
 
     def feed(self, data: bytes) -> list[Request]:
@@ -136,10 +136,10 @@ class Reader:
         if len(request.values(b"host")) > 1:
             raise Malformed("more than one Host")
         self.request = request
-        self.left = int(lengths[0]) if lengths else 0
+        self.remaining = int(lengths[0]) if lengths else 0
         if codings:
             self.expects = "size"
-        elif self.left:
+        elif self.remaining:
             self.expects = "body"
         else:
             request.complete = True
@@ -147,11 +147,11 @@ class Reader:
 
     def _take(self, request: Request) -> bool:
         """Moves what is there of the body; True when all of it is."""
-        piece = self.buffer[: self.left]
+        piece = self.buffer[: self.remaining]
         request.body += piece
         del self.buffer[: len(piece)]
-        self.left -= len(piece)
-        return not self.left
+        self.remaining -= len(piece)
+        return not self.remaining
 
     def _size(self) -> bool:
         end = self.buffer.find(b"\n")
@@ -162,8 +162,8 @@ class Reader:
         if match is None or self.buffer[end - 1 : end] != b"\r":
             raise Malformed(f"no chunk size: {line[:80]!r}")
         del self.buffer[: end + 1]
-        self.left = int(match[1], 16)
-        self.expects = "chunk" if self.left else "trailers"
+        self.remaining = int(match[1], 16)
+        self.expects = "chunk" if self.remaining else "trailers"
         return True
 
     def _trailers(self, request: Request) -> bool:
@@ -198,7 +198,7 @@ def read(data: bytes) -> tuple[list[Request], str]:
     try:
         while at < len(data):  # in steps, so that those before a malformed one are had
             if reader.expects in ("body", "chunk"):
-                step = at + max(1, reader.left)
+                step = at + max(1, reader.remaining)
             elif reader.expects == "size":
                 step = data.find(b"\n", at) + 1
             else:
@@ -269,8 +269,8 @@ class Upstream:
                 "method": request.method.decode("latin-1"),
                 "target": request.target.decode("latin-1"),
                 "version": request.version.decode(),
-                "headers": text(request.headers),
-                "trailers": text(request.trailers),
+                "headers": text_fields(request.headers),
+                "trailers": text_fields(request.trailers),
                 "length": len(request.body),
                 "sha256": sha256(request.body).hexdigest(),
             }
@@ -281,7 +281,7 @@ class Upstream:
         return json.dumps(found).encode()
 
 
-def text(found: Fields) -> list[tuple[str, str]]:
+def text_fields(found: Fields) -> list[tuple[str, str]]:
     return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in found]
 
 
@@ -293,7 +293,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, upstream: Upstream) -> None:
         self.upstream = upstream
         self.reader = Reader()
-        self.turns = asyncio.Lock()
+        self.answer_lock = asyncio.Lock()
         self.tasks: set[asyncio.Task[None]] = set()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -311,16 +311,16 @@ class Connection(asyncio.Protocol):
         try:
             for request in self.reader.feed(data):
                 self.upstream.remember("request", request)
-                self.progress(request)
+                self.answer_if_due(request)
         except Malformed as error:
             self.upstream.remember("malformed", why=str(error))
             self.reader = Reader()
             self.transport.abort()
             return
         if self.reader.request is not None:
-            self.progress(self.reader.request)
+            self.answer_if_due(self.reader.request)
 
-    def progress(self, request: Request) -> None:
+    def answer_if_due(self, request: Request) -> None:
         """Answers the request, if enough of it is there."""
         if request.answered:
             return
@@ -342,15 +342,15 @@ class Connection(asyncio.Protocol):
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     async def answer(self, request: Request, script: dict[str, Any] | None) -> None:
-        async with self.turns:
+        async with self.answer_lock:
             if script is None:
-                self.transport.write(self.usual(request))
+                self.transport.write(self.default_answer(request))
                 if request.version == b"1.0" or request.value(b"connection").lower() == b"close":
                     self.transport.close()
                 return
             for number, (data, *timing) in enumerate(script["parts"]):
                 if number:
-                    await self.taken()
+                    await self.wait_until_read()
                 delay, times = (*timing, *(0, 1)[len(timing) :])
                 await asyncio.sleep(delay)
                 self.transport.write(base64.b64decode(data) * times)
@@ -359,7 +359,7 @@ class Connection(asyncio.Protocol):
             elif script["close"]:
                 self.transport.close()
 
-    def usual(self, request: Request) -> bytes:
+    def default_answer(self, request: Request) -> bytes:
         if request.target == b"/_records":
             body = self.upstream.take()
         else:
@@ -367,7 +367,7 @@ class Connection(asyncio.Protocol):
         head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nX-Answer: yes\r\n\r\n" % len(body)
         return head if request.method == b"HEAD" else head + body
 
-    async def taken(self) -> None:
+    async def wait_until_read(self) -> None:
         """Returns when the other side has read all that was written, so that no read of it sees two parts as one.
 
         Nothing would set an event when it does.

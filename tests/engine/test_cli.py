@@ -25,7 +25,7 @@ from supervisor.listen import bind
 from supervisor.settings.settings import Arguments, SettingsError, gather
 from tests.engine.conftest import Call
 from tests.harness import DEMO, FAKE, SUPERVISOR, clean_environment, wait_until
-from tests.pages import WRONG
+from tests.pages import MISTAKE
 
 
 def run(*arguments: str, cwd: Path, vllm: str | None = str(FAKE), **environ: str) -> subprocess.CompletedProcess[str]:
@@ -250,7 +250,7 @@ def test_a_vllm_that_is_no_program(asked: Asked, tmp_path: Path) -> None:
 
 
 def test_the_readmes_example_of_wrong_settings_is_what_comes_out(tmp_path: Path) -> None:
-    command, *said = WRONG.text().removeprefix("$ ").splitlines()
+    command, *said = MISTAKE.text().removeprefix("$ ").splitlines()
     environ = dict(word.split("=") for word in command.split()[:-1])
     assert command.split()[-1] == "scripts/up"
     assert run("up", "m", cwd=tmp_path, **environ).stderr.splitlines() == said

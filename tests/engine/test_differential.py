@@ -19,7 +19,7 @@ import pytest
 
 from tests.engine.nginx import nginx_before
 from tests.engine.recording_upstream import Records, play
-from tests.engine.wire import Answer, Seen, converse
+from tests.engine.wire import Answer, Transcript, converse
 from tests.harness import Supervisor
 
 UPSTREAM = Path(__file__).with_name("recording_upstream.py")
@@ -742,7 +742,7 @@ DIFFERENCES = [
 
 @dataclass
 class Observed:
-    seen: Seen
+    seen: Transcript
     records: list[dict[str, Any]]
 
     @property

@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.harness import FAKE, ROOT, SUPERVISOR, Supervisor, events, http, session_of, wait_until
+from tests.harness import FAKE, ROOT, SUPERVISOR, Supervisor, events, http, session_pids, wait_until
 
 CHAT = "/v1/chat/completions"
 
@@ -29,7 +29,7 @@ def fault(**keys: object) -> dict[str, str]:
 
 def leaves_nothing(supervisor: Supervisor, workspace: Path) -> None:
     assert supervisor.engine_pid is not None
-    assert session_of(supervisor.engine_pid) == []
+    assert session_pids(supervisor.engine_pid) == []
     assert not workspace.exists()
 
 
@@ -188,7 +188,7 @@ def test_stop_while_it_loads_answers_the_waiting() -> None:
         assert held.result().status_code == 503
         assert supervisor.exit_code() == 0
         assert "ignored SIGTERM" not in supervisor.output
-        assert session_of(supervisor.engine_pid or 0) == []
+        assert session_pids(supervisor.engine_pid or 0) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -204,7 +204,7 @@ def test_a_signal_right_after_the_spawn_leaves_nothing(number: int) -> None:
         supervisor.engine_pid = int(str(wait_until(spawned, "the spawn")))
         supervisor.signal(number)
         assert supervisor.exit_code() == 0
-        assert session_of(supervisor.engine_pid) == []
+        assert session_pids(supervisor.engine_pid) == []
 
 
 def test_drain_timeout_cuts_and_says_so_in_the_exit_code() -> None:
@@ -243,7 +243,7 @@ def test_vllm_that_ignores_sigterm_is_killed_with_all_that_it_started() -> None:
     with Supervisor("m", plan=plan, environ={"SUPERVISOR_DRAIN_TIMEOUT": "1"}) as supervisor:
         supervisor.ready().engine()
         workspace = Path(supervisor.socket).parent
-        assert len(session_of(supervisor.engine())) >= 4
+        assert len(session_pids(supervisor.engine())) >= 4
         supervisor.signal(signal.SIGTERM)
         assert supervisor.exit_code(20) == 0
         assert "ignored SIGTERM" in supervisor.output
@@ -259,7 +259,7 @@ def test_startup_timeout_is_exit_3_and_names_the_variable() -> None:
         supervisor.engine()
         assert supervisor.exit_code() == 3
         assert "SUPERVISOR_STARTUP_TIMEOUT" in supervisor.output
-        assert session_of(supervisor.engine()) == []
+        assert session_pids(supervisor.engine()) == []
 
 
 @pytest.mark.slow
@@ -294,7 +294,7 @@ def test_a_stopped_reader_of_our_output_stops_nothing() -> None:
         while os.read(read, 65536):
             pass
         assert process.wait(15) == 0
-        assert session_of(engine) == []
+        assert session_pids(engine) == []
     finally:
         process.kill()
         process.wait()
@@ -311,7 +311,7 @@ def test_closed_output_stops_nothing() -> None:
             assert supervisor.client.post(CHAT, json=chat()).status_code == 200
         supervisor.signal(signal.SIGTERM)
         assert supervisor.process.wait(15) == 0
-        assert session_of(supervisor.engine()) == []
+        assert session_pids(supervisor.engine()) == []
 
 
 def test_readme_tool_line_works() -> None:

@@ -22,7 +22,7 @@ from tests.harness import (
     RawClient,
     Supervisor,
     events,
-    session_of,
+    session_pids,
     wait_until,
 )
 
@@ -75,7 +75,7 @@ def ends(supervisor: Supervisor) -> None:
     supervisor.engine_pid = supervisor.client.get("/status").json()["pid"]
     supervisor.signal(signal.SIGTERM)
     assert supervisor.exit_code() == 0
-    assert session_of(supervisor.engine_pid) == []
+    assert session_pids(supervisor.engine_pid) == []
 
 
 # A process of the engine dies
@@ -96,7 +96,7 @@ def test_death_while_idle_costs_nothing_and_is_counted(victim: str) -> None:
         assert status["restarts"] == 1
         assert status["last_failure"]["cause"]
         assert status["transitions"] == {"starting -> ready": 2, "ready -> restarting": 1, "restarting -> starting": 1}
-        assert session_of(before["pid"]) == []
+        assert session_pids(before["pid"]) == []
         scrape = Scrape(supervisor)
         assert scrape("supervisor_engine_restarts_total") == 1
         assert scrape("supervisor_requests_held_total") + scrape("supervisor_requests_replayed_total") >= 1
@@ -289,7 +289,7 @@ def test_a_part_that_dies_while_it_loads_is_noticed() -> None:
         session = supervisor.engine()
 
         def engine_core() -> int | None:
-            for pid in session_of(session):
+            for pid in session_pids(session):
                 with contextlib.suppress(psutil.Error):
                     if psutil.Process(pid).name().startswith("VLLM::EngineCore"):
                         return pid
@@ -361,7 +361,7 @@ def test_sigkill_of_the_supervisor_takes_vllm_along() -> None:
         wait_until(lambda: "psm_fake" in note.read_text(), "the note of its shared memory")
         segments = json.loads(note.read_text())["segments"]
         supervisor.signal(signal.SIGKILL)
-        wait_until(lambda: session_of(supervisor.engine()) == [], "vLLM's end")
+        wait_until(lambda: session_pids(supervisor.engine()) == [], "vLLM's end")
         wait_until(lambda: not workspace.exists(), "the workspace's removal")
         assert not [path for path in segments if "psm_fake" in path and Path(path).exists()]
 
@@ -383,12 +383,12 @@ def test_a_new_start_cleans_what_it_finds_of_its_own_and_nothing_else() -> None:
         guard.kill()
         first.signal(signal.SIGKILL)
         first.process.wait()
-        assert len(session_of(first.engine())) >= 3
+        assert len(session_pids(first.engine())) >= 3
         stranger = Path(tempfile.mkdtemp(prefix="supervisor-", dir=base))  # looks like ours, and has no note
         with Supervisor("m", environ={"TMPDIR": base}) as second:
             second.says("starting m")
             assert not workspace.exists()
-            assert session_of(first.engine()) == []
+            assert session_pids(first.engine()) == []
             assert not [path for path in segments if "psm_fake" in path and Path(path).exists()]
             second.ready().engine()
         assert stranger.exists()
@@ -432,7 +432,7 @@ def test_parents_death_changes_nothing() -> None:
             assert parent.client.post(CHAT, json=chat()).status_code == 200
             ours.send_signal(signal.SIGTERM)
             wait_until(lambda: not ours.is_running(), "its end")
-            assert session_of(session) == []
+            assert session_pids(session) == []
         finally:
             with contextlib.suppress(psutil.NoSuchProcess):
                 ours.kill()
@@ -471,7 +471,7 @@ def test_at_sigterm_running_streams_complete_and_waiting_requests_are_refused() 
             last = list(events(client.until(b"[DONE]")))[-1]
             assert last["choices"][0]["finish_reason"] == "length"  # type: ignore[index]
         assert supervisor.exit_code() == 0
-        assert session_of(supervisor.engine()) == []
+        assert session_pids(supervisor.engine()) == []
 
 
 def test_the_limit_is_first_come_first_served_and_then_429() -> None:

@@ -24,7 +24,7 @@ import psutil
 import pytest
 
 from tests.engine.stand_ins import STAND_INS, Watched, missing
-from tests.harness import Supervisor, gone, http, session_of, wait_until
+from tests.harness import Supervisor, have_ended, http, session_pids, wait_until
 
 COMPLETIONS = "/v1/completions"
 # A machine with NVIDIA's driver, as far as anybody looks.
@@ -64,7 +64,7 @@ def stop(supervisor: Watched) -> None:
     """SIGTERM: it is gone soon after vLLM is."""
     session = vllm(supervisor)
     supervisor.signal(signal.SIGTERM)
-    wait_until(lambda: session_of(session) == [], "vLLM's end")
+    wait_until(lambda: session_pids(session) == [], "vLLM's end")
     supervisor.leaves(0, LEAVES, "after vLLM's")
 
 
@@ -161,7 +161,7 @@ def test_sigterm_is_heard_while_the_driver_hangs(driver: Path) -> None:
         pid = vllm(supervisor)
         supervisor.signal(signal.SIGTERM)
         supervisor.leaves(0, LEAVES, "after SIGTERM")
-        assert session_of(pid) == []
+        assert session_pids(pid) == []
 
 
 @pytest.mark.slow
@@ -187,7 +187,7 @@ def test_sigterm_is_heard_while_a_crash_waits_for_the_driver(driver: Path) -> No
         supervisor.says("ready -> restarting")
         supervisor.signal(signal.SIGTERM)
         supervisor.leaves(0, 3.5, "after SIGTERM")
-        assert session_of(pid) == []
+        assert session_pids(pid) == []
 
 
 # A disk
@@ -402,7 +402,7 @@ def test_sigterm_is_heard_while_a_restart_waits_for_weights_that_hang(
         assert pings.statuses() == {204}
         supervisor.signal(signal.SIGTERM)
         supervisor.leaves(0, 4, "after SIGTERM")
-        assert session_of(pid) == []
+        assert session_pids(pid) == []
 
 
 @pytest.mark.slow
@@ -439,7 +439,7 @@ def test_weights_that_hang_at_the_first_start(disk: Callable[[Path], Disk], tmp_
         children = descendants(supervisor)
         supervisor.signal(signal.SIGTERM)
         supervisor.leaves(0, 4, "after SIGTERM")
-        wait_until(lambda: gone(*children), "the end of all that it had started", 2)
+        wait_until(lambda: have_ended(*children), "the end of all that it had started", 2)
 
 
 @pytest.mark.slow

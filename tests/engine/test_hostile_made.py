@@ -24,8 +24,8 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from tests.engine import made
-from tests.engine.made import NUMBERS, Played, good, numbered, written
-from tests.engine.recording_upstream import Records, Request, play, read, text
+from tests.engine.made import NUMBERS, Played, good, numbered, writes
+from tests.engine.recording_upstream import Records, Request, play, read, text_fields
 from tests.engine.test_differential import UPSTREAM, is_own, request
 from tests.engine.wire import Answer, answers_in, origin_form, without_hop_by_hop
 from tests.harness import RawClient, Supervisor, wait_until
@@ -194,26 +194,26 @@ def as_arrived(record: dict[str, Any]) -> object:
 
 
 def as_sent(one: Request) -> object:
-    fields = {"headers": text(without_hop_by_hop(one)), "trailers": text(one.trailers)}
+    fields = {"headers": text_fields(without_hop_by_hop(one)), "trailers": text_fields(one.trailers)}
     names = {"method": one.method.decode("latin-1"), "target": origin_form(one.target).decode("latin-1")}
     return as_arrived(json.loads(json.dumps(fields)) | names | {"sha256": sha256(one.body).hexdigest()})
 
 
 @examples(150)
-@given(pieces=st.lists(made.bad, min_size=1, max_size=1).flatmap(written))
+@given(pieces=st.lists(made.bad, min_size=1, max_size=1).flatmap(writes))
 def test_a_request_in_which_a_few_bytes_are_wrong(bench: Bench, pieces: list[bytes]) -> None:
     converse(bench, pieces, "stays")
 
 
 @examples(150)
-@given(pieces=st.lists(made.odd_requests(), min_size=1, max_size=1).flatmap(written))
+@given(pieces=st.lists(made.odd_requests(), min_size=1, max_size=1).flatmap(writes))
 def test_a_request_of_odd_parts(bench: Bench, pieces: list[bytes]) -> None:
     converse(bench, pieces, "stays")
 
 
 @examples(100)
 @given(
-    pieces=st.lists(made.any_request, min_size=2, max_size=5).flatmap(lambda row: written(row, whole=False)),
+    pieces=st.lists(made.any_request, min_size=2, max_size=5).flatmap(lambda row: writes(row, whole=False)),
     leaves=st.sampled_from(["stays", "half", "reset", "gone"]),
 )
 @example(pieces=[made.TWO_HOSTS_BETWEEN], leaves="stays")
@@ -223,7 +223,7 @@ def test_a_row_of_requests_whose_client_may_go(bench: Bench, pieces: list[bytes]
 
 
 @examples(60)
-@given(pieces=st.lists(good, min_size=1, max_size=5).flatmap(written))
+@given(pieces=st.lists(good, min_size=1, max_size=5).flatmap(writes))
 @example(pieces=[made.CHUNKED_BEHIND])
 @example(pieces=made.CUT_BEHIND_A_LARGE_BODY)
 def test_a_row_of_good_requests_is_answered_in_whatever_pieces_it_comes(bench: Bench, pieces: list[bytes]) -> None:
@@ -233,7 +233,7 @@ def test_a_row_of_good_requests_is_answered_in_whatever_pieces_it_comes(bench: B
 
 
 @examples(50)
-@given(pieces=made.noise.flatmap(lambda data: written([data])), leaves=st.sampled_from(["stays", "half"]))
+@given(pieces=made.noise.flatmap(lambda data: writes([data])), leaves=st.sampled_from(["stays", "half"]))
 def test_noise(bench: Bench, pieces: list[bytes], leaves: str) -> None:
     converse(bench, pieces, leaves)
 

@@ -19,7 +19,7 @@ from supervisor.around import postmortem
 from supervisor.around.machine import Machine
 from supervisor.around.postmortem import MAX_BUNDLES, PostMortem, format_block
 from supervisor.secrets import Mask
-from tests.harness import Supervisor, session_of
+from tests.harness import Supervisor, session_pids
 
 SECRETS = {
     "HF_TOKEN": "hf_plantedtoken1",
@@ -104,7 +104,7 @@ def test_a_full_disk_costs_a_line_and_no_request(tmp_path: Path) -> None:
         supervisor.engine_pid = supervisor.client.get("/status").json()["pid"]
         supervisor.signal(signal.SIGTERM)
         assert supervisor.exit_code() == 0
-        assert session_of(supervisor.engine()) == []
+        assert session_pids(supervisor.engine()) == []
         assert "Traceback" not in supervisor.output
     assert [path for path in bundles(tmp_path) if path.stat().st_size == 0] == []
 

@@ -21,7 +21,7 @@ from supervisor.around import prefork, zygote
 from supervisor.around.prefork import MIN_MEMORY_BYTES, Prefork, make_prefork
 from supervisor.engine.child import _spawn_by_fork
 from tests.engine.test_faults import CHAT, OFTEN, chat
-from tests.harness import DEMO, Supervisor, gone, session_of, wait_until
+from tests.harness import DEMO, Supervisor, have_ended, session_pids, wait_until
 
 IMPORTABLE = Path(__file__).with_name("stand_ins") / "importable"
 SCRIPT = (
@@ -102,7 +102,7 @@ def test_a_crashed_engine_is_followed_by_a_fork(start: Start) -> None:
         supervisor.signal(signal.SIGTERM)
         assert supervisor.exit_code() == 0
         assert not zygote.is_running()
-        assert not session_of(supervisor.engine())
+        assert not session_pids(supervisor.engine())
 
 
 @pytest.mark.slow
@@ -198,8 +198,8 @@ def test_nothing_outlives_a_supervisor_that_was_killed(start: Start) -> None:
         crash(supervisor, FORKED)
         zygote, engine = the_zygote(supervisor), supervisor.engine()
         supervisor.process.kill()
-        wait_until(lambda: gone(zygote), "the zygote's end")
-        wait_until(lambda: not session_of(engine), "the engine's end")
+        wait_until(lambda: have_ended(zygote), "the zygote's end")
+        wait_until(lambda: not session_pids(engine), "the engine's end")
 
 
 # Without a process

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.harness import Supervisor, events, session_of, wait_until
+from tests.harness import Supervisor, events, session_pids, wait_until
 
 pytestmark = pytest.mark.slow  # each test starts two supervisors
 
@@ -71,7 +71,7 @@ def part(supervisor: Supervisor, name: str) -> int:
         return session
 
     def named() -> int | None:  # it takes its name when its program has begun: vLLM may be ready before
-        return next((pid for pid in session_of(session) if psutil.Process(pid).name().startswith(name)), None)
+        return next((pid for pid in session_pids(session) if psutil.Process(pid).name().startswith(name)), None)
 
     return int(str(wait_until(named, name)))
 
@@ -148,7 +148,7 @@ def test_a_rank_that_never_comes_is_waited_for_again_and_then_given_up(rank: int
         session = part(alone, "")
         assert alone.exit_code() == 3
         assert "1 restarts in 60 s is the limit" in alone.output
-        assert session_of(session) == []
+        assert session_pids(session) == []
 
 
 # Failing
@@ -216,7 +216,7 @@ def test_sigterm_on_another_rank_alone_ends_it_and_rank_0_waits() -> None:
         other.signal(signal.SIGTERM)
         assert other.exit_code() == 0
         assert "ignored SIGTERM" not in other.output
-        assert session_of(session) == []
+        assert session_pids(session) == []
         waits(first, "starting")
 
 
@@ -258,7 +258,7 @@ def test_sigterm_on_rank_0_drains_and_the_others_wait() -> None:
 
         assert streamed(first, 0.02, 100, stop)["choices"][0]["finish_reason"] == "length"
         assert first.exit_code() == 0
-        assert session_of(first.engine_pid or 0) == []
+        assert session_pids(first.engine_pid or 0) == []
         other.says(rf"ready -> restarting: the rank at {LEADER} is gone")
         waits(other, "starting")
 
@@ -285,7 +285,7 @@ def test_the_end_of_a_workers_helper_is_nobodys_death() -> None:
     with Supervisor("m", plan=[{"worker_helper": True, "load_seconds": 2}, {}]) as supervisor:
 
         def helpers() -> list[psutil.Process]:
-            workers = [psutil.Process(pid) for pid in session_of(supervisor.engine())]
+            workers = [psutil.Process(pid) for pid in session_pids(supervisor.engine())]
             workers = [process for process in workers if process.name() == "VLLM::Worker"]
             return [process for process in workers if process.parent() in workers]
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.harness import FAKE, ROOT, Supervisor, clean_environment
-from tests.pages import OWN, QUEUE, TRY
+from tests.pages import OWN_VLLM, QUEUE, TRY
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def test_from_a_clone_to_an_answer(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_model_of_ones_own(tmp_path: Path) -> None:
-    mine, _ = OWN.commands()
+    mine, _ = OWN_VLLM.commands()
     assert "--port 9000" in mine
     with pasted(mine.replace("9000", "0"), tmp_path) as supervisor:
         supervisor.ready()
@@ -65,7 +65,7 @@ def test_a_model_of_ones_own(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_stand_in(tmp_path: Path) -> None:
-    _, stand_in = OWN.commands()
+    _, stand_in = OWN_VLLM.commands()
     with pasted(stand_in, tmp_path, vllm=None) as supervisor:
         supervisor.ready()
         assert f"{FAKE} serve x " in supervisor.client.get("/status").json()["command"]

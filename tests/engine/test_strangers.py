@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from tests.engine.stand_ins import STAND_INS, Watched, missing
-from tests.harness import SUPERVISOR, clean_environment, gone, session_of, wait_until
+from tests.harness import SUPERVISOR, clean_environment, have_ended, session_pids, wait_until
 
 SOMEBODY = 65534
 FRESH = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child", sys.executable)
@@ -127,8 +127,8 @@ def test_a_stranger_with_the_number_of_a_dead_engine_lives(numbers: None, base: 
         assert others
         assert supervisor.ask("stranger", dead) == dead
         supervisor.ours.send_signal(number)
-        wait_until(lambda: gone(supervisor.ours), "its end")
-        wait_until(lambda: all(map(gone, others)), "the end of all that it had started")
+        wait_until(lambda: have_ended(supervisor.ours), "its end")
+        wait_until(lambda: all(map(have_ended, others)), "the end of all that it had started")
         assert workspaces(base) == []
         assert supervisor.output.count("(fake), model") == 1, "it was started again too soon: this says nothing"
         assert supervisor.ask("lives", dead), "the stranger was killed"
@@ -146,7 +146,7 @@ def test_a_leftovers_number_that_is_a_strangers_now(numbers: None, base: Path) -
         first.ours.suspend()  # it must have no time to say that the engine is gone
         for process in family:
             process.kill()
-        wait_until(lambda: all(map(gone, family)), "the end of all")
+        wait_until(lambda: all(map(have_ended, family)), "the end of all")
         assert workspace.exists()
         member = first.ask("orphan of N", dead)
         assert first.ask("lives", member)
@@ -197,7 +197,7 @@ class Note:
             note = Path(supervisor.socket).parent / "remains.json"
             wait_until(lambda: f"psm_fake_{session}" in note.read_text(), "the note of its memory")
             self.content = json.loads(note.read_text())
-            self.members = {str(pid): ticks(pid) for pid in session_of(session)}
+            self.members = {str(pid): ticks(pid) for pid in session_pids(session)}
 
     def of(self, victim: Victim) -> str:
         pid, start = victim.process.pid, ticks(victim.process.pid)

@@ -18,7 +18,7 @@ from tests.engine.recording_upstream import Fields, Malformed, Request, fields
 STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([0-9]{3})(?: ([\t -~\x80-\xff]*))?")
 PROBE = b"GET /probe HTTP/1.1\r\nHost: probe\r\n\r\n"
 PATIENCE = 5.0  # seconds for a whole conversation
-SILENCE = 5  # how often `quiet` is called before it is one
+QUIET_CALLS = 5  # how often `quiet` is called before it is one
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Answer:
 
 
 @dataclass
-class Seen:
+class Transcript:
     """How a conversation went. `end`: open (another request was answered), closed,
     reset, silent (it is waited), or garbled."""
 
@@ -131,7 +131,7 @@ def converse(
     half_close: bool = False,
     probes: bool = True,
     quiet: Callable[[], object] | None = None,
-) -> Seen:
+) -> Transcript:
     """Sends the pieces, each in a write of its own, and reads until each of `methods` has its answer.
 
     A number among the pieces waits until so many answers have come, interim ones included; a negative one until so many
@@ -170,14 +170,14 @@ class _Conversation:
         self.problem = ""
         self.end = ""  # while neither side has ended it
 
-    def run(self) -> Seen:
+    def run(self) -> Transcript:
         deadline = time.monotonic() + PATIENCE
         probing = False
         silence = 0
         while True:
             self._parse()
             if self.problem:
-                return self._seen("garbled")
+                return self._transcript("garbled")
             if self.end:
                 break
             finals = sum(answer.status >= 200 for answer in self.answers)
@@ -191,25 +191,25 @@ class _Conversation:
             # Who has said that no more comes is answered, and then closed on.
             if done and not self._last_announces_close() and not self.half_closed:
                 if probing:
-                    return self._seen("open", without_probe=True)
+                    return self._transcript("open", without_probe=True)
                 if not self.probes:
-                    return self._seen("open")
+                    return self._transcript("open")
                 probing = True
                 self.pieces.append(PROBE)
                 self.methods.append(b"GET")
                 continue
             wants_to_send = bool(self.pieces) and isinstance(self.pieces[0], bytes)
-            moment = 0.0 if self.quiet is not None else max(0.0, deadline - time.monotonic())
-            readable, writable, _ = select.select([self.connection], [self.connection] * wants_to_send, [], moment)
+            timeout = 0.0 if self.quiet is not None else max(0.0, deadline - time.monotonic())
+            readable, writable, _ = select.select([self.connection], [self.connection] * wants_to_send, [], timeout)
             if readable:
                 self._receive()
                 silence = 0
             elif writable:
                 self._send()
             elif self.quiet is not None:
-                if silence == SILENCE:
+                if silence == QUIET_CALLS:
                     if not self.pieces or isinstance(self.pieces[0], bytes):  # which the other side does not take
-                        return self._seen("silent")
+                        return self._transcript("silent")
                     self.pieces.pop(0)
                     silence = 0
                 silence += 1
@@ -217,7 +217,7 @@ class _Conversation:
             else:
                 raise AssertionError(f"nothing more came in {PATIENCE} s; received {self.received[-2000:]!r}")
         finals = sum(answer.status >= 200 for answer in self.answers)
-        return self._seen(self.end, without_probe=probing and finals == len(self.methods))
+        return self._transcript(self.end, without_probe=probing and finals == len(self.methods))
 
     def _has_come(self, piece: bytes | int | None) -> bool:
         """What is waited for: so many answers, or with a negative number so many bytes."""
@@ -256,11 +256,11 @@ class _Conversation:
         except Malformed as error:
             self.problem = str(error)
 
-    def _seen(self, end: str, without_probe: bool = False) -> Seen:
+    def _transcript(self, end: str, without_probe: bool = False) -> Transcript:
         answers = self.answers[:-1] if without_probe else self.answers
         head, _, body = self.rest.partition(b"\r\n\r\n")
         left = f"cut: {head.partition(b' ')[2][:3].decode('latin-1')} {body[:80]!r}" if self.rest else ""
-        return Seen(answers, end, self.received, self.problem or left)
+        return Transcript(answers, end, self.received, self.problem or left)
 
 
 def origin_form(target: bytes) -> bytes:

@@ -193,7 +193,7 @@ class Lives(RuleBasedStateMachine):
             vllm.answers()
             self.world.passes(1)
 
-    @precondition(lambda self: not self.world.launches[-1].over.done())
+    @precondition(lambda self: not self.world.launches[-1].spawned.done())
     @rule(works=st.booleans())
     def launch_ends(self, works: bool) -> None:
         launching = self.world.launches[-1]
@@ -322,7 +322,7 @@ def test_a_warm_up_comes_before_the_first_request() -> None:
     with World(limits(warm_up=b"{}")) as world:
         world.launched().answers()
         world.passes(1)
-        assert world.asked[-3:] == ["/health", "/v1/completions", "/health"]
+        assert world.asked_paths[-3:] == ["/health", "/v1/completions", "/health"]
         assert world.account.ready
 
 
@@ -420,7 +420,7 @@ def test_what_is_no_hang(what: str) -> None:
             world.passes(1)
         assert world.account.ready
         if what in ("idle", "off"):
-            assert "/metrics" not in world.asked
+            assert "/metrics" not in world.asked_paths
 
 
 # Faults of our own

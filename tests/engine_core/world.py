@@ -110,12 +110,12 @@ class ScriptedVllm:
         return self.undying
 
 
-class Launching:
+class ScriptedLaunch:
     """Stands for `bounded.Call`: a start under way, which the test may hold up."""
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.over: asyncio.Future[ScriptedVllm] = world.loop.create_future()
+        self.spawned: asyncio.Future[ScriptedVllm] = world.loop.create_future()
         self.discard: Callable[[ScriptedVllm], object] | None = None
 
     def succeeds(self) -> ScriptedVllm:
@@ -123,17 +123,17 @@ class Launching:
         if self.discard is not None:
             self.discard(vllm)
         else:
-            self.over.set_result(vllm)
+            self.spawned.set_result(vllm)
         return vllm
 
     def fails(self, error: OSError) -> None:
-        self.over.set_exception(error)
+        self.spawned.set_exception(error)
 
     def abandon(self, discard: Callable[[ScriptedVllm], object]) -> None:
         self.discard = discard
 
     def __await__(self) -> Generator[Any, None, ScriptedVllm]:
-        return self.over.__await__()
+        return self.spawned.__await__()
 
 
 class Front:
@@ -152,7 +152,7 @@ class Front:
         return await self.drained
 
 
-class Seen(Observer):
+class RecordingObserver(Observer):
     """What an observer is told, in order."""
 
     def __init__(self) -> None:
@@ -182,11 +182,11 @@ class Seen(Observer):
         self.failures.append(verdict)
 
 
-async def at_once(_seconds: float | None, call: Callable[[], Any]) -> Any:
+async def run_in_stopped_time(_seconds: float | None, call: Callable[[], Any]) -> Any:
     """`bounded.bounded` where the time stands still: in a thread, which takes none of it."""
-    over = Call(call)
-    over.wait(30)
-    return over.result()
+    bounded_call = Call(call)
+    bounded_call.wait(30)
+    return bounded_call.result()
 
 
 class World:
@@ -197,20 +197,20 @@ class World:
         self.limits = limits
         self.slow_launch = slow_launch
         self.front = Front()
-        self.seen = Seen()
+        self.seen = RecordingObserver()
         self.observers = observers
         self.vllms: list[ScriptedVllm] = []
-        self.launches: list[Launching] = []
-        self.asked: list[str] = []
-        self.pids = 1000
+        self.launches: list[ScriptedLaunch] = []
+        self.asked_paths: list[str] = []
+        self.latest_pid = 1000
         self.log: list[logging.LogRecord] = []
         self.engine: Engine = None  # type: ignore[assignment]  # made on the loop
         self.account: Account = None  # type: ignore[assignment]  # what others ask of it
         self.running: asyncio.Task[int] = None  # type: ignore[assignment]
 
     def __enter__(self) -> World:
-        self._at_once = patch("supervisor.engine.engine.run_bounded", at_once)
-        self._at_once.start()
+        self._bounded_patch = patch("supervisor.engine.engine.run_bounded", run_in_stopped_time)
+        self._bounded_patch.start()
         self._handler = logging.Handler()
         self._handler.emit = self.log.append  # type: ignore[method-assign]
         logger = logging.getLogger("supervisor")
@@ -233,7 +233,7 @@ class World:
             with contextlib.suppress(asyncio.CancelledError):
                 self.loop.run_until_complete(self.running)
         finally:
-            self._at_once.stop()
+            self._bounded_patch.stop()
             logging.getLogger("supervisor").removeHandler(self._handler)
             self.loop.close()
 
@@ -259,16 +259,16 @@ class World:
 
     # What is launched, asked and told
 
-    def launch(self) -> Launching:
-        launching = Launching(self)
+    def launch(self) -> ScriptedLaunch:
+        launching = ScriptedLaunch(self)
         self.launches.append(launching)
         if not self.slow_launch:
             launching.succeeds()
         return launching
 
     def new_pid(self) -> int:
-        self.pids += 1
-        return self.pids
+        self.latest_pid += 1
+        return self.latest_pid
 
     def launched(self) -> ScriptedVllm:
         """The latest."""
@@ -283,7 +283,7 @@ class World:
         return vllm
 
     async def ask(self, path: str, body: bytes, patience: float) -> tuple[int, bytes] | None:
-        self.asked.append(path)
+        self.asked_paths.append(path)
         vllm = self.vllms[-1] if self.vllms else None
         if vllm is None or not vllm.alive:
             return None

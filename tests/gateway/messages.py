@@ -33,8 +33,8 @@ class Message:
         self.content = bytearray()
         self.whole = False  # all of its body is there
         self.chunked = False
-        self.left: int | None = 0  # bytes of the body, or of its chunk; None: until the connection closes
-        self._before = "size"  # of a chunk; then its data, its end, the trailers
+        self.remaining: int | None = 0  # bytes of the body, or of its chunk; None: until the connection closes
+        self._expects = "size"  # of a chunk; then its data, its end, the trailers
 
     @property
     def body(self) -> bytes:
@@ -49,7 +49,7 @@ class Message:
     def headers(self, name: bytes) -> list[bytes]:
         return [value for field, value in self.fields if field == name.lower()]
 
-    def frame(self, otherwise: int | None) -> None:
+    def read_framing(self, default_size: int | None) -> None:
         """Reads how the body's end is known; `otherwise`: its size where the head does not tell."""
         length, coding = self.header(b"content-length"), self.header(b"transfer-encoding")
         if coding is not None:
@@ -59,47 +59,47 @@ class Message:
         elif length is not None:
             if not length.isdigit():
                 raise Malformed(f"no length: {length!r}")
-            self.left = int(length)
+            self.remaining = int(length)
         else:
-            self.left = otherwise
-        self.whole = not self.chunked and self.left == 0
+            self.remaining = default_size
+        self.whole = not self.chunked and self.remaining == 0
 
     def take(self, data: bytearray) -> None:
         """Takes what is the body's off the beginning of `data`."""
         if self.chunked:
             self._take_chunks(data)
             return
-        size = len(data) if self.left is None else min(self.left, len(data))
+        size = len(data) if self.remaining is None else min(self.remaining, len(data))
         self.content += data[:size]
         del data[:size]
-        if self.left is not None:
-            self.left -= size
-            self.whole = self.left == 0
+        if self.remaining is not None:
+            self.remaining -= size
+            self.whole = self.remaining == 0
 
     def _take_chunks(self, data: bytearray) -> None:
         while not self.whole:
-            if self._before == "data":
-                assert self.left is not None
-                size = min(self.left, len(data))
+            if self._expects == "data":
+                assert self.remaining is not None
+                size = min(self.remaining, len(data))
                 self.content += data[:size]
                 del data[:size]
-                self.left -= size
-                if self.left:
+                self.remaining -= size
+                if self.remaining:
                     return
-                self._before = "end"
+                self._expects = "end"
             line = take_line(data)
             if line is None:
                 return
-            if self._before == "end":
+            if self._expects == "end":
                 if line:
                     raise Malformed(f"a chunk is longer than it said: {line[:80]!r}")
-                self._before = "size"
-            elif self._before == "size":
+                self._expects = "size"
+            elif self._expects == "size":
                 found = CHUNK_SIZE.fullmatch(line)
                 if found is None:
                     raise Malformed(f"no chunk size: {line[:80]!r}")
-                self.left = int(found[1], 16)
-                self._before = "data" if self.left else "trailers"
+                self.remaining = int(found[1], 16)
+                self._expects = "data" if self.remaining else "trailers"
             elif not line:
                 self.whole = True
             elif FIELD.fullmatch(line) is None:
@@ -113,7 +113,7 @@ class Request(Message):
             raise Malformed(f"no request line: {lines[0][:80]!r}")
         super().__init__(lines)
         self.method, self.target = found[1], found[2]
-        self.frame(0)
+        self.read_framing(0)
 
 
 class Answer(Message):
@@ -130,7 +130,7 @@ class Answer(Message):
         if method == b"HEAD" or self.status < 200 or self.status in (204, 304):
             self.whole = True
         else:
-            self.frame(None)
+            self.read_framing(None)
 
     def __repr__(self) -> str:
         how = "whole" if self.whole else "cut" if self.cut else "open"
@@ -147,7 +147,7 @@ class Answer(Message):
     @property
     def closes(self) -> bool:
         """Behind it nothing comes on this connection."""
-        return b"close" in self.headers(b"connection") or self.left is None
+        return b"close" in self.headers(b"connection") or self.remaining is None
 
     @property
     def events(self) -> list[bytes]:
@@ -216,7 +216,7 @@ class AnswerReader:
     def end(self, *, reset: bool) -> None:
         latest = self.messages[-1] if self.messages else None
         if latest is not None and not latest.whole:
-            latest.whole = latest.left is None and not latest.chunked and not reset
+            latest.whole = latest.remaining is None and not latest.chunked and not reset
             latest.cut = not latest.whole
 
 

@@ -14,7 +14,7 @@ from supervisor.gateway.counts import Counts
 from supervisor.gateway.errors import Refusal
 from supervisor.gateway.gate import FATE_KNOWN_AFTER, PATIENCE, QUESTIONS, RETRY_AFTER, Admission, Gate
 from tests.clock import Loop
-from tests.gateway.world import OVER, EngineView
+from tests.gateway.world import CLOSED_STATES, EngineView
 
 HOLD = 30.0
 # States in which nobody new can be answered.
@@ -293,7 +293,7 @@ def test_what_a_state_of_the_engine_means_for_whom(place: Place, state: str) -> 
             assert place.comes(limited=limited).last == expected
         else:
             assert (refusal.status, refusal.code, refusal.retry_after) == (503, "engine_unavailable", RETRY_AFTER)
-    assert place.gate.closing == (state in OVER)
+    assert place.gate.closing == (state in CLOSED_STATES)
 
 
 @pytest.mark.parametrize("state", ["draining", "stopping"])

@@ -30,7 +30,7 @@ class FarEnd:
 
     def __init__(self) -> None:
         self.reading = True
-        self.gone = False  # closed by the script, both ways
+        self.left = False  # closed by the script, both ways
         self.ended = False  # the gateway's end was closed, or half closed, and all before it was read
         self.reset = False  # the gateway's end was closed so that what was under way is lost
 
@@ -57,13 +57,13 @@ class FarEnd:
 
     def leaves(self) -> None:
         """Closes in order: what the gateway still writes is lost, and it is told by the first of it."""
-        self.gone = True
+        self.left = True
         self.transport.deliver_end(None)
         self._settle()
 
     def breaks(self) -> None:
         """Closes by a reset."""
-        self.gone = True
+        self.left = True
         self.transport.deliver_end(ConnectionResetError(104, "Connection reset by peer"))
         self._settle()
 
@@ -83,10 +83,10 @@ class FarEnd:
 
     # For those below
 
-    def taken(self, data: bytes) -> None:
+    def bytes_arrived(self, data: bytes) -> None:
         raise NotImplementedError
 
-    def told_end(self, *, reset: bool) -> None:
+    def end_arrived(self, *, reset: bool) -> None:
         self.reset = self.reset or reset
         self.ended = self.ended or not reset
 
@@ -128,28 +128,28 @@ class ScriptedTransport(asyncio.Transport):
         self,
         loop: asyncio.AbstractEventLoop,
         protocol: asyncio.Protocol,
-        far: FarEnd,
+        far_end: FarEnd,
         family: socket.AddressFamily = socket.AF_INET,
     ) -> None:
         self.socket = ScriptedSocket(self, family)
         super().__init__({"socket": self.socket})
         self.loop = loop
         self.protocol = protocol
-        self.far = far
+        self.far_end = far_end
         self.kernel = bytearray()  # came, and was not read
         self.buffer = bytearray()  # written, and not taken
         self.far_ended = False
         self.far_error: Exception | None = None
-        self.read_in_all = 0
+        self.bytes_read = 0
         self.paused = False
         self.read_scheduled = False
-        self.told_eof = False
+        self.eof_reported = False
         self.writing_paused = False
         self.eof_written = False
         self.closing = False
-        self.lost = False  # connection_lost is called, or will be in the next turn
-        self.dead = False  # it was called
-        far.transport = self
+        self.loss_scheduled = False  # connection_lost is called, or will be in the next turn
+        self.loss_reported = False  # it was called
+        far_end.transport = self
 
     def connect(self) -> None:
         self._call("connection_made", self)
@@ -168,11 +168,11 @@ class ScriptedTransport(asyncio.Transport):
         if error is not None:
             self.kernel.clear()
         self._schedule_read()
-        if self.far.gone and self.buffer:
-            self._fail_later()
+        if self.far_end.left and self.buffer:
+            self._schedule_failure()
 
     def _schedule_read(self) -> None:
-        if not (self.read_scheduled or self.paused or self.closing or self.told_eof):
+        if not (self.read_scheduled or self.paused or self.closing or self.eof_reported):
             self.read_scheduled = True
             self.loop.call_soon(self._read)
 
@@ -183,36 +183,36 @@ class ScriptedTransport(asyncio.Transport):
         if self.kernel:
             data = bytes(self.kernel[:READ_SIZE])
             del self.kernel[:READ_SIZE]
-            self.read_in_all += len(data)
+            self.bytes_read += len(data)
             self._call("data_received", data)
         elif self.far_error is not None:
             self._force_close(self.far_error)
-        elif self.far_ended and not self.told_eof:
-            self.told_eof = True
+        elif self.far_ended and not self.eof_reported:
+            self.eof_reported = True
             if not self._call("eof_received"):
                 self.close()
-        if self.kernel or (self.far_ended and not self.told_eof):
+        if self.kernel or (self.far_ended and not self.eof_reported):
             self._schedule_read()
 
     # To the far end
 
     def flush(self, size: int | None = None) -> None:
-        if size is None and not self.far.reading:
+        if size is None and not self.far_end.reading:
             size = 0
-        if self.far.gone:
+        if self.far_end.left:
             return
         data = bytes(self.buffer if size is None else self.buffer[:size])
         del self.buffer[: len(data)]
         if data:
-            self.far.taken(data)
-        if self.writing_paused and len(self.buffer) <= LOW_WATER and not self.dead:
+            self.far_end.bytes_arrived(data)
+        if self.writing_paused and len(self.buffer) <= LOW_WATER and not self.loss_reported:
             self.writing_paused = False
             self._call("resume_writing")
         if self.buffer:
             return
         if self.eof_written:
-            self.far.told_end(reset=False)
-        if self.closing and not self.lost:
+            self.far_end.end_arrived(reset=False)
+        if self.closing and not self.loss_scheduled:
             self._lose(None)
 
     # asyncio's interface
@@ -221,13 +221,13 @@ class ScriptedTransport(asyncio.Transport):
         self._ensure_alive()
         if self.eof_written:
             raise RuntimeError("Cannot call write() after write_eof()")
-        if not data or self.lost:
+        if not data or self.loss_scheduled:
             return
         self.buffer += data
-        if self.far.gone:
-            self._fail_later()
+        if self.far_end.left:
+            self._schedule_failure()
             return
-        if self.far.reading:
+        if self.far_end.reading:
             self.flush()
         elif len(self.buffer) > HIGH_WATER and not self.writing_paused:
             self.writing_paused = True
@@ -283,30 +283,30 @@ class ScriptedTransport(asyncio.Transport):
 
     # The end
 
-    def _fail_later(self) -> None:
+    def _schedule_failure(self) -> None:
         self.loop.call_soon(self._force_close, BrokenPipeError(32, "Broken pipe"))
 
     def _force_close(self, error: Exception | None) -> None:
-        if self.lost:
+        if self.loss_scheduled:
             return
         self.closing = True
         self.buffer.clear()
         self._lose(error)
 
     def _lose(self, error: Exception | None) -> None:
-        self.lost = True
-        self.loop.call_soon(self._tell_lost, error)
+        self.loss_scheduled = True
+        self.loop.call_soon(self._report_loss, error)
 
-    def _tell_lost(self, error: Exception | None) -> None:
+    def _report_loss(self, error: Exception | None) -> None:
         try:
             self._call("connection_lost", error)
         finally:
-            self.dead = True
+            self.loss_reported = True
             # Closing with something unread resets the connection.
-            self.far.told_end(reset=self.socket.resets_on_close or bool(self.kernel))
+            self.far_end.end_arrived(reset=self.socket.resets_on_close or bool(self.kernel))
 
     def _ensure_alive(self) -> None:
-        if self.dead:
+        if self.loss_reported:
             raise RuntimeError(f"unable to perform operation on {self!r}; the handler is closed")
 
     def _call(self, name: str, *arguments: object) -> object:

@@ -46,7 +46,7 @@ from tests.gateway.transport import FarEnd, ScriptedTransport
 CHAT = "/v1/chat/completions"
 DONE = b"data: [DONE]\n\n"
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
-OVER = frozenset({"draining", "stopping", "stopped", "failed"})
+CLOSED_STATES = frozenset({"draining", "stopping", "stopped", "failed"})
 # No clock that a process reads stands at zero.
 BEGINNING = 1000.0
 # What the supervisor asks by itself, which no client's request is.
@@ -57,17 +57,17 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-def lines(fields: Sequence[str]) -> str:
+def header_lines(fields: Sequence[str]) -> str:
     return "".join(f"{field}\r\n" for field in fields)
 
 
 def post(path: str = CHAT, body: bytes = b"{}", *fields: str) -> bytes:
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\n{lines(fields)}Content-Length: {len(body)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\n{header_lines(fields)}Content-Length: {len(body)}\r\n\r\n"
     return head.encode() + body
 
 
 def get(path: str, *fields: str) -> bytes:
-    return f"GET {path} HTTP/1.1\r\nHost: x\r\n{lines(fields)}\r\n".encode()
+    return f"GET {path} HTTP/1.1\r\nHost: x\r\n{header_lines(fields)}\r\n".encode()
 
 
 class Ended(NamedTuple):
@@ -85,7 +85,7 @@ class ScriptedClient(FarEnd):
         self.world = world
         self._settle = world.settle  # type: ignore[method-assign]
         self.received = bytearray()
-        self.asked = RequestReader()
+        self.own_requests = RequestReader()
         self.garbage = False  # it has sent something that is no request
         self.reader = AnswerReader(self._method)
         self.malformed: Malformed | None = None
@@ -100,7 +100,7 @@ class ScriptedClient(FarEnd):
         if not self.garbage:
             try:
                 for piece in pieces:
-                    self.asked.feed(piece)
+                    self.own_requests.feed(piece)
             except Malformed:  # what it sends may be anything
                 self.garbage = True
         super().sends(*pieces)
@@ -108,7 +108,7 @@ class ScriptedClient(FarEnd):
     @property
     def targets(self) -> list[bytes]:
         """What it has asked for."""
-        return [request.target for request in self.asked.messages]
+        return [request.target for request in self.own_requests.messages]
 
     def answers(self) -> list[Answer]:
         if self.malformed is not None:
@@ -133,16 +133,16 @@ class ScriptedClient(FarEnd):
 
     @property
     def read_by_gateway(self) -> int:
-        return self.transport.read_in_all
+        return self.transport.bytes_read
 
-    def taken(self, data: bytes) -> None:
+    def bytes_arrived(self, data: bytes) -> None:
         self.received += data
         self._read(lambda: self.reader.feed(data))
 
-    def told_end(self, *, reset: bool) -> None:
+    def end_arrived(self, *, reset: bool) -> None:
         if not self.closed:
             self._read(lambda: self.reader.end(reset=reset))
-        super().told_end(reset=reset)
+        super().end_arrived(reset=reset)
 
     def _read(self, reading: Callable[[], None]) -> None:
         if self.malformed is None:
@@ -152,7 +152,7 @@ class ScriptedClient(FarEnd):
                 self.malformed = error
 
     def _method(self, number: int) -> bytes:
-        return self.asked.messages[number].method if number < len(self.asked.messages) else b"GET"
+        return self.own_requests.messages[number].method if number < len(self.own_requests.messages) else b"GET"
 
 
 class ScriptedRequest:
@@ -161,31 +161,31 @@ class ScriptedRequest:
     def __init__(self, connection: EngineConnection, number: int) -> None:
         self.connection = connection
         self.number = number
-        self.read = connection.reader.messages[number]
+        self.message = connection.reader.messages[number]
         self.claimed = False  # by `ScriptedEngine.request`
 
     @property
     def method(self) -> bytes:
-        return self.read.method
+        return self.message.method
 
     @property
     def target(self) -> bytes:
-        return self.read.target
+        return self.message.target
 
     @property
     def body(self) -> bytes:
-        return self.read.body
+        return self.message.body
 
     @property
     def whole(self) -> bool:
-        return self.read.whole
+        return self.message.whole
 
     @property
     def id(self) -> bytes:
-        return self.read.header(b"x-request-id") or b""
+        return self.message.header(b"x-request-id") or b""
 
     def header(self, name: str) -> bytes | None:
-        return self.read.header(name.encode())
+        return self.message.header(name.encode())
 
     @property
     def gone(self) -> bool:
@@ -198,7 +198,7 @@ class ScriptedRequest:
         return bytes(self.connection.tunnel)
 
     def answers(self, status: int = 200, body: bytes = b'{"ok": true}', *fields: str) -> None:
-        head = f"HTTP/1.1 {status} Reason\r\ncontent-type: application/json\r\n{lines(fields)}"
+        head = f"HTTP/1.1 {status} Reason\r\ncontent-type: application/json\r\n{header_lines(fields)}"
         head += f"content-length: {len(body)}\r\n\r\n"
         self.sends(head.encode() + body)
 
@@ -243,9 +243,9 @@ class EngineConnection(FarEnd):
         self._settle = engine.world.settle  # type: ignore[method-assign]
         self.reader = RequestReader()
         self.tunnel: bytearray | None = None
-        self.told = 0  # requests that the engine knows of
+        self.known_requests = 0  # requests that the engine knows of
 
-    def taken(self, data: bytes) -> None:
+    def bytes_arrived(self, data: bytes) -> None:
         if self.tunnel is not None:
             self.tunnel += data
             return
@@ -254,9 +254,9 @@ class EngineConnection(FarEnd):
         except Malformed as error:
             self.engine.malformed.append(error)
             return
-        while self.told < len(self.reader.messages):
-            self.engine.hears(ScriptedRequest(self, self.told))
-            self.told += 1
+        while self.known_requests < len(self.reader.messages):
+            self.engine.request_arrived(ScriptedRequest(self, self.known_requests))
+            self.known_requests += 1
 
 
 class ScriptedEngine:
@@ -294,14 +294,14 @@ class ScriptedEngine:
         self.alive = False
         with self.world.at_once():
             for connection in self.connections:
-                if not connection.gone and not connection.closed:
+                if not connection.left and not connection.closed:
                     connection.breaks() if reset else connection.leaves()
         self.connections.clear()
 
     def lives(self) -> None:
         self.alive = True
 
-    def hears(self, request: ScriptedRequest) -> None:
+    def request_arrived(self, request: ScriptedRequest) -> None:
         if request.target in PROBES:
             self.probes.append(request)
             if (status := self.health if request.target == b"/health" else 200) is not None:
@@ -348,7 +348,7 @@ class EngineView:
 
     @property
     def is_closed(self) -> bool:
-        return self.state in OVER
+        return self.state in CLOSED_STATES
 
     @property
     def draining(self) -> bool:
@@ -413,7 +413,7 @@ class World:
         policy = Policy(**self.policy)  # type: ignore[arg-type]
         admission = Admission(*self.admission)
         self.gateway = Gateway(self.view, self.upstream, policy, admission, facts={}, **self.options)  # type: ignore[arg-type]
-        self.gateway.watch(self._note)
+        self.gateway.watch(self._note_end)
         self.server = self.gateway.server
         self.server.config.load()
 
@@ -427,10 +427,10 @@ class World:
         for door in (self.gateway.public_door, self.gateway.private_door):
             door.watchers = (watcher, *door.watchers)
 
-    def _note(self, over: Record) -> None:
-        self.ended.append(Ended(over.request_id, over.request.path, over.status, over.client_left))
+    def _note_end(self, record: Record) -> None:
+        self.ended.append(Ended(record.request_id, record.request.path, record.status, record.client_left))
 
-    def _tell_state(self) -> None:
+    def _report_state(self) -> None:
         self.gateway.gate.engine_changed()
         if not self.engine.alive:
             self.upstream.close()
@@ -488,9 +488,9 @@ class World:
     def __enter__(self) -> World:
         self._poll, clients._poll = clients._poll, _poll
         self._handler = logging.Handler()
-        self._handler.emit = self._hear  # type: ignore[method-assign]
+        self._handler.emit = self._note_log  # type: ignore[method-assign]
         logging.getLogger().addHandler(self._handler)
-        self.loop.set_exception_handler(self._fault)
+        self.loop.set_exception_handler(self._note_fault)
 
         async def make() -> None:
             self._make()
@@ -527,12 +527,12 @@ class World:
         assert self.active >= 0
         assert self.faults_expected or not self.faults, "\n\n".join(self.faults)
 
-    def _hear(self, record: logging.LogRecord) -> None:
+    def _note_log(self, record: logging.LogRecord) -> None:
         self.log.append(record.getMessage())
         if record.levelno >= logging.ERROR or record.exc_info:
             self.faults.append(logging.Formatter().format(record))
 
-    def _fault(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    def _note_fault(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
         trace = logging.Formatter().formatException((type(error), error, error.__traceback__)) if error else ""
         self.faults.append(f"{context['message']}\n{trace}".strip())
@@ -586,7 +586,7 @@ class World:
         self.view.state = state
         if state == "ready":
             self.engine.lives()
-        self._tell_state()
+        self._report_state()
         self.settle()
 
     def terminates(self, patience: float = 60.0) -> None:

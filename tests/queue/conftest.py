@@ -14,7 +14,7 @@ import pytest
 from supervisor.local_runpod.child import runpod_variables as simulated
 from tests.harness import FAKE_RUNPOD, Supervisor, wait_until
 
-OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
+FINAL_STATUSES = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
 
 
 class RunPod:
@@ -62,7 +62,7 @@ class RunPod:
 
     def result(self, job_id: str, seconds: float = 20) -> dict[str, Any]:
         """The job's status once it is over."""
-        wait_until(lambda: self.status(job_id)["status"] in OVER, f"the end of job {job_id}", seconds)
+        wait_until(lambda: self.status(job_id)["status"] in FINAL_STATUSES, f"the end of job {job_id}", seconds)
         return self.status(job_id)
 
     def done(self, content: object, seconds: float = 20) -> Any:

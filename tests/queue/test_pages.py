@@ -18,7 +18,7 @@ from tests.pages import (
     CLIENT,
     FAKE_RUNPOD,
     FAULTS,
-    NAMED,
+    NAMED_BLOCKS,
     PAGES,
     QUEUE_IN_THE_CLOUD,
     SIMULATOR,
@@ -26,7 +26,7 @@ from tests.pages import (
     Block,
     blocks,
     differences,
-    shown,
+    read_shown,
 )
 from tests.queue.conftest import RunPod
 
@@ -50,7 +50,7 @@ def pasted(command: str, **environ: str) -> Any:
 @pytest.mark.parametrize("page", PAGES)
 def test_each_block_of_a_page_is_one_that_is_known(page: str) -> None:
     """A new one is to be run by a test, or to be named in tests/pages.py as one that can't be."""
-    known = [block for block in NAMED if block.page == page]
+    known = [block for block in NAMED_BLOCKS if block.page == page]
     for text in blocks(page):
         assert len([block for block in known if block.mark in text]) == 1, text
     assert len(known) == len(blocks(page))
@@ -78,7 +78,7 @@ def test_each_block_of_a_page_is_one_that_is_known(page: str) -> None:
     ],
 )
 def test_what_is_shown_is_compared(page: str, found: object, fits: bool) -> None:
-    assert (not list(differences(shown(page), found))) == fits
+    assert (not list(differences(read_shown(page), found))) == fits
 
 
 # docs/development/simulator.md

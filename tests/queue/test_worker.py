@@ -19,7 +19,7 @@ import pytest
 
 from supervisor.gateway.counts import OUTCOMES
 from tests.engine.test_metrics import Scrape
-from tests.harness import ROOT, Supervisor, gone, wait_until
+from tests.harness import ROOT, Supervisor, have_ended, wait_until
 from tests.queue.conftest import RunPod, in_queue_mode, joined
 
 CHAT = "/v1/chat/completions"
@@ -485,7 +485,7 @@ def test_sigterm_while_it_loads() -> None:
         worker = wait_until(lambda: [the_worker(supervisor)] if supervisor.engine() else [], "the worker")
         supervisor.signal(signal.SIGTERM)
         assert supervisor.exit_code() == 0
-        assert gone(*worker)
+        assert have_ended(*worker)
         assert runpod.log("job-take-batch") == []  # it had not joined
 
 
@@ -499,7 +499,7 @@ def test_a_worker_that_is_killed_is_started_again_and_its_heartbeat_dies_with_it
         job = runpod.run(faulty({"max_tokens": 300}, token_interval=0.01))
         wait_until(lambda: running(supervisor) == 1, "the generation")
         worker.kill()
-        wait_until(lambda: gone(*[worker, heartbeat]), "the heartbeat's end", 2)
+        wait_until(lambda: have_ended(*[worker, heartbeat]), "the heartbeat's end", 2)
         wait_until(lambda: running(supervisor) == 0, "the generation's end")
         supervisor.says(r"the queue worker ended \(killed by SIGKILL\)")
         scrape = Scrape(supervisor)
@@ -531,7 +531,7 @@ def test_a_killed_supervisor_takes_the_worker_along() -> None:
         wait_until(lambda: runpod.job(job)["chunks"], "the stream")
         supervisor.signal(signal.SIGKILL)
         assert runpod.result(job)["status"] == "FAILED"  # and is not left to RunPod's patience
-        wait_until(lambda: gone(*family), "the worker's end")
+        wait_until(lambda: have_ended(*family), "the worker's end")
 
 
 # Around it
@@ -628,7 +628,7 @@ def test_the_hubs_test_runner() -> None:
             wait_until(lambda: runpod.log("job-stop"), "the stop channel's poll")
             supervisor.signal(signal.SIGTERM)
             assert supervisor.exit_code(8) == 0
-            assert gone(*[worker])
+            assert have_ended(*[worker])
             assert runpod.status(runpod.run(HELLO))["status"] == "IN_QUEUE"
 
 
@@ -733,4 +733,4 @@ def test_outside_of_runpod_a_simulated_one_is_started() -> None:
         family = psutil.Process(supervisor.process.pid).children(recursive=True)
         supervisor.signal(signal.SIGINT)
         assert supervisor.exit_code() == 0
-        assert gone(*family)
+        assert have_ended(*family)

@@ -29,7 +29,7 @@ from tests.harness import (
     clean_environment,
     http,
     mounted,
-    session_of,
+    session_pids,
     wait_until,
 )
 from tests.vllm.conftest import VLLM
@@ -797,7 +797,7 @@ def test_sigterm_during_a_download(user: User, hub: Hub, large: Path) -> None:
         began = time.monotonic()
         assert supervisor.exit_code() == 0
         assert time.monotonic() - began < 2
-        assert session_of(session) == []
+        assert session_pids(session) == []
     hub.change(rate=0)
     with user.up(hub, "org/large") as supervisor:
         supervisor.ready()

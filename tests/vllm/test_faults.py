@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.harness import DEMO, Supervisor, events, http, session_of, wait_until
+from tests.harness import DEMO, Supervisor, events, http, session_pids, wait_until
 from tests.vllm.conftest import START, VLLM
 from tests.vllm.test_serving import CHAT, greedy
 
@@ -27,7 +27,7 @@ def part(supervisor: Supervisor, name: str) -> int:
         return int(session)
 
     def found() -> int | None:
-        for pid in session_of(session):
+        for pid in session_pids(session):
             with contextlib.suppress(psutil.Error):
                 if psutil.Process(pid).name().startswith(name):
                     return pid
@@ -137,7 +137,7 @@ def test_a_permanent_failure_exits_3_and_names_what_to_change() -> None:
         assert supervisor.exit_code(START) == 3
         assert "vLLM does not know the option --no-such-option" in supervisor.output
         assert "SUPERVISOR_EXTRA_ARGS" in supervisor.output
-        assert session_of(supervisor.engine()) == []
+        assert session_pids(supervisor.engine()) == []
 
 
 def test_sigterm_while_it_loads_ends_it_at_once() -> None:
@@ -148,7 +148,7 @@ def test_sigterm_while_it_loads_ends_it_at_once() -> None:
         supervisor.signal(signal.SIGTERM)
         assert supervisor.exit_code(30) == 0
         assert "ignored SIGTERM" not in supervisor.output
-        assert session_of(supervisor.engine_pid or 0) == []
+        assert session_pids(supervisor.engine_pid or 0) == []
         assert not workspace.exists()
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from supervisor.queue.older_workers import Batches
 from supervisor.queue.shapes import Plan, Reader
-from tests.harness import Supervisor, events, session_of, wait_until
+from tests.harness import Supervisor, events, session_pids, wait_until
 from tests.queue.conftest import RunPod
 from tests.queue.test_tokens import cut
 from tests.vllm.test_serving import CHAT, WEATHER, timeless
@@ -635,7 +635,7 @@ def test_a_stream_of_an_engine_that_is_killed_is_failed(served: Supervisor, runp
             {"messages": QUESTION, "max_tokens": 3}, 400
         )  # by an engine that is there: others may have broken it
         session = served.client.get("/status").json()["pid"]
-        (core,) = [pid for pid in session_of(session) if psutil.Process(pid).name().startswith("VLLM::Engine")]
+        (core,) = [pid for pid in session_pids(session) if psutil.Process(pid).name().startswith("VLLM::Engine")]
         job = runpod.run({"prompt": "Once upon", "max_tokens": 2000, "ignore_eos": True, "stream": True})
         wait_until(lambda job=job: runpod.job(job)["chunks"], "the stream", 60)
         os.kill(core, signal.SIGKILL)

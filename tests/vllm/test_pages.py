@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.harness import ROOT, Supervisor, clean_environment
-from tests.pages import QUEUE, TRY, differences, examples, shown
+from tests.pages import QUEUE, TRY, differences, examples, read_shown
 from tests.queue.conftest import RunPod
 from tests.vllm.conftest import link_to
 
@@ -100,7 +100,7 @@ def test_an_example_of_a_job(runpod: RunPod, served: Supervisor, asked: str, pag
     assert "..." not in asked
     job = runpod.run(json.loads(asked))
     status = runpod.result(job)
-    expected: Any = shown(page.replace("JOB", job))
+    expected: Any = read_shown(page.replace("JOB", job))
     whole = isinstance(expected, dict) and "status" in expected
     found = list(differences(expected, status if whole else status.get("output")))
     assert not found, "\n".join(found)

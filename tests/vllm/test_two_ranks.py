@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.harness import DEMO, Supervisor, session_of, wait_until
+from tests.harness import DEMO, Supervisor, session_pids, wait_until
 from tests.vllm.conftest import START, VLLM
 from tests.vllm.test_serving import CHAT, greedy
 
@@ -86,7 +86,7 @@ class Machine:
 
     def engine(self) -> list[psutil.Process]:
         status = self.ask("/status")[1]
-        return [psutil.Process(pid) for pid in session_of(int(str(status["pid"])))]
+        return [psutil.Process(pid) for pid in session_pids(int(str(status["pid"])))]
 
 
 @pytest.fixture
