@@ -1,10 +1,11 @@
-"""Which test runs where, when several processes share them (scripts/test).
+"""The order of the tests, by which several processes share them (scripts/test).
 
-xdist cuts the list of tests into equal pieces, one for each process, and lets who is done take tests off the ends of
-others' pieces. As collected, a few pieces would have all of the slow tests: so each begins with its share of those, and
-is filled up with quick ones. Tests that share a supervisor stay together, for each process would start one of its own.
+xdist cuts the list of tests into equal pieces, one for each process, and lets a process that is done take tests off the
+ends of others' pieces. As collected, a few pieces would have all of the slow tests. So each piece begins with its share
+of those, and is filled up with quick ones. Tests that share a supervisor stay together, because each process would
+start one of its own.
 
-Those of tests/vllm are another matter: they share one vLLM (`--dist loadscope`).
+The tests of tests/vllm are distributed in another way, because they share one vLLM (`--dist loadscope`).
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from pathlib import Path
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-# What is collected stays until the end: nobody need look for garbage in it, neither meanwhile (a twelfth of that time)
-# nor in each test.
+# What is collected stays until the end, so nobody need look for garbage in it: neither while it is collected, which
+# would cost a twelfth of that time, nor in each test.
 gc.disable()
 
-# Seconds, about, of a test in these files; where tests share something, what all of them take.
+# About how many seconds each test in these files takes; where its tests share something, SECONDS_PER_GROUP goes before.
 SECONDS_PER_TEST = {
     "tests/queue/test_worker.py": 5.0,
     "tests/engine/test_faults.py": 2.0,
@@ -34,7 +35,9 @@ SECONDS_PER_TEST = {
     "tests/engine/test_hangs.py": 3.0,
     "tests/engine/test_strangers.py": 1.5,
 }
-SECONDS_PER_GROUP = {  # by fixture, or by file: one process compiles the table of causes, and not each of them
+# About how many seconds all tests take that share a fixture, by its name, or a file: so one process alone compiles the
+# table of causes.
+SECONDS_PER_GROUP = {
     "tests/unit/test_diagnosis.py": 6.0,
     "clients": 60.0,
     "cloud": 3.0,
@@ -56,7 +59,7 @@ SECONDS_PER_GROUP = {  # by fixture, or by file: one process compiles the table 
 }
 
 
-# Of tests/vllm, those that don't meet the vLLM that the others share: they wait most of the time, or start their own.
+# The files of tests/vllm that don't use the vLLM that the others share: they wait most of the time, or start their own.
 WITHOUT_SHARED_VLLM = {
     f"tests/vllm/test_{name}.py"
     for name in ("catalogue", "demo_model", "download", "every_option", "first_prompt", "hang", "templates")
@@ -64,7 +67,7 @@ WITHOUT_SHARED_VLLM = {
 
 
 class TwoProcesses(LoadScopeScheduling):
-    """One has the shared vLLM with all of its tests, in their order; the other those beside."""
+    """Schedules tests/vllm: one process runs all tests of the shared vLLM, in their order; another all other tests."""
 
     def _split_scope(self, nodeid: str) -> str:
         return "beside" if nodeid.partition("::")[0] in WITHOUT_SHARED_VLLM else "shared"
@@ -82,18 +85,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Where slow tests are left out, a file of slow ones alone is not even read."""
+    """Ignores a file that holds slow tests alone, where slow tests are left out: it is not even imported."""
     if "not slow" in config.getoption("markexpr") and collection_path.suffix == ".py":
         return True if "\npytestmark = pytest.mark.slow" in collection_path.read_text() else None
     return None
 
 
 def pytest_collection_finish() -> None:
+    """Turns the garbage collector on again, for what the tests make themselves."""
     gc.freeze()
     gc.enable()
 
 
 def deal(items: Iterable[pytest.Item], count: int) -> list[pytest.Item]:
+    """Returns the tests in an order that xdist cuts into `count` pieces of about the same time."""
     groups: dict[str, tuple[float, list[pytest.Item]]] = {}
     quick: list[pytest.Item] = []
     for item in items:
@@ -110,7 +115,7 @@ def deal(items: Iterable[pytest.Item], count: int) -> list[pytest.Item]:
     for seconds, group in sorted(groups.values(), key=lambda group: -group[0]):
         at = min(range(count), key=lambda at: piles[at][0])
         piles[at] = (piles[at][0] + seconds, piles[at][1] + group)
-    # As xdist deals: each gets an equal share of what is left.
+    # xdist deals in the same way: each process gets an equal share of what is left.
     remaining = sum(len(pile) for _, pile in piles) + len(quick)
     found = []
     for at, (_, pile) in enumerate(sorted(piles, key=lambda pile: -len(pile[1]))):

@@ -1,10 +1,17 @@
 """A supervisor as a user runs it: a process of its own, watched through its output, its port and its session.
 
-    with Supervisor(FAKE, "x") as supervisor:
+    with Supervisor("some/model", plan=[{"load_seconds": 1}]) as supervisor:
+        supervisor.says("loading weights")
         supervisor.ready()
-        supervisor.client.get("/v1/models")
+        assert supervisor.client.get("/v1/models").status_code == 200
+        supervisor.signal(signal.SIGTERM)
+        assert supervisor.exit_code() == 0
 
-Nothing here sleeps for a condition: every wait polls one with a deadline, and says what it waited for.
+vLLM is scripts/fake_vllm unless the test names another. Leaving the block kills the supervisor and all that is left of
+vLLM's session, and fails the test if the output holds a fault of the supervisor's own, such as a traceback.
+
+Nothing here sleeps for a condition: every wait polls one with a deadline, and says what it waited for. All times are in
+seconds.
 """
 
 from __future__ import annotations
@@ -27,18 +34,19 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FAKE = ROOT / "scripts" / "fake_vllm"
+FAKE = ROOT / "scripts" / "fake_vllm"  # stands for the `vllm` command; `plan` tells it what each start does
 FAKE_RUNPOD = ROOT / "scripts" / "fake_runpod"
-DEMO = ROOT / "supervisor" / "demo" / "model"
-SUPERVISOR = Path(sys.prefix) / "bin" / "supervisor"
+DEMO = ROOT / "supervisor" / "demo" / "model"  # the folder of the bundled model
+SUPERVISOR = Path(sys.prefix) / "bin" / "supervisor"  # the installed command
 
 
-# For single requests. Reading the certificates, which no test needs, would cost each new client 50 ms.
+# A client for single requests, to any address. It reads no certificates, which no test needs: that would cost each new
+# client 50 ms. It stays open as long as the process.
 http = httpx.Client(verify=False, timeout=60)
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = 30.0) -> object:
-    """Polls until `condition` is true and returns what it gave; fails with `what` after `seconds`."""
+    """Polls `condition` until it returns something true, and returns that; fails with `what` after `seconds`."""
     deadline, pause = time.monotonic() + seconds, 0.005
     while not (result := condition()):
         assert time.monotonic() < deadline, f"waited {seconds:g} s for: {what}"
@@ -48,16 +56,16 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = 30.0
 
 
 def clean_environment(**more: str) -> dict[str, str]:
-    """What a user's shell has, without settings that happen to be set on this machine."""
+    """Returns what a user's shell has, and `more`, without the settings that happen to be set on this machine."""
     keep = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH")
     found = {name: os.environ[name] for name in keep if name in os.environ}
-    # The fake's `python3` is then our own, and no version manager's shim that takes 0.15 s of each start.
+    # So the fake's `python3` is our own, and not a version manager's shim, which takes 0.15 s of each start.
     found["PATH"] = f"{sys.prefix}/bin:{found['PATH']}"
     return found | more
 
 
 def self_signed(folder: Path) -> dict[str, str]:
-    """A certificate for 127.0.0.1, cert.pem and key.pem in `folder`, and the settings that name them."""
+    """Makes a certificate for 127.0.0.1, as cert.pem and key.pem in `folder`; returns the settings that name them."""
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem", "-out", "cert.pem",
          "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"],
@@ -68,7 +76,7 @@ def self_signed(folder: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def mounted(folder: Path, *how: str) -> Iterator[Path]:
-    """`mount HOW... FOLDER`, such as a small tmpfs. Where that is not ours to do, the test is skipped, and says so."""
+    """Runs `mount HOW... FOLDER`, such as for a small tmpfs, and unmounts at the end. Skips the test without root."""
     if os.getuid() != 0:
         pytest.skip("mounts need root")
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +88,7 @@ def mounted(folder: Path, *how: str) -> Iterator[Path]:
 
 
 def session_pids(session: int) -> list[int]:
-    """The living processes of a session, by its id."""
+    """Returns the pids of a session's living processes; zombies are none. The session's id is its leader's pid."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
@@ -90,23 +98,28 @@ def session_pids(session: int) -> list[int]:
 
 
 def have_ended(*processes: psutil.Process) -> bool:
-    """Whether none of them runs any more; its parent may not have asked for it yet."""
+    """Returns whether none of the processes runs any more. Zombies, whose parent has not reaped them yet, do not."""
 
     def has_ended(process: psutil.Process) -> bool:
         try:
             return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:  # between the two
+        except psutil.NoSuchProcess:  # it was reaped between the two questions
             return True
 
     return all(map(has_ended, processes))
 
 
+# RECORD matches a line with which a log record begins, ours or vLLM's; FAULT one that reports a fault of the program.
 RECORD = re.compile(r"\(|\{|\d\d:\d\d:\d\d |(?:DEBUG|INFO|WARNING|ERROR|CRITICAL)\b")
 FAULT = re.compile(r"Traceback|Exception in|Fatal error|exception was never retrieved")
 
 
 class Supervisor:
-    """One run of the `supervisor` command, ended by force when the block is left."""
+    """One run of the `supervisor` command, ended by force when the block is left.
+
+    It starts when it is constructed, and a thread reads its output from then on, stdout and stderr together. Its port
+    is a free one, unless the test names one. Nothing is waited for: `ready`, `says` and `exit_code` do that.
+    """
 
     def __init__(
         self,
@@ -119,10 +132,15 @@ class Supervisor:
         program: Sequence[str | Path] | None = None,
         within: Sequence[str] = (),
     ) -> None:
-        """`program` stands for `supervisor up`; `within` is a command that runs the one it is followed by."""
+        """Starts `supervisor VERB ARGUMENTS` in a clean environment, to which `environ` is added.
+
+        `vllm` is the command that it runs as vLLM; with None, it looks for one. `plan` is the fake's, passed as JSON.
+        `program` takes the place of `supervisor VERB`. `within` is a command that runs the one that follows it, such as
+        `unshare` with options. `cwd` is tests/ unless it is given.
+        """
         more = {
             "SUPERVISOR_ALLOW_ROUTES": "/fake,/v1/nowhere",
-            "SUPERVISOR_ALLOWED_HOSTS": "h,elsewhere",  # in what is written by hand
+            "SUPERVISOR_ALLOWED_HOSTS": "h,elsewhere",  # the Host headers of requests that tests write by hand
             **(environ or {}),
         }
         if vllm is not None:
@@ -154,7 +172,7 @@ class Supervisor:
             self.process.stdout.close()
 
     def stop_reading(self) -> None:
-        """Closes the other end of its output (it must be logging for this to take effect)."""
+        """Closes the other end of its output, as soon as the next output has come: it must be logging."""
         self._reading_ends.set()
         self._reader.join(10)
 
@@ -178,10 +196,14 @@ class Supervisor:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    # What it says
+    # What it says, and where it is
 
     def faults(self) -> list[str]:
-        """What only a fault of ours says. vLLM's records begin with the process that wrote them, or with a level."""
+        """Returns the places in its output that only a fault of ours explains, each with the 30 lines from there on.
+
+        A traceback belongs to the record before it. vLLM's records begin with the process that wrote them, or with a
+        level; ours begin with a time, or are JSON.
+        """
         found, is_vllms = [], False
         lines = self.output.splitlines()
         for at, line in enumerate(lines):
@@ -193,10 +215,11 @@ class Supervisor:
 
     @property
     def output(self) -> str:
+        """All that it has said until now."""
         return self.raw_output.decode(errors="replace")
 
     def says(self, pattern: str, seconds: float = 30.0) -> re.Match[str]:
-        """Waits until its output has the pattern; no longer than until it has ended."""
+        """Waits until its output has the pattern, and returns the first match; fails once it has ended without it."""
 
         def match_or_end() -> re.Match[str] | bool | None:
             has_ended = self.process.poll() is not None and not self._reader.is_alive()
@@ -212,33 +235,40 @@ class Supervisor:
 
     @property
     def port(self) -> int:
+        """The gateway's port; waits until the log names it."""
         return int(self.says(r'starting .* on http://[^\s"]+:(\d+)["\n]')[1])
 
     @property
     def client(self) -> httpx.Client:
+        """A client of the gateway, which is kept for the whole run and closed at its end."""
         if self._client is None:
             self._client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60, verify=False)
         return self._client
 
     def ready(self, seconds: float = 15.0) -> Supervisor:
+        """Waits until the log says that it serves."""
         self.says(r"[:\"] ?ready: http", seconds)
         return self
 
     def engine(self) -> int:
-        """The pid of vLLM's API server, which is its session's id; remembered for later."""
+        """Returns the pid of vLLM's API server, which is its session's id.
+
+        It is asked for once, and the first answer is kept: tests that let vLLM start again read `/status` themselves.
+        """
         if self.engine_pid is None:
             self.engine_pid = int(self.client.get("/status").json()["pid"])
         return self.engine_pid
 
     @property
     def socket(self) -> str:
+        """The path of vLLM's own unix socket, as its command names it."""
         match = re.search(r"--uds (\S+)", self.client.get("/status").json()["command"])
         assert match is not None
         return match[1]
 
     @property
     def inner(self) -> psutil.Process:
-        """The supervisor itself, where it runs `within` another command."""
+        """The supervisor's own process, where it is the only child of the command that it runs `within`."""
         (child,) = psutil.Process(self.process.pid).children()
         return child
 
@@ -248,17 +278,25 @@ class Supervisor:
         self.process.send_signal(number)
 
     def exit_code(self, seconds: float = 15.0) -> int:
-        """Waits for it to leave."""
+        """Waits until it ends by itself, and until all of its output is read; returns its exit code."""
         code = self.process.wait(seconds)
         self._reader.join(5)
         return code
 
     def connect(self) -> RawClient:
+        """Opens a connection to the gateway's port, for the caller to close."""
         return RawClient(self.port)
 
 
 class RawClient:
-    """A TCP connection on which a test says exactly what goes over the wire."""
+    """A TCP connection on which a test says exactly what goes over the wire.
+
+        with supervisor.connect() as raw:
+            raw.send(b"GET /ping HTTP/1.1\r\nHost: h\r\n\r\n")
+            assert raw.answer().status == 200
+
+    Each read fails when nothing comes for 10 s. `received` is what was read from the socket, and not yet returned.
+    """
 
     def __init__(self, port: int) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=10)
@@ -276,7 +314,7 @@ class RawClient:
         return self
 
     def until(self, end: bytes) -> bytes:
-        """Everything up to and including `end`; what lies behind it is kept for the next call."""
+        """Reads up to and including `end`, and returns that; what lies behind it is kept for the next call."""
         while end not in self.received:
             data = self.socket.recv(65536)
             assert data, f"closed before {end!r}; received {self.received!r}"
@@ -286,14 +324,14 @@ class RawClient:
         return found
 
     def rest(self) -> bytes:
-        """Everything until the other side closes."""
+        """Reads until the other side closes, and returns all that was not returned before."""
         while data := self.socket.recv(65536):
             self.received += data
         found, self.received = self.received, b""
         return found
 
     def answer(self) -> Answer:
-        """One whole response with a Content-Length."""
+        """Reads one whole response, whose body is as long as its Content-Length says, or empty."""
         head = self.until(b"\r\n\r\n")
         answer = Answer.parse(head)
         length = int(answer.headers.get("content-length", "0"))
@@ -306,7 +344,7 @@ class RawClient:
 
 
 class Answer:
-    """A response's head, as it came, and its body."""
+    """A response: its head as it came, its headers by their names in lower case, and its body."""
 
     def __init__(self, status: int, headers: dict[str, str], head: bytes) -> None:
         self.status = status
@@ -325,7 +363,7 @@ class Answer:
 
 
 def events(data: bytes) -> Iterator[dict[str, object]]:
-    """The JSON of each SSE event, `[DONE]` left out."""
+    """Yields the JSON of each event of a whole event stream, without `[DONE]`."""
     for line in data.decode().split("\n"):
         if line.startswith("data: ") and line != "data: [DONE]":
             yield json.loads(line.removeprefix("data: "))

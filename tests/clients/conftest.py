@@ -9,6 +9,7 @@ from tests.clients.programs import Clients
 
 @pytest.fixture(scope="session")
 def clients() -> Iterator[Clients]:
+    """The clients' programs, which are stopped after the last test."""
     clients = Clients()
     yield clients
     clients.stop()

@@ -28,7 +28,7 @@ _impossible: list[str] = []
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """While the real vLLM loads, the other tests run; those that use it come last, in the order of their file."""
+    """Lets the other tests run while the real vLLM loads; those that use it come last, in the order of their file."""
     here = Path(__file__).parent
     ours = [item for item in items if here in item.path.parents]
     for item in ours:
@@ -44,6 +44,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 def rig(*arguments: str | Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Runs scripts/container_rig, for ten minutes at most, and returns its exit code and output."""
     return subprocess.run(
         [str(RIG), *map(str, arguments)],
         env=clean_environment(**environ),
@@ -56,7 +57,7 @@ def rig(*arguments: str | Path, **environ: str) -> subprocess.CompletedProcess[s
 
 
 def podman(*arguments: str | Path) -> str:
-    """What it prints; it must succeed."""
+    """Runs podman, which must succeed, and returns what it prints."""
     done = rig("podman", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -64,6 +65,7 @@ def podman(*arguments: str | Path) -> str:
 
 @pytest.fixture(scope="session")
 def image() -> str:
+    """The image's name, once it is built; skips the tests where that is impossible."""
     assert (ROOT / ".vllm" / "bin" / "vllm").exists(), (
         "the real vLLM is missing: run scripts/setup, or leave these tests out with scripts/test --quick"
     )
@@ -79,13 +81,19 @@ def image() -> str:
 
 
 class Container(Supervisor):
-    """`docker run`, in the foreground, with the host's network; the gateway on a free port of 127.0.0.1."""
+    """A container of the image, run in the foreground with the host's network; removed by force with the block.
+
+    The gateway listens on a free port of 127.0.0.1, and all of `Supervisor` works but `engine`.
+    """
 
     def __init__(
         self, *arguments: str, fake: bool = True, options: tuple[str, ...] = (), environ: dict[str, str] | None = None,
         plan: object = None, image: str = IMAGE,
     ) -> None:  # fmt: skip
-        """`options` are podman's. A variable that is empty in `environ` is as the image has it."""
+        """Runs `arguments` in it. With `fake`, vLLM is scripts/fake_vllm, and `plan` is for it. `options` are podman's.
+
+        A variable that is empty in `environ` is as the image has it.
+        """
         self.name = f"rig-{uuid.uuid4().hex[:12]}"
         given = {"PORT": "0", "SUPERVISOR_HOST": "127.0.0.1", "SUPERVISOR_LOG_FORMAT": "text", "MODEL": MODEL}
         options = ("--name", self.name, f"--volume={DEMO}:{MODEL}:ro", *options)
@@ -128,13 +136,13 @@ class Container(Supervisor):
 
 
 def ran(*arguments: str, **more: Any) -> tuple[int, str]:
-    """Exit code and output of a container that ends by itself."""
+    """Runs a container that ends by itself, in 60 s at most, and returns its exit code and output."""
     with Container(*arguments, **more) as container:
         return container.exit_code(60), container.output
 
 
 def volume(name: str) -> Path:
-    """It stays from run to run: what vLLM learns of a model's class costs it 20 s."""
+    """Returns a folder that stays from run to run: what vLLM learns of a model's class costs it 20 s."""
     folder = ROOT / ".containers" / name
     folder.mkdir(exist_ok=True)
     folder.chmod(0o777)
@@ -143,8 +151,11 @@ def volume(name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def loading(image: str) -> Iterator[Container]:
-    """The real vLLM, with the bundled model and a volume for its cache. Without --ipc=host: killed by `podman rm`, it
-    would leave its shared memory on the host, where no guard is alive to remove it."""
+    """A container of the real vLLM, with the bundled model and a volume for its cache; it may still load.
+
+    It runs without --ipc=host: killed by `podman rm`, it would leave its shared memory on the host, where no guard is
+    alive to remove it.
+    """
     bundled = podman("run", "--rm", image, "sh", "-c", "echo /opt/supervisor/lib/python3*/site-packages/supervisor")
     environ = {"MODEL": f"{bundled.strip()}/demo/model", "SUPERVISOR_HOLD_TIMEOUT": str(START)}
     options = ("--shm-size=1g", f"--volume={volume('cache')}:/root/.cache/vllm")
@@ -154,10 +165,11 @@ def loading(image: str) -> Iterator[Container]:
 
 @pytest.fixture(autouse=True)
 def _in_the_background(loading: Container) -> None:
-    """Loads while the tests with the fake run."""
+    """Starts the real vLLM with the first test, so that it loads while the tests with the fake run."""
 
 
 @pytest.fixture(scope="session")
 def served(loading: Container) -> Container:
+    """The container of the real vLLM, when it serves."""
     loading.ready(START)
     return loading

@@ -1,3 +1,5 @@
+"""Supervisors over the fake vLLM that many tests share, and the `supervisor` command without a process."""
+
 from __future__ import annotations
 
 import io
@@ -18,14 +20,14 @@ Call = Callable[..., CompletedProcess[str]]
 
 @pytest.fixture(scope="session")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor]:
-    """One supervisor over the fake, for tests that leave it as they found it; the only one in its temporary folder."""
+    """A supervisor that serves, for tests that leave it as they found it; the only one in its temporary folder."""
     with Supervisor("some/model", environ={"TMPDIR": str(tmp_path_factory.mktemp("running"))}) as supervisor:
         yield supervisor.ready()
 
 
 @pytest.fixture(scope="session")
 def starting() -> Iterator[Supervisor]:
-    """One whose vLLM loads for longer than any test takes, and which holds requests for a moment."""
+    """A supervisor whose vLLM loads for longer than any test takes, and which holds requests for 0.3 s."""
     environ = {"SUPERVISOR_HOLD_TIMEOUT": "0.3"}
     with Supervisor("m", plan=[{"load_seconds": 600}], environ=environ) as supervisor:
         supervisor.says("loading weights")
@@ -34,10 +36,14 @@ def starting() -> Iterator[Supervisor]:
 
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    """`supervisor ARGUMENTS` in this process, for a tenth of what a process costs."""
+    """Returns a function that runs `supervisor ARGUMENTS` in this process, for a tenth of what a process costs.
+
+    done = call("explain", cwd=tmp_path, MODEL="m")
+    assert done.returncode == 0, done.stderr
+    """
 
     def call(*arguments: str, cwd: Path, given: str = "", **environ: str) -> CompletedProcess[str]:
-        """`given` is what it reads; `environ` is added to a clean environment."""
+        """Returns exit code and output. It reads `given` from stdin; `environ` is added to a clean environment."""
         capsys.readouterr()
         at_interrupt = signal.getsignal(signal.SIGINT)
         with monkeypatch.context() as patch, mock.patch.dict(os.environ, clean_environment(**environ), clear=True):

@@ -1,5 +1,12 @@
-"""Malformed and hostile messages of both sides, as strategies: well-formed ones with bytes changed, the grammar's shape
-with odd parts in it, and noise.
+"""Malformed and hostile messages of both sides, as Hypothesis strategies.
+
+There are well-formed messages with a few bytes changed, messages of the grammar's shape with odd parts, and noise:
+
+    @given(pieces=st.lists(good, min_size=1, max_size=5).flatmap(writes))
+    def test_...(pieces: list[bytes]) -> None:
+        pieces = numbered(pieces)
+
+tests/engine/test_hostile_made.py uses them on a gateway.
 """
 
 from __future__ import annotations
@@ -16,9 +23,9 @@ from tests.engine.test_differential import ANSWERS, CLOSING_ANSWERS, TWO_CHUNKS,
 from tests.engine.wire import Answer, answers_in, read_body
 
 NUMBERS = itertools.count()
-MARK = b"@@@@@@"  # a number in its place makes each request another one
+MARK = b"@@@@@@"  # `numbered` puts a number in its place, which makes each request another one
 
-# Of clients
+# What clients send
 
 ODD = [
     b"\r", b"\n", b"\r\n", b"\r\n\r\n", b"\n\n", b"\0", b" ", b"\t", b"\x0b", b"\x0c", b"\x1b", b"\x7f", b"\xff",
@@ -48,7 +55,7 @@ BODIES = [b"", b"body!", SMUGGLED, b"0\r\n\r\n", b"0\r\n\r\n" + SMUGGLED, b"5\r\
 
 @st.composite
 def mutated(draw: st.DrawFn, data: bytes) -> bytes:
-    """A few bytes of it put in, taken out, overwritten, or doubled."""
+    """Draws `data` with bytes put in, taken out, overwritten, doubled or cut off, in one to three places."""
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, len(data)))
         stop = min(len(data), at + draw(st.integers(0, 3)))
@@ -65,6 +72,7 @@ def mutated(draw: st.DrawFn, data: bytes) -> bytes:
 
 @st.composite
 def good_requests(draw: st.DrawFn) -> bytes:
+    """Draws a well-formed request, without a body, with a Content-Length, or in chunks."""
     target = draw(st.sampled_from([b"/" + MARK, b"/" + MARK, b"/" + MARK + b"?q", b"http://h/" + MARK, b"/ping"]))
     lines = draw(st.lists(st.sampled_from([b"X-A: 1", b"Connection: keep-alive", b"X-B:", b"X-C: a, b"]), max_size=2))
     lines.append(b"X-Marker: " + MARK)
@@ -84,7 +92,7 @@ def good_requests(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def odd_requests(draw: st.DrawFn) -> bytes:
-    """By the grammar's shape, with whatever stands in its places."""
+    """Draws a request of the grammar's shape, with odd parts in its places; it may be a good one."""
     target = b"/" + MARK
     if draw(st.integers(0, 7)) == 0:
         target = draw(st.sampled_from([b"*", b"http://h", b"", b"a", b"//a", b"/ping", b"/status?a", b"h:1"])) + draw(
@@ -106,7 +114,7 @@ def odd_requests(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def header_lines(draw: st.DrawFn, line: bytes) -> bytes:
-    """A header's line, in one of ten cases not as it should be."""
+    """Draws a header's line with its end, which in one of ten cases is not as it should be."""
     if draw(st.integers(0, 9)):
         return line + b"\r\n"
     name, _, value = line.partition(b": ")
@@ -116,12 +124,13 @@ def header_lines(draw: st.DrawFn, line: bytes) -> bytes:
 
 
 SLOW = request(b"GET", b"/" + MARK, play((b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nslow", 0.01)))
+# Strategies of one request's bytes, or of bytes that are none.
 good = st.one_of(good_requests(), good_requests(), good_requests(), st.just(SLOW))
 bad = good_requests().flatmap(mutated)
 any_request = st.one_of(good, bad, odd_requests())
 noise = st.one_of(st.binary(max_size=200), st.lists(odd_bytes, max_size=30).map(b"".join))
-UNANSWERED = request(b"GET", b"/" + MARK, play())
-# What once went wrong.
+UNANSWERED = request(b"GET", b"/" + MARK, play())  # the upstream sends nothing for it, and keeps the connection
+# Requests with which something once went wrong.
 TWO_HOSTS_BETWEEN = SLOW + request(b"GET", b"/" + MARK, b"Host: other") + request(b"GET", b"/" + MARK)
 CHUNKED_BEHIND = SLOW + request(b"POST", b"/" + MARK, b"Transfer-Encoding: chunked") + chunked(b"0\r\n\r\n" + SMUGGLED)
 _large = request(b"POST", b"/" + MARK, body=b"x" * 39_000)
@@ -130,7 +139,7 @@ CUT_BEHIND_A_LARGE_BODY = [_large[:100], _large[100:] + SMUGGLED[:9], SMUGGLED[9
 
 @st.composite
 def writes(draw: st.DrawFn, requests: list[bytes], *, whole: bool = True) -> list[bytes]:
-    """In a few writes, many of which end near a request's end; not always `whole`."""
+    """Draws the requests as a few writes, many of which end near a request's end; if not `whole`, the first of them."""
     data = b"".join(requests)
     near = draw(
         st.lists(st.tuples(st.sampled_from([0, *itertools.accumulate(map(len, requests))]), st.integers(-50, 50)))
@@ -142,13 +151,16 @@ def writes(draw: st.DrawFn, requests: list[bytes], *, whole: bool = True) -> lis
 
 
 def numbered(pieces: list[bytes]) -> list[bytes]:
-    """Each mark another number, so that no two requests of all examples are the same."""
+    """Returns the pieces with another number in place of each mark: no two requests of all examples are the same.
+
+    The pieces end where they did, and a mark may go over two of them.
+    """
     data = re.sub(MARK, lambda _: b"%06d" % next(NUMBERS), b"".join(pieces))
     ends = [0, *itertools.accumulate(map(len, pieces))]
     return [data[start:end] for start, end in itertools.pairwise(ends)]
 
 
-# Of the upstream
+# What the upstream sends
 
 STATUS_LINES = [
     *[b"HTTP/1.1 200 OK"] * 8, b"HTTP/1.0 200 OK", b"HTTP/1.1 204 No", b"HTTP/1.1 304 No", b"HTTP/1.1 103 Early",
@@ -167,24 +179,25 @@ BYTES_BEHIND = [b"\r\n", b"\n", b"x", b"0\r\n\r\n", ANSWERS["200"], ANSWERS["204
 
 @dataclass
 class Played:
-    """What a client asks, and what the upstream sends for it."""
+    """What a client asks for, and what the upstream sends for it."""
 
     method: bytes
     version: bytes
-    data: bytes
+    data: bytes  # what the upstream sends
     cut: int  # where the first of two writes ends
-    closes: bool
+    closes: bool  # the upstream closes the connection behind it
 
     @property
     def parts(self) -> list[bytes]:
+        """The one or two writes."""
         return [part for part in (self.data[: self.cut], self.data[self.cut :]) if part]
 
     def meaning(self) -> tuple[Answer | None, bytes]:
-        """The answer that it is, read strictly, and what lies behind; None where it is none, or not whole."""
+        """Returns the final answer in it, read strictly, and what lies behind; None where it holds no whole one."""
         data = self.data
         with contextlib.suppress(Malformed, ValueError):
             while (end := data.find(b"\r\n\r\n") + 4) >= 4:
-                # What llhttp repairs moves no end: empty lines before, and who else speaks like HTTP.
+                # What llhttp repairs moves no end: empty lines before it, and names of other protocols than HTTP.
                 head = re.sub(rb"\A[\r\n]*(?:HTTP|ICE|RTSP)/", b"HTTP/", data[:end])
                 head = re.sub(rb"(?i)chunked", b"chunked", head)
                 (answer,), _ = answers_in(head, [b"HEAD"], False)
@@ -198,6 +211,7 @@ class Played:
 
 @st.composite
 def played(draw: st.DrawFn) -> Played:
+    """Draws an answer, well-formed, mutated or of odd parts, perhaps with interim ones before it or bytes behind it."""
     if draw(st.booleans()):
         data = draw(st.sampled_from(KNOWN_ANSWERS))
         if draw(st.booleans()):
@@ -224,15 +238,15 @@ def played(draw: st.DrawFn) -> Played:
     method, version = draw(st.sampled_from([b"GET", b"GET", b"HEAD"])), draw(st.sampled_from([b"1.1", b"1.1", b"1.0"]))
     found = Played(method, version, data, 0, draw(st.booleans()))
     answer, rest = found.meaning()
-    # What is not whole ends, or nobody would know what to wait for. What lies behind an answer comes with its end:
-    # later it could only be taken for the next one.
+    # Behind what is not whole the connection is closed, or nobody would know what to wait for. Bytes behind an answer
+    # come in one write with its end: later they could only be taken for the next answer.
     found.closes |= answer is None
     found.cut = draw(st.integers(0, len(data) if answer is not None and not rest else max(0, data.find(b"\r\n\r\n"))))
     return found
 
 
 def _troubles() -> list[Played]:
-    """What once went wrong: each before and after a plain one, whose head is remembered."""
+    """Returns what once went wrong, each before and after a plain answer, whose head is remembered."""
     early, ok = b"HTTP/1.1 103 Early\r\nContent-Length: 0\r\n\r\n", ANSWERS["200"]
     rows = [ok + b"\r\n", ok.replace(b"OK", b"O\0K"), ok.replace(b"200", b"000"), early + ok, early + ok]
     rows.append(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + TWO_CHUNKS + b"\r\n")

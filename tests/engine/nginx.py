@@ -1,8 +1,9 @@
-"""nginx as it stands in front of others: one worker, nothing buffered, kept-alive connections to a unix socket; or as
-it does by itself.
+"""nginx in front of vLLM's unix socket, set up to change nothing; or in front of a port, as its defaults have it.
 
-with nginx_before("/run/vllm.sock", folder) as port: ...
-with plain_nginx_before(8000, folder) as port: ...
+    with nginx_before("/run/vllm.sock", folder) as port: ...
+    with plain_nginx_before(8000, folder) as port: ...
+
+Both listen on a free port of 127.0.0.1, and end with the block. Nothing is written outside `folder`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-# Where nothing hides what nginx makes of a request by itself: limits far away, nothing repaired or left out for safety.
+# The beginning of both configurations: the places where nginx may write.
 COMMON_PART = """
 daemon off;
 worker_processes 1;
@@ -33,6 +34,8 @@ http {{
     uwsgi_temp_path {folder}/uwsgi;
     scgi_temp_path {folder}/scgi;
 """
+# Nothing hides what nginx makes of a request by itself: one worker, nothing buffered, connections to vLLM kept alive,
+# limits far away, and nothing repaired or left out for safety.
 TRANSPARENT = (
     COMMON_PART
     + """\
@@ -68,7 +71,7 @@ TRANSPARENT = (
 """
 )
 
-# What most have: all but the places where it may write is nginx's own default.
+# What most users have: all but the places where it may write is nginx's own default.
 PLAIN = (
     COMMON_PART
     + """\
@@ -86,7 +89,7 @@ PLAIN = (
 
 
 def program() -> str:
-    """nginx's path. Without it, the tests that need it are skipped, loudly; where we could have installed it, fail."""
+    """Returns nginx's path. Without nginx the test is skipped, loudly, or fails in CI if we could have installed it."""
     found = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
     if found is None:
         text = "nginx is not here, and the gateway is compared with nothing: apt-get install nginx-light"
@@ -98,7 +101,7 @@ def program() -> str:
 
 @contextlib.contextmanager
 def nginx_before(upstream: str, folder: Path) -> Iterator[int]:
-    """Runs nginx in front of the unix socket, with all its files in `folder`; gives the port."""
+    """Runs nginx in front of the unix socket, with all its files in `folder`; yields its port."""
     with _running(TRANSPARENT, folder, upstream=upstream) as port:
         yield port
 
@@ -107,7 +110,10 @@ def nginx_before(upstream: str, folder: Path) -> Iterator[int]:
 def plain_nginx_before(
     upstream: int, folder: Path, *location: str, tls: Mapping[str, str] | None = None
 ) -> Iterator[int]:
-    """Runs nginx in front of the port. `location`: lines of its location; `tls`: what `self_signed` gave, for HTTPS."""
+    """Runs nginx in front of the port `upstream`, with all its files in `folder`; yields its port.
+
+    `location` are lines of its location. With `tls`, which is what `harness.self_signed` returned, it speaks HTTPS.
+    """
     server = "" if tls is None else "ssl_certificate {SUPERVISOR_TLS_CERT}; ssl_certificate_key {SUPERVISOR_TLS_KEY};"
     values = {"listen": "" if tls is None else " ssl", "server": server.format_map(tls or {})}
     with _running(PLAIN, folder, upstream=upstream, location=" ".join(location), **values) as port:
@@ -117,9 +123,9 @@ def plain_nginx_before(
 @contextlib.contextmanager
 def _running(template: str, folder: Path, **values: object) -> Iterator[int]:
     configuration = folder / "nginx.conf"
-    with socket.create_server(("127.0.0.1", 0)) as listening:  # nginx takes it over: no other can have its port
+    with socket.create_server(("127.0.0.1", 0)) as listening:  # nginx inherits it: so nobody else can have its port
         port = listening.getsockname()[1]
-        user = "user root;" if os.geteuid() == 0 else ""  # another could not open the unix socket
+        user = "user root;" if os.geteuid() == 0 else ""  # nginx's own user could not open the unix socket
         configuration.write_text(template.format(folder=folder, port=port, user=user, **values))
         process = subprocess.Popen(
             [program(), "-p", folder, "-c", configuration, "-e", folder / "error.log"],

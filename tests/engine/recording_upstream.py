@@ -3,13 +3,17 @@
 
     recording_upstream.py serve MODEL --uds PATH      as the supervisor starts it, in vLLM's place
 
-`Reader` is the strict parser; the tests read with it, too, what they sent, so that both ends are measured alike. What
+`Reader` is the strict parser. The tests read with it what they sent as well, so that both ends are measured alike. What
 RFC 9112 lets a server repair (bare line feeds, folded lines, lists of lengths) is not repaired: who stands in front of
 this has either passed on a request that can be read in one way only, or failed.
 
 Everything but `/health`, `/metrics` and `/_...` is remembered: whole requests, the beginnings of requests whose
-connection ended, and what was no HTTP. `Records` is the tests' side of it. The answer is a small 200 that repeats the
-header `X-Marker`; another one is asked for with the header `X-Play`, which `play()` writes.
+connection ended, and what was no HTTP. `Records` is the tests' side of it. The answer is a small 200 whose body repeats
+the header `X-Marker`; a test asks for another one with the header `X-Play`, which `play()` writes:
+
+    raw.send(b"GET /x HTTP/1.1\r\nHost: h\r\n" + play(b"HTTP/1.1 204 No Content\r\n\r\n") + b"\r\n")
+    (record,) = records.take()
+    assert (record["kind"], record["target"]) == ("request", "/x")
 """
 
 from __future__ import annotations
@@ -28,13 +32,13 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, Literal
 
-VERSION = "0.32.0"
+VERSION = "0.32.0"  # of vLLM, as the supervisor asks for it
 Fields = list[tuple[bytes, bytes]]
 
 TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~\x80-\xff]+) HTTP/(1\.[01])")
 VALUE = re.compile(rb"[\t -~\x80-\xff]*")
-# As llhttp reads it. What it repairs moves no end: a blank too many, and who else speaks like HTTP.
+# A request line as llhttp reads it. What it repairs moves no end: blanks too many, and other protocols' names.
 REPAIRED_LINE = re.compile(
     rb"(?:(?!CONNECT)([!#$%&'*+.^_`|~0-9A-Za-z-]+) +((?:/|\*|[A-Za-z]+://)[!-~]*)|(CONNECT) +([!-~]+)) +"
     rb"(?:HTTP|RTSP|ICE)/(1\.[01])"
@@ -48,7 +52,7 @@ class Malformed(Exception):
 
 @dataclass(eq=False)
 class Request:
-    """As it stands on the wire; blanks around the headers' values are off."""
+    """A request as it stands on the wire, but without the blanks around the headers' values and the body's framing."""
 
     method: bytes
     target: bytes
@@ -57,29 +61,31 @@ class Request:
     trailers: Fields = field(default_factory=list)
     body: bytearray = field(default_factory=bytearray)
     complete: bool = False
-    answered: bool = False  # or about to be
-    continued: bool = False  # has its 100
+    answered: bool = False  # its answer was sent, or is about to be
+    continued: bool = False  # its 100 was sent
 
     def values(self, name: bytes) -> list[bytes]:
+        """Returns the values of all headers of this name, which is in lower case."""
         return [value for key, value in self.headers if key.lower() == name]
 
     def value(self, name: bytes) -> bytes:
+        """Returns the first value of a header, or an empty one."""
         return next(iter(self.values(name)), b"")
 
 
 class Reader:
-    """Strict HTTP/1.1 requests out of bytes, in whatever pieces they come: `list(reader.feed(data))`."""
+    """Reads HTTP/1.1 requests strictly, in whatever pieces they come: `requests = reader.feed(data)`."""
 
     def __init__(self, *, repairs: bool = False) -> None:
-        """`repairs`: what llhttp takes for a request though it is none, and can be read in one way only, is one."""
+        """With `repairs`, what llhttp takes for a request counts as one, if it can be read in one way only."""
         self.request_line, self.line_ends = (REPAIRED_LINE, b"\r\n") if repairs else (REQUEST_LINE, b"")
         self.buffer = bytearray()
-        self.request: Request | None = None  # whose head is complete, and whose body is not
-        self.remaining = 0  # of the body, or of the chunk
+        self.request: Request | None = None  # its head is complete, and its body is not
+        self.remaining = 0  # bytes of the body, or of the chunk
         self.expects: Literal["head", "body", "size", "chunk", "trailers"] = "head"
 
     def feed(self, data: bytes) -> list[Request]:
-        """Those that became whole. Raises Malformed; what this call had read before is then lost."""
+        """Returns the requests that became whole. Raises Malformed; what this call had read before is then lost."""
         self.buffer += data
         found: list[Request] = []
         while self._step():
@@ -91,11 +97,11 @@ class Reader:
 
     @property
     def at_rest(self) -> bool:
-        """No request has begun."""
+        """True where no request has begun."""
         return not self.buffer and self.request is None
 
     def _step(self) -> bool:
-        """One step ahead; False where more has to come."""
+        """Goes one step ahead; returns False where more has to come."""
         if self.expects == "head":
             return self._head()
         request = self.request
@@ -146,7 +152,7 @@ class Reader:
         return True
 
     def _take(self, request: Request) -> bool:
-        """Moves what is there of the body; True when all of it is."""
+        """Moves what has come of the body, or of its chunk, into the request; returns True when that is all of it."""
         piece = self.buffer[: self.remaining]
         request.body += piece
         del self.buffer[: len(piece)]
@@ -178,7 +184,7 @@ class Reader:
 
 
 def fields(lines: list[bytes]) -> Fields:
-    """Header lines, strictly: a token, a colon, and a value without control characters."""
+    """Reads header lines strictly: a token, a colon, and a value without control characters. Raises Malformed."""
     found = []
     for line in lines:
         name, colon, value = line.partition(b":")
@@ -191,12 +197,15 @@ def fields(lines: list[bytes]) -> Fields:
 
 
 def read(data: bytes) -> tuple[list[Request], str]:
-    """The whole requests in `data`, and what lies behind them: "" (nothing), "incomplete", or why it is malformed."""
+    """Returns the whole requests in `data`, and what lies behind: "" (nothing), "incomplete", or why it is no HTTP.
+
+    It reads with `repairs`, as the gateway's parser does.
+    """
     reader = Reader(repairs=True)
     found: list[Request] = []
     at = 0
     try:
-        while at < len(data):  # in steps, so that those before a malformed one are had
+        while at < len(data):  # in steps, so that the requests before a malformed one are not lost
             if reader.expects in ("body", "chunk"):
                 step = at + max(1, reader.remaining)
             elif reader.expects == "size":
@@ -216,10 +225,12 @@ def play(
     at: int | Literal["head", "end"] = "end",
     close: bool | Literal["reset"] = False,
 ) -> bytes:
-    """A header line that asks for these bytes as the answer, each part a write of its own, after a delay in seconds,
-    and repeated within it as often as is said.
+    """Returns a header line that asks for these bytes as the answer.
 
-    The answer begins when the request is whole (`end`), when its head is (`head`), or as many bytes of its body.
+    Each part is a write of its own: bytes; or a tuple of bytes, the seconds to wait before, and how often the bytes are
+    repeated within the write (once, where it is left out). The answer begins when the request is whole (`at="end"`),
+    when its head is (`"head"`), or when so many bytes of its body have come. With `close` the connection is closed
+    behind it, or reset.
     """
     rows = [[part] if isinstance(part, bytes) else list(part) for part in parts]
     script = {"at": at, "close": close, "parts": [[base64.b64encode(row[0]).decode(), *row[1:]] for row in rows]}
@@ -227,7 +238,10 @@ def play(
 
 
 class Records:
-    """What the upstream remembers, asked for behind everybody's back, on its own socket."""
+    """Asks the upstream what it remembers, past the gateway, on vLLM's own unix socket at `path`.
+
+    The connection is open until `close`, which a test calls in the end.
+    """
 
     def __init__(self, path: str) -> None:
         self.connection = socket.socket(socket.AF_UNIX)
@@ -235,7 +249,11 @@ class Records:
         self.connection.settimeout(10)
 
     def take(self) -> list[dict[str, Any]]:
-        """All since the last time, in order: `kind` is `request`, `begun` (it never became whole), or `malformed`."""
+        """Returns what came since the last call, in order.
+
+        The `kind` of each is `request`, `begun` (it never became whole), or `malformed`. `Upstream.remember` has the
+        keys of a request.
+        """
         self.connection.sendall(b"GET /_records HTTP/1.1\r\nHost: upstream\r\n\r\n")
         received = b""
         while (end := received.find(b"\r\n\r\n") + 4) < 4 or len(received) < end + length_of(received[:end]):
@@ -251,6 +269,7 @@ class Records:
 
 
 def length_of(head: bytes) -> int:
+    """Returns the Content-Length that a head of our own says."""
     return int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
 
 
@@ -258,6 +277,8 @@ def length_of(head: bytes) -> int:
 
 
 class Upstream:
+    """What all connections of the program share: the records, until they are taken."""
+
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
 
@@ -286,7 +307,7 @@ def text_fields(found: Fields) -> list[tuple[str, str]]:
 
 
 class Connection(asyncio.Protocol):
-    """One client; its requests are answered in turn."""
+    """A connection of one client, whose requests are answered in turn."""
 
     transport: asyncio.Transport
 
@@ -321,7 +342,7 @@ class Connection(asyncio.Protocol):
             self.answer_if_due(self.reader.request)
 
     def answer_if_due(self, request: Request) -> None:
-        """Answers the request, if enough of it is there."""
+        """Answers the request, or sends its 100, if enough of it is there and that was not done before."""
         if request.answered:
             return
         played = request.value(b"x-play")
@@ -370,7 +391,7 @@ class Connection(asyncio.Protocol):
     async def wait_until_read(self) -> None:
         """Returns when the other side has read all that was written, so that no read of it sees two parts as one.
 
-        Nothing would set an event when it does.
+        It asks the kernel again and again: nothing would set an event when the other side has read.
         """
         number = self.transport.get_extra_info("socket").fileno()
         while not self.transport.is_closing() and any(fcntl.ioctl(number, termios.TIOCOUTQ, bytes(4))):  # noqa: ASYNC110

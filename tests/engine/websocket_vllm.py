@@ -3,9 +3,12 @@
 
     SUPERVISOR_VLLM="PYTHON tests/engine/websocket_vllm.py" supervisor up m
 
-`/v1/realtime` sends back what it gets, texts and bytes, under the subprotocol that was asked for; the text `close CODE
-REASON` ends it with that code; `headers` is answered with those that came, in JSON; `flood N` sends N messages of
-64 KiB; `half a frame` dies in the middle of one; a first header `x-refuse` is answered with 403.
+A WebSocket of any path, such as `/v1/realtime`, sends back what it gets, texts and bytes, under the first subprotocol
+that was asked for. Some texts are commands: `close CODE REASON` ends it with that code; `headers` is answered with the
+headers that came, in JSON; `flood N` sends N messages of 64 KiB; `half a frame` kills this program within a frame. A
+handshake with the header `x-refuse` is answered with 403. Every other request is answered with an empty 200.
+
+At the end of a WebSocket its code is printed, and so gets into vLLM's log.
 """
 
 from __future__ import annotations

@@ -1,7 +1,10 @@
-"""The client's end of a conversation, byte for byte: what was said is parsed strictly, and nothing is repaired.
+"""The client's end of a conversation, byte for byte: what came is parsed strictly, and nothing is repaired.
 
-seen = converse(port, [b"GET / HTTP/1.1..."], [b"GET"])
-assert seen.finals[0].status == 200 and seen.end == "open"
+    seen = converse(port, [b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"], [b"GET"])
+    assert seen.finals[0].status == 200
+    assert seen.end == "open"
+
+`converse` opens one connection to a port of 127.0.0.1, and closes it. All that was read is bytes.
 """
 
 from __future__ import annotations
@@ -18,19 +21,22 @@ from tests.engine.recording_upstream import Fields, Malformed, Request, fields
 STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([0-9]{3})(?: ([\t -~\x80-\xff]*))?")
 PROBE = b"GET /probe HTTP/1.1\r\nHost: probe\r\n\r\n"
 PATIENCE = 5.0  # seconds for a whole conversation
-QUIET_CALLS = 5  # how often `quiet` is called before it is one
+QUIET_CALLS = 5  # how often `quiet` is called in a row, before nothing more is expected
 
 
 @dataclass
 class Answer:
+    """One answer, interim ones included, with its body decoded."""
+
     status: int
     reason: bytes | None  # None: not even the blank before it
     headers: Fields
-    framing: str = "none"  # or length, chunked, close
+    framing: str = "none"  # how the body's end is known: none (there is no body), length, chunked, close
     body: bytes = b""
     trailers: Fields = field(default_factory=list)
 
     def value(self, name: bytes) -> bytes:
+        """Returns the values of all headers of this name, joined by commas; `name` is in lower case."""
         return b", ".join(value for key, value in self.headers if key.lower() == name)
 
     @property
@@ -40,13 +46,15 @@ class Answer:
 
 @dataclass
 class Transcript:
-    """How a conversation went. `end`: open (another request was answered), closed,
-    reset, silent (it is waited), or garbled."""
+    """How a conversation went: what came, and how it ended.
 
-    answers: list[Answer]
+    `end` is open (another request was answered), closed, reset, silent (nothing more comes), or garbled (no HTTP).
+    """
+
+    answers: list[Answer]  # those that are whole, without the probe's
     end: str
-    received: bytes
-    problem: str = ""  # why what came is not a row of answers
+    received: bytes  # all that came, as it came
+    problem: str = ""  # why what came is not a row of whole answers
 
     @property
     def finals(self) -> list[Answer]:
@@ -58,7 +66,10 @@ class Transcript:
 
 
 def answers_in(data: bytes, methods: Sequence[bytes], closed: bool) -> tuple[list[Answer], bytes]:
-    """The whole answers in `data`, to requests of these methods, and what lies behind them. Raises Malformed."""
+    """Returns the whole answers in `data`, to requests of these methods, and what lies behind them. Raises Malformed.
+
+    With `closed`, `data` is all that the connection brought, so that an answer may end with it.
+    """
     found: list[Answer] = []
     finals = 0
     while (end := data.find(b"\r\n\r\n")) >= 0:
@@ -81,7 +92,7 @@ def answers_in(data: bytes, methods: Sequence[bytes], closed: bool) -> tuple[lis
 
 
 def read_body(answer: Answer, data: bytes, closed: bool) -> bytes | None:
-    """Fills in the body and returns what lies behind it; None where it is not complete."""
+    """Fills in the body, and returns what lies behind it; None where it is not complete. Raises Malformed."""
     codings = [value for name, value in answer.headers if name.lower() == b"transfer-encoding"]
     lengths = [value for name, value in answer.headers if name.lower() == b"content-length"]
     if len(codings) + len(lengths) > 1 or codings not in ([], [b"chunked"]):
@@ -135,11 +146,12 @@ def converse(
     """Sends the pieces, each in a write of its own, and reads until each of `methods` has its answer.
 
     A number among the pieces waits until so many answers have come, interim ones included; a negative one until so many
-    bytes have. In the end it is seen whether the connection is still there, by one more request (not with `probes` off,
-    where the last one is not complete).
-    `quiet` stands for the patience of those who may wait for nothing: it is called when nothing comes, something that
-    takes the other side a while, and after a few times in a row the conversation is over. None among the pieces waits
-    for such a silence, too.
+    bytes have. With `half_close`, the sending side is shut down behind the last piece. In the end one more request
+    shows whether the connection is still there (not with `probes` off, where the last request is not complete).
+
+    Where it may be that nothing comes, `quiet` takes the place of the deadline, which fails the test: it is called when
+    nothing comes, and does something that takes the other side a while. After a few calls in a row the conversation is
+    over. None among the pieces waits for such a silence, too.
     """
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -188,7 +200,7 @@ class _Conversation:
                 self.half_closed = True
                 self.connection.shutdown(socket.SHUT_WR)
             done = not self.pieces and finals >= len(self.methods)
-            # Who has said that no more comes is answered, and then closed on.
+            # A client that has said that no more comes is answered, and then the connection is closed.
             if done and not self._last_announces_close() and not self.half_closed:
                 if probing:
                     return self._transcript("open", without_probe=True)
@@ -208,7 +220,7 @@ class _Conversation:
                 self._send()
             elif self.quiet is not None:
                 if silence == QUIET_CALLS:
-                    if not self.pieces or isinstance(self.pieces[0], bytes):  # which the other side does not take
+                    if not self.pieces or isinstance(self.pieces[0], bytes):  # the other side does not take the piece
                         return self._transcript("silent")
                     self.pieces.pop(0)
                     silence = 0
@@ -220,7 +232,7 @@ class _Conversation:
         return self._transcript(self.end, without_probe=probing and finals == len(self.methods))
 
     def _has_come(self, piece: bytes | int | None) -> bool:
-        """What is waited for: so many answers, or with a negative number so many bytes."""
+        """Returns whether what a number waits for has come: so many answers, or with a negative one so many bytes."""
         if not isinstance(piece, int):
             return False
         return len(self.answers) >= piece if piece >= 0 else len(self.received) >= -piece
@@ -264,7 +276,7 @@ class _Conversation:
 
 
 def origin_form(target: bytes) -> bytes:
-    """A target as an origin server reads it: without the scheme and host of an absolute one."""
+    """Returns a target as an origin server reads it: without the scheme and host of an absolute one."""
     match = re.match(rb"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*", target)
     if match is None:
         return target
@@ -273,7 +285,10 @@ def origin_form(target: bytes) -> bytes:
 
 
 def without_hop_by_hop(request: Request) -> Fields:
-    """The headers that travel on (docs/development/architecture.md, "The path of a request"), but for the framing."""
+    """Returns the headers that travel on (docs/development/architecture.md, "The path of a request"), framing included.
+
+    Host, Expect, X-Request-Id and the framing's headers are kept even where `Connection` names them.
+    """
     dropped = {b"connection", b"keep-alive", b"proxy-connection", b"te", b"upgrade"}
     for value in request.values(b"connection"):
         dropped |= {token.strip(b" \t").lower() for token in value.split(b",")}

@@ -1,13 +1,16 @@
 """The engine's owner in one process: vLLM is a script, and the clock is moved by hand.
 
     with World() as world:
-        run = world.launched()
-        run.answers()
-        world.settle()
-        assert world.engine.ready
-        world.passes(120)
+        vllm = world.launched()
+        vllm.answers()
+        world.passes(1)
+        assert world.engine.state is State.READY
+        vllm.exits(1)
+        world.passes(30)
+        assert world.seen.states[:3] == [State.READY, State.RESTARTING, State.STARTING]
 
-The loop's time stands still until `passes` moves it: then every timer rings in its turn, and nothing is waited for.
+The loop's time stands still until `passes` moves it: then every timer rings at its own time, and nothing is waited for.
+Times are in seconds. No process is started, and leaving the block ends the engine and the loop.
 """
 
 from __future__ import annotations
@@ -35,7 +38,10 @@ LIMITS = Limits(startup=60.0, terminate=10.0, stall=20.0, restarts=5, window=600
 
 
 class ScriptedVllm:
-    """Stands for `engine.child.Child`: it does what the test says, and notes what is done to it."""
+    """Stands for `engine.child.Child`: it does what the test says, and keeps what the engine does to it.
+
+    It also stands for its own log buffer (`follow`, `take`, `tail`).
+    """
 
     def __init__(self, world: World, pid: int) -> None:
         self.world = world
@@ -43,17 +49,17 @@ class ScriptedVllm:
         self.command = SimpleNamespace(argv=("vllm", "serve"), fetches=False)
         self.spawned_at = time.monotonic()
         self.session = SimpleNamespace(sid=pid)
-        self.code: int | None = None
-        self.status: int | None = None  # of /health; None: no answer
-        self.metrics: bytes | None = None
+        self.code: int | None = None  # the exit code; None: it runs
+        self.status: int | None = None  # what /health answers; None: no answer
+        self.metrics: bytes | None = None  # what /metrics answers; None: no answer
         self.parts: dict[int, str] = {}
-        self.undying: list[int] = []
-        self.deaf = False
-        self.removed = False
-        self.terminated = 0
+        self.undying: list[int] = []  # pids that are left of it at the end
+        self.deaf = False  # it ignores SIGTERM
+        self.removed = False  # the engine has ended it
+        self.terminated = 0  # how often it got SIGTERM
         self.log_buffer = self
         self.tail: deque[str] = deque(maxlen=500)
-        self._fresh: list[str] = []
+        self._fresh: list[str] = []  # lines of its log that the engine has not taken
         self._wake: Callable[[], object] = lambda: None
         self._exited = asyncio.Event()
         world.vllms.append(self)
@@ -65,15 +71,18 @@ class ScriptedVllm:
         return self.code is None and not self.removed
 
     def answers(self, status: int = 200) -> None:
+        """Answers /health with this status from now on."""
         self.status = status
 
     def exits(self, code: int = 1) -> None:
+        """Ends with this code; the first one counts."""
         if self.code is None:
             self.code = code
             self.status = self.metrics = None
             self._exited.set()
 
     def says(self, *lines: str) -> None:
+        """Writes these lines to its log."""
         self.tail.extend(lines)
         self._fresh.extend(lines)
         self._wake()
@@ -111,14 +120,19 @@ class ScriptedVllm:
 
 
 class ScriptedLaunch:
-    """Stands for `bounded.Call`: a start under way, which the test may hold up."""
+    """Stands for the `bounded.Call` of a start that is under way: the test says how it ends.
+
+    with World(slow_launch=True) as world:
+        vllm = world.launches[-1].succeeds()
+    """
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.spawned: asyncio.Future[ScriptedVllm] = world.loop.create_future()
-        self.discard: Callable[[ScriptedVllm], object] | None = None
+        self.discard: Callable[[ScriptedVllm], object] | None = None  # set where the engine waits no more
 
     def succeeds(self) -> ScriptedVllm:
+        """Returns the vLLM that is now spawned; an abandoned start passes it to `discard`."""
         vllm = ScriptedVllm(self.world, self.world.new_pid())
         if self.discard is not None:
             self.discard(vllm)
@@ -137,12 +151,12 @@ class ScriptedLaunch:
 
 
 class Front:
-    """Stands for the gateway."""
+    """Stands for the gateway, which passes requests to the engine: the test sets what it knows of them."""
 
     def __init__(self) -> None:
-        self.waiting: list[object] = []
-        self.signs = 0
-        self.drained: asyncio.Future[bool] | None = None
+        self.waiting: list[object] = []  # requests that wait for vLLM's next byte
+        self.signs = 0  # a test counts it up when the engine has made something
+        self.drained: asyncio.Future[bool] | None = None  # None: no drain has begun; the test sets its result
 
     def traffic(self) -> Traffic:
         return Traffic(tuple(self.waiting), self.signs)
@@ -153,13 +167,13 @@ class Front:
 
 
 class RecordingObserver(Observer):
-    """What an observer is told, in order."""
+    """An observer that keeps what it is told, in order."""
 
     def __init__(self) -> None:
         self.states: list[State] = []
         self.runs: list[Run] = []
-        self.failures: list[str] = []
-        self.lines: list[str] = []
+        self.failures: list[str] = []  # the verdicts
+        self.lines: list[str] = []  # vLLM's log, of all runs
         self.hung_runs = 0
         self.removals = 0
 
@@ -183,14 +197,17 @@ class RecordingObserver(Observer):
 
 
 async def run_in_stopped_time(_seconds: float | None, call: Callable[[], Any]) -> Any:
-    """`bounded.bounded` where the time stands still: in a thread, which takes none of it."""
+    """Stands for `bounded.run_bounded` where the time stands still: the call's thread takes none of it."""
     bounded_call = Call(call)
     bounded_call.wait(30)
     return bounded_call.result()
 
 
 class World:
-    """An engine, its front, and whatever is launched. With `slow_launch` each start waits for the test."""
+    """The engine, its front, its observers, and whatever is launched, for one test: `with World() as world`.
+
+    A start succeeds at once; with `slow_launch` it waits for the test (`ScriptedLaunch`).
+    """
 
     def __init__(self, limits: Limits = LIMITS, *observers: Observer, slow_launch: bool = False) -> None:
         self.loop = Loop()
@@ -199,13 +216,13 @@ class World:
         self.front = Front()
         self.seen = RecordingObserver()
         self.observers = observers
-        self.vllms: list[ScriptedVllm] = []
-        self.launches: list[ScriptedLaunch] = []
-        self.asked_paths: list[str] = []
+        self.vllms: list[ScriptedVllm] = []  # all that were spawned, in order
+        self.launches: list[ScriptedLaunch] = []  # all starts, in order
+        self.asked_paths: list[str] = []  # what the engine asked vLLM, in order
         self.latest_pid = 1000
         self.log: list[logging.LogRecord] = []
         self.engine: Engine = None  # type: ignore[assignment]  # made on the loop
-        self.account: Account = None  # type: ignore[assignment]  # what others ask of it
+        self.account: Account = None  # type: ignore[assignment]  # an observer, made on the loop
         self.running: asyncio.Task[int] = None  # type: ignore[assignment]
 
     def __enter__(self) -> World:
@@ -240,10 +257,11 @@ class World:
     # The clock
 
     def do(self, what: Coroutine[Any, Any, Any]) -> Any:
+        """Runs a coroutine on the loop, and returns its result."""
         return self.loop.run_until_complete(what)
 
     def settle(self) -> None:
-        """Until nothing is left to do at this moment."""
+        """Gives the loop 60 turns: enough that nothing is left to do at this moment."""
 
         async def turns() -> None:
             for _ in range(60):
@@ -252,14 +270,16 @@ class World:
         self.do(turns())
 
     def passes(self, seconds: float) -> None:
+        """Moves the clock so far; every timer on the way rings at its own time."""
         self.settle()
         self.loop.clock.limit = self.loop.clock.now + seconds
         self.do(asyncio.sleep(seconds))
         self.settle()
 
-    # What is launched, asked and told
+    # What is launched, asked and logged
 
     def launch(self) -> ScriptedLaunch:
+        """Starts a vLLM, for the engine."""
         launching = ScriptedLaunch(self)
         self.launches.append(launching)
         if not self.slow_launch:
@@ -271,11 +291,12 @@ class World:
         return self.latest_pid
 
     def launched(self) -> ScriptedVllm:
-        """The latest."""
+        """Returns the latest vLLM."""
         self.settle()
         return self.vllms[-1]
 
     def serves(self) -> ScriptedVllm:
+        """Lets the latest vLLM answer, until the engine is ready, and returns it; a second passes."""
         vllm = self.launched()
         vllm.answers()
         self.passes(1)
@@ -283,6 +304,7 @@ class World:
         return vllm
 
     async def ask(self, path: str, body: bytes, patience: float) -> tuple[int, bytes] | None:
+        """Asks the latest vLLM, for the engine (`engine.run.Ask`); returns None without an answer."""
         self.asked_paths.append(path)
         vllm = self.vllms[-1] if self.vllms else None
         if vllm is None or not vllm.alive:
@@ -292,23 +314,26 @@ class World:
         return (vllm.status, b"") if vllm.status is not None else None
 
     def stop(self, number: int = signal.SIGTERM) -> None:
+        """Does what a signal of this number does."""
         self.engine.stop(number)
         self.settle()
 
     @property
     def over(self) -> bool:
+        """True when the engine's task is done."""
         return self.running.done()
 
     @property
     def exit_code(self) -> int:
+        """What the supervisor would exit with, once the engine is `over`."""
         return self.running.result()
 
     def told(self, text: str) -> int:
-        """How many lines of our log have it."""
+        """Returns how many records of our log contain the text."""
         return sum(text in record.getMessage() for record in self.log)
 
     def check(self) -> None:
-        """What must hold whenever nothing is left to do at this moment."""
+        """Asserts what holds whenever nothing is left to do at this moment."""
         living = [vllm for vllm in self.vllms if not vllm.removed]
         assert len(living) <= 1, "two engines at once"
         if self.engine.state is State.READY:

@@ -1,6 +1,11 @@
 """HTTP/1.1 read by a plain strict reader, which shares no line with the gateway's.
 
-Whatever is not as RFC 9112 has it is `Malformed`: what the gateway writes must please the strictest reader there is.
+    reader = RequestReader()
+    reader.feed(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert reader.messages[0].target == b"/"
+
+Whatever is not as RFC 9112 has it raises `Malformed`: what the gateway writes must please the strictest reader there
+is. All that was read is bytes, and so are the names of headers.
 """
 
 from __future__ import annotations
@@ -13,44 +18,47 @@ REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~\x80-\xff]+) HTTP/1\.([01])"
 STATUS_LINE = re.compile(rb"HTTP/1\.1 ([1-5][0-9][0-9]) ([\t -~\x80-\xff]*)")
 FIELD = re.compile(rb"(" + TOKEN + rb"):[ \t]*((?:[!-~\x80-\xff](?:[\t -~\x80-\xff]*[!-~\x80-\xff])?)?)[ \t]*")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t -~\x80-\xff]*)?")
-LONGEST_LINE = 100_000
+LONGEST_LINE = 100_000  # bytes that may come without the end of a line, or of a head
 
 
 class Malformed(AssertionError):
-    """What was read is not HTTP/1.1."""
+    """Raised for bytes that are not HTTP/1.1."""
 
 
 class Message:
     """A request or an answer, as far as it has come."""
 
     def __init__(self, lines: list[bytes]) -> None:
-        self.fields: list[tuple[bytes, bytes]] = []
+        """Takes the lines of the head, of which a subclass reads the first."""
+        self.fields: list[tuple[bytes, bytes]] = []  # names in lower case
         for line in lines[1:]:
             found = FIELD.fullmatch(line)
             if found is None:
                 raise Malformed(f"no header line: {line!r}")
             self.fields.append((found[1].lower(), found[2]))
-        self.content = bytearray()
-        self.whole = False  # all of its body is there
+        self.content = bytearray()  # the body without its framing
+        self.whole = False  # all of its body has come
         self.chunked = False
-        self.remaining: int | None = 0  # bytes of the body, or of its chunk; None: until the connection closes
-        self._expects = "size"  # of a chunk; then its data, its end, the trailers
+        self.remaining: int | None = 0  # bytes of the body, or of its chunk; None: all until the connection closes
+        self._expects = "size"  # what comes next of a chunk: size, data, end; or the trailers
 
     @property
     def body(self) -> bytes:
         return bytes(self.content)
 
     def header(self, name: bytes) -> bytes | None:
+        """Returns a header's value, or None; raises Malformed where it stands there more than once."""
         values = self.headers(name)
         if len(values) > 1:
             raise Malformed(f"{name!r} stands there more than once")
         return values[0] if values else None
 
     def headers(self, name: bytes) -> list[bytes]:
+        """Returns the values of all headers of this name, in any case."""
         return [value for field, value in self.fields if field == name.lower()]
 
     def read_framing(self, default_size: int | None) -> None:
-        """Reads how the body's end is known; `otherwise`: its size where the head does not tell."""
+        """Reads how the body's end is known. `default_size` is its size where the head does not say it."""
         length, coding = self.header(b"content-length"), self.header(b"transfer-encoding")
         if coding is not None:
             if length is not None or coding != b"chunked":
@@ -65,7 +73,7 @@ class Message:
         self.whole = not self.chunked and self.remaining == 0
 
     def take(self, data: bytearray) -> None:
-        """Takes what is the body's off the beginning of `data`."""
+        """Moves what belongs to the body off the beginning of `data`."""
         if self.chunked:
             self._take_chunks(data)
             return
@@ -117,15 +125,16 @@ class Request(Message):
 
 
 class Answer(Message):
-    """`whole`: all of it came; `ended`: that is told by its last chunk; `cut`: the rest will never come."""
+    """An answer, which is `whole` (all of it came), `cut` (the rest will never come) or `open` (it may come yet)."""
 
     def __init__(self, lines: list[bytes], method: bytes) -> None:
+        """`method` is that of the request, because an answer to a HEAD has no body."""
         found = STATUS_LINE.fullmatch(lines[0])
         if found is None:
             raise Malformed(f"no status line: {lines[0][:80]!r}")
         super().__init__(lines)
         self.status, self.reason = int(found[1]), found[2]
-        self.interim: list[Answer] = []  # those of status 1xx that came before
+        self.interim: list[Answer] = []  # the answers of status 1xx that came before it
         self.cut = False
         if method == b"HEAD" or self.status < 200 or self.status in (204, 304):
             self.whole = True
@@ -138,6 +147,7 @@ class Answer(Message):
 
     @property
     def ended(self) -> bool:
+        """True where its last chunk says that all of it came, and not the end of the connection."""
         return self.whole and self.chunked
 
     @property
@@ -146,23 +156,24 @@ class Answer(Message):
 
     @property
     def closes(self) -> bool:
-        """Behind it nothing comes on this connection."""
+        """True where nothing may come behind it on this connection."""
         return b"close" in self.headers(b"connection") or self.remaining is None
 
     @property
     def events(self) -> list[bytes]:
-        """Of an event stream; the last one is empty unless it is half."""
+        """The events of a stream, without the blank lines. The last element is a half event, or empty."""
         return self.body.split(b"\n\n")
 
 
 class RequestReader:
-    """Reads one side of a connection: `feed` it, and look at `messages`."""
+    """Reads what a client sends on one connection: `feed` it, and look at `messages`."""
 
     def __init__(self) -> None:
-        self.data = bytearray()
-        self.messages: list[Request] = []
+        self.data = bytearray()  # bytes that belong to no message yet, or to a part of one that is not whole
+        self.messages: list[Request] = []  # the last one may not be whole
 
     def feed(self, data: bytes) -> None:
+        """Takes the next bytes; raises Malformed."""
         self.data += data
         while self.data:
             if self.messages and not self.messages[-1].whole:
@@ -177,16 +188,18 @@ class RequestReader:
 
 
 class AnswerReader:
-    """`method(n)` tells what the nth answer is one to."""
+    """Reads the answers on one connection: `feed` it, say its `end`, and look at `messages`."""
 
     def __init__(self, method: Callable[[int], bytes]) -> None:
+        """`method(n)` returns the method of the request that the nth answer is for, counted from 0."""
         self.method = method
         self.data = bytearray()
-        self.messages: list[Answer] = []
-        self.interim: list[Answer] = []
-        self.tunnel: bytearray | None = None  # what came behind a 101
+        self.messages: list[Answer] = []  # the final ones, and a 101; the last one may not be whole
+        self.interim: list[Answer] = []  # those of status 1xx that came before the next final one
+        self.tunnel: bytearray | None = None  # what came behind a 101; None: there was none
 
     def feed(self, data: bytes) -> None:
+        """Takes the next bytes; raises Malformed, also for bytes behind an answer that closes the connection."""
         if self.tunnel is not None:
             self.tunnel += data
             return
@@ -214,6 +227,7 @@ class AnswerReader:
                 return
 
     def end(self, *, reset: bool) -> None:
+        """Takes the end of the connection: the last answer is now `whole`, if it lasts until then, or `cut`."""
         latest = self.messages[-1] if self.messages else None
         if latest is not None and not latest.whole:
             latest.whole = latest.remaining is None and not latest.chunked and not reset
@@ -221,6 +235,7 @@ class AnswerReader:
 
 
 def take_line(data: bytearray) -> bytes | None:
+    """Moves the first line off `data`, and returns it without its end; None where it is not whole."""
     end = data.find(b"\r\n")
     if end < 0:
         if len(data) > LONGEST_LINE:
@@ -232,6 +247,7 @@ def take_line(data: bytearray) -> bytes | None:
 
 
 def take_head(data: bytearray) -> list[bytes] | None:
+    """Moves a head off `data`, and returns its lines; None where it is not whole."""
     end = data.find(b"\r\n\r\n")
     if end < 0:
         if len(data) > LONGEST_LINE:

@@ -1,11 +1,16 @@
-"""A connection whose one end is a product's protocol, and whose other end is a script.
+"""A connection whose one end is a protocol of the gateway's, and whose other end, the `FarEnd`, is a script.
 
-It keeps asyncio's contract as uvloop does it. There is one read in a turn, of 256 KiB at most. What comes while reading
-is paused lies in the kernel, the connection's end included. `pause_writing` is called above 64 KiB that the other end
-has not taken. A write behind `write_eof`, or behind the end, is an error. An exception in a callback reaches the loop's
-handler and ends the connection.
+    transport = ScriptedTransport(loop, protocol, far_end)
+    transport.connect()
+    far_end.sends(b"GET / HTTP/1.1\r\n", b"Host: x\r\n\r\n")
+    far_end.leaves()
 
-The kernel between them is one whose buffers are full: what the other end does not take stays in the gateway's.
+It keeps asyncio's contract as uvloop does. There is one read in a turn of the loop, of 256 KiB at most. What comes
+while reading is paused stays in the kernel, and so does the connection's end. `pause_writing` is called above 64 KiB
+that the other end has not taken. A write behind `write_eof`, or behind the end, is an error. An exception in a callback
+reaches the loop's handler and ends the connection.
+
+The kernel's buffers towards the other end count as full: what it does not take stays in the gateway's buffer.
 """
 
 from __future__ import annotations
@@ -16,64 +21,70 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-READ_SIZE = 256 * 1024
-HIGH_WATER = 64 * 1024
-LOW_WATER = HIGH_WATER // 4
+READ_SIZE = 256 * 1024  # bytes of one read at most
+HIGH_WATER = 64 * 1024  # more bytes than these in the buffer pause writing
+LOW_WATER = HIGH_WATER // 4  # so many bytes, or fewer, resume it
 ESTABLISHED, CLOSE_WAIT = 1, 8  # TCP's states, as the kernel numbers them
-RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER of 0 s: closing the socket resets the connection
 
 
 class FarEnd:
-    """The script's end. What the gateway writes is `taken` as it comes, unless `stops_reading` was said."""
+    """The script's end of a connection. It takes what the gateway writes at once, unless `stops_reading` was called.
 
-    transport: ScriptedTransport
+    A subclass says what is done with bytes and with the end, in `bytes_arrived` and `end_arrived`.
+    """
+
+    transport: ScriptedTransport  # set by the transport itself
 
     def __init__(self) -> None:
         self.reading = True
-        self.left = False  # closed by the script, both ways
-        self.ended = False  # the gateway's end was closed, or half closed, and all before it was read
-        self.reset = False  # the gateway's end was closed so that what was under way is lost
+        self.left = False  # the script closed the connection, both ways
+        self.ended = False  # the gateway closed its end, or half closed it, and all before that was read
+        self.reset = False  # the gateway closed its end in such a way that what was under way is lost
 
     # What a script does
 
     def sends(self, *pieces: bytes) -> None:
-        """Each piece is one read of the gateway's, if it reads."""
+        """Sends the pieces; each is a read of its own for the gateway, if it reads."""
         for piece in pieces:
             self.transport.deliver(piece)
             self._settle()
 
     def stops_reading(self) -> None:
+        """Takes nothing from now on, until `reads` is called."""
         self.reading = False
 
     def reads(self, size: int | None = None) -> None:
-        """Takes `size` bytes, or all, and what comes from now on."""
+        """Takes `size` bytes and then nothing, or else all, and what comes from now on."""
         self.reading = size is None
         self.transport.flush(size)
         self._settle()
 
     def half_closes(self) -> None:
+        """Sends nothing further, and still reads."""
         self.transport.deliver_end(None)
         self._settle()
 
     def leaves(self) -> None:
-        """Closes in order: what the gateway still writes is lost, and it is told by the first of it."""
+        """Closes in order. What the gateway still writes is lost, and its first write fails the connection."""
         self.left = True
         self.transport.deliver_end(None)
         self._settle()
 
     def breaks(self) -> None:
-        """Closes by a reset."""
+        """Closes by a reset: what the gateway has not read is lost."""
         self.left = True
         self.transport.deliver_end(ConnectionResetError(104, "Connection reset by peer"))
         self._settle()
 
     @property
     def closed(self) -> bool:
-        """By the gateway."""
+        """True when the gateway has closed its end."""
         return self.ended or self.reset
 
     @property
     def unread_by_gateway(self) -> int:
+        """Bytes that this end has sent, and the gateway has not read."""
         return len(self.transport.kernel)
 
     @property
@@ -81,21 +92,24 @@ class FarEnd:
         """Bytes that the gateway has written, and this end has not taken."""
         return len(self.transport.buffer)
 
-    # For those below
+    # What the transport calls, and a subclass defines
 
     def bytes_arrived(self, data: bytes) -> None:
+        """Takes bytes that the gateway wrote."""
         raise NotImplementedError
 
     def end_arrived(self, *, reset: bool) -> None:
+        """Takes the gateway's end of the connection, in order or by a reset. It may be called twice."""
         self.reset = self.reset or reset
         self.ended = self.ended or not reset
 
     def _settle(self) -> None:
+        """Runs the loop until nothing is left to do."""
         raise NotImplementedError
 
 
 class ScriptedSocket:
-    """What protocols ask of a socket."""
+    """A socket, as far as the gateway's protocols ask one: its file number, addresses and options."""
 
     def __init__(self, transport: ScriptedTransport, family: socket.AddressFamily) -> None:
         self.transport = transport
@@ -117,13 +131,15 @@ class ScriptedSocket:
             self.resets_on_close = value == RESET_ON_CLOSE
 
     def getsockopt(self, level: int, option: int, size: int = 0) -> Any:
-        """TCP_INFO begins with the connection's state."""
+        """Returns TCP_INFO, which begins with the connection's state, for a TCP socket, and 0 for all else."""
         if (level, option) == (socket.IPPROTO_TCP, socket.TCP_INFO) and self.family != socket.AF_UNIX:
             return bytes([CLOSE_WAIT if self.transport.far_ended else ESTABLISHED]).ljust(size, b"\0")
         return 0
 
 
 class ScriptedTransport(asyncio.Transport):
+    """The gateway's end of a connection: asyncio's interface to its protocol, and the kernel towards the `FarEnd`."""
+
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
@@ -136,33 +152,36 @@ class ScriptedTransport(asyncio.Transport):
         self.loop = loop
         self.protocol = protocol
         self.far_end = far_end
-        self.kernel = bytearray()  # came, and was not read
-        self.buffer = bytearray()  # written, and not taken
-        self.far_ended = False
-        self.far_error: Exception | None = None
-        self.bytes_read = 0
-        self.paused = False
+        self.kernel = bytearray()  # what the far end sent, and the gateway has not read
+        self.buffer = bytearray()  # what the gateway wrote, and the far end has not taken
+        self.far_ended = False  # the far end has closed or half closed
+        self.far_error: Exception | None = None  # it did so by a reset
+        self.bytes_read = 0  # by the gateway, in all
+        self.paused = False  # the gateway has paused reading
         self.read_scheduled = False
-        self.eof_reported = False
+        self.eof_reported = False  # eof_received was called
         self.writing_paused = False
         self.eof_written = False
         self.closing = False
-        self.loss_scheduled = False  # connection_lost is called, or will be in the next turn
-        self.loss_reported = False  # it was called
+        self.loss_scheduled = False  # connection_lost was called, or will be in the next turn
+        self.loss_reported = False  # connection_lost was called
         far_end.transport = self
 
     def connect(self) -> None:
+        """Tells the protocol that the connection is made."""
         self._call("connection_made", self)
 
     # From the far end
 
     def deliver(self, data: bytes) -> None:
+        """Takes bytes of the far end's, which the gateway reads in the next turn at the earliest."""
         assert not self.far_ended, "it has closed its end"
         if not self.closing:
             self.kernel += data
             self._schedule_read()
 
     def deliver_end(self, error: Exception | None) -> None:
+        """Takes the far end's end. With an error it is a reset, and what was not read is lost."""
         self.far_ended = True
         self.far_error = error
         if error is not None:
@@ -197,6 +216,7 @@ class ScriptedTransport(asyncio.Transport):
     # To the far end
 
     def flush(self, size: int | None = None) -> None:
+        """Passes `size` bytes of the buffer to the far end, or all if it reads, and then the end, if it is written."""
         if size is None and not self.far_end.reading:
             size = 0
         if self.far_end.left:
@@ -310,7 +330,7 @@ class ScriptedTransport(asyncio.Transport):
             raise RuntimeError(f"unable to perform operation on {self!r}; the handler is closed")
 
     def _call(self, name: str, *arguments: object) -> object:
-        """As a loop does it: an exception is reported, and ends the connection."""
+        """Calls the protocol as a loop does: an exception is reported, and ends the connection."""
         call: Callable[..., object] = getattr(self.protocol, name)
         try:
             return call(*arguments)

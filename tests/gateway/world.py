@@ -7,13 +7,15 @@
         request.streams(b"data: 1")
         client.leaves()
         assert request.gone
+        assert world.ended[0].client_gone
 
 Everything here happens at the connections: what the gateway is made of is known to `World.__enter__` and to the few
 properties that look inside, and to no test. Each call runs the loop until nothing is left to do; `at_once` holds that
-up, so that several things happen in one turn.
+up, so that several things happen in one turn. Time, in seconds, moves in `passes` alone. No port is opened, and nothing
+has to be closed by a test: leaving the block ends all.
 
-At its end a world looks at what no test should have to ask for: no exception reached the loop or the log, whatever was
-written to either side is HTTP, and each request was told to the watchers once.
+At its end a world checks what no test should have to ask for: no exception reached the loop or the log, whatever was
+written to either side is HTTP, and the watchers were told of each request once.
 """
 
 from __future__ import annotations
@@ -46,14 +48,16 @@ from tests.gateway.transport import FarEnd, ScriptedTransport
 CHAT = "/v1/chat/completions"
 DONE = b"data: [DONE]\n\n"
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
+# The states in which the gateway lets no new request in.
 CLOSED_STATES = frozenset({"draining", "stopping", "stopped", "failed"})
-# No clock that a process reads stands at zero.
+# The loop's time when a world begins, in seconds. No clock that a process reads stands at zero.
 BEGINNING = 1000.0
-# What the supervisor asks by itself, which no client's request is.
+# The paths that the supervisor asks by itself: such a request is no client's.
 PROBES = frozenset({b"/health", b"/metrics"})
 
 
 def chunk(data: bytes) -> bytes:
+    """Returns the data as a chunk of a chunked body."""
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
@@ -62,41 +66,55 @@ def header_lines(fields: Sequence[str]) -> str:
 
 
 def post(path: str = CHAT, body: bytes = b"{}", *fields: str) -> bytes:
+    """Returns a POST request; `fields` are lines of its head, such as "Connection: close"."""
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\n{header_lines(fields)}Content-Length: {len(body)}\r\n\r\n"
     return head.encode() + body
 
 
 def get(path: str, *fields: str) -> bytes:
+    """Returns a GET request; `fields` are lines of its head."""
     return f"GET {path} HTTP/1.1\r\nHost: x\r\n{header_lines(fields)}\r\n".encode()
 
 
 class Ended(NamedTuple):
-    """What the watchers are told of one request."""
+    """What the watchers were told of one request that is over."""
 
-    id: bytes
+    id: bytes  # its X-Request-Id
     path: bytes
     status: int
-    client_gone: bool
+    client_gone: bool  # the client left before its answer was whole
 
 
 class ScriptedClient(FarEnd):
+    """A client on one connection, made by `World.client`. What it receives is read strictly, as answers.
+
+        client.asks("/v1/completions", b'{"prompt": "x"}', "X-A: 1")
+        assert client.answer().status == 200
+
+    `asks`, `gets` and `sends` write; `answers`, `answer` and `statuses` say what has come; `leaves`, `breaks`,
+    `half_closes`, `stops_reading` and `reads` are those of each `FarEnd`.
+    """
+
     def __init__(self, world: World) -> None:
         super().__init__()
         self.world = world
         self._settle = world.settle  # type: ignore[method-assign]
-        self.received = bytearray()
-        self.own_requests = RequestReader()
+        self.received = bytearray()  # all that came
+        self.own_requests = RequestReader()  # what it has sent, of which an answer's framing depends on the method
         self.garbage = False  # it has sent something that is no request
         self.reader = AnswerReader(self._method)
-        self.malformed: Malformed | None = None
+        self.malformed: Malformed | None = None  # why what came is no HTTP, which `answers` raises
 
     def asks(self, path: str = CHAT, body: bytes = b"{}", *fields: str) -> None:
+        """Sends a POST request."""
         self.sends(post(path, body, *fields))
 
     def gets(self, path: str, *fields: str) -> None:
+        """Sends a GET request."""
         self.sends(get(path, *fields))
 
     def sends(self, *pieces: bytes) -> None:
+        """Sends any bytes; each piece is a read of its own for the gateway, if it reads."""
         if not self.garbage:
             try:
                 for piece in pieces:
@@ -107,16 +125,17 @@ class ScriptedClient(FarEnd):
 
     @property
     def targets(self) -> list[bytes]:
-        """What it has asked for."""
+        """The targets of the requests that it has sent."""
         return [request.target for request in self.own_requests.messages]
 
     def answers(self) -> list[Answer]:
+        """Returns the answers until now; the last one may not be whole. Raises Malformed for what is none."""
         if self.malformed is not None:
             raise self.malformed
         return self.reader.messages
 
     def answer(self) -> Answer:
-        """The only one, all of it."""
+        """Returns the only answer, which must be whole."""
         answers = self.answers()
         assert len(answers) == 1, answers
         assert answers[0].whole, answers
@@ -128,11 +147,13 @@ class ScriptedClient(FarEnd):
 
     @property
     def tunnelled(self) -> bytes:
+        """All that came on the WebSocket."""
         assert self.reader.tunnel is not None, "no WebSocket"
         return bytes(self.reader.tunnel)
 
     @property
     def read_by_gateway(self) -> int:
+        """Bytes of its own that the gateway has read."""
         return self.transport.bytes_read
 
     def bytes_arrived(self, data: bytes) -> None:
@@ -156,13 +177,19 @@ class ScriptedClient(FarEnd):
 
 
 class ScriptedRequest:
-    """What vLLM got, as far as it has come."""
+    """A request as vLLM has received it until now, and vLLM's side of what becomes of it.
+
+        request = world.engine.request()
+        request.answers(200, b'{"text": "y"}')  # or `streams`, `event` ..., `finishes`
+
+    What it sends once the gateway has closed the connection is dropped.
+    """
 
     def __init__(self, connection: EngineConnection, number: int) -> None:
         self.connection = connection
         self.number = number
         self.message = connection.reader.messages[number]
-        self.claimed = False  # by `ScriptedEngine.request`
+        self.claimed = False  # `ScriptedEngine.request` has returned it
 
     @property
     def method(self) -> bytes:
@@ -189,29 +216,33 @@ class ScriptedRequest:
 
     @property
     def gone(self) -> bool:
-        """The gateway has closed the connection: vLLM stops working on it."""
+        """True when the gateway has closed the connection, by which vLLM knows that it may stop working on it."""
         return self.connection.closed
 
     @property
     def tunnelled(self) -> bytes:
+        """All that came on the WebSocket, since `switches`."""
         assert self.connection.tunnel is not None, "no WebSocket"
         return bytes(self.connection.tunnel)
 
     def answers(self, status: int = 200, body: bytes = b'{"ok": true}', *fields: str) -> None:
+        """Sends a whole answer in one piece; `fields` are lines of its head."""
         head = f"HTTP/1.1 {status} Reason\r\ncontent-type: application/json\r\n{header_lines(fields)}"
         head += f"content-length: {len(body)}\r\n\r\n"
         self.sends(head.encode() + body)
 
     def streams(self, *events: bytes) -> None:
-        """Begins a stream; each event comes in a chunk of its own."""
+        """Begins an event stream, which `finishes` ends; each event is sent in a chunk of its own."""
         self.sends(STREAM_HEAD)
         for event in events:
             self.event(event)
 
     def event(self, event: bytes) -> None:
+        """Sends one more event, such as b"data: 1"; the blank line behind it is added."""
         self.sends(chunk(event + b"\n\n"))
 
     def finishes(self) -> None:
+        """Ends the stream as vLLM does, by `data: [DONE]` and the last chunk."""
         self.sends(chunk(DONE), b"0\r\n\r\n")
 
     def switches(self) -> None:
@@ -224,9 +255,11 @@ class ScriptedRequest:
             self.connection.sends(*pieces)
 
     def closes(self) -> None:
+        """Closes the connection in order."""
         self.connection.leaves()
 
     def breaks(self) -> None:
+        """Resets the connection."""
         self.connection.breaks()
 
     def stops_reading(self) -> None:
@@ -237,13 +270,15 @@ class ScriptedRequest:
 
 
 class EngineConnection(FarEnd):
+    """vLLM's end of one connection of the gateway's, on which requests come one after the other."""
+
     def __init__(self, engine: ScriptedEngine) -> None:
         super().__init__()
         self.engine = engine
         self._settle = engine.world.settle  # type: ignore[method-assign]
         self.reader = RequestReader()
-        self.tunnel: bytearray | None = None
-        self.known_requests = 0  # requests that the engine knows of
+        self.tunnel: bytearray | None = None  # what came since a WebSocket was opened
+        self.known_requests = 0  # how many of its requests the engine was told of
 
     def bytes_arrived(self, data: bytes) -> None:
         if self.tunnel is not None:
@@ -260,20 +295,24 @@ class EngineConnection(FarEnd):
 
 
 class ScriptedEngine:
-    """vLLM, at its end of the socket."""
+    """vLLM, as the gateway sees it at the other end of its unix socket.
+
+    It answers `/health` and `/metrics` by itself. All other requests wait in `requests` for the test, which takes them
+    in order with `request()` and answers each: nothing is answered otherwise.
+    """
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.health: int | None = 200  # what /health answers; None: nothing
-        self.alive = True
-        self.refusal: Exception | None = None  # what becomes of a connection to it
+        self.health: int | None = 200  # the status that /health answers; None: it does not answer
+        self.alive = True  # it accepts connections
+        self.refusal: Exception | None = None  # what is raised where the gateway opens a connection to it
         self.connections: list[EngineConnection] = []
-        self.requests: list[ScriptedRequest] = []
-        self.probes: list[ScriptedRequest] = []
-        self.malformed: list[Malformed] = []
+        self.requests: list[ScriptedRequest] = []  # those of clients, from the first one on
+        self.probes: list[ScriptedRequest] = []  # those of the supervisor's own
+        self.malformed: list[Malformed] = []  # what came and was no request, which `World.check` raises
 
     def request(self) -> ScriptedRequest:
-        """The first that was not asked for yet."""
+        """Returns the first request that it has not returned yet; fails where there is none."""
         for request in self.requests:
             if not request.claimed:
                 request.claimed = True
@@ -282,7 +321,7 @@ class ScriptedEngine:
 
     @property
     def waits(self) -> bool:
-        """It has a request that nobody asked for yet."""
+        """True where it has a request that `request` has not returned yet."""
         return any(not request.claimed for request in self.requests)
 
     @property
@@ -290,7 +329,7 @@ class ScriptedEngine:
         return [request.target for request in self.requests]
 
     def dies(self, *, reset: bool = False) -> None:
-        """Its connections close, and nobody listens. That the supervisor knows is another matter: `engine_is`."""
+        """Closes its connections, and accepts no other. The supervisor does not know it until `World.engine_is`."""
         self.alive = False
         with self.world.at_once():
             for connection in self.connections:
@@ -299,9 +338,11 @@ class ScriptedEngine:
         self.connections.clear()
 
     def lives(self) -> None:
+        """Accepts connections again."""
         self.alive = True
 
     def request_arrived(self, request: ScriptedRequest) -> None:
+        """Takes a request whose head is whole."""
         if request.target in PROBES:
             self.probes.append(request)
             if (status := self.health if request.target == b"/health" else 200) is not None:
@@ -310,6 +351,7 @@ class ScriptedEngine:
             self.requests.append(request)
 
     def accepts(self) -> EngineConnection:
+        """Returns its end of a new connection, or raises what becomes of one."""
         if not self.alive:
             raise ConnectionRefusedError(111, "Connection refused")
         if self.refusal is not None:
@@ -320,7 +362,7 @@ class ScriptedEngine:
 
 
 class _Loop(Loop):
-    """Whoever connects to a unix socket reaches the scripted engine."""
+    """A loop with a scripted clock, on which whoever connects to a unix socket reaches the scripted engine."""
 
     def __init__(self, world: World) -> None:
         super().__init__()
@@ -337,7 +379,7 @@ class _Loop(Loop):
 
 
 class EngineView:
-    """What the gateway may know of the engine: the state that the test gave it."""
+    """Stands for the account of the engine, by which the gateway knows it: the state that the test gave it."""
 
     timeline: Sequence[Mapping[str, object]] = ()
     state = "starting"
@@ -366,6 +408,8 @@ class EngineView:
 
 
 class World:
+    """The gateway, its clients, its engine and its clock, for one test: `with World(...) as world`."""
+
     def __init__(
         self,
         *,
@@ -383,7 +427,12 @@ class World:
         event_keep_alive: float = 0.0,
         faults_expected: bool = False,
     ) -> None:
-        """Times in seconds; `limit` requests run at once, and `waiting` more may wait; `cache` in bytes."""
+        """Sets the gateway up, which is made when the block is entered.
+
+        `engine` is the engine's first state. Times are in seconds, `max_body` and `cache` in bytes; `rate` is the
+        number of requests per minute of each client. `limit` requests run at once, and `waiting` more may wait. With
+        `faults_expected`, exceptions and errors in the log are left to the test, which finds them in `faults`.
+        """
         self.options = {"client_timeout": client_timeout, "idle_timeout": keep_alive, "cache_memory": cache}
         self.options["comment_interval"] = event_keep_alive
         self.policy = {
@@ -399,14 +448,14 @@ class World:
         self.engine = ScriptedEngine(self)
         self.view = EngineView()
         self.clients: list[ScriptedClient] = []
-        self.faults: list[str] = []
-        self.log: list[str] = []
-        self.ended: list[Ended] = []
+        self.faults: list[str] = []  # exceptions that reached the loop, and errors in the log
+        self.log: list[str] = []  # the messages of all records
+        self.ended: list[Ended] = []  # the requests that are over, in order
         self.stopping: asyncio.Task[None] | None = None
         self._held_up = False
         self.patience = 0.0
 
-    # What is made of the product's classes, and all that is known of them
+    # All that is known here of the product's own classes
 
     def _make(self) -> None:
         self.upstream = Upstream("vllm.socket", self.loop)
@@ -418,12 +467,13 @@ class World:
         self.server.config.load()
 
     def _protocol(self, *, private: bool) -> asyncio.Protocol:
-        """For one connection of a client's."""
+        """Returns the gateway's protocol for one new connection of a client's."""
         if private:
             return self.server.private_client()
         return self.server.public_client(config=self.server.config, server_state=self.server.server_state, app_state={})
 
     def watched_by(self, watcher: Callable[[object], None]) -> None:
+        """Adds a watcher, which is called with the record of each request that is over, before all others."""
         for door in (self.gateway.public_door, self.gateway.private_door):
             door.watchers = (watcher, *door.watchers)
 
@@ -436,7 +486,7 @@ class World:
             self.upstream.close()
 
     async def _stop(self, patience: float) -> None:
-        """What `serve.py` does after a signal, and uvicorn after that."""
+        """Does what `serve.py` does after a signal, and uvicorn after that."""
         try:
             async with asyncio.timeout(patience):
                 await self.gateway.wait_until_drained()
@@ -450,12 +500,12 @@ class World:
 
     @property
     def active(self) -> int:
-        """Requests that were let in, and are not over."""
+        """The number of requests that were let in, and are not over."""
         return self.gateway.gate.active
 
     @property
     def waiting(self) -> int:
-        """Requests that are held for the engine, or wait for their turn."""
+        """The number of requests that are held for the engine, or wait for their turn."""
         return self.gateway.gate.backlog
 
     @property
@@ -464,22 +514,22 @@ class World:
 
     @property
     def sent_bytes(self) -> int:
-        """Of answers' bodies, to all clients."""
+        """Bytes of answers' bodies, sent to all clients."""
         return self.gateway.counts.sent
 
     @property
     def awaited(self) -> int:
-        """Requests whose next byte vLLM owes, by which a hang is told."""
+        """The number of requests whose next byte vLLM owes, by which a hang is recognized."""
         return len(self.gateway.traffic()[0])
 
     @property
     def connections(self) -> int:
-        """Clients' that are open."""
+        """The number of clients' open connections."""
         return len(self.gateway.clients.connections)
 
     @property
     def requests_in_memory(self) -> int:
-        """Those that were made of bytes, and that somebody keeps."""
+        """The number of request objects that somebody keeps a reference to, after a garbage collection."""
         gc.collect()
         return sum(isinstance(thing, (Exchange, RequestResponseCycle)) for thing in gc.get_objects())
 
@@ -508,6 +558,7 @@ class World:
             self.close()
 
     def close(self) -> None:
+        """Ends all tasks and the loop, without a check."""
         for task in asyncio.all_tasks(self.loop):
             task.cancel()
         with contextlib.suppress(AssertionError):
@@ -517,7 +568,7 @@ class World:
         self.loop.close()
 
     def check(self) -> None:
-        """What holds in every world at every moment."""
+        """Asserts what holds in every world at every moment."""
         for client in self.clients:
             client.answers()
         for malformed in self.engine.malformed:
@@ -540,9 +591,11 @@ class World:
     # The clock
 
     def do(self, what: Coroutine[Any, Any, Any]) -> Any:
+        """Runs a coroutine on the loop, and returns its result."""
         return self.loop.run_until_complete(what)
 
     def settle(self) -> None:
+        """Runs the loop until nothing is left to do at this moment; does nothing within `at_once`."""
         if not self._held_up and not self.loop.is_running():
             self.loop.settle()
 
@@ -552,11 +605,12 @@ class World:
         return self.loop.time() - BEGINNING
 
     def passes(self, seconds: float) -> None:
+        """Moves the clock so far; every timer on the way rings at its own time."""
         self.loop.passes(seconds)
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """What is done within happens before the gateway has a turn."""
+        """Holds the loop up: all that is done in the block happens before the gateway has a turn."""
         before, self._held_up = self._held_up, True
         try:
             yield
@@ -567,7 +621,11 @@ class World:
     # What happens
 
     def client(self, *, private: bool = False, file: int = 3) -> ScriptedClient:
-        """A new connection; `private`: over the socket that only the queue worker can open; `file`: its number."""
+        """Returns a client on a new connection.
+
+        A `private` one comes over the socket that only the queue worker can open. `file` is the number of the socket's
+        file on the gateway's side.
+        """
         client = ScriptedClient(self)
         self.clients.append(client)
         family = socket.AF_UNIX if private else socket.AF_INET
@@ -582,7 +640,10 @@ class World:
         return client
 
     def engine_is(self, state: str) -> None:
-        """The supervisor has learnt it: starting, ready, restarting, draining, stopping, stopped or failed."""
+        """Tells the gateway the engine's state, as the supervisor does when it has learnt of it.
+
+        It is starting, ready, restarting, draining, stopping, stopped or failed. With `ready`, the engine lives.
+        """
         self.view.state = state
         if state == "ready":
             self.engine.lives()
@@ -590,7 +651,7 @@ class World:
         self.settle()
 
     def terminates(self, patience: float = 60.0) -> None:
-        """SIGTERM: what is in flight has `patience` seconds, and is cut then."""
+        """Does what SIGTERM does: what is in flight has `patience` seconds, and is cut then. Only the first counts."""
         if self.stopping is None:
             self.engine_is("draining")
             self.stopping = self.loop.create_task(self._stop(patience))
@@ -598,15 +659,16 @@ class World:
 
     @property
     def over(self) -> bool:
+        """True when the end that `terminates` began is complete."""
         return self.stopping is not None and self.stopping.done()
 
     def told(self, text: str) -> int:
-        """How many lines of our log have it."""
+        """Returns how many records of the log contain the text."""
         return sum(text in line for line in self.log)
 
 
 def _poll(transport: asyncio.Transport) -> int:
-    """What the system would say of a scripted socket."""
+    """Stands for `client._poll`: returns what the system would say of a scripted socket."""
     return select.POLLRDHUP if isinstance(transport, ScriptedTransport) and transport.far_ended else 0
 
 

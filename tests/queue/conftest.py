@@ -1,4 +1,12 @@
-"""scripts/fake_runpod and a supervisor that takes its jobs with the real SDK, over the fake vLLM."""
+"""scripts/fake_runpod and a supervisor that takes its jobs with the real SDK, over the fake vLLM.
+
+    with RunPod("--hold", "2") as runpod, in_queue_mode(runpod) as supervisor:
+        supervisor.ready()
+        joined(runpod)
+        output = runpod.done({"prompt": "x"})
+
+Most tests share the fixtures `runpod` and `endpoint`, and leave them as they found them. Times are in seconds.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +22,15 @@ import pytest
 from supervisor.local_runpod.child import runpod_variables as simulated
 from tests.harness import FAKE_RUNPOD, Supervisor, wait_until
 
+# The statuses of a job that is over.
 FINAL_STATUSES = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
 
 
 class RunPod:
-    """A fake of its own, and what a client of RunPod does."""
+    """A process of scripts/fake_runpod, ended by force with the block, and what a test asks it.
+
+    It is asked as RunPod's clients do (`run`, `result` ...), and as only a fake can be (`job`, `log`, `fault`).
+    """
 
     def __init__(self, *arguments: str) -> None:
         self.process = subprocess.Popen(
@@ -32,7 +44,7 @@ class RunPod:
         self.url = line.split()[1]
         self.base = self.url.rpartition("/v2/")[0]
         self.http = httpx.Client(verify=False, timeout=60)
-        self._seen: list[dict[str, Any]] = []
+        self._seen: list[dict[str, Any]] = []  # the log's entries until now
 
     def __enter__(self) -> RunPod:
         return self
@@ -46,13 +58,13 @@ class RunPod:
             stream.close()
 
     def environment(self, **more: str) -> dict[str, str]:
-        """For a worker."""
+        """Returns the environment of a worker of this RunPod, and `more`."""
         return simulated(self.url) | {"RUNPOD_PING_INTERVAL": "1000"} | more
 
     # As a client
 
     def run(self, content: object, **more: object) -> str:
-        """-> the job's id. `more` stands beside `input`: policy, webhook."""
+        """Hands a job in, and returns its id. `more` stands beside `input`: policy, webhook."""
         answer = self.http.post(f"{self.url}/run", json={"input": content, **more})
         assert answer.status_code == 200, answer.text
         return str(answer.json()["id"])
@@ -61,18 +73,18 @@ class RunPod:
         return dict(self.http.get(f"{self.url}/status/{job_id}").json())
 
     def result(self, job_id: str, seconds: float = 20) -> dict[str, Any]:
-        """The job's status once it is over."""
+        """Waits until the job is over, and returns what its client then reads of it."""
         wait_until(lambda: self.status(job_id)["status"] in FINAL_STATUSES, f"the end of job {job_id}", seconds)
         return self.status(job_id)
 
     def done(self, content: object, seconds: float = 20) -> Any:
-        """-> the output of a job that completes."""
+        """Runs a job that completes, and returns its output."""
         status = self.result(self.run(content), seconds)
         assert status["status"] == "COMPLETED", status
         return status.get("output")
 
     def failed(self, content: object, seconds: float = 20) -> dict[str, Any]:
-        """-> the error of a job that fails, which is the JSON text of an object."""
+        """Runs a job that fails, and returns its error, which is the JSON text of an object."""
         status = self.result(self.run(content), seconds)
         assert status["status"] == "FAILED", status
         return dict(json.loads(status["error"]))
@@ -80,20 +92,22 @@ class RunPod:
     # As the platform
 
     def job(self, job_id: str) -> dict[str, Any]:
-        """Everything that the platform knows of it: chunks, posts, times."""
+        """Returns everything that the platform knows of a job: chunks, posts, times."""
         return dict(self.http.get(f"{self.base}/jobs/{job_id}").json())
 
     def log(self, what: str = "") -> list[dict[str, Any]]:
-        """Requests of workers; `what`: only of one kind, such as job-take."""
+        """Returns the requests of workers until now; with `what` only those of one kind, such as job-take."""
         since = self._seen[-1]["seq"] if self._seen else 0
         self._seen += self.http.get(f"{self.base}/log", params={"since": since}).json()
         return [entry for entry in self._seen if not what or entry["what"] == what]
 
     def fault(self, on: str, do: str, **more: object) -> None:
+        """Adds a fault for workers' requests of the kind `on` (docs/development/simulator.md), until `no_faults`."""
         answer = self.http.post(f"{self.base}/faults", json={"on": on, "do": do, **more})
         assert answer.status_code < 300, answer.text
 
     def no_faults(self) -> None:
+        """Takes all faults back."""
         self.http.delete(f"{self.base}/faults")
 
     def worker(self) -> dict[str, Any]:
@@ -101,7 +115,10 @@ class RunPod:
 
 
 def in_queue_mode(runpod: RunPod, *arguments: str, environ: dict[str, str] | None = None, **more: Any) -> Supervisor:
-    """A supervisor that takes its jobs; its gateway has a port beside, for a look at `/status` and `/fake/state`."""
+    """Returns a supervisor that takes this RunPod's jobs, to be entered as a block.
+
+    Its gateway listens on a port as well, for a look at `/status` and `/fake/state`.
+    """
     return Supervisor("m", *arguments, environ=runpod.environment(**(environ or {})), **more)
 
 
@@ -118,7 +135,7 @@ def runpod() -> Iterator[RunPod]:
 
 @pytest.fixture(scope="session")
 def endpoint(runpod: RunPod) -> Iterator[Supervisor]:
-    """One that serves; for tests that leave it as they found it."""
+    """A supervisor in queue mode that serves and takes jobs, for tests that leave it as they found it."""
     with in_queue_mode(runpod) as supervisor:
         supervisor.ready()
         joined(runpod)

@@ -9,7 +9,7 @@ from supervisor.settings.names import DEFAULTS
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with a vLLM that is found, and never started."""
+    """The current folder of the test, an empty one, beside a vLLM that is found and never started."""
     vllm = tmp_path / "vllm" / "bin" / "vllm"
     vllm.parent.mkdir(parents=True)
     vllm.write_text("#!/bin/false\n")
@@ -23,6 +23,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_access_log(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a default of ours adds to each command line is looked at by its own test, and left out of all others."""
+    """Leaves out what a default of ours adds to each command line, but for tests marked `access_log`."""
     if "access_log" not in request.keywords:
         monkeypatch.setitem(DEFAULTS, "SUPERVISOR_ACCESS_LOG", {})

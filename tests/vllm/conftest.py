@@ -1,6 +1,8 @@
-"""The real vLLM under a real supervisor, started once for all tests here. Tests that break it run after the
-others, then the one that stops it, and after that the one that needs the machine for two of it. What runs beside them,
-in another process, is told in tests/conftest.py."""
+"""The real vLLM under a real supervisor, started once for all tests here.
+
+Tests that break it run after the others, then the one that stops it, and after that the one that needs the machine for
+two of it. tests/conftest.py names the files that run meanwhile, in another process.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,7 @@ LAST = "test_two_ranks.py"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the tests in this order, and gives each the time that a start of vLLM may take."""
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
@@ -34,13 +37,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def simulated() -> Iterator[RunPod]:
+    """The fake RunPod that the shared supervisor belongs to; it may have no worker yet (`runpod` has one)."""
     with RunPod() as found:
         yield found
 
 
 @pytest.fixture(scope="session")
 def served(simulated: RunPod) -> Iterator[Supervisor]:
-    """In queue mode, with a port beside: HTTP and jobs go to the same vLLM."""
+    """The supervisor that the tests share, in queue mode and with a port: HTTP and jobs go to the same vLLM."""
     assert VLLM.exists(), (
         "the real vLLM is missing: run scripts/setup, or leave these tests out with scripts/test --quick"
     )
@@ -53,14 +57,14 @@ def served(simulated: RunPod) -> Iterator[Supervisor]:
         "SUPERVISOR_DRAIN_TIMEOUT": "90",  # a long stream on a busy machine
         **simulated.environment(),
     }
-    # As a newcomer starts it: without a word on the model or on where vLLM is.
+    # It is started as a newcomer does: without a word on the model or on where vLLM is.
     with Supervisor(vllm=None, program=(ROOT / "scripts" / "up",), environ=environ) as supervisor:
         supervisor.engine()
         yield supervisor.ready(START)
 
 
 def link_to(served: Supervisor, folder: Path) -> Path:
-    """-> a `vllm` for a second supervisor: at once there, for its socket is a link to that of the one which serves."""
+    """Returns a `vllm` for a second supervisor, which is there at once: its socket is a link to that of `served`."""
     vllm = folder / "vllm"
     vllm.write_text(
         "#!/bin/sh\n"
@@ -75,13 +79,13 @@ def link_to(served: Supervisor, folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def runpod(simulated: RunPod, served: Supervisor) -> RunPod:
-    """With a worker that is there: a test that is run by itself asks for it, too."""
+    """The fake RunPod, with a worker: it starts the shared supervisor even for a test that runs by itself."""
     return simulated
 
 
 @pytest.fixture(scope="session")
 def direct(served: Supervisor) -> Iterator[httpx.Client]:
-    """vLLM's own socket, past the gateway."""
+    """A client on vLLM's own socket, past the gateway."""
     transport = httpx.HTTPTransport(uds=served.socket)
     with httpx.Client(transport=transport, base_url="http://vllm", timeout=60) as client:
         yield client
