@@ -22,7 +22,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _no_access_log(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out what a default of ours adds to each command line, but for tests marked `access_log`."""
-    if "access_log" not in request.keywords:
-        monkeypatch.setitem(DEFAULTS, "SUPERVISOR_ACCESS_LOG", {})
+def _no_access_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out what a default of ours adds to each command line."""
+    monkeypatch.setitem(DEFAULTS, "SUPERVISOR_ACCESS_LOG", {})
