@@ -76,8 +76,8 @@ def usage_error(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def length(text: str) -> int:
-    """A number of tokens as vLLM reads it: 4096, 4k (thousands), 4K (of 1024), auto or -1."""
+def parse_token_count(text: str) -> int:
+    """Returns a number of tokens, written as vLLM allows: 4096, 4k (thousands), 4K (of 1024), auto or -1."""
     if text in ("auto", "-1"):
         return 32768
     if not (match := re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", text)):
@@ -95,45 +95,45 @@ def read_options(args: list[str], reject: Iterable[str]) -> Options:
             values = flags[name.replace("_", "-")] = [value] if equals else []
         else:
             values.append(arg)
-    if refused := [name for name in flags if name in reject]:
-        usage_error(f"unrecognized arguments: {' '.join(refused)}")
+    if rejected := [name for name in flags if name in reject]:
+        usage_error(f"unrecognized arguments: {' '.join(rejected)}")
 
-    def one(name: str, default: str) -> str:
+    def read_value(name: str, default: str) -> str:
         if flags.get(name) == []:
             usage_error(f"argument {name}: expected one argument")
         return flags.get(name, [default])[-1]
 
-    def number(name: str, default: int) -> int:
-        if not re.fullmatch(r"-?\d+", text := one(name, str(default))):
+    def read_number(name: str, default: int) -> int:
+        if not re.fullmatch(r"-?\d+", text := read_value(name, str(default))):
             usage_error(f"argument {name}: invalid int value: '{text}'")
         return int(text)
 
     try:
-        origins = json.loads(one("--allowed-origins", "[]"))
+        origins = json.loads(read_value("--allowed-origins", "[]"))
     except ValueError as problem:
         usage_error(f"argument --allowed-origins: {problem}")
-    model = positionals[0] if positionals else one("--model", "Qwen/Qwen3-0.6B")
+    model = positionals[0] if positionals else read_value("--model", "Qwen/Qwen3-0.6B")
     return Options(
         model=model,
         names=flags.get("--served-model-name") or [model],
-        uds=one("--uds", ""),
-        host=one("--host", ""),
-        port=number("--port", 8000),
-        max_model_len=length(one("--max-model-len", "auto")),
-        max_num_seqs=number("--max-num-seqs", 256),
-        shutdown_timeout=number("--shutdown-timeout", 0),
+        uds=read_value("--uds", ""),
+        host=read_value("--host", ""),
+        port=read_number("--port", 8000),
+        max_model_len=parse_token_count(read_value("--max-model-len", "auto")),
+        max_num_seqs=read_number("--max-num-seqs", 256),
+        shutdown_timeout=read_number("--shutdown-timeout", 0),
         request_id_headers="--enable-request-id-headers" in flags,
         access_log="--disable-uvicorn-access-log" not in flags,
         log_stats="--disable-log-stats" not in flags,
-        sse_keep_alive=number("--sse-keep-alive-interval", 0),
-        root_path=one("--root-path", "").rstrip("/"),
+        sse_keep_alive=read_number("--sse-keep-alive-interval", 0),
+        root_path=read_value("--root-path", "").rstrip("/"),
         allowed_origins=origins,
         headless="--headless" in flags,
         ranks={
-            "nnodes": number("--nnodes", 1),
-            "rank": number("--node-rank", 0),
-            "master_addr": one("--master-addr", "127.0.0.1"),
-            "master_port": number("--master-port", 29501),
+            "nnodes": read_number("--nnodes", 1),
+            "rank": read_number("--node-rank", 0),
+            "master_addr": read_value("--master-addr", "127.0.0.1"),
+            "master_port": read_number("--master-port", 29501),
         },
     )
 
@@ -143,7 +143,7 @@ PER_REQUEST = {"per_request": True}
 
 @dataclass(frozen=True)
 class Plan:
-    """How to misbehave: each key of a plan is a field here (manual: docs/development/fake_vllm.md). -1 means never."""
+    """The faults of a start: each key of a plan is a field here (docs/development/fake_vllm.md). -1 means never."""
 
     load_seconds: float = 0.0
     die_at_start: JSON = field(default_factory=dict)  # log, code or signal, after
@@ -171,11 +171,11 @@ class Plan:
     close_connection_after_response: bool = field(default=False, metadata=PER_REQUEST)
     close_silently: bool = field(default=False, metadata=PER_REQUEST)
 
-    def with_keys(self, keys: object, request: bool = False) -> Plan:
-        """This plan with some keys replaced. Raises ValueError on a key unknown here or a value of the wrong type."""
+    def replace_keys(self, keys: object, per_request: bool = False) -> Plan:
+        """Returns this plan with some keys replaced. An unknown key or a value of the wrong type raises ValueError."""
         if not isinstance(keys, dict):
             raise ValueError("a plan is a JSON object")  # noqa: TRY004 - it is the user's text that is wrong
-        allowed = {one.name for one in dataclasses.fields(self) if one.metadata or not request}
+        allowed = {entry.name for entry in dataclasses.fields(self) if entry.metadata or not per_request}
         for key, value in keys.items():
             kind = type(getattr(self, key)) if key in allowed else None
             if not kind or type(value) not in ((float, int) if kind is float else (kind,)):
@@ -186,7 +186,7 @@ class Plan:
 
 
 def read_plan() -> tuple[Plan, int]:
-    """The plan for this start, and which start it is (counted in the file FAKE_VLLM_COUNT, from 1)."""
+    """Returns the plan for this start, and the start's number (counted in the file FAKE_VLLM_COUNT, from 1)."""
     start = 1
     if count_file := os.environ.get("FAKE_VLLM_COUNT"):
         with open(count_file, "a+") as file:
@@ -202,14 +202,14 @@ def read_plan() -> tuple[Plan, int]:
     plans = json.loads(text or "{}")
     plans = plans if isinstance(plans, list) else [plans]
     plan = Plan(keepalive=float(os.environ.get("FAKE_VLLM_KEEPALIVE", "5")))
-    return plan.with_keys(plans[min(start, len(plans)) - 1] if plans else {}), start
+    return plan.replace_keys(plans[min(start, len(plans)) - 1] if plans else {}), start
 
 
 # -- HTTP/1.1 by hand
 
 
 class Refusal(Exception):
-    """Another answer than the wanted one; `body` is sent as JSON, or nothing if None."""
+    """An answer other than the wanted one. `body` is sent as JSON, and None means an empty body."""
 
     def __init__(self, status: int, body: JSON | None, headers: Headers | None = None) -> None:
         self.status, self.body, self.headers = status, body, headers or []
@@ -223,14 +223,14 @@ def bad_request(message: str, param: str | None = None) -> Refusal:
     return Refusal(400, error(400, message, "BadRequestError", param))
 
 
-def size(text: str, base: int = 10) -> int:
+def parse_size(text: str, base: int = 10) -> int:
     if not re.fullmatch(r"[0-9A-Fa-f]+", text.strip()):  # int() would take signs, underscores and 0x
         raise ValueError(f"not a length: {text!r}")
     return int(text, base)
 
 
 class Request:
-    """A parsed head; the body is read on demand."""
+    """A request whose head has been parsed. Its body is read on demand."""
 
     def __init__(self, connection: Connection, head: bytes) -> None:
         self.connection = connection
@@ -242,41 +242,41 @@ class Request:
         self.headers = [(name, value.strip(" \t")) for name, _, value in (line.partition(":") for line in lines)]
         self.path, _, query = self.target.partition("?")
         self.query = dict(parse_qsl(query, keep_blank_values=True))
-        self.old = self.version == "1.0"
-        self.close = self.old or "close" in self.header("connection").lower()
-        self.answered = False
+        self.is_http10 = self.version == "1.0"
+        self.is_last = self.is_http10 or "close" in self.header("connection").lower()
+        self.is_answered = False
         self.trailers: Headers = []
         self.rate = 0.0  # bytes per second at which the body is read; 0: no limit
-        self.body = self.pieces()  # one generator, so that whoever comes later reads on where another stopped
+        self.body = self.read_body()  # one generator, so that whoever comes later reads on where another stopped
 
     def header(self, name: str) -> str:
         return ", ".join(value for key, value in self.headers if key.lower() == name)
 
-    async def pieces(self) -> AsyncIterator[bytes]:
+    async def read_body(self) -> AsyncIterator[bytes]:
         connection = self.connection
-        chunked = "chunked" in self.header("transfer-encoding").lower()
-        left = 0 if chunked else size(self.header("content-length") or "0")
-        if "100-continue" in self.header("expect").lower() and not self.old:
-            if self.answered:  # without a 100 nobody can tell whether the body will come
+        is_chunked = "chunked" in self.header("transfer-encoding").lower()
+        remaining = 0 if is_chunked else parse_size(self.header("content-length") or "0")
+        if "100-continue" in self.header("expect").lower() and not self.is_http10:
+            if self.is_answered:  # without a 100 nobody can tell whether the body will come
                 raise Refusal(417, None)
             connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        while chunked or left:
-            if not left:
-                left = size((await connection.line()).split(b";")[0].decode(), 16)
-            if chunked and not left:
+        while is_chunked or remaining:
+            if not remaining:
+                remaining = parse_size((await connection.read_line()).split(b";")[0].decode(), 16)
+            if is_chunked and not remaining:
                 break
-            piece = await connection.take(min(left, int(self.rate / 20) + 1 if self.rate else 65536))
-            left -= len(piece)
-            if chunked and not left:
-                await connection.line()
+            piece = await connection.read_some(min(remaining, int(self.rate / 20) + 1 if self.rate else 65536))
+            remaining -= len(piece)
+            if is_chunked and not remaining:
+                await connection.read_line()
             yield piece
             if self.rate:
                 await asyncio.sleep(len(piece) / self.rate)
-        while chunked and (line := (await connection.line()).decode("latin-1")):
+        while is_chunked and (line := (await connection.read_line()).decode("latin-1")):
             name, _, value = line.partition(":")
             self.trailers.append((name, value.strip(" \t")))
 
-    async def json(self) -> JSON:
+    async def read_json(self) -> JSON:
         try:
             value = json.loads(b"".join([piece async for piece in self.body]))
         except ValueError as problem:
@@ -287,7 +287,7 @@ class Request:
 
 
 class Connection(asyncio.Protocol):
-    """One client. Requests are served in turn; the client's going away cancels whatever is being done for it."""
+    """A client's connection. Its requests are served in turn; when the client leaves, the work for it is cancelled."""
 
     HIGH_WATER = 65536
     transport: asyncio.Transport
@@ -295,11 +295,11 @@ class Connection(asyncio.Protocol):
     def __init__(self, server: Server) -> None:
         self.server, self.loop = server, asyncio.get_running_loop()
         self.buffer = bytearray()
-        self.arrived: asyncio.Future[None] | None = None
-        self.idle: asyncio.TimerHandle | None = None
+        self.data_arrival: asyncio.Future[None] | None = None
+        self.idle_timer: asyncio.TimerHandle | None = None
         self.writable = asyncio.Event()
         self.writable.set()
-        self.busy, self.requests = False, 0
+        self.is_busy, self.request_count = False, 0
         self.stream: Stream | None = None
 
     # called by asyncio
@@ -307,8 +307,8 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
-        self.server.connections_seen += 1
-        self.serial = self.server.connections_seen
+        self.server.connection_count += 1
+        self.serial = self.server.connection_count
         self.server.connections.add(self)
         self.task = self.loop.create_task(self.serve())
 
@@ -316,10 +316,10 @@ class Connection(asyncio.Protocol):
         self.buffer += data
         if len(self.buffer) > self.HIGH_WATER:
             self.transport.pause_reading()
-        if self.idle:
-            self.idle.cancel()
-        if self.arrived and not self.arrived.done():
-            self.arrived.set_result(None)
+        if self.idle_timer:
+            self.idle_timer.cancel()
+        if self.data_arrival and not self.data_arrival.done():
+            self.data_arrival.set_result(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.server.connections.discard(self)
@@ -332,27 +332,27 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self.writable.set()
         if self.stream:
-            self.stream.write()
+            self.stream.write_words()
 
     # called by handlers
 
-    async def more(self) -> None:
+    async def wait_for_data(self) -> None:
         self.transport.resume_reading()
-        self.arrived = self.loop.create_future()
-        await self.arrived
+        self.data_arrival = self.loop.create_future()
+        await self.data_arrival
 
-    async def take(self, most: int) -> bytes:
+    async def read_some(self, limit: int) -> bytes:
         while not self.buffer:
-            await self.more()
-        piece = bytes(self.buffer[:most])
-        del self.buffer[:most]
+            await self.wait_for_data()
+        piece = bytes(self.buffer[:limit])
+        del self.buffer[:limit]
         return piece
 
-    async def line(self, end: bytes = b"\r\n") -> bytes:
+    async def read_line(self, end: bytes = b"\r\n") -> bytes:
         while (at := self.buffer.find(end)) < 0:
             if len(self.buffer) > self.HIGH_WATER:
                 raise Refusal(431, None)
-            await self.more()
+            await self.wait_for_data()
         line = bytes(self.buffer[:at])
         del self.buffer[: at + len(end)]
         return line
@@ -360,8 +360,8 @@ class Connection(asyncio.Protocol):
     def write(self, data: bytes) -> None:
         self.transport.write(data)
 
-    async def write_apart(self, *parts: bytes) -> None:
-        """Write so that no read of the client sees two parts in one: wait (at most 20 ms) until it has taken each."""
+    async def write_in_parts(self, *parts: bytes) -> None:
+        """Writes so that no read of the client sees two parts in one: it waits until each is taken, at most 20 ms."""
         fd = self.transport.get_extra_info("socket").fileno()
         for part in parts:
             self.write(part)
@@ -372,46 +372,46 @@ class Connection(asyncio.Protocol):
                     break
 
     async def serve(self) -> None:
-        request, keep = None, True
+        request, keep_open = None, True
         try:
-            while keep and not self.server.draining:
+            while keep_open and not self.server.is_draining:
                 head, request = b"", None
                 while not head.strip():
-                    head = await self.line(b"\r\n\r\n")
-                self.busy = True
-                self.requests += 1
+                    head = await self.read_line(b"\r\n\r\n")
+                self.is_busy = True
+                self.request_count += 1
                 request = Request(self, head.lstrip())
-                if keep := await self.server.handle(request):
+                if keep_open := await self.server.handle(request):
                     async for _ in request.body:
                         pass
-                self.busy = False
+                self.is_busy = False
                 if not self.buffer:
-                    self.idle = self.loop.call_later(self.server.plan.keepalive, self.transport.close)
-        except (Refusal, ValueError) as problem:  # not HTTP, or a body that nobody can tell the end of
-            if not request or not request.answered:
-                self.head(problem.status if isinstance(problem, Refusal) else 400, [("connection", "close")])
+                    self.idle_timer = self.loop.call_later(self.server.plan.keepalive, self.transport.close)
+        except (Refusal, ValueError) as problem:  # not HTTP, or a body whose end can't be found
+            if not request or not request.is_answered:
+                self.write_head(problem.status if isinstance(problem, Refusal) else 400, [("connection", "close")])
         except asyncio.CancelledError:  # the client has gone
             pass
         finally:
             self.transport.close()
 
-    def head(self, status: int, headers: Headers, request: Request | None = None) -> None:
+    def write_head(self, status: int, headers: Headers, request: Request | None = None) -> None:
         phrase = HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else "Unknown"
         date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
         lines = [f"HTTP/1.1 {status} {phrase}", f"date: {date}", "server: uvicorn"]
         lines += [f"{name}: {value}" for name, value in headers]
         self.write(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
         if request:
-            request.answered = True
+            request.is_answered = True
             if self.server.options.access_log:
-                what = f"{request.method} {request.target} HTTP/{request.version}"
-                self.server.log_uvicorn(f'{self.serial} - "{what}" {status} {phrase}', fd=1)
+                request_line = f"{request.method} {request.target} HTTP/{request.version}"
+                self.server.log_uvicorn(f'{self.serial} - "{request_line}" {status} {phrase}', fd=1)
 
 
 # -- /metrics
 
-# What is there whatever the options: of prometheus_client and of the HTTP server. They tell nothing of the engine.
-OTHER_METRICS = """\
+# prometheus_client and the HTTP server write these whatever the options are. They say nothing about the engine.
+BASE_METRICS = """\
 # HELP python_info Python platform information
 # TYPE python_info gauge
 python_info{{implementation="CPython",major="3",minor="11",patchlevel="7",version="3.11.7"}} 1.0
@@ -423,8 +423,8 @@ process_cpu_seconds_total {seconds}
 """
 
 
-def label(value: str) -> str:
-    """As prometheus_client writes the value of a label."""
+def escape_label(value: str) -> str:
+    """Returns the value of a label, escaped as prometheus_client does it."""
     return value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
 
 
@@ -434,146 +434,147 @@ def label(value: str) -> str:
 WORDS = ["the ", "naïve ", "model ", "日本 ", "says ", "🙂 ", "and ", "Füße ", "token ", "Ωmega ", 'a "quote" ', "é\n"]
 ESCAPED = [json.dumps(word, ensure_ascii=False)[1:-1].encode() for word in WORDS]
 MARK = "@word@"
-NUMBER, QUOTED_NUMBER = b"@number@", b'"@number@"'
+NUMBER_MARK, QUOTED_NUMBER_MARK = b"@number@", b'"@number@"'
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
-KEPT_ALIVE = ("/v1/chat/completions", "/v1/completions")  # vLLM's other streams have no comments
-MAX_TOKENS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+KEPT_ALIVE_ROUTES = ("/v1/chat/completions", "/v1/completions")  # vLLM's other streams have no comments
+MAX_TOKENS_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 
-def texts(value: object) -> str:
-    """All the text inside a prompt, a list of messages, or a list of parts."""
+def extract_text(value: object) -> str:
+    """Returns all the text inside a prompt, a list of messages, or a list of parts."""
     if isinstance(value, list):
-        return " ".join(texts(item) for item in value)
+        return " ".join(extract_text(item) for item in value)
     if isinstance(value, dict):
-        return texts([value[key] for key in ("content", "text") if key in value])
+        return extract_text([value[key] for key in ("content", "text") if key in value])
     return "" if value is None else str(value)
 
 
-def sse(data: JSON, event: str = "") -> bytes:
+def sse_event(data: JSON, kind: str = "") -> bytes:
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return (f"event: {event}\n" if event else "").encode() + f"data: {text}\n\n".encode()
+    return (f"event: {kind}\n" if kind else "").encode() + f"data: {text}\n\n".encode()
 
 
-def named(kind: str, **data: object) -> bytes:
-    return sse({"type": kind, **data}, kind)
+def event(kind: str, **data: object) -> bytes:
+    return sse_event({"type": kind, **data}, kind)
 
 
-def counted(kind: str, **data: object) -> bytes:
-    """An event of /v1/responses. Each has its number in the stream, which is put in when it goes out."""
-    return named(kind, **data, sequence_number=NUMBER.decode()).replace(QUOTED_NUMBER, NUMBER)
+def numbered_event(kind: str, **data: object) -> bytes:
+    """Returns an event of /v1/responses. It has a number in its stream, which is put in when it is sent."""
+    return event(kind, **data, sequence_number=NUMBER_MARK.decode()).replace(QUOTED_NUMBER_MARK, NUMBER_MARK)
 
 
 @dataclass
-class Asked:
-    """What an answer is made from."""
+class GenerationParams:
+    """The parameters that an answer is made from."""
 
     body: JSON
     ident: str
     model: str
     prompt: str
     prompt_tokens: int
-    count: int
+    token_count: int
 
     def __post_init__(self) -> None:
         self.seed = binascii.crc32(self.prompt.encode())
-        self.text = "".join(WORDS[(self.seed + i) % len(WORDS)] for i in range(self.count))
-        self.cut_off = any(name in self.body for name in MAX_TOKENS)
+        self.text = "".join(WORDS[(self.seed + i) % len(WORDS)] for i in range(self.token_count))
+        self.hits_limit = any(name in self.body for name in MAX_TOKENS_FIELDS)
         self.created = int(time.time())
 
 
 @dataclass
 class Answer:
-    """One answer in one dialect; all of it but the timing is known beforehand."""
+    """An answer in one dialect. All of it but the timing is known beforehand."""
 
-    whole: JSON
+    response: JSON
     opening: bytes
-    word: bytes  # an event with MARK where a word goes
+    word_event: bytes  # it has MARK where the word goes
     closing: bytes
-    dead: bytes  # how a stream ends when the engine is gone
+    failure: bytes  # how a stream ends when the engine is gone
     greeting: bytes = b""  # events that the API server sends with the head, before the engine has done anything
 
 
-def openai_answer(asked: Asked, kind: str, chunk_kind: str, contents: list[JSON]) -> Answer:
+def openai_answer(params: GenerationParams, kind: str, chunk_kind: str, contents: list[JSON]) -> Answer:
     """`contents`: what choice 0 holds in the whole answer, in a word's event, in the last event, in the first event."""
-    reason = "length" if asked.cut_off else "stop"
-    usage: JSON = {"prompt_tokens": asked.prompt_tokens, "completion_tokens": asked.count}
-    usage["total_tokens"] = asked.prompt_tokens + asked.count
+    reason = "length" if params.hits_limit else "stop"
+    usage: JSON = {"prompt_tokens": params.prompt_tokens, "completion_tokens": params.token_count}
+    usage["total_tokens"] = params.prompt_tokens + params.token_count
 
-    def of(kind: str, content: JSON | None, reason: str | None, **more: object) -> JSON:
+    def make_object(kind: str, content: JSON | None, reason: str | None, **more: object) -> JSON:
         choice = {"index": 0, **(content or {}), "logprobs": None, "finish_reason": reason}
-        base = {"id": asked.ident, "object": kind, "created": asked.created, "model": asked.model}
+        base = {"id": params.ident, "object": kind, "created": params.created, "model": params.model}
         return {**base, "choices": [] if content is None else [choice], **more}
 
-    wants_usage = (asked.body.get("stream_options") or {}).get("include_usage")
+    wants_usage = (params.body.get("stream_options") or {}).get("include_usage")
     return Answer(
-        whole=of(kind, contents[0], reason, usage=usage),
-        opening=b"".join(sse(of(chunk_kind, content, None)) for content in contents[3:]),
-        word=sse(of(chunk_kind, contents[1], None)),
-        closing=sse(of(chunk_kind, contents[2], reason))
-        + (sse(of(chunk_kind, None, None, usage=usage)) if wants_usage else b"")
+        response=make_object(kind, contents[0], reason, usage=usage),
+        opening=b"".join(sse_event(make_object(chunk_kind, content, None)) for content in contents[3:]),
+        word_event=sse_event(make_object(chunk_kind, contents[1], None)),
+        closing=sse_event(make_object(chunk_kind, contents[2], reason))
+        + (sse_event(make_object(chunk_kind, None, None, usage=usage)) if wants_usage else b"")
         + DONE,
-        dead=sse(error(500, ENGINE_DEAD, "InternalServerError")) + DONE,
+        failure=sse_event(error(500, ENGINE_DEAD, "InternalServerError")) + DONE,
     )
 
 
-def chat(asked: Asked) -> Answer:
-    whole = {"message": {"role": "assistant", "content": asked.text, "tool_calls": []}}
+def chat(params: GenerationParams) -> Answer:
+    whole = {"message": {"role": "assistant", "content": params.text, "tool_calls": []}}
     deltas = [{"delta": {"content": MARK}}, {"delta": {"content": ""}}, {"delta": {"role": "assistant", "content": ""}}]
-    return openai_answer(asked, "chat.completion", "chat.completion.chunk", [whole, *deltas])
+    return openai_answer(params, "chat.completion", "chat.completion.chunk", [whole, *deltas])
 
 
-def completion(asked: Asked) -> Answer:
+def completion(params: GenerationParams) -> Answer:
     return openai_answer(
-        asked, "text_completion", "text_completion", [{"text": asked.text}, {"text": MARK}, {"text": ""}]
+        params, "text_completion", "text_completion", [{"text": params.text}, {"text": MARK}, {"text": ""}]
     )
 
 
-def anthropic(asked: Asked) -> Answer:
-    end = {"stop_reason": "max_tokens" if asked.cut_off else "end_turn", "stop_sequence": None}
-    usage = {"input_tokens": asked.prompt_tokens, "output_tokens": asked.count}
-    message = {"id": asked.ident, "type": "message", "role": "assistant", "model": asked.model}
+def anthropic(params: GenerationParams) -> Answer:
+    end = {"stop_reason": "max_tokens" if params.hits_limit else "end_turn", "stop_sequence": None}
+    usage = {"input_tokens": params.prompt_tokens, "output_tokens": params.token_count}
+    message = {"id": params.ident, "type": "message", "role": "assistant", "model": params.model}
     empty: JSON = {**message, "content": [], "stop_reason": None, "usage": {**usage, "output_tokens": 0}}
     return Answer(
-        whole={**message, "content": [{"type": "text", "text": asked.text}], **end, "usage": usage},
-        opening=named("message_start", message=empty)
-        + named("content_block_start", index=0, content_block={"type": "text", "text": ""}),
-        word=named("content_block_delta", index=0, delta={"type": "text_delta", "text": MARK}),
-        closing=named("content_block_stop", index=0)
-        + named("message_delta", delta=end, usage=usage)
-        + named("message_stop"),
-        dead=named("error", error={"type": "internal_error", "message": ENGINE_DEAD}) + named("message_stop"),
+        response={**message, "content": [{"type": "text", "text": params.text}], **end, "usage": usage},
+        opening=event("message_start", message=empty)
+        + event("content_block_start", index=0, content_block={"type": "text", "text": ""}),
+        word_event=event("content_block_delta", index=0, delta={"type": "text_delta", "text": MARK}),
+        closing=event("content_block_stop", index=0)
+        + event("message_delta", delta=end, usage=usage)
+        + event("message_stop"),
+        failure=event("error", error={"type": "internal_error", "message": ENGINE_DEAD}) + event("message_stop"),
     )
 
 
-def responses(asked: Asked) -> Answer:
+def responses(params: GenerationParams) -> Answer:
     place: JSON = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
-    part = {"type": "output_text", "text": asked.text, "annotations": [], "logprobs": []}
+    part = {"type": "output_text", "text": params.text, "annotations": [], "logprobs": []}
     item = {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed", "content": [part]}
-    whole = {"id": asked.ident, "object": "response", "created_at": asked.created, "model": asked.model}
+    whole = {"id": params.ident, "object": "response", "created_at": params.created, "model": params.model}
     whole |= {"parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "error": None}
     begun: JSON = {**whole, "status": "in_progress", "output": []}
-    usage: JSON = {"input_tokens": asked.prompt_tokens, "input_tokens_details": {"cached_tokens": 0}}
-    usage |= {"output_tokens": asked.count, "output_tokens_details": {"reasoning_tokens": 0}}
-    usage["total_tokens"] = asked.prompt_tokens + asked.count
+    usage: JSON = {"input_tokens": params.prompt_tokens, "input_tokens_details": {"cached_tokens": 0}}
+    usage |= {"output_tokens": params.token_count, "output_tokens_details": {"reasoning_tokens": 0}}
+    usage["total_tokens"] = params.prompt_tokens + params.token_count
     whole |= {"status": "completed", "output": [item], "usage": usage}
     no_item, no_part = {**item, "status": "in_progress", "content": []}, {**part, "text": ""}
     return Answer(
-        whole=whole,
-        greeting=counted("response.created", response=begun) + counted("response.in_progress", response=begun),
-        opening=counted("response.output_item.added", output_index=0, item=no_item)
-        + counted("response.content_part.added", **place, part=no_part),
-        word=counted("response.output_text.delta", **place, logprobs=[], delta=MARK),
-        closing=counted("response.output_text.done", **place, logprobs=[], text=asked.text)
-        + counted("response.content_part.done", **place, part=part)
-        + counted("response.output_item.done", output_index=0, item=item)
-        + counted("response.completed", response=whole),
-        dead=counted("error", code="500", message=ENGINE_DEAD, param=None),
+        response=whole,
+        greeting=numbered_event("response.created", response=begun)
+        + numbered_event("response.in_progress", response=begun),
+        opening=numbered_event("response.output_item.added", output_index=0, item=no_item)
+        + numbered_event("response.content_part.added", **place, part=no_part),
+        word_event=numbered_event("response.output_text.delta", **place, logprobs=[], delta=MARK),
+        closing=numbered_event("response.output_text.done", **place, logprobs=[], text=params.text)
+        + numbered_event("response.content_part.done", **place, part=part)
+        + numbered_event("response.output_item.done", output_index=0, item=item)
+        + numbered_event("response.completed", response=whole),
+        failure=numbered_event("error", code="500", message=ENGINE_DEAD, param=None),
     )
 
 
 # path -> (shape, prefix of its ids, field of the prompt)
-DIALECTS: dict[str, tuple[Callable[[Asked], Answer], str, str]] = {
+DIALECTS: dict[str, tuple[Callable[[GenerationParams], Answer], str, str]] = {
     "/v1/chat/completions": (chat, "chatcmpl-", "messages"),
     "/v1/completions": (completion, "cmpl-", "prompt"),
     "/v1/messages": (anthropic, "chatcmpl-", "messages"),
@@ -585,94 +586,97 @@ DIALECTS: dict[str, tuple[Callable[[Asked], Answer], str, str]] = {
 
 
 class Stream:
-    """A generation under way. If it is not to be streamed, the words are only counted. The engine does not wait for a
-    client that does not read: what it has made is sent when there is room."""
+    """A generation under way. If its answer is not streamed, the words are only counted. The engine doesn't wait for a
+    client that doesn't read: the words that it has made are sent when there is room."""
 
-    def __init__(self, server: Server, request: Request, asked: Asked, answer: Answer) -> None:
-        self.server, self.asked, self.answer = server, asked, answer
-        self.connection, self.chunked = request.connection, not request.old
-        self.ident, self.streamed = server.requests, bool(asked.body.get("stream"))
-        self.faults = server.faults(request)
-        self.prefix, _, self.suffix = answer.word.partition(MARK.encode())
-        self.made = self.sent = 0
-        self.wrote_at = server.loop.time()
-        self.to_read = max(0, self.faults.prefill_steps)  # steps of the prefill
-        self.pace = self.faults.prefill_seconds / (self.to_read + 1)
-        self.due = self.wrote_at + self.pace
-        self.events = 0  # that were counted
-        self.cutting: asyncio.Task[None] | None = None
-        self.done: asyncio.Future[bool] = server.loop.create_future()  # True: all words are out; False: no engine
+    def __init__(self, server: Server, request: Request, params: GenerationParams, answer: Answer) -> None:
+        self.server, self.params, self.answer = server, params, answer
+        self.connection, self.is_chunked = request.connection, not request.is_http10
+        self.ident, self.is_streamed = server.request_count, bool(params.body.get("stream"))
+        self.faults = server.read_faults(request)
+        self.prefix, _, self.suffix = answer.word_event.partition(MARK.encode())
+        self.tokens_made = self.tokens_sent = 0
+        self.written_at = server.loop.time()
+        self.unread_pieces = max(0, self.faults.prefill_steps)  # steps of the prefill
+        self.prefill_interval = self.faults.prefill_seconds / (self.unread_pieces + 1)
+        self.due_at = self.written_at + self.prefill_interval
+        self.event_count = 0  # only of events with a number
+        self.split_task: asyncio.Task[None] | None = None
+        self.outcome: asyncio.Future[bool] = server.loop.create_future()  # True: all words are sent; False: no engine
 
-    def runnable(self) -> bool:
-        return not self.cutting and not self.done.done()
+    def is_runnable(self) -> bool:
+        return not self.split_task and not self.outcome.done()
 
-    def framed(self, data: bytes) -> bytes:
-        return b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data
+    def frame(self, data: bytes) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(data), data) if self.is_chunked else data
 
-    def numbered(self, data: bytes) -> bytes:
-        while NUMBER in data:
-            data = data.replace(NUMBER, b"%d" % self.events, 1)
-            self.events += 1
+    def number_events(self, data: bytes) -> bytes:
+        while NUMBER_MARK in data:
+            data = data.replace(NUMBER_MARK, b"%d" % self.event_count, 1)
+            self.event_count += 1
         return data
 
-    def step(self, now: float) -> None:
-        """The engine has read a piece of the prompt, or made one more token."""
-        if self.to_read:
-            self.to_read -= 1
-            self.due = max(self.due + self.pace, now)
+    def advance(self, now: float) -> None:
+        """Notes that the engine has read a piece of the prompt, or made one more token."""
+        if self.unread_pieces:
+            self.unread_pieces -= 1
+            self.due_at = max(self.due_at + self.prefill_interval, now)
             return
-        self.made += 1
-        self.due = max(self.due + self.faults.token_interval, now)
-        self.write()
+        self.tokens_made += 1
+        self.due_at = max(self.due_at + self.faults.token_interval, now)
+        self.write_words()
 
-    def write(self) -> None:
-        """Sends what has been made, as far as the client takes it."""
-        while self.sent < self.made and not self.cutting and (self.connection.writable.is_set() or not self.streamed):
-            word = ESCAPED[(self.asked.seed + self.sent) % len(ESCAPED)]
-            self.sent += 1
-            self.wrote_at = self.server.loop.time()
-            if not self.streamed:
-                self.written()
+    def write_words(self) -> None:
+        """Sends the words that have been made, as far as the client takes them."""
+        while (
+            self.tokens_sent < self.tokens_made
+            and not self.split_task
+            and (self.connection.writable.is_set() or not self.is_streamed)
+        ):
+            word = ESCAPED[(self.params.seed + self.tokens_sent) % len(ESCAPED)]
+            self.tokens_sent += 1
+            self.written_at = self.server.loop.time()
+            if not self.is_streamed:
+                self.word_written()
                 continue
-            if self.sent == 1 and self.answer.opening:
-                self.connection.write(self.framed(self.numbered(self.answer.opening)))
-            data = self.prefix + word + (b"\xff\xfe" if self.faults.binary else b"") + self.numbered(self.suffix)
+            if self.tokens_sent == 1 and self.answer.opening:
+                self.connection.write(self.frame(self.number_events(self.answer.opening)))
+            data = self.prefix + word + (b"\xff\xfe" if self.faults.binary else b"") + self.number_events(self.suffix)
             if self.faults.split_utf8 and (wide := re.search(rb"[\xc0-\xff]", word)):
-                self.cutting = self.server.loop.create_task(self.write_cut(data, len(self.prefix) + wide.end()))
+                self.split_task = self.server.loop.create_task(self.write_split(data, len(self.prefix) + wide.end()))
             else:
-                self.connection.write(self.framed(data))
-                self.written()
+                self.connection.write(self.frame(data))
+                self.word_written()
 
-    async def write_cut(self, data: bytes, at: int) -> None:
-        await self.connection.write_apart(self.framed(data[:at]), self.framed(data[at:]))
-        self.cutting = None
-        self.written()
-        self.write()
-        self.server.engine.step()
+    async def write_split(self, data: bytes, offset: int) -> None:
+        await self.connection.write_in_parts(self.frame(data[:offset]), self.frame(data[offset:]))
+        self.split_task = None
+        self.word_written()
+        self.write_words()
+        self.server.engine.send_order()
 
-    async def keep_alive(self, interval: float) -> None:
-        """Comments for a client that has heard nothing for so long. They come from the API server alone, and so tell
-        nothing of the engine."""
+    async def send_comments(self, interval: float) -> None:
+        """Sends a comment after each silence of `interval` seconds. The engine has no part in it, dead or alive."""
         while True:
-            await asyncio.sleep(self.wrote_at + interval - self.server.loop.time())
+            await asyncio.sleep(self.written_at + interval - self.server.loop.time())
             await self.connection.writable.wait()
-            if self.cutting:
-                await self.cutting
-            if (now := self.server.loop.time()) >= self.wrote_at + interval:
-                self.wrote_at = now
-                self.connection.write(self.framed(KEEP_ALIVE))
+            if self.split_task:
+                await self.split_task
+            if (now := self.server.loop.time()) >= self.written_at + interval:
+                self.written_at = now
+                self.connection.write(self.frame(KEEP_ALIVE))
 
-    def written(self) -> None:
+    def word_written(self) -> None:
         self.server.tokens_written += 1
-        for plan, count in ((self.faults, self.sent), (self.server.plan, self.server.tokens_written)):
+        for plan, count in ((self.faults, self.tokens_sent), (self.server.plan, self.server.tokens_written)):
             if plan.die_after_tokens == count and plan.how != "engine":
                 self.server.die(plan.how)
-        if self.sent >= self.asked.count and not self.done.done():
-            self.done.set_result(True)
+        if self.tokens_sent >= self.params.token_count and not self.outcome.done():
+            self.outcome.set_result(True)
 
 
 class Engine:
-    """Asks the engine process for tokens: one message for all streams that are due, and never two under way."""
+    """The link to the engine process. It asks for tokens: one message for all streams that are due, never two open."""
 
     def __init__(self, server: Server) -> None:
         self.server, plan = server, server.plan
@@ -692,90 +696,90 @@ class Engine:
         self.channel.send(json.dumps(config).encode())
         self.worker_pid = 0
         self.ready: asyncio.Future[bool] = server.loop.create_future()
-        self.dead = False
+        self.is_dead = False
         self.counters = [0, 0, 0, 0, 0, 0]
         self.streams: dict[int, Stream] = {}
-        self.added: list[list[int]] = []
-        self.dropped: list[int] = []
-        self.asked: list[Stream] | None = None  # None: nothing under way
+        self.additions: list[list[int]] = []
+        self.removals: list[int] = []
+        self.awaited_streams: list[Stream] | None = None  # None: no reply is awaited
         self.timer: asyncio.TimerHandle | None = None
-        server.loop.add_reader(self.channel, self.on_reply)
+        server.loop.add_reader(self.channel, self.reply_received)
 
     def add(self, stream: Stream) -> None:
         self.streams[stream.ident] = stream
         die = stream.faults.die_after_tokens if stream.faults.how == "engine" else -1
-        self.added.append([stream.ident, stream.asked.prompt_tokens, die, stream.faults.freeze_after_tokens])
-        if self.dead:
-            stream.done.set_result(False)
-        self.step()
+        self.additions.append([stream.ident, stream.params.prompt_tokens, die, stream.faults.freeze_after_tokens])
+        if self.is_dead:
+            stream.outcome.set_result(False)
+        self.send_order()
 
     def forget(self, stream: Stream) -> None:
         if self.streams.pop(stream.ident, None):
-            self.dropped.append(stream.ident)
+            self.removals.append(stream.ident)
 
     def drop(self, stream: Stream) -> None:
         self.forget(stream)
-        self.step()
+        self.send_order()
 
-    def step(self) -> None:
-        """Send what has changed and which streams are due, unless a reply is awaited."""
-        if self.asked is not None or self.dead:
+    def send_order(self) -> None:
+        """Sends which streams are new, have ended or are due, unless a reply is awaited."""
+        if self.awaited_streams is not None or self.is_dead:
             return
         if self.timer:
             self.timer.cancel()
-        now, soonest, due = self.server.loop.time(), float("inf"), list[Stream]()
+        now, soonest, due_streams = self.server.loop.time(), float("inf"), list[Stream]()
         for stream in islice(self.streams.values(), self.server.options.max_num_seqs):
-            if stream.due > now + 0.001:
-                soonest = min(soonest, stream.due)
-            elif stream.runnable():
-                due.append(stream)
-        if due or self.added or self.dropped:
-            order = {"add": self.added, "drop": self.dropped}
-            order |= {"read": [stream.ident for stream in due if stream.to_read]}
-            order |= {"step": [stream.ident for stream in due if not stream.to_read]}
-            self.asked, self.added, self.dropped = due, [], []
-            with contextlib.suppress(OSError):  # it has just died: on_reply will learn of it
+            if stream.due_at > now + 0.001:
+                soonest = min(soonest, stream.due_at)
+            elif stream.is_runnable():
+                due_streams.append(stream)
+        if due_streams or self.additions or self.removals:
+            order = {"add": self.additions, "drop": self.removals}
+            order |= {"read": [stream.ident for stream in due_streams if stream.unread_pieces]}
+            order |= {"step": [stream.ident for stream in due_streams if not stream.unread_pieces]}
+            self.awaited_streams, self.additions, self.removals = due_streams, [], []
+            with contextlib.suppress(OSError):  # it has just died, which reply_received will see
                 self.channel.send(json.dumps(order).encode())
         elif soonest < float("inf"):
-            self.timer = self.server.loop.call_at(soonest, self.step)
+            self.timer = self.server.loop.call_at(soonest, self.send_order)
 
-    def on_reply(self) -> None:
+    def reply_received(self) -> None:
         try:
             reply = self.channel.recv(MESSAGE_LIMIT)
         except OSError:
             reply = b""
         if not reply:
-            self.on_death()
+            self.engine_died()
         elif not self.worker_pid:
             self.worker_pid = int(reply)
             self.ready.set_result(True)
         else:
             self.counters = json.loads(reply)
-            asked, self.asked = self.asked or [], None
+            streams, self.awaited_streams = self.awaited_streams or [], None
             now = self.server.loop.time()
-            for stream in asked:
+            for stream in streams:
                 if stream.ident in self.streams:
-                    stream.step(now)
-                    if stream.made == stream.asked.count:
+                    stream.advance(now)
+                    if stream.tokens_made == stream.params.token_count:
                         self.forget(stream)
-            self.step()
+            self.send_order()
 
-    def on_death(self) -> None:
-        """Every stream ends now, and the API server soon after, with code 0."""
+    def engine_died(self) -> None:
+        """Ends every stream now, and the API server soon afterwards, with code 0."""
         loop = self.server.loop
-        self.dead = True
+        self.is_dead = True
         loop.remove_reader(self.channel)
         if not self.ready.done():
             self.ready.set_result(False)
         log("AsyncLLM output_handler failed: EngineCore died unexpectedly.", "async_llm.py:1", level="ERROR")
-        self.fail_all()
+        self.fail_streams()
         loop.call_later(0.05, self.reap)
         loop.call_later(self.server.plan.exit_delay_after_engine_death, os._exit, 0)
 
-    def fail_all(self) -> None:
+    def fail_streams(self) -> None:
         for stream in self.streams.values():
-            if not stream.done.done():
-                stream.done.set_result(False)
+            if not stream.outcome.done():
+                stream.outcome.set_result(False)
 
     def reap(self) -> bool:
         with contextlib.suppress(ChildProcessError):
@@ -783,15 +787,15 @@ class Engine:
         return True
 
     def kill(self, number: int) -> None:
-        if not self.dead:  # else its pid may be another's by now
+        if not self.is_dead:  # else its pid may be another's by now
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
     def stop(self) -> None:
-        """Terminate the engine and, through it, the worker; kill both if that takes longer than half a second."""
+        """Terminates the engine and, through it, the worker. Kills both if that takes longer than half a second."""
         self.kill(signal.SIGTERM)
         for _ in range(100):
-            if self.dead or self.reap():
+            if self.is_dead or self.reap():
                 return
             time.sleep(0.005)
         self.kill(signal.SIGKILL)
@@ -799,15 +803,15 @@ class Engine:
             os.kill(self.worker_pid, signal.SIGKILL)
 
 
-# -- its life and its routes
+# -- the API server: its life and its routes
 
 KV_BLOCKS = 10_000
 WEBSOCKET = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455
-UNCOUNTED = ("/metrics", "/health", "/ping", "/version")  # by vLLM's own http_requests_total
+UNCOUNTED_ROUTES = ("/metrics", "/health", "/ping", "/version")  # by vLLM's own http_requests_total
 
 
 class Server:
-    """The process that was started: its life, its routes."""
+    """The API server: the life of its process, and its routes."""
 
     def __init__(self, options: Options, plan: Plan, start: int, argv: list[str]) -> None:
         self.options, self.plan, self.start, self.argv = options, plan, start, argv
@@ -815,13 +819,13 @@ class Server:
         self.request_plan = dataclasses.replace(plan, die_after_tokens=-1, freeze_after_tokens=-1, how="engine")
         self.loop = asyncio.get_running_loop()
         self.connections: set[Connection] = set()
-        self.connections_seen = self.requests = self.tokens_written = 0
-        self.running = self.finished = self.aborted = self.scrapes = 0
-        self.answers: Counter[tuple[str, str, int]] = Counter()  # route, method, status
-        self.draining = False
+        self.connection_count = self.request_count = self.tokens_written = 0
+        self.running_count = self.finished_count = self.aborted_count = self.scrape_count = 0
+        self.answer_counts: Counter[tuple[str, str, int]] = Counter()  # route, method, status
+        self.is_draining = False
         self.tasks: list[asyncio.Task[None]] = []
         for number in (signal.SIGTERM, signal.SIGINT):  # before the engine is told to begin: it must not outlive these
-            self.loop.add_signal_handler(number, self.on_signal)
+            self.loop.add_signal_handler(number, self.signal_received)
         self.listener = self.bind()
         self.segment = Segment(plan.shm)
         self.engine = Engine(self)
@@ -830,7 +834,7 @@ class Server:
         write_log(f"(APIServer pid={os.getpid()}) INFO:     {text}\n".encode(), fd)
 
     def bind(self) -> socket.socket:
-        """As vLLM: bound before loading, listening only after it; a stale socket file is an error."""
+        """Binds the socket before loading, and listens only after. As with vLLM, a stale socket file is an error."""
         path, host = self.options.uds, self.options.host
         address: Any = path or (host, self.options.port)
         listener = socket.socket(socket.AF_UNIX if path else socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -847,11 +851,11 @@ class Server:
     async def run(self) -> None:
         if self.plan.leave_orphan:
             spawn("VLLM::Orphan", "--as-orphan")
-        self.tasks.append(self.loop.create_task(self.be_noisy()))
-        if last := self.plan.die_at_start:
-            write_log("".join(f"{line}\n" for line in last.get("log", [])).encode(), 2)
-            await asyncio.sleep(last.get("after", 0))
-            self.die(f"signal:{last['signal']}" if "signal" in last else f"exit:{last.get('code', 1)}")
+        self.tasks.append(self.loop.create_task(self.write_noise()))
+        if death := self.plan.die_at_start:
+            write_log("".join(f"{line}\n" for line in death.get("log", [])).encode(), 2)
+            await asyncio.sleep(death.get("after", 0))
+            self.die(f"signal:{death['signal']}" if "signal" in death else f"exit:{death.get('code', 1)}")
         if not await self.engine.ready:
             log("Engine core initialization failed. See root cause above.", "core_client.py:1", level="ERROR")
             os._exit(1)
@@ -872,7 +876,7 @@ class Server:
             await asyncio.sleep(self.plan.slow_accept)
             await self.loop.connect_accepted_socket(lambda: Connection(self), client)
 
-    async def be_noisy(self) -> None:
+    async def write_noise(self) -> None:
         if self.plan.log_binary:
             write_log(b"\xff\xfe not UTF-8: \x80\x81\n" + b"x" * 200_000)
         started, count = self.loop.time(), 0
@@ -887,16 +891,16 @@ class Server:
         DEATHS[kind](self, int(number or 0))
 
     def leave(self, code: int) -> NoReturn:
-        """A clean exit: no child, no segment; only the socket file stays, as with vLLM."""
+        """Exits and leaves no child and no segment behind. Only the socket file stays, as with vLLM."""
         self.engine.stop()
         self.segment.remove()
         os._exit(code)
 
-    def on_signal(self) -> None:
+    def signal_received(self) -> None:
         if self.plan.ignore_sigterm:
             log("A signal was ignored, as planned", "launcher.py:1", level="WARNING")
-        elif not self.draining:
-            self.draining = True
+        elif not self.is_draining:
+            self.is_draining = True
             self.tasks.append(self.loop.create_task(self.shut_down()))
 
     async def shut_down(self) -> None:
@@ -907,45 +911,45 @@ class Server:
         self.listener.close()
         for patience in (timeout, 0.3):
             deadline = self.loop.time() + patience
-            while self.loop.time() < deadline and self.unfinished():  # noqa: ASYNC110 - kernel buffers set no event
+            while self.loop.time() < deadline and self.has_busy_connections():  # noqa: ASYNC110 - kernel buffers set no event
                 await asyncio.sleep(0.005)
-            self.engine.fail_all()
+            self.engine.fail_streams()
         self.log_uvicorn("Application shutdown complete.")
         self.leave(0)
 
-    def unfinished(self) -> bool:
-        return any(one.busy or one.transport.get_write_buffer_size() for one in self.connections)
+    def has_busy_connections(self) -> bool:
+        return any(each.is_busy or each.transport.get_write_buffer_size() for each in self.connections)
 
     # -- requests
 
-    def faults(self, request: Request) -> Plan:
+    def read_faults(self, request: Request) -> Plan:
         text = request.header("x-fake")
         try:
-            return self.request_plan.with_keys(json.loads(text), request=True) if text else self.request_plan
+            return self.request_plan.replace_keys(json.loads(text), per_request=True) if text else self.request_plan
         except ValueError as problem:
             raise bad_request(f"X-Fake: {problem}") from None
 
     async def handle(self, request: Request) -> bool:
-        """Answer one request; False: the connection can't be used again."""
+        """Answers a request. Returns False if the connection can't be used again."""
         root = self.options.root_path
         if root and request.path.startswith(root + "/"):
             request.path = request.path[len(root) :]
         try:
-            faults = self.faults(request)
-            request.close |= faults.close_connection_after_response
-            await self.route(request)(self, request)
+            faults = self.read_faults(request)
+            request.is_last |= faults.close_connection_after_response
+            await self.find_handler(request)(self, request)
         except Refusal as refusal:
             self.respond(request, refusal.status, refusal.body, refusal.headers)
         except (ValueError, LookupError, TypeError, AttributeError) as problem:  # JSON of an unexpected shape
-            if request.answered:
+            if request.is_answered:
                 return False
-            request.close = True
+            request.is_last = True
             self.respond(request, 400, error(400, repr(problem), "BadRequestError"))
         else:
-            return not request.close and not faults.close_silently
-        return not request.close
+            return not request.is_last and not faults.close_silently
+        return not request.is_last
 
-    def route(self, request: Request) -> Handler:
+    def find_handler(self, request: Request) -> Handler:
         path = unquote(request.path)
         if path.startswith(("/fake/echo/", "/fake/status/")):
             path = path[: path.index("/", 6)]
@@ -959,14 +963,16 @@ class Server:
 
     def start_answer(self, request: Request, status: int, headers: Headers) -> None:
         path = unquote(request.path)
-        if path not in UNCOUNTED:
-            self.answers[path if path in ROUTES else "none", request.method, status] += 1
+        if path not in UNCOUNTED_ROUTES:
+            self.answer_counts[path if path in ROUTES else "none", request.method, status] += 1
         if self.options.request_id_headers and (ident := request.header("x-request-id")):
             headers = [*headers, ("x-request-id", ident)]
         if (origin := request.header("origin")) and (allowed := self.options.allowed_origins):
-            named = "*" if "*" in allowed else origin if origin in allowed else ""
-            headers = [*headers, *([("access-control-allow-origin", named)] if named else []), ("vary", "Origin")]
-        request.connection.head(status, [*headers, *([("connection", "close")] if request.close else [])], request)
+            value = "*" if "*" in allowed else origin if origin in allowed else ""
+            headers = [*headers, *([("access-control-allow-origin", value)] if value else []), ("vary", "Origin")]
+        request.connection.write_head(
+            status, [*headers, *([("connection", "close")] if request.is_last else [])], request
+        )
 
     def respond(
         self,
@@ -986,7 +992,7 @@ class Server:
 
     async def health(self, request: Request) -> None:
         await asyncio.sleep(self.plan.health_delay)
-        self.respond(request, 503 if self.engine.dead else 200)
+        self.respond(request, 503 if self.engine.is_dead else 200)
 
     async def version(self, request: Request) -> None:
         self.respond(request, 200, {"version": VERSION})
@@ -997,9 +1003,9 @@ class Server:
         self.respond(request, 200, {"object": "list", "data": [{"id": name, **card} for name in self.options.names]})
 
     async def metrics(self, request: Request) -> None:
-        self.scrapes += 1  # whoever asked may be gone before it is answered
+        self.scrape_count += 1  # the client may leave before it is answered
         if delays := self.plan.metrics_delays:
-            await asyncio.sleep(delays[(self.scrapes - 1) % len(delays)])
+            await asyncio.sleep(delays[(self.scrape_count - 1) % len(delays)])
         steps, tokens, prompt, running, waiting, blocks = self.engine.counters
         samples = [
             ("num_requests_running", "gauge", "", "", running),
@@ -1007,13 +1013,13 @@ class Server:
             ("kv_cache_usage_perc", "gauge", "", "", blocks / KV_BLOCKS),
             ("prompt_tokens", "counter", "_total", "", prompt),
             ("generation_tokens", "counter", "_total", "", tokens),
-            ("request_success", "counter", "_total", ',finished_reason="length"', self.finished),
+            ("request_success", "counter", "_total", ',finished_reason="length"', self.finished_count),
             ("iteration_tokens_total", "histogram", "_bucket", ',le="+Inf"', steps),
             ("iteration_tokens_total", "", "_count", "", steps),
             ("iteration_tokens_total", "", "_sum", "", tokens + prompt),
         ]
-        text, model = OTHER_METRICS.format(seconds=time.process_time()), label(self.options.names[0])
-        for (route, method, status), count in self.answers.items():
+        text, model = BASE_METRICS.format(seconds=time.process_time()), escape_label(self.options.names[0])
+        for (route, method, status), count in self.answer_counts.items():
             text += f'http_requests_total{{handler="{route}",method="{method}",status="{status // 100}xx"}} {count}.0\n'
         for name, kind, suffix, labels, value in samples if self.options.log_stats else ():
             text += f"# HELP vllm:{name} A number of the fake.\n# TYPE vllm:{name} {kind}\n" if kind else ""
@@ -1027,28 +1033,28 @@ class Server:
         return model
 
     async def tokenize(self, request: Request) -> None:
-        body = await request.json()
+        body = await request.read_json()
         self.model_of(body)
-        words = texts(body.get("prompt", body.get("messages"))).split()
+        words = extract_text(body.get("prompt", body.get("messages"))).split()
         tokens = [binascii.crc32(word.encode()) % 32000 for word in words]
         answer = {"count": len(tokens), "max_model_len": self.options.max_model_len, "tokens": tokens}
         self.respond(request, 200, {**answer, "token_strs": None})
 
     async def count_tokens(self, request: Request) -> None:
-        """Of Anthropic's API."""
-        body = await request.json()
+        """Answers the token count of Anthropic's API."""
+        body = await request.read_json()
         self.model_of(body)
         if body.get("messages") is None:
             raise bad_request("Field required: messages", "messages")
-        words = f"{texts(body.get('system'))} {texts(body['messages'])}".split()
+        words = f"{extract_text(body.get('system'))} {extract_text(body['messages'])}".split()
         self.respond(request, 200, {"input_tokens": max(1, len(words))})
 
-    def understand(self, request: Request, body: JSON) -> tuple[Asked, Answer]:
-        shape, prefix, source = DIALECTS[unquote(request.path)]
-        model, prompt = self.model_of(body), texts(body.get(source))
-        if body.get(source) is None:
-            raise bad_request(f"Field required: {source}", source)
-        count = next((body[name] for name in MAX_TOKENS if body.get(name) is not None), 16)
+    def parse_generation(self, request: Request, body: JSON) -> tuple[GenerationParams, Answer]:
+        make_answer, prefix, prompt_field = DIALECTS[unquote(request.path)]
+        model, prompt = self.model_of(body), extract_text(body.get(prompt_field))
+        if body.get(prompt_field) is None:
+            raise bad_request(f"Field required: {prompt_field}", prompt_field)
+        count = next((body[name] for name in MAX_TOKENS_FIELDS if body.get(name) is not None), 16)
         if type(count) is not int or count < 1:
             raise bad_request(f"max_tokens must be at least 1, got {count!r}.", "max_tokens")
         prompt_tokens, limit = max(1, len(prompt.split())), self.options.max_model_len
@@ -1058,102 +1064,102 @@ class Server:
             )
             raise bad_request(message, "input_tokens")
         ident = prefix + (request.header("x-request-id") or os.urandom(12).hex())
-        asked = Asked(body, ident, model, prompt, prompt_tokens, count)
-        return asked, shape(asked)
+        params = GenerationParams(body, ident, model, prompt, prompt_tokens, count)
+        return params, make_answer(params)
 
     async def generate(self, request: Request) -> None:
-        body, connection = await request.json(), request.connection
-        asked, answer = self.understand(request, body)
-        if self.draining:
+        body, connection = await request.read_json(), request.connection
+        params, answer = self.parse_generation(request, body)
+        if self.is_draining:
             raise Refusal(503, error(503, "The server is shutting down.", "ServiceUnavailableError"))
-        self.requests += 1
-        stream = Stream(self, request, asked, answer)
+        self.request_count += 1
+        stream = Stream(self, request, params, answer)
         for plan in (self.plan, stream.faults):  # what strikes before the first token
-            if plan.die_after_tokens == 0 or 0 <= plan.die_after_requests < self.requests:
+            if plan.die_after_tokens == 0 or 0 <= plan.die_after_requests < self.request_count:
                 self.die(plan.how)
             if plan.freeze_after_tokens == 0:
                 self.engine.kill(signal.SIGSTOP)
-        self.running += 1
+        self.running_count += 1
         connection.stream = stream
-        keeping_alive: asyncio.Task[None] | None = None
+        comment_task: asyncio.Task[None] | None = None
         try:
-            if stream.streamed:
-                framing = [("transfer-encoding", "chunked")] if stream.chunked else []
+            if stream.is_streamed:
+                framing = [("transfer-encoding", "chunked")] if stream.is_chunked else []
                 self.start_answer(request, 200, [("content-type", "text/event-stream; charset=utf-8"), *framing])
                 if answer.greeting:
-                    connection.write(stream.framed(stream.numbered(answer.greeting)))
-                if (seconds := self.options.sse_keep_alive) and unquote(request.path) in KEPT_ALIVE:
-                    keeping_alive = self.loop.create_task(stream.keep_alive(seconds))
+                    connection.write(stream.frame(stream.number_events(answer.greeting)))
+                if (seconds := self.options.sse_keep_alive) and unquote(request.path) in KEPT_ALIVE_ROUTES:
+                    comment_task = self.loop.create_task(stream.send_comments(seconds))
             self.engine.add(stream)
-            complete = await stream.done
-            if stream.cutting:
-                await stream.cutting
+            is_complete = await stream.outcome
+            if stream.split_task:
+                await stream.split_task
         except asyncio.CancelledError:
-            self.aborted += 1
+            self.aborted_count += 1
             raise
         finally:
-            self.running -= 1
+            self.running_count -= 1
             connection.stream = None
-            if keeping_alive:
-                keeping_alive.cancel()
+            if comment_task:
+                comment_task.cancel()
             self.engine.drop(stream)
-        self.finished += complete
-        if stream.streamed:
-            connection.write(stream.framed(stream.numbered(answer.closing if complete else answer.dead)))
-            connection.write(b"0\r\n\r\n" if stream.chunked else b"")
-        elif complete:
-            self.respond(request, 200, answer.whole)
+        self.finished_count += is_complete
+        if stream.is_streamed:
+            connection.write(stream.frame(stream.number_events(answer.closing if is_complete else answer.failure)))
+            connection.write(b"0\r\n\r\n" if stream.is_chunked else b"")
+        elif is_complete:
+            self.respond(request, 200, answer.response)
         else:
             self.respond(request, 500, error(500, ENGINE_DEAD, "InternalServerError"))
         await connection.writable.wait()
 
     async def realtime(self, request: Request) -> None:
-        """A WebSocket on which nothing is said. A frame that closes it is answered."""
+        """Opens a WebSocket on which nothing is sent. A close frame is answered."""
         if "websocket" not in request.header("upgrade").lower():
             raise Refusal(404, {"detail": "Not Found"})
         digest = sha1((request.header("sec-websocket-key") + WEBSOCKET).encode()).digest()
         switched = [("upgrade", "websocket"), ("connection", "Upgrade")]
         self.start_answer(request, 101, [*switched, ("sec-websocket-accept", base64.b64encode(digest).decode())])
-        while (await request.connection.take(65536))[0] != 0x88:
+        while (await request.connection.read_some(65536))[0] != 0x88:
             pass
         request.connection.write(b"\x88\x00")
-        request.close = True
+        request.is_last = True
 
     # -- test routes: raw behaviours
 
     async def echo(self, request: Request) -> None:
-        length, digest = await digest_of(request)
+        length, digest = await digest_body(request)
         answer: JSON = {"method": request.method, "target": request.target, "version": request.version}
         answer |= {"headers": request.headers, "trailers": request.trailers, "body_len": length, "body_sha256": digest}
-        answer |= {"connection": request.connection.serial, "request": request.connection.requests}
+        answer |= {"connection": request.connection.serial, "request": request.connection.request_count}
         self.respond(request, 200, answer, [("X-Fake-Connection", str(request.connection.serial))])
 
     async def raw(self, request: Request) -> None:
         connection, query = request.connection, request.query
         if "raw" in query:  # the script in the query, so that any method and any body will do
             script: JSON = json.loads(base64.urlsafe_b64decode(query["raw"] + "=="))
-            left = 0 if "no-read-body" in query else script.get("after", float("inf"))
-            while left > 0 and (piece := await anext(request.body, b"")):
-                left -= len(piece)
+            remaining = 0 if "no-read-body" in query else script.get("after", float("inf"))
+            while remaining > 0 and (piece := await anext(request.body, b"")):
+                remaining -= len(piece)
         elif "no-read-body" in query:
             script = {"parts": [{"b64": base64.b64encode(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nearly")}]}
         else:
-            script = await request.json()
-        request.answered = True
+            script = await request.read_json()
+        request.is_answered = True
         for part in script.get("parts", []):
             await asyncio.sleep(part.get("delay", 0))
-            await connection.write_apart(base64.b64decode(part["b64"]))
+            await connection.write_in_parts(base64.b64decode(part["b64"]))
         while script.get("echo"):  # say, after a 101: every byte comes back
-            connection.write(await connection.take(65536))
+            connection.write(await connection.read_some(65536))
         if script.get("close") == "reset":
             connection.transport.abort()
-        request.close = bool(script.get("close"))
+        request.is_last = bool(script.get("close"))
 
     async def binary(self, request: Request) -> None:
         query, connection = request.query, request.connection
         total, framing = int(query.get("n", 1024)), query.get("framing", "length")
         step, interval = int(query.get("chunk", 65536)), float(query.get("interval", 0))
-        request.close |= framing == "close"
+        request.is_last |= framing == "close"
         framings = {
             "length": [("content-length", str(total))],
             "chunked": [("transfer-encoding", "chunked")],
@@ -1164,7 +1170,7 @@ class Server:
         if request.method == "HEAD":
             return
         for at in range(0, total, step):
-            data = pseudo_random(at, min(step, total - at))
+            data = pseudo_random_bytes(at, min(step, total - at))
             connection.write(b"%x\r\n%b\r\n" % (len(data), data) if framing == "chunked" else data)
             await connection.writable.wait()
             await asyncio.sleep(interval)
@@ -1179,7 +1185,7 @@ class Server:
                 await asyncio.sleep(0.02)
             request.connection.transport.abort()
         request.rate = 0 if rate == float("inf") else rate
-        length, digest = await digest_of(request)
+        length, digest = await digest_body(request)
         self.respond(request, 200, {"body_len": length, "body_sha256": digest})
 
     async def hang(self, request: Request) -> None:
@@ -1192,14 +1198,14 @@ class Server:
     async def state(self, request: Request) -> None:
         answer: JSON = {"pid": os.getpid(), "engine_pid": self.engine.pid, "worker_pid": self.engine.worker_pid}
         answer |= {"argv": self.argv, "starts": self.start, "connections_open": len(self.connections)}
-        answer |= {"running": self.running, "finished": self.finished, "aborted": self.aborted}
-        answer["scrapes"] = self.scrapes
+        answer |= {"running": self.running_count, "finished": self.finished_count, "aborted": self.aborted_count}
+        answer["scrapes"] = self.scrape_count
         answer["env_names"] = sorted(os.environ)
         answer["env"] = {name: value for name, value in os.environ.items() if name.startswith("FAKE_")}
         self.respond(request, 200, answer)
 
 
-async def digest_of(request: Request) -> tuple[int, str]:
+async def digest_body(request: Request) -> tuple[int, str]:
     digest, length = sha256(), 0
     async for piece in request.body:
         digest.update(piece)
@@ -1207,11 +1213,11 @@ async def digest_of(request: Request) -> tuple[int, str]:
     return length, digest.hexdigest()
 
 
-def pseudo_random(at: int, length: int) -> bytes:
-    """A part of an endless series of bytes, always the same: block i of 32 bytes is SHA-256 of i modulo 4096."""
-    first = at // 32
-    blocks = b"".join(sha256(b"%d" % (i % 4096)).digest() for i in range(first, (at + length) // 32 + 1))
-    return blocks[at - first * 32 :][:length]
+def pseudo_random_bytes(offset: int, length: int) -> bytes:
+    """Returns a part of an endless, fixed series of bytes: block i of 32 bytes is SHA-256 of i modulo 4096."""
+    first = offset // 32
+    blocks = b"".join(sha256(b"%d" % (i % 4096)).digest() for i in range(first, (offset + length) // 32 + 1))
+    return blocks[offset - first * 32 :][:length]
 
 
 Handler = Callable[[Server, Request], Awaitable[None]]
@@ -1244,11 +1250,11 @@ ROUTES: dict[str, dict[str, Handler]] = {
 }
 
 
-def follow(options: Options, plan: Plan) -> NoReturn:
-    """A rank above 0: a process that waits for its worker, and leaves with 0 whichever way that ended, once joined."""
+def run_headless(options: Options, plan: Plan) -> NoReturn:
+    """Runs a rank above 0: waits for its worker, and exits with 0 whichever way that ended, once it had joined."""
     head = f"{options.ranks['master_addr']}:{options.ranks['master_port']}"
-    what = f"headless multiproc executor, with head node address {head} for torch.distributed process group."
-    log(f"Launching vLLM (v{VERSION}) {what}", "serve.py:1", "MainProcess")
+    wording = f"headless multiproc executor, with head node address {head} for torch.distributed process group."
+    log(f"Launching vLLM (v{VERSION}) {wording}", "serve.py:1", "MainProcess")
     name = f"VLLM::Worker_TP{options.ranks['rank']}"
     worker = spawn(name, "--as-rank", json.dumps({**options.ranks, "load_seconds": plan.load_seconds}))
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -1273,6 +1279,6 @@ def main(argv: list[str]) -> None:
         usage_error(f"FAKE_VLLM_PLAN, FAKE_VLLM_COUNT or FAKE_VLLM_KEEPALIVE: {problem}")
     options = read_options(argv[2:], plan.reject_flags)
     if options.headless:
-        follow(options, plan)
+        run_headless(options, plan)
     log(f"vLLM API server version {VERSION} (fake), model {options.model}", "api_server.py:1")
     asyncio.run(serve(options, plan, start, argv))
