@@ -93,14 +93,14 @@ uvicorn.run(app, host="127.0.0.1", port=int(os.environ["PORT"]), log_level="erro
 
 @dataclass
 class Front:
-    """What is measured: where it listens, and the processes whose time counts."""
+    """A server to measure: where it listens, and the processes whose time counts."""
 
     name: str
     port: int
     pids: list[int]
-    beside: str = "nginx"  # the front that it is compared with
+    baseline: str = "nginx"  # the front that it is compared with
 
-    def cpu(self) -> float:
+    def cpu_seconds(self) -> float:
         return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in self.pids)
 
     def rss(self) -> float:
@@ -113,26 +113,26 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def pinned(core: int, command: list[str]) -> list[str]:
+def pin(core: int, command: list[str]) -> list[str]:
     return ["taskset", "-c", str(core), *command] if len(os.sched_getaffinity(0)) > 1 else command
 
 
 @contextlib.contextmanager
-def running(
-    command: list[str], core: int, *, drained: bool = False, **environ: str
+def start_program(
+    command: list[str], core: int, *, drains_output: bool = False, **environ: str
 ) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
-    """`drained`: its output goes to a pipe, of which only the beginning is kept."""
+    """Runs a program. With `drains_output` its output goes to a pipe, of which only the beginning is kept."""
     log = tempfile.TemporaryFile()  # noqa: SIM115  # closed below, after the process
     output, reader = log.fileno(), None
-    if drained:
-        reading, output = os.pipe()
-        drain = pinned(0, ["sh", "-c", "head -c 4096; exec cat > /dev/null"])
-        reader = subprocess.Popen(drain, stdin=reading, stdout=log)
-        os.close(reading)
+    if drains_output:
+        read_end, output = os.pipe()
+        drain = pin(0, ["sh", "-c", "head -c 4096; exec cat > /dev/null"])
+        reader = subprocess.Popen(drain, stdin=read_end, stdout=log)
+        os.close(read_end)
     process = subprocess.Popen(
-        pinned(core, command), env=os.environ | environ, stdout=output, stderr=output, stdin=subprocess.DEVNULL
+        pin(core, command), env=os.environ | environ, stdout=output, stderr=output, stdin=subprocess.DEVNULL
     )
-    if drained:
+    if drains_output:
         os.close(output)
     try:
         yield process, log
@@ -144,12 +144,12 @@ def running(
             process.kill()
             process.wait()
         if reader is not None:
-            reader.terminate()  # whoever else holds its pipe
+            reader.terminate()  # even if another process still holds its pipe
             reader.wait()
         log.close()
 
 
-def answers(port: int) -> bool:
+def is_answering(port: int) -> bool:
     try:
         headers = {"Authorization": f"Bearer {KEY}"}
         return httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=BODY, headers=headers).status_code == 200
@@ -157,12 +157,12 @@ def answers(port: int) -> bool:
         return False
 
 
-def wait_for(port: int, process: subprocess.Popen[bytes], said: IO[bytes]) -> None:
+def wait_for(port: int, process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
     deadline = time.monotonic() + 30
-    while not answers(port):
+    while not is_answering(port):
         if process.poll() is not None or time.monotonic() > deadline:
-            said.seek(0)
-            sys.exit(f"bench_gateway: nothing answers on port {port}:\n{said.read().decode()[-2000:]}")
+            log.seek(0)
+            sys.exit(f"bench_gateway: nothing answers on port {port}:\n{log.read().decode()[-2000:]}")
         time.sleep(0.05)
 
 
@@ -175,24 +175,24 @@ def nginx(folder: Path, *, logs: bool = False) -> Iterator[Front]:
     log = "/dev/stdout" if logs else "off"
     conf.write_text(NGINX.format(folder=folder, port=port, user=user, log=log).replace("nginx.pid", f"nginx{logs}.pid"))
     command = ["nginx", "-c", str(conf), "-e", str(folder / "error.log")]
-    with running(command, 1, drained=logs) as (process, said):
-        wait_for(port, process, said)
+    with start_program(command, 1, drains_output=logs) as (process, output):
+        wait_for(port, process, output)
         pids = [child.pid for child in psutil.Process(process.pid).children()]
         yield Front(name, port, pids, name)
 
 
 @contextlib.contextmanager
-def gateway(folder: Path, name: str = "gateway", *, logs: bool = False, **more: str) -> Iterator[Front]:
-    """Its access log is off, as nginx's is, unless `more` says otherwise."""
+def gateway(folder: Path, name: str = "gateway", *, logs: bool = False, **knobs: str) -> Iterator[Front]:
+    """Runs the gateway. Its access log is off, as nginx's is, unless `knobs` say otherwise."""
     port = free_port()
     environ = {
         "SUPERVISOR_VLLM": str(folder / "vllm"), "PORT": str(port), "SUPERVISOR_API_KEYS": KEY,
-        "SUPERVISOR_MAX_CONCURRENCY": "1000", "PYTHONDONTWRITEBYTECODE": "", "SUPERVISOR_ACCESS_LOG": "false", **more,
+        "SUPERVISOR_MAX_CONCURRENCY": "1000", "PYTHONDONTWRITEBYTECODE": "", "SUPERVISOR_ACCESS_LOG": "false", **knobs,
     }  # fmt: skip
     environ |= {"SUPERVISOR_ACCESS_LOG": "true"} if logs else {}
     command = [str(Path(sys.prefix) / "bin" / "supervisor"), "up", "m"]
-    with running(command, 1, drained=logs, **environ) as (process, said):
-        wait_for(port, process, said)
+    with start_program(command, 1, drains_output=logs, **environ) as (process, output):
+        wait_for(port, process, output)
         children = psutil.Process(process.pid).children(recursive=True)
         for child in children:  # the upstream that it started shares the client's core
             with contextlib.suppress(psutil.Error):
@@ -205,31 +205,31 @@ def gateway(folder: Path, name: str = "gateway", *, logs: bool = False, **more: 
 def naive(folder: Path) -> Iterator[Front]:
     port = free_port()
     environ = {"UPSTREAM": str(folder / "upstream.sock"), "PORT": str(port)}
-    with running([sys.executable, "-c", NAIVE], 1, **environ) as (process, said):
-        wait_for(port, process, said)
+    with start_program([sys.executable, "-c", NAIVE], 1, **environ) as (process, output):
+        wait_for(port, process, output)
         yield Front("uvicorn + httpx", port, [process.pid])
 
 
-def wrk(front: Front, kind: str, connections: int, seconds: int, folder: Path) -> dict[str, float]:
-    """One reading. `kind`: json or stream. Latencies are of whole responses."""
+def run_wrk(front: Front, kind: str, connections: int, seconds: int, folder: Path) -> dict[str, float]:
+    """Takes one reading. `kind` is json or stream. Latencies are those of whole responses."""
     body = BODY | ({"stream": True} if kind == "stream" else {})
     script = folder / f"{kind}.lua"
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
     lines = [f'wrk.headers["{name}"] = "{value}"' for name, value in headers.items()]
     script.write_text("\n".join(['wrk.method = "POST"', f"wrk.body = [[{json.dumps(body)}]]", *lines]) + "\n")
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "--timeout", "20s", "-s", str(script)]
-    cpu, start = front.cpu(), time.monotonic()
-    done = subprocess.run(
-        pinned(0, [*command, f"http://127.0.0.1:{front.port}/v1/chat/completions"]),
+    cpu, start = front.cpu_seconds(), time.monotonic()
+    process = subprocess.run(
+        pin(0, [*command, f"http://127.0.0.1:{front.port}/v1/chat/completions"]),
         capture_output=True,
         text=True,
         check=True,
     )
-    cpu, taken = front.cpu() - cpu, time.monotonic() - start
-    return read(done.stdout, kind, cpu, taken)
+    cpu, elapsed = front.cpu_seconds() - cpu, time.monotonic() - start
+    return parse_wrk(process.stdout, kind, cpu, elapsed)
 
 
-def read(text: str, kind: str, cpu: float, taken: float) -> dict[str, float]:
+def parse_wrk(text: str, kind: str, cpu: float, elapsed: float) -> dict[str, float]:
     count = int(re.search(r"(\d+) requests in", text)[1])  # type: ignore[index]
     units = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 
@@ -239,10 +239,10 @@ def read(text: str, kind: str, cpu: float, taken: float) -> dict[str, float]:
 
     errors = sum(map(int, re.findall(r"(?:connect|read|write|timeout) (\d+)", text)))
     errors += int(found[1]) if (found := re.search(r"Non-2xx or 3xx responses: (\d+)", text)) else 0
-    things = count * (EVENTS if kind == "stream" else 1)
+    items = count * (EVENTS if kind == "stream" else 1)
     return {
-        "per_second": things / taken,
-        "cpu_us": cpu / things * 1e6 if things else float("nan"),
+        "per_second": items / elapsed,
+        "cpu_us": cpu / items * 1e6 if items else float("nan"),
         "p50_ms": latency(50),
         "p99_ms": latency(99),
         "errors": errors,
@@ -250,36 +250,36 @@ def read(text: str, kind: str, cpu: float, taken: float) -> dict[str, float]:
 
 
 def idle_memory(front: Front, count: int) -> float:
-    """MB for each of so many idle connections."""
+    """Returns the MB that `count` idle connections take, all together."""
     before = front.rss()
-    held = [socket.create_connection(("127.0.0.1", front.port)) for _ in range(count)]
+    connections = [socket.create_connection(("127.0.0.1", front.port)) for _ in range(count)]
     request = f"GET /ping HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {KEY}\r\n\r\n".encode()
-    for connection in held:
+    for connection in connections:
         connection.sendall(request)
-    for connection in held:
+    for connection in connections:
         connection.recv(65536)
     after = front.rss()
-    for connection in held:
+    for connection in connections:
         connection.close()
     return after - before
 
 
 def slow_readers(front: Front, count: int) -> float:
-    """MB more, at most, while so many clients take long streams (20 MB each) far slower than they come."""
+    """Returns the most MB that `count` clients add who read long streams (20 MB each) far slower than they come."""
     before = highest = front.rss()
     body = json.dumps(BODY | {"stream": True, "user": "long"}).encode()
     fields = f"Host: h\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
     head = f"POST /v1/chat/completions HTTP/1.1\r\n{fields}"
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         clients = []
         for _ in range(count):
-            client = held.enter_context(socket.socket())
+            client = stack.enter_context(socket.socket())
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.connect(("127.0.0.1", front.port))
             client.sendall(head.encode() + body)
             clients.append(client)
-        until = time.monotonic() + 6
-        while time.monotonic() < until:  # some 40 KB a second for each
+        deadline = time.monotonic() + 6
+        while time.monotonic() < deadline:  # some 40 KB a second for each
             for client in clients:
                 client.recv(8192)
             highest = max(highest, front.rss())
@@ -288,9 +288,9 @@ def slow_readers(front: Front, count: int) -> float:
 
 
 def measure(fronts: list[Front], connections: tuple[int, ...], seconds: int, rounds: int, folder: Path) -> Results:
-    """Each reading is taken of one front after the other, several times over, so that the machine's moods cancel out:
-    what stands in the table is the median, and so are the ratios, each taken within one round; the least one is behind
-    it in brackets."""
+    """Takes each reading of one front after the other, several times over, so that the machine's moods cancel out. The
+    table has the median of the readings, and that of the ratios, each taken within one round; the least ratio follows
+    in brackets."""
     results: Results = {front.name: {} for front in fronts}
     print(
         f"{'':16}{'':7}{'conns':>5}{'per s':>9}{'CPU us':>8}{'x nginx':>14}{'p50 ms':>8}{'x nginx':>14}"
@@ -301,20 +301,20 @@ def measure(fronts: list[Front], connections: tuple[int, ...], seconds: int, rou
             readings: dict[str, list[dict[str, float]]] = {front.name: [] for front in fronts}
             for _ in range(rounds):
                 for front in fronts:
-                    readings[front.name].append(wrk(front, kind, count, seconds, folder))
+                    readings[front.name].append(run_wrk(front, kind, count, seconds, folder))
             for front in fronts:
                 rows = readings[front.name]
                 row = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
                 row["errors"] = sum(row["errors"] for row in rows)
                 ratios = {}
                 for key in ("cpu_us", "p50_ms", "p99_ms"):
-                    if front.pids and front.beside in readings:
-                        among = [one[key] / other[key] for one, other in zip(rows, readings[front.beside], strict=True)]
+                    if front.pids and front.baseline in readings:
+                        times = [one[key] / base[key] for one, base in zip(rows, readings[front.baseline], strict=True)]
                         row[f"times_nginx_{key}"], row[f"times_nginx_{key}_least"] = (
-                            statistics.median(among),
-                            min(among),
+                            statistics.median(times),
+                            min(times),
                         )
-                        ratios[key] = f"{statistics.median(among):.2f} ({min(among):.2f})"
+                        ratios[key] = f"{statistics.median(times):.2f} ({min(times):.2f})"
                 results[front.name][f"{kind} {count}"] = row
                 print(
                     f"{front.name:16}{kind:7}{count:5}{row['per_second']:9.0f}{row['cpu_us']:8.1f}"
@@ -326,13 +326,13 @@ def measure(fronts: list[Front], connections: tuple[int, ...], seconds: int, rou
 
 
 def measure_memory(front: Front) -> dict[str, float]:
-    found = {"rss_mb": front.rss(), "idle_1000_mb": idle_memory(front, 1000), "slow_256_mb": slow_readers(front, 256)}
+    usage = {"rss_mb": front.rss(), "idle_1000_mb": idle_memory(front, 1000), "slow_256_mb": slow_readers(front, 256)}
     print(
-        f"{front.name:19}memory {found['rss_mb']:.0f} MB; 1,000 idle connections {found['idle_1000_mb']:+.1f} MB; "
-        f"256 slow readers of long streams {found['slow_256_mb']:+.1f} MB",
+        f"{front.name:19}memory {usage['rss_mb']:.0f} MB; 1,000 idle connections {usage['idle_1000_mb']:+.1f} MB; "
+        f"256 slow readers of long streams {usage['slow_256_mb']:+.1f} MB",
         flush=True,
     )
-    return found
+    return usage
 
 
 def main() -> None:
@@ -360,19 +360,19 @@ def main() -> None:
     connections = arguments.connections or (CONNECTIONS[1:] if arguments.shipped else CONNECTIONS)
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
     print(machine)
-    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as running_fronts:
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
-        # The program that stands for vLLM: the supervisor's own Python, whatever PATH says.
+        # This program stands in for vLLM. It runs in the supervisor's own Python, whatever PATH says.
         (folder / "vllm").write_text(
             f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(UPSTREAM))} "$@"\n'
         )
         (folder / "vllm").chmod(0o755)
         port = free_port()
         command = [str(folder / "vllm"), "serve", "m", "--uds", str(folder / "upstream.sock"), "--port", str(port)]
-        upstream, said = running_fronts.enter_context(running(command, 0))
-        wait_for(port, upstream, said)
+        upstream, output = stack.enter_context(start_program(command, 0))
+        wait_for(port, upstream, output)
         fronts = [
-            Front("direct", port, []) if choice == "direct" else running_fronts.enter_context(starts[choice](folder))
+            Front("direct", port, []) if choice == "direct" else stack.enter_context(starts[choice](folder))
             for choice in chosen
         ]
         results = measure(fronts, connections, arguments.seconds, arguments.rounds, folder)

@@ -43,9 +43,9 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 SUPERVISOR = ROOT / ".venv" / "bin" / "supervisor"
-MOST_REQUESTS = 500_000
+MAX_REQUESTS = 500_000
 
-# fault -> (what it is done to, the signal, how often beside the others)
+# fault -> (the process that it hits, the signal, its weight beside the others)
 FAULTS = {
     "kill API server": ("", signal.SIGKILL, 3),
     "kill EngineCore": ("VLLM::EngineCore", signal.SIGKILL, 3),
@@ -54,26 +54,26 @@ FAULTS = {
 }
 
 
-MOST_MEMORY = 150_000_000
+MAX_MEMORY = 150_000_000
 TRACEBACK = re.compile(r"^(?!\().*(?:Traceback|Exception in|Fatal error|never retrieved)", re.M)
 
 
 @dataclass
 class Account:
-    """What became of the requests; `wrong` keeps the first few that should not be."""
+    """The outcomes of the requests. `problems` keeps the first few that should not be."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
-    wrong: list[str] = field(default_factory=list)
-    slowest: float = 0.0
+    problems: list[str] = field(default_factory=list)
+    slowest_seconds: float = 0.0
     faults: Counter[str] = field(default_factory=Counter)
     misdeeds: Counter[str] = field(default_factory=Counter)
-    memory: int = 0  # bytes of the supervisor, at most
+    peak_memory: int = 0  # bytes, of the supervisor
 
-    def add(self, outcome: str, seconds: float, what: str) -> None:
+    def add(self, outcome: str, seconds: float, description: str) -> None:
         self.outcomes[outcome] += 1
-        self.slowest = max(self.slowest, seconds)
-        if outcome in ("cut", "hung") and len(self.wrong) < 20:
-            self.wrong.append(f"{outcome} after {seconds:.2f} s: {what}")
+        self.slowest_seconds = max(self.slowest_seconds, seconds)
+        if outcome in ("cut", "hung") and len(self.problems) < 20:
+            self.problems.append(f"{outcome} after {seconds:.2f} s: {description}")
 
     @property
     def total(self) -> int:
@@ -81,7 +81,7 @@ class Account:
 
 
 class Client:
-    """Asks again and again, on one connection for as long as that lasts."""
+    """A client that asks again and again, on one connection for as long as that lasts."""
 
     def __init__(self, port: int, model: str, account: Account, patience: float, rng: random.Random) -> None:
         self.port = port
@@ -91,20 +91,20 @@ class Client:
         self.rng = rng
         self.streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
-    async def run(self, over: asyncio.Event) -> None:
-        while not over.is_set() and self.account.total < MOST_REQUESTS:
-            began = time.monotonic()
+    async def run(self, stop: asyncio.Event) -> None:
+        while not stop.is_set() and self.account.total < MAX_REQUESTS:
+            started_at = time.monotonic()
             stream = self.rng.random() < 0.5
             try:
                 async with asyncio.timeout(self.patience):
-                    outcome, what = await self._ask(stream)
+                    outcome, description = await self._ask(stream)
             except TimeoutError:
-                outcome, what = "hung", "stream" if stream else "whole answer"
+                outcome, description = "hung", "stream" if stream else "whole answer"
             except (OSError, asyncio.IncompleteReadError, ValueError) as error:
-                outcome, what = "cut", f"{'stream' if stream else 'whole answer'}: {error!r}"
+                outcome, description = "cut", f"{'stream' if stream else 'whole answer'}: {error!r}"
             if outcome in ("hung", "cut"):
                 self._close()
-            self.account.add(outcome, time.monotonic() - began, what)
+            self.account.add(outcome, time.monotonic() - started_at, description)
         self._close()
 
     def _close(self) -> None:
@@ -118,19 +118,19 @@ class Client:
         reader, writer = self.streams
         question = {"role": "user", "content": f"Hello number {self.rng.randrange(1000)}"}
         body = {"model": self.model, "messages": [question], "stream": stream, "max_tokens": self.rng.randrange(1, 60)}
-        if self.rng.random() < 0.5:  # one of few that the cache answers, or several at once share, where there is one
+        if self.rng.random() < 0.5:  # one of a few, which the cache (if any) answers, or several clients share
             question["content"] = f"Hello number {self.rng.randrange(6)}"
             body |= {"temperature": 0, "max_tokens": self.rng.choice((20, 50))}
         content = json.dumps(body).encode()
-        faults = json.dumps({"token_interval": 0.01})
+        plan = json.dumps({"token_interval": 0.01})
         writer.write(
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: soak\r\nContent-Type: application/json\r\n"
-            b"X-Fake: %b\r\nContent-Length: %d\r\n\r\n%b" % (faults.encode(), len(content), content)
+            b"X-Fake: %b\r\nContent-Length: %d\r\n\r\n%b" % (plan.encode(), len(content), content)
         )
         head = (await reader.readuntil(b"\r\n\r\n")).lower()
         status = int(head.split()[1])
         if b"transfer-encoding: chunked" in head:
-            answer = b"".join([chunk async for chunk in chunks(reader)])
+            answer = b"".join([chunk async for chunk in read_chunks(reader)])
         else:
             found = re.search(rb"content-length: (\d+)", head)
             if found is None:
@@ -155,16 +155,16 @@ class Client:
 
 
 class Rascal(Client):
-    """Does what no client should, again and again, on a connection of its own each time."""
+    """A client that does what none should, again and again, on a new connection each time."""
 
-    async def run(self, over: asyncio.Event) -> None:
+    async def run(self, stop: asyncio.Event) -> None:
         misdeeds = {
-            "leaves": self._leaves, "says no more": self._says_no_more, "pipelines": self._pipelines,
-            "does not read": self._does_not_read, "sends slowly": self._sends_slowly, "sends garbage": self._garbage,
+            "leaves": self._leave, "says no more": self._half_close, "pipelines": self._pipeline,
+            "does not read": self._stall, "sends slowly": self._trickle_head, "sends garbage": self._send_garbage,
         }  # fmt: skip
-        while not over.is_set() and self.account.total < MOST_REQUESTS:
+        while not stop.is_set() and self.account.total < MAX_REQUESTS:
             name = self.rng.choice(list(misdeeds))
-            began = time.monotonic()
+            started_at = time.monotonic()
             try:
                 async with asyncio.timeout(self.patience):
                     self.streams = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 16)
@@ -176,19 +176,19 @@ class Rascal(Client):
             self._close()
             self.account.misdeeds[name.partition(":")[0]] += 1
             if outcome:
-                self.account.add(outcome, time.monotonic() - began, name)
+                self.account.add(outcome, time.monotonic() - started_at, name)
 
     def _request(self, *, tokens: int, stream: bool) -> bytes:
-        question = [{"role": "user", "content": f"Hello {self.rng.random()}"}]
+        messages = [{"role": "user", "content": f"Hello {self.rng.random()}"}]
         content = json.dumps(
-            {"model": self.model, "messages": question, "stream": stream, "max_tokens": tokens}
+            {"model": self.model, "messages": messages, "stream": stream, "max_tokens": tokens}
         ).encode()
         return (
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: soak\r\nContent-Type: application/json\r\n"
             b'X-Fake: {"token_interval": 0.01}\r\nContent-Length: %d\r\n\r\n%b' % (len(content), content)
         )
 
-    async def _leaves(self) -> str:
+    async def _leave(self) -> str:
         assert self.streams is not None
         request = self._request(tokens=500, stream=self.rng.random() < 0.5)
         self.streams[1].write(request[: self.rng.choice((len(request), self.rng.randrange(len(request))))])
@@ -197,7 +197,7 @@ class Rascal(Client):
             self.streams[1].transport.abort()
         return ""
 
-    async def _says_no_more(self) -> str:
+    async def _half_close(self) -> str:
         assert self.streams is not None
         reader, writer = self.streams
         writer.write(self._request(tokens=20, stream=False))
@@ -212,7 +212,7 @@ class Rascal(Client):
             raise ValueError("more than its answer")
         return "whole" if b" 200 " in head[:16] else "refused"
 
-    async def _pipelines(self) -> str:
+    async def _pipeline(self) -> str:
         assert self.streams is not None
         reader, writer = self.streams
         count = self.rng.choice((20, 300, 1000))
@@ -222,21 +222,21 @@ class Rascal(Client):
             await reader.readexactly(int(re.search(rb"Content-Length: (\d+)", head)[1]))  # type: ignore[index]
         return "refused"
 
-    async def _does_not_read(self) -> str:
+    async def _stall(self) -> str:
         assert self.streams is not None
         self.streams[1].write(self._request(tokens=2000, stream=True) * 3)
         self.streams[1].transport.pause_reading()
         await asyncio.sleep(self.rng.uniform(0, 1))
         return ""
 
-    async def _sends_slowly(self) -> str:
+    async def _trickle_head(self) -> str:
         assert self.streams is not None
         for byte in self._request(tokens=1, stream=False)[: self.rng.randrange(60)]:
             self.streams[1].write(bytes([byte]))
             await asyncio.sleep(0.005)
         return ""
 
-    async def _garbage(self) -> str:
+    async def _send_garbage(self) -> str:
         assert self.streams is not None
         garbage = self.rng.choice((
             self.rng.randbytes(300), b"GET / HTTP/9.9\r\n\r\n", b"A: " * 30_000, b"\r\n" * 1000,
@@ -249,7 +249,7 @@ class Rascal(Client):
         return ""
 
 
-async def chunks(reader: asyncio.StreamReader):  # type: ignore[no-untyped-def]  # noqa: ANN201
+async def read_chunks(reader: asyncio.StreamReader):  # type: ignore[no-untyped-def]  # noqa: ANN201
     while size := int((await reader.readuntil(b"\r\n")).split(b";")[0], 16):
         yield await reader.readexactly(size)
         await reader.readexactly(2)
@@ -257,7 +257,7 @@ async def chunks(reader: asyncio.StreamReader):  # type: ignore[no-untyped-def] 
 
 
 class Run:
-    """The supervisor under test, and what is done to its engine."""
+    """The supervisor under test, and the faults of its engine."""
 
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         self.log = folder / "log"
@@ -266,7 +266,7 @@ class Run:
             "SUPERVISOR_VLLM": arguments.vllm,
             "PORT": "0",
             "TMPDIR": str(folder),
-            # Every crash is the first: the limit is not what is tried here.
+            # Every crash counts as the first: the limit of restarts is not tested here.
             "SUPERVISOR_MAX_RESTARTS": "10000",
             "SUPERVISOR_RESTART_WINDOW": "0.05",
             "SUPERVISOR_STALL_TIMEOUT": str(arguments.stall),
@@ -280,65 +280,65 @@ class Run:
                 [str(SUPERVISOR), "up", arguments.model], env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
 
-    def text(self) -> str:
+    def read_log(self) -> str:
         return self.log.read_text(errors="replace")
 
-    async def until(self, pattern: str, seconds: float, times: int = 1) -> re.Match[str]:
+    async def wait_for(self, pattern: str, seconds: float, times: int = 1) -> re.Match[str]:
         deadline = time.monotonic() + seconds
-        while len(found := list(re.finditer(pattern, self.text()))) < times:
+        while len(matches := list(re.finditer(pattern, self.read_log()))) < times:
             if time.monotonic() > deadline or self.process.poll() is not None:
-                raise SystemExit(f"soak: waited for {pattern!r}; the log ends with:\n{self.text()[-3000:]}")
+                raise SystemExit(f"soak: waited for {pattern!r}; the log ends with:\n{self.read_log()[-3000:]}")
             await asyncio.sleep(0.05)
-        return found[times - 1]
+        return matches[times - 1]
 
-    def engine(self) -> dict[str, int]:
-        """The engine's processes by name; the API server's is empty."""
-        ours = psutil.Process(self.process.pid)
-        found = {}
-        for leader in ours.children():
+    def find_engine(self) -> dict[str, int]:
+        """Finds the pids of the engine's processes, by name; the API server's name is empty."""
+        supervisor = psutil.Process(self.process.pid)
+        pids = {}
+        for leader in supervisor.children():
             with contextlib.suppress(psutil.Error, OSError):
-                leads = os.getsid(leader.pid) == leader.pid and leader.name() != "VLLM::Zygote"
-                if leads and leader.cmdline()[:1] != ours.cmdline()[:1]:
-                    found[""] = leader.pid
+                is_leader = os.getsid(leader.pid) == leader.pid and leader.name() != "VLLM::Zygote"
+                if is_leader and leader.cmdline()[:1] != supervisor.cmdline()[:1]:
+                    pids[""] = leader.pid
                     for part in leader.children(recursive=True):
-                        found[part.name()[:16]] = part.pid
-        return found
+                        pids[part.name()[:16]] = part.pid
+        return pids
 
-    async def break_things(self, arguments: argparse.Namespace, account: Account, rng: random.Random) -> None:
-        """One fault after the other, each when the engine has been ready for a moment."""
+    async def inject_faults(self, arguments: argparse.Namespace, account: Account, rng: random.Random) -> None:
+        """Injects one fault after the other, each when the engine has been ready for a moment."""
         for number in range(1, arguments.crashes + 1):
             await asyncio.sleep(rng.uniform(0.2, arguments.pause))
             names, weights = list(FAULTS), [weight for _, _, weight in FAULTS.values()]
             fault = rng.choices(names, weights)[0]
             target, signal_number, _ = FAULTS[fault]
-            pid = self.engine().get(target[:16])
+            pid = self.find_engine().get(target[:16])
             if pid is None:
                 raise SystemExit(f"soak: no process {target!r} to {fault}")
             os.kill(pid, signal_number)
-            account.memory = max(account.memory, psutil.Process(self.process.pid).memory_info().rss)
+            account.peak_memory = max(account.peak_memory, psutil.Process(self.process.pid).memory_info().rss)
             account.faults[fault] += 1
-            await self.until("starting -> ready", arguments.patience, number + 1)
+            await self.wait_for("starting -> ready", arguments.patience, number + 1)
 
 
 def report(run: Run, account: Account, seconds: float, code: int, log: str | None) -> bool:
-    """Prints the account; True where nothing was lost and nothing is left."""
-    print(f"{account.total} requests in {seconds:.0f} s, slowest {account.slowest:.2f} s")
+    """Prints the account. Returns True if nothing was lost and nothing is left."""
+    print(f"{account.total} requests in {seconds:.0f} s, slowest {account.slowest_seconds:.2f} s")
     for outcome in ("whole", "ended", "refused", "cut", "hung"):
         print(f"  {outcome:8} {account.outcomes[outcome]}")
     faults = ", ".join(f"{count} x {fault}" for fault, count in account.faults.items())
-    print(f"{run.text().count('starting -> ready') - 1} restarts: {faults}")
+    print(f"{run.read_log().count('starting -> ready') - 1} restarts: {faults}")
     if account.misdeeds:
         print("misdeeds: " + ", ".join(f"{count} x {misdeed}" for misdeed, count in account.misdeeds.items()))
-    traceback = TRACEBACK.search(run.text())
-    print(f"memory {account.memory / 1e6:.0f} MB; tracebacks: {traceback[0] if traceback else 'none'}")
-    for line in account.wrong:
+    traceback = TRACEBACK.search(run.read_log())
+    print(f"memory {account.peak_memory / 1e6:.0f} MB; tracebacks: {traceback[0] if traceback else 'none'}")
+    for line in account.problems:
         print(f"  {line}")
-    left = [path.name for path in run.log.parent.iterdir() if path != run.log]
-    print(f"exit code {code}; left behind: {', '.join(left) or 'nothing'}")
+    leftovers = [path.name for path in run.log.parent.iterdir() if path != run.log]
+    print(f"exit code {code}; left behind: {', '.join(leftovers) or 'nothing'}")
     if log:
-        Path(log).write_text(run.text())
-    wrong = account.outcomes["cut"] or account.outcomes["hung"] or code or left or traceback
-    return not wrong and account.total > 0 and account.memory < MOST_MEMORY
+        Path(log).write_text(run.read_log())
+    failed = account.outcomes["cut"] or account.outcomes["hung"] or code or leftovers or traceback
+    return not failed and account.total > 0 and account.peak_memory < MAX_MEMORY
 
 
 async def soak(arguments: argparse.Namespace, folder: Path) -> bool:
@@ -346,24 +346,24 @@ async def soak(arguments: argparse.Namespace, folder: Path) -> bool:
     account = Account()
     run = Run(arguments, folder)
     try:
-        port = int((await run.until(r"supervisor: starting .* on http://\S+?:(\d+)\n", 30))[1])
-        await run.until("supervisor: ready: http", arguments.patience)
+        port = int((await run.wait_for(r"supervisor: starting .* on http://\S+?:(\d+)\n", 30))[1])
+        await run.wait_for("supervisor: ready: http", arguments.patience)
         model = arguments.served_as or arguments.model
-        began = time.monotonic()
-        over = asyncio.Event()
+        started_at = time.monotonic()
+        stop = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             for _ in range(arguments.clients):
                 client = Client(port, model, account, arguments.patience, random.Random(rng.random()))
-                group.create_task(client.run(over))
+                group.create_task(client.run(stop))
             for _ in range(arguments.rascals):
                 rascal = Rascal(port, model, account, arguments.patience, random.Random(rng.random()))
-                group.create_task(rascal.run(over))
+                group.create_task(rascal.run(stop))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(arguments.seconds):
-                    await run.break_things(arguments, account, rng)
-            over.set()
-        seconds = time.monotonic() - began
-        await run.until("-> ready", arguments.patience, 1 + sum(account.faults.values()))
+                    await run.inject_faults(arguments, account, rng)
+            stop.set()
+        seconds = time.monotonic() - started_at
+        await run.wait_for("-> ready", arguments.patience, 1 + sum(account.faults.values()))
         run.process.send_signal(signal.SIGTERM)
         code = await asyncio.to_thread(run.process.wait, 60)
     finally:
