@@ -35,7 +35,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 MAIN = "main"
 CHUNK = 64 * 1024
-# The hub keeps these in its large-file storage; their ETag is a SHA-256, that of others git's blob id.
+# The hub keeps these in its large-file storage: their ETag is a SHA-256. The ETag of others is git's blob id.
 LARGE = {".safetensors", ".bin", ".gguf", ".pt", ".pth", ".onnx"}
 API = re.compile(
     r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/(?P<verb>revision|tree|paths-info|auth-check)(?:/(?P<rest>.+))?)?"
@@ -45,7 +45,7 @@ RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 
 
 class RefusalError(Exception):
-    """An answer that is not what was asked for."""
+    """An answer other than the one that was asked for."""
 
     def __init__(self, status: int, code: str, message: str, commit: str = "") -> None:
         super().__init__(message)
@@ -53,8 +53,8 @@ class RefusalError(Exception):
 
 
 @cache
-def digest(path: Path, size: int, _changed: int) -> str:
-    """A file's id, which is its ETag."""
+def file_id(path: Path, size: int, _mtime_ns: int) -> str:
+    """Returns a file's id, which is its ETag."""
     if path.suffix in LARGE:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -68,52 +68,52 @@ class Entry:
     size: int
     id: str
 
-    def json(self) -> dict[str, object]:
+    def tree_item(self) -> dict[str, object]:
         entry: dict[str, object] = {"type": "file", "path": self.name, "size": self.size, "oid": self.id}
         if self.path.suffix in LARGE:
             entry["lfs"] = {"oid": self.id, "size": self.size, "pointerSize": 134}
         return entry
 
     def sibling(self) -> dict[str, object]:
-        """As the model's own route tells of it, which has other names for the same."""
+        """Returns the file as the model's own route lists it, which has other keys for the same values."""
         lfs = {"lfs": {"sha256": self.id, "size": self.size, "pointerSize": 134}} if self.path.suffix in LARGE else {}
         return {"rfilename": self.name, "size": self.size, "blobId": "0" * 40 if lfs else self.id, **lfs}
 
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """A folder as one commit: its id changes when a file does."""
+    """A folder as one commit, whose id changes when a file does."""
 
     entries: dict[str, Entry]
     commit: str
 
     @classmethod
-    def of(cls, folder: Path | None) -> Revision:
+    def scan(cls, folder: Path | None) -> Revision:
         entries = {}
         for path in sorted(folder.rglob("*")) if folder else ():
             if path.is_file():
-                facts = path.stat()
+                status = path.stat()
                 name = path.relative_to(folder).as_posix() if folder else ""
-                entries[name] = Entry(name, path, facts.st_size, digest(path, facts.st_size, facts.st_mtime_ns))
+                entries[name] = Entry(name, path, status.st_size, file_id(path, status.st_size, status.st_mtime_ns))
         listing = "".join(f"{entry.id} {name}\n" for name, entry in entries.items())
         return cls(entries, hashlib.sha1(listing.encode()).hexdigest())
 
-    def tree(self, below: str, recursive: bool) -> Iterator[dict[str, object]]:
-        prefix = f"{below}/" if below else ""
+    def tree(self, parent: str, recursive: bool) -> Iterator[dict[str, object]]:
+        prefix = f"{parent}/" if parent else ""
         folders = set()
         for name, entry in self.entries.items():
             if name.startswith(prefix):
-                folder, deeper, _ = name.removeprefix(prefix).partition("/")
-                if deeper and folder not in folders:
+                folder, rest, _ = name.removeprefix(prefix).partition("/")
+                if rest and folder not in folders:
                     folders.add(folder)
                     yield {"type": "directory", "path": prefix + folder, "size": 0, "oid": "0" * 40}
-                if recursive or not deeper:
-                    yield entry.json()
+                if recursive or not rest:
+                    yield entry.tree_item()
 
 
 @dataclass
 class Hub:
-    """What it has, whom it lets in, and what is wrong with it. A revision without a folder is empty."""
+    """The hub: its repositories, its members, and its faults. A revision without a folder is empty."""
 
     repos: dict[str, dict[str, Path | None]] = field(default_factory=dict)
     gated: frozenset[str] = frozenset()
@@ -129,45 +129,45 @@ class Hub:
     retry_after: float = 0
     clock: float = 0
     requests: int = 0
-    sent: Counter[str] = field(default_factory=Counter)
+    sent_bytes: Counter[str] = field(default_factory=Counter)
 
-    def change(self, wanted: dict[str, object]) -> None:
+    def configure(self, changes: dict[str, object]) -> None:
         for name in ("fail", "fail_times", "rate", "cut", "stall", "flip", "retry_after", "clock"):
-            setattr(self, name, wanted.get(name, getattr(self, name)))
+            setattr(self, name, changes.get(name, getattr(self, name)))
 
-    def in_trouble(self) -> bool:
-        """Whether this request is to fail; each one counts."""
+    def must_fail(self) -> bool:
+        """Returns whether this request must fail. Each request that does is counted."""
         if not self.fail or self.fail_times == 0:
             return False
         self.fail_times -= 1
         return True
 
-    def known(self, token: str | None) -> None:
+    def check_token(self, token: str | None) -> None:
         if token is not None and token not in (self.token, self.outsider):
             raise RefusalError(401, "", "Invalid credentials in Authorization header")
 
-    def who(self, token: str | None) -> dict[str, object]:
-        self.known(token)
+    def identify(self, token: str | None) -> dict[str, object]:
+        self.check_token(token)
         if token is None:
             raise RefusalError(401, "", "Invalid username or password.")
         return {"type": "user", "name": "member" if token == self.token else "outsider"}
 
-    def revision(self, repo: str, revision: str, token: str | None, reads: bool) -> Revision:
-        """`reads`: the content of a gated repository is asked for; what there is may be seen by all."""
-        self.known(token)
+    def find_revision(self, repo: str, revision: str, token: str | None, reads_content: bool) -> Revision:
+        """Finds a revision, or refuses. `reads_content` asks for files; those of a gated repository need access."""
+        self.check_token(token)
         if repo not in self.repos or (repo in self.private and token != self.token):
-            # Who has not logged in is not told which names are taken.
+            # A client without a token is not told which names are taken.
             if token is None:
                 raise RefusalError(401, "RepoNotFound", "Invalid username or password.")
             raise RefusalError(404, "RepoNotFound", "Repository not found")
-        if reads and repo in self.gated and token != self.token:
+        if reads_content and repo in self.gated and token != self.token:
             if token is None:
                 raise RefusalError(401, "GatedRepo", f"Access to model {repo} is restricted. Please log in.")
             raise RefusalError(403, "GatedRepo", f"Access to model {repo} is restricted, and you are not in its list.")
         for name, folder in self.repos[repo].items():
-            found = Revision.of(folder)
-            if revision in (name, found.commit):
-                return found
+            candidate = Revision.scan(folder)
+            if revision in (name, candidate.commit):
+                return candidate
         raise RefusalError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
 
 
@@ -192,39 +192,39 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _answer(self, body: bytes) -> None:
         if self.path == "/stand-in":
-            self.hub.change(json.loads(body or b"{}"))
-            self._send(200, json.dumps({"sent": self.hub.sent, "requests": self.hub.requests}).encode(), {})
+            self.hub.configure(json.loads(body or b"{}"))
+            self._send(200, json.dumps({"sent": self.hub.sent_bytes, "requests": self.hub.requests}).encode(), {})
             return
         self.hub.requests += 1
-        if self.hub.in_trouble():
+        if self.hub.must_fail():
             raise RefusalError(self.hub.fail, "", HTTPStatus(self.hub.fail).phrase)
         url = urlsplit(self.path)
         path = unquote(url.path)
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
-        who = token if scheme == "Bearer" else None
+        bearer = token if scheme == "Bearer" else None
         if path == "/api/whoami-v2":
-            self._send(200, json.dumps(self.hub.who(who)).encode(), {})
-        elif found := API.fullmatch(path):
-            where, _, below = (found["rest"] or MAIN).partition("/")
-            revision = self.hub.revision(found["repo"], where, who, reads=found["verb"] == "auth-check")
+            self._send(200, json.dumps(self.hub.identify(bearer)).encode(), {})
+        elif match := API.fullmatch(path):
+            ref, _, folder = (match["rest"] or MAIN).partition("/")
+            revision = self.hub.find_revision(match["repo"], ref, bearer, reads_content=match["verb"] == "auth-check")
             query = parse_qs(url.query)
-            if found["verb"] == "tree":
-                answer: object = list(revision.tree(below, query.get("recursive", ["false"])[0].lower() == "true"))
-            elif found["verb"] == "paths-info":
-                wanted = parse_qs(body.decode()).get("paths") or json.loads(body or b"{}").get("paths", [])
-                answer = [revision.entries[name].json() for name in wanted if name in revision.entries]
+            if match["verb"] == "tree":
+                answer: object = list(revision.tree(folder, query.get("recursive", ["false"])[0].lower() == "true"))
+            elif match["verb"] == "paths-info":
+                paths = parse_qs(body.decode()).get("paths") or json.loads(body or b"{}").get("paths", [])
+                answer = [revision.entries[name].tree_item() for name in paths if name in revision.entries]
             else:
-                answer = self._model(found["repo"], revision)
+                answer = self._describe_model(match["repo"], revision)
             self._send(200, json.dumps(answer).encode(), {"X-Repo-Commit": revision.commit})
-        elif found := FILE.fullmatch(path):
-            revision = self.hub.revision(found["repo"], unquote(found["revision"]), who, reads=True)
-            if found["file"] not in revision.entries:
+        elif match := FILE.fullmatch(path):
+            revision = self.hub.find_revision(match["repo"], unquote(match["revision"]), bearer, reads_content=True)
+            if match["file"] not in revision.entries:
                 raise RefusalError(404, "EntryNotFound", "Entry not found", revision.commit)
-            self._send_file(revision.entries[found["file"]], revision.commit)
+            self._send_file(revision.entries[match["file"]], revision.commit)
         else:
             raise RefusalError(404, "", "Sorry, we can't find the page you are looking for.")
 
-    def _model(self, repo: str, revision: Revision) -> dict[str, object]:
+    def _describe_model(self, repo: str, revision: Revision) -> dict[str, object]:
         siblings = [entry.sibling() for entry in revision.entries.values()]
         return {"id": repo, "modelId": repo, "author": repo.partition("/")[0], "sha": revision.commit, "tags": [],
                 "private": repo in self.hub.private, "gated": "manual" if repo in self.hub.gated else False,
@@ -240,15 +240,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return
             headers["Content-Range"] = f"bytes {first}-{last}/{entry.size}"
         if not (self.hub.rate or self.hub.cut or self.hub.stall or entry.name == self.hub.flip):
-            self._send_whole(status, entry, first, last + 1 - first, headers)
+            self._send_from_disk(status, entry, first, last + 1 - first, headers)
             return
         content = bytearray(entry.path.read_bytes())
         if entry.name == self.hub.flip:
             content[-1] ^= 1
         self._send(status, bytes(content[first : last + 1]), headers, entry.name)
 
-    def _send_whole(self, status: int, entry: Entry, first: int, count: int, headers: dict[str, str]) -> None:
-        """By the kernel: a hub that is no hindrance."""
+    def _send_from_disk(self, status: int, entry: Entry, first: int, count: int, headers: dict[str, str]) -> None:
+        """Sends by the kernel, so that the hub itself slows nothing down."""
         self.send_response(status)
         for name, value in (
             {"Content-Type": "application/octet-stream", "Content-Length": str(count)} | headers
@@ -259,7 +259,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         with contextlib.suppress(ConnectionError), entry.path.open("rb") as file:  # a client may leave when it likes
             self.wfile.flush()
-            self.hub.sent[entry.name] += self.connection.sendfile(file, first, count)
+            self.hub.sent_bytes[entry.name] += self.connection.sendfile(file, first, count)
 
     def _send(self, status: int, body: bytes, headers: dict[str, str], file: str = "") -> None:
         self.send_response(status)
@@ -272,13 +272,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if len(body) > min(cut, stall):
             body, self.close_connection = body[: min(cut, stall)], True
         with contextlib.suppress(ConnectionError):  # a client may leave when it likes
-            at = 0
-            while at < len(body):
-                rate = self.hub.rate  # may have changed
-                piece = body[at : at + (max(1, rate // 10) if rate else CHUNK)]
+            offset = 0
+            while offset < len(body):
+                rate = self.hub.rate  # POST /stand-in may have changed it
+                piece = body[offset : offset + (max(1, rate // 10) if rate else CHUNK)]
                 self.wfile.write(piece)
-                at += len(piece)
-                self.hub.sent[file] += len(piece) if file else 0
+                offset += len(piece)
+                self.hub.sent_bytes[file] += len(piece) if file else 0
                 time.sleep(len(piece) / rate if rate else 0)
             while self.close_connection and self.hub.stall and stall < cut:
                 time.sleep(0.1)
@@ -304,7 +304,7 @@ def main() -> None:
 
     gated, private = frozenset(given.gated), frozenset(given.private)
     hub = Hub(token=given.token, outsider=given.outsider, gated=gated, private=private)
-    hub.change(vars(given))
+    hub.configure(vars(given))
     for text in given.repo:
         name, _, folder = text.partition("=")
         repo, _, revision = name.partition("@")
