@@ -51,7 +51,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-VERSION = "0.32.0"  # of the engine that the second supervisor believes it runs
+VERSION = "0.32.0"  # the version that the second supervisor reads of its engine
 ENGINE = "BENCH_FIRST_TOKEN_ENGINE"  # the socket that it links to
 PATIENCE = 60.0
 WARM_UP = 20  # requests to each side that do not count
@@ -67,9 +67,9 @@ Target = str | int  # a unix socket's path, or a port
 
 
 class Answer(NamedTuple):
-    """When what came of it, in seconds from `asked` (of the monotonic clock)."""
+    """The times of an answer: its parts, in seconds from `sent_at` (of the monotonic clock)."""
 
-    asked: float
+    sent_at: float
     head: float
     first_event: float
     first_token: float
@@ -84,20 +84,20 @@ def connect(target: Target) -> socket.socket:
     else:
         connection = socket.create_connection(("127.0.0.1", target), PATIENCE)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setblocking(True)  # and no timeout, which were a poll() before each read
+    connection.setblocking(True)  # without a timeout, which would cost a poll() before each read
     return connection
 
 
-def ask(connection: socket.socket, request: bytes, asked: float) -> Answer:
+def ask(connection: socket.socket, request: bytes, sent_at: float) -> Answer:
     head = first_event = first_token = 0.0
     data = b""
     connection.sendall(request)
     while not data.endswith(LAST_CHUNK):
-        read = connection.recv(65536)
-        now = time.monotonic() - asked
-        if not read:
+        received = connection.recv(65536)
+        now = time.monotonic() - sent_at
+        if not received:
             raise ConnectionError(f"cut: {data[-200:]!r}")
-        data += read
+        data += received
         if not head:
             if not data.startswith(b"HTTP/1.1 200 "):
                 raise ConnectionError(f"no answer: {data[:400]!r}")
@@ -108,69 +108,69 @@ def ask(connection: socket.socket, request: bytes, asked: float) -> Answer:
             first_token = now
     if not first_token or b"[DONE]" not in data:
         raise ConnectionError(f"no stream: {data[:2000]!r}")
-    return Answer(asked, head, first_event, first_token, now)
+    return Answer(sent_at, head, first_event, first_token, now)
 
 
-def request_of(number: int, tokens: int) -> bytes:
-    """Prompts of the same length, none of them seen before."""
+def make_request(number: int, tokens: int) -> bytes:
+    """Returns a request. All prompts have the same length, and none was seen before."""
     body = {"messages": [{"role": "user", "content": f"{number:06d}: how is the sea?"}], "stream": True}
     text = json.dumps(body | {"max_tokens": tokens, "temperature": 0, "ignore_eos": True})
     return f"{HEAD}Content-Length: {len(text)}\r\n\r\n{text}".encode()
 
 
 def measure(sides: dict[str, Target], options: argparse.Namespace) -> dict[str, list[Answer]]:
-    """As many answers of each side; the same place in each list is the same prompt."""
-    found: dict[str, list[Answer]] = {side: [] for side in sides}
+    """Returns as many answers of each side. The same index in each list is the same prompt."""
+    answers: dict[str, list[Answer]] = {side: [] for side in sides}
     connections = {side: connect(target) for side, target in sides.items()}
     draw, first = random.Random(1), random.randrange(900_000)
     gc.collect()
     gc.disable()
     try:
         for number in range(options.warm_up + options.requests):
-            request, order = request_of(first + number, options.tokens), list(sides)
+            request, order = make_request(first + number, options.tokens), list(sides)
             draw.shuffle(order)
             for side in order:
                 if options.pause:
                     time.sleep(options.pause)
-                asked = time.monotonic()
+                sent_at = time.monotonic()
                 if options.anew:
                     connections[side].close()
-                    asked = time.monotonic()
+                    sent_at = time.monotonic()
                     connections[side] = connect(sides[side])
-                answer = ask(connections[side], request, asked)
+                answer = ask(connections[side], request, sent_at)
                 if number >= options.warm_up:
-                    found[side].append(answer)
+                    answers[side].append(answer)
     finally:
         gc.enable()
         for connection in connections.values():
             connection.close()
-    return found
+    return answers
 
 
 def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(len(values) * share))]
 
 
-def median_within(values: Sequence[float]) -> tuple[float, float, float]:
-    """The median, and its bounds (95 %), from the order of the values alone."""
+def bound_median(values: Sequence[float]) -> tuple[float, float, float]:
+    """Returns the median, and its bounds (95 %), from the order of the values alone."""
     ordered, half = sorted(values), 0.98 * math.sqrt(len(values))
     middle = len(ordered) / 2
     low, high = ordered[max(0, int(middle - half))], ordered[min(len(ordered) - 1, math.ceil(middle + half))]
     return statistics.median(ordered), low, high
 
 
-def show(found: dict[str, list[Answer]]) -> dict[str, Any]:
-    """Prints the table, in ms; returns its figures."""
-    base, *others = found
+def print_table(answers_by_side: dict[str, list[Answer]]) -> dict[str, Any]:
+    """Prints the table, in ms, and returns its figures."""
+    base, *others = answers_by_side
     figures: dict[str, Any] = {}
-    count = len(found[base])
+    count = len(answers_by_side[base])
     print(f"\n{count} requests to each, ms: p50 (p90)")
     print(f"{'':16}" + "".join(f"{part:>18}" for part in PARTS))
-    for side, answers in found.items():
+    for side, answers in answers_by_side.items():
         figures[side] = {}
         cells = ""
-        for place, part in enumerate(PARTS, 1):
-            values = [answer[place] * 1e3 for answer in answers]
+        for index, part in enumerate(PARTS, 1):
+            values = [answer[index] * 1e3 for answer in answers]
             p50, p90 = statistics.median(values), percentile(values, 0.9)
             figures[side][part] = {"p50": p50, "p90": p90}
             cells += f"{p50:10.3f} ({p90:.2f})".rjust(18)
@@ -178,65 +178,65 @@ def show(found: dict[str, list[Answer]]) -> dict[str, Any]:
     print(f"\nlater than {base}, ms: the median of the differences (its bounds, 95 %)")
     for side in others:
         cells = ""
-        for place, part in enumerate(PARTS, 1):
-            pairs = zip(found[side], found[base], strict=True)
-            p50, low, high = median_within([(one[place] - other[place]) * 1e3 for one, other in pairs])
+        for index, part in enumerate(PARTS, 1):
+            pairs = zip(answers_by_side[side], answers_by_side[base], strict=True)
+            p50, low, high = bound_median([(one[index] - other[index]) * 1e3 for one, other in pairs])
             figures[side][part] |= {"later": p50, "low": low, "high": high}
             cells += f"{p50:7.3f} ({low:.3f}..{high:.3f})".rjust(25)
         print(f"{side:16}{cells}", flush=True)
     return figures
 
 
-# What stands beside the gateway
+# The other sides
 
 
-class Half(asyncio.Protocol):
-    """One side of a connection that is passed on."""
+class RelayEnd(asyncio.Protocol):
+    """One end of a connection whose bytes are passed on."""
 
     transport: Any = None
 
-    def __init__(self, path: str = "", other: Half | None = None) -> None:
-        self.path, self.other, self.early = path, other, b""
+    def __init__(self, path: str = "", peer: RelayEnd | None = None) -> None:
+        self.path, self.peer, self.early_data = path, peer, b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
-        if self.other is None:
+        if self.peer is None:
             asyncio.get_running_loop().create_task(self.open())
 
     async def open(self) -> None:
-        _, self.other = await asyncio.get_running_loop().create_unix_connection(lambda: Half(other=self), self.path)
-        self.other.transport.write(self.early)
+        _, self.peer = await asyncio.get_running_loop().create_unix_connection(lambda: RelayEnd(peer=self), self.path)
+        self.peer.transport.write(self.early_data)
 
     def data_received(self, data: bytes) -> None:
-        if self.other is None:
-            self.early += data
+        if self.peer is None:
+            self.early_data += data
         else:
-            self.other.transport.write(data)
+            self.peer.transport.write(data)
 
     def connection_lost(self, error: Exception | None) -> None:
-        if self.other is not None:
-            self.other.transport.close()
+        if self.peer is not None:
+            self.peer.transport.close()
 
 
-def relay(path: str, port: int) -> None:
+def run_relay(path: str, port: int) -> None:
     import uvloop  # noqa: PLC0415  # of this process alone
 
     async def run() -> None:
-        server = await asyncio.get_running_loop().create_server(lambda: Half(path), "127.0.0.1", port)
+        server = await asyncio.get_running_loop().create_server(lambda: RelayEnd(path), "127.0.0.1", port)
         await server.serve_forever()
 
     uvloop.run(run())
 
 
-def engine_that_runs_already(words: Sequence[str]) -> None:
-    """What the second supervisor starts instead of a vLLM."""
-    Path(words[words.index("--uds") + 1]).symlink_to(os.environ[ENGINE])
+def link_engine(argv: Sequence[str]) -> None:
+    """Runs instead of a vLLM for the second supervisor, and links its socket to the engine's."""
+    Path(argv[argv.index("--uds") + 1]).symlink_to(os.environ[ENGINE])
     signal.pause()
 
 
 @contextlib.contextmanager
-def all_sides(options: argparse.Namespace, raw: Sequence[str]) -> Iterator[dict[str, Target]]:
-    from bench_vllm import ADMIN_KEY, free_port, get, running  # noqa: PLC0415  # needs more packages
+def start_sides(options: argparse.Namespace, raw: Sequence[str]) -> Iterator[dict[str, Target]]:
+    from bench_vllm import ADMIN_KEY, free_port, get, serving  # noqa: PLC0415  # needs more packages
 
     program, *words = shlex.split(options.vllm)
     vllm = shlex.join([str(Path(program).absolute()) if Path(program).exists() else program, *words])
@@ -245,13 +245,13 @@ def all_sides(options: argparse.Namespace, raw: Sequence[str]) -> Iterator[dict[
     keys = {"SUPERVISOR_API_KEYS": KEY, "SUPERVISOR_ADMIN_KEYS": ADMIN_KEY}
     up = [sys.executable, "-m", "supervisor", "up", model, "--mode", "http", "--port"]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(running([*up, str(port), "--", *raw], port, PATIENCE * 10, SUPERVISOR_VLLM=vllm, **keys))
+        stack.enter_context(serving([*up, str(port), "--", *raw], port, PATIENCE * 10, SUPERVISOR_VLLM=vllm, **keys))
         command = shlex.split(json.loads(get(port, "/status", ADMIN_KEY))["command"])
         engine = command[command.index("--uds") + 1]
-        itself = [sys.executable, str(Path(__file__).resolve())]
-        environ = {"SUPERVISOR_VLLM": shlex.join(itself), ENGINE: engine, "SUPERVISOR_ACCESS_LOG": "false", **keys}
-        stack.enter_context(running([*up, str(second)], second, PATIENCE, **environ))
-        process = subprocess.Popen([*itself, "relay", engine, str(third)])
+        this_script = [sys.executable, str(Path(__file__).resolve())]
+        environ = {"SUPERVISOR_VLLM": shlex.join(this_script), ENGINE: engine, "SUPERVISOR_ACCESS_LOG": "false", **keys}
+        stack.enter_context(serving([*up, str(second)], second, PATIENCE, **environ))
+        process = subprocess.Popen([*this_script, "relay", engine, str(third)])
         stack.callback(process.terminate)
         time.sleep(1.0)
         private = str(Path(engine).with_name("gateway.sock"))
@@ -263,10 +263,10 @@ def main() -> None:
         print(VERSION)
         return
     if sys.argv[1:2] == ["serve"]:
-        engine_that_runs_already(sys.argv)
+        link_engine(sys.argv)
         return
     if sys.argv[1:2] == ["relay"]:
-        relay(sys.argv[2], int(sys.argv[3]))
+        run_relay(sys.argv[2], int(sys.argv[3]))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm", help="the command that stands for `vllm`")
@@ -278,21 +278,21 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=0.0)
     parser.add_argument("--anew", action="store_true")
     parser.add_argument("--json", type=Path)
-    at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    options, raw = parser.parse_args(sys.argv[1:at]), sys.argv[at + 1 :]
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    options, raw = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
     if not options.side and not (options.vllm and options.model):
         parser.error("--vllm and --model, or --side")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left behind
-    given: dict[str, Target] = {}
+    given_sides: dict[str, Target] = {}
     for text in options.side:
         name, _, target = text.partition("=")
-        given[name] = int(target) if target.isdigit() else target
+        given_sides[name] = int(target) if target.isdigit() else target
     print(f"{os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}", flush=True)
-    with contextlib.nullcontext(given) if given else all_sides(options, raw) as sides:
-        found = measure(sides, options)
-    figures = show(found)
+    with contextlib.nullcontext(given_sides) if given_sides else start_sides(options, raw) as sides:
+        answers = measure(sides, options)
+    figures = print_table(answers)
     if options.json:
-        options.json.write_text(json.dumps({"arguments": sys.argv[1:], "figures": figures, "answers": found}) + "\n")
+        options.json.write_text(json.dumps({"arguments": sys.argv[1:], "figures": figures, "answers": answers}) + "\n")
 
 
 if __name__ == "__main__":

@@ -41,20 +41,20 @@ import psutil
 from stream_clients import KEY, Clients, Target
 
 ROOT = Path(__file__).resolve().parent.parent
-SHOWN = {"events/s": 0, "tokens/s": 0, "TTFT p50 ms": 1, "TTFT p99 ms": 1, "CPU us": 1, "client %": 0, "failures": 0}
+DIGITS = {"events/s": 0, "tokens/s": 0, "TTFT p50 ms": 1, "TTFT p99 ms": 1, "CPU us": 1, "client %": 0, "failures": 0}
 ADMIN_KEY = "sk-bench-admin"  # /status shows vLLM's command to administrators
-SETTLE = 3.0  # of several API servers the first to be there makes vLLM ready
+SETTLE = 3.0  # vLLM is ready with the first of several API servers: the others get this long
 RATIOS = ("events/s", "tokens/s", "TTFT p50 ms", "TTFT p99 ms")
 
 Reading = dict[str, Any]
 
 
-def read(clients: Clients, target: Target, pid: int, streams: int, options: argparse.Namespace) -> Reading:
-    """Waves for --seconds. `pid`: the supervisor, or whatever vLLM's processes are below."""
-    clients.wave(target, streams, 4)
-    before, waves, began = cpu_seconds(pid), list[Reading](), time.monotonic()
-    while not waves or (time.monotonic() < began + options.seconds and not waves[-1]["problems"]):
-        waves.append(clients.wave(target, streams, options.tokens))
+def take_reading(clients: Clients, target: Target, pid: int, streams: int, options: argparse.Namespace) -> Reading:
+    """Takes a reading: waves for --seconds. `pid` is the parent of vLLM's processes: the supervisor, or vLLM itself."""
+    clients.run_wave(target, streams, 4)
+    before, waves, started_at = cpu_seconds(pid), list[Reading](), time.monotonic()
+    while not waves or (time.monotonic() < started_at + options.seconds and not waves[-1]["problems"]):
+        waves.append(clients.run_wave(target, streams, options.tokens))
     cpu = {name: round(used - before.get(name, 0.0), 2) for name, used in cpu_seconds(pid).items()}
     seconds, events, busy = (sum(row[key] for row in waves) or math.nan for key in ("seconds", "events", "cpu"))
     firsts = sorted(first for row in waves for first in row["first"])
@@ -74,46 +74,46 @@ def read(clients: Clients, target: Target, pid: int, streams: int, options: argp
 
 
 def cpu_seconds(pid: int) -> dict[str, float]:
-    """Of a process ("own") and of each one below it."""
-    process, found = psutil.Process(pid), {}
+    """Returns the CPU seconds of a process ("own") and of each of its descendants."""
+    process, seconds = psutil.Process(pid), {}
     for part in (process, *process.children(recursive=True)):
         with contextlib.suppress(psutil.Error):
-            found["own" if part.pid == pid else f"{part.name()} {part.pid}"] = sum(part.cpu_times()[:2])
-    return found
+            seconds["own" if part.pid == pid else f"{part.name()} {part.pid}"] = sum(part.cpu_times()[:2])
+    return seconds
 
 
-def compare(
+def compare_sides(
     sides: dict[str, Target], pid: int, clients: Clients, options: argparse.Namespace, results: Reading
 ) -> None:
-    """All rounds of these sides; the readings, their medians and the ratios go to `results`, and are printed."""
+    """Runs all rounds of these sides. The readings, medians and ratios go to `results`; the readings are printed."""
     for streams in options.streams:
         rounds = []
         for number in range(options.rounds):
             order = [*sides][:: 1 if number % 2 == 0 else -1]
-            rounds.append({side: read(clients, sides[side], pid, streams, options) for side in order})
+            rounds.append({side: take_reading(clients, sides[side], pid, streams, options) for side in order})
             for side in order:
-                show(side, streams, rounds[-1][side])
+                print_row(side, streams, rounds[-1][side])
         results["readings"][f"{'+'.join(sides)} {streams}"] = rounds
         for side in sides:
-            median = {key: statistics.median(row[side][key] for row in rounds) for key in SHOWN}
+            median = {key: statistics.median(row[side][key] for row in rounds) for key in DIGITS}
             median["failures"] = sum(row[side]["failures"] for row in rounds)
             results["medians"][f"{side} {streams}"] = median
-        if len(sides) > 1:  # of each round's own readings, for what drifts is in both
+        if len(sides) > 1:  # of readings of the same round, because a drift is in both
             ratios = {
                 key: sorted(row["gateway"][key] / (row["alone"][key] or math.nan) for row in rounds) for key in RATIOS
             }
             results["gateway / alone"][str(streams)] = ratios
-        if options.json:  # after each, so that a run that is cut short leaves something
+        if options.json:  # after each, so that an interrupted run leaves something
             options.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def show(side: str, streams: object, row: Reading) -> None:
-    cells = "".join(f"{row[key]:13.{digits}f}" for key, digits in SHOWN.items())
+def print_row(side: str, streams: object, row: Reading) -> None:
+    cells = "".join(f"{row[key]:13.{digits}f}" for key, digits in DIGITS.items())
     print(f"{side:16}{streams:7}{cells}", *row.get("problems", ()), flush=True)
 
 
-def title(text: str) -> None:
-    print(f"\n{text:16}{'streams':>7}" + "".join(f"{key:>13}" for key in SHOWN), flush=True)
+def print_title(text: str) -> None:
+    print(f"\n{text:16}{'streams':>7}" + "".join(f"{key:>13}" for key in DIGITS), flush=True)
 
 
 def free_port() -> int:
@@ -123,14 +123,14 @@ def free_port() -> int:
 
 
 def get(port: int, path: str, key: str = KEY) -> bytes:
-    asked = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers={"Authorization": f"Bearer {key}"})
-    with urllib.request.urlopen(asked, timeout=10) as answer:
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers={"Authorization": f"Bearer {key}"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
         return bytes(answer.read())
 
 
 @contextlib.contextmanager
-def running(command: list[str], port: int, patience: float, **environ: str) -> Iterator[int]:
-    """Its process id, once it is ready. Its log goes to stderr."""
+def serving(command: list[str], port: int, patience: float, **environ: str) -> Iterator[int]:
+    """Starts a server. Yields its process id once it is ready. Its log goes to stderr."""
     deadline = time.monotonic() + patience
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environ, stdin=subprocess.DEVNULL, stdout=sys.stderr)
     try:
@@ -163,10 +163,10 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=max(1, min(4, (os.cpu_count() or 2) // 2)))
     parser.add_argument("--tcp", action="store_true", help="afterwards, a vLLM of its own on TCP")
     parser.add_argument("--json", type=Path)
-    at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    options, raw = parser.parse_args(sys.argv[1:at]), sys.argv[at + 1 :]
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    options, raw = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left behind
-    # Paths are those of whoever asks; the supervisor runs in the checkout.
+    # Paths are relative to the caller's folder, but the supervisor runs in the checkout.
     program, *words = shlex.split(options.vllm)
     vllm = [str(Path(program).absolute()) if Path(program).exists() else program, *words]
     model = str(Path(options.model).resolve()) if Path(options.model).exists() else options.model
@@ -188,19 +188,19 @@ def main() -> None:
     environ = {"SUPERVISOR_VLLM": shlex.join(vllm), "SUPERVISOR_MAX_CONCURRENCY": "1000"}
     environ |= {"SUPERVISOR_API_KEYS": KEY, "SUPERVISOR_ADMIN_KEYS": ADMIN_KEY}
     command = [sys.executable, "-m", "supervisor", "up", model, "--mode", "http", "--port", str(port), "--", *raw]
-    title("each reading")
-    with running(command, port, options.startup, **environ) as pid:
+    print_title("each reading")
+    with serving(command, port, options.startup, **environ) as pid:
         words = shlex.split(json.loads(get(port, "/status", ADMIN_KEY))["command"])
         sides: dict[str, Target] = {"alone": words[words.index("--uds") + 1], "gateway": port}
-        compare(sides, pid, clients, options, results)
+        compare_sides(sides, pid, clients, options, results)
     if options.tcp:
         command = [*vllm, "serve", model, "--host", "127.0.0.1", "--port", str(port), *raw]
-        with running(command, port, options.startup) as pid:
-            compare({"alone on TCP": port}, pid, clients, options, results)
-    title("medians")
+        with serving(command, port, options.startup) as pid:
+            compare_sides({"alone on TCP": port}, pid, clients, options, results)
+    print_title("medians")
     for name, row in results["medians"].items():
         side, _, streams = name.rpartition(" ")
-        show(side, streams, row)
+        print_row(side, streams, row)
     print("\ngateway / alone, the median of the rounds' ratios (least to most)")
     for streams, ratios in results["gateway / alone"].items():
         cells = (f"{key} {statistics.median(row):.3f} ({row[0]:.3f} to {row[-1]:.3f})" for key, row in ratios.items())

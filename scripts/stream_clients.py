@@ -1,7 +1,7 @@
 """Client processes that read many streams of /v1/completions at once, cheaply; for scripts/bench_vllm.py.
 
-`Clients(4, patience=120).wave(target, streams=256, tokens=128)` starts all streams together, on connections that are
-open already and stay so for the next wave with that target, and tells what came of them.
+`Clients(4, patience=120).run_wave(target, streams=256, tokens=128)` starts all streams together, on connections that
+are open already and stay so for that target's next wave, and tells what came of them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import uvloop
 
 KEY = "a-key-for-the-benchmark"
 HEAD = f"POST /v1/completions HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
-# As they stand on the wire: in generated text the quotes are escaped, and no line begins.
+# They look like this on the wire only: in generated text quotes are escaped, and no line begins.
 EVENT, DONE, ERROR, LAST_CHUNK = b'\ndata: {"id"', b"data: [DONE]", b'data: {"error"', b"\r\n0\r\n\r\n"
-KEPT = len(EVENT) - 1  # of each read, for what is cut in two; not more, or an event would count twice
+TAIL_LENGTH = len(EVENT) - 1  # kept of each read, for an event cut in two; if it were more, one would count twice
 WORDS = "of many: tell me in your own words what the sea looks like on a quiet morning"
 
 Reading = dict[str, Any]
@@ -31,11 +31,11 @@ Target = str | int  # a unix socket's path, or a port
 
 
 class Stream(asyncio.Protocol):
-    """A keep-alive connection that parses nothing it need not: it must be cheaper than what it measures."""
+    """A keep-alive connection that parses only what it must: it has to be cheaper than the server that it measures."""
 
     transport: Any = None
     ended: asyncio.Future[None] | None = None
-    problem, events, first, last = "no connection", 0, 0.0, 0.0
+    problem, events, first_event_at, ended_at = "no connection", 0, 0.0, 0.0
 
     def __init__(self, target: Target) -> None:
         self.target = target
@@ -44,25 +44,25 @@ class Stream(asyncio.Protocol):
         self.transport = transport
 
     def ask(self, request: bytes, ended: asyncio.Future[None]) -> None:
-        self.kept, self.done, self.events, self.ended = b"", False, 0, ended
-        self.asked = time.monotonic()
+        self.tail, self.has_done, self.events, self.ended = b"", False, 0, ended
+        self.sent_at = time.monotonic()
         self.transport.write(request)
 
     def data_received(self, data: bytes) -> None:
-        if not self.kept and not data.startswith(b"HTTP/1.1 200 "):
+        if not self.tail and not data.startswith(b"HTTP/1.1 200 "):
             self.end(data[:60].decode(errors="replace").partition("\r\n")[0])
             return
-        data = self.kept + data
+        data = self.tail + data
         if count := data.count(EVENT):
             if not self.events:
-                self.first = time.monotonic()
+                self.first_event_at = time.monotonic()
             self.events += count
-        self.done = self.done or DONE in data
-        self.kept = data[-KEPT:]
+        self.has_done = self.has_done or DONE in data
+        self.tail = data[-TAIL_LENGTH:]
         if ERROR in data:
             self.end("an error event")
         elif data.endswith(LAST_CHUNK):
-            self.end("" if self.done and self.events else "no [DONE]")
+            self.end("" if self.has_done and self.events else "no [DONE]")
 
     def connection_lost(self, error: Exception | None) -> None:
         self.transport = None
@@ -70,15 +70,15 @@ class Stream(asyncio.Protocol):
 
     def end(self, problem: str) -> None:
         if self.ended is not None:
-            self.last, self.problem, ended, self.ended = time.monotonic(), problem, self.ended, None
+            self.ended_at, self.problem, ended, self.ended = time.monotonic(), problem, self.ended, None
             if not ended.done():
                 ended.set_result(None)
             if problem and self.transport:
                 self.transport.abort()
 
 
-def client(pipe: Connection) -> None:
-    """A client process: one wave for each order."""
+def run_client(pipe: Connection) -> None:
+    """Runs a client process: one wave for each order."""
     gc.disable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, whose end closes the pipe
     loop, streams = uvloop.new_event_loop(), list[Stream]()
@@ -87,69 +87,69 @@ def client(pipe: Connection) -> None:
             target, count, *request = pipe.recv()
             loop.run_until_complete(connect(streams, target, count))
             pipe.send("connected")
-            pipe.recv()  # which says that all others are, too
-            pipe.send(loop.run_until_complete(wave(streams, *request)))
+            pipe.recv()  # it says that all others are connected, too
+            pipe.send(loop.run_until_complete(run_wave(streams, *request)))
 
 
 async def connect(streams: list[Stream], target: Target, count: int) -> None:
-    await asyncio.sleep(0.001)  # hears of those that were closed meanwhile
+    await asyncio.sleep(0.001)  # lets the loop see which were closed meanwhile
     kept = [stream for stream in streams if stream.transport and stream.target == target][:count]
     for stream in streams:
         if stream.transport and stream not in kept:
             stream.transport.abort()
     streams[:] = kept + [Stream(target) for _ in range(count - len(kept))]
     for stream in streams[len(kept) :]:
-        loop, made = asyncio.get_running_loop(), lambda stream=stream: stream
+        loop, make_protocol = asyncio.get_running_loop(), lambda stream=stream: stream
         with contextlib.suppress(OSError):  # its problem stays "no connection"
             if isinstance(target, str):
-                await loop.create_unix_connection(made, target)
+                await loop.create_unix_connection(make_protocol, target)
             else:
-                await loop.create_connection(made, "127.0.0.1", target)
+                await loop.create_connection(make_protocol, "127.0.0.1", target)
 
 
-async def wave(streams: list[Stream], name: str, tokens: int, patience: float) -> Reading:
-    asked, requests = [stream for stream in streams if stream.transport], []
-    for number in range(len(asked)):
-        # Prompts never seen before, or vLLM had them in its cache. No "model": there is but one.
+async def run_wave(streams: list[Stream], name: str, tokens: int, patience: float) -> Reading:
+    connected, requests = [stream for stream in streams if stream.transport], []
+    for number in range(len(connected)):
+        # The prompts are new, or vLLM would have them in its cache. "model" is left out: there is only one.
         body = {"prompt": f"{name}-{number} {WORDS}", "stream": True, "temperature": 0, "ignore_eos": True}
         text = json.dumps(body | {"max_tokens": tokens, "min_tokens": tokens})
         requests.append(f"{HEAD}Content-Length: {len(text)}\r\n\r\n{text}".encode())
-    ends = [asyncio.get_running_loop().create_future() for _ in asked]
-    cpu, began = time.process_time(), time.monotonic()
-    for stream, request, ended in zip(asked, requests, ends, strict=True):
+    ends = [asyncio.get_running_loop().create_future() for _ in connected]
+    cpu, started_at = time.process_time(), time.monotonic()
+    for stream, request, ended in zip(connected, requests, ends, strict=True):
         stream.ask(request, ended)
     if ends:
         await asyncio.wait(ends, timeout=patience)
     cpu = time.process_time() - cpu
-    for stream in asked:
+    for stream in connected:
         stream.end("timeout")
     return {
-        "time": (began, max((stream.last for stream in asked), default=began)),
-        "events": sum(stream.events for stream in asked),
-        "first": [stream.first - stream.asked for stream in asked if not stream.problem],
+        "time": (started_at, max((stream.ended_at for stream in connected), default=started_at)),
+        "events": sum(stream.events for stream in connected),
+        "first": [stream.first_event_at - stream.sent_at for stream in connected if not stream.problem],
         "problems": [stream.problem for stream in streams if stream.problem],
         "cpu": cpu,
     }
 
 
 class Clients:
-    """So many client processes. `patience`: seconds until a stream that has not ended has failed."""
+    """A group of client processes. A stream that hasn't ended after `patience` seconds has failed."""
 
     def __init__(self, count: int, patience: float) -> None:
-        self.patience, self.waves, self.pipes = patience, 0, list[Connection]()
-        context = multiprocessing.get_context("spawn")  # not fork: none may hold another's end of a pipe
+        self.patience, self.wave_count, self.pipes = patience, 0, list[Connection]()
+        context = multiprocessing.get_context("spawn")  # not fork: no client may hold another's end of a pipe
         for _ in range(count):
-            ours, theirs = context.Pipe()
-            context.Process(target=client, args=(theirs,), daemon=True).start()
-            theirs.close()
-            self.pipes.append(ours)
+            our_end, client_end = context.Pipe()
+            context.Process(target=run_client, args=(client_end,), daemon=True).start()
+            client_end.close()
+            self.pipes.append(our_end)
 
-    def wave(self, target: Target, streams: int, tokens: int) -> Reading:
-        """So many streams at once, until the last has ended."""
-        self.waves += 1
+    def run_wave(self, target: Target, streams: int, tokens: int) -> Reading:
+        """Runs `streams` streams at once, until the last has ended."""
+        self.wave_count += 1
         for number, pipe in enumerate(self.pipes):
             share = len(range(number, streams, len(self.pipes)))
-            pipe.send((target, share, f"{os.getpid()}-{self.waves}-{number}", tokens, self.patience))
+            pipe.send((target, share, f"{os.getpid()}-{self.wave_count}-{number}", tokens, self.patience))
         for pipe in self.pipes:
             pipe.recv()
         for pipe in self.pipes:
