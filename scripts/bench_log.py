@@ -34,45 +34,45 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
-PATIENCE = 30.0  # seconds for whatever has to happen
+PATIENCE = 30.0  # seconds to wait for anything
 PAUSE = 0.005  # seconds between two requests
 FOLDER = "BENCH_LOG_FOLDER"  # the variable that tells the flood where its orders are
-# As many of these as a pipe takes in one piece: no other line of vLLM's comes between.
+# A pipe takes this many lines in one piece, so that no other line of vLLM comes between.
 LINE = "(EngineCore pid=7) INFO 11-26 03:16:45 [core.py:77] line %8d of a flood, such as a level of debug makes\n"
-AT_ONCE = 4096 // len(LINE % 0)
+LINES_AT_ONCE = 4096 // len(LINE % 0)
 LENGTH = re.compile(rb"(?is)\r\ncontent-length: (\d+)(?=\r\n).*?\r\n\r\n")
-LOST = re.compile(rb"(\d+) lines were lost here")
+LOST_LINES = re.compile(rb"(\d+) lines were lost here")
 
 
 # The flood: this script again, beside the fake
 
 
 def flood(folder: Path) -> None:
-    """Waits for an order in the FIFO `orders`: a rate, seconds, dashes. Tells in `written` what it wrote."""
+    """Waits for an order in the FIFO `orders`: a rate, seconds, dashes. Notes in `written` what it wrote."""
     rate, seconds, dashes = map(float, (folder / "orders").read_text().split())
-    began = time.monotonic()
+    started_at = time.monotonic()
     lines, long_lines = 0, 0
-    while (elapsed := time.monotonic() - began) < seconds:
+    while (elapsed := time.monotonic() - started_at) < seconds:
         while lines < int(elapsed * rate):
-            write("".join(LINE % number for number in range(lines, lines + AT_ONCE)))
-            lines += AT_ONCE
+            write_stdout("".join(LINE % number for number in range(lines, lines + LINES_AT_ONCE)))
+            lines += LINES_AT_ONCE
         if dashes and not long_lines and elapsed > seconds / 2:
-            write("-" * int(dashes) + "\n")
+            write_stdout("-" * int(dashes) + "\n")
             long_lines = 1
         time.sleep(0.001)
-    took = time.monotonic() - began
-    (folder / "writing").write_text(json.dumps({"lines": lines + long_lines, "seconds": took}))
+    duration = time.monotonic() - started_at
+    (folder / "writing").write_text(json.dumps({"lines": lines + long_lines, "seconds": duration}))
     (folder / "writing").rename(folder / "written")
 
 
-def write(text: str) -> None:
+def write_stdout(text: str) -> None:
     data = text.encode()
     while data:
         data = data[os.write(1, data) :]
 
 
-def lay_out(folder: Path) -> Path:
-    """A `vllm` that is the fake, with the flood beside it."""
+def make_vllm(folder: Path) -> Path:
+    """Makes a `vllm` command that is the fake, with the flood beside it."""
     os.mkfifo(folder / "orders")
     command = folder / "vllm"
     command.write_text(
@@ -89,23 +89,23 @@ def lay_out(folder: Path) -> Path:
 
 @dataclass
 class Phase:
-    """What one stretch of time was like."""
+    """The figures of one stretch of time."""
 
     latencies: list[float]  # seconds, sorted
-    cpu: float  # seconds of CPU
+    cpu_seconds: float  # seconds of CPU
 
-    def at(self, share: float) -> float:
+    def latency_ms(self, share: float) -> float:
         return self.latencies[min(len(self.latencies) - 1, int(share * len(self.latencies)))] * 1e3
 
 
 class Run:
-    """A supervisor whose stdout `cat` takes into a file, until it is stopped."""
+    """A supervisor whose stdout is copied into a file by `cat`, until that is stopped."""
 
     def __init__(self, folder: Path, *, as_json: bool) -> None:
         self.folder = folder
         self.file = folder / "stdout"
         environ = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-        environ |= {"SUPERVISOR_VLLM": str(lay_out(folder)), "PORT": "0"}
+        environ |= {"SUPERVISOR_VLLM": str(make_vllm(folder)), "PORT": "0"}
         environ |= {"SUPERVISOR_LOG_FORMAT": "json"} if as_json else {}
         reading, writing = os.pipe()
         with self.file.open("wb") as file:
@@ -116,34 +116,34 @@ class Run:
         )  # fmt: skip
         os.close(reading)
         os.close(writing)
-        self.seen = psutil.Process(self.process.pid)
-        self.said = ""
-        self.told = threading.Thread(target=self._read, daemon=True)
-        self.told.start()
-        until(lambda: re.search(r"[: \"]ready: http://", self.said) or not self.told.is_alive(), "readiness")
-        found = re.search(r"[: \"]ready: http://[^\s:]+:(\d+)", self.said)
+        self.psutil_process = psutil.Process(self.process.pid)
+        self.output = ""
+        self.thread = threading.Thread(target=self._read, daemon=True)
+        self.thread.start()
+        wait_until(lambda: re.search(r"[: \"]ready: http://", self.output) or not self.thread.is_alive(), "readiness")
+        found = re.search(r"[: \"]ready: http://[^\s:]+:(\d+)", self.output)
         if found is None:
-            sys.exit(f"bench_log: the supervisor ended before it was ready:\n{self.said}")
+            sys.exit(f"bench_log: the supervisor ended before it was ready:\n{self.output}")
         self.connection = socket.create_connection(("127.0.0.1", int(found[1])), timeout=PATIENCE)
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def _read(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            self.said += line
+            self.output += line
 
-    def ping(self, seconds: float) -> Phase:
-        """Asks for so long."""
-        before, found = self.cpu(), []
+    def run_pings(self, seconds: float) -> Phase:
+        """Asks for /ping again and again, for `seconds`."""
+        before, latencies = self.cpu_seconds(), []
         end = time.monotonic() + seconds
         while (began := time.monotonic()) < end:
-            self.one_ping()
+            self.ping()
             taken = time.monotonic() - began
-            found.append(taken)
+            latencies.append(taken)
             time.sleep(max(0.0, PAUSE - taken))
-        return Phase(sorted(found), self.cpu() - before)
+        return Phase(sorted(latencies), self.cpu_seconds() - before)
 
-    def one_ping(self) -> None:
+    def ping(self) -> None:
         self.connection.sendall(b"GET /ping HTTP/1.1\r\nHost: bench\r\n\r\n")
         answer = b""
         while (length := LENGTH.search(answer)) is None or len(answer) < length.end() + int(length[1]):
@@ -154,39 +154,39 @@ class Run:
         if not answer.startswith(b"HTTP/1.1 200 "):
             sys.exit(f"bench_log: /ping answered {answer!r}")
 
-    def order(self, rate: float, seconds: float, dashes: int) -> None:
+    def order_flood(self, rate: float, seconds: float, dashes: int) -> None:
         with (self.folder / "orders").open("w") as orders:
             orders.write(f"{rate} {seconds} {dashes}\n")
 
-    def written(self) -> dict[str, float]:
-        """What the flood says when it is over."""
-        until((self.folder / "written").exists, "the flood's end")
-        told: dict[str, float] = json.loads((self.folder / "written").read_text())
-        return told
+    def wait_for_flood(self) -> dict[str, float]:
+        """Waits for the flood's end. Returns what it has noted."""
+        wait_until((self.folder / "written").exists, "the flood's end")
+        report: dict[str, float] = json.loads((self.folder / "written").read_text())
+        return report
 
-    def cpu(self) -> float:
-        times = self.seen.cpu_times()
+    def cpu_seconds(self) -> float:
+        times = self.psutil_process.cpu_times()
         return times.user + times.system
 
-    def memory(self) -> float:
-        return self.seen.memory_info().rss / 1e6
+    def memory_mb(self) -> float:
+        return self.psutil_process.memory_info().rss / 1e6
 
-    def came_out(self, dashes: int) -> tuple[int, int]:
-        """The flood's lines in what has come so far, and how many of all were said to be lost."""
+    def count_lines(self, dashes: int) -> tuple[int, int]:
+        """Returns how many of the flood's lines have come out so far, and how many are reported as lost."""
         data = self.file.read_bytes()
         lines = data.count(b" of a flood, ") + (dashes > 0 and data.count(b"-" * dashes))
-        return lines, sum(map(int, LOST.findall(data)))
+        return lines, sum(map(int, LOST_LINES.findall(data)))
 
-    def rest(self, expected: int, dashes: int) -> tuple[int, int]:
-        """Waits until all has come, or nothing more comes."""
+    def wait_for_lines(self, expected: int, dashes: int) -> tuple[int, int]:
+        """Waits until all lines have come out, or no more come."""
         size, still_since = -1, time.monotonic()
-        found = self.came_out(dashes)
-        while sum(found) < expected and time.monotonic() - still_since < 3:
+        counts = self.count_lines(dashes)
+        while sum(counts) < expected and time.monotonic() - still_since < 3:
             time.sleep(0.1)
             if self.file.stat().st_size != size:
                 size, still_since = self.file.stat().st_size, time.monotonic()
-                found = self.came_out(dashes)
-        return found
+                counts = self.count_lines(dashes)
+        return counts
 
     def end(self) -> None:
         self.reader.send_signal(signal.SIGCONT)
@@ -198,16 +198,16 @@ class Run:
         self.connection.close()
 
 
-def until(condition: Callable[[], object], what: str) -> None:
+def wait_until(condition: Callable[[], object], description: str) -> None:
     deadline = time.monotonic() + PATIENCE
     while not condition():
         if time.monotonic() > deadline:
-            sys.exit(f"bench_log: waited {PATIENCE:g} s for {what}")
+            sys.exit(f"bench_log: waited {PATIENCE:g} s for {description}")
         time.sleep(0.01)
 
 
 @contextlib.contextmanager
-def running(*, as_json: bool) -> Iterator[Run]:
+def start_run(*, as_json: bool) -> Iterator[Run]:
     folder = Path(tempfile.mkdtemp(prefix="bench_log"))
     run = Run(folder, as_json=as_json)
     try:
@@ -219,32 +219,32 @@ def running(*, as_json: bool) -> Iterator[Run]:
 
 def bench(arguments: argparse.Namespace, *, is_read: bool) -> bool:
     """Prints a table; returns whether each line came out or was counted."""
-    with running(as_json=arguments.json) as run:
-        run.ping(0.5)
-        quiet = run.ping(arguments.seconds)
-        before = run.memory()
+    with start_run(as_json=arguments.json) as run:
+        run.run_pings(0.5)
+        quiet = run.run_pings(arguments.seconds)
+        before = run.memory_mb()
         if not is_read:
             run.reader.send_signal(signal.SIGSTOP)
-        run.order(arguments.rate, arguments.seconds, arguments.dashes)
-        loud = run.ping(arguments.seconds)
-        after = run.memory()
+        run.order_flood(arguments.rate, arguments.seconds, arguments.dashes)
+        flooded = run.run_pings(arguments.seconds)
+        after = run.memory_mb()
         run.reader.send_signal(signal.SIGCONT)
-        written = run.written()
-        came, lost = run.rest(int(written["lines"]), arguments.dashes)
-        settled = run.memory()
+        written = run.wait_for_flood()
+        printed, lost = run.wait_for_lines(int(written["lines"]), arguments.dashes)
+        settled = run.memory_mb()
     print(f"\nstdout is {'read at once' if is_read else 'not read until the flood is over'}")
     print(f"{'':24} {'quiet':>9} {'flood':>9} {'ratio':>7}")
-    rows = [(f"/ping {name}, ms", quiet.at(share), loud.at(share)) for name, share in
+    rows = [(f"/ping {name}, ms", quiet.latency_ms(share), flooded.latency_ms(share)) for name, share in
             (("p50", 0.5), ("p99", 0.99), ("max", 1.0))]  # fmt: skip
-    rows.append(("pings", len(quiet.latencies), len(loud.latencies)))
-    rows.append((f"CPU s of {arguments.seconds:g}", quiet.cpu, loud.cpu))
+    rows.append(("pings", len(quiet.latencies), len(flooded.latencies)))
+    rows.append((f"CPU s of {arguments.seconds:g}", quiet.cpu_seconds, flooded.cpu_seconds))
     rows.append(("memory, MB", before, after))
     for label, one, other in rows:
         print(f"{label:24} {one:9.2f} {other:9.2f} {other / one if one else 0:7.2f}")
     print(f"memory once it has come out: {settled:.2f} MB")
     rate = written["lines"] / written["seconds"]
-    missing = int(written["lines"]) - came - lost
-    print(f"lines: {written['lines']} written ({rate:.0f} a second), {came} came out, {lost} were counted as lost")
+    missing = int(written["lines"]) - printed - lost
+    print(f"lines: {written['lines']} written ({rate:.0f} a second), {printed} came out, {lost} were counted as lost")
     if missing:
         print(f"{abs(missing)} lines {'came out nowhere' if missing > 0 else 'too many were counted'}")
     return missing == 0

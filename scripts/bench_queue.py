@@ -44,32 +44,32 @@ from supervisor.local_runpod.child import runpod_variables as simulated
 ROOT = Path(__file__).resolve().parent.parent
 SUPERVISOR = ROOT / ".venv" / "bin" / "supervisor"
 PATIENCE = 300.0
-# The fake, as RunPod, takes so many jobs in ten seconds.
+# The fake, like RunPod, takes at most this many jobs in ten seconds.
 JOBS_IN_TEN_SECONDS = 1000
-MOST_JOBS, SHORT_JOBS = 400, 200
-# The marks.
-LONGER, POSTS_PER_TOKEN = 1.05, 0.5
-QUIET = {"RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true", "RUNPOD_SKIP_GPU_CHECK": "true", "RUNPOD_LOG_LEVEL": "ERROR"}
+MAX_JOBS, SHORT_JOBS = 400, 200
+# The supervisor must stay below these marks.
+MAX_TIME_RATIO, MAX_POSTS_PER_TOKEN = 1.05, 0.5
+QUIET_SDK = {"RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true", "RUNPOD_SKIP_GPU_CHECK": "true", "RUNPOD_LOG_LEVEL": "ERROR"}
 PATH = "/v1/chat/completions"
 
 
-def chat(tokens: int, *, stream: bool) -> dict[str, Any]:
+def make_request(tokens: int, *, stream: bool) -> dict[str, Any]:
     question = {"role": "user", "content": "Hello"}
     return {"model": "m", "messages": [question], "stream": stream, "max_tokens": tokens}
 
 
 @dataclass
-class Measured:
-    """Of one run. Seconds, but for the counts."""
+class Reading:
+    """The figures of one run: in seconds, but for the counts."""
 
     total: float
-    first: list[float] = field(default_factory=list)  # from a job's creation, or a request, to its first chunk
-    posts: int = 0
-    short: float = 0.0  # for SHORT_JOBS of them
+    first_chunks: list[float] = field(default_factory=list)  # from a job's creation, or the request
+    post_count: int = 0
+    short_total: float = 0.0  # of SHORT_JOBS jobs
 
 
 class RunPod:
-    """An endpoint of scripts/fake_runpod."""
+    """A process of scripts/fake_runpod and its endpoint."""
 
     def __init__(self, latency: float) -> None:
         self.process = subprocess.Popen(
@@ -80,111 +80,111 @@ class RunPod:
         self.url = self.process.stdout.readline().split()[-1]
         self.base = self.url.partition("/v2/")[0]
         self.latency = latency
-        self.asked: list[float] = []  # when, for each job
+        self.submitted_at: list[float] = []  # the moment of each job
 
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait()
 
-    async def begin(self, session: aiohttp.ClientSession) -> None:
-        """Returns when a worker takes jobs."""
+    async def wait_for_worker(self, session: aiohttp.ClientSession) -> None:
+        """Waits until a worker takes jobs."""
         self.session = session
         fault = {"on": "job-stream", "do": "delay", "seconds": self.latency, "times": None}
         await self._ask("POST", f"{self.base}/faults", fault)
 
-        async def taken() -> bool:
-            return any(name.startswith("job-take") for name in await self._counts())
+        async def takes_jobs() -> bool:
+            return any(name.startswith("job-take") for name in await self._count_requests())
 
-        await until(taken, "a worker to take jobs", 60)
+        await wait_until(takes_jobs, "a worker to take jobs", 60)
 
     async def _ask(self, method: str, url: str, content: object = None) -> Any:
         async with self.session.request(method, url, json=content) as answer:
             answer.raise_for_status()
             return await answer.json()
 
-    async def _counts(self) -> dict[str, int]:
+    async def _count_requests(self) -> dict[str, int]:
         workers = await self._ask("GET", f"{self.base}/workers")
         return dict(next(iter(workers.values()))["counts"]) if workers else {}
 
-    async def _jobs(self, number: int, tokens: int, *, stream: bool) -> list[dict[str, Any]]:
-        """Submits them at once; what the fake knows of them when all have ended well."""
-        content = {"input": {"openai_route": PATH, "openai_input": chat(tokens, stream=stream)}}
+    async def _run_jobs(self, number: int, tokens: int, *, stream: bool) -> list[dict[str, Any]]:
+        """Submits `number` jobs at once. Returns what the fake knows of them when all have ended well."""
+        content = {"input": {"openai_route": PATH, "openai_input": make_request(tokens, stream=stream)}}
 
-        async def admitted() -> bool:
-            recent = sum(at > time.monotonic() - 10.5 for at in self.asked)
+        async def has_room() -> bool:
+            recent = sum(at > time.monotonic() - 10.5 for at in self.submitted_at)
             return recent + number <= JOBS_IN_TEN_SECONDS
 
-        await until(admitted, "RunPod's limit of requests", 20)
-        self.asked += [time.monotonic()] * number
+        await wait_until(has_room, "RunPod's limit of requests", 20)
+        self.submitted_at += [time.monotonic()] * number
         async with asyncio.TaskGroup() as group:
-            asked = [group.create_task(self._ask("POST", f"{self.url}/run", content)) for _ in range(number)]
+            tasks = [group.create_task(self._ask("POST", f"{self.url}/run", content)) for _ in range(number)]
 
-        async def over() -> bool:
+        async def is_over() -> bool:
             jobs = (await self._ask("GET", f"{self.url}/health"))["jobs"]
             return not jobs["inQueue"] and not jobs["inProgress"]
 
-        await until(over, f"the end of {number} jobs", PATIENCE)
-        found = [await self._ask("GET", f"{self.base}/jobs/{task.result()['id']}") for task in asked]
+        await wait_until(is_over, f"the end of {number} jobs", PATIENCE)
+        found = [await self._ask("GET", f"{self.base}/jobs/{task.result()['id']}") for task in tasks]
         for job in found:
             if job["state"] != "COMPLETED":
                 raise SystemExit(f"bench_queue: a job is {job['state']}: {job.get('error')}")
         return found
 
-    async def run(self, jobs: int, tokens: int) -> Measured:
-        before = await self._counts()
-        found = await self._jobs(jobs, tokens, stream=True)
-        after = await self._counts()
-        for job in found:
+    async def measure(self, jobs: int, tokens: int) -> Reading:
+        before = await self._count_requests()
+        finished_jobs = await self._run_jobs(jobs, tokens, stream=True)
+        after = await self._count_requests()
+        for job in finished_jobs:
             text = "".join(chunk["output"] for chunk in job["chunks"])
-            if (events := count(text.encode())) != tokens:
+            if (events := count_tokens(text.encode())) != tokens:
                 raise SystemExit(f"bench_queue: {events} tokens instead of {tokens}")
         posts = sum(after.get(name, 0) - before.get(name, 0) for name in ("job-stream", "job-done"))
-        times = [job["timeline"] for job in found]
-        short = [job["timeline"] for job in await self._jobs(SHORT_JOBS, 1, stream=False)]
-        return Measured(lasted(times), [each["first_chunk"] - each["created"] for each in times], posts, lasted(short))
+        times = [job["timeline"] for job in finished_jobs]
+        short = [job["timeline"] for job in await self._run_jobs(SHORT_JOBS, 1, stream=False)]
+        return Reading(span(times), [each["first_chunk"] - each["created"] for each in times], posts, span(short))
 
 
-async def until(condition: Callable[[], Awaitable[bool]], what: str, seconds: float) -> None:
+async def wait_until(condition: Callable[[], Awaitable[bool]], description: str, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not await condition():
         if time.monotonic() > deadline:
-            raise SystemExit(f"bench_queue: waited {seconds:g} s for {what}")
+            raise SystemExit(f"bench_queue: waited {seconds:g} s for {description}")
         await asyncio.sleep(0.1)
 
 
-def lasted(times: list[dict[str, float]]) -> float:
+def span(times: list[dict[str, float]]) -> float:
     return max(each["done"] for each in times) - min(each["created"] for each in times)
 
 
-def count(stream: bytes) -> int:
-    """Its tokens: the events with a piece of the answer."""
+def count_tokens(stream: bytes) -> int:
+    """Returns the number of tokens: of the events with a piece of the answer."""
     if not stream.endswith(b"data: [DONE]\n\n"):
         raise SystemExit(f"bench_queue: a stream ends with {stream[-200:]!r}")
     return len(re.findall(rb'"content": ?"[^"]', stream))
 
 
-async def direct(socket: str, jobs: int, tokens: int) -> Measured:
-    began = time.monotonic()
-    measured = Measured(0.0)
+async def measure_direct(socket: str, jobs: int, tokens: int) -> Reading:
+    started_at = time.monotonic()
+    reading = Reading(0.0)
 
-    async def one(session: aiohttp.ClientSession) -> None:
+    async def read_stream(session: aiohttp.ClientSession) -> None:
         answer = bytearray()
-        async with session.post(f"http://vllm{PATH}", json=chat(tokens, stream=True)) as response:
+        async with session.post(f"http://vllm{PATH}", json=make_request(tokens, stream=True)) as response:
             async for data in response.content.iter_any():
                 if not answer:
-                    measured.first.append(time.monotonic() - began)
+                    reading.first_chunks.append(time.monotonic() - started_at)
                 answer += data
-        if (events := count(bytes(answer))) != tokens:
+        if (events := count_tokens(bytes(answer))) != tokens:
             raise SystemExit(f"bench_queue: {events} tokens instead of {tokens}")
 
-    async with session_on(socket) as session, asyncio.TaskGroup() as group:
+    async with open_session(socket) as session, asyncio.TaskGroup() as group:
         for _ in range(jobs):
-            group.create_task(one(session))
-    measured.total = time.monotonic() - began
-    return measured
+            group.create_task(read_stream(session))
+    reading.total = time.monotonic() - started_at
+    return reading
 
 
-def session_on(socket: str) -> aiohttp.ClientSession:
+def open_session(socket: str) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         connector=aiohttp.UnixConnector(socket, limit=0), timeout=aiohttp.ClientTimeout(total=None)
     )
@@ -193,13 +193,13 @@ def session_on(socket: str) -> aiohttp.ClientSession:
 # The plain worker: this file, started again
 
 
-def plain_worker() -> None:
+def run_plain_worker() -> None:
     socket, jobs = os.environ["BENCH_SOCKET"], int(os.environ["BENCH_JOBS"])
 
     async def handler(job: dict[str, Any]) -> AsyncIterator[object]:
         given = job["input"]
         url = f"http://vllm{given['openai_route']}"
-        async with session_on(socket) as session, session.post(url, json=given["openai_input"]) as response:
+        async with open_session(socket) as session, session.post(url, json=given["openai_input"]) as response:
             if response.content_type != "text/event-stream":
                 yield await response.json()
                 return
@@ -212,7 +212,7 @@ def plain_worker() -> None:
 
     import runpod  # noqa: PLC0415
 
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # at the end a last ping may find nobody
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # at the end, a last ping may reach nobody
     runpod.serverless.start(
         {"handler": handler, "concurrency_modifier": lambda _: jobs, "return_aggregate_stream": True}
     )
@@ -222,11 +222,11 @@ def plain_worker() -> None:
 
 
 @contextlib.contextmanager
-def started(arguments: argparse.Namespace, folder: Path) -> Iterator[tuple[str, RunPod, RunPod]]:
-    """vLLM's socket, and the endpoints of the two workers."""
+def start_processes(arguments: argparse.Namespace, folder: Path) -> Iterator[tuple[str, RunPod, RunPod]]:
+    """Starts all processes. Yields vLLM's socket, and the endpoints of the two workers."""
     environ = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     concurrency = str(max(64, arguments.jobs))
-    ours = {
+    knobs = {
         "SUPERVISOR_VLLM": str(ROOT / "scripts" / "fake_vllm"),
         "SUPERVISOR_MAX_CONCURRENCY": concurrency,
         "FAKE_VLLM_PLAN": json.dumps({"token_interval": 1 / arguments.rate}),
@@ -239,16 +239,16 @@ def started(arguments: argparse.Namespace, folder: Path) -> Iterator[tuple[str, 
         with log.open("wb") as file:
             supervisor = subprocess.Popen(
                 [str(SUPERVISOR), "up", "m"],
-                env=environ | ours | simulated(endpoints[0].url), stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+                env=environ | knobs | simulated(endpoints[0].url), stdin=subprocess.DEVNULL, stdout=file, stderr=file,
             )  # fmt: skip
-        stack.enter_context(ended(supervisor))
-        socket = socket_of(supervisor, log)
-        its = {"BENCH_SOCKET": socket, "BENCH_JOBS": concurrency, **QUIET}
+        stack.enter_context(end_process(supervisor))
+        socket = find_socket(supervisor, log)
+        sdk_vars = {"BENCH_SOCKET": socket, "BENCH_JOBS": concurrency, **QUIET_SDK}
         plain = subprocess.Popen(
             [sys.executable, __file__, "--as-plain-worker"],
-            env=environ | its | simulated(endpoints[1].url), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            env=environ | sdk_vars | simulated(endpoints[1].url), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         )  # fmt: skip
-        stack.enter_context(ended(plain))
+        stack.enter_context(end_process(plain))
         for endpoint in endpoints:
             stack.callback(endpoint.stop)  # or the plain worker would wait for its polls
         stack.callback(plain.terminate)
@@ -256,7 +256,7 @@ def started(arguments: argparse.Namespace, folder: Path) -> Iterator[tuple[str, 
 
 
 @contextlib.contextmanager
-def ended(process: subprocess.Popen[Any]) -> Iterator[None]:
+def end_process(process: subprocess.Popen[Any]) -> Iterator[None]:
     try:
         yield
     finally:
@@ -267,8 +267,8 @@ def ended(process: subprocess.Popen[Any]) -> Iterator[None]:
             process.kill()
 
 
-def socket_of(process: subprocess.Popen[Any], log: Path) -> str:
-    """vLLM's, once it is ready."""
+def find_socket(process: subprocess.Popen[Any], log: Path) -> str:
+    """Finds vLLM's socket, once it is ready."""
     deadline = time.monotonic() + 60
     while "-> ready" not in (text := log.read_text(errors="replace")):
         if process.poll() is not None or time.monotonic() > deadline:
@@ -281,20 +281,20 @@ def socket_of(process: subprocess.Popen[Any], log: Path) -> str:
     return command[command.index("--uds") + 1]
 
 
-async def bench(arguments: argparse.Namespace, socket: str, ours: RunPod, its: RunPod) -> dict[str, list[Measured]]:
+async def bench(arguments: argparse.Namespace, socket: str, ours: RunPod, plain: RunPod) -> dict[str, list[Reading]]:
     size = (arguments.jobs, arguments.tokens)
-    rows: dict[str, list[Measured]] = {"supervisor": [], "plain SDK": [], "direct": []}
+    rows: dict[str, list[Reading]] = {"supervisor": [], "plain SDK": [], "direct": []}
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        await ours.begin(session)
-        await its.begin(session)
+        await ours.wait_for_worker(session)
+        await plain.wait_for_worker(session)
         for _ in range(arguments.runs):
-            rows["direct"].append(await direct(socket, *size))
-            rows["supervisor"].append(await ours.run(*size))
-            rows["plain SDK"].append(await its.run(*size))
+            rows["direct"].append(await measure_direct(socket, *size))
+            rows["supervisor"].append(await ours.measure(*size))
+            rows["plain SDK"].append(await plain.measure(*size))
     return rows
 
 
-def report(rows: dict[str, list[Measured]], arguments: argparse.Namespace) -> bool:
+def report(rows: dict[str, list[Reading]], arguments: argparse.Namespace) -> bool:
     tokens = arguments.jobs * arguments.tokens
     print(
         f"{arguments.jobs} streams of {arguments.tokens} tokens at {arguments.rate:g}/s, {arguments.latency:g} ms for "
@@ -303,39 +303,39 @@ def report(rows: dict[str, list[Measured]], arguments: argparse.Namespace) -> bo
     print(f"{'':12} {'total':>9} {'first chunk: median':>21} {'slowest':>9} {'POSTs/token':>12} {'short jobs/s':>13}")
     for name, runs in rows.items():
         total = statistics.median(run.total for run in runs)
-        first = statistics.median(statistics.median(run.first) for run in runs)
-        slowest = statistics.median(max(run.first) for run in runs)
+        first = statistics.median(statistics.median(run.first_chunks) for run in runs)
+        slowest = statistics.median(max(run.first_chunks) for run in runs)
         line = f"{name:12} {total:8.2f}s {first * 1000:19.0f}ms {slowest * 1000:7.0f}ms"
         if name != "direct":
-            posts = statistics.median(run.posts for run in runs) / tokens
-            line += f" {posts:12.2f} {SHORT_JOBS / statistics.median(run.short for run in runs):13.1f}"
+            posts = statistics.median(run.post_count for run in runs) / tokens
+            line += f" {posts:12.2f} {SHORT_JOBS / statistics.median(run.short_total for run in runs):13.1f}"
         print(line)
-    longer = statistics.median(
+    time_ratio = statistics.median(
         ours.total / theirs.total for ours, theirs in zip(rows["supervisor"], rows["direct"], strict=True)
     )
-    posts = statistics.median(run.posts for run in rows["supervisor"]) / tokens
-    good = [longer <= LONGER, posts <= POSTS_PER_TOKEN]
-    print(f"supervisor / direct: {longer:.3f}, at most {LONGER}: {'ok' if good[0] else 'NOT'}")
-    print(f"POSTs per token:     {posts:.3f}, at most {POSTS_PER_TOKEN}: {'ok' if good[1] else 'NOT'}")
-    return all(good)
+    posts = statistics.median(run.post_count for run in rows["supervisor"]) / tokens
+    marks_met = [time_ratio <= MAX_TIME_RATIO, posts <= MAX_POSTS_PER_TOKEN]
+    print(f"supervisor / direct: {time_ratio:.3f}, at most {MAX_TIME_RATIO}: {'ok' if marks_met[0] else 'NOT'}")
+    print(f"POSTs per token:     {posts:.3f}, at most {MAX_POSTS_PER_TOKEN}: {'ok' if marks_met[1] else 'NOT'}")
+    return all(marks_met)
 
 
 def main() -> None:
     if sys.argv[1:] == ["--as-plain-worker"]:
-        del sys.argv[1:]  # the SDK reads them
-        plain_worker()
+        del sys.argv[1:]  # the SDK would read them
+        run_plain_worker()
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=64, help=f"streams at once, up to {MOST_JOBS}")
+    parser.add_argument("--jobs", type=int, default=64, help=f"streams at once, up to {MAX_JOBS}")
     parser.add_argument("--tokens", type=int, default=250, help="of each stream")
     parser.add_argument("--rate", type=float, default=50, help="tokens per second of each stream")
     parser.add_argument("--latency", type=float, default=20, help="milliseconds of each POST of a chunk")
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
-    if not 1 <= arguments.jobs <= MOST_JOBS or min(arguments.tokens, arguments.runs) < 1 or arguments.rate <= 0:
-        parser.error(f"1 to {MOST_JOBS} jobs, at least one token and run, a rate above zero")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench_queue: told to end"))  # and to take everybody along
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder, started(arguments, Path(folder)) as processes:
+    if not 1 <= arguments.jobs <= MAX_JOBS or min(arguments.tokens, arguments.runs) < 1 or arguments.rate <= 0:
+        parser.error(f"1 to {MAX_JOBS} jobs, at least one token and run, a rate above zero")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench_queue: told to end"))  # so that every child is ended, too
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder, start_processes(arguments, Path(folder)) as processes:
         rows = asyncio.run(bench(arguments, *processes))
     if not report(rows, arguments):
         sys.exit("bench_queue: a mark is missed")
