@@ -46,15 +46,15 @@ PROMPTS = [f"{number} {word}" for number in range(5) for word in ("What", "Once 
 Rows = dict[str, float]
 
 
-def noise() -> bytes:
-    """128 MB of bfloat16 between 0.0078 and 0.016, and as many below zero."""
+def make_noise() -> bytes:
+    """Returns 128 MB of bfloat16 between 0.0078 and 0.016, half of them below zero."""
     numbers = array.array("H", random.Random(1).randbytes(1 << 22))
     return array.array("H", (number & 0x807F | 0x3C00 for number in numbers)).tobytes() * 32
 
 
-def made(folder: Path, like: Path, gigabytes: float, hidden: int) -> Path:
-    """A Llama in bfloat16: as many layers as it takes, in files of four layers each. Its answers have no sense, but
-    depend on all of it."""
+def make_model(folder: Path, tokenizer: Path, gigabytes: float, hidden: int) -> Path:
+    """Makes a Llama in bfloat16: as many layers as the size takes, in files of four layers each. Its answers make no
+    sense, but depend on all of it."""
     inner, vocabulary, kv = 4 * hidden, 1024, hidden // 4
     layer = 2 * (hidden * (2 * hidden + 2 * kv) + 3 * hidden * inner + 2 * hidden)
     layers = max(2, round(gigabytes * 1e9 / layer))
@@ -63,7 +63,7 @@ def made(folder: Path, like: Path, gigabytes: float, hidden: int) -> Path:
         "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": 32, "num_key_value_heads": 8,
         "vocab_size": vocabulary, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
     }  # fmt: skip
-    for path in like.glob("*token*"):
+    for path in tokenizer.glob("*token*"):
         shutil.copy(path, folder)
     (folder / "config.json").write_text(json.dumps(config))
     shapes: list[dict[str, list[int]]] = [
@@ -81,7 +81,7 @@ def made(folder: Path, like: Path, gigabytes: float, hidden: int) -> Path:
                 ("post_attention_layernorm", [hidden]),
             ):  # fmt: skip
                 shapes[-1][f"{name}.{part}.weight"] = shape
-    pool, ones = noise(), array.array("H", [0x3F80] * hidden).tobytes()
+    noise, ones = make_noise(), array.array("H", [0x3F80] * hidden).tobytes()
     for number, tensors in enumerate(shapes, 1):
         header: dict[str, Any] = {}
         end = 0
@@ -92,14 +92,14 @@ def made(folder: Path, like: Path, gigabytes: float, hidden: int) -> Path:
         head = json.dumps(header).encode()
         with (folder / f"model-{number:05}-of-{len(shapes):05}.safetensors").open("wb") as file:
             file.write(len(head).to_bytes(8, "little") + head)
-            for at, name in enumerate(tensors):
+            for index, name in enumerate(tensors):
                 if "norm" in name:
                     file.write(ones)
                     continue
                 first, last = header[name]["data_offsets"]
-                left, begin = last - first, 2 * (7919 * (at + 9 * number) % (len(pool) // 4))  # each its own
-                while left > 0:
-                    left -= file.write(pool[begin : begin + left])
+                remaining, begin = last - first, 2 * (7919 * (index + 9 * number) % (len(noise) // 4))  # its own
+                while remaining > 0:
+                    remaining -= file.write(noise[begin : begin + remaining])
                     begin = 0
     os.sync()
     return folder
@@ -110,19 +110,19 @@ def empty_page_cache() -> None:
     Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
-def fresh(folder: Path, *, again: bool = False) -> dict[str, str]:
-    """The environment of a container that has just been made; `again`: of one that was stopped."""
+def make_environ(folder: Path, *, keep: bool = False) -> dict[str, str]:
+    """Returns the environment of a new container, or, with `keep`, of one that was stopped."""
     for name in ("home", "tmp"):
-        if not again:
+        if not keep:
             shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).mkdir(exist_ok=True)
-    keep = {name: value for name, value in os.environ.items() if not name.startswith(("SUPERVISOR_", "XDG_"))}
-    keep.pop("PYTHONDONTWRITEBYTECODE", None)
-    return keep | {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp")}
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("SUPERVISOR_", "XDG_"))}
+    environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    return environ | {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp")}
 
 
 @contextlib.contextmanager
-def running(command: list[str], environ: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+def start_program(command: list[str], environ: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         command, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
@@ -138,8 +138,8 @@ def running(command: list[str], environ: dict[str, str]) -> Iterator[subprocess.
         process.wait()
 
 
-def hear(process: subprocess.Popen[str], waterfall: Waterfall, log: Path, ready: Callable[[], bool]) -> None:
-    """Until it is ready; its lines go to the waterfall."""
+def await_ready(process: subprocess.Popen[str], waterfall: Waterfall, log: Path, is_ready: Callable[[], bool]) -> None:
+    """Waits until the process is ready. Its lines go to the waterfall."""
     assert process.stdout is not None
     source = process.stdout
 
@@ -151,82 +151,82 @@ def hear(process: subprocess.Popen[str], waterfall: Waterfall, log: Path, ready:
 
     threading.Thread(target=read, daemon=True).start()
     deadline = time.monotonic() + PATIENCE
-    while not ready():
+    while not is_ready():
         if process.poll() is not None or time.monotonic() > deadline:
             sys.exit(f"bench_cold_start: it does not get ready:\n{log.read_text()[-3000:]}")
         time.sleep(0.05)
 
 
-def answer(url: str, uds: str | None = None, prompt: str = "What are you?") -> str | None:
-    """A greedy one, whole; None without."""
+def ask(url: str, uds: str | None = None, prompt: str = "What are you?") -> str | None:
+    """Returns a greedy answer that is not streamed, or None if there is none."""
     body = {"model": "bench", "prompt": prompt, "max_tokens": 16, "temperature": 0, "ignore_eos": True}
     try:
         with httpx.Client(transport=httpx.HTTPTransport(uds=uds), timeout=PATIENCE) as client:
-            got = client.post(f"{url}/v1/completions", json=body)
-            return str(got.json()["choices"][0]["text"]) if got.status_code == 200 else None
+            response = client.post(f"{url}/v1/completions", json=body)
+            return str(response.json()["choices"][0]["text"]) if response.status_code == 200 else None
     except httpx.HTTPError:
         return None
 
 
-def alone(options: argparse.Namespace, model: str, folder: Path, raw: list[str], *, again: bool) -> Rows:
-    environ = fresh(folder, again=again)
+def run_alone(options: argparse.Namespace, model: str, folder: Path, raw: list[str], *, keep: bool) -> Rows:
+    environ = make_environ(folder, keep=keep)
     socket, log = str(folder / "tmp" / "alone.sock"), folder / "alone.log"
     for path in (log, Path(socket)):
         path.unlink(missing_ok=True)
-    began = time.monotonic()
-    waterfall = Waterfall(began)
+    started_at = time.monotonic()
+    waterfall = Waterfall(started_at)
     command = [*shlex.split(options.vllm), "serve", model, "--uds", socket, "--served-model-name", "bench", *raw]
-    with running(command, environ) as process:
-        hear(process, waterfall, log, lambda: answer("http://vllm", socket) is not None)
+    with start_program(command, environ) as process:
+        await_ready(process, waterfall, log, lambda: ask("http://vllm", socket) is not None)
         waterfall.finish()
-        return rows(waterfall.as_rows(), time.monotonic() - began)
+        return make_rows(waterfall.as_rows(), time.monotonic() - started_at)
 
 
-def supervised(
+def run_supervised(
     options: argparse.Namespace, model: str, folder: Path, raw: list[str], crashes: list[Rows] | None
 ) -> Rows:
     port = 18000 + os.getpid() % 1000
     url = f"http://127.0.0.1:{port}"
-    environ = fresh(folder) | {
+    environ = make_environ(folder) | {
         "SUPERVISOR_VLLM": options.vllm, "SUPERVISOR_VOLUME": str(folder / "volume"), "PORT": str(port),
         "SUPERVISOR_MAX_RESTARTS": "1000", "SUPERVISOR_RESTART_WINDOW": "0.05", "SERVED_MODEL_NAME": "bench",
         "SUPERVISOR_HOLD_TIMEOUT": "600", "SUPERVISOR_LOG_LEVEL": "debug",
     }  # fmt: skip
     log = folder / "supervised.log"
     log.unlink(missing_ok=True)
-    began = time.monotonic()
+    started_at = time.monotonic()
     command = [sys.executable, "-P", "-m", "supervisor", "up", model, "--", *raw]
-    with running(command, environ) as process:
-        hear(process, Waterfall(began), log, lambda: answer(url) is not None)
-        total = time.monotonic() - began
-        found = rows(httpx.get(f"{url}/status").json()["phases"], total)
+    with start_program(command, environ) as process:
+        await_ready(process, Waterfall(started_at), log, lambda: ask(url) is not None)
+        total = time.monotonic() - started_at
+        phases = make_rows(httpx.get(f"{url}/status").json()["phases"], total)
         if options.kept:
             deadline = time.monotonic() + 60
             while "compiled code kept" not in log.read_text() and time.monotonic() < deadline:
                 time.sleep(0.1)
-        before = [answer(url, prompt=prompt) for prompt in PROMPTS]
+        answers = [ask(url, prompt=prompt) for prompt in PROMPTS]
         for _ in range(options.crashes if crashes is not None else 0):
-            crashes.append(crash(url))  # type: ignore[union-attr]
-            same = sum(answer(url, prompt=prompt) == text for prompt, text in zip(PROMPTS, before, strict=True))
-            print(f"crash: {crashes[-1][TOTAL]:.1f} s, {same} of {len(PROMPTS)} greedy answers as before", flush=True)
+            crashes.append(measure_crash(url))  # type: ignore[union-attr]
+            equal = sum(ask(url, prompt=prompt) == text for prompt, text in zip(PROMPTS, answers, strict=True))
+            print(f"crash: {crashes[-1][TOTAL]:.1f} s, {equal} of {len(PROMPTS)} greedy answers as before", flush=True)
         if options.log:
             shutil.copy(log, options.log)
-        return found
+        return phases
 
 
-def crash(url: str) -> Rows:
-    """SIGKILL of EngineCore; until a request that is sent then is answered."""
+def measure_crash(url: str) -> Rows:
+    """Kills EngineCore, and takes the time until a request that is sent then is answered."""
     leader = psutil.Process(httpx.get(f"{url}/status").json()["pid"])
     (core,) = [each for each in leader.children(recursive=True) if each.name().startswith("VLLM::EngineCore")]
     core.kill()
-    began = time.monotonic()
-    if answer(url) is None:
+    crashed_at = time.monotonic()
+    if ask(url) is None:
         sys.exit("bench_cold_start: the request was not answered")
-    total = time.monotonic() - began
-    return rows(httpx.get(f"{url}/status").json()["phases"], total)
+    total = time.monotonic() - crashed_at
+    return make_rows(httpx.get(f"{url}/status").json()["phases"], total)
 
 
-def rows(phases: list[dict[str, object]], total: float) -> Rows:
+def make_rows(phases: list[dict[str, object]], total: float) -> Rows:
     return {str(row["name"]): float(str(row["seconds"])) for row in phases} | {TOTAL: total}
 
 
@@ -242,39 +242,39 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true", help="with an empty page cache (root)")
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--json", type=Path)
-    at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    options, raw = parser.parse_args(sys.argv[1:at]), sys.argv[at + 1 :]
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    options, raw = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
     options.kept = "--enforce-eager" not in raw
     options.vllm = str(Path(options.vllm).absolute()) if Path(options.vllm).exists() else options.vllm
     model = str(Path(options.model).resolve()) if Path(options.model).exists() else options.model
-    found: dict[str, list[Rows]] = {"alone": [], "alone again": [], "first": [], "crash": [], "second": []}
-    wanted = options.only.split(",") if options.only else list(found)
+    results: dict[str, list[Rows]] = {"alone": [], "alone again": [], "first": [], "crash": [], "second": []}
+    cases = options.only.split(",") if options.only else list(results)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if options.made:
             (folder / "model").mkdir()
-            model = str(made(folder / "model", Path(model), options.made, options.hidden))
+            model = str(make_model(folder / "model", Path(model), options.made, options.hidden))
         for _ in range(options.runs):
             shutil.rmtree(folder / "volume", ignore_errors=True)
             (folder / "volume").mkdir()
-            for case in [case for case in wanted if case != "crash"]:
+            for case in [case for case in cases if case != "crash"]:
                 if options.cold:
                     empty_page_cache()
                 if case.startswith("alone"):
-                    found[case].append(alone(options, model, folder, raw, again=case != "alone"))
+                    results[case].append(run_alone(options, model, folder, raw, keep=case != "alone"))
                 else:
-                    found[case].append(
-                        supervised(options, model, folder, raw, found["crash"] if case == "first" else None)
+                    results[case].append(
+                        run_supervised(options, model, folder, raw, results["crash"] if case == "first" else None)
                     )
-                print(f"{case}: {found[case][-1][TOTAL]:.1f} s", flush=True)
+                print(f"{case}: {results[case][-1][TOTAL]:.1f} s", flush=True)
     print(f"\n{os.cpu_count()} cores, {platform.machine()}, seconds, median of {options.runs}")
-    names = list(dict.fromkeys(name for case in found.values() for row in case for name in row))
-    print(f"{'':28}" + "".join(f"{case:>13}" for case in found if found[case]))
+    names = list(dict.fromkeys(name for case in results.values() for row in case for name in row))
+    print(f"{'':28}" + "".join(f"{case:>13}" for case in results if results[case]))
     for phase in [name for name in names if name != TOTAL] + [TOTAL]:
-        cells = (statistics.median(row.get(phase, 0.0) for row in case) for case in found.values() if case)
+        cells = (statistics.median(row.get(phase, 0.0) for row in case) for case in results.values() if case)
         print(f"{phase:28}" + "".join(f"{cell:13.1f}" for cell in cells))
     if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

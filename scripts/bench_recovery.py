@@ -30,7 +30,7 @@ PART_PATIENCE = 5.0
 
 
 class Run:
-    """A supervisor whose log lines are stamped as they arrive."""
+    """A supervisor whose log lines get a time as they arrive."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         environ = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
@@ -53,8 +53,8 @@ class Run:
         for line in self.process.stderr:
             self.lines.append((time.monotonic(), line))
 
-    def when(self, text: str, after: float) -> float:
-        """The time of the first line with this text after that moment."""
+    def wait_for_line(self, text: str, after: float) -> float:
+        """Waits for the first line with `text` after the moment `after`. Returns its time."""
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             for at, line in list(self.lines):
@@ -63,12 +63,12 @@ class Run:
             time.sleep(0.002)
         raise SystemExit(f"bench_recovery: waited {PATIENCE:g} s for {text!r}")
 
-    def url(self) -> str:
-        self.when("supervisor: ready: ", 0)
+    def wait_for_url(self) -> str:
+        self.wait_for_line("supervisor: ready: ", 0)
         return next(line for _, line in self.lines if "supervisor: ready: " in line).split()[-1]
 
-    def part(self, name: str) -> int:
-        with urllib.request.urlopen(f"{self.url()}/status") as answer:
+    def find_pid(self, name: str) -> int:
+        with urllib.request.urlopen(f"{self.wait_for_url()}/status") as answer:
             leader = json.load(answer)["pid"]
         if not name:
             return int(leader)
@@ -105,26 +105,26 @@ def main() -> None:
         "worker killed": ("VLLM::Worker", signal.SIGKILL),
         f"EngineCore frozen (beyond {arguments.stall:g} s)": ("VLLM::EngineCore", signal.SIGSTOP),
     }
-    began = time.monotonic()
+    started_at = time.monotonic()
     run = Run(arguments)
-    url = run.url()
-    print(f"first start, from our own to ready: {run.when('-> ready', 0) - began:.2f} s")
+    url = run.wait_for_url()
+    print(f"first start, from our own to ready: {run.wait_for_line('-> ready', 0) - started_at:.2f} s")
     print(f"{'median of ' + str(arguments.runs):32} {'noticed':>9} {'respawned':>9} {'serving':>9}   vLLM's own start")
     try:
         for label, (name, number) in faults.items():
             rows = []
             for _ in range(arguments.runs):
-                pid = run.part(name)
-                time.sleep(1.0)  # let the survey find all its parts: this is about what follows
-                frozen = number == signal.SIGSTOP
-                killed = time.monotonic()
+                pid = run.find_pid(name)
+                time.sleep(1.0)  # lets the survey find all parts of vLLM: only what follows is measured
+                is_frozen = number == signal.SIGSTOP
+                killed_at = time.monotonic()
                 os.kill(pid, number)
-                if frozen:
+                if is_frozen:
                     threading.Thread(target=ask, args=(url, arguments.served_as), daemon=True).start()
-                base = killed + (arguments.stall if frozen else 0)
-                noticed = run.when("ready -> restarting", killed)
-                respawned = run.when("importing vLLM", noticed)
-                serving = run.when("starting -> ready", respawned)
+                base = killed_at + (arguments.stall if is_frozen else 0)
+                noticed = run.wait_for_line("ready -> restarting", killed_at)
+                respawned = run.wait_for_line("importing vLLM", noticed)
+                serving = run.wait_for_line("starting -> ready", respawned)
                 rows.append((noticed - base, respawned - base, serving - base, serving - respawned))
             medians = [statistics.median(column) for column in zip(*rows, strict=True)]
             print(f"{label:32} {medians[0]:8.3f}s {medians[1]:8.3f}s {medians[2]:8.2f}s   {medians[3]:8.2f}s")
