@@ -53,22 +53,22 @@ def make_model(folder: Path, size: int) -> None:
             file.write(piece[: size - at])
 
 
-def run(words: list[str], hub: str, folder: Path) -> Cost:
+def measure(arguments: list[str], hub: str, folder: Path) -> Cost:
     home = folder / "home"
-    own = {
+    variables = {
         "HF_ENDPOINT": hub,
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
-    began = time.monotonic()
-    with subprocess.Popen([PYTHON, *words], env=os.environ | own, stdout=subprocess.DEVNULL) as process:
+    started_at = time.monotonic()
+    with subprocess.Popen([PYTHON, *arguments], env=os.environ | variables, stdout=subprocess.DEVNULL) as process:
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-    wall = time.monotonic() - began
+    wall = time.monotonic() - started_at
     shutil.rmtree(home)
     if process.returncode:
-        raise SystemExit(f"{words} ended with {process.returncode}")
+        raise SystemExit(f"{arguments} ended with {process.returncode}")
     return Cost(wall, usage.ru_utime, usage.ru_stime, usage.ru_maxrss / 1000)
 
 
@@ -79,18 +79,18 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="where the file and its copies go (the system's for temporary files)"
     )
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=given.folder) as name:
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
-        make_model(folder / "model", given.megabytes * 1_000_000)
-        words = [sys.executable, str(ROOT / "scripts/stand_in_hub.py"), "--repo", f"{REPO}={folder / 'model'}"]
-        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        make_model(folder / "model", arguments.megabytes * 1_000_000)
+        command = [sys.executable, str(ROOT / "scripts/stand_in_hub.py"), "--repo", f"{REPO}={folder / 'model'}"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
             assert process.stdout is not None
             hub = process.stdout.readline().strip()
             rounds = []
-            for number in range(given.rounds):
+            for number in range(arguments.rounds):
                 order = list(PROGRAMS) if number % 2 else list(reversed(PROGRAMS))
-                rounds.append({program: run(PROGRAMS[program], hub, folder) for program in order})
+                rounds.append({program: measure(PROGRAMS[program], hub, folder) for program in order})
                 for program in PROGRAMS:
                     cost = rounds[-1][program]
                     spent = f"user {cost.user:5.2f}, system {cost.system:5.2f} s, {cost.megabytes:.0f} MB"

@@ -26,8 +26,8 @@ import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 1200.0  # seconds for one start
-HELD_TOO_LONG = 503
+START_LIMIT = 1200.0  # seconds for one start
+HOLD_EXPIRED = 503
 
 
 def free_port() -> int:
@@ -36,49 +36,49 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def answer(port: int) -> str:
-    """Raises OSError while nobody listens; the gateway holds the request until vLLM is ready."""
+def ask(port: int) -> str:
+    """Returns an answer; the gateway holds the request until vLLM is ready. OSError means that nobody listens."""
     body = {"model": "demo", "messages": [{"role": "user", "content": "What are you?"}], "max_tokens": 16}
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=LIMIT) as response:
+    with urllib.request.urlopen(request, timeout=START_LIMIT) as response:
         return str(json.load(response)["choices"][0]["message"]["content"])
 
 
-def start(folder: Path, arguments: list[str], environ: dict[str, str], began: float) -> list[float]:
-    """Set-up, vLLM's own start, answer, rest and all of one `scripts/up`, in seconds since `began`."""
+def measure_start(folder: Path, arguments: list[str], environ: dict[str, str], started_at: float) -> list[float]:
+    """Returns the seconds of set-up, vLLM's own start, answer, rest and all of one `scripts/up`, from `started_at`."""
     port, setup, vllm, ready = free_port(), 0.0, 0.0, 0.0
     process = subprocess.Popen(
         ["bash", "scripts/up", "--port", str(port), *arguments],
         cwd=folder, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    answered = threading.Event()
+    is_answered = threading.Event()
 
     def read() -> None:
         nonlocal setup, vllm, ready
         assert process.stdout is not None
         for line in process.stdout:
             if re.match(r"  \.v(env|llm): ", line):
-                setup = time.monotonic() - began
+                setup = time.monotonic() - started_at
             if found := re.search(r"vLLM answers after ([\d.]+) s", line):
-                vllm, ready = float(found[1]), time.monotonic() - began
-            if not answered.is_set() and re.match(r" +\.v|Installing|Fetching|.*supervisor: ", line):
-                print(f"{time.monotonic() - began:6.1f} s  {line.rstrip()}", flush=True)
+                vllm, ready = float(found[1]), time.monotonic() - started_at
+            if not is_answered.is_set() and re.match(r" +\.v|Installing|Fetching|.*supervisor: ", line):
+                print(f"{time.monotonic() - started_at:6.1f} s  {line.rstrip()}", flush=True)
 
     reader = threading.Thread(target=read)
     reader.start()
     try:
         while process.poll() is None:
             try:
-                text = answer(port)
-            except OSError as error:  # nobody listens yet, or the request was held for as long as one is
-                if isinstance(error, urllib.error.HTTPError) and error.code != HELD_TOO_LONG:
+                text = ask(port)
+            except OSError as error:  # nobody listens yet, or the hold has expired
+                if isinstance(error, urllib.error.HTTPError) and error.code != HOLD_EXPIRED:
                     sys.exit(f"answered with {error.code}: {error.read().decode()}")
                 time.sleep(0.05)
                 continue
-            answered.set()
-            total = time.monotonic() - began
+            is_answered.set()
+            total = time.monotonic() - started_at
             print(f"{total:6.1f} s  answered: {text!r}", flush=True)
             break
         else:
@@ -97,15 +97,15 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--warm"]
     environ = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
     rows = []
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as folder:
         if "--warm" not in sys.argv:
             for name in ("UV_CACHE_DIR", "PIP_CACHE_DIR", "VLLM_CACHE_ROOT"):
                 environ.pop(name, None)
-            environ["XDG_CACHE_HOME"] = f"{scratch}/cache"
-        began = time.monotonic()
-        subprocess.run(["git", "clone", "--quiet", ROOT, f"{scratch}/clone"], check=True)
-        rows.append(("first", start(Path(scratch) / "clone", arguments, environ, began)))
-        rows.append(("second", start(Path(scratch) / "clone", arguments, environ, time.monotonic())))
+            environ["XDG_CACHE_HOME"] = f"{folder}/cache"
+        started_at = time.monotonic()
+        subprocess.run(["git", "clone", "--quiet", ROOT, f"{folder}/clone"], check=True)
+        rows.append(("first", measure_start(Path(folder) / "clone", arguments, environ, started_at)))
+        rows.append(("second", measure_start(Path(folder) / "clone", arguments, environ, time.monotonic())))
     print(f"{'seconds':8}", *(f"{name:>8}" for name in ("set-up", "vLLM", "answer", "rest", "total")))
     for name, seconds in rows:
         print(f"{name:8}", *(f"{each:8.1f}" for each in seconds))

@@ -28,8 +28,8 @@ SUPERVISOR = ROOT / ".venv" / "bin" / "supervisor"
 TARGET_MS, TARGET_MB = 250, 60
 
 
-def lay_out(folder: Path) -> Path:
-    """A `vllm` command with the version beside it, as pip leaves it."""
+def make_vllm(folder: Path) -> Path:
+    """Makes a `vllm` command with the version beside it, as pip installs it."""
     command = folder / "bin" / "vllm"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\ndate +%s%N >"{folder}/exec"\nexec "{ROOT}/scripts/fake_vllm" "$@"\n')
@@ -38,28 +38,28 @@ def lay_out(folder: Path) -> Path:
     return command
 
 
-def bare_interpreter() -> float:
-    """Seconds from the start of a Python process to its first statement."""
+def measure_bare_start() -> float:
+    """Returns the seconds from the start of a Python process to its first statement."""
     began = time.time()
     done = subprocess.run([sys.executable, "-c", "import time; print(time.time())"], capture_output=True, check=True)
     return float(done.stdout) - began
 
 
-def one_run(command: Path, folder: Path) -> tuple[float, float, float]:
-    """Seconds to vLLM's exec; seconds to `ready`; RSS in MB when ready."""
+def measure_start(command: Path, folder: Path) -> tuple[float, float, float]:
+    """Returns the seconds to vLLM's exec, the seconds to `ready`, and the RSS in MB when ready."""
     environ = {"PATH": os.environ["PATH"], "HOME": str(folder), "SUPERVISOR_VLLM": str(command), "PORT": "0"}
-    began = time.time()
+    started_at = time.time()
     process = subprocess.Popen(
         [str(SUPERVISOR), "up", "m"], env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     assert process.stderr is not None
     while not re.search("supervisor: ready:", line := process.stderr.readline()):
         assert line, "the supervisor ended before it was ready"
-    ready = time.time() - began
+    ready = time.time() - started_at
     memory = psutil.Process(process.pid).memory_info().rss / 1e6
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=20)
-    return int((folder / "exec").read_text()) / 1e9 - began, ready, memory
+    return int((folder / "exec").read_text()) / 1e9 - started_at, ready, memory
 
 
 def main() -> None:
@@ -68,12 +68,12 @@ def main() -> None:
     runs = parser.parse_args().runs
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        command = lay_out(folder)
-        one_run(command, folder)  # byte code and page cache
+        command = make_vllm(folder)
+        measure_start(command, folder)  # to have byte code and page cache
         bare, execs, readies, memories = [], [], [], []
         for _ in range(runs):
-            bare.append(bare_interpreter())
-            to_exec, to_ready, memory = one_run(command, folder)
+            bare.append(measure_bare_start())
+            to_exec, to_ready, memory = measure_start(command, folder)
             execs.append(to_exec)
             readies.append(to_ready)
             memories.append(memory)

@@ -21,8 +21,8 @@ import uvloop
 VERSION = "0.32.0"
 LONG = 100_000
 JSON = b'{"id": "chatcmpl-1", "object": "chat.completion", "choices": [{"message": {"content": "%s"}}]}' % (b"x" * 166)
-WHOLE = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(JSON), JSON)
-EMPTY = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"
+JSON_RESPONSE = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(JSON), JSON)
+EMPTY_RESPONSE = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
@@ -40,8 +40,8 @@ class Connection(asyncio.Protocol):
 
     def __init__(self) -> None:
         self.buffer = b""
-        self.paused = False
-        self.left = 0
+        self.is_paused = False
+        self.remaining = 0
         self.pause = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -50,13 +50,13 @@ class Connection(asyncio.Protocol):
         self.loop = asyncio.get_running_loop()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.left = -1
+        self.remaining = -1
 
     def pause_writing(self) -> None:
-        self.paused = True
+        self.is_paused = True
 
     def resume_writing(self) -> None:
-        self.paused = False
+        self.is_paused = False
 
     def data_received(self, data: bytes) -> None:
         self.buffer += data
@@ -69,34 +69,34 @@ class Connection(asyncio.Protocol):
                 return
             body, self.buffer = self.buffer[end + 4 : end + 4 + length], self.buffer[end + 4 + length :]
             if not body:
-                self.transport.write(EMPTY)
+                self.transport.write(EMPTY_RESPONSE)
             elif b'"stream"' in body:
-                self.left, self.pause = (LONG, 0.0) if b'"long"' in body else (self.events, self.interval)
+                self.remaining, self.pause = (LONG, 0.0) if b'"long"' in body else (self.events, self.interval)
                 self.transport.write(STREAM_HEAD)
-                self.next_event()
+                self.write_event()
             else:
-                self.transport.write(WHOLE)
+                self.transport.write(JSON_RESPONSE)
 
-    def next_event(self) -> None:
-        if self.left < 0:
+    def write_event(self) -> None:
+        if self.remaining < 0:
             return
-        if self.paused:
-            self.loop.call_later(0.01, self.next_event)
+        if self.is_paused:
+            self.loop.call_later(0.01, self.write_event)
             return
-        if self.left == 0:
+        if self.remaining == 0:
             self.transport.write(END)
             return
-        self.left -= 1
+        self.remaining -= 1
         self.transport.write(EVENT)
         if self.pause:
-            self.loop.call_later(self.pause, self.next_event)
+            self.loop.call_later(self.pause, self.write_event)
         else:
-            self.loop.call_soon(self.next_event)
+            self.loop.call_soon(self.write_event)
 
 
 async def serve(uds: str | None, port: int | None) -> None:
     loop = asyncio.get_running_loop()
-    servers = []  # kept, or the collector would close them
+    servers = []  # without a reference the collector would close them
     if uds:
         Path(uds).unlink(missing_ok=True)  # noqa: ASYNC240  # nothing runs yet
         servers.append(await loop.create_unix_server(Connection, uds, backlog=2048))
