@@ -23,12 +23,12 @@ from supervisor.vllm.catalogue import FLAGS, dump, parse
 from supervisor.vllm.installed import VllmError, find
 
 
-def same(shipped: dict[str, Any], found: dict[str, Any]) -> bool:
-    """Whether they tell the same, but for choices that only the shipped one has."""
-    for ours, theirs in zip(shipped["options"], found["options"], strict=False):
+def is_same(shipped: dict[str, Any], dumped: dict[str, Any]) -> bool:
+    """Returns whether both are the same, but for choices that only the shipped one has."""
+    for ours, theirs in zip(shipped["options"], dumped["options"], strict=False):
         if set(theirs.get("choices", ())) < set(ours.get("choices", ())):
             theirs["choices"] = ours["choices"]
-    return shipped == found
+    return shipped == dumped
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
     catalogue = parse(text)
     file = FLAGS / f"{catalogue.version}.json"
     if arguments.check:
-        if not file.exists() or not same(json.loads(file.read_text()), json.loads(text)):
+        if not file.exists() or not is_same(json.loads(file.read_text()), json.loads(text)):
             sys.exit(f"dump_flags: {file.name} is not what vLLM {catalogue.version} has: run scripts/dump_flags.py")
         print(f"{file.name} is what vLLM {catalogue.version} has: {len(catalogue.by_key)} options")
         return

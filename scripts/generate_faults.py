@@ -32,31 +32,31 @@ EXAMPLE = 110  # characters
 
 
 def table() -> str:
-    return HEAD + rows((*of_rules(), *of_ends())) + ABOUT + rows((cell(t.part), cell(t.remedy)) for t in TOPICS)
+    return HEAD + rows((*rule_rows(), *signal_rows())) + ABOUT + rows((cell(t.part), cell(t.remedy)) for t in TOPICS)
 
 
-def rows(of: Iterable[tuple[str, ...]]) -> str:
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in of)
+def rows(cell_rows: Iterable[tuple[str, ...]]) -> str:
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in cell_rows)
 
 
-def of_rules() -> Iterator[tuple[str, ...]]:
-    for rule in unlike((*RULES, *EFFECTS, *GONE)):
-        yield f"`{told(rule.example)}`", said(rule.cause), said(rule.remedy), again(rule.permanent)
+def rule_rows() -> Iterator[tuple[str, ...]]:
+    for rule in drop_repeats((*RULES, *EFFECTS, *GONE)):
+        yield f"`{pick_line(rule.example)}`", fill(rule.cause), fill(rule.remedy), retry(rule.permanent)
 
 
-def unlike(rules: Iterable[Rule]) -> list[Rule]:
-    """Of rows that say the same of several wordings, the first."""
+def drop_repeats(rules: Iterable[Rule]) -> list[Rule]:
+    """Returns the rules, but of those with the same cause and remedy only the first."""
     return list({(rule.cause, rule.remedy): rule for rule in reversed(list(rules))}.values())[::-1]
 
 
-def of_ends() -> Iterator[tuple[str, ...]]:
+def signal_rows() -> Iterator[tuple[str, ...]]:
     for number, end in SIGNALS.items():
-        yield f"nothing, and it ended by {number.name}", said(end.cause), said(end.remedy), again(end.permanent)
-    yield "nothing, and the container's `oom_kill` rose", said(OOM_KILLED.cause), said(OOM_KILLED.remedy), "yes"
+        yield f"nothing, and it ended by {number.name}", fill(end.cause), fill(end.remedy), retry(end.permanent)
+    yield "nothing, and the container's `oom_kill` rose", fill(OOM_KILLED.cause), fill(OOM_KILLED.remedy), "yes"
 
 
-def told(example: str) -> str:
-    """The line that says it: the last but for hints and prefixes, cut."""
+def pick_line(example: str) -> str:
+    """Returns the line that names the error: the last one, but for hints, without its prefixes, and cut."""
     lines = [line.strip() for line in example.strip().splitlines() if line.strip()]
     errors = [line for line in lines if re.search(r"Error|error:|Exception", line)] or lines
     line = re.sub(r"^(?:\([^)]*pid=\d+\) )?(?:[A-Z]+ \d\d-\d\d [\d:]+ )?(?:\[[\w.]+:\d+\] )?", "", errors[-1])
@@ -64,13 +64,13 @@ def told(example: str) -> str:
     return line if len(line) <= EXAMPLE else f"{line[:EXAMPLE].rstrip()} ..."
 
 
-def said(text: str) -> str:
-    text = text.format_map(Shown(REMEDIES)).strip()
+def fill(text: str) -> str:
+    text = text.format_map(Placeholders(REMEDIES)).strip()
     return cell(GAP.sub("", re.sub(r"…(?: ?…)+", "…", text)))
 
 
-class Shown(dict[str, str]):
-    """What is taken from the log, as `…`; and a kind of error's part of vLLM, which the second table has."""
+class Placeholders(dict[str, str]):
+    """The values of placeholders: `…` for words of the log, and for a kind of error, what the second table has."""
 
     def __missing__(self, name: str) -> str:
         part = {
@@ -92,7 +92,7 @@ def cell(text: str) -> str:
     return text.replace("|", "/").replace("](", "] (").replace("<", "‹").replace(">", "›")
 
 
-def again(permanent: bool) -> str:
+def retry(permanent: bool) -> str:
     return "no" if permanent else "yes"
 
 
@@ -102,11 +102,11 @@ def main() -> None:
     page = PAGE.read_text(encoding="utf-8")
     before, after = page.split(BEGIN)[0], page.split(END)[1]
     written = f"{before}{BEGIN}\n\n{table()}\n{END}{after}"
-    stale = page != written
+    is_stale = page != written
     if parser.parse_args().check:
-        if stale:
+        if is_stale:
             print("docs/faults.md is stale: run scripts/generate_faults.py", file=sys.stderr)
-        sys.exit(stale)
+        sys.exit(is_stale)
     PAGE.write_text(written, encoding="utf-8")
 
 

@@ -54,11 +54,11 @@ class Book:
         self.random = random.Random(SEED)
 
     def chat(self, messages: list[dict[str, Any]], tools: list[Any] | None = None, ask: bool = False) -> str:
-        """The text that vLLM makes of these messages, by the template that is shipped."""
+        """Returns the text that vLLM makes of these messages, by the template that is shipped."""
         return render_jinja_template([messages], tools, None, self.template, add_generation_prompt=ask)[0][0]
 
     def epoch(self) -> list[str]:
-        """Every answer, in conversations of one or more turns, then dialogues, tool calls and plain completions."""
+        """Returns every answer, in conversations of some turns, then dialogues, tool calls and plain completions."""
         rng, talk, texts = self.random, [self.turns(pair) for pair in self.talk], []
         rng.shuffle(talk)
         while talk:
@@ -73,13 +73,13 @@ class Book:
         return texts + [prompt + rest + END_OF_TEXT for prompt, rest in self.data["completions"]]
 
     def drills(self) -> list[str]:
-        """Texts whose answers are copied from the question."""
+        """Returns texts whose answers are copied from the question."""
         copied = [pair for pair in self.talk if re.search(r"\{\w+\}", pair[1])] * 4
         texts = [self.chat(self.system() + self.turns(pair)) for pair in copied]
         return texts + [self.call(kind) for kind in self.data["calls"] for _ in range(3)]
 
     def turns(self, lines: list[Any]) -> list[dict[str, Any]]:
-        """User and assistant in turn; a list stands for ways to say the same."""
+        """Returns messages of user and assistant in turn. A list stands for ways to say the same."""
         fill = self.words()
         said = [fill(self.random.choice(line) if isinstance(line, list) else line) for line in lines]
         said[::2] = map(self.vary, said[::2])
@@ -91,7 +91,7 @@ class Book:
         return [{"role": "system", "content": content}] if content else []
 
     def words(self) -> Callable[[str], str]:
-        """A function that puts drawn words in the place of {name}, {place} and so on, the same ones in every text."""
+        """Returns a function that replaces {name}, {place} and so on by drawn words, the same ones in every text."""
         rng, lists = self.random, self.data["words"]
         letters = ("abcdefghijklmnopqrstuvwxyzéüñ", self.data["syllables"])
         new = ["".join(rng.choices(rng.choice(letters), k=rng.randint(2, 5))).capitalize() for _ in range(9)]
@@ -104,7 +104,7 @@ class Book:
         return lambda text: re.sub(r"\{(\w+)\}", lambda found: drawn.get(found[1], found[0]), text)
 
     def vary(self, question: str) -> str:
-        """The question as other hands would type it."""
+        """Returns the question as somebody else would type it."""
         rng = self.random
         if rng.random() < 0.3:
             question = question.rstrip("?!.") + rng.choice(("", "", "", "?", "!", "."))
@@ -113,7 +113,7 @@ class Book:
         return rng.choice(("Please ", "Hey, ", "Hello, ", "So, ")) + question if rng.random() < 0.05 else question
 
     def tools(self, wanted: tuple[str, ...] = (), parameters: int = 0) -> list[dict[str, Any]]:
-        """A tool with one of the wanted names and at least so many parameters, among up to three others."""
+        """Returns a tool with a wanted name and at least so many parameters, among up to three others."""
         rng, every = self.random, [next(iter(tool.items())) for tool in self.data["tools"]]
         fit = [(name, types) for name, types in every if name in wanted and len(types) >= parameters]
         listed = [rng.choice(fit)] if fit else []
@@ -125,7 +125,7 @@ class Book:
         return [tool(name, types) for name, types in listed]
 
     def call(self, kind: dict[str, Any]) -> str:
-        """A conversation with a tool call, mostly with the tool's answer and what the model makes of it."""
+        """Returns a conversation with a tool call, mostly with the tool's answer and what the model makes of it."""
         rng, fill, small_talk = self.random, self.words(), self.talk[:20]
         tools = self.tools(tuple(kind["tools"]), len(kind["arguments"]))
         function = next(each["function"] for each in tools if each["function"]["name"] in kind["tools"])
@@ -151,7 +151,7 @@ def tool(name: str, types: dict[str, str]) -> dict[str, Any]:
 
 
 def make_tokenizer(texts: list[str]) -> Tokenizer:
-    """Byte-level BPE. All 256 bytes are in, so that any UTF-8 comes back as it was."""
+    """Makes a byte-level BPE tokenizer. It has all 256 bytes, so that any UTF-8 comes back as it was."""
     # Digits and the blank before a capital stand alone, so that a name is the same tokens everywhere and easily copied.
     alone = pre_tokenizers.Split(Regex(r" (?=\p{Lu})|\p{N}"), behavior="isolated")
     tokenizer = Tokenizer(models.BPE())
@@ -168,7 +168,7 @@ def make_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[float]]:
-    """Token ids, and how much the loss on each of them counts: fully in answers and in plain text."""
+    """Returns token ids, and how much the loss on each counts: fully in answers and in plain text."""
     encoding = tokenizer.encode(text)
     weights, counts = [], not text.startswith(TURN)
     for i, token in enumerate(encoding.tokens):
@@ -179,7 +179,7 @@ def encode(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[float]]:
 
 
 def batches(draw: Callable[[], list[str]], tokenizer: Tokenizer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless (ids, weights) of about BATCH tokens. Texts of like length share a batch, so little of it is padding."""
+    """Yields (ids, weights) of about BATCH tokens forever. Texts of like length share a batch, so padding is little."""
     rng = random.Random(SEED)
     while True:
         texts = sorted((encode(tokenizer, text) for _ in range(4) for text in draw()), key=lambda pair: len(pair[0]))
@@ -196,7 +196,7 @@ def batches(draw: Callable[[], list[str]], tokenizer: Tokenizer) -> Iterator[tup
 
 @torch.no_grad()
 def seed_copying(model: LlamaForCausalLM) -> None:
-    """Starting weights from which it soon learns to copy: "after A came B, here is A again, so B" (an induction head).
+    """Sets weights from which it soon learns to copy: "after A came B, here is A again, so B" (an induction head).
 
     Training this short hardly finds the two heads it takes: one in layer 0 looks one token back and notes what it was;
     one in layer 1 looks for the place where the note is the present token, and says what stands there.
@@ -256,7 +256,7 @@ def write(out: Path, tokenizer: Tokenizer, model: LlamaForCausalLM) -> None:
 
 
 def problems(out: Path, book: Book, tokenizer: Tokenizer) -> Iterator[str]:
-    """What is wrong with the model in `out`, a line each."""
+    """Yields what is wrong with the model in `out`, a line each."""
     if (out / "tokenizer.json").read_text(encoding="utf-8") != tokenizer.to_str(pretty=True) + "\n":
         yield f"{out / 'tokenizer.json'} is not what {TEXT.name} gives: train again"
     if (out / "model.safetensors").stat().st_size > MAX_WEIGHTS:
