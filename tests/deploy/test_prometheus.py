@@ -52,7 +52,7 @@ def promtool() -> str:
     """Its path. Without it, the tests that need it are skipped, loudly; with CI=true they fail."""
     found = shutil.which("promtool", path=f"{sys.prefix}/bin:{os.environ.get('PATH', '')}")
     if found is None:
-        text = "promtool is not here, and nothing parses the alert rules: Debian's package prometheus has it"
+        text = "promtool is not here, and nothing parses the alert rules: Debian has it in promtool or prometheus"
         if os.environ.get("CI") == "true":
             pytest.fail(text)
         pytest.skip(text)
