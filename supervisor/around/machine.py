@@ -8,7 +8,7 @@ import contextlib
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,15 @@ from supervisor import __version__
 
 # By a limit above this, version 1 of cgroups says that there is none.
 NO_LIMIT = 1 << 60
+# This much of the memory that can be had now may be taken: the rest is for vLLM itself.
+MEMORY_SHARE = 0.6
+# What a folder of cgroups tells: by which file of version 2 and of 1, and by the line of it that begins so.
+READINGS = (
+    ("limit", ("memory.max", ""), ("memory.limit_in_bytes", "")),
+    ("used", ("memory.current", ""), ("memory.usage_in_bytes", "")),
+    ("cache", ("memory.stat", "inactive_file"), ("memory.stat", "total_inactive_file")),
+    ("oom_kills", ("memory.events", "oom_kill"), ("memory.oom_control", "oom_kill")),
+)
 CONTAINER_MARKS = (".dockerenv", "run/.containerenv")
 CONTAINER_VARIABLES = ("KUBERNETES_SERVICE_HOST", "RUNPOD_POD_ID", "container", "ECS_CONTAINER_METADATA_URI_V4")
 
@@ -34,20 +43,29 @@ class Machine(NamedTuple):
         return has_mark or any(environ.get(name) for name in CONTAINER_VARIABLES)
 
     def cgroup(self) -> dict[str, int]:
-        """Returns `limit` and `used` in bytes, and `oom_kills`, as far as they are told."""
+        """Returns `limit`, `used` and `cache` in bytes, and `oom_kills`, as far as they are told."""
         readings: dict[str, int] = {}
+        for level in self._cgroup_levels():
+            readings |= level | {"limit": min(level.get("limit", NO_LIMIT), readings.get("limit", NO_LIMIT))}
+        return {name: value for name, value in readings.items() if value < NO_LIMIT}
+
+    def spare_memory(self) -> int:
+        """Returns how many bytes may be taken, by the machine and by each limit. What only caches files is free."""
+        free = self.memory().get("available", 0)
+        for level in self._cgroup_levels():
+            free = min(free, level.get("limit", NO_LIMIT) - level.get("used", 0) + level.get("cache", 0))
+        return int(free * MEMORY_SHARE)
+
+    def _cgroup_levels(self) -> Iterator[dict[str, int]]:
         for folder in self._cgroup_folders():
-            for name, file in (("limit", "memory.max"), ("used", "memory.current"),
-                               ("limit", "memory.limit_in_bytes"), ("used", "memory.usage_in_bytes")):  # fmt: skip
-                value = _read_text(folder / file)
-                if value.isdigit() and int(value) < NO_LIMIT:
-                    readings[name] = min(int(value), readings.get(name, NO_LIMIT)) if name == "limit" else int(value)
-            for file in ("memory.events", "memory.oom_control"):
-                for line in _read_text(folder / file).splitlines():
-                    name, _, value = line.partition(" ")
-                    if name == "oom_kill" and value.isdigit():
-                        readings["oom_kills"] = int(value)
-        return readings
+            level = {}
+            for name, *places in READINGS:
+                for file, label in places:
+                    for line in _read_text(folder / file).splitlines():
+                        its_label, _, value = line.rpartition(" ")
+                        if its_label == label and value.isdigit() and int(value) < NO_LIMIT:
+                            level[name] = int(value)
+            yield level
 
     def _cgroup_folders(self) -> list[Path]:
         """Lists them from the root that we see to our own, for a limit counts wherever it is set; version 2, else 1."""
@@ -63,10 +81,9 @@ class Machine(NamedTuple):
 
     def memory(self) -> dict[str, int]:
         """Returns `total` and `available`, in bytes."""
-        rows = (line.split() for line in _read_text(self.root / "proc/meminfo").splitlines())
-        values = {row[0]: int(row[1]) * 1024 for row in rows if len(row) > 1 and row[1].isdigit()}
-        names = {"total": "MemTotal:", "available": "MemAvailable:"}
-        return {name: values[key] for name, key in names.items() if key in values}
+        names = {"MemTotal:": "total", "MemAvailable:": "available"}
+        rows = re.findall(r"^(\w+:) +(\d+) kB", _read_text(self.root / "proc/meminfo"), re.M)
+        return {names[name]: int(value) * 1024 for name, value in rows if name in names}
 
     def driver_version(self) -> str:
         """Returns the version of NVIDIA's kernel module; empty where none is loaded."""
@@ -76,9 +93,8 @@ class Machine(NamedTuple):
 
 def disk(folder: Path) -> dict[str, object]:
     """Returns `folder`, and `free` and `total` in bytes, as the nearest folder has them that is there."""
-    ancestor = nearest_folder(folder)
     with contextlib.suppress(OSError):
-        stats = os.statvfs(ancestor)
+        stats = os.statvfs(nearest_folder(folder))
         free, total = stats.f_bavail * stats.f_frsize, stats.f_blocks * stats.f_frsize
         return {"folder": str(folder), "free": free, "total": total}
     return {"folder": str(folder)}

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from supervisor.around.machine import Machine
 from supervisor.bounded import Call
 from supervisor.engine.run import Observer, Run
 from supervisor.weights import snapshot
@@ -22,24 +23,6 @@ READERS = 4
 BUFFER_BYTES = 8 * 1024 * 1024
 # Less is read faster than threads are started.
 MIN_BYTES = 256_000_000
-# This much of the memory that is free now may be filled: the rest is for vLLM itself.
-MEMORY_SHARE = 0.6
-CGROUP_FILES = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
-
-
-def spare_memory() -> int:
-    """Returns how many bytes the page cache may take, by the machine and by the container's limit."""
-    free = 0
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        text = Path("/proc/meminfo").read_text()
-        free = int(text.partition("MemAvailable:")[2].split()[0]) * 1024
-    for limit, used in CGROUP_FILES:
-        with contextlib.suppress(OSError, ValueError):
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-    return int(free * MEMORY_SHARE)
 
 
 class Prefetch:
@@ -53,7 +36,7 @@ class Prefetch:
         self.stop_event = threading.Event()
         self.lock = threading.Lock()
         self.threads: list[threading.Thread] = []
-        if 0 < self.total_bytes <= spare_memory():
+        if 0 < self.total_bytes <= Machine().spare_memory():
             self.threads = [threading.Thread(target=self._read_files, daemon=True) for _ in range(READERS)]
         for thread in self.threads:
             thread.start()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from supervisor.around import zygote
-from supervisor.around.prefetch import spare_memory
+from supervisor.around.machine import Machine
 from supervisor.engine.run import Observer, Run
 from supervisor.settings.command import Command
 
@@ -93,7 +93,7 @@ class Prefork(Observer):
             self._accept()
             self.end_zygote()
             return argv
-        if spare_memory() < MIN_MEMORY_BYTES:
+        if Machine().spare_memory() < MIN_MEMORY_BYTES:
             self.log.debug("memory is short: vLLM is started as it is")
             return argv
         return (*self.prefix, *argv[1:])

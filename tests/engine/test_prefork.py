@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from supervisor.around import prefork, zygote
+from supervisor.around.machine import Machine
 from supervisor.around.prefork import MIN_MEMORY_BYTES, Prefork, make_prefork
 from supervisor.engine.child import _spawn_by_fork
 from tests.engine.test_faults import CHAT, OFTEN, chat
@@ -221,9 +222,9 @@ def test_another_environment_is_no_reason_to_fork() -> None:
 def test_a_start_is_plain_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Prefork(["/python"], "/bin/vllm", tmp_path)
     argv = ("/bin/vllm", "serve", "m")
-    monkeypatch.setattr("supervisor.around.prefork.spare_memory", lambda: MIN_MEMORY_BYTES)
+    monkeypatch.setattr(Machine, "spare_memory", lambda _: MIN_MEMORY_BYTES)
     assert made.program(argv) == ("/python", zygote.__file__, str(tmp_path / "zygote.sock"), *argv)
-    monkeypatch.setattr("supervisor.around.prefork.spare_memory", lambda: MIN_MEMORY_BYTES - 1)
+    monkeypatch.setattr(Machine, "spare_memory", lambda _: MIN_MEMORY_BYTES - 1)
     assert made.program(argv) == argv
     made.close()
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from supervisor.around import prefetch
+from supervisor.around.machine import Machine
 from supervisor.around.prefetch import Prefetch
 from supervisor.repositories import BAKED_CACHE, hub_cache, hub_env, list_places
 from supervisor.settings import volume as volumes
@@ -487,35 +488,9 @@ def test_the_weights_are_in_the_page_cache(files: list[Path]) -> None:
 
 
 def test_more_than_memory_is_not_read(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefetch, "spare_memory", lambda: (len(files) * 4 << 20) - 1)
+    monkeypatch.setattr(Machine, "spare_memory", lambda _: (len(files) * 4 << 20) - 1)
     assert Prefetch(files).threads == []
     assert max(map(cached, files)) < 0.5
-
-
-@pytest.mark.parametrize(
-    ("limit", "used", "expected"),
-    [
-        ("max", "5000", 600_000),
-        ("500000", "100000", 240_000),
-        ("100000", "500000", -240_000),
-        ("9000000", "0", 600_000),
-        (None, None, 600_000),
-    ],
-)
-def test_how_much_memory_there_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str | None, used: str | None, expected: int
-) -> None:
-    for name, text in (("limit", limit), ("used", used)):
-        if text is not None:
-            (tmp_path / name).write_text(text + "\n")
-    monkeypatch.setattr(prefetch, "CGROUP_FILES", ((str(tmp_path / "limit"), str(tmp_path / "used")),))
-    read = Path.read_text
-
-    def read_text(path: Path) -> str:
-        return "MemFree: 9 kB\nMemAvailable:  977 kB\n" if path == Path("/proc/meminfo") else read(path)
-
-    monkeypatch.setattr(Path, "read_text", read_text)
-    assert prefetch.spare_memory() == pytest.approx(expected, rel=0.01)
 
 
 def test_it_stops_early(tmp_path: Path) -> None:
