@@ -28,6 +28,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
 
 import httpx
 import psutil
@@ -44,8 +45,10 @@ SUPERVISOR = Path(sys.prefix) / "bin" / "supervisor"  # the installed command
 # client 50 ms. It stays open as long as the process.
 http = httpx.Client(verify=False, timeout=60)
 
+Result = TypeVar("Result")
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 30.0) -> object:
+
+def wait_until(condition: Callable[[], Result | Literal[False] | None], what: str, seconds: float = 30.0) -> Result:
     """Polls `condition` until it returns something true, and returns that; fails with `what` after `seconds`."""
     deadline, pause = time.monotonic() + seconds, 0.005
     while not (result := condition()):
@@ -176,7 +179,7 @@ class Supervisor:
         self._reading_ends.set()
         self._reader.join(10)
 
-    def __enter__(self) -> Supervisor:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -245,7 +248,7 @@ class Supervisor:
             self._client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60, verify=False)
         return self._client
 
-    def ready(self, seconds: float = 15.0) -> Supervisor:
+    def ready(self, seconds: float = 15.0) -> Self:
         """Waits until the log says that it serves."""
         self.says(r"[:\"] ?ready: http", seconds)
         return self
@@ -358,7 +361,7 @@ class Answer:
         fields = (line.partition(":") for line in lines)
         return cls(int(first.split()[1]), {name.lower(): value.strip() for name, _, value in fields}, head)
 
-    def json(self) -> object:
+    def json(self) -> Any:
         return json.loads(self.body)
 
 
