@@ -12,8 +12,8 @@ import pytest
 
 from supervisor.engine import topics, tracebacks
 from supervisor.engine.child import describe_exit
-from supervisor.engine.diagnosis import EFFECTS, GONE, REMEDIES, RULES, Diagnosis, diagnose, is_effect
-from supervisor.engine.topics import OPTIONS, TOPICS
+from supervisor.engine.diagnosis import EFFECTS, GONE, RULES, Diagnosis, diagnose, is_effect
+from supervisor.engine.topics import OPTIONS, REMEDIES, TOPICS
 from supervisor.settings.knobs import KNOBS
 from supervisor.vllm import catalogue
 
@@ -595,7 +595,7 @@ def test_remedies_name_variables_that_exist() -> None:
     known |= {"PYTHONHASHSEED", "EP_DISABLE_GIN", "TORCHDYNAMO_DISABLE", "RAYON_NUM_THREADS"}
     known |= {"NEURON_COMPILE_CACHE_URL"}
     known |= {"NCCL_IB_GID_INDEX", "NCCL_IB_TIMEOUT", "NCCL_IB_RETRY_CNT", "NCCL_NET_GDR_LEVEL", "NET_BIND_SERVICE"}
-    told = [row.remedy for row in (*ROWS, *TOPICS)]
+    told = [*(row.remedy for row in ROWS), *(topic.remedy for topic in TOPICS)]
     named = {name for text in told for name in re.findall(r"(?<![{\w])[A-Z]+(?:_[A-Z\d]+)+(?![}\w*])", text)}
     named |= {name for topic in TOPICS for name in topic.suspects}
     assert named - known == set()

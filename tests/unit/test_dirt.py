@@ -347,7 +347,8 @@ def test_a_plugin_on_pythons_path_counts_and_where_vllm_is_not_found_nobody_know
     wrapped = f"env {folder.parent / 'vllm/bin/vllm'}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("supervisor.vllm.installed._cached_version", lambda command, cache: "0.32.0")
-        assert read(folder, MODEL="org/model:Q4_K_M", SUPERVISOR_VLLM=wrapped, PATH=os.environ["PATH"])
+        settings = read(folder, MODEL="org/model:Q4_K_M", SUPERVISOR_VLLM=wrapped, PATH=os.environ["PATH"])
+        assert settings.model.value == "org/model:Q4_K_M"
 
 
 def test_a_folder_with_a_blank_in_its_name(folder: Path) -> None:

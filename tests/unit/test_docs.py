@@ -160,7 +160,7 @@ def tables(page: str, *columns: str) -> list[list[str]]:
 
 
 # What the page calls an action of the delivery's table.
-ACTIONS = {
+ACTIONS: dict[object, str] = {
     Delivery._send: "it is sent",
     Delivery._send_afresh: "it is sent on a new connection",
     Delivery._pass_on: "its client gets the answer as it comes",
@@ -193,10 +193,10 @@ def test_the_page_of_faults_says_what_each_state_and_event_is() -> None:
 
 
 @cache
-def refusals() -> set[tuple[int, str]]:
+def refusals() -> set[tuple[object, object]]:
     """(status, code) of the table, and of all that the code makes; where either is decided there, each that it may be,
     with each."""
-    found = {(status, code) for code, (status, _) in REFUSALS.items()}
+    found: set[tuple[object, object]] = {(status, code) for code, (status, _) in REFUSALS.items()}
     for path in (ROOT / "supervisor").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Refusal":

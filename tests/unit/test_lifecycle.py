@@ -59,7 +59,8 @@ def test_every_cell_is_there_or_ignored_on_purpose(state: State, event: Event) -
          "stop-failed", "parts-end-while-stopping", "part-dies-draining"],
 )  # fmt: skip
 def test_lives(path: list[Event], end: State, actions: list[Action]) -> None:
-    state, done = State.STARTING, []
+    state = State.STARTING
+    done: list[Action] = []
     for event in path:
         state, more = step(state, event)
         done += more

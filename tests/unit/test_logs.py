@@ -264,7 +264,7 @@ def test_who_puts_lines_into_a_pipe_with_room_writes_them_itself(pipe: Pipe) -> 
 
 def test_where_a_pipe_can_not_be_opened_again_a_thread_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another user's, or a system without /proc."""
-    monkeypatch.setattr(output_module.os, "open", lambda *_: os.stat("/nowhere"))  # raises OSError
+    monkeypatch.setattr(os, "open", lambda *_: os.stat("/nowhere"))  # raises OSError
     with Pipe() as pipe:
         pipe.output.put(LINE)
         assert os.read(pipe.reading, 4096) == LINE
@@ -444,7 +444,7 @@ def lines_of(form: LineStyle, *records: Any) -> list[str]:
          ": POST /**** 200 in 1.500 s, 13.4 kB, from 10.0.0.3 (request abc)"),
     ],
 )  # fmt: skip
-def test_a_line_for_each_answer(given: dict[str, object], line: str) -> None:
+def test_a_line_for_each_answer(given: dict[str, Any], line: str) -> None:
     assert lines_of(TEXT, record(**given))[0][8:] == f" supervisor{line}"
 
 
@@ -560,9 +560,12 @@ def test_a_first_byte_at_once_is_one() -> None:
 def test_lines_do_not_wait_for_more_than_a_hundred() -> None:
     """Made all at once they would hold up the event loop."""
     timers: list[Any] = []
-    loop = types.SimpleNamespace(
-        time=lambda: 7.0, call_later=lambda *timer: timers.append(timer) or types.SimpleNamespace(cancel=list)
-    )
+
+    def call_later(*timer: Any) -> Any:
+        timers.append(timer)
+        return types.SimpleNamespace(cancel=list)
+
+    loop = types.SimpleNamespace(time=lambda: 7.0, call_later=call_later)
     told: list[int] = []
     log = AccessLog(loop, TEXT, lambda _, count: told.append(count))  # type: ignore[arg-type]
     for _ in range(2 * BATCH + 1):
@@ -600,7 +603,7 @@ def test_examples_of_the_page_have_the_keys_that_are_written(example: dict[str, 
         line = lines_of(JSON, record())[0]
     else:
         told = Told(form)
-        fields = {"phases": []} if "phases" in example else {}
+        fields: dict[str, object] = {"phases": []} if "phases" in example else {}
         told.logger.warning("x", extra={"request": example.get("requestId"), "fields": fields})
         (line,) = told.lines
     assert list(json.loads(line)) == list(example)

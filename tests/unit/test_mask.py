@@ -15,6 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import ModuleType
 
 import pytest
@@ -77,7 +78,7 @@ def uses() -> Iterator[tuple[str, Use]]:
     """All that is done to text from outside, by name."""
     yield "the mask", Mask({"HF_TOKEN": "a-a-a-a-secret", "API_KEY": "-" * 32 + "b", "MY_SECRET": "eyJ.eyJ.eyJ.x"})
     for number, (_, pattern) in enumerate(SECRET_SHAPES):
-        yield f"SECRET_SHAPES[{number}]", lambda text, pattern=pattern: pattern.sub(secrets._mask_match, text)
+        yield f"SECRET_SHAPES[{number}]", partial(pattern.sub, secrets._mask_match)
     yield "logs.VARYING_WORD", lambda text: logs.VARYING_WORD.sub("#", text)
     yield "lines.VLLM_LEVEL", lines.VLLM_LEVEL.match
     yield "lines.TRACEBACK", lines.TRACEBACK.match

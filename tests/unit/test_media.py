@@ -118,7 +118,11 @@ READY = Change(State.STARTING, State.READY, "")
 async def lives(told: MediaNotice, *, starts: int = 2) -> None:
     """The engine starts, and is ready, as often."""
     for _ in range(starts):
-        for happen in (lambda: told.run_began(run()), lambda: told.state_changed(READY)):
+        events: tuple[Callable[[], None], ...] = (
+            lambda: told.run_began(run()),
+            lambda: told.state_changed(READY),
+        )
+        for happen in events:
             happen()
             if told.look_task is not None:
                 await told.look_task

@@ -7,9 +7,10 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from email.message import Message
 from importlib.metadata import distribution, packages_distributions, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from packaging.requirements import Requirement
@@ -95,7 +96,7 @@ def test_the_lock_fits_every_extra() -> None:
 
 
 def test_the_page_of_the_package_has_its_words() -> None:
-    said = distribution("vllm-supervisor").metadata
+    said = cast(Message, distribution("vllm-supervisor").metadata)
     assert said["License-Expression"] == "MIT"
     assert str(said.get_payload()).startswith("# vllm-supervisor\n")
     assert {"Homepage", "Changelog", "Issues"} <= PROJECT["urls"].keys()

@@ -78,7 +78,7 @@ def test_a_load_balancers_worker_takes_what_the_balancer_takes(folder: Path) -> 
 )
 def test_all_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: str) -> None:
     nodes = [Path("/dev/nvidia0"), Path("/dev/nvidia1"), Path("/dev/nvidiactl"), Path("/dev/nvidia-uvm")]
-    monkeypatch.setattr(platform.Path, "glob", lambda self, pattern: iter(nodes))
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(nodes))
     monkeypatch.setattr("supervisor.vllm.installed._installed_version", lambda program: "0.32.0")
     environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     settings = read(folder, TENSOR_PARALLEL_SIZE="auto", **environ)
@@ -139,4 +139,4 @@ def test_the_names_of_vllms_own_image_for_sagemaker(
     settings = read(folder, **environ)
     assert [token for option, setting in settings.options for token in option.argv(setting.value)] == argv
     assert settings.knobs.port == int(environ.get("SM_VLLM_PORT", 8000))
-    assert [warning in line for line in settings.warnings] == ([True] if warning else [])
+    assert [warning is not None and warning in line for line in settings.warnings] == ([True] if warning else [])

@@ -17,16 +17,16 @@ from supervisor.settings.settings import Arguments, Settings, SettingsError, gat
 from supervisor.vllm import catalogue, installed
 from supervisor.vllm.catalogue import Option
 from supervisor.vllm.installed import Vllm, VllmError
-from supervisor.vllm.values import BadValue
+from supervisor.vllm.values import READERS, BadValue
 
 SHIPPED = catalogue.parse((catalogue.FLAGS / "0.32.0.json").read_text())
 
 
-def read(folder: Path, arguments: Arguments = Arguments(model="m"), **environ: str) -> Settings:  # noqa: B008  # frozen
+def read(folder: Path, arguments: Arguments = Arguments(model="m"), /, **environ: str) -> Settings:  # noqa: B008  # frozen
     return gather(arguments, {"SUPERVISOR_VLLM": str(folder.parent / "vllm/bin/vllm")} | environ)
 
 
-def problems(folder: Path, arguments: Arguments = Arguments(model="m"), **environ: str) -> list[str]:  # noqa: B008
+def problems(folder: Path, arguments: Arguments = Arguments(model="m"), /, **environ: str) -> list[str]:  # noqa: B008
     with pytest.raises(SettingsError) as caught:
         read(folder, arguments, **environ)
     return caught.value.problems
@@ -517,7 +517,7 @@ def test_the_shipped_catalogue_is_whole() -> None:
     assert {kind: kinds.count(kind) for kind in set(kinds)} == {
         "value": 206, "pair": 88, "list": 15, "switch": 5, "optional": 1, "append": 1,
     }  # fmt: skip
-    assert {option.type for option in SHIPPED.by_key.values()} <= set(catalogue.READERS)
+    assert {option.type for option in SHIPPED.by_key.values()} <= set(READERS)
 
 
 def test_numbers_that_look_like_other_things() -> None:

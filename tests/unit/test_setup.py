@@ -163,7 +163,7 @@ def test_the_build_of_vllm_is_that_of_the_machine(
 ) -> None:
     del checkout.environ["SETUP_VLLM"]
     checkout.program("nvidia-smi", f"#!/bin/sh\necho '{listed}'\n")
-    checkout.setup("--vllm-only", **environ)
+    checkout.setup("--vllm-only", code=0, **environ)
     assert checkout.calls() == checkout.steps(".vllm", expected)
 
 
@@ -489,7 +489,7 @@ def test_where_no_uv_will_do_pip_brings_the_locked_one(
     if on_path:
         checkout.program("uv", f"#!/bin/sh\n{on_path}\n")
     own = str(checkout.root / ".uv/bin/uv")
-    found, said = find_uv(checkout, **wheels)
+    found, said = find_uv(checkout, code=0, **wheels)
     assert (found["UV"], said) == (own, "Fetching uv, which installs the rest ...\n")
     assert subprocess.run([own], capture_output=True, text=True, check=True).stdout == "uv 1.0\n"
     assert find_uv(checkout, PIP_NO_INDEX="1")[0]["UV"] == own  # and stays
@@ -498,8 +498,8 @@ def test_where_no_uv_will_do_pip_brings_the_locked_one(
 
 @pytest.mark.slow
 def test_the_lock_decides_which_uv_it_is(checkout: Checkout, wheels: dict[str, str]) -> None:
-    assert find_uv(checkout, **wheels)[0]["UV"] == str(checkout.programs / "uv")
-    assert find_uv(checkout, "--lock", **wheels)[0]["UV"] == str(checkout.root / ".uv/bin/uv")
+    assert find_uv(checkout, code=0, **wheels)[0]["UV"] == str(checkout.programs / "uv")
+    assert find_uv(checkout, "--lock", code=0, **wheels)[0]["UV"] == str(checkout.root / ".uv/bin/uv")
 
 
 @pytest.mark.slow
@@ -540,10 +540,10 @@ def test_uv_is_told_what_pip_is_configured_with(checkout: Checkout, tmp_path: Pa
     file = {"PIP_CONFIG_FILE": str(tmp_path / "pip.conf")}
     (tmp_path / "pip.conf").write_text(CONFIGURATION)
     uv = {"UV": str(checkout.programs / "uv")}
-    assert find_uv(checkout, **file)[0] == uv | AS_UV
+    assert find_uv(checkout, code=0, **file)[0] == uv | AS_UV
     # The environment goes before the file, and what uv is told itself before both.
     found, _ = find_uv(
-        checkout, **file, PIP_TIMEOUT="8", UV_FIND_LINKS="/uvs", PIP_NO_INDEX="0", PIP_PROXY="http://proxy"
+        checkout, code=0, **file, PIP_TIMEOUT="8", UV_FIND_LINKS="/uvs", PIP_NO_INDEX="0", PIP_PROXY="http://proxy"
     )
     told = uv | AS_UV | {"UV_HTTP_TIMEOUT": "8", "ALL_PROXY": "http://proxy"}
     assert found == {name: value for name, value in told.items() if name != "UV_FIND_LINKS"}
@@ -552,11 +552,11 @@ def test_uv_is_told_what_pip_is_configured_with(checkout: Checkout, tmp_path: Pa
     shutil.copy(checkout.root / "requirements/uv.txt", checkout.programs)
     (checkout.root / ".uv").mkdir()
     shutil.copy(checkout.root / "requirements/uv.txt", checkout.root / ".uv")
-    assert find_uv(checkout, "--lock", **file)[0] == {"UV": str(checkout.root / ".uv/bin/uv")} | locking
+    assert find_uv(checkout, "--lock", code=0, **file)[0] == {"UV": str(checkout.root / ".uv/bin/uv")} | locking
     # Whoever has configured uv is left alone.
     (tmp_path / "uv").mkdir()
     (tmp_path / "uv/uv.toml").touch()
-    assert find_uv(checkout, **file, XDG_CONFIG_HOME=str(tmp_path))[0] == uv
+    assert find_uv(checkout, code=0, **file, XDG_CONFIG_HOME=str(tmp_path))[0] == uv
 
 
 def test_what_uv_is_told_reaches_it(checkout: Checkout) -> None:

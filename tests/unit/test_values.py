@@ -113,7 +113,8 @@ def test_bad_values_say_what_was_expected(key: str, given: object, expected: str
 @pytest.mark.parametrize("type_", sorted(READERS))
 def test_each_kind_of_value_has_its_own_word_for_nonsense(type_: str) -> None:
     """No kind lets anything through, but those that are texts, and none answers with a traceback."""
-    for given in ("", "\0", "\ud800", "{", "[", "²", "1e999", float("nan"), [], {}, object):
+    nonsense: tuple[object, ...] = ("", "\0", "\ud800", "{", "[", "²", "1e999", float("nan"), [], {}, object)
+    for given in nonsense:
         try:
             READERS[type_](given)
         except BadValue as error:

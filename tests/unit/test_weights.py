@@ -9,6 +9,7 @@ import mmap
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -222,7 +223,9 @@ def test_self_contained(tmp_path: Path, files: dict[str, str], expected: bool) -
 # Where
 
 
-def make_cache(cache: Path, commits: tuple[str, ...] = (COMMIT,), refs: dict[str, str] | None = None, **more: object):
+def make_cache(
+    cache: Path, commits: tuple[str, ...] = (COMMIT,), refs: dict[str, str] | None = None, **more: object
+) -> Path:
     """A cache that has the model, and `refs`; `name`: the folder's, where it is not as the hub's client writes it."""
     repository = cache / str(more.get("name", "models--Org--Model"))
     for number, commit in enumerate(commits):
@@ -513,7 +516,7 @@ def test_it_stops_early(tmp_path: Path) -> None:
         return False
 
     for path in pipes:
-        wait_until(lambda path=path: let_go(path), "a reader")
+        wait_until(partial(let_go, path), "a reader")
     wait_until(lambda: not any(thread.is_alive() for thread in reading.threads), "the readers to leave")
     assert reading.pending_files == [later]
 
