@@ -34,6 +34,7 @@ from typing import Any, Literal
 
 VERSION = "0.32.0"  # of vLLM, as the supervisor asks for it
 Fields = list[tuple[bytes, bytes]]
+Part = bytes | tuple[bytes, float] | tuple[bytes, float, int]  # see `play`
 
 TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~\x80-\xff]+) HTTP/(1\.[01])")
@@ -221,7 +222,7 @@ def read(data: bytes) -> tuple[list[Request], str]:
 
 
 def play(
-    *parts: bytes | tuple[bytes, float],
+    *parts: Part,
     at: int | Literal["head", "end"] = "end",
     close: bool | Literal["reset"] = False,
 ) -> bytes:
@@ -232,7 +233,7 @@ def play(
     when its head is (`"head"`), or when so many bytes of its body have come. With `close` the connection is closed
     behind it, or reset.
     """
-    rows = [[part] if isinstance(part, bytes) else list(part) for part in parts]
+    rows = [(part,) if isinstance(part, bytes) else part for part in parts]
     script = {"at": at, "close": close, "parts": [[base64.b64encode(row[0]).decode(), *row[1:]] for row in rows]}
     return b"X-Play: " + base64.urlsafe_b64encode(zlib.compress(json.dumps(script).encode(), 9)) + b"\r\n"
 
@@ -347,7 +348,7 @@ class Connection(asyncio.Protocol):
             return
         played = request.value(b"x-play")
         script = json.loads(zlib.decompress(base64.urlsafe_b64decode(played))) if played else None
-        at = script["at"] if script else "end"
+        at: Any = script["at"] if script else "end"
         if request.complete or at == "head" or (at != "end" and len(request.body) >= at):
             request.answered = True
             task = asyncio.get_running_loop().create_task(self.answer(request, script))
@@ -369,10 +370,11 @@ class Connection(asyncio.Protocol):
                 if request.version == b"1.0" or request.value(b"connection").lower() == b"close":
                     self.transport.close()
                 return
-            for number, (data, *timing) in enumerate(script["parts"]):
+            parts: list[list[Any]] = script["parts"]
+            for number, (data, *timing) in enumerate(parts):
                 if number:
                     await self.wait_until_read()
-                delay, times = (*timing, *(0, 1)[len(timing) :])
+                delay, times = timing + [0, 1][len(timing) :]
                 await asyncio.sleep(delay)
                 self.transport.write(base64.b64decode(data) * times)
             if script["close"] == "reset":

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.engine.nginx import nginx_before
-from tests.engine.recording_upstream import Records, play
+from tests.engine.recording_upstream import Part, Records, play
 from tests.engine.wire import Answer, Transcript, converse
 from tests.harness import Supervisor
 
@@ -400,15 +400,15 @@ def answers() -> Iterator[Case]:
     for name in ("200", "chunks", "cookies", "103"):
         body = ANSWERS[name]
         cut = len(body) // 2
-        pieces = [body[:cut], (body[cut:-1], 0.01), (body[-1:], 0.01)]
+        pieces: list[Part] = [body[:cut], (body[cut:-1], 0.01), (body[-1:], 0.01)]
         asked = request(b"GET", b"/x", play(*pieces, close=name in ENDING))
         yield Case(f"answer in pieces {name}", [asked], [b"GET"])
     large = b"HTTP/1.1 200 OK\r\nContent-Length: 1048576\r\n\r\n"
     yield Case("answer of 1 MiB", [request(b"GET", b"/x", play(large, (content(1 << 10), 0, 1 << 10)))], [b"GET"])
     for at in ("head", 4, 70_000):
-        asked = request(b"POST", b"/x", play(OK, at=at), body=content(200_000))  # type: ignore[arg-type]
+        asked = request(b"POST", b"/x", play(OK, at=at), body=content(200_000))
         yield Case(f"answer early, at {at} of the body", [asked], [b"POST"])
-        asked = request(b"POST", b"/x", play(OK, at=at), b"Transfer-Encoding: chunked")  # type: ignore[arg-type]
+        asked = request(b"POST", b"/x", play(OK, at=at), b"Transfer-Encoding: chunked")
         yield Case(f"answer early, at {at} of the chunks", [asked + chunked(*[content(50_000)] * 4)], [b"POST"])
     asked = request(b"POST", b"/x", play(OK, at="head"), b"Content-Length: 10")
     yield Case("answer before the body is sent", [asked, 1, b"0123456789"], [b"POST"])

@@ -23,7 +23,7 @@ import pytest
 from supervisor.around.gpus import read_gpus as survey
 from supervisor.around.machine import Machine
 from supervisor.doctor import machine, model
-from supervisor.doctor.examine import CHECKS, examine, make_patient
+from supervisor.doctor.examine import CHECKS, Check, examine, make_patient
 from supervisor.doctor.hub import find_token
 from supervisor.doctor.patient import FAIL, OK, WARN, Patient, Row
 from supervisor.settings.settings import Arguments
@@ -88,7 +88,7 @@ def doctor(tmp_path: Path, hub: Hub, call: Call) -> Doctor:
     return ask
 
 
-def patient(folder: Path, *arguments: str, gpus: object = None, **environ: str) -> Patient:
+def patient(folder: Path, *arguments: str, gpus: dict[str, Any] | None = None, **environ: str) -> Patient:
     """Of a machine whose files are in `folder`."""
     given = Arguments(model=arguments[0] if arguments else None if "MODEL" in environ else str(DEMO))
     told = {"HOME": str(folder), "PATH": os.environ["PATH"], "PORT": "0", **environ}
@@ -178,7 +178,11 @@ def test_one_check_that_fails_and_one_that_hangs_do_not_end_the_others(tmp_path:
         raise ZeroDivisionError("ours")
 
     forever = threading.Event()
-    checks = {"a": broken, "b": lambda _: forever.wait() and None, "c": lambda _: Row(OK, "fine"), "d": lambda _: None}
+
+    def hangs(_: Patient) -> None:
+        forever.wait()
+
+    checks: dict[str, Check] = {"a": broken, "b": hangs, "c": lambda _: Row(OK, "fine"), "d": lambda _: None}
     found = examine(patient(tmp_path), checks, 0.2)
     forever.set()
     assert [(row.check, row.verdict) for row in found] == [("a", WARN), ("b", WARN), ("c", OK)]
@@ -335,7 +339,8 @@ def test_where_the_weights_come_from(
     tmp_path: Path, hub: Hub, model: str, environ: dict[str, str], verdict: str, said: str
 ) -> None:
     found = {
-        row.check: row for row in examine(patient(tmp_path, MODEL=model, HF_ENDPOINT=hub.url, **environ), CHECKS, 5)
+        row.check: row
+        for row in examine(patient(tmp_path, gpus=None, MODEL=model, HF_ENDPOINT=hub.url, **environ), CHECKS, 5)
     }
     assert [row for row in found.values() if "check itself failed" in row.text] == []
     assert (found["disk"].verdict, said in found["disk"].text) == (verdict, True), found["disk"]
@@ -373,7 +378,13 @@ def test_a_token_that_no_header_takes_is_not_shown(doctor: Doctor) -> None:
     ],
 )
 def test_gpus(
-    tmp_path: Path, files: dict[str, str], environ: dict[str, str], gpus: object, cuda: str, verdict: str, said: str
+    tmp_path: Path,
+    files: dict[str, str],
+    environ: dict[str, str],
+    gpus: dict[str, Any] | None,
+    cuda: str,
+    verdict: str,
+    said: str,
 ) -> None:
     made(tmp_path, files)
     row = machine.check_gpus(patient(tmp_path, SUPERVISOR_VLLM=a_vllm(tmp_path, cuda), gpus=gpus, **environ))
@@ -612,5 +623,6 @@ def test_a_vllm_of_another_version(tmp_path: Path) -> None:
 
 def test_too_few_gpus(tmp_path: Path) -> None:
     found = patient(tmp_path, TENSOR_PARALLEL_SIZE="4", CUDA_VISIBLE_DEVICES="0,1")
-    (warning,) = [row for row in CHECKS["settings"](found) if row.verdict == WARN]  # type: ignore[union-attr]
+    judged: Any = CHECKS["settings"](found)
+    (warning,) = [row for row in judged if row.verdict == WARN]
     assert "only 2 GPUs are here" in warning.text

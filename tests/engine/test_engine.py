@@ -201,7 +201,7 @@ def test_a_signal_right_after_the_spawn_leaves_nothing(number: int) -> None:
             """The pid of a child that leads a session (a short-lived one may ask vLLM for its version before)."""
             return next((child.pid for child in ours.children() if os.getsid(child.pid) == child.pid), None)
 
-        supervisor.engine_pid = int(str(wait_until(spawned, "the spawn")))
+        supervisor.engine_pid = wait_until(spawned, "the spawn")
         supervisor.signal(number)
         assert supervisor.exit_code() == 0
         assert session_pids(supervisor.engine_pid) == []

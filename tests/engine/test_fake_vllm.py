@@ -50,6 +50,12 @@ def stat_of(pid: int) -> tuple[str, int, int] | None:
     return fields[0], int(fields[1]), int(fields[3])
 
 
+def stat_of_living(pid: int) -> tuple[str, int, int]:
+    stat = stat_of(pid)
+    assert stat is not None, f"there is no process {pid}"
+    return stat
+
+
 def session(sid: int) -> dict[int, str]:
     """pid -> command name of all that live in a session; zombies don't."""
     found = {}
@@ -112,7 +118,8 @@ class Fake:
         return f"{head}\r\n\r\n{body}".encode()
 
     def state(self) -> dict[str, Any]:
-        return self.http.get("/fake/state").json()
+        found: dict[str, Any] = self.http.get("/fake/state").json()
+        return found
 
     def metric(self, name: str) -> float:
         lines = self.http.get("/metrics").text.splitlines()
@@ -372,8 +379,8 @@ def test_a_client_that_goes_away_aborts_its_request(fake: Callable[..., Fake]) -
 def test_processes_are_named_and_nested_like_those_of_vllm(shared: Fake) -> None:
     state = shared.state()
     engine, worker = state["engine_pid"], state["worker_pid"]
-    assert stat_of(engine)[1:] == (shared.pid, shared.pid)
-    assert stat_of(worker)[1:] == (engine, shared.pid)
+    assert stat_of_living(engine)[1:] == (shared.pid, shared.pid)
+    assert stat_of_living(worker)[1:] == (engine, shared.pid)
     assert Path(f"/proc/{engine}/cmdline").read_bytes().startswith(b"VLLM::EngineCore\0")
     assert Path(f"/proc/{worker}/cmdline").read_bytes().startswith(b"VLLM::Worker\0")
 
@@ -393,7 +400,7 @@ def test_a_stopped_engine_stands_still_behind_a_healthy_face(shared: Fake) -> No
         lines = response.iter_lines()
         first_word(lines)
         os.kill(engine, signal.SIGSTOP)
-        until(lambda: stat_of(engine)[0] == "T")
+        until(lambda: stat_of_living(engine)[0] == "T")
         shared.metric("generation_tokens_total")  # whatever was under way has arrived by the next look
         before = shared.metric("generation_tokens_total"), shared.metric("iteration_tokens_total_count")
         assert all(shared.http.get("/health").status_code == 200 for _ in range(30))
@@ -413,7 +420,7 @@ def test_the_api_server_of_a_frozen_engine_answers_what_it_can_alone(fake: Calla
     with one.stream(50, freeze_after_tokens=2) as first:
         lines = first.iter_lines()
         first_word(lines)
-        until(lambda: stat_of(one.state()["engine_pid"])[0] == "T")
+        until(lambda: stat_of_living(one.state()["engine_pid"])[0] == "T")
         assert one.http.get("/v1/models").json()["data"][0]["id"] == "some/model"
         assert one.http.post("/v1/chat/completions", content=b"{").status_code == 400
         before = one.http.get("/metrics").text
@@ -698,7 +705,7 @@ def test_freeze_after_tokens(shared: Fake) -> None:
         first_word(lines)
         first_word(lines)
         engine = shared.state()["engine_pid"]
-        until(lambda: stat_of(engine)[0] == "T")
+        until(lambda: stat_of_living(engine)[0] == "T")
         os.kill(engine, signal.SIGCONT)
         assert len(words(list(lines))) == 3
 
@@ -767,7 +774,11 @@ def test_noise_in_the_log(fake: Callable[..., Fake]) -> None:
 
 def test_delays(fake: Callable[..., Fake]) -> None:
     one = fake(plan={"health_delay": 0.1, "prefill_seconds": 0.1, "slow_accept": 0.1})
-    for request in (lambda: one.http.get("/health"), lambda: one.chat(max_tokens=1)):
+    requests: tuple[Callable[[], httpx.Response], ...] = (
+        lambda: one.http.get("/health"),
+        lambda: one.chat(max_tokens=1),
+    )
+    for request in requests:
         started = time.monotonic()
         assert request().status_code == 200
         assert time.monotonic() - started > 0.09

@@ -10,8 +10,9 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -130,7 +131,7 @@ def test_an_answer_of_500_is_not_believed_of_a_dying_engine(mortal: Supervisor) 
 
 
 LONG = {"stream": True, "max_tokens": 1000, "max_output_tokens": 1000}
-STREAMS = [
+STREAMS: list[tuple[str, dict[str, Any], Callable[[Any], object], bytes]] = [
     (CHAT, chat(), lambda event: event["error"]["code"], b"data: [DONE]\n\n"),
     ("/v1/completions", {"model": "m", "prompt": "x"}, lambda event: event["error"]["code"], b"data: [DONE]\n\n"),
     ("/v1/messages", chat(), lambda event: event["error"]["type"], b"}\n\n"),
@@ -166,7 +167,7 @@ def test_each_stream_that_had_begun_ends_with_an_error_in_its_dialect_and_a_whol
             _, _, error, end = STREAMS[number // 2]
             assert stream.result().endswith(end)
             last = list(events(stream.result()))[-1]
-            assert error(last) in ("engine_stopped", "api_error")  # type: ignore[no-untyped-call]
+            assert error(last) in ("engine_stopped", "api_error")
         with pytest.raises(httpx.RemoteProtocolError):
             whole.result()
     ready_again(mortal, before + 1)
@@ -295,7 +296,7 @@ def test_a_part_that_dies_while_it_loads_is_noticed() -> None:
                         return pid
             return None
 
-        os.kill(int(str(wait_until(engine_core, "EngineCore"))), signal.SIGKILL)
+        os.kill(wait_until(engine_core, "EngineCore"), signal.SIGKILL)
         supervisor.says("starting -> restarting", 10)
 
 
@@ -340,7 +341,11 @@ def test_restarts_leave_no_open_files_and_no_memory(tmp_path: Path) -> None:
             ready_again(supervisor, restart)
             facts = psutil.Process(supervisor.process.pid)
             maps = Path(f"/proc/{facts.pid}/maps")  # a reader's buffer is shared memory without a name
-            wait_until(lambda maps=maps: "/dev/zero" not in maps.read_text(), "the weights are read")
+
+            def are_weights_read(maps: Path = maps) -> bool:
+                return "/dev/zero" not in maps.read_text()
+
+            wait_until(are_weights_read, "the weights are read")
             seen.append((facts.num_fds(), facts.memory_info().rss))
             os.kill(supervisor.client.get("/status").json()["pid"], signal.SIGKILL)
         ready_again(supervisor, 8)
@@ -411,7 +416,7 @@ def test_as_process_1_it_reaps_orphans(tmp_path: Path) -> None:
         def orphans() -> list[psutil.Process]:
             return [child for child in init.children() if child.name() == "cat"]
 
-        (found,) = wait_until(orphans, "the orphan is a child of process 1")  # type: ignore[misc]
+        (found,) = wait_until(orphans, "the orphan is a child of process 1")
         gate.write_bytes(b"")
         wait_until(lambda: not found.is_running(), "it is reaped")  # a zombie counts as running
         session = supervisor.engine()
@@ -494,5 +499,5 @@ def test_the_limit_is_first_come_first_served_and_then_429() -> None:
         gives_up.socket.close()
         waiting(2)
         running.socket.close()
-        numbers = [client.answer().json()["request"] for client in (second, third)]  # type: ignore[index]
+        numbers = [client.answer().json()["request"] for client in (second, third)]
         assert numbers == sorted(numbers)  # of requests on the one connection to vLLM

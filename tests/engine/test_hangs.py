@@ -48,9 +48,9 @@ def serves_again(supervisor: Supervisor) -> None:
 
 def vllm(supervisor: Supervisor) -> int:
     """The pid of its API server, as soon as there is one; also the session's id."""
-    found = wait_until(lambda: supervisor.client.get("/status").json()["pid"], "vLLM's pid")
-    supervisor.engine_pid = int(str(found))
-    return supervisor.engine_pid
+    pid: int = wait_until(lambda: supervisor.client.get("/status").json()["pid"], "vLLM's pid")
+    supervisor.engine_pid = pid
+    return pid
 
 
 def kill_vllm(supervisor: Supervisor) -> int:
@@ -118,7 +118,7 @@ def listening(supervisor: Supervisor) -> int | None:
 
 def answers_ping(supervisor: Supervisor, seconds: float = 3.0) -> int:
     """The status of /ping, as soon as the port is there; it must not be long in coming."""
-    port = int(str(wait_until(lambda: listening(supervisor), "the port")))
+    port = wait_until(lambda: listening(supervisor), "the port")
     try:
         return http.get(f"http://127.0.0.1:{port}/ping", timeout=seconds).status_code
     except httpx.TimeoutException:
@@ -218,7 +218,7 @@ def hang_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if compiler is None or not sys.platform.startswith("linux"):
         missing("there is no C compiler, and no disk that hangs is tried: apt-get install gcc libc6-dev")
     library = tmp_path_factory.mktemp("hang") / "hang.so"
-    command = [compiler, "-shared", "-fPIC", "-O1", "-o", library, STAND_INS / "hang.c", "-ldl"]
+    command: list[str | Path] = [compiler, "-shared", "-fPIC", "-O1", "-o", library, STAND_INS / "hang.c", "-ldl"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     if done.returncode:
         missing(f"no disk that hangs is tried, for its stand-in does not compile: {done.stderr[-500:]}")
@@ -274,7 +274,7 @@ print(len(threads[0]) - len(hung))
 def test_the_stand_in_for_a_disk_holds_up_each_call(disk: Callable[[Path], Disk], tmp_path: Path) -> None:
     """Else the tests below would pass for nothing: this is for another Python, another C library."""
     hung = disk(tmp_path / "below")
-    command = [sys.executable, "-c", CALLS, hung.folder, tmp_path / "beside", hung.switch]
+    command: list[str | Path] = [sys.executable, "-c", CALLS, hung.folder, tmp_path / "beside", hung.switch]
     environ = {**os.environ, **hung.environ}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.splitlines() == ["0 []", "0"], done.stderr

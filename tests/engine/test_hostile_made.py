@@ -68,9 +68,10 @@ class Bench:
         """What has arrived upstream, when nothing is left of the clients that went; and the gateway is well."""
 
         def nothing_in_flight() -> bool:
-            status = self.probe.send(request(b"GET", b"/status")).answer().json()
+            status: dict[str, Any] = self.probe.send(request(b"GET", b"/status")).answer().json()
             assert isinstance(status, dict)
-            return status["in_flight"] == status["waiting"] == 0
+            is_idle: bool = status["in_flight"] == status["waiting"] == 0
+            return is_idle
 
         wait_until(nothing_in_flight, "nothing in flight", PATIENCE)
         # Three rounds of the upstream's loop: one to take a connection, one to read it, one to see it close.

@@ -181,7 +181,12 @@ def test_the_start_is_told_phase_by_phase() -> None:
     with Supervisor("m", plan=[{"load_seconds": 3}]) as served:
         served.says("importing vLLM")
         seen = [poll(served)]
-        wait_until(lambda: seen.append(poll(served)) or seen[-1]["state"] == "ready", "readiness")
+
+        def is_ready() -> bool:
+            seen.append(poll(served))
+            return bool(seen[-1]["state"] == "ready")
+
+        wait_until(is_ready, "readiness")
     loading = [sum(row["seconds"] for row in one["phases"]) for one in seen if one["state"] == "starting"]
     assert len(loading) >= 2
     assert loading == sorted(loading)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -281,7 +282,7 @@ def test_vllms_own_objections_to_a_fork_hold(monkeypatch: pytest.MonkeyPatch) ->
 
     def platform(name: str) -> None:
         module = SimpleNamespace(current_platform=SimpleNamespace(device_name=name))
-        monkeypatch.setitem(sys.modules, "vllm.platforms", module)  # type: ignore[arg-type]
+        monkeypatch.setitem(sys.modules, "vllm.platforms", module)
 
     platform("cuda")
     assert zygote.may_fork(config())
@@ -289,7 +290,7 @@ def test_vllms_own_objections_to_a_fork_hold(monkeypatch: pytest.MonkeyPatch) ->
     assert not zygote.may_fork(config(data=2))
     assert not zygote.may_fork(config(name="WhisperForConditionalGeneration"))
     assert not zygote.may_fork(config(ipc="torch_shm"))
-    several = {"world_size": 2, "distributed_executor_backend": "mp"}
+    several: dict[str, Any] = {"world_size": 2, "distributed_executor_backend": "mp"}
     assert zygote.may_fork(config(**several))
     assert not zygote.may_fork(config(data=2, **several))
     assert not zygote.may_fork(config(name="WhisperForConditionalGeneration", **several))
@@ -315,7 +316,7 @@ def test_the_method_is_set_after_vllms_own_check(monkeypatch: pytest.MonkeyPatch
         model_config=SimpleNamespace(architecture="LlamaForCausalLM"),
     )
     monkeypatch.setenv(zygote.METHOD_VARIABLE, "")
-    monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=Platform()))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=Platform()))
     zygote.allow_forks({zygote.METHOD_VARIABLE: "spawn"})  # the user's word
     Platform().check_and_update_config(config)
     assert os.environ[zygote.METHOD_VARIABLE] == "spawn"

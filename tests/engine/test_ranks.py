@@ -73,7 +73,7 @@ def part(supervisor: Supervisor, name: str) -> int:
     def named() -> int | None:  # it takes its name when its program has begun: vLLM may be ready before
         return next((pid for pid in session_pids(session) if psutil.Process(pid).name().startswith(name)), None)
 
-    return int(str(wait_until(named, name)))
+    return wait_until(named, name)
 
 
 def state(supervisor: Supervisor) -> str:
@@ -289,7 +289,7 @@ def test_the_end_of_a_workers_helper_is_nobodys_death() -> None:
             workers = [process for process in workers if process.name() == "VLLM::Worker"]
             return [process for process in workers if process.parent() in workers]
 
-        (helper,) = wait_until(helpers, "a worker with a helper")  # type: ignore[misc]
+        (helper,) = wait_until(helpers, "a worker with a helper")
         worker = helper.ppid()
         assert "-> ready" not in supervisor.output
         supervisor.ready()  # by now every part has been seen

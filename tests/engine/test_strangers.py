@@ -64,7 +64,8 @@ class Elsewhere(Watched):
     @property
     def number(self) -> int:
         """Of the engine that runs, over there."""
-        return int(str(wait_until(lambda: self.client.get("/status").json()["pid"], "the engine's pid")))
+        pid: int = wait_until(lambda: self.client.get("/status").json()["pid"], "the engine's pid")
+        return pid
 
 
 class Namespaced(Elsewhere):
@@ -76,8 +77,8 @@ class Namespaced(Elsewhere):
         environ = {"TMPDIR": str(base), **more.pop("environ", {})}
         super().__init__("m", within=within, environ=environ, **more)
         outside = psutil.Process(self.process.pid)
-        (self.init,) = wait_until(outside.children, "process 1")  # type: ignore[misc]
-        (self.ours,) = wait_until(self.init.children, "the supervisor")  # type: ignore[misc]
+        (self.init,) = wait_until(outside.children, "process 1")
+        (self.ours,) = wait_until(self.init.children, "the supervisor")
         self.control = socket.socket(socket.AF_UNIX)
         self.control.settimeout(20)
         self.control.connect(str(control))
@@ -283,7 +284,7 @@ class Impostor:
     """`requests()`: what a user's process that looks like a supervisor was asked."""
 
     def __init__(self, folder: Path) -> None:
-        program = [sys.executable, STAND_INS / "impostor.py", str(SOMEBODY), folder]
+        program: list[str | Path] = [sys.executable, STAND_INS / "impostor.py", str(SOMEBODY), folder]
         self.process = subprocess.Popen(program, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == "listening\n"
@@ -291,7 +292,7 @@ class Impostor:
     def requests(self) -> list[str]:
         """Ends it, and returns all that it was ever asked."""
         self.process.kill()
-        said, _ = self.process.communicate(timeout=10)
+        said: str = self.process.communicate(timeout=10)[0]
         return said.splitlines()
 
 

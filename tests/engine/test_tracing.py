@@ -68,7 +68,7 @@ class Collector(http.server.ThreadingHTTPServer):
         def found() -> list[Span]:
             return [span for span in self.spans if attributes(span).get("vllm_supervisor.request_id") == request_id]
 
-        (server,) = wait_until(found, f"the span of {request_id}")  # type: ignore[misc]
+        (server,) = wait_until(found, f"the span of {request_id}")
         below = [
             span for span in self.spans if span.parent_span_id == server.span_id
         ]  # they came before it, or with it
@@ -324,7 +324,11 @@ def test_a_collector_that_is_not_well_keeps_nobody_waiting() -> None:
                 seen = failing.posts  # before the request: its span may be delivered before its answer is read
                 assert supervisor.client.post(COMPLETIONS, json={"prompt": "x"}).elapsed.total_seconds() < 1
                 if supervisor is supervisors[1]:  # one export each, which all fail
-                    wait_until(lambda seen=seen: failing.posts > seen, "an export")  # type: ignore[misc]
+
+                    def has_exported(seen: int = seen) -> bool:
+                        return failing.posts > seen
+
+                    wait_until(has_exported, "an export")
         supervisors[0].says("traces: Transient error .*refused")
         supervisors[1].says("traces: Failed to export spans batch code: 500")
         began = time.monotonic()

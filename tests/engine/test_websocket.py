@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -28,10 +29,11 @@ def served() -> Iterator[Supervisor]:
         yield supervisor
 
 
-def opened(served: Supervisor, **more: object) -> ClientConnection:
-    headers = {"Authorization": f"Bearer {KEY}"} | dict(more.pop("headers", {}))  # type: ignore[call-overload]
+def opened(served: Supervisor, **more: Any) -> ClientConnection:
+    headers = {"Authorization": f"Bearer {KEY}"} | dict(more.pop("headers", {}))
     url = f"ws://127.0.0.1:{served.port}/v1/realtime?model=m"
-    return connect(url, additional_headers=headers, max_size=None, **more)  # type: ignore[arg-type]
+    connection: ClientConnection = connect(url, additional_headers=headers, max_size=None, **more)
+    return connection
 
 
 def test_messages_pass_both_ways(served: Supervisor) -> None:

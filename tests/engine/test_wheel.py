@@ -54,7 +54,7 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("empty") / "venv"
     done = run(sys.executable, "-m", "venv", "--without-pip", folder)
     assert done.returncode == 0, done.stderr
-    into = ["--python", folder]
+    into: list[str | Path] = ["--python", folder]
     uv("pip", "install", "--offline", "--no-deps", *into, wheel)
     (site,) = folder.glob("lib/python3*/site-packages")
     with zipfile.ZipFile(wheel) as packed:

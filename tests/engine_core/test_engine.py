@@ -37,6 +37,8 @@ def test_a_run_is_known_by_more_than_its_number() -> None:
         world.settle()
         assert first.removed
         run, again = world.seen.runs
+        assert run.child is not None
+        assert again.child is not None
         assert (run.number, run.was_ready, run.child.pid) == (1, True, first.pid)
         assert (again.number, again.was_ready, again.child.pid) == (2, False, world.launched().pid)
         assert world.seen.states == [State.READY, State.RESTARTING, State.STARTING]
@@ -153,7 +155,8 @@ def test_the_kernels_kill_is_the_cause_where_it_was_noted() -> None:
     with World(LIMITS, Noted()) as world:
         world.launched().exits(1)
         world.settle()
-        assert "because the container's memory ran out" in world.account.status()["last_failure"]["cause"]
+        status: dict[str, Any] = world.account.status()
+        assert "because the container's memory ran out" in status["last_failure"]["cause"]
 
 
 def test_finding_the_cause_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +171,8 @@ def test_finding_the_cause_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch)
     with World() as world:
         world.launched().exits(1)
         world.settle()
-        assert world.account.status()["last_failure"]["cause"] == "found"
+        status: dict[str, Any] = world.account.status()
+        assert status["last_failure"]["cause"] == "found"
         assert where
         assert threading.main_thread() not in where
 

@@ -229,7 +229,7 @@ class World:
         self._bounded_patch = patch("supervisor.engine.engine.run_bounded", run_in_stopped_time)
         self._bounded_patch.start()
         self._handler = logging.Handler()
-        self._handler.emit = self.log.append  # type: ignore[method-assign]
+        self._handler.emit = self.log.append  # type: ignore[method-assign,assignment]
         logger = logging.getLogger("supervisor")
         logger.addHandler(self._handler)
         logger.setLevel(logging.DEBUG)
