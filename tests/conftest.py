@@ -66,7 +66,7 @@ WITHOUT_SHARED_VLLM = {
 }
 
 
-class TwoProcesses(LoadScopeScheduling):
+class TwoProcesses(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
     """Schedules tests/vllm: one process runs all tests of the shared vLLM, in their order; another all other tests."""
 
     def _split_scope(self, nodeid: str) -> str:
@@ -75,7 +75,7 @@ class TwoProcesses(LoadScopeScheduling):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling | None:
-    return TwoProcesses(config, log) if config.getvalue("dist") == "loadscope" else None  # type: ignore[arg-type]
+    return TwoProcesses(config, log) if config.getvalue("dist") == "loadscope" else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -89,7 +90,7 @@ def test_it_reads_that_these_need_a_key(clients: Clients, open_to_pages: Supervi
     ids=["401", "404", "403", "413", "415"],
 )
 def test_a_page_reads_why_it_is_refused(
-    clients: Clients, open_to_pages: Supervisor, more: dict[str, object], name: str, status: int, says: str
+    clients: Clients, open_to_pages: Supervisor, more: dict[str, Any], name: str, status: int, says: str
 ) -> None:
     told = clients.ask(BROWSER, open_to_pages, **{"key": KEY, "origin": ORIGIN, **more})
     assert told.error is not None

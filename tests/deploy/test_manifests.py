@@ -460,7 +460,7 @@ def read(folder: Path) -> Any:
         environ = {name: f"@{folder / 'keys'}" if value[:1] == "@" else value for name, value in place.environ.items()}
         environ |= {"SUPERVISOR_VOLUME": str(folder)} if "SUPERVISOR_VOLUME" in environ else {}
         environ |= {"SUPERVISOR_VLLM": str(folder.parent / "vllm/bin/vllm"), "SUPERVISOR_HOST": "0.0.0.0"}
-        return gather(Arguments(), environ | {"SUPERVISOR_IMAGE": "1"} | place.given)
+        return gather(Arguments(), {**environ, "SUPERVISOR_IMAGE": "1", **place.given})
 
     return read
 

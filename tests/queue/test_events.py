@@ -66,7 +66,8 @@ def cut_all(queue: Events, *, ended: bool = False) -> Iterator[str]:
 
 def chunks_of(parts: Iterable[bytes], random_: random.Random | None = None) -> list[str]:
     """As the worker does it: what is there is cut now and then (with a `random_`), the rest at the end."""
-    queue, found = Events(), []
+    queue = Events()
+    found: list[str] = []
     for part in parts:
         queue.feed(part)
         if random_ is None or random_.random() < 0.5:

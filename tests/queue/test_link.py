@@ -195,7 +195,7 @@ def test_a_runpod_that_can_not_be_connected_to_is_told(sdk: Any, capsys: pytest.
     async def run() -> float:
         poll = sdk.LongPoll("taking jobs", Nobody(), sdk.read_stops)
         assert await poll.ask("u") == []
-        return poll.pause
+        return float(poll.pause)
 
     assert asyncio.run(run()) == 0.1
     (said,) = [json.loads(line)["message"] for line in capsys.readouterr().out.splitlines()]

@@ -118,7 +118,8 @@ def plain() -> Iterator[SimpleNamespace]:
 @pytest.fixture(scope="module")
 def many(plain: SimpleNamespace) -> PlainWorker:
     """A generator, with the SDK's own level of logging, and no stop channel."""
-    return plain.many
+    worker: PlainWorker = plain.many
+    return worker
 
 
 @pytest.fixture
@@ -126,7 +127,8 @@ def one(plain: SimpleNamespace) -> PlainWorker:
     """A function that takes one job after the other, with a heartbeat twice per second."""
     if plain.one.process.poll() is not None:  # a test has ended it
         plain.one = plain.start_one()
-    return plain.one
+    worker: PlainWorker = plain.one
+    return worker
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +286,8 @@ def test_a_level_that_it_does_not_know_ends_its_import(sdk: Any) -> None:
 
 def test_its_heartbeat_survives_it(refused: SimpleNamespace) -> None:
     def last_ping() -> float:
-        return (refused.runpod.worker()["killed"]["ping"] or {"at": 0})["at"]
+        ping: dict[str, float] = refused.runpod.worker()["killed"]["ping"] or {"at": 0}
+        return ping["at"]
 
     wait_until(lambda: last_ping() > refused.died + 0.5, "a ping of a worker that is dead")
 
