@@ -82,7 +82,7 @@ class Tabs:
         page.on(
             "request",
             lambda request: (
-                request.url.startswith((origin, "data:")) or self.faults.append(f"it asked for {request.url}")
+                request.url.startswith((origin, "data:")) or self.faults.append(f"it asked for {request.url}")  # type: ignore[func-returns-value]
             ),
         )
         prepare(page)
@@ -678,7 +678,7 @@ def test_pictures(tabs: Tabs) -> None:
     with Supervisor(vllm=None, program=(ROOT / "scripts" / "up",)) as served:
         served.ready(300)
         pages = {scheme: tabs.open(address(served), color_scheme=scheme, viewport=size) for scheme in ("light", "dark")}
-        phone = {"viewport": PHONE, "device_scale_factor": 1.5, "is_mobile": True, "has_touch": True}
+        phone: dict[str, Any] = {"viewport": PHONE, "device_scale_factor": 1.5, "is_mobile": True, "has_touch": True}
         pages["phone"] = tabs.open(address(served), color_scheme="light", **phone)
         for page in pages.values():
             without_paths(page).reload()

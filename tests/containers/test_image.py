@@ -207,6 +207,8 @@ def test_process_1_reaps_orphans(image: str) -> None:
 
 @pytest.mark.parametrize("way", ["http", "another address and PORT_HEALTH", "keys", "https", "queue"])
 def test_healthy_is_ready(image: str, tmp_path: Path, way: str) -> None:
+    environ: dict[str, str]
+    options: tuple[str, ...]
     environ, options = {}, ()
     if way == "another address and PORT_HEALTH":
         environ = {"SUPERVISOR_HOST": "127.0.0.2", "PORT_HEALTH": "0"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 from collections.abc import Iterator
+from typing import Any
 
 import anthropic
 import openai
@@ -14,7 +15,7 @@ from tests.vllm.conftest import link_to
 
 pytestmark = pytest.mark.vllm
 RESULT = "x-supervisor-cache"
-ASKED = [{"role": "user", "content": "Tell me of the sea."}]
+ASKED: list[Any] = [{"role": "user", "content": "Tell me of the sea."}]
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +30,12 @@ def caching(served: Supervisor, tmp_path_factory: pytest.TempPathFactory) -> Ite
 def test_openais_client_gets_the_same_answer_whole_and_streamed(caching: Supervisor) -> None:
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{caching.port}/v1", api_key="none")
     create = client.chat.completions.with_raw_response.create
-    raws = [create(model="demo", messages=ASKED, temperature=0, max_tokens=20) for _ in range(3)]  # type: ignore[call-overload]
+    raws = [create(model="demo", messages=ASKED, temperature=0, max_tokens=20) for _ in range(3)]
     assert [raw.headers[RESULT] for raw in raws] == ["miss", "hit", "hit"]
     assert len({raw.parse().choices[0].message.content for raw in raws}) == 1
     texts = []
     for _ in range(2):
-        stream = client.chat.completions.create(
-            model="demo", messages=ASKED, temperature=0, max_tokens=20, stream=True  # type: ignore[call-overload]
-        )  # fmt: skip
+        stream = client.chat.completions.create(model="demo", messages=ASKED, temperature=0, max_tokens=20, stream=True)
         texts.append("".join(chunk.choices[0].delta.content or "" for chunk in stream))
     assert texts == [raws[0].parse().choices[0].message.content] * 2
 
@@ -45,7 +44,7 @@ def test_anthropics_client(caching: Supervisor) -> None:
     client = anthropic.Anthropic(base_url=f"http://127.0.0.1:{caching.port}", api_key="none")
     create = client.messages.with_raw_response.create
     more = {"temperature": 0}
-    raws = [create(model="demo", messages=ASKED, max_tokens=20, extra_body=more) for _ in range(2)]  # type: ignore[arg-type]
+    raws = [create(model="demo", messages=ASKED, max_tokens=20, extra_body=more) for _ in range(2)]
     assert [raw.headers[RESULT] for raw in raws] == ["miss", "hit"]
     assert raws[0].parse().content == raws[1].parse().content
 

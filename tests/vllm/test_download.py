@@ -87,7 +87,7 @@ class Hub:
         self.process.kill()
         self.process.wait()
 
-    def change(self, **wanted: object) -> dict[str, Any]:
+    def change(self, **wanted: object) -> Any:
         return http.post(f"{self.url}/stand-in", json=wanted).json()
 
     def sent(self, suffix: str = ".safetensors") -> int:
@@ -585,7 +585,7 @@ def test_a_hub_that_wants_no_more_of_us(user: User, hub: Hub) -> None:
 
 def test_an_error_in_between_costs_nothing_that_has_come(user: User, hub: Hub, large: Path) -> None:
     hub.change(cut=2 * MB)
-    arguments = [PYTHON, DOWNLOAD, told("org/large")]
+    arguments: list[str | Path] = [PYTHON, DOWNLOAD, told("org/large")]
     environ = clean_environment(**user.environ(hub))
     with subprocess.Popen(arguments, env=environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         wait_until(lambda: hub.sent() >= 6 * MB, "the first halves")
@@ -722,6 +722,7 @@ def test_a_cache_below_a_file(user: User, hub: Hub) -> None:
 
 def test_two_workers_fill_one_cache(user: User, hub: Hub, large: Path) -> None:
     hub.change(rate=4 * MB)
+    arguments: list[str | Path]
     arguments, environ = [PYTHON, DOWNLOAD, told("org/large")], clean_environment(**user.environ(hub))
     both = [subprocess.Popen(arguments, env=environ, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait(60) for process in both] == [0, 0]

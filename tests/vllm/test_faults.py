@@ -8,6 +8,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -65,10 +66,12 @@ def test_killed_with_work_in_flight(served: Supervisor, victim: str) -> None:
     segments = json.loads((Path(served.socket).parent / "remains.json").read_text())["segments"]
     assert len(segments) >= 2
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        streams = [pool.submit(stream, served) for _ in range(8)]
+        streams: list[concurrent.futures.Future[Any]] = [pool.submit(stream, served) for _ in range(8)]
         body = greedy(max_tokens=500, ignore_eos=True)
         url = f"http://127.0.0.1:{served.port}{CHAT}"
-        whole = [pool.submit(http.post, url, json=body, timeout=START) for _ in range(8)]
+        whole: list[concurrent.futures.Future[Any]] = [
+            pool.submit(http.post, url, json=body, timeout=START) for _ in range(8)
+        ]
         # Not all 16, and nothing asked of vLLM: while it works, two cores may leave nobody else the time to look.
         wait_until(
             lambda: served.client.get("/status").json()["in_flight"] or all(sent.done() for sent in (*streams, *whole)),
@@ -78,7 +81,7 @@ def test_killed_with_work_in_flight(served: Supervisor, victim: str) -> None:
         served.says(r"ready -> restarting")
         for result in streams:
             last = result.result()[-1]
-            assert "error" in last or last["choices"][0]["finish_reason"] == "length"  # type: ignore[index]
+            assert "error" in last or last["choices"][0]["finish_reason"] == "length"
         for answer in whole:
             assert answer.result().status_code == 200, answer.result().text
             assert answer.result().json()["usage"]["completion_tokens"] == 500

@@ -67,7 +67,7 @@ def frozen_stream(supervisor: Supervisor, path: str, body: dict[str, object]) ->
 
 
 def comes_back(supervisor: Supervisor, before: int) -> None:
-    def ready() -> bool:
+    def ready() -> object:
         status = supervisor.client.get("/status").json()
         return status["state"] == "ready" and status["restarts"] == before + 1
 

@@ -25,7 +25,7 @@ from tests.vllm.test_serving import CHAT, WEATHER, timeless
 pytestmark = pytest.mark.vllm
 
 COMPLETIONS = "/v1/completions"
-QUESTION = [{"role": "user", "content": "What are you?"}]
+QUESTION: list[Any] = [{"role": "user", "content": "What are you?"}]
 FORECAST = [{"role": "user", "content": "What is the weather in Paris?"}]
 COLD = {"temperature": 0, "max_tokens": 20}
 TOLD = {"model": "demo", **COLD}
@@ -524,15 +524,15 @@ def client(runpod: RunPod) -> openai.OpenAI:
 
 
 def test_openai_client(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0)  # type: ignore[arg-type]
+    answer = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0)
     assert answer.choices[0].finish_reason == "stop"
     assert "demo model" in (answer.choices[0].message.content or "")
     assert [model.id for model in client.models.list()] == ["demo"]
 
 
 def test_openai_client_streams(client: openai.OpenAI) -> None:
-    whole = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0)  # type: ignore[arg-type]
-    stream = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0, stream=True)  # type: ignore[call-overload]
+    whole = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0)
+    stream = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0, stream=True)
     parts = [chunk.choices[0].delta.content or "" for chunk in stream]
     assert len(parts) > 5
     assert "".join(parts) == whole.choices[0].message.content
@@ -545,7 +545,7 @@ def test_openai_client_asks_for_a_response(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize("stream", [False, True], ids=["", "stream"])
 def test_openai_client_sees_the_error(client: openai.OpenAI, stream: bool) -> None:
     with pytest.raises(openai.APIStatusError, match="`nobody` does not exist"):
-        client.chat.completions.create(model="nobody", messages=QUESTION, stream=stream)  # type: ignore[call-overload]
+        client.chat.completions.create(model="nobody", messages=QUESTION, stream=stream)
 
 
 @pytest.fixture(scope="module")
@@ -628,7 +628,7 @@ def test_worker_vllms_output_of_old(served: Supervisor, content: dict[str, objec
 def test_a_stream_of_an_engine_that_is_killed_is_failed(served: Supervisor, runpod: RunPod) -> None:
     """Or it was whole before. On a busy machine vLLM's API server comes to its first event when the engine has made all
     of the answer, which is then in that event: such a job is COMPLETED, and rightly; another one is tried."""
-    statuses = []
+    statuses: list[str] = []
     while "FAILED" not in statuses:
         assert len(statuses) < 5
         runpod.done(
@@ -637,7 +637,7 @@ def test_a_stream_of_an_engine_that_is_killed_is_failed(served: Supervisor, runp
         session = served.client.get("/status").json()["pid"]
         (core,) = [pid for pid in session_pids(session) if psutil.Process(pid).name().startswith("VLLM::Engine")]
         job = runpod.run({"prompt": "Once upon", "max_tokens": 2000, "ignore_eos": True, "stream": True})
-        wait_until(lambda job=job: runpod.job(job)["chunks"], "the stream", 60)
+        wait_until(lambda job=job: runpod.job(job)["chunks"], "the stream", 60)  # type: ignore[misc]
         os.kill(core, signal.SIGKILL)
         status = runpod.result(job, 60)
         statuses.append(status["status"])

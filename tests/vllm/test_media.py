@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import subprocess
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ asyncio.run(config.loaded_app(scope, None, None))
 """
 
 
-def architectures(table: str) -> set[str]:
+def architectures(table: str) -> set[Any]:
     tree = ast.parse((PACKAGES / "vllm/model_executor/models/registry.py").read_text())
     for node in tree.body:
         if isinstance(node, ast.Assign) and any(isinstance(to, ast.Name) and to.id == table for to in node.targets):

@@ -84,7 +84,7 @@ def with_real_tokens(value: object) -> object:
 def request_of(case: Any) -> Request:
     import requests  # noqa: PLC0415  # what schemathesis makes requests with
 
-    ready = requests.Request(**case.as_transport_kwargs(base_url="http://vllm")).prepare()
+    ready: Any = requests.Request(**case.as_transport_kwargs(base_url="http://vllm")).prepare()
     headers = tuple((name, value) for name, value in ready.headers.items() if name.lower() in KEPT)
     body = ready.body.encode() if isinstance(ready.body, str) else ready.body
     return Request(ready.method or "", ready.path_url, headers, body)
@@ -100,7 +100,7 @@ def operations(document: dict[str, Any]) -> list[Any]:
         "prompt"
     ]  # all else would be answered with 400
     everybodys = {row["path"] for row in json.loads(ROUTES.read_text()) if row["kind"] != "admin"}
-    found = [result.ok() for result in schemathesis.openapi.from_dict(document).get_all_operations()]
+    found = [result.ok() for result in schemathesis.openapi.from_dict(document).get_all_operations()]  # type: ignore[union-attr]
     return [operation for operation in found if operation.path in everybodys]
 
 

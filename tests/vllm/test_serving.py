@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import subprocess
+from typing import Any
 
 import anthropic
 import httpx
@@ -156,9 +157,9 @@ def test_openai_client(client: openai.OpenAI) -> None:
 
 
 def test_openai_client_streams(client: openai.OpenAI) -> None:
-    question = [{"role": "user", "content": "What are you?"}]
-    whole = client.chat.completions.create(model="demo", messages=question, temperature=0)  # type: ignore[call-overload]
-    stream = client.chat.completions.create(model="demo", messages=question, temperature=0, stream=True)  # type: ignore[call-overload]
+    question: list[Any] = [{"role": "user", "content": "What are you?"}]
+    whole = client.chat.completions.create(model="demo", messages=question, temperature=0)
+    stream = client.chat.completions.create(model="demo", messages=question, temperature=0, stream=True)
     parts = [chunk.choices[0].delta.content or "" for chunk in stream]
     assert len(parts) > 5
     assert "".join(parts) == whole.choices[0].message.content

@@ -165,6 +165,6 @@ def test_two_machines_serve_one_model_and_start_again_together(machines: tuple[M
         assert other.exit_code(60) == 0
         assert not [process for process in after if process.is_running()]
     for machine in machines:
-        wait_until(lambda machine=machine: not run("ip", "netns", "pids", machine.name), "nobody in the namespace")
+        wait_until(lambda machine=machine: not run("ip", "netns", "pids", machine.name), "nobody in the namespace")  # type: ignore[misc]
         assert list(machine.folder.iterdir()) == []
     assert {path.name for path in Path("/dev/shm").iterdir()} <= ours
