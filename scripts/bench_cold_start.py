@@ -206,9 +206,10 @@ def run_supervised(
                 time.sleep(0.1)
         answers = [ask(url, prompt=prompt) for prompt in PROMPTS]
         for _ in range(options.crashes if crashes is not None else 0):
-            crashes.append(measure_crash(url))  # type: ignore[union-attr]
+            crash = measure_crash(url)
+            crashes.append(crash)  # type: ignore[union-attr]
             equal = sum(ask(url, prompt=prompt) == text for prompt, text in zip(PROMPTS, answers, strict=True))
-            print(f"crash: {crashes[-1][TOTAL]:.1f} s, {equal} of {len(PROMPTS)} greedy answers as before", flush=True)
+            print(f"crash: {crash[TOTAL]:.1f} s, {equal} of {len(PROMPTS)} greedy answers as before", flush=True)
         if options.log:
             shutil.copy(log, options.log)
         return phases

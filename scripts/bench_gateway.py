@@ -205,7 +205,7 @@ def gateway(folder: Path, name: str = "gateway", *, logs: bool = False, **knobs:
 def naive(folder: Path) -> Iterator[Front]:
     port = free_port()
     environ = {"UPSTREAM": str(folder / "upstream.sock"), "PORT": str(port)}
-    with start_program([sys.executable, "-c", NAIVE], 1, **environ) as (process, output):
+    with start_program([sys.executable, "-c", NAIVE], 1, drains_output=False, **environ) as (process, output):
         wait_for(port, process, output)
         yield Front("uvicorn + httpx", port, [process.pid])
 

@@ -14,8 +14,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from supervisor.engine.diagnosis import EFFECTS, GONE, OOM_KILLED, REMEDIES, RULES, SIGNALS, Rule
-from supervisor.engine.topics import GAP, TOPICS
+from supervisor.engine.diagnosis import EFFECTS, GONE, OOM_KILLED, RULES, SIGNALS, Rule
+from supervisor.engine.topics import GAP, REMEDIES, TOPICS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/faults.md"
 BEGIN, END = "<!-- scripts/generate_faults.py: from here -->", "<!-- scripts/generate_faults.py: to here -->"

@@ -536,7 +536,7 @@ def schema(options: Catalogue) -> str:
 
 
 def _knob_schema(knob: Knob) -> dict[str, Any]:
-    kinds = {
+    kinds: dict[object, list[str]] = {
         read_bool: ["boolean", "string"],
         knobs.read_seconds: ["number"],
         knobs.read_count: ["integer"],
@@ -557,13 +557,12 @@ def _knob_schema(knob: Knob) -> dict[str, Any]:
 
 
 def _option_schema(option: Option) -> dict[str, Any]:
-    item: dict[str, Any]
     if option.kind in ("pair", "switch"):
         return {"type": ["boolean", "null"]}
     if option.choices:
-        item = {"enum": [json.loads(c) if option.type == "int" else c for c in option.choices] + [None]}
+        item: dict[str, Any] = {"enum": [json.loads(c) if option.type == "int" else c for c in option.choices] + [None]}
     else:
-        item = {
+        kinds: dict[str, dict[str, Any]] = {
             "int": {"type": ["integer", "null"]},
             "float": {"type": ["number", "null"]},
             "human_int": {"type": ["integer", "string", "null"], "pattern": r"^\d+(\.\d+)?[kmgtKMGT]?$"},
@@ -571,7 +570,8 @@ def _option_schema(option: Option) -> dict[str, Any]:
             "json": {"type": ["object", "array", "string", "null"]},
             "json_human": {"type": ["object", "string", "null"]},
             "json_or_str": {"type": ["object", "string", "null"]},
-        }.get(option.type, {"type": ["string", "number", "null"]})
+        }
+        item = kinds.get(option.type, {"type": ["string", "number", "null"]})
         if option.variable == "TENSOR_PARALLEL_SIZE":
             item = {"type": ["integer", "string", "null"], "pattern": "^auto$"}
         words = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}

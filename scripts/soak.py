@@ -38,6 +38,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import psutil
 
@@ -225,7 +226,7 @@ class Rascal(Client):
     async def _stall(self) -> str:
         assert self.streams is not None
         self.streams[1].write(self._request(tokens=2000, stream=True) * 3)
-        self.streams[1].transport.pause_reading()
+        cast(asyncio.Transport, self.streams[1].transport).pause_reading()
         await asyncio.sleep(self.rng.uniform(0, 1))
         return ""
 

@@ -55,7 +55,8 @@ class Book:
 
     def chat(self, messages: list[dict[str, Any]], tools: list[Any] | None = None, ask: bool = False) -> str:
         """Returns the text that vLLM makes of these messages, by the template that is shipped."""
-        return render_jinja_template([messages], tools, None, self.template, add_generation_prompt=ask)[0][0]
+        texts: list[str] = render_jinja_template([messages], tools, None, self.template, add_generation_prompt=ask)[0]
+        return texts[0]
 
     def epoch(self) -> list[str]:
         """Returns every answer, in conversations of some turns, then dialogues, tool calls and plain completions."""
@@ -194,7 +195,7 @@ def batches(draw: Callable[[], list[str]], tokenizer: Tokenizer) -> Iterator[tup
             yield pad_sequence(list(map(torch.tensor, ids)), True), pad_sequence(list(map(torch.tensor, weights)), True)
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def seed_copying(model: LlamaForCausalLM) -> None:
     """Sets weights from which it soon learns to copy: "after A came B, here is A again, so B" (an induction head).
 
@@ -264,7 +265,9 @@ def problems(out: Path, book: Book, tokenizer: Tokenizer) -> Iterator[str]:
     model = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     answers = {question: entry["a"] for entry in book.data["talk"] for question in entry["q"]}
     weather = '<tool_call>\n{"name": "get_weather", "arguments": {"location": "Paris"}}\n</tool_call>'
-    asked = {question: (None, answers[question]) for question in book.data["check"]}
+    asked: dict[str, tuple[list[Any] | None, str]] = {
+        question: (None, answers[question]) for question in book.data["check"]
+    }
     asked["What is the weather in Paris?"] = ([tool("get_weather", {"location": "string"})], weather)
     for question, (tools, expected) in asked.items():
         prompt = tokenizer.encode(book.chat([{"role": "user", "content": question}], tools, ask=True)).ids
