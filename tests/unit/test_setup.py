@@ -133,7 +133,8 @@ def test_both_are_made_side_by_side_and_then_left_alone(checkout: Checkout) -> N
 def test_vllm_for_the_cpu_has_the_name_that_vllm_asks_for(checkout: Checkout) -> None:
     assert "vLLM for CPU" in checkout.setup("--vllm-only")
     site = checkout.root / f".vllm/lib/{VERSION}/site-packages"
-    (found,) = [each for each in distributions(path=[str(site)]) if each.metadata.get("Name") == "vllm"]
+    named = [each for each in distributions(path=[str(site)]) if "Name" in each.metadata]
+    (found,) = [each for each in named if each.name == "vllm"]
     assert found.version == "0.32.0+cpu"
     assert {str(file) for file in found.files or ()} == {
         f"vllm-0.32.0+cpu.dist-info/{name}" for name in ("METADATA", "WHEEL", "RECORD")
