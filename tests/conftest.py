@@ -17,9 +17,14 @@ from pathlib import Path
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
+from supervisor.settings import platform
+
 # What is collected stays until the end, so nobody need look for garbage in it: neither while it is collected, which
 # would cost a twelfth of that time, nor in each test.
 gc.disable()
+
+# Whichever machine this is, the settings' and the doctor's tests are of one without a GPU, but for their own stand-ins.
+platform.DEVICES = Path("/nowhere")
 
 # About how many seconds each test in these files takes; where its tests share something, SECONDS_PER_GROUP goes before.
 SECONDS_PER_TEST = {

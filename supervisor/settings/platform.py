@@ -13,6 +13,7 @@ SAGEMAKER_PORT = "SAGEMAKER_BIND_TO_PORT"
 SAGEMAKER_MODEL = Path("/opt/ml/model")  # what it has fetched from S3
 SAGEMAKER_SOURCE = "default on SageMaker"
 
+DEVICES = Path("/dev")
 AUTO_WORDS = ("auto", "all")  # in TENSOR_PARALLEL_SIZE, they mean every GPU that there is
 NO_DEVICES = ("", "-1", "NoDevFiles")  # in CUDA_VISIBLE_DEVICES, they hide all GPUs from torch
 
@@ -22,8 +23,7 @@ def count_gpus(environ: Mapping[str, str]) -> int | None:
     devices = environ.get("CUDA_VISIBLE_DEVICES")
     if devices is not None:
         return 0 if devices.strip() in NO_DEVICES else len([part for part in devices.split(",") if part.strip()])
-    device_files = [path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
-    return len(device_files) or None
+    return sum(re.fullmatch(r"nvidia\d+", path.name) is not None for path in DEVICES.glob("nvidia*")) or None
 
 
 def defaults(mode: str, environ: Mapping[str, str]) -> Source:

@@ -137,6 +137,11 @@ def an_environment(folder: Path, script: str = "#!{python}\n", *, system: bool =
 # As a whole
 
 
+# What looks at the machine itself knows its GPUs, and says what is true of them.
+without_a_gpu = pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="a GPU is here, and this says nothing of it")
+
+
+@without_a_gpu
 def test_a_machine_that_is_well(doctor: Doctor, tmp_path: Path) -> None:
     found = doctor(SUPERVISOR_VLLM=a_vllm(tmp_path, "None"), HF_TOKEN="hf_member")
     assert {row["check"]: row for row in found.values() if row["verdict"] != OK} == {}
@@ -229,6 +234,7 @@ def mounted(tmp_path: Path, hub: Hub, mounts: str, **environ: str) -> dict[str, 
     return rows(done.stdout)
 
 
+@without_a_gpu
 def test_a_small_shm(tmp_path: Path, hub: Hub) -> None:
     row = mounted(tmp_path, hub, "mount -t tmpfs -o size=64m x /dev/shm", CUDA_VISIBLE_DEVICES="0,1")["shm"]
     assert row["verdict"] == FAIL

@@ -22,6 +22,7 @@ from tests.engine.test_metrics import Scrape
 from tests.harness import (
     RawClient,
     Supervisor,
+    clean_environment,
     events,
     session_pids,
     wait_until,
@@ -192,7 +193,7 @@ def test_a_frozen_engine_is_noticed_and_replaced(tmp_path: Path) -> None:
     program = tmp_path / "py-spy"
     program.write_text('#!/bin/sh\necho "the stacks, by: $*"\n')
     program.chmod(0o755)
-    environ = {"SUPERVISOR_STALL_TIMEOUT": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environ = {"SUPERVISOR_STALL_TIMEOUT": "1", "PATH": f"{tmp_path}:{clean_environment()['PATH']}"}
     with Supervisor("m", environ=environ) as supervisor, concurrent.futures.ThreadPoolExecutor(1) as pool:
         supervisor.ready()
         engine = state_of(supervisor)["engine_pid"]

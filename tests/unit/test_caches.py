@@ -349,6 +349,7 @@ def gpu(folder: Path, *models: str) -> Path:
 
 
 def test_the_gpu_is_in_the_name(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caches, "NVIDIA_GPUS", gpu(tmp_path / "none"))
     without = hardware_id()
     assert without == hardware_id()
     names = set()

@@ -77,8 +77,9 @@ def test_a_load_balancers_worker_takes_what_the_balancer_takes(folder: Path) -> 
     ("visible", "expected"), [("0,1,2", "3"), ("0", "1"), ("", "1"), ("-1", "1"), ("GPU-aa,GPU-bb", "2"), (None, "2")]
 )
 def test_all_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: str) -> None:
-    nodes = [Path("/dev/nvidia0"), Path("/dev/nvidia1"), Path("/dev/nvidiactl"), Path("/dev/nvidia-uvm")]
-    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(nodes))
+    monkeypatch.setattr(platform, "DEVICES", folder.parent)
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "null"):
+        (folder.parent / name).touch()
     monkeypatch.setattr("supervisor.vllm.installed._installed_version", lambda program: "0.32.0")
     environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     settings = read(folder, TENSOR_PARALLEL_SIZE="auto", **environ)
