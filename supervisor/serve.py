@@ -335,7 +335,8 @@ class Supervisor(Observer):
                 await self.gateway.wait_until_drained()
         except TimeoutError:
             limit = f"{patience:g} s (SUPERVISOR_DRAIN_TIMEOUT)"
-            self.log.warning("%d requests were still running after %s: cut", self.gateway.in_flight(), limit)
+            count = self.gateway.count_requests()["in_flight"]
+            self.log.warning("%d requests were still running after %s: cut", count, limit)
             self.gateway.cut("The server shut down before this request was done.")
             return False
         return True

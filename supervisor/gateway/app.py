@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import parse_qsl
 
@@ -71,7 +72,7 @@ class OwnRoutes:
     gate: Gate
     counts: Counts
     upstream: Upstream
-    in_flight: Callable[[], int]
+    count_requests: Callable[[], dict[str, int]]
     facts: Mapping[str, object]
     cache: Cache | None = None
 
@@ -123,8 +124,9 @@ class OwnRoutes:
         refusal = self.policy.refusal_for(self.policy.identify(scope["headers"]), address, self.gate.loop.time())
         if refusal is None:
             return None
-        again = [(b"retry-after", b"%d" % refusal.retry_after)] if refusal.retry_after else []
-        return _json(refusal.status, {"error": refusal.message}, *again)
+        more = [(b"retry-after", b"%d" % refusal.retry_after)] if refusal.retry_after else []
+        more += [(b"www-authenticate", b"Bearer")] if refusal.status == HTTPStatus.UNAUTHORIZED else []
+        return _json(refusal.status, {"error": refusal.message}, *more)
 
     def may_see_all(self, scope: Scope) -> bool:
         """Tells whether `/status` may tell everything. With API keys alone nobody is an administrator over HTTP."""
@@ -138,7 +140,7 @@ class OwnRoutes:
 
     def status(self, after: int | None = None) -> dict[str, Any]:
         """Returns what `/status` tells; with `after` (a line of vLLM's log, by its number) what the page needs, too."""
-        content = {**self.engine.status(), "in_flight": self.in_flight(), "waiting": self.gate.backlog, **self.facts}
+        content = {**self.engine.status(), **self.count_requests(), **self.facts}
         if after is not None:
             line, log = self.engine.log_after(after)
             content |= {

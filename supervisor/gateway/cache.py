@@ -59,6 +59,8 @@ class Cache:
         self.kept: OrderedDict[bytes, KeptAnswer] = OrderedDict()  # by key: the one that was asked for last is the last
         self.size = 0  # bytes that the kept answers take
         self.recordings: dict[bytes, Recording] = {}  # by key: those that may be joined, and kept when they are whole
+        self.was_changed = False  # whether an administrator has changed an engine's weights or adapters
+        self.is_unsure = False  # whether nobody knows if the last change is done: its client has left, for one
         self.results: Counter[str] = Counter(dict.fromkeys(RESULTS, 0))
 
     def deliver(self, exchange: Exchange, head: bytes) -> BaseDelivery:
@@ -81,7 +83,8 @@ class Cache:
             self.results["bypass"] += 1
             cacheable.bypass(complete=True)
             return
-        key = _cache_key(exchange, body)
+        # What was changed by hand ends with its engine.
+        key = _cache_key(exchange, body, self.was_changed and exchange.door.gate.generation)
         control = _cache_control(request)
         fresh = b"no-cache" in control or b"max-age=0" in control
         if not fresh and (kept := self.kept.get(key)) is not None:
@@ -112,7 +115,7 @@ class Cache:
         if self.recordings.get(key) is not recording:
             return  # somebody asked afresh since, or an administrator changed the model
         del self.recordings[key]
-        if kept is None:
+        if kept is None or self.is_unsure:
             return
         if (before := self.kept.pop(key, None)) is not None:
             self.size -= before.size
@@ -125,6 +128,7 @@ class Cache:
         """Forgets all answers after the use of an admin route: both doors call it with each request, as a watcher."""
         verdict = record.verdict
         if verdict.route in ADMIN_ROUTES and record.request.method != b"GET" and verdict.refusal is None:
+            self.was_changed, self.is_unsure = True, record.client_left or record.is_ours
             self.recordings.clear()  # vLLM may have other weights now, or another adapter
             self.kept.clear()
             self.size = 0
@@ -222,6 +226,7 @@ class Recording(Recipient):
             reader.exchange.request_held(self.held_for)
         reader.unread_calls.extend(self.calls)
         self.readers.append(reader)
+        self.pace()
         reader.catch_up()
 
     def leave(self, reader: CacheableRequest) -> None:
@@ -301,14 +306,14 @@ def _cache_control(request: Request) -> bytes:
     return b",".join(values).lower().replace(b" ", b"")
 
 
-def _cache_key(exchange: Exchange, body: bytes) -> bytes:
+def _cache_key(exchange: Exchange, body: bytes, engine: int) -> bytes:
     """Returns a key that is the same for the same client (its key), path, query, headers that matter, and bytes.
 
     Different bytes of equal JSON have different keys: the order of a tool's properties is part of the prompt.
     """
     request = exchange.request
     varying = sorted((name.lower(), value) for name, value in request.headers if name.lower() in VARYING)
-    said = repr((exchange.door.private, exchange.verdict.client, request.target, varying))
+    said = repr((engine, exchange.door.private, exchange.verdict.client, request.target, varying))
     return hashlib.sha256(said.encode() + body).digest()
 
 

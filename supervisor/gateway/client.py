@@ -96,7 +96,9 @@ class ClientConnection(RequestReader):
         self.body_began = 0.0  # the loop's time when the body that arrives was asked for
         self.stuck_at = 0.0  # the loop's time since when the client does not take its answer; 0: it takes it
         self.unsent, self.unsent_at = 0, 0.0  # bytes of answers that the client has not taken, and when that changed
-        self.sent, self.sent_at = 0, 0.0  # bytes of its answer that a half-closed client was sent; when that changed
+        # An answer and how much of it a half-closed client was sent, and when that changed.
+        self.progress: tuple[Exchange | None, int] = None, 0
+        self.progress_at = 0.0
         self.half_closed = False  # the client has said its last word, or is gone
 
     # asyncio's callbacks
@@ -183,9 +185,11 @@ class ClientConnection(RequestReader):
 
     def on_response_complete(self) -> None:
         """uvicorn's cycle calls this when it is done; it has closed the transport by then, if that is to be closed."""
-        self.answering = None
-        if self.incoming is not None and not self.at_start and self.body_read > OWN_BODY_LIMIT:
+        answered, self.answering = self.answering, None
+        if answered is self.incoming and not self.at_start and self.body_read > OWN_BODY_LIMIT:
             self.linger()
+        elif self.flow.read_paused and not self.unparsed_is_full:
+            self.flow.resume_reading()
         self._advance()
 
     def _advance(self) -> None:
@@ -271,6 +275,7 @@ class ClientConnection(RequestReader):
             self.unsent, self.unsent_at = unsent, now
         if unsent and now - self.unsent_at > timeout:
             self.cut()  # a close would wait for the client for ever
+        if self.transport.is_closing():
             return
         request = self.answering
         if self.half_closed or self.flow.read_paused:
@@ -282,9 +287,9 @@ class ClientConnection(RequestReader):
                 self.probe_client()
             elif self.half_closed and isinstance(request, Exchange) and request.body is not None and not unsent:
                 # Within an answer that is no stream the client can't be probed. vLLM makes such an answer at once.
-                if request.sent != self.sent:
-                    self.sent, self.sent_at = request.sent, now
-                elif now - self.sent_at > GONE_AFTER and not request.filler():
+                if self.progress != (request, request.sent):
+                    self.progress, self.progress_at = (request, request.sent), now
+                elif now - self.progress_at > GONE_AFTER and not request.filler():
                     self.cut()
                     return
         if self.stuck_at and now - self.stuck_at > timeout:

@@ -38,6 +38,8 @@ class Refusal:
         else:
             content = self._openai()
         body = json.dumps(content).encode()
+        if self.status == HTTPStatus.UNAUTHORIZED:
+            more += b"WWW-Authenticate: Bearer\r\n"
         if self.retry_after is not None:
             more += b"Retry-After: %d\r\n" % self.retry_after
         status = b"%d %b" % (self.status, HTTPStatus(self.status).phrase.encode())

@@ -43,7 +43,7 @@ class Exchange(Record, Recipient):
     refusal: Refusal | None = None  # why its head is refused, which is read before the request's turn comes
     head = b""  # of a request whose head came before: what vLLM is to receive, its body included
     request_complete = False  # set when all of the request's body is there
-    early_body: tuple[bytes, ...] = ()  # what came of the body before the request's turn
+    early_body: list[bytes] | None = None  # what came of the body before the request's turn
     early_body_size = 0  # bytes of `early_body`
     discards_request = False  # set where what still comes of the request is read, and thrown away
     chunked_size = 0  # bytes of a chunked body, without its framing
@@ -87,7 +87,7 @@ class Exchange(Record, Recipient):
         if self.early_body:
             for data in self.early_body:
                 delivery.write(data)
-            self.early_body = ()
+            self.early_body = None
         delivery.begin(self.request_complete)
 
     def data_of_request(self, data: bytes) -> None:
@@ -133,7 +133,8 @@ class Exchange(Record, Recipient):
         if self.delivery is not None:
             self.delivery.write(data)
         else:
-            self.early_body += (data,)
+            self.early_body = self.early_body or []
+            self.early_body.append(data)
             self.early_body_size += len(data)
             if self.early_body_size > EARLY_BODY_LIMIT:
                 self.client.pause()
@@ -181,7 +182,7 @@ class Exchange(Record, Recipient):
     # The delivery and vLLM's connection call these (`Recipient`); the gateway's clock calls `send_due_comment`
 
     def interim_received(self, head: ResponseHead) -> None:
-        if self.request.http11:
+        if self.request.http11 and self.body is None:  # behind a comment it would be taken for a chunk
             self.client.write(b"HTTP/1.1 %d %b\r\n%b\r\n" % (head.status, head.reason, head.fields))
 
     def send_due_comment(self, now: float) -> None:
@@ -192,11 +193,13 @@ class Exchange(Record, Recipient):
             return
         if self.commented_at is None:
             if self.wants_events is None:  # the body is looked at once
-                self.wants_events = self.request.http11 and WANTS_EVENTS.search(delivery.request_bytes) is not None
+                may_get_them = self.request.http11 and self.request.method == b"POST"
+                self.wants_events = may_get_them and WANTS_EVENTS.search(delivery.request_bytes) is not None
             if not self.wants_events:
                 return
             self.body, self.status = Events(), 200
-            self.client.write(b"%bX-Request-Id: %b\r\n\r\n" % (EVENTS_HEAD, self.request_id))
+            extra = self.door.policy.origins.lines(self.request.header(b"origin"))
+            self.client.write(b"%b%bX-Request-Id: %b\r\n\r\n" % (EVENTS_HEAD, extra, self.request_id))
         self.commented_at = now
         self.client.write(COMMENT_CHUNK)
 
@@ -298,7 +301,8 @@ class Exchange(Record, Recipient):
         self.body.feed(data, False)
         self.first_at = self.door.time()
         lines = (b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n", head.fields)
-        self.client.write(b"".join((*lines, b"X-Request-Id: ", self.request_id, b"\r\n\r\n", data)))
+        self.client.write(b"".join((*lines, b"X-Request-Id: ", self.request_id, b"\r\n\r\n")))
+        self._send(data)
         self.client.become_tunnel(self)
         early, self.early_frames = self.early_frames, ()
         for frames in early:
@@ -371,7 +375,8 @@ class Exchange(Record, Recipient):
     def _after_answer(self) -> AfterAnswer:
         if self.keep_alive:
             return AfterAnswer.KEEP
-        return AfterAnswer.LINGER if self.discards_request or self.request.has_unknown_end else AfterAnswer.CLOSE
+        still_sends = not self.request_complete or self.discards_request or self.request.has_unknown_end
+        return AfterAnswer.LINGER if still_sends else AfterAnswer.CLOSE
 
     def _leave(self, after: AfterAnswer | None = None) -> None:
         """Called once for each exchange that has begun. `after` is None where the client's connection is gone."""

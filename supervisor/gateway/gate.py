@@ -90,7 +90,8 @@ class Gate:
         self.active = 0  # how many requests are admitted, and not over
         self.open = False  # whether requests go to vLLM as they come
         self.closing = False  # whether every answer closes its client's connection, because the engine is over
-        self.generation = 0  # the engine's: one more each time that it stops being ready
+        self.lives = False  # whether the engine is ready, or was and drains
+        self.generation = 0  # the engine's: one more each time that it stops living
         self.held: dict[PendingRequest, asyncio.TimerHandle] = {}  # requests that wait for the engine
         self.queued: dict[PendingRequest, asyncio.TimerHandle] = {}  # requests in a queue: first come, first served
         self.questions: dict[PendingRequest, asyncio.Task[None]] = {}  # requests that ask whether their engine lives
@@ -98,10 +99,6 @@ class Gate:
     def __contains__(self, request: PendingRequest) -> bool:
         """Tells whether the request waits here, for the engine or for its turn."""
         return request in self.held or request in self.queued
-
-    @property
-    def backlog(self) -> int:  # how many requests wait here
-        return len(self.held) + len(self.queued)
 
     def find_refusal(self, *, limited: bool = True) -> Refusal | None:
         """Returns why no request can be taken at all, or None. A job that RunPod gave us is done even in a drain."""
@@ -180,8 +177,8 @@ class Gate:
 
     def engine_changed(self) -> None:
         """The supervisor calls this after each transition of the engine: who waits is let go, refused or judged."""
-        if self.open and not self.engine.ready:
-            self.generation += 1
+        lived, self.lives = self.lives, self.engine.ready or self.engine.draining
+        self.generation += lived and not self.lives
         self.open = self.engine.ready
         if self.open:
             for request in list(self.held):

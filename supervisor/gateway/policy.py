@@ -62,6 +62,7 @@ class Routes:
         """`allowed` are more prefixes to open. `root` is vLLM's --root-path, which vLLM takes off a path."""
         table = dict.fromkeys(ADMIN_ROUTES, ADMIN_ONLY) | dict.fromkeys((*OPEN_ROUTES, *allowed))
         self.table = {prefix.rstrip("/"): refusal for prefix, refusal in table.items()}
+        self.longest = max(map(len, self.table))
         self.root = root.rstrip("/")
         # Open routes by their last part and by their last two give a hint: clients forget the /v1, or have it twice.
         self.hints = {"/".join(route.split("/")[-count:]): route for count in (1, 2) for route in OPEN_ROUTES}
@@ -74,9 +75,10 @@ class Routes:
         return text
 
     def find(self, path: bytes) -> tuple[str, Refusal | None]:
-        """Returns the prefix that decides, and the refusal that it means; None: the path is open."""
-        text = self.strip_root(path)
-        at = len(text)
+        """Returns the prefix that decides, and the refusal that it means; None: the path is open. vLLM's server takes
+        a path with a line end behind it, or a fragment, for the path without."""
+        text = self.strip_root(path).partition("#")[0].removesuffix("\n")
+        at = len(text) if len(text) <= self.longest else text.rfind("/", 0, self.longest + 1)
         while at > 0:
             if (prefix := text[:at]) in self.table:
                 return prefix, self.table[prefix]
@@ -98,7 +100,7 @@ class Origins:
     headers: Collection[str] = ("*",)
     credentials: bool = False
 
-    def _allows(self, origin: bytes | None) -> bool:
+    def allows(self, origin: bytes | None) -> bool:
         return origin is not None and ("*" in self.allowed or origin.decode("latin-1") in self.allowed)
 
     def fields(self, origin: bytes | None) -> Headers:
@@ -106,7 +108,7 @@ class Origins:
         if "*" in self.allowed and not self.credentials:
             return [(b"access-control-allow-origin", b"*")] if origin is not None else []
         found = [(b"vary", b"Origin")] if self.allowed else []
-        if origin is not None and self._allows(origin):
+        if origin is not None and self.allows(origin):
             found.insert(0, (b"access-control-allow-origin", origin))
             found += [(b"access-control-allow-credentials", b"true")] if self.credentials else []
         return found
@@ -119,7 +121,7 @@ class Origins:
         """Returns the header fields for a browser that asks whether a page may ask; None where the page may not."""
         asked = {name.lower(): value for name, value in headers}
         origin, wanted = asked.get(b"origin", b""), asked.get(b"access-control-request-headers", b"")
-        if not self._allows(origin):
+        if not self.allows(origin):
             return None
         if "*" not in self.headers:
             wanted = ", ".join(self.headers).encode()
@@ -179,7 +181,7 @@ class Policy:
         verdict = self.identify(request.headers)
         if verdict.admin:
             refusal = None
-        refusal = verdict.refusal or refusal or self.standing_refusal
+        refusal = verdict.refusal or refusal or self.standing_refusal or self._check_page(request, verdict)
         return Verdict(refusal, verdict.client, route, verdict.admin)
 
     def identify(self, headers: Headers) -> Verdict:
@@ -208,6 +210,14 @@ class Policy:
             ipaddress.ip_address(name)
             return None
         return refuse("host_not_allowed", name=name)
+
+    def _check_page(self, request: Request, verdict: Verdict) -> Refusal | None:
+        """Refuses a WebSocket that another's page opens on loopback: browsers ask nobody whether it may (RFC 6455)."""
+        origin = request.header(b"origin") if request.websocket and not verdict.client else None
+        if self.hosts is None or origin is None or self.origins.allows(origin):
+            return None
+        is_ours = origin.lower().partition(b"://")[2] == (request.header(b"host") or b"").lower()
+        return None if is_ours else refuse("origin_not_allowed", name=origin.decode("latin-1"))
 
     def refusal_for(self, verdict: Verdict, address: bytes, now: float) -> Refusal | None:
         """Returns what the client is told, or None. Wrong keys are answered so many times a minute, and then with less;

@@ -77,7 +77,7 @@ class Gateway:
         # job is an administrator, though. The queue decides how large jobs may be, and how many run at once.
         trusting = Policy(routes=policy.routes, standing_refusal=policy.standing_refusal, timeout=policy.timeout)
         self.private_door = Door(trusting, *common, Memo(), trusting.max_body, private=True, watchers=watchers)
-        self.routes = OwnRoutes(engine, policy, self.gate, self.counts, upstream, self.in_flight, facts, cache)
+        self.routes = OwnRoutes(engine, policy, self.gate, self.counts, upstream, self.count_requests, facts, cache)
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.clients = Clients(self.loop, self.routes.is_own, most, timeout=client_timeout, idle_timeout=idle_timeout)
         self.server = _Server(self, certificate, key, close_patience)
@@ -97,8 +97,10 @@ class Gateway:
 
     # What the rest of the supervisor calls
 
-    def in_flight(self) -> int:  # how many requests are not over and do not wait at the gate
-        return len(self.exchanges) - self.gate.backlog
+    def count_requests(self) -> dict[str, int]:
+        """Returns how many are `waiting` at the gate, and how many that are not over are `in_flight` beside those."""
+        waiting = sum(one.delivery is not None and one.delivery.is_waiting for one in self.exchanges)
+        return {"in_flight": len(self.exchanges) - waiting, "waiting": waiting}
 
     async def wait_until_drained(self) -> None:
         """Returns when each relayed request is over."""

@@ -160,7 +160,7 @@ class UpstreamConnection(asyncio.Protocol):
         is_whole = self.in_head and self.request_sent and not self.raw_head
         if is_whole and (found := self.heads.find(data)) is not None and not sink.is_head:
             self.sink = self.receiver = None
-            self.request_sent = False
+            self.request_sent = self.has_answered = False
             self.upstream.release(self)
             sink.answer_received(*found)
             return

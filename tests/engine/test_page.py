@@ -234,9 +234,9 @@ def routes(policy: Policy, **facts: object) -> OwnRoutes:
     timeline = deque({"at": float(number), "state": "starting", "reason": ""} for number in range(100))
     status = {"state": "ready", "new": 1}
     engine: Any = SimpleNamespace(timeline=timeline, log_after=lambda _: (0, []), status=lambda: status)
-    gate: Any = SimpleNamespace(backlog=0)
+    gate: Any = SimpleNamespace()
     upstream: Any = SimpleNamespace(reads=0)
-    return OwnRoutes(engine, policy, gate, Counts(), upstream, lambda: 0, facts)
+    return OwnRoutes(engine, policy, gate, Counts(), upstream, lambda: {"in_flight": 0, "waiting": 0}, facts)
 
 
 def test_of_many_transitions_the_last_ones_are_told() -> None:

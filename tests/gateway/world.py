@@ -32,6 +32,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from uvicorn.lifespan.off import LifespanOff
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from supervisor.gateway import client as clients
@@ -465,6 +466,7 @@ class World:
         self.gateway.watch(self._note_end)
         self.server = self.gateway.server
         self.server.config.load()
+        self.server.lifespan = LifespanOff(self.server.config)  # uvicorn makes it where it begins to serve
 
     def _protocol(self, *, private: bool) -> asyncio.Protocol:
         """Returns the gateway's protocol for one new connection of a client's."""
@@ -506,7 +508,7 @@ class World:
     @property
     def waiting(self) -> int:
         """The number of requests that are held for the engine, or wait for their turn."""
-        return self.gateway.gate.backlog
+        return self.gateway.count_requests()["waiting"]
 
     @property
     def in_flight(self) -> int:
