@@ -224,6 +224,45 @@ PRODUCED = (
     Row("gpu-weights-lora-left", "no attribute `lora_A`", "merge the adapter"),
     Row("gpu-weights-prefix", "holds a LoRA adapter", "LORA_MODULES"),
     Row("gpu-weights-vocab", "do not fit the model's config.json", "another repository"),
+    Row("gpu-args-removed", "--disable-log-requests --swap-space 4", "Instead of --swap-space: nothing to set"),
+    Row("gpu-args-unchunked-batch", "less than the model's length of 2048", "ENABLE_CHUNKED_PREFILL=true"),
+    Row("gpu-attention-cutlass-mla", "compute capability not supported", "Unset ATTENTION_BACKEND"),
+    Row("gpu-attention-mla-float32", "computes in float32", "Set DTYPE=bfloat16"),
+    Row("gpu-attention-xformers", "does not know: Unknown attention backend: 'XFORMERS'", "XFORMERS and those"),
+    Row("gpu-code-old-import", "is_torch_fx_available", "unset TRUST_REMOTE_CODE"),
+    Row("gpu-compile-level", "of another version: level use_inductor", '"mode": 3'),
+    Row("gpu-driver-no-nvml", "sees no GPU", "NVIDIA_DRIVER_CAPABILITIES=compute,utility"),
+    Row("gpu-driver-symbol", "has no cuTensorMapEncodeTiled", "/usr/local/cuda/compat"),
+    Row("gpu-env-port-uri", "a URI (tcp://10.43.7.19:8000)", "enableServiceLinks: false"),
+    Row("gpu-files-no-home", "no home folder", "Set HOME"),
+    Row("gpu-files-template-path", "no chat template ./template_llama3_tools.jinja", "whole path in the container"),
+    Row("gpu-gguf-file", "model-Q4_K_M.gguf is a GGUF file", "safetensors repository"),
+    Row("gpu-install-cubin-version", "flashinfer-cubin version (0.2.14)", "at the same version"),
+    Row("gpu-install-shadow-logging", "Python's own module logging", "PYTHONPATH"),
+    Row("gpu-install-source-folder", "imported from /tmp/x/vllm", "Take /tmp/x out of PYTHONPATH"),
+    Row("gpu-limits-address-space", "may not map more addresses", "ulimit -v unlimited"),
+    Row("gpu-limits-threads", "any more threads", "--pids-limit"),
+    Row("gpu-lora-ia3", "self_attn.k_proj.ia3_l", "Merge the adapter"),
+    Row("gpu-lora-modules-to-save", "Unsupported modules_to_save", "Merge the adapter"),
+    Row("gpu-mem-context-too-long", "room for 108720 tokens", "MAX_MODEL_LEN=108720"),
+    Row("gpu-mem-prompt-logprobs", "prompt_logprobs", "Lower GPU_MEMORY_UTILIZATION", permanent=False),  # exit code 0
+    Row("gpu-mem-sampler-warmup", "tables of the sampler (256.00 GiB", "Lower MAX_NUM_SEQS"),
+    Row("gpu-mm-mel", "expected input[1, 128, 3000] to have 80 channels", "num_mel_bins"),
+    Row("gpu-mm-patch", "shape '[65536, -1, 2, 16, 16]'", "Mostly preprocessor_config.json"),
+    Row("gpu-mm-processor-class", "processor for pictures", "preprocessor_config.json"),
+    Row("gpu-package-runai", "lacks the Python package runai_model_streamer", "Leave LOAD_FORMAT"),
+    Row("gpu-parsers-plugin-old", "no module vllm.entrypoints.openai.tool_parsers", "TOOL_PARSER_PLUGIN"),
+    Row("gpu-pool-st-dense", "takes 768 numbers, and the model gives 256", "modules.json"),
+    Row("gpu-quant-mismatch", "QUANTIZATION=awq is asked for", "Unset QUANTIZATION"),
+    Row("gpu-request-logit-bias", "it had 1500 logit bias tokens", "VLLM_USE_V2_MODEL_RUNNER=0", permanent=False),
+    Row("gpu-rope-yarn-overrides", "more than the 2048", "needs max_position_embeddings (8192)"),
+    Row("gpu-saved-bnb-no-config", "quantized and packed", "in 16 bits"),
+    Row("gpu-saved-fp8-no-config", "no quantization_config", "Take config.json with its quantization_config"),
+    Row("gpu-sched-async-ngram", "ASYNC_SCHEDULING is asked for", "Unset ASYNC_SCHEDULING"),
+    Row("gpu-spec-mtp-divisible", "3, is no multiple of it", "num_speculative_tokens"),
+    Row("gpu-tok-newer", "in a format that this image can't read", "newer image"),
+    Row("gpu-weights-shape-intermediate", "(768) exceeds dimension size (512)", "files of MODEL belong together"),
+    Row("gpu-yaml-unknown-key", "--tensor-paralel-size 1", "the file that CONFIG or --config names"),
 )
 
 # A CPU can't produce these: lines from public issues of vLLM, or of the libraries below it.
@@ -593,7 +632,7 @@ def test_remedies_name_variables_that_exist() -> None:
     known |= {"PYTORCH_CUDA_ALLOC_CONF", "TRITON_PTXAS_PATH", "RAY_ADDRESS", "UCX_TLS", "UCX_NET_DEVICES", "SYS_NICE"}
     known |= {"FLASHINFER_WORKSPACE_BASE", "FLASHINFER_CUBIN_DIR", "MOONCAKE_CONFIG_PATH"}
     known |= {"PYTHONHASHSEED", "EP_DISABLE_GIN", "TORCHDYNAMO_DISABLE", "RAYON_NUM_THREADS"}
-    known |= {"NEURON_COMPILE_CACHE_URL"}
+    known |= {"NEURON_COMPILE_CACHE_URL", "NVIDIA_DRIVER_CAPABILITIES"}
     known |= {"NCCL_IB_GID_INDEX", "NCCL_IB_TIMEOUT", "NCCL_IB_RETRY_CNT", "NCCL_NET_GDR_LEVEL", "NET_BIND_SERVICE"}
     told = [*(row.remedy for row in ROWS), *(topic.remedy for topic in TOPICS)]
     named = {name for text in told for name in re.findall(r"(?<![{\w])[A-Z]+(?:_[A-Z\d]+)+(?![}\w*])", text)}
