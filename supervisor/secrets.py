@@ -123,7 +123,9 @@ class Mask:
 
     def add(self, values: Iterable[str]) -> None:
         """Masks these values too, from now on."""
-        self.values |= {form for value in values for form in (value, json.dumps(value)[1:-1])}  # the latter for JSON
+        forms = {form for value in values for form in (value, json.dumps(value)[1:-1])}  # the latter for JSON
+        # vLLM's log is masked byte by byte, as latin-1.
+        self.values |= forms | {form.encode("utf-8", "surrogateescape").decode("latin-1") for form in forms}
         known = sorted((value for value in self.values if len(value) >= SHORTEST_SECRET), key=len, reverse=True)
         self._known_secrets = known, re.compile("|".join(map(re.escape, known)))
 

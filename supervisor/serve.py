@@ -245,7 +245,8 @@ class Supervisor(Observer):
             group.create_task(self.gateway.run_on(sockets))
             code = await self.engine.run(self, self._make_observers())
             if self.worker is not None:
-                await self.worker.finish(LAST_REPORTS_PATIENCE, LAST_REPORTS_PATIENCE)
+                patience = 0.0 if code > 128 else LAST_REPORTS_PATIENCE  # a second signal waits for nobody
+                await self.worker.finish(patience, patience)
             if self.runpod is not None:
                 self.runpod.stop()
             self.gateway.stop()
@@ -281,6 +282,8 @@ class Supervisor(Observer):
 
     def _listen_for_signals(self) -> None:
         for number in SIGNALS:
+            if signal.getsignal(number) is signal.SIG_IGN:
+                continue
             self.loop.add_signal_handler(number, self.engine.stop, number)
         for early_signal in self.start.pending_signals:
             self.engine.stop(early_signal)

@@ -128,9 +128,9 @@ class Prefork(Observer):
                     self.log.debug("modules are kept imported; threads beside that: %s", self.zygote.hello)
 
     def end_zygote(self) -> None:
-        if self.zygote is not None:
-            self.zygote.end()
-            self.zygote = None
+        zygote, self.zygote = self.zygote, None  # once: a start's thread may do it while `close` does
+        if zygote is not None:
+            zygote.end()
 
     def close(self) -> None:
         """Ends the zygote and the listener: nothing is left of them."""

@@ -10,6 +10,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -281,7 +282,9 @@ def test_folders_that_can_not_be_written_and_a_disk_that_is_too_small(tmp_path: 
     assert found["downloads"]["verdict"] == OK
     assert found["disk"]["verdict"] == FAIL
     assert re.search(r"org/tiny takes \d+ MB, and 1 MB are free", found["disk"]["found"])
-    found = mounted(tmp_path, hub, mounts, HF_HOME=f"{tmp_path}/ro", TMPDIR=f"{tmp_path}/ro")
+    with tempfile.TemporaryDirectory() as short:  # a longer name is no place for sockets
+        mounts += f"; mount -t tmpfs -o size=1m,ro x {short}"
+        found = mounted(tmp_path, hub, mounts, HF_HOME=f"{tmp_path}/ro", TMPDIR=short)
     assert found["downloads"]["verdict"] == found["temporary"]["verdict"] == FAIL
 
 
