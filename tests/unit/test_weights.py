@@ -115,7 +115,7 @@ def test_what_is_read_beside_the_weights() -> None:
         "config.json", "params.json", "tekken.json", "tokenizer.model", "sentencepiece.bpe.model", "source.spm",
         "merges.txt", "vocab.txt", "bpe.codes", "qwen.tiktoken", "chat_template.jinja", "modeling_x.py", INDEX,
         "additional_chat_templates/rag.jinja", "1_Pooling/config.json", "speech_tokenizer/preprocessor_config.json",
-        "remote/config.yaml",
+        "remote/config.yaml", "tokenizer.model.v3", "tokenizer.model.v7m1", "tokenizer.model.v11", "vocab.bpe",
     )  # fmt: skip
     unread = (
         "README.md", "LICENSE", ".gitattributes", "model.safetensors", "m.nemo", "m.ckpt", "m.npz", "m.tar.gz", "m.zip",
