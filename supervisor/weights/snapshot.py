@@ -124,5 +124,8 @@ def _expected_size(prefix: bytes, file: BinaryIO) -> int:
 
 
 def is_self_contained(folder: Path) -> bool:
-    """Returns whether its files name no code of another repository, which only the hub could give."""
-    return not any("--" in json.dumps(_read_json(path).get("auto_map")) for path in folder.glob("*config.json"))
+    """Returns whether its files name nothing of another repository, which only the hub could give: code, or a model."""
+    for config in map(_read_json, folder.glob("*config.json")):
+        if "--" in json.dumps(config.get("auto_map")) or any(map(config.get, FILES["elsewhere"])):
+            return False
+    return True

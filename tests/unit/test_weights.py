@@ -212,6 +212,10 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
         ({"config.json": '{"auto_map": {"AutoModel": "org/other--modeling_x.X"}}'}, False),
         ({"tokenizer_config.json": '{"auto_map": {"AutoTokenizer": ["org/other--tokenization.T", null]}}'}, False),
         ({"preprocessor_config.json": '{"auto_map": {"AutoProcessor": "org/other--processing.P"}}'}, False),
+        ({"config.json": '{"text_model_id": "org/text", "audio_model_id": null}'}, False),
+        ({"config.json": '{"text_model_id": null, "audio_model_id": "org/audio"}'}, False),
+        ({"config.json": '{"text_model_id": null, "audio_model_id": null}'}, True),
+        ({"config.json": '{"speculators_config": {"verifier": {"name_or_path": "org/verifier"}}}'}, False),
     ],
 )
 def test_self_contained(tmp_path: Path, files: dict[str, str], expected: bool) -> None:
