@@ -32,6 +32,8 @@ PLACEHOLDER = "{weights}"
 STALL_TIMEOUT = 60.0
 # These options may name another repository, in which vLLM looks by itself.
 UNRESOLVED_OPTIONS = ("hf_config_path", "generation_config")
+# vLLM's methods of drafting without a repository: what is called their model is none, or a class of the user's.
+BUILT_IN_DRAFTS = ("ngram", "[ngram]", "ngram_gpu", "suffix", "extract_hidden_states", "custom_class")
 
 # Returns what is put in the place of a repository, by its name, revision and format.
 Swap = Callable[[str, str | None, str], str]
@@ -91,9 +93,12 @@ def needs_hub(settings: Settings, companions: list[Repository]) -> bool:
     has_raw = any(option.key in REWRITERS for option, _ in settings.raw_options)
     has_unknown = any(not (each.weights.needs_download or each.weights.folder) for each in companions)
     folders = [each.weights.folder for each in companions if each.weights.folder and not each.weights.needs_download]
+    options = (*settings.options, *settings.raw_options)
+    overrides = [f"{setting.name}={setting.value}" for option, setting in options if option.key == "hf_overrides"]
     return (
         has_raw
         or has_unknown
+        or any(name in text for text in overrides for name in snapshot.FILES["elsewhere"])
         or any(settings.option(key) for key in UNRESOLVED_OPTIONS)
         or bool(settings.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"))
         or not all(map(snapshot.is_self_contained, folders))
@@ -174,12 +179,21 @@ def _locate(settings: Settings, name: str, revision: str | None, load_format: st
 # For each option that names repositories: a function that returns its value with what `swap` says in their place.
 
 
+def _rewrite_draft(value: Any, settings: Settings, swap: Swap, revision: str | None = None) -> str:
+    """Returns what stands for a draft model. Without a method vLLM takes a dotted name for a class of the user's."""
+    name, config = str(value), json_object(settings.option("speculative_config")) or {}
+    method = settings.option("spec_method") or config.get("method")
+    is_class = "." in name and all(map(str.isidentifier, name.split(".")))
+    if method in BUILT_IN_DRAFTS or (not method and (is_class or name in BUILT_IN_DRAFTS)):
+        return name
+    return swap(name, revision, _load_format(settings))
+
+
 def _rewrite_speculative(value: Any, settings: Settings, swap: Swap) -> Any:
     content = json_object(value) or {}
-    if not isinstance(content.get("model"), str):
-        return value
-    revision = content.get("revision")
-    return json.dumps(content | {"model": swap(content["model"], revision, _load_format(settings))})
+    model = content.get("model")
+    draft = _rewrite_draft(model, settings, swap, content.get("revision")) if isinstance(model, str) else model
+    return value if draft == model else json.dumps(content | {"model": draft})
 
 
 def _rewrite_adapters(value: Any, _settings: Settings, swap: Swap) -> Any:
@@ -193,9 +207,21 @@ def _rewrite_adapters(value: Any, _settings: Settings, swap: Swap) -> Any:
     return tuple(map(swap_path, map(str, value)))
 
 
+def _rewrite_media_adapters(value: Any, _settings: Settings, swap: Swap) -> Any:
+    content = json_object(value) or {}
+    swapped = {medium: swap(str(path), None, "lora") for medium, path in content.items()}
+    return value if swapped == content else json.dumps(swapped)
+
+
+def _rewrite_tokenizer(value: Any, settings: Settings, swap: Swap) -> Any:
+    """Without a revision of its own vLLM gives it the model's, whichever repository it is."""
+    return swap(str(value), settings.option("tokenizer_revision") or settings.option("revision"), "tokenizer")
+
+
 REWRITERS: dict[str, Callable[[Any, Settings, Swap], Any]] = {
-    "tokenizer": lambda value, settings, swap: swap(str(value), settings.option("tokenizer_revision"), "tokenizer"),
-    "spec_model": lambda value, settings, swap: swap(str(value), None, _load_format(settings)),
+    "tokenizer": _rewrite_tokenizer,
+    "spec_model": _rewrite_draft,
     "speculative_config": _rewrite_speculative,
     "lora_modules": _rewrite_adapters,
+    "default_mm_loras": _rewrite_media_adapters,
 }

@@ -54,11 +54,13 @@ def test_what_is_in_the_cache_stands_for_its_name(tmp_path: Path) -> None:
             TOKENIZER="org/0",
             LORA_MODULES=f'["sql=org/1", {{"name": "b", "path": "org/1"}}, "local={tmp_path}"]',
             SPECULATIVE_CONFIG='{"model": "org/2", "num_speculative_tokens": 3}',
+            DEFAULT_MM_LORAS='{"image": "org/1", "audio": "/elsewhere"}',
         )
     )
     assert found["tokenizer"] == str(tokenizer)
     assert found["lora_modules"] == f"sql={adapter} {json.dumps({'name': 'b', 'path': str(adapter)})} local={tmp_path}"
     assert json.loads(found["speculative_config"]) == {"model": str(draft), "num_speculative_tokens": 3}
+    assert json.loads(found["default_mm_loras"]) == {"image": str(adapter), "audio": "/elsewhere"}
 
 
 @pytest.mark.parametrize(
@@ -68,6 +70,18 @@ def test_what_is_in_the_cache_stands_for_its_name(tmp_path: Path) -> None:
         ("spec_model", "FOLDER"),
         ("lora_modules", "a=FOLDER"),
         ("speculative_config", '{"method": "ngram", "num_speculative_tokens": 3}'),
+        ("speculative_config", '{"model": "ngram", "num_speculative_tokens": 3}'),
+        ("speculative_config", '{"model": "[ngram]", "num_speculative_tokens": 3}'),
+        ("speculative_config", '{"method": "ngram", "model": "ngram", "num_speculative_tokens": 3}'),
+        ("speculative_config", '{"method": "ngram", "model": "org/unused", "num_speculative_tokens": 3}'),
+        ("speculative_config", '{"method": "ngram_gpu", "model": "ngram_gpu", "num_speculative_tokens": 3}'),
+        ("speculative_config", '{"method": "suffix", "model": "suffix"}'),
+        ("speculative_config", '{"method": "extract_hidden_states", "model": "extract_hidden_states"}'),
+        ("speculative_config", '{"method": "custom_class", "model": "my.package.Proposer"}'),
+        ("speculative_config", '{"model": "my.package.Proposer", "num_speculative_tokens": 3}'),
+        ("spec_model", "ngram"),
+        ("spec_model", "my.package.Proposer"),
+        ("default_mm_loras", '{"image": "FOLDER"}'),
     ],
 )
 def test_what_names_no_repository_is_left_as_it_is(tmp_path: Path, key: str, value: str) -> None:
@@ -94,6 +108,26 @@ def test_a_revision_is_that_of_its_own(tmp_path: Path) -> None:
     assert find_model(given).revision == "v2"
 
 
+def test_a_draft_s_name_and_its_method_may_be_set_apart() -> None:
+    """vLLM puts them together."""
+
+    def draft(**environ: str) -> list[str]:
+        return [each.name for each in find_companions(settings(**environ))[0]]
+
+    assert draft(SPEC_METHOD="suffix", SPEC_MODEL="suffix") == []
+    assert draft(SPEC_METHOD="custom_class", SPECULATIVE_CONFIG='{"model": "my.Proposer"}') == []
+    assert draft(SPEC_MODEL="my.Proposer", SPECULATIVE_CONFIG='{"method": "custom_class"}') == []
+    assert draft(SPEC_MODEL="org/my.draft", SPECULATIVE_CONFIG='{"method": "eagle"}') == ["org/my.draft"]
+    assert draft(SPEC_METHOD="draft_model", SPEC_MODEL="my.draft") == ["my.draft"]
+
+
+def test_a_tokenizer_without_a_revision_has_the_model_s() -> None:
+    """As vLLM takes it, whichever repository it is."""
+    given = settings(REVISION="v2", TOKENIZER="org/t")
+    assert [(each.name, each.revision) for each in find_companions(given)[0]] == [("org/t", "v2")]
+    assert find_companions(settings(REVISION="v2", TOKENIZER="org/model"))[0] == []
+
+
 def test_whether_vllm_has_something_to_ask_the_hub(tmp_path: Path) -> None:
     has(tmp_path, "org/t", **TOKENIZER)
     has(tmp_path, "org/code", **TOKENIZER, **{"tokenizer_config.json": '{"auto_map": {"AutoTokenizer": "org/x--t.T"}}'})
@@ -109,6 +143,10 @@ def test_whether_vllm_has_something_to_ask_the_hub(tmp_path: Path) -> None:
     assert asks("--tokenizer", "org/t")  # is passed as it is
     assert asks(HF_CONFIG_PATH="org/t")
     assert asks(VLLM_ALLOW_RUNTIME_LORA_UPDATING="1")
+    assert asks("--default-mm-loras", '{"image": "org/t"}')
+    assert asks(HF_OVERRIDES='{"text_model_id": "org/x"}')
+    assert asks("--hf-overrides.audio_model_id", "org/x")
+    assert not asks(HF_OVERRIDES='{"max_position_embeddings": 4096}')
 
 
 def test_what_the_downloading_program_is_told(tmp_path: Path) -> None:
