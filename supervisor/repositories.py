@@ -14,8 +14,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from string import Template
 from typing import Any
 
+from supervisor.settings.knobs import read_path
 from supervisor.settings.settings import Settings
 from supervisor.settings.volume import Volume
 from supervisor.vllm.values import json_object
@@ -126,7 +128,7 @@ def fetch_command(settings: Settings, repositories: list[Repository], *, offline
     ]
     arguments = {
         "repositories": rows,
-        "cache": settings.option("download_dir"),
+        "cache": download_dir(settings),
         "stall": min(STALL_TIMEOUT, settings.knobs.stall_timeout or STALL_TIMEOUT),
         "offline": offline,
     }
@@ -147,12 +149,22 @@ def hub_cache(environ: Mapping[str, str]) -> Path:
     """Returns where the hub's client keeps what it downloads, by its own rules."""
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if environ.get(name):
-            return Path(environ[name]).expanduser()
+            return expand(environ[name], environ)
     home = environ.get("HF_HOME")
     if not home:
         cache = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME") or "/tmp", ".cache")  # noqa: PTH118, S108
         home = os.path.join(cache, "huggingface")  # noqa: PTH118
-    return Path(home).expanduser() / "hub"
+    return expand(home, environ) / "hub"
+
+
+def expand(path: str, environ: Mapping[str, str]) -> Path:
+    """Returns a path as the hub's client reads it: with the home, and with variables."""
+    return Path(Template(read_path(path)).safe_substitute(environ))
+
+
+def download_dir(settings: Settings) -> str | None:
+    """Returns DOWNLOAD_DIR as the hub's client takes it: with the home."""
+    return read_path(settings.option("download_dir") or "") or None
 
 
 def list_places(environ: Mapping[str, str], disk: Path | None, download_dir: str | None = None) -> list[find.Place]:
@@ -172,7 +184,7 @@ def _load_format(settings: Settings) -> str:
 
 def _locate(settings: Settings, name: str, revision: str | None, load_format: str) -> find.Weights:
     environ = {**hub_env(settings.volume, settings.environ, ""), **settings.environ}
-    caches = list_places(environ, settings.volume.path if settings.volume else None, settings.option("download_dir"))
+    caches = list_places(environ, settings.volume.path if settings.volume else None, download_dir(settings))
     return find.find(name, revision, load_format, caches, environ)
 
 

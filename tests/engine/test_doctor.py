@@ -269,6 +269,12 @@ def test_what_size_of_shm_is_small(
     assert machine.check_shared_memory(found).verdict == verdict
 
 
+def test_the_folder_for_downloads_may_lie_in_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    environ = {"SUPERVISOR_VLLM": str(FAKE), "DOWNLOAD_DIR": "~/models"}
+    assert make_patient(Arguments(model="org/tiny"), environ).download_path == tmp_path / "models"
+
+
 def test_folders_that_can_not_be_written_and_a_disk_that_is_too_small(tmp_path: Path, hub: Hub) -> None:
     for name in ("ro", "hub"):
         (tmp_path / name).mkdir()

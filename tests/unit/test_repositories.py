@@ -163,3 +163,12 @@ def test_what_the_downloading_program_is_told(tmp_path: Path) -> None:
         "offline": False,
     }
     assert words(given)["tokenizer"] == "{weights:1}"
+
+
+def test_a_tilde_in_the_folder_for_downloads_is_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is for the hub's client."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = settings(DOWNLOAD_DIR="~/models")
+    assert json.loads(fetch_command(given, [find_model(given)])[-1])["cache"] == str(tmp_path / "models")
+    folder = has(tmp_path / "models", "org/model", **DRAFT)
+    assert find_model(given).weights.folder == folder

@@ -394,9 +394,15 @@ def test_places(tmp_path: Path) -> None:
         ({"HOME": "/u", "HF_HOME": "/h", "HUGGINGFACE_HUB_CACHE": "/old"}, "/old"),
         ({"HOME": "/u", "HF_HUB_CACHE": "/c", "HUGGINGFACE_HUB_CACHE": "/old"}, "/c"),
         ({"HF_HOME": ""}, "/tmp/.cache/huggingface/hub"),
+        ({"HOME": "/u", "HF_HOME": "$HOME/hf"}, "/u/hf/hub"),
+        ({"DATA": "/d", "HF_HUB_CACHE": "$DATA/hub"}, "/d/hub"),
+        ({"HF_HUB_CACHE": "$NOWHERE/hub"}, "$NOWHERE/hub"),
+        ({"HF_HOME": "~/hf"}, "/me/hf/hub"),
     ],
 )
-def test_the_hubs_own_cache(environ: dict[str, str], expected: str) -> None:
+def test_the_hubs_own_cache(environ: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the client reads it: with variables, and with the home."""
+    monkeypatch.setenv("HOME", "/me")
     assert hub_cache(environ) == Path(expected)
 
 
