@@ -179,7 +179,7 @@ def list_places(environ: Mapping[str, str], disk: Path | None, download_dir: str
 
 
 def _load_format(settings: Settings) -> str:
-    return str(settings.option("load_format") or "auto")
+    return str(settings.option("load_format") or "auto").lower()
 
 
 def _locate(settings: Settings, name: str, revision: str | None, load_format: str) -> find.Weights:

@@ -173,5 +173,5 @@ class Patient:
             return folder.stat().st_size
         else:
             files = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
-        wanted = snapshot.weights(files, str(self.option("load_format", "auto")))
+        wanted = snapshot.weights(files, str(self.option("load_format", "auto")).lower())
         return sum(files.get(name, 0) for name in wanted) or None

@@ -98,6 +98,11 @@ def test_the_model_itself_stands_for_its_name(tmp_path: Path) -> None:
     assert find_companions(given)[0] == []
 
 
+def test_vllm_takes_a_load_format_in_any_capitals(tmp_path: Path) -> None:
+    for raw, environ in (((), {"LOAD_FORMAT": "SafeTensors"}), (("--load-format", "SafeTensors"), {})):
+        assert find_model(settings(*raw, **environ)).load_format == "safetensors"
+
+
 def test_a_revision_is_that_of_its_own(tmp_path: Path) -> None:
     given = settings(
         TOKENIZER="org/t", TOKENIZER_REVISION="v1", REVISION="v2",

@@ -53,6 +53,7 @@ NAME_REGISTRIES = {
     "--reasoning-parser": ("vllm.reasoning", "ReasoningParserManager"),
     "--tool-call-parser": ("vllm.tool_parsers", "ToolParserManager"),
 }
+FOLDED = ("--load-format", "--quantization")  # vLLM's configuration takes these names in any capitals
 
 DEPRECATION = re.compile(r"^\W*deprecated\b|\bdeprecated:|\bis deprecated\b", re.IGNORECASE)
 
@@ -229,7 +230,7 @@ def make_row(parser: argparse.ArgumentParser, action: argparse.Action, limits: d
     if more_off_names := [name for name in off_names if name != f"--no-{long_names[0][2:]}"]:
         row["off"] = more_off_names  # besides --no-x, which all pairs have
     if row["kind"] not in ("pair", "switch"):
-        row["type"] = type_name(action)
+        row["type"] = "folded" if row["name"] in FOLDED else type_name(action)
         if action.choices is not None:
             # vLLM has the text "None" among some of them, and its converter makes None of that, which is none of them.
             row["choices"] = [choice for choice in action.choices if str(choice) != "None"]
