@@ -26,8 +26,8 @@ from supervisor.vllm.values import json_object
 RULES = read_table("rules.json")
 REMOVED_VALUES = {"bitsandbytes": ", which an older one had", "gguf": ": since 0.24 a plugin has it"}
 DEFAULT_LORA_RANK = 16  # vLLM's default of MAX_LORA_RANK
-# A path of a file. Parsers and templates of vLLM's own folder are given by their names alone.
-FILE_PATH = re.compile(r"(?!.*[{}\n]).*([/\\]|\.(jinja2?|j2|txt|tmpl)$)")
+# A path of a file. Parsers and templates of vLLM's own folder (template_chatml.jinja) are given by their names alone.
+FILE_PATH = re.compile(r"(?!.*[{}\n]|template_\w+\.jinja$).*([/\\]|\.(jinja2?|j2|txt|tmpl)$)")
 Rule = Callable[[Facts], Iterator[str]]
 
 
