@@ -103,8 +103,10 @@ class Facts:
 
 
 def env_sources(environ: Mapping[str, str]) -> list[Source]:
-    """Returns the environment as it is, and the variables that SageMaker's prefix stands before, without it."""
-    texts = {name: Entry(f"environment {name}", text) for name, text in environ.items()}
+    """Returns the environment without Kubernetes's addresses of services, which may have any name, such as master; and
+    the variables that SageMaker's prefix stands before, without it."""
+    variables = {name: text for name, text in environ.items() if not (name.endswith("_PORT") and "://" in text)}
+    texts = {name: Entry(f"environment {name}", text) for name, text in variables.items()}
     return [texts, {name[len(SM_PREFIX) :]: texts[name] for name in texts if name.startswith(SM_PREFIX)}]
 
 

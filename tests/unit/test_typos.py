@@ -12,7 +12,7 @@ import pytest
 from supervisor.settings import typos
 from supervisor.settings.knobs import KNOBS
 from supervisor.settings.names import ALIASES, FOREIGN_NAMES, FORMER, OWNED, REMOVED, REMOVED_VARIABLES
-from supervisor.settings.settings import Arguments, Settings, gather
+from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
 from supervisor.vllm import catalogue as catalogues
 from supervisor.vllm.catalogue import FLAGS, Catalogue, Option, parse
 
@@ -158,6 +158,33 @@ def test_kubernetes_makes_variables_for_services_of_any_name() -> None:
         "VLLM_SERVICE_HOST": "10.0.0.1",
     }
     assert told(**services) == []
+
+
+def test_what_kubernetes_makes_for_a_service_is_no_value(folder: Path) -> None:
+    """These services are named master, grpc, and data-parallel-rpc."""
+    link = "tcp://10.0.0.1:8000"
+    settings = gather_with(folder, CATALOGUE, MASTER_PORT=link, GRPC_PORT=link, DATA_PARALLEL_RPC_PORT=link)
+    assert settings.options == ()
+    assert settings.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("given", "level"),
+    [("warn", "WARNING"), ("Trace", "DEBUG"), ("FATAL", "CRITICAL"), ("info", "INFO"), ("20", None), ("verbose", None)],
+)
+def test_a_level_that_other_programs_share(folder: Path, given: str, level: str | None) -> None:
+    """A ConfigMap may have it for all of its pods."""
+    settings = gather_with(folder, CATALOGUE, LOG_LEVEL=given)
+    assert settings.option("log_level") == level
+    if level is None:
+        known = "CRITICAL, ERROR, WARNING, INFO, DEBUG, NOTSET"
+        assert settings.warnings == (f"LOG_LEVEL={given} is not passed to vLLM: expected one of {known}",)
+
+
+def test_a_level_that_was_written_for_us_is_told(folder: Path) -> None:
+    (folder / "vllm.yaml").write_text("log_level: verbose\n")
+    with pytest.raises(SettingsError, match="log_level"):
+        gather_with(folder, CATALOGUE, SUPERVISOR_CONFIG="vllm.yaml")
 
 
 def test_vllms_own_variables_are_checked_against_those_it_reads() -> None:
