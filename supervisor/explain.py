@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
-from supervisor.secrets import MASK
+from supervisor.secrets import MASK, has_secret_name
 from supervisor.settings.command import build
 from supervisor.settings.settings import Setting, Settings, SettingsError
 
@@ -67,5 +68,6 @@ def show_problems(error: SettingsError, *, as_json: bool) -> None:
 
 def _rows(settings: Settings) -> list[Setting]:
     """Returns all settings: those that were set come first, and each part has the order of vLLM's options."""
-    vllm_settings = (setting for _, setting in (*settings.options, *settings.raw_options))
-    return [settings.model, *vllm_settings, *sorted(settings.knob_settings, key=lambda knob: knob.source == "default")]
+    options = (setting for _, setting in (*settings.options, *settings.raw_options))
+    options = (replace(each, is_secret=has_secret_name(each.name)) for each in options)  # `--x.password`
+    return [settings.model, *options, *sorted(settings.knob_settings, key=lambda knob: knob.source == "default")]

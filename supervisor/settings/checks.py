@@ -60,8 +60,8 @@ def check_tls(facts: Facts) -> Iterator[str]:
             ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key)
         except OSError as error:
             yield (
-                f"SUPERVISOR_TLS_CERT={cert}, SUPERVISOR_TLS_KEY={key or ''}: expected a certificate and its key in "
-                f"PEM, such as /tls/tls.crt and /tls/tls.key ({error.strerror or error})"
+                f"SUPERVISOR_TLS_CERT={cert.splitlines()[0]}, SUPERVISOR_TLS_KEY={key or ''}: expected files with a "
+                f"certificate and its key in PEM, such as /tls/tls.crt and /tls/tls.key ({error.strerror or error})"
             )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from supervisor.bounded import try_bounded
-from supervisor.secrets import Mask
+from supervisor.secrets import SECRET_NAME, Mask
 from supervisor.settings import checks, config_file, models, options, platform, raw, typos
 from supervisor.settings import cluster as clusters
 from supervisor.settings import volume as volumes
@@ -79,7 +79,7 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     files = find_all(knob_sources, "SUPERVISOR_CONFIG")
     report = Report(Mask(environ))
     file = config_file.read(*files[0], report) if files else config_file.read_unnamed(report)
-    secrets = [str(file.knobs.get(knob.field, "")) for knob in KNOBS if knob.is_secret]
+    secrets = [str(file.knobs.get(knob.field, "")) for knob in KNOBS if SECRET_NAME.search(knob.variable)]
     report.mask.add([*secrets, *(part.strip() for text in secrets for part in text.split(","))])
     knob_names = ((knob.variable, knob.field) for knob in KNOBS)
     knob_sources += [{name: Entry(f"{file.label} supervisor.{key}", file.knobs.get(key)) for name, key in knob_names}]

@@ -56,8 +56,8 @@ def lora(folder: Path, name: str, rank: object) -> str:
         ),
         (
             {"SPECULATIVE_CONFIG": '{"method": "ngram", "num_speculative_tokens": 3}', "NUM_SPECULATIVE_TOKENS": "5"},
-            "SPEC_TOKENS=5 (environment NUM_SPECULATIVE_TOKENS): SPECULATIVE_CONFIG has num_speculative_tokens as well, "
-            "and vLLM takes it from one of them alone: remove one",
+            "SPEC_TOKENS=5 (environment NUM_SPECULATIVE_TOKENS): SPECULATIVE_CONFIG has num_speculative_tokens as well"
+            ", and vLLM takes it from one of them alone: remove one",
         ),
         ({"SPECULATIVE_CONFIG": '{"method": "ngram"}', "SPEC_METHOD": "suffix"}, "SPECULATIVE_CONFIG has a method"),
         ({"SPECULATIVE_CONFIG": '{"model": "org/d"}', "SPECULATIVE_MODEL": "org/d"}, "SPECULATIVE_CONFIG has a model"),
