@@ -321,7 +321,7 @@ def docs(options: Catalogue) -> str:
         "template may have `{{ }}`. What stands behind a ` #` is a part of the value, and the supervisor says so: docker's",
         "`--env-file` knows no comments there. In a file each key may stand once. A `~` in the supervisor's own paths is the",
         "home. vLLM and the hub's client read some variables themselves (`VLLM_*`, `HF_*` ...). An empty one is not passed on,",
-        "and `true` and `false` become numbers where vLLM wants a number.",
+        "and `true` and `false` become numbers where vLLM wants a number. For no plugins at all set `VLLM_PLUGINS=none`.",
         "",
         "Two kinds of variable are often not meant for vLLM. A level in `LOG_LEVEL` that it does not know is not passed on,",
         "with a warning; `warn`, `trace` and `fatal` are read as its levels. An address in a variable that ends in `_PORT`",
@@ -338,8 +338,9 @@ def docs(options: Catalogue) -> str:
         lines.append(f"| `{knob.variable}` | {_knob_default(knob)} | {_cell(MEANINGS[knob.field])} |")
     lines += [
         "",
-        "`TENSOR_PARALLEL_SIZE=auto` takes all GPUs. Everything after `--` on the command line goes to `vllm serve` as it is,",
-        "behind `SUPERVISOR_EXTRA_ARGS`. The supervisor reads both, and they win over the variables.",
+        "`TENSOR_PARALLEL_SIZE=auto` takes all GPUs, or what `PIPELINE_PARALLEL_SIZE` and `DATA_PARALLEL_SIZE` leave to each",
+        "part. Everything after `--` on the command line goes to `vllm serve` as it is, behind `SUPERVISOR_EXTRA_ARGS`. The",
+        "supervisor reads both, and they win over the variables.",
         "",
         "These variables are read by others, and passed on:",
         "",

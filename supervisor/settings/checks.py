@@ -6,6 +6,7 @@ which costs minutes of a GPU. A rule yields a line that says what is wrong, and 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -131,13 +132,17 @@ def check_key_lengths(facts: Facts) -> Iterator[str]:
 
 def check_gpus(facts: Facts) -> Iterator[str]:
     gpu_count = platform.count_gpus(facts.environ)
-    tensor_size, pipeline_size = facts.number("TENSOR_PARALLEL_SIZE") or 1, facts.number("PIPELINE_PARALLEL_SIZE") or 1
-    is_one_machine = facts.number("NNODES") <= 1 and facts["DISTRIBUTED_EXECUTOR_BACKEND"].value != "ray"
-    if gpu_count and tensor_size * pipeline_size > gpu_count and is_one_machine:
-        sizes = f"TENSOR_PARALLEL_SIZE={tensor_size:g}"
-        sizes += f" x PIPELINE_PARALLEL_SIZE={pipeline_size:g}" if pipeline_size > 1 else ""
+    sizes = {name: facts.integer(name, 1) or 1 for name in platform.list_sizes(facts.settings)}
+    tensor_size, product = sizes["TENSOR_PARALLEL_SIZE"], math.prod(sizes.values())
+    backends = (facts["DISTRIBUTED_EXECUTOR_BACKEND"].value, facts["DATA_PARALLEL_BACKEND"].value)
+    if gpu_count and product > gpu_count and facts.number("NNODES") <= 1 and "ray" not in backends:
+        text = " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
         subject = "1 GPU is" if gpu_count == 1 else f"{gpu_count} GPUs are"
-        yield f"{sizes}: only {subject} here; set TENSOR_PARALLEL_SIZE=auto to use what there is"
+        is_auto = facts["TENSOR_PARALLEL_SIZE"].source.rpartition("=")[2].strip().lower() in platform.AUTO_WORDS
+        hint = f"sizes whose product is {gpu_count} at most"
+        if product // tensor_size <= gpu_count and not is_auto:
+            hint = "TENSOR_PARALLEL_SIZE=auto to use what there is"
+        yield f"{text}: only {subject} here; set {hint}"
 
 
 # vLLM does not start with these, or nobody would be served.

@@ -71,7 +71,7 @@ def _meanings(option: Option, sources: Sequence[Source], environ: Mapping[str, s
         elif option.variable in ZERO_MEANS_UNSET and str(respelling).strip() == "0":
             report.warnings.append(f"{source}=0 is taken for not set: {ZERO_REASON}")
         elif option.variable == "TENSOR_PARALLEL_SIZE" and str(respelling).strip().lower() in platform.AUTO_WORDS:
-            yield Entry(f"{source}={respelling}", str(platform.count_gpus(environ) or 1))
+            yield Entry(f"{source}={respelling}", str(platform.share_gpus(environ, sources)))
         elif not option.is_unset(respelling) and (option.variable, str(respelling).strip()) != ("SPEC_MODEL", NGRAM):
             yield Entry(source, respelling)
     if option.variable == "SPEC_METHOD":

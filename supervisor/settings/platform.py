@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
-from supervisor.settings.sources import Entry, Source, presets
+from supervisor.settings.sources import Entry, Source, find_all, presets
 
 # The port that SageMaker asks for. It sets it where containers share an endpoint; entrypoint.sh does so elsewhere.
 SAGEMAKER_PORT = "SAGEMAKER_BIND_TO_PORT"
@@ -14,6 +15,11 @@ SAGEMAKER_MODEL = Path("/opt/ml/model")  # what it has fetched from S3
 SAGEMAKER_SOURCE = "default on SageMaker"
 
 DEVICES = Path("/dev")
+# These say what a model is spread over, beside TENSOR_PARALLEL_SIZE.
+SPREAD = (
+    "PIPELINE_PARALLEL_SIZE", "DATA_PARALLEL_SIZE", "DATA_PARALLEL_SIZE_LOCAL", "DATA_PARALLEL_RANK", "NNODES",
+    "DISTRIBUTED_EXECUTOR_BACKEND", "DATA_PARALLEL_BACKEND",
+)  # fmt: skip
 AUTO_WORDS = ("auto", "all")  # in TENSOR_PARALLEL_SIZE, they mean every GPU that there is
 NO_DEVICES = ("", "-1", "NoDevFiles")  # in CUDA_VISIBLE_DEVICES, they hide all GPUs from torch
 
@@ -24,6 +30,22 @@ def count_gpus(environ: Mapping[str, str]) -> int | None:
     if devices is not None:
         return 0 if devices.strip() in NO_DEVICES else len([part for part in devices.split(",") if part.strip()])
     return sum(re.fullmatch(r"nvidia\d+", path.name) is not None for path in DEVICES.glob("nvidia*")) or None
+
+
+def list_sizes(names: Container[str]) -> list[str]:
+    """Returns the settings whose product is the number of GPUs that this machine needs. `names` are those that are set:
+    a replica with a rank of its own is alone here, and several machines share the replicas."""
+    replicas = "DATA_PARALLEL_SIZE_LOCAL" if "DATA_PARALLEL_SIZE_LOCAL" in names else "DATA_PARALLEL_SIZE"
+    return ["TENSOR_PARALLEL_SIZE", "PIPELINE_PARALLEL_SIZE", *([] if "DATA_PARALLEL_RANK" in names else [replicas])]
+
+
+def share_gpus(environ: Mapping[str, str], sources: Sequence[Source]) -> int:
+    """Returns what TENSOR_PARALLEL_SIZE=auto means: this machine's GPUs, or the share of one part of the model."""
+    texts = {name: str(hits[0].value).strip() for name in SPREAD if (hits := find_all(sources, name))}
+    sizes = {name: max(1, int(text)) for name, text in texts.items() if text.isdecimal()}
+    gpu_count, others = count_gpus(environ) or 1, math.prod(sizes.get(name, 1) for name in list_sizes(texts)[1:])
+    share = gpu_count * sizes.get("NNODES", 1) // others
+    return gpu_count if "ray" in texts.values() else max(1, min(gpu_count, share))
 
 
 def defaults(mode: str, environ: Mapping[str, str]) -> Source:
