@@ -123,6 +123,7 @@ def fetch_command(settings: Settings, repositories: list[Repository], *, offline
             "setting": each.setting,
             "have": each.weights.folder and str(each.weights.folder),
             "gguf": each.weights.is_gguf,
+            "ignore": settings.option("ignore_patterns"),
         }
         for each in repositories
     ]

@@ -18,6 +18,7 @@ import glob
 import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -67,6 +68,7 @@ class Download:
         self.setting, self.placeholder = row.get("setting", "MODEL"), row.get("place", "{weights}")
         self.where = "REVISION" if self.setting == "MODEL" else self.setting  # the setting that names the revision
         self.load_format, self.is_gguf = row.get("load_format", "auto"), row.get("gguf", False)
+        self.ignored = [re.sub("/$", "/*", each) for each in row.get("ignore") or ()]  # as the client reads them
         self.folder = Path(row["have"]) if row.get("have") else None
         self.cache, self.path = cache, cache / f"models--{self.repo.replace('/', '--')}"
         self.blobs, self.ref = self.path / "blobs", self.path / "refs" / (self.revision or "main")
@@ -112,6 +114,7 @@ class Download:
         rows = HfApi().list_repo_tree(self.repo, recursive=True, revision=commit)
         # A name that leads out of the folder is none of the hub's own; this matters, for damaged files are deleted.
         files = {row.path: row for row in rows if hasattr(row, "size") and not OUTSIDE_PARTS & {*Path(row.path).parts}}
+        files = {name: row for name, row in files.items() if not snapshot.matches_any(name, self.ignored)}
         weights = snapshot.weights(files, self.load_format, partial(hf_hub_download, self.repo, **options))
         if not weights and snapshot.PATTERNS[self.load_format] and any(name.endswith(".gguf") for name in files):
             return check_gguf(self.repo, self.setting)  # a plugin knows which of them is wanted
