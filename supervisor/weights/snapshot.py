@@ -58,7 +58,7 @@ def _model_weights(names: set[str], patterns: Iterable[str], locate: Callable[[s
         if pattern == "*.safetensors" and index not in candidates:
             found = {name for name in found if not fnmatch(name, CONSOLIDATED)} or found
         if found:
-            return found | {part for name in found for part in _all_parts(name)}
+            return found | {part for name in found for part in _all_parts(name, found)}
     return set()
 
 
@@ -70,13 +70,14 @@ def _read_json(path: str | Path) -> dict[str, Any]:
     return {}
 
 
-def _all_parts(name: str) -> set[str]:
-    """Returns the names of all parts of a file that comes in parts."""
+def _all_parts(name: str, names: set[str]) -> list[str]:
+    """Returns the names of all parts of a file that comes in parts, which are counted from 0 where `names` has that."""
     part = PART_NAME.fullmatch(name)
     if part is None:
-        return set()
+        return []
     count = int(part["count"])
-    return {f"{part['stem']}-{number:05}-of-{count:05}{part['suffix']}" for number in range(1, count + 1)}
+    parts = [f"{part['stem']}-{number:05}-of-{count:05}{part['suffix']}" for number in range(count + 1)]
+    return parts[:-1] if parts[0] in names else parts[1:]
 
 
 def find_fault(folder: Path, load_format: str = "auto") -> str | None:

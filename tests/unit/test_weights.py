@@ -47,6 +47,7 @@ def parts(stem: str, count: int, suffix: str = "safetensors") -> list[str]:
 
 
 TWO = parts("model", 2)
+ZERO = [f"model-{number:05}-of-00003.safetensors" for number in range(3)]
 MISTRAL = ["consolidated.safetensors", "params.json", "config.json", INDEX, *TWO]
 
 
@@ -61,6 +62,8 @@ MISTRAL = ["consolidated.safetensors", "params.json", "config.json", INDEX, *TWO
         ([INDEX, *TWO], "auto", b"[]", TWO),
         ([INDEX, *TWO], "auto", b'{"weight_map": {}}', TWO),
         ([TWO[1]], "auto", None, TWO),  # no index, but a row
+        (ZERO, "auto", None, ZERO),  # some count from 0
+        ([ZERO[0], ZERO[2]], "auto", None, ZERO),
         (parts("a", 1) + parts("b", 2)[:1], "auto", None, parts("a", 1) + parts("b", 2)),
         (MISTRAL, "auto", index_of(*TWO), ["consolidated.safetensors"]),
         (MISTRAL, "mistral", index_of(*TWO), ["consolidated.safetensors"]),
