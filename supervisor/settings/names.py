@@ -34,6 +34,7 @@ BY_ALIAS = {alias: ours for ours, names in ALIASES.items() for alias in names}
 OWNED: dict[str, str] = _TABLE["owned"]
 ZERO_MEANS_UNSET = frozenset(_TABLE["zero means unset"])
 RESPELLED: dict[str, dict[str, str]] = _TABLE["respelled"]
+EMPTY: dict[str, str] = _TABLE["empty"]
 SHARED = frozenset(_TABLE["shared"])  # other programs read these variables, too
 FORMER: dict[str, str] = _TABLE["former"]
 MODEL_ADVICE: dict[str, str] = _TABLE["instead"]

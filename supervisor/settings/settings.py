@@ -84,7 +84,8 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     knob_names = ((knob.variable, knob.field) for knob in KNOBS)
     knob_sources += [{name: Entry(f"{file.label} supervisor.{key}", file.knobs.get(key)) for name, key in knob_names}]
     mode_setting = _read_knob(KNOBS[0], knob_sources, file, report)  # the platform's defaults depend on it
-    health_check = environ.get("PORT_HEALTH") or environ.get("HEALTH_CHECK_PATH")  # RunPod may name a queue as well
+    # RunPod may name a queue as well.
+    health_check = any(environ.get(name, "").strip() for name in ("PORT_HEALTH", "HEALTH_CHECK_PATH"))
     platform_mode = "queue" if environ.get("RUNPOD_WEBHOOK_GET_JOB") and not health_check else "http"
     mode = str(mode_setting.value) if mode_setting.value in ("http", "queue") else platform_mode
     platform_defaults = platform.defaults(mode, environ)

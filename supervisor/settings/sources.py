@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from supervisor.secrets import MASK, Mask
-from supervisor.settings.names import ALIASES, BY_ALIAS, DEFAULTS, SM_PREFIX
+from supervisor.settings.names import ALIASES, BY_ALIAS, DEFAULTS, EMPTY, SM_PREFIX
 from supervisor.vllm.catalogue import Catalogue
 from supervisor.vllm.installed import Vllm
 from supervisor.vllm.values import BadValue, clean, read_bool, read_word
@@ -158,6 +158,7 @@ class Report:
         meant: vLLM reads some as yes or no by a number, and `false` would end it."""
         variables = {}
         for name, value in environ.items():
+            self.warnings += [EMPTY[name]] if name in EMPTY and not value.strip() else []
             is_engine_name = ENGINE_NAME.match(name) and name not in BY_ALIAS
             read = _read_switch if name in catalogue.switches else str
             setting = self.read(name, [Entry(f"environment {name}", value)], read) if is_engine_name else None
