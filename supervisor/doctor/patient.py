@@ -132,8 +132,7 @@ class Patient:
 
     @property
     def is_offline(self) -> bool:
-        names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-        return any(self.environ.get(name, "").lower() in find.TRUE_WORDS for name in names)
+        return find.is_offline(self.environ)
 
     @cached_property
     def weights(self) -> find.Weights | None:

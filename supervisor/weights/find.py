@@ -54,7 +54,7 @@ def find(
     if not REPOSITORY_NAME.fullmatch(model) or is_gguf or environ.get("VLLM_USE_MODELSCOPE", "").lower() in TRUE_WORDS:
         return Weights("left to vLLM", is_gguf=is_gguf)  # s3://..., another hub
     rejections = []
-    offline = (environ.get("HF_HUB_OFFLINE") or environ.get("TRANSFORMERS_OFFLINE", "")).lower() in TRUE_WORDS
+    offline = is_offline(environ)
     is_known_format = load_format in PATTERNS
     for place in places:
         snapshot = find_snapshot(place.cache, model, revision)
@@ -71,6 +71,11 @@ def find(
     if offline and rejections:  # vLLM may get along with what is there
         return Weights("left to vLLM, for the hub may not be asked", None, False, tuple(rejections))
     return Weights("the hub", None, True, tuple(rejections))  # the downloader says at once where it is offline
+
+
+def is_offline(environ: Mapping[str, str]) -> bool:
+    """Returns whether the hub's client may not ask the hub, by its own rule."""
+    return (environ.get("HF_HUB_OFFLINE") or environ.get("TRANSFORMERS_OFFLINE", "")).lower() in TRUE_WORDS
 
 
 def find_snapshot(cache: Path, model: str, revision: str | None) -> Path | None:

@@ -331,6 +331,19 @@ def test_a_hub_that_takes_the_question_and_says_nothing(tmp_path: Path, monkeypa
     assert "timed out" in row.text
 
 
+@pytest.mark.parametrize(
+    ("hub", "transformers", "expected"),
+    [("1", "", True), ("", "1", True), ("0", "1", False), ("", "0", False), ("1", "0", True), ("yes", "", True)],
+)
+def test_what_is_offline_to_the_hubs_client(hub: str, transformers: str, expected: bool) -> None:
+    environ = {"HF_HUB_OFFLINE": hub, "TRANSFORMERS_OFFLINE": transformers, "SUPERVISOR_VLLM": str(FAKE)}
+    assert make_patient(Arguments(model="org/tiny"), environ).is_offline is expected
+
+
+def test_what_is_around_a_variable_is_read_as_the_start_reads_it(doctor: Doctor, hub: Hub) -> None:
+    assert doctor("org/tiny", HF_ENDPOINT=f"{hub.url}\n")["hub"]["verdict"] == OK
+
+
 def test_nothing_is_asked_offline(doctor: Doctor, hub: Hub) -> None:
     before = http.get(f"{hub.url}/stand-in").json()["requests"]
     assert doctor(str(DEMO), HF_HUB_OFFLINE="1")["hub"]["verdict"] == OK
