@@ -23,8 +23,16 @@ from typing import Any
 
 from supervisor.settings import knobs
 from supervisor.settings.knobs import KNOBS, Knob
-from supervisor.settings.names import ALIASES, FORMER, OWNED, REMOVED, REMOVED_VARIABLES, SM_PREFIX, ZERO_MEANS_UNSET
-from supervisor.settings.options import ZERO_REASON
+from supervisor.settings.names import (
+    ALIASES,
+    FORMER,
+    MESSAGES,
+    OWNED,
+    REMOVED,
+    REMOVED_VARIABLES,
+    SM_PREFIX,
+    ZERO_MEANS_UNSET,
+)
 from supervisor.settings.platform import SAGEMAKER_PORT
 from supervisor.settings.platform import defaults as platform_defaults
 from supervisor.vllm import catalogue as catalogues
@@ -363,7 +371,7 @@ def docs(options: Catalogue) -> str:
         "| variable | instead |",
         "| --- | --- |",
         *(f"| `{name}` | {_cell(text)} |" for name, text in FORMER.items()),
-        *(f"| `{name}=0` | not set: {_cell(ZERO_REASON)} |" for name in sorted(ZERO_MEANS_UNSET)),
+        *(f"| `{name}=0` | not set: {_cell(MESSAGES['zero'])} |" for name in sorted(ZERO_MEANS_UNSET)),
         "",
         "## Options that the supervisor sets itself",
         "",

@@ -92,15 +92,14 @@ def find_companions(settings: Settings) -> tuple[list[Repository], Settings]:
 
 def needs_hub(settings: Settings, companions: list[Repository]) -> bool:
     """Returns whether vLLM has something to ask the hub even where it is given folders."""
-    has_raw = any(option.key in REWRITERS for option, _ in settings.raw_options)
+    has_raw = any(option.key in (*REWRITERS, "hf_overrides") for option, _ in settings.raw_options)
     has_unknown = any(not (each.weights.needs_download or each.weights.folder) for each in companions)
     folders = [each.weights.folder for each in companions if each.weights.folder and not each.weights.needs_download]
-    options = (*settings.options, *settings.raw_options)
-    overrides = [f"{setting.name}={setting.value}" for option, setting in options if option.key == "hf_overrides"]
+    has_override = any(name in str(settings.option("hf_overrides")) for name in snapshot.FILES["elsewhere"])
     return (
         has_raw
         or has_unknown
-        or any(name in text for text in overrides for name in snapshot.FILES["elsewhere"])
+        or has_override
         or any(settings.option(key) for key in UNRESOLVED_OPTIONS)
         or bool(settings.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"))
         or not all(map(snapshot.is_self_contained, folders))
@@ -114,6 +113,7 @@ def python(settings: Settings) -> tuple[str, ...]:
 
 def fetch_command(settings: Settings, repositories: list[Repository], *, offline: bool = False) -> tuple[str, ...]:
     """Returns the command that downloads these in vLLM's environment. `offline`: what it becomes asks no hub."""
+    ignored = settings.option("ignore_patterns") or ()
     rows = [
         {
             "repo": each.name,
@@ -123,13 +123,13 @@ def fetch_command(settings: Settings, repositories: list[Repository], *, offline
             "setting": each.setting,
             "have": each.weights.folder and str(each.weights.folder),
             "gguf": each.weights.is_gguf,
-            "ignore": settings.option("ignore_patterns"),
+            "ignore": [f"{each}*" if each[-1:] == "/" else each for each in ignored],  # as the client reads them
         }
         for each in repositories
     ]
     arguments = {
         "repositories": rows,
-        "cache": download_dir(settings),
+        "cache": read_path(settings.option("download_dir") or "") or None,
         "stall": min(STALL_TIMEOUT, settings.knobs.stall_timeout or STALL_TIMEOUT),
         "offline": offline,
     }
@@ -163,17 +163,12 @@ def expand(path: str, environ: Mapping[str, str]) -> Path:
     return Path(Template(read_path(path)).safe_substitute(environ))
 
 
-def download_dir(settings: Settings) -> str | None:
-    """Returns DOWNLOAD_DIR as the hub's client takes it: with the home."""
-    return read_path(settings.option("download_dir") or "") or None
-
-
 def list_places(environ: Mapping[str, str], disk: Path | None, download_dir: str | None = None) -> list[find.Place]:
     """Lists the image; the volume, where RunPod's cached models lie as well; and the hub's own cache."""
     places = [find.Place("baked into the image", BAKED_CACHE, is_pinned=True)]
     if disk is not None:
         places.append(find.Place("on the volume", disk / HUB_FOLDER / "hub", is_pinned=True))
-    cache = Path(download_dir) if download_dir else hub_cache(environ)
+    cache = Path(read_path(download_dir)) if download_dir else hub_cache(environ)
     if all(place.cache != cache for place in places):
         places.append(find.Place("in the hub's cache", cache, is_pinned=False))
     return places
@@ -185,7 +180,7 @@ def _load_format(settings: Settings) -> str:
 
 def _locate(settings: Settings, name: str, revision: str | None, load_format: str) -> find.Weights:
     environ = {**hub_env(settings.volume, settings.environ, ""), **settings.environ}
-    caches = list_places(environ, settings.volume.path if settings.volume else None, download_dir(settings))
+    caches = list_places(environ, settings.volume.path if settings.volume else None, settings.option("download_dir"))
     return find.find(name, revision, load_format, caches, environ)
 
 
@@ -220,21 +215,14 @@ def _rewrite_adapters(value: Any, _settings: Settings, swap: Swap) -> Any:
     return tuple(map(swap_path, map(str, value)))
 
 
-def _rewrite_media_adapters(value: Any, _settings: Settings, swap: Swap) -> Any:
-    content = json_object(value) or {}
-    swapped = {medium: swap(str(path), None, "lora") for medium, path in content.items()}
-    return value if swapped == content else json.dumps(swapped)
-
-
-def _rewrite_tokenizer(value: Any, settings: Settings, swap: Swap) -> Any:
-    """Without a revision of its own vLLM gives it the model's, whichever repository it is."""
-    return swap(str(value), settings.option("tokenizer_revision") or settings.option("revision"), "tokenizer")
-
-
 REWRITERS: dict[str, Callable[[Any, Settings, Swap], Any]] = {
-    "tokenizer": _rewrite_tokenizer,
+    "tokenizer": lambda value, settings, swap: swap(
+        str(value), settings.option("tokenizer_revision") or settings.option("revision"), "tokenizer"
+    ),
     "spec_model": _rewrite_draft,
     "speculative_config": _rewrite_speculative,
     "lora_modules": _rewrite_adapters,
-    "default_mm_loras": _rewrite_media_adapters,
+    "default_mm_loras": lambda value, _, swap: json.dumps(
+        {medium: swap(str(path), None, "lora") for medium, path in (json_object(value) or {}).items()}
+    ),
 }

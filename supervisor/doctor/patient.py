@@ -16,9 +16,10 @@ from supervisor.around.gpus import read_gpus
 from supervisor.around.machine import Machine
 from supervisor.doctor.hub import Hub, HubAnswer
 from supervisor.engine.workspace import temporary_folder
-from supervisor.repositories import download_dir, find_weights, hub_cache, hub_env
+from supervisor.repositories import find_weights, hub_cache, hub_env
 from supervisor.secrets import Mask
 from supervisor.settings import platform
+from supervisor.settings.knobs import read_path
 from supervisor.settings.settings import Settings
 from supervisor.vllm import installed
 from supervisor.weights import find, snapshot
@@ -128,7 +129,7 @@ class Patient:
     def download_path(self) -> Path:
         """The folder to which the hub's client downloads."""
         placed = hub_env(self.settings.volume if self.settings else None, self.environ, "")
-        return Path((self.settings and download_dir(self.settings)) or hub_cache({**placed, **self.environ}))
+        return Path(read_path(self.option("download_dir", "")) or hub_cache({**placed, **self.environ}))
 
     @property
     def is_offline(self) -> bool:

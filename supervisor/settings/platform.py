@@ -7,7 +7,7 @@ import re
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
-from supervisor.settings.sources import Entry, Source, find_all, presets
+from supervisor.settings.sources import Entry, Source, presets
 
 # The port that SageMaker asks for. It sets it where containers share an endpoint; entrypoint.sh does so elsewhere.
 SAGEMAKER_PORT = "SAGEMAKER_BIND_TO_PORT"
@@ -15,11 +15,6 @@ SAGEMAKER_MODEL = Path("/opt/ml/model")  # what it has fetched from S3
 SAGEMAKER_SOURCE = "default on SageMaker"
 
 DEVICES = Path("/dev")
-# These say what a model is spread over, beside TENSOR_PARALLEL_SIZE.
-SPREAD = (
-    "PIPELINE_PARALLEL_SIZE", "DATA_PARALLEL_SIZE", "DATA_PARALLEL_SIZE_LOCAL", "DATA_PARALLEL_RANK", "NNODES",
-    "DISTRIBUTED_EXECUTOR_BACKEND", "DATA_PARALLEL_BACKEND",
-)  # fmt: skip
 AUTO_WORDS = ("auto", "all")  # in TENSOR_PARALLEL_SIZE, they mean every GPU that there is
 NO_DEVICES = ("", "-1", "NoDevFiles")  # in CUDA_VISIBLE_DEVICES, they hide all GPUs from torch
 
@@ -41,11 +36,11 @@ def list_sizes(names: Container[str]) -> list[str]:
 
 def share_gpus(environ: Mapping[str, str], sources: Sequence[Source]) -> int:
     """Returns what TENSOR_PARALLEL_SIZE=auto means: this machine's GPUs, or the share of one part of the model."""
-    texts = {name: str(hits[0].value).strip() for name in SPREAD if (hits := find_all(sources, name))}
-    sizes = {name: max(1, int(text)) for name, text in texts.items() if text.isdecimal()}
-    gpu_count, others = count_gpus(environ) or 1, math.prod(sizes.get(name, 1) for name in list_sizes(texts)[1:])
-    share = gpu_count * sizes.get("NNODES", 1) // others
-    return gpu_count if "ray" in texts.values() else max(1, min(gpu_count, share))
+    texts = {name: str(said.value).strip() for each in reversed(sources) for name, said in each.items() if said.value}
+    sizes = {name: int(texts[name]) for name in ("NNODES", *list_sizes(texts)) if texts.get(name, "").isdecimal()}
+    has_ray = "ray" in (texts.get("DISTRIBUTED_EXECUTOR_BACKEND"), texts.get("DATA_PARALLEL_BACKEND"))
+    gpu_count, nodes = count_gpus(environ) or 1, sizes.pop("NNODES", 1)
+    return gpu_count if has_ray else max(1, min(gpu_count, gpu_count * nodes // (math.prod(sizes.values()) or 1)))
 
 
 def defaults(mode: str, environ: Mapping[str, str]) -> Source:

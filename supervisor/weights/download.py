@@ -18,7 +18,6 @@ import glob
 import inspect
 import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -47,9 +46,7 @@ OUTSIDE_PARTS = {"..", "/", "//"}  # a path with one of these leads out of a fol
 SPARE_BYTES = 200_000_000
 # So many bytes take longer to come than vLLM's import, and longer than a moment to be read.
 LARGE_BYTES = 500_000_000
-# The first text tells how one try ended, the second how all of them did.
-HUB_TROUBLE = ("the hub did not answer", "The hub could not be reached")
-DOWNLOAD_TROUBLE = ("the download broke off", "The download broke off, again and again")
+HUB_TROUBLE, DOWNLOAD_TROUBLE = refusals.REFUSALS["troubles"]
 
 
 def say(text: str) -> None:
@@ -68,7 +65,7 @@ class Download:
         self.setting, self.placeholder = row.get("setting", "MODEL"), row.get("place", "{weights}")
         self.where = "REVISION" if self.setting == "MODEL" else self.setting  # the setting that names the revision
         self.load_format, self.is_gguf = row.get("load_format", "auto"), row.get("gguf", False)
-        self.ignored = [re.sub("/$", "/*", each) for each in row.get("ignore") or ()]  # as the client reads them
+        self.ignored = row.get("ignore", ())
         self.folder = Path(row["have"]) if row.get("have") else None
         self.cache, self.path = cache, cache / f"models--{self.repo.replace('/', '--')}"
         self.blobs, self.ref = self.path / "blobs", self.path / "refs" / (self.revision or "main")
@@ -240,13 +237,11 @@ def check_room(repo: str, needed: int, cache: Path) -> None:
 def check_gguf(repo: str, setting: str) -> None:
     """Raises UnavailableError where vLLM reads no GGUF: since 0.24 it takes a plugin. vLLM is not imported here."""
     found, allowed = util.find_spec("vllm"), os.environ.get("VLLM_PLUGINS")
-    for folder in (found and found.submodule_search_locations) or ():
-        if Path(folder, "model_executor/model_loader/gguf_loader.py").exists():
-            return
-    for plugin in metadata.entry_points(group="vllm.general_plugins"):
-        if "gguf" in plugin.value and (allowed is None or plugin.name in allowed.split(",")):
-            return
-    raise refusals.unavailable("gguf", repo=repo, setting=setting)
+    folders = map(Path, (found and found.submodule_search_locations) or ())
+    has_loader = any((folder / "model_executor/model_loader/gguf_loader.py").exists() for folder in folders)
+    plugins = [each for each in metadata.entry_points(group="vllm.general_plugins") if "gguf" in each.value]
+    if not has_loader and not any(allowed is None or each.name in allowed.split(",") for each in plugins):
+        raise refusals.unavailable("gguf", repo=repo, setting=setting)
 
 
 def fetch_all(downloads: list[Download], stall: float, command: list[str]) -> None:

@@ -15,13 +15,11 @@ from typing import Any, BinaryIO
 
 # Patterns of names tell which files vLLM reads; the table has the reasons.
 FILES: dict[str, Any] = json.loads(Path(__file__).with_name("files.json").read_bytes())
-# The patterns of weights, by --load-format.
-PATTERNS: dict[str, list[str]] = FILES["weights"]
+PATTERNS: dict[str, list[str]] = FILES["weights"]  # by --load-format
 CONSOLIDATED = "consolidated*.safetensors"
 LFS_POINTER = b"version https://git-lfs"
 PART_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
-# The header of a safetensors file has at most so many bytes; a larger one is none.
-HEADER_LIMIT = 100_000_000
+HEADER_LIMIT = 100_000_000  # bytes; a larger header of a safetensors file is none
 
 
 def matches_any(name: str, patterns: Iterable[str]) -> bool:
@@ -126,7 +124,5 @@ def _expected_size(prefix: bytes, file: BinaryIO) -> int:
 
 def is_self_contained(folder: Path) -> bool:
     """Returns whether its files name nothing of another repository, which only the hub could give: code, or a model."""
-    for config in map(_read_json, folder.glob("*config.json")):
-        if "--" in json.dumps(config.get("auto_map")) or any(map(config.get, FILES["elsewhere"])):
-            return False
-    return True
+    rows = map(_read_json, folder.glob("*config.json"))
+    return not any("--" in json.dumps(row.get("auto_map")) or any(map(row.get, FILES["elsewhere"])) for row in rows)

@@ -173,7 +173,7 @@ def listing(client: Client, *names: str) -> None:
 
 def test_files_that_are_to_be_ignored_do_not_come(client: Client, tmp_path: Path) -> None:
     listing(client, "config.json", "model.safetensors", "model.fp16.safetensors", "extra/config.json")
-    repository = download.Download(tmp_path, {"repo": "org/name", "ignore": ["*.fp16.safetensors", "extra/"]})
+    repository = download.Download(tmp_path, {"repo": "org/name", "ignore": ["*.fp16.safetensors", "extra/*"]})
     repository.ask()
     assert list(repository.files) == ["config.json", "model.safetensors"]
 

@@ -64,19 +64,19 @@ FOUR = {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}
         (
             FOUR,
             {"TENSOR_PARALLEL_SIZE": "auto", "PIPELINE_PARALLEL_SIZE": "8"},
-            ["PIPELINE_PARALLEL_SIZE=8: only 4 GPUs are here; set sizes whose product is 4 at most"],
+            ["PIPELINE_PARALLEL_SIZE=8: only 4 GPUs are here; set sizes"],
         ),
         (
             FOUR,
             {"TENSOR_PARALLEL_SIZE": "auto", "SUPERVISOR_EXTRA_ARGS": "-pp 2"},
-            ["TENSOR_PARALLEL_SIZE=4 x PIPELINE_PARALLEL_SIZE=2: only 4 GPUs are here; set sizes whose product is 4"],
+            ["TENSOR_PARALLEL_SIZE=4 x PIPELINE_PARALLEL_SIZE=2: only 4 GPUs are here; set sizes"],
         ),
         (
             FOUR,
             {"TENSOR_PARALLEL_SIZE": "4", "DATA_PARALLEL_SIZE": "2"},
             [
                 "TENSOR_PARALLEL_SIZE=4 x DATA_PARALLEL_SIZE=2: only 4 GPUs are here; "
-                "set TENSOR_PARALLEL_SIZE=auto to use what there is"
+                "set sizes whose product is no more; TENSOR_PARALLEL_SIZE=auto is what the others leave"
             ],
         ),
         (

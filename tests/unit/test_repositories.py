@@ -157,7 +157,7 @@ def test_whether_vllm_has_something_to_ask_the_hub(tmp_path: Path) -> None:
 def test_what_the_downloading_program_is_told(tmp_path: Path) -> None:
     given = settings(HF_HUB_OFFLINE="", TOKENIZER="org/t", DOWNLOAD_DIR=str(tmp_path), SUPERVISOR_STALL_TIMEOUT="20")
     command = fetch_command(given, [find_model(given), *find_companions(given)[0]])
-    more = {"revision": None, "have": None, "gguf": False, "ignore": None}
+    more: dict[str, object] = {"revision": None, "have": None, "gguf": False, "ignore": []}
     assert json.loads(command[-1]) == {
         "repositories": [
             {"repo": "org/model", "load_format": "auto", "place": "{weights}", "setting": "MODEL", **more},
@@ -167,7 +167,7 @@ def test_what_the_downloading_program_is_told(tmp_path: Path) -> None:
         "stall": 20.0,
         "offline": False,
     }
-    ignoring = settings(IGNORE_PATTERNS="*.fp16.safetensors,x/*")
+    ignoring = settings(IGNORE_PATTERNS="*.fp16.safetensors,x/")
     given_patterns = json.loads(fetch_command(ignoring, [find_model(ignoring)])[-1])["repositories"][0]["ignore"]
     assert given_patterns == ["*.fp16.safetensors", "x/*"]
     assert words(given)["tokenizer"] == "{weights:1}"

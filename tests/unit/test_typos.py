@@ -12,7 +12,7 @@ import pytest
 from supervisor.settings import typos
 from supervisor.settings.knobs import KNOBS
 from supervisor.settings.names import ALIASES, FOREIGN_NAMES, FORMER, OWNED, REMOVED, REMOVED_VARIABLES
-from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
+from supervisor.settings.settings import Arguments, Settings, gather
 from supervisor.vllm import catalogue as catalogues
 from supervisor.vllm.catalogue import FLAGS, Catalogue, Option, parse
 
@@ -195,13 +195,7 @@ def test_a_level_that_other_programs_share(folder: Path, given: str, level: str 
     assert settings.option("log_level") == level
     if level is None:
         known = "CRITICAL, ERROR, WARNING, INFO, DEBUG, NOTSET"
-        assert settings.warnings == (f"LOG_LEVEL={given} is not passed to vLLM: expected one of {known}",)
-
-
-def test_a_level_that_was_written_for_us_is_told(folder: Path) -> None:
-    (folder / "vllm.yaml").write_text("log_level: verbose\n")
-    with pytest.raises(SettingsError, match="log_level"):
-        gather_with(folder, CATALOGUE, SUPERVISOR_CONFIG="vllm.yaml")
+        assert settings.warnings == (f"environment LOG_LEVEL={given} is not passed to vLLM: expected one of {known}",)
 
 
 def test_vllms_own_variables_are_checked_against_those_it_reads() -> None:
