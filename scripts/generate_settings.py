@@ -23,8 +23,16 @@ from typing import Any
 
 from supervisor.settings import knobs
 from supervisor.settings.knobs import KNOBS, Knob
-from supervisor.settings.names import ALIASES, FORMER, OWNED, REMOVED, REMOVED_VARIABLES, SM_PREFIX, ZERO_MEANS_UNSET
-from supervisor.settings.options import ZERO_REASON
+from supervisor.settings.names import (
+    ALIASES,
+    FORMER,
+    MESSAGES,
+    OWNED,
+    REMOVED,
+    REMOVED_VARIABLES,
+    SM_PREFIX,
+    ZERO_MEANS_UNSET,
+)
 from supervisor.settings.platform import SAGEMAKER_PORT
 from supervisor.settings.platform import defaults as platform_defaults
 from supervisor.vllm import catalogue as catalogues
@@ -309,10 +317,11 @@ def docs(options: Catalogue) -> str:
         "| text | as it is | as it is |",
         "",
         "Names in `config.yaml` have hyphens or underscores, as you like. The supervisor's own settings stand under",
-        "`supervisor:`, in lower case and without `SUPERVISOR_`. Choices may be written in capitals or not. A value is what is",
-        "written: `served_model_name: 1.10` stays this text, though YAML makes 1.1 of it. In objects, which are JSON, YAML's",
-        "numbers, `true` and `no` are what they are to YAML. vLLM itself reads the file of `CONFIG`: there a text is refused",
-        "if YAML makes something else of it. The supervisor's own settings may be lists as well: `extra_args: [--seed, 1]`.",
+        "`supervisor:`, in lower case and without `SUPERVISOR_`. Choices, and vLLM's names of parsers and formats, may be",
+        "written in capitals or not, with `-` or `_`. A value is what is written: `served_model_name: 1.10` stays this text,",
+        "though YAML makes 1.1 of it. In objects, which are JSON, YAML's numbers, `true` and `no` are what they are to YAML.",
+        "vLLM itself reads the file of `CONFIG`: there a text is refused if YAML makes something else of it. The supervisor's",
+        "own settings may be lists as well: `extra_args: [--seed, 1]`.",
         "",
         "White space around a value is removed, a newline at its end too. Two kinds of value are refused, with the name of the",
         "variable, secrets and the hub's variables among them: a value that still stands in quotes (docker's `--env-file`",
@@ -320,7 +329,11 @@ def docs(options: Catalogue) -> str:
         "template may have `{{ }}`. What stands behind a ` #` is a part of the value, and the supervisor says so: docker's",
         "`--env-file` knows no comments there. In a file each key may stand once. A `~` in the supervisor's own paths is the",
         "home. vLLM and the hub's client read some variables themselves (`VLLM_*`, `HF_*` ...). An empty one is not passed on,",
-        "and `true` and `false` become numbers where vLLM wants a number.",
+        "and `true` and `false` become numbers where vLLM wants a number. For no plugins at all set `VLLM_PLUGINS=none`.",
+        "",
+        "Two kinds of variable are often not meant for vLLM. A level in `LOG_LEVEL` that it does not know is not passed on,",
+        "with a warning; `warn`, `trace` and `fatal` are read as its levels. An address in a variable that ends in `_PORT`",
+        "(`MASTER_PORT=tcp://10.0.0.1:8000`) is what Kubernetes makes for a service of that name, and is not read.",
         "",
         "## The supervisor's own",
         "",
@@ -333,8 +346,9 @@ def docs(options: Catalogue) -> str:
         lines.append(f"| `{knob.variable}` | {_knob_default(knob)} | {_cell(MEANINGS[knob.field])} |")
     lines += [
         "",
-        "`TENSOR_PARALLEL_SIZE=auto` takes all GPUs. Everything after `--` on the command line goes to `vllm serve` as it is,",
-        "behind `SUPERVISOR_EXTRA_ARGS`. The supervisor reads both, and they win over the variables.",
+        "`TENSOR_PARALLEL_SIZE=auto` takes all GPUs, or what `PIPELINE_PARALLEL_SIZE` and `DATA_PARALLEL_SIZE` leave to each",
+        "part. Everything after `--` on the command line goes to `vllm serve` as it is, behind `SUPERVISOR_EXTRA_ARGS`. The",
+        "supervisor reads both, and they win over the variables.",
         "",
         "These variables are read by others, and passed on:",
         "",
@@ -357,7 +371,7 @@ def docs(options: Catalogue) -> str:
         "| variable | instead |",
         "| --- | --- |",
         *(f"| `{name}` | {_cell(text)} |" for name, text in FORMER.items()),
-        *(f"| `{name}=0` | not set: {_cell(ZERO_REASON)} |" for name in sorted(ZERO_MEANS_UNSET)),
+        *(f"| `{name}=0` | not set: {_cell(MESSAGES['zero'])} |" for name in sorted(ZERO_MEANS_UNSET)),
         "",
         "## Options that the supervisor sets itself",
         "",

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from supervisor.around.caches import Caches
     from supervisor.around.prefork import Prefork
 
-# It is the code of an engine that can't start: the same settings may do on another machine.
-EXIT_UNFIT = 3
+EXIT_UNFIT = 3  # it is the code of an engine that can't start: the same settings may do on another machine
 # A launch is waited for this long: it takes some milliseconds, and our imports beside it would make it slower.
 LAUNCH_PATIENCE = 0.3
 

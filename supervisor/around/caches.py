@@ -46,8 +46,7 @@ FOLDERS = {
 MAX_ARCHIVE_BYTES = 4 * 1024**3
 # These are locks, what is still being written, and what is another machine's: which GPUs reach which.
 EXCLUDED_NAMES = re.compile(r"\.(lock|tmp)$|(^|/)tmp\.pid_|gpu_p2p_access_cache")
-# Half-written archives of workers that died are removed after so many seconds.
-MAX_HALF_AGE_S = 3600.0
+MAX_HALF_AGE_S = 3600.0  # half-written archives of workers that died are removed after so many seconds
 
 
 def hardware_id() -> str:

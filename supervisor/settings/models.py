@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from supervisor.bounded import try_bounded
-from supervisor.settings.names import DEFAULTS, GGUF_MESSAGE, MODEL_ADVICE, advice
+from supervisor.settings.names import DEFAULTS, MESSAGES, advice
 from supervisor.vllm.catalogue import Catalogue
 from supervisor.vllm.installed import Vllm
 from supervisor.vllm.values import BadValue
@@ -36,9 +36,9 @@ def read(name: str, vllm: Vllm, catalogue: Catalogue, environ: Mapping[str, str]
         formats = [row.names for row in catalogue.by_key.values() if row.key in ("load_format", "quantization")]
         lacks_gguf = any(formats) and not any("gguf" in names for names in formats)  # it may have it where nobody knows
         if is_gguf and lacks_gguf and not vllm.may_have_plugins(environ):
-            raise BadValue(GGUF_MESSAGE.format(version=vllm.version))
+            raise BadValue(MESSAGES["gguf"].format(version=vllm.version))
         return path
-    raise BadValue(advice(MODEL_ADVICE, name))
+    raise BadValue(advice("instead", name))
 
 
 def find_demo_obstacle(environ: Mapping[str, str]) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from supervisor.settings.names import OPTION_ADVICE, OWNED, REMOVED, advice
+from supervisor.settings.names import OWNED, REMOVED, advice
 from supervisor.settings.options import respell
 from supervisor.settings.sources import Report, Setting
 from supervisor.settings.typos import missing_hint
@@ -100,7 +100,7 @@ def _report_unknown(base: str, next_tokens: list[str], source: str, catalogue: C
     # vLLM's parser knows `-O3` and the like, whose value is glued on, beside its options. A catalogue may have none.
     short_names = [name for option in catalogue.by_key.values() for name in option.short]
     is_short = not short_names or (not next_tokens and base.startswith(("-O", *short_names)))
-    if reason := advice(OPTION_ADVICE, base):
+    if reason := advice("no options", base):
         report.problems.append(f"{base} ({source}): {reason}")
     elif base.startswith("--") or not is_short:
         if reason := missing_hint(key, catalogue):

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from supervisor.bounded import try_bounded
-from supervisor.secrets import Mask
+from supervisor.secrets import SECRET_NAME, Mask
 from supervisor.settings import checks, config_file, models, options, platform, raw, typos
 from supervisor.settings import cluster as clusters
 from supervisor.settings import volume as volumes
 from supervisor.settings.config_file import ConfigFile
 from supervisor.settings.knobs import KNOBS, Keys, Knob, Knobs
-from supervisor.settings.names import ALIASES, BY_ALIAS, REMOVED, SM_PREFIX
+from supervisor.settings.names import ALIASES, BY_ALIAS, MESSAGES, REMOVED, SM_PREFIX
 from supervisor.settings.options import Options
 from supervisor.settings.sources import Arguments, Entry, Facts, Report, Setting, Source, env_sources, find_all, presets
 from supervisor.vllm import catalogue as catalogues
@@ -79,13 +79,13 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     files = find_all(knob_sources, "SUPERVISOR_CONFIG")
     report = Report(Mask(environ))
     file = config_file.read(*files[0], report) if files else config_file.read_unnamed(report)
-    secrets = [str(file.knobs.get(knob.field, "")) for knob in KNOBS if knob.is_secret]
+    secrets = [str(file.knobs.get(knob.field, "")) for knob in KNOBS if SECRET_NAME.search(knob.variable)]
     report.mask.add([*secrets, *(part.strip() for text in secrets for part in text.split(","))])
     knob_names = ((knob.variable, knob.field) for knob in KNOBS)
     knob_sources += [{name: Entry(f"{file.label} supervisor.{key}", file.knobs.get(key)) for name, key in knob_names}]
     mode_setting = _read_knob(KNOBS[0], knob_sources, file, report)  # the platform's defaults depend on it
-    health_check = environ.get("PORT_HEALTH") or environ.get("HEALTH_CHECK_PATH")  # RunPod may name a queue as well
-    platform_mode = "queue" if environ.get("RUNPOD_WEBHOOK_GET_JOB") and not health_check else "http"
+    has_health_check = any(environ.get(name, "").strip() for name in ("PORT_HEALTH", "HEALTH_CHECK_PATH"))
+    platform_mode = "queue" if environ.get("RUNPOD_WEBHOOK_GET_JOB") and not has_health_check else "http"
     mode = str(mode_setting.value) if mode_setting.value in ("http", "queue") else platform_mode
     platform_defaults = platform.defaults(mode, environ)
     knob_sources += [platform_defaults]
@@ -163,11 +163,8 @@ def _read_knob(knob: Knob, sources: Sequence[Source], file: ConfigFile, report: 
     entries += [Entry("default", knob.default)] if knob.default is not None else []
     file_source = f"{file.label} supervisor.{knob.field}"
     if entries and knob.is_program and not file.is_named and entries[0].source == file_source:
-        entries = []
-        report.problems.append(  # the current folder may be anybody's
-            f"{file_source} is not obeyed, for it names a program and nobody named the file: "
-            f"name it with --config (or SUPERVISOR_CONFIG), or set {knob.variable}"
-        )
+        entries = []  # the current folder may be anybody's
+        report.problems.append(MESSAGES["a program"].format(source=file_source, variable=knob.variable))
     flags = {"secret": knob.is_secret, "template": knob.is_template, "command": knob.is_program}
     setting = report.read(knob.variable, entries, lambda value: knob.read(str(value)), **flags) if entries else None
     return setting or Setting(knob.variable, None, entries[0].source if entries else "default")

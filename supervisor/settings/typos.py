@@ -20,8 +20,7 @@ from supervisor.vllm.values import FALSE_WORDS, read_bool
 SERVICE_LINK = re.compile(NEAR_MISSES["service links"])
 PREFIXES, FILLERS, LOOKALIKES = (tuple[str, ...](NEAR_MISSES[part]) for part in ("prefixes", "fillers", "others"))
 MIN_LIKENESS = 0.8  # of a misspelt name to a known one, from 0 to 1
-# LMI puts this before the names of vLLM's options.
-LMI_PREFIX = "OPTION_"
+LMI_PREFIX = "OPTION_"  # LMI puts this before the names of vLLM's options
 
 
 class KnownNames(frozenset[str]):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from supervisor.vllm.installed import Vllm, VllmError, run_program, write_cache
-from supervisor.vllm.values import ITEM_READERS, READERS, BadValue, clean, read_bool, read_choice, split_items
+from supervisor.vllm.values import ITEM_READERS, READERS, BadValue, clean, read_bool, read_choice, split_items, unfold
 
 FLAGS = Path(__file__).parent / "flags"
 DUMP_TIMEOUT = 300.0
@@ -99,7 +99,7 @@ class Option:
         if self.none and text in ("", "None"):
             return
         value = self._read_item(text, READERS)
-        if self.choices and value != text and self.type != "folded":
+        if (self.choices or self.names) and value != text and self.type != "folded":
             raise BadValue(f"{value}, in these capitals")
 
     def argv(self, value: object) -> list[str]:
@@ -122,6 +122,7 @@ class Option:
         if self.choices:
             return read_choice(given, self.choices)
         text = readers[self.type](given)
+        text = unfold(text, self.names) or text
         if self.bounds and text != "auto":
             number = float(text[:-1]) * SUFFIXES[text[-1]] if text[-1] in SUFFIXES else float(text)
             if not all(BOUNDS[name][1](number, bound) for name, bound in self.bounds):

@@ -270,6 +270,12 @@ def test_what_size_of_shm_is_small(
     assert machine.check_shared_memory(found).verdict == verdict
 
 
+def test_the_folder_for_downloads_may_lie_in_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    environ = {"SUPERVISOR_VLLM": str(FAKE), "DOWNLOAD_DIR": "~/models"}
+    assert make_patient(Arguments(model="org/tiny"), environ).download_path == tmp_path / "models"
+
+
 def test_folders_that_can_not_be_written_and_a_disk_that_is_too_small(tmp_path: Path, hub: Hub) -> None:
     for name in ("ro", "hub"):
         (tmp_path / name).mkdir()
@@ -326,6 +332,19 @@ def test_a_hub_that_takes_the_question_and_says_nothing(tmp_path: Path, monkeypa
     row = model.check_hub(found)
     assert row.verdict == FAIL
     assert "timed out" in row.text
+
+
+@pytest.mark.parametrize(
+    ("hub", "transformers", "expected"),
+    [("1", "", True), ("", "1", True), ("0", "1", False), ("", "0", False), ("1", "0", True), ("yes", "", True)],
+)
+def test_what_is_offline_to_the_hubs_client(hub: str, transformers: str, expected: bool) -> None:
+    environ = {"HF_HUB_OFFLINE": hub, "TRANSFORMERS_OFFLINE": transformers, "SUPERVISOR_VLLM": str(FAKE)}
+    assert make_patient(Arguments(model="org/tiny"), environ).is_offline is expected
+
+
+def test_what_is_around_a_variable_is_read_as_the_start_reads_it(doctor: Doctor, hub: Hub) -> None:
+    assert doctor("org/tiny", HF_ENDPOINT=f"{hub.url}\n")["hub"]["verdict"] == OK
 
 
 def test_nothing_is_asked_offline(doctor: Doctor, hub: Hub) -> None:

@@ -300,7 +300,7 @@ def test_names_and_stores_pass(folder: Path, name: str) -> None:
         ("my model", "a folder that is there"),
         ("org//model", "set MODEL=org/model"),
         ("org/model/", "set MODEL=org/model"),
-        ("/org/model", "set MODEL=org/model"),
+        ("/org/model", "a folder that is there"),
         ("org\\model", "set MODEL=org/model"),
         ("models--org--model", "set MODEL=org/model"),
         ("/no/such/hub/models--org--my-model", "set MODEL=org/my-model"),
