@@ -26,7 +26,7 @@ def read(tokens: Sequence[str], source: str, catalogue: Catalogue, report: Repor
     for token, next_tokens in groups:
         name, equals_sign, text = token.partition("=")
         base, dot, _ = name.partition(".")
-        option, is_off = _find_option(base, catalogue)
+        option, is_off = catalogue.match(base)
         if option is None:
             _report_unknown(base, next_tokens, source, catalogue, report)
             continue
@@ -75,23 +75,6 @@ def _find_fault(option: Option, values: list[str], dot: str) -> str | None:
     except BadValue as error:
         return f"expected {error}"
     return None
-
-
-def _find_option(base: str, catalogue: Catalogue) -> tuple[Option | None, bool]:
-    """Returns the option, and whether `base` is its form that switches it off. As argparse does, it takes a beginning
-    that only one option has for the whole."""
-    options = catalogue.by_key.values()
-    if not base.startswith("--"):
-        return next((option for option in options if base in option.short), None), False
-    key = key_of(base)
-    if option := catalogue.find(key):
-        return option, False
-    name = f"--{key.replace('_', '-')}"
-    for option in options:
-        if name in option.off or (option.kind == "pair" and key == f"no_{option.key}"):
-            return option, True
-    matches = [option for option in options if option.key.startswith(key)]
-    return matches[0] if len(matches) == 1 else None, False
 
 
 def _report_unknown(base: str, next_tokens: list[str], source: str, catalogue: Catalogue, report: Report) -> None:
