@@ -1,4 +1,4 @@
-"""Reads vLLM's own arguments as the user gave them: SUPERVISOR_EXTRA_ARGS, and what follows `--` on the command line.
+"""Reads vLLM's own arguments: SUPERVISOR_EXTRA_ARGS, what follows `--`, and what vLLM makes of its own --config.
 
 They go to vLLM as they are, after everything else. They are read here all the same, so that what is wrong with them is
 told now instead of ten seconds into vLLM's start, and what they override is not passed twice.
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from json import dumps
 
-from supervisor.settings.names import OPTION_ADVICE, OWNED, REMOVED, advice
+from supervisor.settings.config_file import ConfigFile
+from supervisor.settings.names import OPTION_ADVICE, OWNED, REMOVED, ZERO_MEANS_UNSET, advice
 from supervisor.settings.options import respell
 from supervisor.settings.sources import Report, Setting
 from supervisor.settings.typos import missing_hint
@@ -17,10 +19,11 @@ from supervisor.vllm.catalogue import Catalogue, Option, key_of
 from supervisor.vllm.values import BadValue
 
 NEGATIVE_NUMBER = re.compile(r"-\d+(\.\d+)?")
+ByName = dict[str, tuple[Option, Setting]]  # by variable; parts (`--x.y`), and what adds up, by what was written
 
 
-def read(tokens: Sequence[str], source: str, catalogue: Catalogue, report: Report) -> dict[str, tuple[Option, Setting]]:
-    """Returns the options among `tokens`, by the variable that each stands for, or by what was written (`--x.y`)."""
+def read(tokens: Sequence[str], source: str, catalogue: Catalogue, report: Report, *, in_file: bool = False) -> ByName:
+    """Returns the options among `tokens`. `in_file`: vLLM makes the tokens of its file."""
     options = {}
     (_, loose_tokens), *groups = _group_tokens(tokens)
     for token, next_tokens in groups:
@@ -39,13 +42,50 @@ def read(tokens: Sequence[str], source: str, catalogue: Catalogue, report: Repor
         values = [text] if equals_sign else next_tokens[:max_values]
         loose_tokens += next_tokens[max_values:]
         if fault := _find_fault(option, values, dot):
-            report.problems.append(f"{' '.join((token, *next_tokens[:max_values]))} ({source}): {fault}")
+            given = f"{option.variable}={' '.join(values)}" if in_file else " ".join((token, *next_tokens[:max_values]))
+            report.problems.append(f"{given} ({source}): {fault}")
             continue
         is_append = option.kind == "append" and not dot
         value: object = not is_off if option.is_switch else tuple(values) if is_list or is_append else "".join(values)
         variable = name if is_append or (dot and not option.is_switch) else option.variable
         options[variable] = option, Setting(variable, value, source)
     report.problems += [f"{token} ({source}): there is no option before it that takes it" for token in loose_tokens]
+    return options
+
+
+def read_vllm_file(file: ConfigFile, catalogue: Catalogue, report: Report) -> ByName:
+    """Returns what the file of vLLM's own --config says. Where vLLM takes it for something else, that is a problem."""
+    options: ByName = {}
+    for name, value in file.typed_content.items():
+        key, is_part, is_bool, is_list = key_of(name), "." in name, isinstance(value, bool), isinstance(value, list)
+        option, is_off = catalogue.match(f"--{name.partition('.')[0]}")
+        if option is None:
+            hint = missing_hint(key, catalogue)
+            text = f"{file.label}: vLLM {catalogue.version} has no option {name.replace('-', '_')}"
+            (report.problems if hint else report.warnings).append(text + (hint or ", and most likely ends at it"))
+            continue
+        if key == "model" or value == [] or (value is False and (key in OWNED or option.kind == "switch")):
+            continue  # the model is read elsewhere; the others vLLM drops, and they say nothing
+        both = (dumps(each) if isinstance(each, dict) else each for each in (value, file.content[key]))
+        words, written = ([*map(str, each if isinstance(each, list) else [each])] for each in both)
+        is_json = is_list and (dict in map(type, value) or (option.kind == "value" and "json" in option.type))
+        is_text = is_bool if is_part else not (option.is_switch or "int" in option.type or option.type == "float")
+        is_lost = len(_group_tokens(words)) > 1 or (option.kind == "append" and len(words) > 1)
+        right_line = f"write {'' if is_off else 'no-'}{option.name[2:]}: true" if option.is_switch else "leave it out"
+        faults = {  # what is told -> whether it is so
+            f" can't be set there: {OWNED.get(key)}": key in OWNED,
+            ": write true, without quotes": option.is_switch and not is_bool,
+            ": vLLM can't run with 0: leave it out": words == ["0"] and option.variable in ZERO_MEANS_UNSET,
+            ": an empty value is one to vLLM: leave it out": {"", "None"} & {*words} and (is_part or not option.none),
+            f": to vLLM a list there is plain words: put what is JSON in quotes, such as '{dumps(value)}'": is_json,
+            f": YAML makes {' '.join(words)} of {' '.join(written)}: put it in quotes": is_text and words != written,
+            f": vLLM ignores false there: {right_line}": value is False and (is_off or option.default is not False),
+            f": vLLM can't take that from a file: set {option.variable}": is_lost,
+        }
+        report.problems += [f"{file.label}: {key}{fault}" for fault, applies in faults.items() if applies][:1]
+        if not any(faults.values()):
+            tokens = [f"--no-{option.name[2:]}" if value is False else f"--{name}", *(() if is_bool else words)]
+            options |= read(tokens, f"{file.label} {key}", catalogue, report, in_file=True)
     return options
 
 
@@ -61,12 +101,9 @@ def _group_tokens(tokens: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 
 def _find_fault(option: Option, values: list[str], dot: str) -> str | None:
-    if option.is_switch:
-        return f"{option.name} takes no value" if values else None
-    if not values and (dot or option.kind != "optional"):
-        return "a value is missing"
-    if dot:
-        return None
+    if option.is_switch or dot or not values:
+        fault = f"{option.name} takes no value" if values else "a value is missing"
+        return fault if option.is_switch == bool(values) else None
     if len(values) == 1 and (respelling := respell(option, values[0])) != values[0]:
         return f"write {respelling!r}"
     try:
@@ -86,7 +123,6 @@ def _report_unknown(base: str, next_tokens: list[str], source: str, catalogue: C
     if reason := advice(OPTION_ADVICE, base):
         report.problems.append(f"{base} ({source}): {reason}")
     elif base.startswith("--") or not is_short:
-        if reason := missing_hint(key, catalogue):
-            report.problems.append(message + (reason if key in REMOVED else reason.replace("_", "-")))
-        else:
-            report.warnings.append(f"{message}; it is passed as it is")
+        hint = missing_hint(key, catalogue)
+        hint = hint if key in REMOVED else hint.replace("_", "-")
+        (report.problems if hint else report.warnings).append(message + (hint or "; it is passed as it is"))

@@ -153,11 +153,6 @@ class Catalogue:
     environment: frozenset[str] = frozenset()
     switches: frozenset[str] = frozenset()  # of these, the ones that are yes or no by a number
 
-    def find(self, key: str) -> Option | None:
-        """Returns the option of that key, under any of its long names; None where there is none."""
-        name = f"--{key.replace('_', '-')}"
-        return self.by_key.get(key) or next((row for row in self.by_key.values() if name in row.also), None)
-
     def match(self, name: str) -> tuple[Option | None, bool]:
         """Returns the option that argparse takes `name` for, and whether it is a form that switches it off. A beginning
         that only one option has stands for the whole."""
