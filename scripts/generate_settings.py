@@ -319,7 +319,7 @@ def docs(options: Catalogue) -> str:
         "`enable-prefix-caching: false` without a word, takes an empty value (`tokenizer:`) for a name, and fails at what is",
         "in quotes for yes or no. What it would not take as it stands there is refused, with what to write: for false,",
         "`no-enable-prefix-caching: true`. A part of an object (`compilation-config.mode: 3`) takes the place of the whole",
-        "object, wherever that is set.",
+        "object, wherever that is set. Among vLLM's arguments the file is named once, in two words: `--config FILE`.",
         "",
         "White space around a value is removed, a newline at its end too. Two kinds of value are refused, with the name of the",
         "variable, secrets and the hub's variables among them: a value that still stands in quotes (docker's `--env-file`",

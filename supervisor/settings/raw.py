@@ -37,6 +37,8 @@ def read(tokens: Sequence[str], source: str, catalogue: Catalogue, report: Repor
             reason = OWNED.get(option.key, "set MODEL, or name the model after `supervisor up`")
             report.problems.append(f"{base} ({source}): can't be passed to vLLM: {reason}")
             continue
+        if option.key == "config" and (equals_sign or in_file):  # vLLM looks for this very word among its arguments
+            report.problems.append(f"{base} ({source}): vLLM reads no file named so: write --config FILE, in two words")
         is_list = option.kind == "list" and not dot
         max_values = 0 if equals_sign or option.is_switch else len(next_tokens) if is_list else 1
         values = [text] if equals_sign else next_tokens[:max_values]

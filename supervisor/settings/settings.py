@@ -105,6 +105,8 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     entries = {key.upper(): Entry(f"{file.label} {key}", file.content[key]) for key in file.content}
     sources = [*env_sources(environ), {name: entry for name, entry in entries.items() if name not in BY_ALIAS}]
     vllm_args, raw_by_name = (*(knobs.extra_args or ()), *arguments.vllm_args), raw.ByName()
+    if vllm_args.count("--config") > 1:
+        report.problems.append("--config stands twice among vLLM's arguments, and vLLM takes one file: leave one out")
     if catalogue.by_key:
         (extra_args,) = [setting for setting in knob_settings if setting.name == "SUPERVISOR_EXTRA_ARGS"]
         raw_by_name = raw.read(extra_args.value or (), extra_args.source, catalogue, report)

@@ -85,6 +85,7 @@ REFUSED: tuple[tuple[str, str], ...] = (
     ("max-num-seqs: [1, 2]", "2 (v.yaml (environment CONFIG) max_num_seqs): there is no option before it"),
     ("served-model-name: [a, -x]", "vLLM can't take that from a file: set SERVED_MODEL_NAME"),
     ("Max-Model-Len: 1", "has no option Max_Model_Len; did you mean max_model_len?"),
+    ("config: b.yaml", "vLLM reads no file named so: write --config FILE, in two words"),
     ("", "is empty, at which vLLM fails: write a line into it, or don't name it"),
     ("# seed: 1", "is empty, at which vLLM fails: write a line into it, or don't name it"),
     ("headless: true", "headless can't be set there: "),
@@ -121,6 +122,29 @@ def test_what_vllm_does_not_take_is_told(folder: Path, text: str, expected: str)
     found = problems(folder, CONFIG="v.yaml")
     assert any(expected in line for line in found), found
     assert all("v.yaml (environment CONFIG)" in line for line in found)
+
+
+def test_vllm_looks_for_the_very_word(folder: Path) -> None:
+    """It takes `--config=FILE` for an option, and ignores it."""
+    (folder / "v.yaml").write_text("max-num-seqs: many\n")
+    told, in_file = problems(folder, Arguments(model="m", vllm_args=("--config=v.yaml",)))
+    assert told == "--config (command line): vLLM reads no file named so: write --config FILE, in two words"
+    assert "MAX_NUM_SEQS=many (v.yaml (command line) max_num_seqs): expected a whole number" in in_file
+
+
+@pytest.mark.parametrize(
+    ("extra", "raw"),
+    [
+        ("--config v.yaml", "--config v.yaml"),
+        ("", "--config v.yaml --config w.yaml"),
+        ("--config v.yaml --config v.yaml", ""),
+    ],
+)  # fmt: skip
+def test_vllm_takes_one_file(folder: Path, extra: str, raw: str) -> None:
+    for name in ("v.yaml", "w.yaml"):
+        (folder / name).write_text("seed: 1\n")
+    (problem,) = problems(folder, Arguments(model="m", vllm_args=tuple(raw.split())), SUPERVISOR_EXTRA_ARGS=extra)
+    assert problem == "--config stands twice among vLLM's arguments, and vLLM takes one file: leave one out"
 
 
 def test_a_variable_and_an_argument_make_one(folder: Path) -> None:

@@ -74,3 +74,11 @@ def test_every_option_is_what_it_is_on_the_command_line(tmp_path: Path, monkeypa
         row for row in zip(texts, found, found[len(rows) :], strict=False) if row[1] != row[2] or "error" in row[1]
     ]
     assert not wrong
+
+
+def test_vllm_ignores_a_file_that_is_named_in_one_word(tmp_path: Path) -> None:
+    ((_, option, name),) = write_files(tmp_path, ["seed: 7"])
+    in_two, in_one, twice = parsed([["m", option, name], ["m", f"{option}={name}"], ["m", option, name, option, name]])
+    assert "('seed', 7)" in in_two["value"]
+    assert "('seed', 7)" not in in_one["value"]
+    assert "More than one config file" in twice["error"]
