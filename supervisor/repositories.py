@@ -87,23 +87,19 @@ def find_companions(settings: Settings) -> tuple[list[Repository], Settings]:
         rewrite = REWRITERS.get(option.key)
         value = rewrite(setting.value, settings, partial(swap, option.variable)) if rewrite else setting.value
         options.append((option, dataclasses.replace(setting, value=value)))
-    return others, dataclasses.replace(settings, options=tuple(options))
+    in_file = settings.in_file - {*map(str.upper, REWRITERS)}  # on the command line a folder beats the name there
+    return others, dataclasses.replace(settings, options=tuple(options), in_file=in_file)
 
 
 def needs_hub(settings: Settings, companions: list[Repository]) -> bool:
     """Returns whether vLLM has something to ask the hub even where it is given folders."""
     has_raw = any(option.key in (*REWRITERS, "hf_overrides") for option, _ in settings.raw_options)
+    has_override = any(name in str(settings.option("hf_overrides")) for name in snapshot.FILES["elsewhere"])
+    has_names = has_raw or has_override or any(settings.option(key) for key in UNRESOLVED_OPTIONS)
+    may_load_more = bool(settings.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"))
     has_unknown = any(not (each.weights.needs_download or each.weights.folder) for each in companions)
     folders = [each.weights.folder for each in companions if each.weights.folder and not each.weights.needs_download]
-    has_override = any(name in str(settings.option("hf_overrides")) for name in snapshot.FILES["elsewhere"])
-    return (
-        has_raw
-        or has_unknown
-        or has_override
-        or any(settings.option(key) for key in UNRESOLVED_OPTIONS)
-        or bool(settings.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"))
-        or not all(map(snapshot.is_self_contained, folders))
-    )
+    return has_names or has_unknown or may_load_more or not all(map(snapshot.is_self_contained, folders))
 
 
 def python(settings: Settings) -> tuple[str, ...]:

@@ -8,23 +8,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from supervisor.settings import platform
-from supervisor.settings.config_file import ConfigFile
 from supervisor.settings.names import MESSAGES, OWNED, QUIET_NAMES, RESPELLED, SM_PREFIX, ZERO_MEANS_UNSET
 from supervisor.settings.sources import Entry, Report, Setting, Source, find_all
-from supervisor.settings.typos import missing_hint
 from supervisor.vllm.catalogue import Catalogue, Option, key_of
 from supervisor.vllm.values import json_object, read_bool, unfold
 
 Options = tuple[tuple[Option, Setting], ...]
 NGRAM = "[ngram]"  # vLLM's draft by n-grams had this for its model's name; it has a method of its own now
-TEXTS, LISTS = ("str", "folded", "csv", "json_or_str"), ("list", "append")  # types and kinds of options
 
 
 def keys(catalogue: Catalogue) -> list[str]:
     """Returns the keys by which options may be named, in config.yaml, or in capitals as variables."""
-    all_options = catalogue.by_key.values()
-    other_keys = [key for option in all_options for key in (*map(key_of, option.also), option.opposite) if key]
-    return ["model", *catalogue.by_key, *other_keys]
+    others = [key for row in catalogue.by_key.values() for key in (*map(key_of, row.also), row.opposite) if key]
+    return ["model", *catalogue.by_key, *others]
 
 
 def resolve(
@@ -92,26 +88,3 @@ def respell(option: Option, value: object) -> object:
         level = {"mode": config.pop("level")} if "level" in config else {}
         return json.dumps(level | config) if level else value  # where both were there, vLLM took `mode`
     return RESPELLED.get(option.variable, {}).get(text.lower(), value)
-
-
-def read_vllm_file(file: ConfigFile, catalogue: Catalogue, report: Report) -> dict[str, Setting]:
-    """Returns what the file of vLLM's own --config says, by variable. vLLM reads that file itself. What it may not say,
-    or what vLLM would not take, is a problem."""
-    settings = {}
-    for key, value in file.typed_content.items():
-        option, forms = catalogue.find(key), (value, file.content.get(key))
-        typed_words, written_words = ([*map(str, each)] if isinstance(each, list) else [str(each)] for each in forms)
-        if key in OWNED:
-            report.problems.append(f"{file.label}: {key} can't be set there: {OWNED[key]}")
-        elif option is None:
-            hint, text = missing_hint(key, catalogue), f"{file.label}: vLLM {catalogue.version} has no option {key}"
-            (report.problems if hint else report.warnings).append(text + (hint or ", and most likely ends at it"))
-        elif isinstance(value, list) and (option.kind not in LISTS or any(isinstance(each, dict) for each in value)):
-            hint = f"to vLLM a list there is plain words: put what is JSON in quotes, such as '{json.dumps(value)}'"
-            report.problems.append(f"{file.label}: {key}: {hint}")
-        elif key != "model" and option.type in TEXTS and not option.is_switch and typed_words != written_words:
-            hint = f"YAML makes {' '.join(typed_words)} of {' '.join(written_words)}: put it in quotes"
-            report.problems.append(f"{file.label}: {key}: {hint}")
-        elif key != "model" and not option.is_unset(value):
-            settings[option.variable] = report.read(option.variable, [Entry(f"{file.label} {key}", value)], option.read)
-    return {variable: setting for variable, setting in settings.items() if setting is not None}

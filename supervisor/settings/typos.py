@@ -41,9 +41,7 @@ class KnownNames(frozenset[str]):
     def guess(self, name: str) -> str | None:
         """Returns the known name that `name` is most probably meant to be, if any."""
         upper = name.upper().replace("-", "_")
-        if upper in self:
-            return upper
-        if found := self.by_letters.get(upper.replace("_", "")):  # MAXMODELLEN
+        if found := upper if upper in self else self.by_letters.get(upper.replace("_", "")):  # MAXMODELLEN
             return found
         for prefix in PREFIXES:
             rest = upper.removeprefix(prefix)

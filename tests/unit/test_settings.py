@@ -634,7 +634,7 @@ def test_vllms_file_is_looked_at_wherever_it_is_named(folder: Path, where: str) 
     elif where == "extra":
         found = problems(folder, SUPERVISOR_EXTRA_ARGS="--config v.yaml")
     else:
-        found = problems(folder, Arguments(model="m", vllm_args=("--config=v.yaml",)))
+        found = problems(folder, Arguments(model="m", vllm_args=("--config", "v.yaml")))
     assert [line.split(": ")[0].rpartition("(")[0].strip() for line in found] == ["MAX_NUM_SEQS=0 (v.yaml", "v.yaml"]
     assert "at least 1" in found[0]
 
