@@ -14,8 +14,7 @@ from supervisor.vllm.installed import Vllm
 from supervisor.vllm.values import BadValue
 
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "demo" / "model"
-# A disk has so many seconds to tell whether something is there. A network volume may hang.
-DISK_PATIENCE = 3.0
+DISK_PATIENCE = 3.0  # seconds for a disk to tell whether something is there; a network volume may hang
 HUB_NAME = re.compile(r"(?!models--|-|(?i:true|false|yes|no|on|off|none|null)$)[\w.-]+(/[\w.-]+)?", re.ASCII)
 BUCKET_URL = re.compile(r"(s3|gs|az)://.+", re.DOTALL)  # vLLM reads from these itself
 # This is Ollama's form, and llama.cpp's: `org/name:Q4_K_M`.
