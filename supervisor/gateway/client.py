@@ -83,6 +83,9 @@ class Clients:
         """Makes each connection forget its latest head, whose verdict may differ now that the policy has changed."""
         for connection in self.connections:
             connection.heads.forget()
+            for one in connection.waiting:  # their turn is yet to come
+                if isinstance(one, Exchange):
+                    one.request.verdict = connection.door.policy.judge(one.request)
 
 
 class ClientConnection(RequestReader):
@@ -97,6 +100,8 @@ class ClientConnection(RequestReader):
         # An answer and how much of it a half-closed client was sent, and when that changed.
         self.progress: tuple[Exchange | None, int] = None, 0
         self.progress_at = 0.0
+        self.ends_by_close = False  # the end of the last answer, which is complete, is only told by the close
+        self.held_back = False  # an exchange has paused the reading
         self.half_closed = False  # the client has said its last word, or is gone
 
     # asyncio's callbacks
@@ -155,9 +160,11 @@ class ClientConnection(RequestReader):
     # What its exchanges call (door.Client), and the order of answers
 
     def pause(self) -> None:
+        self.held_back = True
         self.flow.pause_reading()
 
     def resume(self) -> None:
+        self.held_back = False
         self.flow.resume_reading()
         self.active_at = self.body_began = self.loop.time()
         self.body_read = 0
@@ -166,14 +173,17 @@ class ClientConnection(RequestReader):
         self.tunnel = exchange
 
     def answer_done(self, exchange: Exchange, after: AfterAnswer) -> None:
-        self.answering = None
+        self.answering, self.held_back = None, False
         if after is KEEP:
             self.active_at = self.head_began = self.clients.clock  # also for a head that came meanwhile
             if self.flow.read_paused and not self.unparsed_is_full:
                 self.flow.resume_reading()
             if self.waiting or self.unparsed or self.half_closed:
                 self._advance()
-        elif after is AfterAnswer.LINGER:
+            return
+        self.ends_by_close = exchange.ends_by_close
+        self.waiting.clear()  # nobody will answer them, and it is not their client that has left
+        if after is AfterAnswer.LINGER:
             self.linger()
         elif after is AfterAnswer.CLOSE:
             self.active_at = self.clients.clock
@@ -209,7 +219,8 @@ class ClientConnection(RequestReader):
         self.active_at = self.clients.clock
         if self.unparsed_is_full and len(self.unparsed) <= UNPARSED_LIMIT // 2:
             self.unparsed_is_full = False
-            self.flow.resume_reading()
+            if not self.held_back:
+                self.flow.resume_reading()
         if self.half_closed and self.answering is None and not self.waiting and not self.lingering:
             self.transport.close()
 
@@ -258,7 +269,7 @@ class ClientConnection(RequestReader):
 
     def cut(self) -> None:
         """Closes at once, so that an answer that is under way does not look complete."""
-        if isinstance(self.answering, Exchange) and self.answering.ends_by_close:
+        if self.ends_by_close or (isinstance(self.answering, Exchange) and self.answering.ends_by_close):
             reset(self.transport)
         else:
             self.transport.abort()
@@ -339,7 +350,10 @@ class ClientConnection(RequestReader):
                 request.end_now(refusal)
             return
         if request is not None or self.waiting:
-            if not (self.at_start or self.in_head):
+            if isinstance(self.incoming, Exchange) and self.incoming in self.waiting and not self.at_start:
+                self.incoming.refusal = self.incoming.request.end_reading(self.incoming.refusal or refusal)
+                self.incoming.keep_alive, self.ignores_input, self.at_start = False, True, True
+            elif not (self.at_start or self.in_head):
                 self.cut()  # an answer is under way: a second one in its midst would corrupt it
             elif not self.ignores_input:  # whole requests are answered, and what follows them is ignored
                 self.ignores_input = self.at_start = True

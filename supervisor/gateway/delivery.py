@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
 from supervisor.gateway.door import BaseDelivery, Door
-from supervisor.gateway.errors import Refusal, UpstreamError
+from supervisor.gateway.errors import Refusal, UpstreamError, refuse
 from supervisor.gateway.http1 import Framing, KnownAnswer, Request, ResponseHead
 from supervisor.gateway.upstream import Disconnected, NotConnected, Receiver, Sink, Unanswered, UpstreamConnection
 
@@ -25,16 +25,8 @@ if TYPE_CHECKING:
 KEEP_LIMIT = 1024 * 1024
 # vLLM's API server answers everything in flight with one of these in the moment its EngineCore dies.
 DOUBTED_STATUSES = frozenset({500, 503})
-BROKEN_OFF = Refusal(
-    503, "The engine stopped in the middle of this answer. Please send the request again.", "engine_stopped"
-)
-# It has no Retry-After: the request is most likely what stops engines.
-LOST_TWICE = Refusal(
-    503,
-    "The engine stopped twice while it worked on this request, which may be why. It is not tried again; look at it "
-    "before you send it once more.",
-    "engine_stopped_twice",
-)
+# The latter has no Retry-After: the request is most likely what stops engines.
+BROKEN_OFF, LOST_TWICE = refuse("engine_stopped"), refuse("engine_stopped_twice")
 log = logging.getLogger("supervisor.gateway")
 
 
@@ -105,6 +97,7 @@ class Delivery(BaseDelivery, Sink):
     # A new delivery's values stand in the class: what a small request never touches costs it nothing.
     state = State.WAITING
     connection: UpstreamConnection | None = None  # vLLM's, while it carries the request or its answer
+    paused = False  # set while the client takes no more: a connection that comes later is paused, too
     admitted = False  # set by the gate, while the request counts among those that run
     generation = -1  # the gate's number of the engine that had the request last
     request_complete = False  # set when all of the request's body is there
@@ -164,10 +157,12 @@ class Delivery(BaseDelivery, Sink):
         self.recipient = NO_RECIPIENT  # each has the other, and they would stay until a garbage collection
 
     def pause(self) -> None:
+        self.paused = True
         if self.connection is not None:
             self.connection.pause_response()
 
     def resume(self) -> None:
+        self.paused = False
         if self.connection is not None:
             self.connection.resume_response()
 
@@ -205,6 +200,9 @@ class Delivery(BaseDelivery, Sink):
 
     def engine_judged(self, *, alive: bool) -> None:
         self._apply(Event.ALIVE if alive else Event.DEAD)
+        if not alive and self.gate.open and self in self.gate:  # it is held for the next engine, which is there already
+            self.gate.forget(self)
+            self.go()
 
     # vLLM's connection calls these
 
@@ -216,11 +214,13 @@ class Delivery(BaseDelivery, Sink):
         self.generation = self.gate.generation
         kept = self.kept
         assert kept is not None  # it is dropped only once there was a connection, and then nothing is sent again
-        connection.transport.write(kept[0] if len(kept) == 1 else b"".join(kept))
+        if self.paused:
+            connection.pause_response()
         if self.request_complete:
             connection.request_sent = True
         else:
-            self.recipient.resume_request()
+            self.recipient.resume_request()  # before the write, which may pause it
+        connection.transport.write(kept[0] if len(kept) == 1 else b"".join(kept))
 
     def head_received(self, head: ResponseHead) -> None:
         if head.status < 200:

@@ -78,17 +78,17 @@ class Exchange(Record, Recipient):
         if refusal is not None:
             self.request_refused(refusal)
             return
-        head = self.head
-        if head:
+        head = self.head or b"%b%b\r\n\r\n" % (self.request.rewritten, self.request_id)
+        if self.head:
             self.head = b""
-        else:
-            head = b"%b%b\r\n\r\n" % (self.request.rewritten, self.request_id)
         self.delivery = delivery = door.deliver(self, head)
         if self.early_body:
-            for data in self.early_body:
-                delivery.write(data)
+            delivery.write(b"".join(self.early_body))
             self.early_body = None
-        delivery.begin(self.request_complete)
+        if self.delivery is delivery:  # else the body is too large for the cache, which has begun another one
+            delivery.begin(self.request_complete)
+        elif self.request_complete:
+            self.delivery.end()
 
     def data_of_request(self, data: bytes) -> None:
         size = len(data)
@@ -305,9 +305,9 @@ class Exchange(Record, Recipient):
         self._send(data)
         self.client.become_tunnel(self)
         early, self.early_frames = self.early_frames, ()
+        self.client.resume()  # before the frames, which may pause it
         for frames in early:
             self.pass_frames(frames)
-        self.client.resume()
 
     def request_refused(self, refusal: Refusal) -> None:
         if self.body is not None:

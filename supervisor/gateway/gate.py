@@ -115,8 +115,12 @@ class Gate:
             request.admitted = True
             if self.open or self.engine.draining:
                 request.go()
+            elif self.engine.is_closed:
+                request.refuse(self.unavailable_refusal())
             else:
                 self.hold(request)
+        elif self.engine.is_closed and not self.engine.draining:
+            request.refuse(self.unavailable_refusal())
         elif len(self.queued) < self.admission.queue_limit:
             self.queued[request] = self.loop.call_later(self.admission.hold, self._refuse_queued, request)
             request.mark("waiting")

@@ -82,7 +82,7 @@ def split_message(data: bytes) -> tuple[bytes, bytes, bytes] | None:
         return None
     at = data.find(_LENGTH, 0, end)
     if at < 0:
-        return (data, b"", b"") if end == len(data) else None
+        return (data, b"", b"") if end == len(data) and _BEFORE not in data.lower() else None
     at += len(_LENGTH)
     stop = data.find(b"\r\n", at)
     digits = data[at:stop]

@@ -223,7 +223,7 @@ class RequestReader(HttpToolsProtocol, Client):
         request = Request(method, target, path, headers)
         request.http11 = version == "1.1"
         request.keep_alive = request.http11 and parser.should_keep_alive()
-        if upgrades and asks_for_websocket(method, headers):
+        if upgrades and request.http11 and asks_for_websocket(method, headers):  # RFC 9110, 7.8
             request.websocket = True
             request.keep_alive = False  # what follows it are frames, whatever vLLM answers
         self.headers = []  # from now on they are trailers

@@ -92,6 +92,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.heads: RepeatedHeads[KnownAnswer] = RepeatedHeads(upstream.heads)
         self.reused = False  # set when it is taken from the idle ones
         self.idle_since = 0.0  # when its last answer was complete: the loop's time in seconds
+        self.writing_paused = False  # set while vLLM takes no more of the request
         self.response_paused = False  # set while the client takes no more of the answer
         self.parser = httptools.HttpResponseParser(self)
         self._expect_head()
@@ -144,10 +145,12 @@ class UpstreamConnection(asyncio.Protocol):
             receiver.answer_lost(Disconnected("vLLM closed the connection before its answer was complete"))
 
     def pause_writing(self) -> None:
+        self.writing_paused = True
         if self.receiver is not None:
             self.receiver.pause_request()
 
     def resume_writing(self) -> None:
+        self.writing_paused = False
         if self.receiver is not None:
             self.receiver.resume_request()
 
@@ -338,6 +341,9 @@ class Upstream:
             sink.answer_lost(UpstreamError("no connection to vLLM could be made"))
 
     def release(self, connection: UpstreamConnection) -> None:
+        if connection.writing_paused:  # it was answered early: the next one's body would pile up behind this one's
+            connection.transport.abort()
+            return
         connection.idle_since = self.loop.time()
         self.idle.append(connection)
 
