@@ -65,8 +65,8 @@ CHECKS: dict[str, Check] = {
         machine.check_write, lambda patient: patient.download_path, "Set HF_HOME to a folder that can be written.", FAIL
     ),
     "temporary": partial(
-        machine.check_write, lambda patient: temporary_folder(patient.environ), "Set TMPDIR, or mount a tmpfs on /tmp.",
-        FAIL,
+        machine.check_write, lambda patient: temporary_folder(patient.environ),
+        "Set TMPDIR, or mount a tmpfs on /tmp (--tmpfs /tmp:exec).", FAIL, for_code=True,
     ),
     "hub": model.check_hub,
     "model": model.check_access,
