@@ -136,13 +136,13 @@ def _send_job(endpoint: Endpoint, job: Mapping[str, Any], *, stream: bool) -> in
 
 
 def _follow(endpoint: Endpoint, job_id: str, interrupts: Sequence[int], *, stream: bool) -> int:
-    """Reads the job's chunks until it is over, and prints its result. /stream answers when there is news."""
+    """Reads the job's chunks until it is over, and prints its result. Raises SendError where it failed."""
     printer = StreamPrinter()
     news: dict[str, Any] = {"status": "IN_QUEUE"}
     while news.get("status") in OPEN_STATES or news.get("stream"):
         if interrupts:
             raise KeyboardInterrupt
-        news = endpoint.ask("GET", f"/stream/{job_id}")
+        news = endpoint.ask("GET", f"/stream/{job_id}")  # it answers when there is news
         for chunk in news.get("stream") or ():
             if stream:
                 printer.print_chunk(chunk.get("output"))
@@ -151,8 +151,7 @@ def _follow(endpoint: Endpoint, job_id: str, interrupts: Sequence[int], *, strea
         print(flush=True)
     if result.get("status") != "COMPLETED" or printer.error:
         error = printer.error or result.get("error") or f"it is {result.get('status')}"
-        print(f"supervisor: the job failed: {describe_error(error)}", file=sys.stderr)
-        return EXIT_FAILURE
+        raise SendError(f"the job failed: {describe_error(error)}")
     if not printer.has_written:
         print(json.dumps(result.get("output"), ensure_ascii=False, indent=2 if sys.stdout.isatty() else None))
     return 0
