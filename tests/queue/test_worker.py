@@ -642,10 +642,13 @@ def test_what_the_hub_would_ask(endpoint: Supervisor, runpod: RunPod, test: dict
     assert runpod.done(test["input"])
 
 
-def test_a_machine_without_its_gpus_is_reported_and_left() -> None:
-    with RunPod() as runpod, in_queue_mode(runpod, environ={"RUNPOD_GPU_COUNT": "99"}) as supervisor:
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_machine_without_its_gpus_is_reported_and_left(form: str) -> None:
+    environ = {"RUNPOD_GPU_COUNT": "99", "SUPERVISOR_LOG_FORMAT": form}
+    with RunPod() as runpod, in_queue_mode(runpod, environ=environ) as supervisor:
         assert supervisor.exit_code() == 3
         assert "this machine is not fit (gpu): RunPod gave 99 GPUs" in supervisor.output
+        assert form == "text" or json.loads(supervisor.output)["requestId"] is None
         assert "importing vLLM" not in supervisor.output
         (ping,) = runpod.log("ping")
         assert "status=unhealthy&check=gpu&reason=RunPod+gave+99+GPUs" in ping["target"]
