@@ -23,8 +23,16 @@ from typing import Any
 
 from supervisor.settings import knobs
 from supervisor.settings.knobs import KNOBS, Knob
-from supervisor.settings.names import ALIASES, FORMER, OWNED, REMOVED, REMOVED_VARIABLES, SM_PREFIX, ZERO_MEANS_UNSET
-from supervisor.settings.options import ZERO_REASON
+from supervisor.settings.names import (
+    ALIASES,
+    FORMER,
+    MESSAGES,
+    OWNED,
+    REMOVED,
+    REMOVED_VARIABLES,
+    SM_PREFIX,
+    ZERO_MEANS_UNSET,
+)
 from supervisor.settings.platform import SAGEMAKER_PORT
 from supervisor.settings.platform import defaults as platform_defaults
 from supervisor.vllm import catalogue as catalogues
@@ -282,10 +290,11 @@ def docs(options: Catalogue) -> str:
         "",
         f"<!-- Written by {GENERATED}: change the tables, then run it. -->",
         "",
-        "The command line wins over the environment, the environment over `config.yaml`, and that over the defaults. An",
-        "empty value counts as not set. `supervisor explain` shows what is in effect, where it came from and what it",
-        "overrode, and starts nothing. `/status` shows the same of a running supervisor. The supervisor reports all wrong",
-        "values at once, with exit code 2, before it starts anything. It names a setting that has no effect at every start.",
+        "The command line wins over the environment, the environment over `config.yaml`, that over vLLM's own file (`CONFIG`),",
+        "and that over the defaults. An empty value counts as not set. `supervisor explain` shows what is in effect, where it",
+        "came from and what it overrode, and starts nothing. `/status` shows the same of a running supervisor. The supervisor",
+        "reports all wrong values at once, with exit code 2, before it starts anything. It names a setting that has no effect",
+        "at every start.",
         "",
         "The file is the one that `--config` or `SUPERVISOR_CONFIG` names. A `config.yaml` in the current folder that nobody",
         "named may be another program's. It is read only if it says that it is ours: by a `supervisor:` section, which may be",
@@ -309,10 +318,16 @@ def docs(options: Catalogue) -> str:
         "| text | as it is | as it is |",
         "",
         "Names in `config.yaml` have hyphens or underscores, as you like. The supervisor's own settings stand under",
-        "`supervisor:`, in lower case and without `SUPERVISOR_`. Choices may be written in capitals or not. A value is what is",
-        "written: `served_model_name: 1.10` stays this text, though YAML makes 1.1 of it. In objects, which are JSON, YAML's",
-        "numbers, `true` and `no` are what they are to YAML. vLLM itself reads the file of `CONFIG`: there a text is refused",
-        "if YAML makes something else of it. The supervisor's own settings may be lists as well: `extra_args: [--seed, 1]`.",
+        "`supervisor:`, in lower case and without `SUPERVISOR_`. Choices, and vLLM's names of parsers and formats, may be",
+        "written in capitals or not, with `-` or `_`. A value is what is written: `served_model_name: 1.10` stays this text,",
+        "though YAML makes 1.1 of it. In objects, which are JSON, YAML's numbers, `true` and `no` are what they are to YAML.",
+        "The supervisor's own settings may be lists as well: `extra_args: [--seed, 1]`.",
+        "",
+        "vLLM itself reads the file of `CONFIG`, and takes it to the letter: `served-model-name: a,b` is one name. It drops",
+        "`enable-prefix-caching: false` without a word, takes an empty value (`tokenizer:`) for a name, and fails at what is",
+        "in quotes for yes or no. What it would not take as it stands there is refused, with what to write: for false,",
+        "`no-enable-prefix-caching: true`. A part of an object (`compilation-config.mode: 3`) takes the place of the whole",
+        "object, wherever that is set. Among vLLM's arguments the file is named once, in two words: `--config FILE`.",
         "",
         "White space around a value is removed, a newline at its end too. Two kinds of value are refused, with the name of the",
         "variable, secrets and the hub's variables among them: a value that still stands in quotes (docker's `--env-file`",
@@ -320,7 +335,11 @@ def docs(options: Catalogue) -> str:
         "template may have `{{ }}`. What stands behind a ` #` is a part of the value, and the supervisor says so: docker's",
         "`--env-file` knows no comments there. In a file each key may stand once. A `~` in the supervisor's own paths is the",
         "home. vLLM and the hub's client read some variables themselves (`VLLM_*`, `HF_*` ...). An empty one is not passed on,",
-        "and `true` and `false` become numbers where vLLM wants a number.",
+        "and `true` and `false` become numbers where vLLM wants a number. For no plugins at all set `VLLM_PLUGINS=none`.",
+        "",
+        "Two kinds of variable are often not meant for vLLM. A level in `LOG_LEVEL` that it does not know is not passed on,",
+        "with a warning; `warn`, `trace` and `fatal` are read as its levels. An address in a variable that ends in `_PORT`",
+        "(`MASTER_PORT=tcp://10.0.0.1:8000`) is what Kubernetes makes for a service of that name, and is not read.",
         "",
         "## The supervisor's own",
         "",
@@ -333,8 +352,9 @@ def docs(options: Catalogue) -> str:
         lines.append(f"| `{knob.variable}` | {_knob_default(knob)} | {_cell(MEANINGS[knob.field])} |")
     lines += [
         "",
-        "`TENSOR_PARALLEL_SIZE=auto` takes all GPUs. Everything after `--` on the command line goes to `vllm serve` as it is,",
-        "behind `SUPERVISOR_EXTRA_ARGS`. The supervisor reads both, and they win over the variables.",
+        "`TENSOR_PARALLEL_SIZE=auto` takes all GPUs, or what `PIPELINE_PARALLEL_SIZE` and `DATA_PARALLEL_SIZE` leave to each",
+        "part. Everything after `--` on the command line goes to `vllm serve` as it is, behind `SUPERVISOR_EXTRA_ARGS`. The",
+        "supervisor reads both, and they win over the variables.",
         "",
         "These variables are read by others, and passed on:",
         "",
@@ -357,7 +377,7 @@ def docs(options: Catalogue) -> str:
         "| variable | instead |",
         "| --- | --- |",
         *(f"| `{name}` | {_cell(text)} |" for name, text in FORMER.items()),
-        *(f"| `{name}=0` | not set: {_cell(ZERO_REASON)} |" for name in sorted(ZERO_MEANS_UNSET)),
+        *(f"| `{name}=0` | not set: {_cell(MESSAGES['zero'])} |" for name in sorted(ZERO_MEANS_UNSET)),
         "",
         "## Options that the supervisor sets itself",
         "",

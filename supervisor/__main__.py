@@ -8,7 +8,8 @@ import sys
 
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM) if os.getpid() == 1 else (signal.SIGINT,):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     from supervisor import cli  # noqa: PLC0415  # it takes a tenth of a second
 
     cli.main()

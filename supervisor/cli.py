@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import signal
 import sys
@@ -101,6 +102,8 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("stdin", "stdout", "stderr"):  # a closed one (`2>&-`) leaves its place to the next file opened
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115, PTH123  # to the end
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a locale that can't say everything must not end what is printed
     parsed, arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     code: int | str = EXIT_SETTINGS
     try:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
-from supervisor.secrets import MASK
+from supervisor.secrets import MASK, has_secret_name
 from supervisor.settings.command import build
 from supervisor.settings.settings import Setting, Settings, SettingsError
 
 # These stand for the real ones, which are made at the start and are private to each run.
 SOCKET, FOLDER = "/tmp/supervisor-XXXXXXXX/vllm.sock", "/tmp/supervisor-XXXXXXXX/tmp"  # noqa: S108  # shown, not used
-# The width of tables where the output is no terminal: no row is folded, and `grep` finds whole rows.
-PIPE_WIDTH = 200
+PIPE_WIDTH = 200  # the width of tables where the output is no terminal: no row is folded, and `grep` finds whole rows
 
 
 def facts(settings: Settings) -> dict[str, object]:
@@ -67,5 +67,6 @@ def show_problems(error: SettingsError, *, as_json: bool) -> None:
 
 def _rows(settings: Settings) -> list[Setting]:
     """Returns all settings: those that were set come first, and each part has the order of vLLM's options."""
-    vllm_settings = (setting for _, setting in (*settings.options, *settings.raw_options))
-    return [settings.model, *vllm_settings, *sorted(settings.knob_settings, key=lambda knob: knob.source == "default")]
+    options = (setting for _, setting in (*settings.options, *settings.raw_options))
+    options = (replace(each, is_secret=has_secret_name(each.name)) for each in options)  # `--x.password`
+    return [settings.model, *options, *sorted(settings.knob_settings, key=lambda knob: knob.source == "default")]

@@ -60,12 +60,15 @@ class KeptProgram:
         backoff = FIRST_BACKOFF
         while not self.stop_requested.is_set():
             started_at = time.monotonic()
-            code = await self._run_once()
+            try:
+                exit_text = describe_exit(await self._run_once())
+            except (OSError, RuntimeError) as error:  # no files, no processes, no threads
+                exit_text = f"it can't be run: {error}"
             if self.stop_requested.is_set():
                 break
             if time.monotonic() - started_at > HEALTHY_UPTIME:
                 backoff = FIRST_BACKOFF
-            self.child_died(describe_exit(code), backoff)
+            self.child_died(exit_text, backoff)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(backoff):
                     await self.stop_requested.wait()
@@ -81,14 +84,17 @@ class KeptProgram:
         )  # fmt: skip
         if self.word:
             self.say(self.word)
-        loop = asyncio.get_running_loop()
-        streams = zip(filter(None, (child.stdout, child.stderr)), self.line_receivers, strict=True)
-        readers = [asyncio.ensure_future(Call(partial(_pump, stream, loop, receive))) for stream, receive in streams]
+        loop, readers = asyncio.get_running_loop(), []
         try:
+            for stream, receive in zip(filter(None, (child.stdout, child.stderr)), self.line_receivers, strict=True):
+                readers.append(asyncio.ensure_future(Call(partial(_pump, stream, loop, receive))))
             await Call(partial(os.waitid, os.P_PID, child.pid, os.WEXITED | os.WNOWAIT))
         finally:
             self.child = None
-            code = await Call(partial(_reap_group, child))
+            try:
+                code = await Call(partial(_reap_group, child))
+            except RuntimeError:  # no thread can be had: it takes the loop's
+                code = _reap_group(child)
             assert child.stdin is not None
             child.stdin.close()
             if readers:

@@ -30,8 +30,7 @@ from supervisor.weights import find, snapshot
 # From the spawn on these signals must not end us, or vLLM would stay. SIGHUP is one of them: when the terminal is
 # closed, vLLM does not get it in its own session.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# At the end a start that is just being made is waited for so many seconds.
-END_PATIENCE = 1.0
+END_PATIENCE = 1.0  # at the end a start that is just being made is waited for so many seconds
 
 
 class Forker(Protocol):

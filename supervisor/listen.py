@@ -12,8 +12,7 @@ from supervisor.settings.settings import Settings, SettingsError
 
 BACKLOG = 2048
 LOOPBACK = "127.0.0.1"
-# More descriptors are of no use to us, and programs that we start might look at each of them.
-MAX_OPEN_FILES = 65_536
+MAX_OPEN_FILES = 65_536  # more descriptors are of no use to us, and programs that we start might look at each of them
 
 
 class Listeners(NamedTuple):

@@ -21,8 +21,7 @@ REPEAT_LIMIT, REPEAT_SECONDS = 10, 10.0
 # This is a word with a digit in it. It begins where a run of such characters does: a word that may begin inside of it
 # is read once for each of its beginnings, and `a-a-a-` has many.
 VARYING_WORD = re.compile(r"(?<![\w.-])[\w.-]*\d[\w.-]*")
-# So many kinds of lines are counted at a time.
-MAX_KINDS = 500
+MAX_KINDS = 500  # so many kinds of lines are counted at a time
 
 
 class Repeats:

@@ -15,12 +15,10 @@ import stat
 import threading
 from collections.abc import Callable
 
-# So many bytes may wait for a reader.
-BACKLOG_BYTES = 8_000_000
+BACKLOG_BYTES = 8_000_000  # so many bytes may wait for a reader
 # A pipe holds so many bytes: a busy reader is some ms late, in which 64 kB, the usual size, would be full.
 PIPE_BYTES = 1 << 18
-# A reader has so many seconds to take the last lines.
-LAST_LINES_PATIENCE = 1.0
+LAST_LINES_PATIENCE = 1.0  # a reader has so many seconds to take the last lines
 
 
 class Output:

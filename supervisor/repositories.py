@@ -14,8 +14,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from string import Template
 from typing import Any
 
+from supervisor.settings.knobs import read_path
 from supervisor.settings.settings import Settings
 from supervisor.settings.volume import Volume
 from supervisor.vllm.values import json_object
@@ -32,6 +34,8 @@ PLACEHOLDER = "{weights}"
 STALL_TIMEOUT = 60.0
 # These options may name another repository, in which vLLM looks by itself.
 UNRESOLVED_OPTIONS = ("hf_config_path", "generation_config")
+# vLLM's methods of drafting without a repository: what is called their model is none, or a class of the user's.
+BUILT_IN_DRAFTS = ("ngram", "[ngram]", "ngram_gpu", "suffix", "extract_hidden_states", "custom_class")
 
 # Returns what is put in the place of a repository, by its name, revision and format.
 Swap = Callable[[str, str | None, str], str]
@@ -83,21 +87,19 @@ def find_companions(settings: Settings) -> tuple[list[Repository], Settings]:
         rewrite = REWRITERS.get(option.key)
         value = rewrite(setting.value, settings, partial(swap, option.variable)) if rewrite else setting.value
         options.append((option, dataclasses.replace(setting, value=value)))
-    return others, dataclasses.replace(settings, options=tuple(options))
+    in_file = settings.in_file - {*map(str.upper, REWRITERS)}  # on the command line a folder beats the name there
+    return others, dataclasses.replace(settings, options=tuple(options), in_file=in_file)
 
 
 def needs_hub(settings: Settings, companions: list[Repository]) -> bool:
     """Returns whether vLLM has something to ask the hub even where it is given folders."""
-    has_raw = any(option.key in REWRITERS for option, _ in settings.raw_options)
+    has_raw = any(option.key in (*REWRITERS, "hf_overrides") for option, _ in settings.raw_options)
+    has_override = any(name in str(settings.option("hf_overrides")) for name in snapshot.FILES["elsewhere"])
+    has_names = has_raw or has_override or any(settings.option(key) for key in UNRESOLVED_OPTIONS)
+    may_load_more = bool(settings.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"))
     has_unknown = any(not (each.weights.needs_download or each.weights.folder) for each in companions)
     folders = [each.weights.folder for each in companions if each.weights.folder and not each.weights.needs_download]
-    return (
-        has_raw
-        or has_unknown
-        or any(settings.option(key) for key in UNRESOLVED_OPTIONS)
-        or bool(settings.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"))
-        or not all(map(snapshot.is_self_contained, folders))
-    )
+    return has_names or has_unknown or may_load_more or not all(map(snapshot.is_self_contained, folders))
 
 
 def python(settings: Settings) -> tuple[str, ...]:
@@ -107,6 +109,7 @@ def python(settings: Settings) -> tuple[str, ...]:
 
 def fetch_command(settings: Settings, repositories: list[Repository], *, offline: bool = False) -> tuple[str, ...]:
     """Returns the command that downloads these in vLLM's environment. `offline`: what it becomes asks no hub."""
+    ignored = settings.option("ignore_patterns") or ()
     rows = [
         {
             "repo": each.name,
@@ -116,12 +119,13 @@ def fetch_command(settings: Settings, repositories: list[Repository], *, offline
             "setting": each.setting,
             "have": each.weights.folder and str(each.weights.folder),
             "gguf": each.weights.is_gguf,
+            "ignore": [f"{each}*" if each[-1:] == "/" else each for each in ignored],  # as the client reads them
         }
         for each in repositories
     ]
     arguments = {
         "repositories": rows,
-        "cache": settings.option("download_dir"),
+        "cache": read_path(settings.option("download_dir") or "") or None,
         "stall": min(STALL_TIMEOUT, settings.knobs.stall_timeout or STALL_TIMEOUT),
         "offline": offline,
     }
@@ -142,12 +146,17 @@ def hub_cache(environ: Mapping[str, str]) -> Path:
     """Returns where the hub's client keeps what it downloads, by its own rules."""
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if environ.get(name):
-            return Path(environ[name]).expanduser()
+            return expand(environ[name], environ)
     home = environ.get("HF_HOME")
     if not home:
         cache = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME") or "/tmp", ".cache")  # noqa: PTH118, S108
         home = os.path.join(cache, "huggingface")  # noqa: PTH118
-    return Path(home).expanduser() / "hub"
+    return expand(home, environ) / "hub"
+
+
+def expand(path: str, environ: Mapping[str, str]) -> Path:
+    """Returns a path as the hub's client reads it: with the home, and with variables."""
+    return Path(Template(read_path(path)).safe_substitute(environ))
 
 
 def list_places(environ: Mapping[str, str], disk: Path | None, download_dir: str | None = None) -> list[find.Place]:
@@ -155,14 +164,14 @@ def list_places(environ: Mapping[str, str], disk: Path | None, download_dir: str
     places = [find.Place("baked into the image", BAKED_CACHE, is_pinned=True)]
     if disk is not None:
         places.append(find.Place("on the volume", disk / HUB_FOLDER / "hub", is_pinned=True))
-    cache = Path(download_dir) if download_dir else hub_cache(environ)
+    cache = Path(read_path(download_dir)) if download_dir else hub_cache(environ)
     if all(place.cache != cache for place in places):
         places.append(find.Place("in the hub's cache", cache, is_pinned=False))
     return places
 
 
 def _load_format(settings: Settings) -> str:
-    return str(settings.option("load_format") or "auto")
+    return str(settings.option("load_format") or "auto").lower()
 
 
 def _locate(settings: Settings, name: str, revision: str | None, load_format: str) -> find.Weights:
@@ -174,12 +183,21 @@ def _locate(settings: Settings, name: str, revision: str | None, load_format: st
 # For each option that names repositories: a function that returns its value with what `swap` says in their place.
 
 
+def _rewrite_draft(value: Any, settings: Settings, swap: Swap, revision: str | None = None) -> str:
+    """Returns what stands for a draft model. Without a method vLLM takes a dotted name for a class of the user's."""
+    name, config = str(value), json_object(settings.option("speculative_config")) or {}
+    method = settings.option("spec_method") or config.get("method")
+    is_class = "." in name and all(map(str.isidentifier, name.split(".")))
+    if method in BUILT_IN_DRAFTS or (not method and (is_class or name in BUILT_IN_DRAFTS)):
+        return name
+    return swap(name, revision, _load_format(settings))
+
+
 def _rewrite_speculative(value: Any, settings: Settings, swap: Swap) -> Any:
     content = json_object(value) or {}
-    if not isinstance(content.get("model"), str):
-        return value
-    revision = content.get("revision")
-    return json.dumps(content | {"model": swap(content["model"], revision, _load_format(settings))})
+    model = content.get("model")
+    draft = _rewrite_draft(model, settings, swap, content.get("revision")) if isinstance(model, str) else model
+    return value if draft == model else json.dumps(content | {"model": draft})
 
 
 def _rewrite_adapters(value: Any, _settings: Settings, swap: Swap) -> Any:
@@ -194,8 +212,13 @@ def _rewrite_adapters(value: Any, _settings: Settings, swap: Swap) -> Any:
 
 
 REWRITERS: dict[str, Callable[[Any, Settings, Swap], Any]] = {
-    "tokenizer": lambda value, settings, swap: swap(str(value), settings.option("tokenizer_revision"), "tokenizer"),
-    "spec_model": lambda value, settings, swap: swap(str(value), None, _load_format(settings)),
+    "tokenizer": lambda value, settings, swap: swap(
+        str(value), settings.option("tokenizer_revision") or settings.option("revision"), "tokenizer"
+    ),
+    "spec_model": _rewrite_draft,
     "speculative_config": _rewrite_speculative,
     "lora_modules": _rewrite_adapters,
+    "default_mm_loras": lambda value, _, swap: json.dumps(
+        {medium: swap(str(path), None, "lora") for medium, path in (json_object(value) or {}).items()}
+    ),
 }

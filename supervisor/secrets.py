@@ -18,12 +18,12 @@ SHORTEST_SECRET = 6  # a shorter value (`KEY=1`) is no secret, and masking it wo
 
 SECRET_NAME = re.compile(
     r"TOKEN(?!IZ|S)|(API|AUTH|ACCESS|HF)_TOKENS|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|(^|_)KEYS?($|_)|API_?KEY"
-    r"|^OTEL_\w+_HEADERS$"
+    r"|^OTEL_\w+_HEADERS$|\.AUTH$"
 )
 # The name of a field, or of a query's parameter, that holds a secret; `max_tokens` and `eos_token` do not.
 _OWNER = r"(?:hf|hub|auth|access|api|session|refresh|security|bearer)[_-]?"
 _NOUN = (
-    r"(?:secret|passw(?:or)?d|passphrase|credential|api[_-]?key|access[_-]?key|private[_-]?key|signature)"
+    r"(?:secret|passw(?:or)?d|passphrase|credential|(?:api|access|private|auth)[_-]?key|signature)"
     r"(?:[_-](?:id|key|value))?s?"
 )
 _FIELD = rf"(?:token|[\w.-]*(?:{_OWNER}token|{_NOUN}))"
@@ -93,7 +93,7 @@ SECRET_SHAPES = (
         lambda text, lower: _find_quoted_colon(text) and _has_hint(lower),
         re.compile(
             r"(?i)(?P<keep>[\"'](?=[\w.-]+\\?[\"']\s*:)"
-            rf"(?:{_FIELD}|authorization)\\?[\"']\s*:\s*\\?[\"'])(?:\\.|[^\"'\\])+"
+            rf"(?:{_FIELD}|auth(?:orization)?)\\?[\"']\s*:\s*\\?[\"'])(?:\\.|[^\"'\\])+"
         ),
     ),
     # Options of a command. A name ends where its run of such characters does, so the first `--` in a run stands for all
@@ -113,8 +113,8 @@ class Mask:
 
     def __init__(self, environ: Mapping[str, str], extra_secrets: Iterable[str] = ()) -> None:
         values = {value for name, value in environ.items() if SECRET_NAME.search(name.upper())}
-        # A list of keys, or a file's name: each key is a secret by itself.
-        values |= {part.strip() for value in values if "," in value for part in value.split(",")}
+        # A list of keys, or a file's name: each key is a secret by itself, and is read without white space around it.
+        values |= {part.strip() for value in values for part in (value, *value.split(","))}
         # OpenTelemetry's headers are `name=value`, as are others' lists.
         values |= {value.partition("=")[2].strip() for value in values}
         values.update(extra_secrets)
@@ -123,7 +123,9 @@ class Mask:
 
     def add(self, values: Iterable[str]) -> None:
         """Masks these values too, from now on."""
-        self.values |= {form for value in values for form in (value, json.dumps(value)[1:-1])}  # the latter for JSON
+        forms = {form for value in values for form in (value, json.dumps(value)[1:-1])}  # the latter for JSON
+        # vLLM's log is masked byte by byte, as latin-1.
+        self.values |= forms | {form.encode("utf-8", "surrogateescape").decode("latin-1") for form in forms}
         known = sorted((value for value in self.values if len(value) >= SHORTEST_SECRET), key=len, reverse=True)
         self._known_secrets = known, re.compile("|".join(map(re.escape, known)))
 
@@ -143,9 +145,13 @@ class Mask:
         """Returns a command line for people to see. It can be pasted but for what is masked, which is also what follows
         an option with a secret's name."""
         words = list(argv)
-        secret_options = (word[:2] == "--" and SECRET_NAME.search(word[2:].upper().replace("-", "_")) for word in words)
-        pairs = zip(words, (None, *secret_options), strict=False)
+        pairs = zip(words, (False, *map(has_secret_name, words)), strict=False)
         return shlex.join(MASK if follows_secret and word[:1] != "-" else self(word) for word, follows_secret in pairs)
+
+
+def has_secret_name(option: str) -> bool:
+    """Returns whether an option, as it is written, such as `--x.s3_secret`, takes a secret."""
+    return option[:2] == "--" and SECRET_NAME.search(option[2:].upper().replace("-", "_")) is not None
 
 
 def complain(line: str, environ: Mapping[str, str]) -> None:

@@ -59,8 +59,7 @@ if TYPE_CHECKING:
 # vLLM is asked this once before it counts as ready. On CPUs with AMX an eager vLLM 0.32.0 dies (SIGILL in its
 # attention) when the first prompt that it ever computes has one or two tokens; after a longer one they are fine.
 WARM_UP = b'{"prompt": "one two three four five six seven eight nine ten eleven twelve", "max_tokens": 1}'
-# After the last relayed request, our own routes and the clients' last bytes have so many seconds.
-CLOSE_PATIENCE = 5
+CLOSE_PATIENCE = 5  # after the last relayed request, our own routes and the clients' last bytes have so many seconds
 # vLLM leaves 0.6 s to 2 s after SIGTERM when nothing is in flight; one that is still there after this time is killed.
 # Who wants a short drain wants a short end, too.
 TERMINATE_PATIENCE = 10.0
@@ -68,8 +67,7 @@ TERMINATE_PATIENCE = 10.0
 LAST_REPORTS_PATIENCE = 5.0
 # The queue worker is told of these states; `finish` tells it of the end.
 REPORTED_STATES = frozenset({State.STARTING, State.READY, State.RESTARTING, State.FAILED})
-# A collector of traces has so many seconds to answer at the start.
-TRACING_PATIENCE = 30.0
+TRACING_PATIENCE = 30.0  # a collector of traces has so many seconds to answer at the start
 
 
 class Start(NamedTuple):
@@ -245,7 +243,8 @@ class Supervisor(Observer):
             group.create_task(self.gateway.run_on(sockets))
             code = await self.engine.run(self, self._make_observers())
             if self.worker is not None:
-                await self.worker.finish(LAST_REPORTS_PATIENCE, LAST_REPORTS_PATIENCE)
+                patience = 0.0 if code > 128 else LAST_REPORTS_PATIENCE  # a second signal waits for nobody
+                await self.worker.finish(patience, patience)
             if self.runpod is not None:
                 self.runpod.stop()
             self.gateway.stop()
@@ -281,6 +280,8 @@ class Supervisor(Observer):
 
     def _listen_for_signals(self) -> None:
         for number in SIGNALS:
+            if signal.getsignal(number) is signal.SIG_IGN:
+                continue
             self.loop.add_signal_handler(number, self.engine.stop, number)
         for early_signal in self.start.pending_signals:
             self.engine.stop(early_signal)

@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from supervisor.around.caches import Caches
     from supervisor.around.prefork import Prefork
 
-# It is the code of an engine that can't start: the same settings may do on another machine.
-EXIT_UNFIT = 3
+EXIT_UNFIT = 3  # it is the code of an engine that can't start: the same settings may do on another machine
 # A launch is waited for this long: it takes some milliseconds, and our imports beside it would make it slower.
 LAUNCH_PATIENCE = 0.3
 
@@ -44,33 +43,34 @@ def up(settings: Settings) -> int:
     # Signals wait here until the engine's owner listens.
     pending_signals: list[int] = []
     for number in SIGNALS:
-        signal.signal(number, lambda number, _: pending_signals.append(number))
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` asks
+            signal.signal(number, lambda number, _: pending_signals.append(number))
     clean_leftovers(base)
     try:
         workspace = Workspace.create(base)
     except OSError as error:
         raise SettingsError([f"no folder can be made in {base} ({error.strerror}): set TMPDIR"]) from error
     guard = Guard(workspace)
+    launch = forker = None
     try:
         caches, plan, forker = _make_caches(settings), make_startup_plan(settings), _make_prefork(settings, workspace)
         environ = caches.environment(settings.environ) if caches else {}
         launch = Launch(settings, workspace, guard, environ | (ENVIRONMENT if plan else {}), forker)
+        first_call = Call(launch)
         try:
-            first_call = Call(launch)
-            try:
-                if first_call.wait(LAUNCH_PATIENCE):
-                    first_call.result()
-            except OSError as error:
-                text = f"{settings.vllm.command[0]} can't be executed ({error.strerror}): check SUPERVISOR_VLLM"
-                raise SettingsError([text]) from error
-            from supervisor.serve import Start, serve  # noqa: PLC0415  # vLLM is importing by now: this costs no time
+            if first_call.wait(LAUNCH_PATIENCE):
+                first_call.result()
+        except OSError as error:
+            text = f"{settings.vllm.command[0]} can't be executed ({error.strerror}): check SUPERVISOR_VLLM"
+            raise SettingsError([text]) from error
+        from supervisor.serve import Start, serve  # noqa: PLC0415  # vLLM is importing by now: this costs no time
 
-            return serve(Start(settings, launch, first_call, caches, plan, forker, listeners, pending_signals))
-        finally:
-            launch.close()
-            if forker is not None:
-                forker.close()
+        return serve(Start(settings, launch, first_call, caches, plan, forker, listeners, pending_signals))
     finally:
+        if launch is not None:
+            launch.close()  # where this fails (no files, no threads), the guard is not dismissed, and does it
+        if forker is not None:
+            forker.close()
         workspace.remove()
         guard.dismiss()
 

@@ -46,8 +46,7 @@ FOLDERS = {
 MAX_ARCHIVE_BYTES = 4 * 1024**3
 # These are locks, what is still being written, and what is another machine's: which GPUs reach which.
 EXCLUDED_NAMES = re.compile(r"\.(lock|tmp)$|(^|/)tmp\.pid_|gpu_p2p_access_cache")
-# Half-written archives of workers that died are removed after so many seconds.
-MAX_HALF_AGE_S = 3600.0
+MAX_HALF_AGE_S = 3600.0  # half-written archives of workers that died are removed after so many seconds
 
 
 def hardware_id() -> str:
@@ -171,19 +170,22 @@ class CacheKeeper(Observer):
         self.caches = caches
         self.plan = plan
         self.log = logging.getLogger("supervisor.caches")
-        self.has_restored = False
+        self.has_restored = self.has_forgotten = False
         self.keep_call: Call[None] | None = None
 
     def run_began(self, run: Run) -> None:
         Call(lambda: self._run_job(lambda: self._restore(run)))
 
     def state_changed(self, change: Change) -> None:
-        if change.state is State.READY and (self.keep_call is None or not self.keep_call.is_running):
-            self.keep_call = Call(lambda: self._run_job(self._keep))
+        if change.state is State.READY:
+            self.has_forgotten = False
+            if self.keep_call is None or not self.keep_call.is_running:
+                self.keep_call = Call(lambda: self._run_job(self._keep))
 
     def run_judged(self, run: Run, diagnosis: Diagnosis) -> None:
-        if self.plan is not None and self.plan.is_suspect(run, diagnosis):
-            run.has_suspect_start, forget = True, self.plan.forget
+        # Once: a plan that can't be deleted is there again, and such a start does not count.
+        if self.plan is not None and not self.has_forgotten and self.plan.is_suspect(run, diagnosis):
+            run.has_suspect_start, self.has_forgotten, forget = True, True, self.plan.forget
             Call(lambda: self._run_job(forget))
 
     def _restore(self, run: Run) -> str | None:

@@ -11,6 +11,10 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from supervisor.bounded import Call
+
+# The driver has so many seconds to answer. One that hung in nvmlInit kept the supervisor deaf to every signal.
+DRIVER_PATIENCE = 5.0
 # A start needs this at the very least; weights and caches have larger wants of their own.
 MIN_DISK_BYTES = 200 * 1024 * 1024
 REPORT_TIMEOUT = 2.0
@@ -20,8 +24,11 @@ MAX_REASON_LENGTH = 256
 def check(environ: Mapping[str, str], folder: Path) -> tuple[str, str] | None:
     """Returns which check failed, and why; None where the machine is fit. Temporary files go to `folder`."""
     expected = environ.get("RUNPOD_GPU_COUNT", "")
-    if expected.isdigit() and int(expected) > 0 and (problem := _check_gpus(int(expected))):
-        return "gpu", problem
+    if expected.isdigit() and int(expected) > 0:
+        call = Call(lambda: _check_gpus(int(expected)))
+        silence = f"RunPod gave {expected} GPUs, and the driver does not answer in {DRIVER_PATIENCE:g} s"
+        if problem := call.result() if call.wait(DRIVER_PATIENCE) else silence:
+            return "gpu", problem
     with contextlib.suppress(OSError):
         free = shutil.disk_usage(folder).free
         if free < MIN_DISK_BYTES:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from supervisor.around.fitness import DRIVER_PATIENCE
 from supervisor.bounded import run_bounded
 from supervisor.engine.run import Observer, Run
 
@@ -24,8 +25,6 @@ DRIVER_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvmap")
 SLACK_BYTES = 512 * 1024 * 1024
 PATIENCE = 30.0
 POLL_INTERVAL = 0.1
-# The driver has so many seconds to answer. One that hung in nvmlInit kept the supervisor deaf to every signal.
-DRIVER_PATIENCE = 5.0
 
 
 @contextlib.contextmanager

@@ -14,10 +14,8 @@ from typing import NamedTuple
 
 from supervisor import __version__
 
-# By a limit above this, version 1 of cgroups says that there is none.
-NO_LIMIT = 1 << 60
-# This much of the memory that can be had now may be taken: the rest is for vLLM itself.
-MEMORY_SHARE = 0.6
+NO_LIMIT = 1 << 60  # by a limit above this, version 1 of cgroups says that there is none
+MEMORY_SHARE = 0.6  # this much of the memory that can be had now may be taken: the rest is for vLLM itself
 # What a folder of cgroups tells: by which file of version 2 and of 1, and by the line of it that begins so.
 READINGS = (
     ("limit", ("memory.max", ""), ("memory.limit_in_bytes", "")),

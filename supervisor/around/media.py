@@ -14,9 +14,7 @@ from supervisor.around import modalities
 from supervisor.bounded import Call
 from supervisor.engine.lifecycle import State
 from supervisor.engine.run import Change, Observer, Run
-from supervisor.settings import config_file
 from supervisor.settings.settings import Settings
-from supervisor.settings.sources import Report
 from supervisor.weights.find import Weights
 
 KIND_WORDS = {"image": "images", "video": "videos", "audio": "audio"}
@@ -25,15 +23,9 @@ REMEDY = "Set ALLOWED_MEDIA_DOMAINS to the hosts that they may come from (docs/o
 
 def unrestricted_kinds(settings: Settings, kinds: Iterable[str]) -> frozenset[str]:
     """Returns those of the kinds of media that the model takes that may be fetched from anywhere."""
-    file_name = settings.option("config")
-    file_options = config_file.read_vllm_config("", file_name, Report(settings.mask)).typed_content if file_name else {}
-
-    def get_value(key: str) -> object:
-        return settings.option(key) or file_options.get(key)
-
-    if get_value("allowed_media_domains") or get_value("language_model_only"):
+    if settings.option("allowed_media_domains") or settings.option("language_model_only"):
         return frozenset()
-    limits = _parse_limits(file_options.get("limit_mm_per_prompt"))
+    limits: dict[str, object] = {}
     for option, setting in (*settings.options, *settings.raw_options):
         if option.key == "limit_mm_per_prompt":
             option_kind = setting.name.partition(".")[2].partition(".")[0]  # --limit-mm-per-prompt.image 0

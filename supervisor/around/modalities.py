@@ -18,8 +18,7 @@ FIELD_PATTERNS = (
     (re.compile(r"(?:^|_)(?:vision|visual|image|img|video)(?:_|$)"), VISION),
     (re.compile(r"(?:^|_)(?:audio|speech|sound|whisper)(?:_|$)"), AUDIO),
 )
-# Such fields hold a model's parts.
-PART_PATTERN = re.compile(r"(?:^|_)(?:config|multimodal)$")
+PART_PATTERN = re.compile(r"(?:^|_)(?:config|multimodal)$")  # such fields hold a model's parts
 # Where the fields say nothing, the name does: here are vLLM 0.32's odd names of such models, and how all others end.
 ARCHITECTURES = frozenset(
     {

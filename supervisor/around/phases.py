@@ -51,8 +51,7 @@ MARKERS = (
     "KV cache", "Warming up model", "Graph capturing finished", "init engine", "Started server process",
     "Supported tasks", "Starting vLLM ", "enforce_eager", "Enforce eager",
 )  # fmt: skip
-# This line says how far a download is.
-PROGRESS_LINE = re.compile(r"^weights: Downloading weights: (\S+ \S+ of .*)")
+PROGRESS_LINE = re.compile(r"^weights: Downloading weights: (\S+ \S+ of .*)")  # this line says how far a download is
 
 
 class Waterfall:

@@ -29,10 +29,8 @@ from supervisor.secrets import Mask
 
 FOLDER = "postmortem"
 MAX_BUNDLES = 5
-# A driver that hangs answers nobody, and the thread that asked it stays; we do not.
-GPU_PATIENCE = 5.0
-# The whole may take so many seconds, where the supervisor's own end waits for it.
-PATIENCE = 12.0
+GPU_PATIENCE = 5.0  # a driver that hangs answers nobody, and the thread that asked it stays; we do not
+PATIENCE = 12.0  # the whole may take so many seconds, where the supervisor's own end waits for it
 MAX_COMMAND_LENGTH, MAX_LINE_LENGTH = 400, 200
 # `/status` tells these too; but the bundle has them at length, or they are the next run's.
 OMITTED_KEYS = ("last_failure", "log_tail", "progress", "pid")

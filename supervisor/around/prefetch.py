@@ -21,8 +21,7 @@ from supervisor.weights.find import Weights
 # Network volumes are only fast where more than one file is read at a time.
 READERS = 4
 BUFFER_BYTES = 8 * 1024 * 1024
-# Less is read faster than threads are started.
-MIN_BYTES = 256_000_000
+MIN_BYTES = 256_000_000  # less is read faster than threads are started
 
 
 class Prefetch:

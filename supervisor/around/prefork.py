@@ -25,12 +25,9 @@ from supervisor.settings.command import Command
 if TYPE_CHECKING:
     from supervisor.engine.diagnosis import Diagnosis
 
-# The zygote has so many seconds for an answer, which takes 0.1 s.
-PATIENCE = 5.0
-# So much has to be free: what a zygote does not share with an engine is 0.2 to 0.5 GB.
-MIN_MEMORY_BYTES = 2_000_000_000
-# These are starts that failed before they served, where none between them came to serve.
-MAX_FAILURES = 2
+PATIENCE = 5.0  # the zygote has so many seconds for an answer, which takes 0.1 s
+MIN_MEMORY_BYTES = 2_000_000_000  # so much has to be free: what a zygote does not share with an engine is 0.2 to 0.5 GB
+MAX_FAILURES = 2  # these are starts that failed before they served, where none between them came to serve
 # Such an error is no mistake of the user's where we forked.
 FORK_ERROR = re.compile("forked subprocess|fork method|after fork", re.I)
 NO_FORK, SILENCE = "vLLM is started anew, not forked: %s", "the process that keeps its modules imported does not answer"
@@ -128,9 +125,9 @@ class Prefork(Observer):
                     self.log.debug("modules are kept imported; threads beside that: %s", self.zygote.hello)
 
     def end_zygote(self) -> None:
-        if self.zygote is not None:
-            self.zygote.end()
-            self.zygote = None
+        zygote, self.zygote = self.zygote, None  # once: a start's thread may do it while `close` does
+        if zygote is not None:
+            zygote.end()
 
     def close(self) -> None:
         """Ends the zygote and the listener: nothing is left of them."""

@@ -64,6 +64,8 @@ class StartupPlan:
 
     def forget(self) -> str:
         self._remove()
+        if self.folder is not None and self.folder.exists():
+            return f"what an earlier start measured of the GPU's memory can't be forgotten: delete {self.folder}"
         return "what an earlier start measured of the GPU's memory is forgotten: the next one measures again"
 
     def _remove(self) -> None:

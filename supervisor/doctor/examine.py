@@ -98,7 +98,7 @@ def make_patient(
     arguments: Arguments, environ: Mapping[str, str], host: Machine | None = None, patience: float = SETTINGS_PATIENCE
 ) -> Patient:
     """Returns a patient with the settings, which are read in a thread that may stay behind."""
-    patient = partial(Patient, environ, host or Machine(), Hub(environ))
+    patient = partial(Patient, environ, host := host or Machine(), Hub(environ))
     reading = Call(partial(gather, arguments, environ))
     if not reading.wait(patience):
         return patient(None, (LATE_SETTINGS.format(patience),))
@@ -106,7 +106,8 @@ def make_patient(
         settings = reading.result()
     except SettingsError as error:
         return patient(None, tuple(error.problems), tuple(error.warnings))
-    return patient(settings, (), tuple(settings.warnings))
+    hub = Hub(settings.environ)  # the environment as the start reads it, without what is around a value
+    return Patient(settings.environ, host, hub, settings, (), tuple(settings.warnings))
 
 
 def examine(patient: Patient, checks: Mapping[str, Check], patience: float) -> list[Row]:

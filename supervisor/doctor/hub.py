@@ -6,11 +6,10 @@ import contextlib
 import threading
 import urllib.parse
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from supervisor.bounded import try_bounded
-from supervisor.repositories import hub_cache
+from supervisor.repositories import expand, hub_cache
 
 PATIENCE = 3.0
 ENDPOINT = "https://huggingface.co"
@@ -73,4 +72,5 @@ def find_token(environ: Mapping[str, str]) -> str:
         if found := environ.get(name, "").strip():
             return found
     home = hub_cache({**environ, "HF_HUB_CACHE": "", "HUGGINGFACE_HUB_CACHE": ""}).parent
-    return (try_bounded(PATIENCE, Path(environ.get("HF_TOKEN_PATH") or home / "token").read_text) or "").strip()
+    path = expand(environ.get("HF_TOKEN_PATH") or str(home / "token"), environ)
+    return (try_bounded(PATIENCE, path.read_text) or "").strip()

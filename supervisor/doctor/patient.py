@@ -19,13 +19,13 @@ from supervisor.engine.workspace import temporary_folder
 from supervisor.repositories import find_weights, hub_cache, hub_env
 from supervisor.secrets import Mask
 from supervisor.settings import platform
+from supervisor.settings.knobs import read_path
 from supervisor.settings.settings import Settings
 from supervisor.vllm import installed
 from supervisor.weights import find, snapshot
 
 OK, WARN, FAIL = "ok", "warn", "fail"
-# vLLM's Python has so many seconds to answer; it takes 30 ms where nothing hangs.
-PYTHON_PATIENCE = 3.0
+PYTHON_PATIENCE = 3.0  # vLLM's Python has so many seconds to answer; it takes 30 ms where nothing hangs
 # This tells where torch would be imported from. The folder is the last line: what is in a .pth file may print as well.
 # The working directory is in the path of `-c`, and not in that of a script.
 FIND_TORCH = """
@@ -128,12 +128,11 @@ class Patient:
     def download_path(self) -> Path:
         """The folder to which the hub's client downloads."""
         placed = hub_env(self.settings.volume if self.settings else None, self.environ, "")
-        return Path(self.option("download_dir", None) or hub_cache({**placed, **self.environ}))
+        return Path(read_path(self.option("download_dir", "")) or hub_cache({**placed, **self.environ}))
 
     @property
     def is_offline(self) -> bool:
-        names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-        return any(self.environ.get(name, "").lower() in find.TRUE_WORDS for name in names)
+        return find.is_offline(self.environ)
 
     @cached_property
     def weights(self) -> find.Weights | None:
@@ -173,5 +172,5 @@ class Patient:
             return folder.stat().st_size
         else:
             files = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
-        wanted = snapshot.weights(files, str(self.option("load_format", "auto")))
+        wanted = snapshot.weights(files, str(self.option("load_format", "auto")).lower())
         return sum(files.get(name, 0) for name in wanted) or None

@@ -8,8 +8,7 @@ import subprocess
 import time
 from typing import IO
 
-# Seconds between two looks at the child: there is no other way to wait for it with a time limit.
-LOOK_INTERVAL = 0.005
+LOOK_INTERVAL = 0.005  # seconds between two looks at the child: there is no other way to wait for it with a time limit
 
 
 class AdoptedProcess:

@@ -30,8 +30,7 @@ NAME_PREFIX, NAME_VARIABLE = "VLLM", "VLLM_PROCESS_NAME_PREFIX"
 EXIT_LOG_PATIENCE, END_LOG_PATIENCE = 0.05, 1.0
 # Makes a start's process without running its command, with these files as stdout and stderr; returns None if it can't.
 Fork = Callable[[Command, int, int], int | None]
-# Seconds: reading /proc of a process whose memory the kernel is busy with can hang.
-SURVEY_PATIENCE = 10.0
+SURVEY_PATIENCE = 10.0  # seconds: reading /proc of a process whose memory the kernel is busy with can hang
 
 
 class Child:

@@ -34,6 +34,8 @@ PROBE_PATIENCE = 10.0
 LAST_WORDS_PATIENCE = 4.0
 # The search for the weights reads a volume. After this many seconds the log says what the start waits for.
 SLOW_SEARCH = 10.0
+# What is left of an engine is in the way of the next one. Clearing it away is tried so often, so many seconds apart.
+CLEARING_TRIES, CLEARING_PAUSE = 10, 1.0
 EXIT_CANNOT_START, EXIT_LIMIT = 3, 4
 
 
@@ -129,7 +131,7 @@ class Engine:
     async def _carry_out(self, action: Action, run: Run) -> None:
         if action is Action.SPAWN:
             self.living_run = self.latest_run = Run(run.number + 1, self.clock(), self._send)
-            self._attendant = self._start_task("attending to vLLM", self._run_attendant, self.latest_run, self.launch())
+            self._attendant = self._start_task("attending to vLLM", self._run_attendant, self.latest_run)
         elif action is Action.REMOVE:
             await self._remove()
         elif action is Action.KILL:
@@ -151,22 +153,29 @@ class Engine:
             self._attendant.cancel()
         if run is None or run.child is None:
             return
-        if survivors := await run.child.end():
+        for _ in range(CLEARING_TRIES):  # without threads or files it fails, maybe for a moment
+            survivors = await self.observers.attempt("clearing vLLM away", run.child.end)
+            if survivors is not None:
+                break
+            await asyncio.sleep(CLEARING_PAUSE)
+        else:
+            raise RuntimeError("vLLM can't be cleared away")  # so we end, and our guard does it (guard.py)
+        if survivors:
             self.log.error("processes %s of vLLM's session would not die", ", ".join(map(str, survivors)))
         self.observers.notify(Observer.run_removed)
 
     # What happens beside a run
 
-    async def _run_attendant(self, run: Run, launching: Call[Child]) -> None:
+    async def _run_attendant(self, run: Run) -> None:
         """Attends to a run from its launch to its removal, which cancels this. Whatever it sees becomes an event."""
         try:
-            await self._attend(run, launching)
+            await self._attend(run)
         except Exception:  # noqa: BLE001  # a run that nobody attends to can't be kept
             self.observers.log_fault("attending to vLLM")
             run.mark_broken("fault", "A fault of the supervisor's own (see above) ended this run")
 
-    async def _attend(self, run: Run, launching: Call[Child]) -> None:
-        run.child = child = await self._await_launch(run, launching)
+    async def _attend(self, run: Run) -> None:
+        run.child = child = await self._launch_child(run)
         if child is None:
             return
         run.phases = phases = self.make_phases(child)
@@ -190,20 +199,22 @@ class Engine:
                 limit = f"{self.limits.startup:g} s (SUPERVISOR_STARTUP_TIMEOUT)"
                 run.mark_broken("slow start", f"vLLM was not ready after {limit}, it was at: {phases.detail}")
 
-    async def _await_launch(self, run: Run, launching: Call[Child]) -> Child | None:
+    async def _launch_child(self, run: Run) -> Child | None:
         notice_text = "looking for the weights: their disk did not answer in %g s; the start waits for it"
         notice = self._loop.call_later(SLOW_SEARCH, self.log.warning, notice_text, SLOW_SEARCH)
-        child = None
+        launching = child = None
         try:
             async with asyncio.timeout(self.limits.startup):
+                launching = self.launch()
                 child = await launching
-        except OSError as error:  # TimeoutError is one
+        except (OSError, RuntimeError) as error:  # TimeoutError is one; RuntimeError: no thread can be had
             timeout_text = f"the weights were not found in {self.limits.startup:g} s (SUPERVISOR_STARTUP_TIMEOUT)"
-            run.end_reason = f"vLLM can't be started ({error.strerror or str(error) or timeout_text})"
+            reason = getattr(error, "strerror", None) or str(error) or timeout_text
+            run.end_reason = f"vLLM can't be started ({reason})"
             self._send(run, Event.EXITED, run.end_reason)
         finally:
             notice.cancel()
-            if child is None:
+            if launching is not None and child is None:
                 launching.abandon(lambda late: late.end_sync())
         return child
 
@@ -216,24 +227,26 @@ class Engine:
         return await self.observers.attempt("asking vLLM", self.ask, path, body, patience) or (0, b"")
 
     async def _wait_until_ready(self, phases: Phases) -> bool:
-        """Returns True when it answers, False when its time is over."""
-        delay, needs_warm_up = FIRST_POLL, bool(self.limits.warm_up)
-        try:
-            async with asyncio.timeout(None) as deadline:
-                while (status := (await self._ask_engine("/health"))[0]) != 200 or needs_warm_up:
-                    if status == 200:
-                        needs_warm_up = False
-                        phases.warm_up()
-                        await self._ask_engine("/v1/completions", self.limits.warm_up, self.limits.startup)
-                        continue  # the engine may not have lived through it
-                    if deadline.when() is None and not phases.fetching:  # a download watches itself
-                        deadline.reschedule(self.clock() + self.limits.startup)
-                    await asyncio.sleep(delay)
-                    if status:
-                        delay = min(delay * POLL_GROWTH, SLOWEST_POLL)
-        except TimeoutError:
-            return False
-        return True
+        """Returns True when it answers, False when its time is over. Time in which we stood still, as all in a paused
+        container, does not count."""
+        delay, needs_warm_up, remaining = FIRST_POLL, bool(self.limits.warm_up), self.limits.startup
+        while remaining > 0:
+            began, patience = self.clock(), min(PROBE_PATIENCE, remaining)
+            status, _ = await self._ask_engine("/health", patience=patience)
+            if status == 200 and not needs_warm_up:
+                return True
+            if status == 200:
+                needs_warm_up, patience = False, remaining
+                phases.warm_up()
+                await self._ask_engine("/v1/completions", self.limits.warm_up, remaining)
+                # The engine may not have lived through it: so it is asked again.
+            else:
+                await asyncio.sleep(delay)
+            if not phases.fetching:  # a download watches itself
+                remaining -= min(self.clock() - began, patience + delay)
+            if status:
+                delay = min(delay * POLL_GROWTH, SLOWEST_POLL)
+        return False
 
     def _take_lines(self, run: Run, child: Child, phases: Phases) -> None:
         lines = child.log_buffer.take()
@@ -271,7 +284,9 @@ class Engine:
         if self.state is not State.READY:
             return False
         if traffic.waiting:  # else nobody would notice a hang, and the scrape costs vLLM some milliseconds
+            due = self.clock() + pulse.scrape_patience
             status, metrics = await self._ask_engine("/metrics", patience=pulse.scrape_patience)
+            overrun = max(overrun, self.clock() - due)
             counters = heartbeat.read_progress(metrics) if status == 200 else None
         return pulse.is_hung(self.clock(), overrun, traffic, counters)
 
@@ -279,20 +294,13 @@ class Engine:
 
     async def _judge(self, run: Run) -> None:
         """Sends RETRY, when its time has come, or GIVE_UP."""
-        code, lines = run.code, list(run.log)
+        if not await self.observers.attempt("judging vLLM's end", self._judge_end, run):
+            self._send(run, Event.GIVE_UP, "a fault of the supervisor's own (see above)")
 
-        def diagnose() -> Diagnosis:
-            from supervisor.engine import diagnosis as table  # noqa: PLC0415  # 900 patterns, which only failures need
-
-            try:
-                return table.diagnose(code or 0, lines, end_reason=run.end_reason, oom_killed=run.oom_killed)
-            except Exception:  # noqa: BLE001  # a log that nobody foresaw; the engine is started again all the same
-                self.observers.log_fault("finding the cause")
-                return table.Diagnosis("Its log can't be understood.", "", permanent=False, known=False)
-
-        diagnosis = await run_bounded(None, diagnose)  # compiling the patterns would take the loop half a second
+    async def _judge_end(self, run: Run) -> bool:
+        diagnosis = await self._diagnose(run)
         self.observers.notify(Observer.run_judged, run, diagnosis)
-        exit_text = f"vLLM ended ({describe_exit(code)}): " if code is not None and not run.end_reason else ""
+        exit_text = f"vLLM ended ({describe_exit(run.code)}): " if run.code is not None and not run.end_reason else ""
         self.log.error("%s%s", exit_text, diagnosis.text)
 
         def announce(delay: float, restart: str) -> None:
@@ -303,7 +311,7 @@ class Engine:
         if run.has_suspect_start and not run.was_ready:  # that start's failure was ours: it does not count
             await self.observers.wait_for(Observer.wait_until_clear)
             self._send(run, Event.RETRY, "another start, in another way")
-            return
+            return True
         unknown_cause = "" if diagnosis.known or self.was_ready else diagnosis.cause
         failure = EngineFailed(diagnosis.permanent and not self.was_ready, run.was_ready, unknown_cause)
         try:
@@ -313,6 +321,23 @@ class Engine:
             verdict = self._restarts.verdict(failure)  # the next thing is our own end, which waits for the report
             await self.observers.wait_for(Observer.run_failed, run, verdict, True)
             self._send(run, Event.GIVE_UP, f"{diagnosis.text} ({verdict})")
+        return True
+
+    async def _diagnose(self, run: Run) -> Diagnosis:
+        code, lines = run.code, list(run.log)
+
+        def diagnose() -> Diagnosis:
+            from supervisor.engine import diagnosis as table  # noqa: PLC0415  # 900 patterns, which only failures need
+
+            return table.diagnose(code or 0, lines, end_reason=run.end_reason, oom_killed=run.oom_killed)
+
+        try:
+            return await run_bounded(None, diagnose)  # compiling the patterns would take the loop half a second
+        except Exception:  # noqa: BLE001  # a log that nobody foresaw; the engine is started again all the same
+            self.observers.log_fault("finding the cause")
+            from supervisor.engine.diagnosis import Diagnosis  # noqa: PLC0415  # as above
+
+            return Diagnosis("Its log can't be understood.", "", permanent=False, known=False)
 
     async def _wait_before_start(self, delay: float) -> None:
         await asyncio.gather(asyncio.sleep(delay), self.observers.wait_for(Observer.wait_until_clear))

@@ -16,10 +16,8 @@ SAMPLES_PER_STALL, LONGEST_INTERVAL = 8, 2.0  # seconds: a hang is noticed this 
 SLEEP_INTERVALS = 3.0
 # After this many scrapes in a row without counters the output decides; a saturated API server misses one or two.
 MAX_MISSES = 3
-# This many samples in which nobody waits do not end the work: a client gave up, and asks again.
-MAX_GAPS = 2
-# A scrape may take this many seconds.
-LONGEST_SCRAPE = 10.0
+MAX_GAPS = 2  # this many samples in which nobody waits do not end the work: a client gave up, and asks again
+LONGEST_SCRAPE = 10.0  # a scrape may take this many seconds
 # Any of these moving is progress: steps made, tokens made, prompt tokens read, requests done. While a long prompt
 # is read chunk by chunk, none of these moves, but the part of the KV cache that is in use does.
 COUNTERS = frozenset({

@@ -18,6 +18,7 @@ from supervisor.output import Output
 
 TAIL_LINES = 2000  # eight ranks write 70 each about one error, and native stacks
 LONGEST_LINE = 64 * 1024
+BETWEEN_WORDS = re.compile(rb".*[^\w.-]", re.S)
 TAIL_LINE_LENGTH = 4000  # characters
 # This many lines may wait for the event loop; where it falls behind, the oldest of them are for the log alone.
 QUEUED_LINES = 10_000
@@ -80,8 +81,10 @@ class LogPump:
         with self.source:
             while data := os.read(self.source.fileno(), LONGEST_LINE):
                 *lines, remainder = (remainder + data).split(b"\n")
-                if len(remainder) > LONGEST_LINE:
-                    lines, remainder = [*lines, remainder], b""
+                if len(remainder) > LONGEST_LINE:  # a secret is masked as a whole: it is cut beside a word
+                    cut = BETWEEN_WORDS.match(remainder)
+                    end = cut.end() if cut is not None else len(remainder)
+                    lines, remainder = [*lines, remainder[:end]], remainder[end:]
                 self._forward(lines)
         self._forward([remainder] if remainder else [])
 

@@ -54,8 +54,7 @@ PATH = re.compile(r"/\S{1,300}")
 SETTING = re.compile(r"'([a-z]\w{1,60})': (?!None|False|'auto'|'')|\b([a-z]\w{1,60})=(?!None|False|auto|'auto'|''|0)")
 # Of all settings that are shown, nobody has these without asking for them, or the model does (kv_cache_dtype).
 OPT_INS = {"speculative_config", "kv_cache_dtype", "kv_transfer_config", "enable_expert_parallel", "cpu_offload_gb"}
-# A part that can be left out has a remedy that begins so.
-OPTIONAL_PART = re.compile(r"Leave|Unset|Set ")
+OPTIONAL_PART = re.compile(r"Leave|Unset|Set ")  # a part that can be left out has a remedy that begins so
 # These packages around vLLM are made for one version of it, or of torch, as a frame's path has them.
 PACKAGE = re.compile(
     r"(?:(?:site|dist)-packages|venv|vllm-workspace/[\w-]{1,40})/(vllm_\w+|lmcache\w*|nixl\w*|mooncake\w*|deep_ep|deep_gemm|flashinfer|flash_attn\w*|aiter|"

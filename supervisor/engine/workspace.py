@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import stat
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -24,8 +25,8 @@ PREFIX = "supervisor-"
 # The name of a folder that is being made begins so until it is locked, which takes a millisecond. After this many
 # seconds it is a dead supervisor's.
 DRAFT_PREFIX, DRAFT_LIFETIME = f".{PREFIX}", 60.0
-# A socket's path may have 107 bytes on Linux, 103 on macOS.
-LONGEST_FOLDER = 80
+# A socket's path may have so many bytes, and our longest is such a one in a temporary folder.
+LONGEST_FOLDER = (107 if sys.platform == "linux" else 103) - len(f"/{PREFIX}12345678/gateway.sock")
 
 
 class Workspace:
@@ -94,7 +95,7 @@ class Workspace:
 def temporary_folder(environ: Mapping[str, str]) -> Path:
     """Returns where workspaces go. Python's own choice writes a file to try it, and fails on a full disk."""
     folder = environ.get("TMPDIR") or "/tmp"  # noqa: S108
-    return Path(folder if len(folder) < LONGEST_FOLDER else "/tmp")  # noqa: S108
+    return Path(folder if len(os.fsencode(folder)) <= LONGEST_FOLDER else "/tmp")  # noqa: S108
 
 
 def is_ours(path: Path, kind: int = stat.S_IFDIR) -> bool:

@@ -42,8 +42,7 @@ LOG_OF_FAILURE = "log_tail"  # vLLM's last lines, within `last_failure`
 TRANSITIONS = 30  # so many of the latest are shown on the page
 LONGEST_LINE = 1000  # characters; vLLM's log may have a line of 64 kB
 NUMBER = re.compile(r"[0-9]{1,15}")
-# vLLM has so many seconds to tell its metrics; then only ours are told.
-METRICS_PATIENCE = 5.0
+METRICS_PATIENCE = 5.0  # vLLM has so many seconds to tell its metrics; then only ours are told
 
 Scope = dict[str, Any]
 Send = Callable[[dict[str, Any]], Awaitable[None]]

@@ -28,14 +28,12 @@ from supervisor.gateway.reader import OWN_BODY_LIMIT, PIPELINED, UNPARSED_LIMIT,
 if TYPE_CHECKING:
     from uvicorn._types import ASGI3Application
 
-# A client that was refused has so many seconds in which it may still send its body, and read why.
-LINGER = 2.0
+LINGER = 2.0  # a client that was refused has so many seconds in which it may still send its body, and read why
 # A client that has closed its side is looked at after so many seconds: one that is gone has refused our bytes by then.
 GONE_KNOWN_AFTER = 0.1
 # A half-closed client whose answer is no stream is taken for gone when nothing of it was sent for so many seconds.
 GONE_AFTER = 2.0
-# A body must bring so many bytes a second, once the client's time for its next bytes has passed.
-LEAST_RATE = 100
+LEAST_RATE = 100  # a body must bring so many bytes a second, once the client's time for its next bytes has passed
 # So many files are kept for our own routes and for vLLM; the log warns of that once in so many seconds.
 RESERVED_FILES, WARN_EVERY = 64, 600.0
 CROWDED = Refusal(503, "The server has too many connections.", "too_many_connections", RETRY_AFTER)

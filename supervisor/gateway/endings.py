@@ -12,8 +12,7 @@ from supervisor.gateway.errors import Refusal
 from supervisor.gateway.frames import GOING_AWAY, INTERNAL_ERROR, Frames, close_frame
 from supervisor.gateway.http1 import Dechunker
 
-# An event of more bytes than this passes in pieces.
-PARTIAL_LIMIT = 64 * 1024
+PARTIAL_LIMIT = 64 * 1024  # an event of more bytes than this passes in pieces
 # A chunk that ends an event ends with one of EVENT_ENDS, and vLLM's chunks with one of the usual ends.
 USUAL_ENDS = (b"}\n\n\r\n", b"]\n\n\r\n")
 EVENT_ENDS = (b"\n\n\r\n", b"\r\n\r\n\r\n")

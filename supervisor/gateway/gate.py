@@ -16,10 +16,8 @@ from supervisor.gateway.upstream import Upstream
 
 # The death of the engine is known within 0.1 s; a request that lost its answer waits so many seconds to learn of it.
 FATE_KNOWN_AFTER = 0.25
-# An engine that neither answers well nor dies is asked so many times; then it is taken for alive.
-QUESTIONS = 20
-# The engine has so many seconds for each answer.
-PATIENCE = 5.0
+QUESTIONS = 20  # an engine that neither answers well nor dies is asked so many times; then it is taken for alive
+PATIENCE = 5.0  # the engine has so many seconds for each answer
 # A client is told to wait so many seconds before it asks again: it is held again then, and so misses nothing.
 RETRY_AFTER = 5
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from typing import Generic, TypeVar
 
-# A head of more bytes than this is no common one.
-LARGEST = 4096
+LARGEST = 4096  # a head of more bytes than this is no common one
 # So many heads are remembered. Clients that put something new into each (a trace's id) fill the memo: it is emptied.
 REMEMBERED = 256
 

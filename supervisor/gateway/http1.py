@@ -32,8 +32,7 @@ WATCHED = HOP_BY_HOP | {
 }  # fmt: skip
 # A page can give its WebSocket no header but Sec-WebSocket-Protocol: OpenAI's clients put the key there, too.
 KEY_PROTOCOL = b"openai-insecure-api-key."
-# The reason of a status line may be made of these bytes.
-REASON_BYTES = bytes([9, *range(32, 127), *range(128, 256)])
+REASON_BYTES = bytes([9, *range(32, 127), *range(128, 256)])  # the reason of a status line may be made of these bytes
 
 HEAD_TOO_LARGE = Refusal(
     431,

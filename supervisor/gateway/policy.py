@@ -29,8 +29,7 @@ ADMIN_ONLY = refuse("admin_key_needed")
 # One address may try so many wrong keys in a minute before it is told only that there were too many.
 MAX_FAILURES = 60
 TOO_MANY_FAILURES = refuse("too_many_wrong_keys", 60, limit=MAX_FAILURES)
-# So many keys of one request are looked at.
-KEYS_LIMIT = 8
+KEYS_LIMIT = 8  # so many keys of one request are looked at
 # This machine's loopback is reached by these names, which nobody can have in the DNS; by the last two from containers.
 LOOPBACK_NAMES = ("localhost", "*.localhost", "host.docker.internal", "host.containers.internal")
 METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")

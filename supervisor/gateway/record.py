@@ -12,8 +12,7 @@ if TYPE_CHECKING:
 
 # A request that waited has one of these marks; a wait of so many seconds is worth a word.
 WAITS, LEAST_WAIT = ("held", "waiting"), 0.1
-# This is nginx's status for an answer that nobody waited for.
-CLIENT_GONE = 499
+CLIENT_GONE = 499  # this is nginx's status for an answer that nobody waited for
 
 
 class Record:

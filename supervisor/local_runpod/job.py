@@ -170,7 +170,7 @@ class StreamPrinter:
             return  # a whole answer: it is in the result
         *lines, self.partial_line = (self.partial_line + chunk).split("\n")
         for line in lines:
-            with contextlib.suppress(ValueError):  # no data, or [DONE]
+            with contextlib.suppress(json.JSONDecodeError):  # no data, or [DONE]
                 event = json.loads(line.removeprefix("data:"))
                 if isinstance(event, dict):
                     self._print_event(event)

@@ -42,7 +42,6 @@ def worker_environment(environ: Mapping[str, str], **options: object) -> dict[st
 class QueueWorker(KeptProgram):
     """`run()` keeps the worker alive until `finish()`. `say()` tells the engine's state (starting, ready, restarting,
     failed), draining (it takes no more, and leaves when all is done) or expire (it fails what still runs, and leaves).
-
     `count` gets what the worker tells of a job (queue/delivery.py); `lose` is called when the worker dies."""
 
     def __init__(self, environ: Mapping[str, str], count: Callable[[JSON], object], lose: Callable[[], object]) -> None:
@@ -61,7 +60,8 @@ class QueueWorker(KeptProgram):
                 await asyncio.wait_for(self.ended.wait(), seconds)
                 return
         if self.child is not None:
-            self.log.warning("the queue worker did not end: killed")
+            self.log.warning("the queue worker did not end: killed, and the jobs it had are lost")
+            self.lose()
             self.child.kill()
 
     def _child_died(self, exit_text: str, delay: float) -> None:

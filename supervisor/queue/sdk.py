@@ -92,7 +92,7 @@ class LongPoll(Generic[T]):
                     items = await asyncio.to_thread(self.read, await response.read())
                 elif response.status not in (204, 400):  # 400: FlashBoot, says the SDK
                     problem = f"RunPod answers {response.status}"
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+        except (aiohttp.ClientError, OSError, ValueError, RecursionError) as error:
             if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ClientError):
                 return []  # the poll was held for longer than we wait, or broken off
             problem = f"{error or type(error).__name__}"
@@ -116,7 +116,7 @@ def read_stops(body: bytes) -> list[str]:
     """Returns the ids of the jobs that nobody waits for any more."""
     content = json.loads(body or b"null")
     ids = content.get("jobsToStop") if isinstance(content, dict) else None
-    return [job_id for job_id in ids or [] if isinstance(job_id, str)]
+    return [job_id for job_id in ids if isinstance(job_id, str)] if isinstance(ids, list) else []
 
 
 class Link:

@@ -153,7 +153,7 @@ class Answer:
             body = error.partial
         check_size(len(body), self.job.job_id)
         content_type = response.content_type
-        if content_type == "application/json" or content_type.endswith("+json"):
+        if body and (content_type == "application/json" or content_type.endswith("+json")):
             try:
                 answer = json.loads(body, parse_constant=lambda _: None)  # NaN, which is no JSON
             except ValueError as error:

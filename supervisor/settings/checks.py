@@ -6,7 +6,7 @@ which costs minutes of a GPU. A rule yields a line that says what is wrong, and 
 
 from __future__ import annotations
 
-import os
+import math
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,9 +16,9 @@ from typing import Any
 from supervisor.bounded import read_file, try_bounded
 from supervisor.secrets import SHORTEST_SECRET
 from supervisor.settings import platform
-from supervisor.settings.knobs import SAFE_KEY_LENGTH, Keys
+from supervisor.settings.knobs import SAFE_KEY_LENGTH, Keys, read_path
 from supervisor.settings.models import DISK_PATIENCE
-from supervisor.settings.names import read_table
+from supervisor.settings.names import MESSAGES, read_table
 from supervisor.settings.sources import Facts
 from supervisor.settings.typos import nearest_hint
 from supervisor.vllm.values import json_object
@@ -26,8 +26,8 @@ from supervisor.vllm.values import json_object
 RULES = read_table("rules.json")
 REMOVED_VALUES = {"bitsandbytes": ", which an older one had", "gguf": ": since 0.24 a plugin has it"}
 DEFAULT_LORA_RANK = 16  # vLLM's default of MAX_LORA_RANK
-# A path of a file. Parsers and templates of vLLM's own folder are given by their names alone.
-FILE_PATH = re.compile(r"(?!.*[{}\n]).*([/\\]|\.(jinja2?|j2|txt|tmpl)$)")
+# A path of a file. Parsers and templates of vLLM's own folder (template_chatml.jinja) are given by their names alone.
+FILE_PATH = re.compile(r"(?!.*[{}\n]|template_\w+\.jinja$).*([/\\]|\.(jinja2?|j2|txt|tmpl)$)")
 Rule = Callable[[Facts], Iterator[str]]
 
 
@@ -59,20 +59,16 @@ def check_tls(facts: Facts) -> Iterator[str]:
                 read_file(Path(path), regular_only=True)  # uvicorn reads it once more
             ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key)
         except OSError as error:
-            yield (
-                f"SUPERVISOR_TLS_CERT={cert}, SUPERVISOR_TLS_KEY={key or ''}: expected a certificate and its key in "
-                f"PEM, such as /tls/tls.crt and /tls/tls.key ({error.strerror or error})"
-            )
+            yield MESSAGES["tls"].format(cert=cert.splitlines()[0], key=key or "", reason=error.strerror or error)
 
 
 def check_names(facts: Facts) -> Iterator[str]:
     """vLLM has bitsandbytes and GGUF no more, and its parsers come and go. Plugins may know more names than vLLM."""
-    if facts["TOOL_PARSER_PLUGIN"].value or facts["REASONING_PARSER_PLUGIN"].value:
-        return
+    has_plugin = facts["TOOL_PARSER_PLUGIN"].value or facts["REASONING_PARSER_PLUGIN"].value
     for option in (option for option in facts.catalogue.by_key.values() if option.names):
         setting = facts[option.variable]
         value, known_values = setting.shown.lower(), ("", "none", *map(str.lower, option.names))
-        if value not in known_values and not facts.vllm.may_have_plugins(facts.environ):
+        if value not in known_values and not has_plugin and not facts.vllm.may_have_plugins(facts.environ):
             hint = REMOVED_VALUES.get(value) or nearest_hint(value, option.names)
             choices = ", ".join(option.names)
             yield f"{setting.named}: vLLM {facts.vllm.version} has none of that name{hint}; it has {choices}"
@@ -82,10 +78,9 @@ def check_loras(facts: Facts) -> Iterator[str]:
     max_rank, option = facts.number("MAX_LORA_RANK") or DEFAULT_LORA_RANK, facts.catalogue.by_key.get("max_lora_rank")
     for module in map(str, facts["LORA_MODULES"].value or ()):
         fields = json_object(module) or dict(zip(("name", "path"), module.split("=", 1), strict=False))
-        name, path = str(fields.get("name", "")), str(fields.get("path", ""))
+        name, path = str(fields.get("name", "")), read_path(str(fields.get("path", "")))
         if not path.startswith(("/", "./", "../", "~")):
             continue  # it is a name on the hub
-        path = os.path.expanduser(path)  # noqa: PTH111  # ~nobody stays as it is
         label = f"LORA_MODULES={name}={path} ({facts['LORA_MODULES'].source})"
         rank = read_json_file(Path(path) / "adapter_config.json").get("r")
         if is_missing(path, is_folder=True):
@@ -105,17 +100,12 @@ def check_files(facts: Facts) -> Iterator[str]:
 def check_heads(facts: Facts) -> Iterator[str]:
     """Checks a model that is here: vLLM deals the heads of its attention out among the GPUs."""
     gpu_count = facts.number("TENSOR_PARALLEL_SIZE")
-    if gpu_count <= 1:
-        return
-    config = read_json_file(Path(str(facts["MODEL"].value)) / "config.json")
+    config = read_json_file(Path(str(facts["MODEL"].value)) / "config.json") if gpu_count > 1 else {}
     text_config = config.get("text_config")
     heads = ((text_config if isinstance(text_config, dict) else {}) | config).get("num_attention_heads")
     if isinstance(heads, int) and heads % gpu_count:
         divisor = max(size for size in range(1, int(gpu_count)) if heads % size == 0)
-        yield (
-            f"{facts['TENSOR_PARALLEL_SIZE'].named}: the model's {heads} heads of attention can't be shared among so "
-            f"many GPUs: set TENSOR_PARALLEL_SIZE={divisor}"
-        )
+        yield MESSAGES["heads"].format(setting=facts["TENSOR_PARALLEL_SIZE"].named, heads=heads, divisor=divisor)
 
 
 def check_key_lengths(facts: Facts) -> Iterator[str]:
@@ -124,20 +114,18 @@ def check_key_lengths(facts: Facts) -> Iterator[str]:
         short_keys = [key for key in keys if len(key) < SAFE_KEY_LENGTH]
         if short_keys:
             subject = "a key has" if len(short_keys) == 1 else f"{len(short_keys)} keys have"
-            mask_hint = f"; one with less than {SHORTEST_SECRET} can't be masked in the log either"
-            hint = mask_hint if any(len(key) < SHORTEST_SECRET for key in short_keys) else ""
+            hint = MESSAGES["short"].format(length=SHORTEST_SECRET) if min(map(len, keys)) < SHORTEST_SECRET else ""
             yield f"{name}: {subject} less than {SAFE_KEY_LENGTH} characters, which can be guessed{hint}"
 
 
 def check_gpus(facts: Facts) -> Iterator[str]:
     gpu_count = platform.count_gpus(facts.environ)
-    tensor_size, pipeline_size = facts.number("TENSOR_PARALLEL_SIZE") or 1, facts.number("PIPELINE_PARALLEL_SIZE") or 1
-    is_one_machine = facts.number("NNODES") <= 1 and facts["DISTRIBUTED_EXECUTOR_BACKEND"].value != "ray"
-    if gpu_count and tensor_size * pipeline_size > gpu_count and is_one_machine:
-        sizes = f"TENSOR_PARALLEL_SIZE={tensor_size:g}"
-        sizes += f" x PIPELINE_PARALLEL_SIZE={pipeline_size:g}" if pipeline_size > 1 else ""
-        subject = "1 GPU is" if gpu_count == 1 else f"{gpu_count} GPUs are"
-        yield f"{sizes}: only {subject} here; set TENSOR_PARALLEL_SIZE=auto to use what there is"
+    sizes = {name: size for name in platform.list_sizes(facts.settings) if (size := facts.integer(name, 1)) > 1}
+    backends = (facts["DISTRIBUTED_EXECUTOR_BACKEND"].value, facts["DATA_PARALLEL_BACKEND"].value)
+    if gpu_count and math.prod(sizes.values()) > gpu_count and facts.number("NNODES") <= 1 and "ray" not in backends:
+        text = " x ".join(f"{name}={size}" for name, size in sizes.items())
+        gpus = "1 GPU is" if gpu_count == 1 else f"{gpu_count} GPUs are"
+        yield f"{text}: only {gpus} here; {MESSAGES['gpus']}"
 
 
 # vLLM does not start with these, or nobody would be served.

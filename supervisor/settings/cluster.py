@@ -15,7 +15,7 @@ from supervisor.settings.sources import Entry, Facts, Report, Source, find_all
 
 CLUSTER_HANDSHAKE_PORT = "13345"  # for data parallel's handshake, since PRIMARY_PORT is for torch
 MASTER_PORT, HANDSHAKE_PORT = 29501, 29550  # vLLM uses these where none is set
-RAY = "ray"
+RAY, BACKENDS = "ray", ("DISTRIBUTED_EXECUTOR_BACKEND", "DATA_PARALLEL_BACKEND")
 # These options of several machines mean nothing on one: torch's launchers set these names for their own ends.
 MULTI_NODE_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
 # The user spreads the model by these settings. Where he sets one of them, nothing is chosen for him.
@@ -49,8 +49,8 @@ def count_nodes(environ: Mapping[str, str]) -> int:
 
 def derive(environ: Mapping[str, str], user_sources: Sequence[Source]) -> Source:
     """Returns the options that a cluster's variables stand for. What the user says himself goes before them."""
-    nodes = count_nodes(environ)
-    if nodes < 2 or RAY in (environ.get("DISTRIBUTED_EXECUTOR_BACKEND"), environ.get("DATA_PARALLEL_BACKEND")):
+    backends = [str(hits[0].value).strip() for name in BACKENDS if (hits := find_all(user_sources, name))]
+    if (nodes := count_nodes(environ)) < 2 or RAY in backends:
         return {}
     sizes = {name: str(hits[0].value).strip() for name in PARALLEL_SIZES if (hits := find_all(user_sources, name))}
     replicas = sizes.get("DATA_PARALLEL_SIZE", "1")
@@ -80,7 +80,7 @@ def find_cluster(facts: Facts, report: Report) -> Cluster | None:
     """Returns the cluster that the effective options describe, if any. What can't be is reported as a problem."""
     nodes, replicas = facts.integer("NNODES", 1), facts.integer("DATA_PARALLEL_SIZE", 1)
     share = max(1, facts.integer("DATA_PARALLEL_SIZE_LOCAL", replicas))
-    if RAY in (facts["DISTRIBUTED_EXECUTOR_BACKEND"].value, facts["DATA_PARALLEL_BACKEND"].value):
+    if RAY in [facts[name].value for name in BACKENDS]:
         return None  # there is one vLLM, and Ray starts its workers wherever Ray runs
     if nodes > 1:  # each machine has a part of one model
         rank, port, variable = facts.integer("NODE_RANK", 0), facts.integer("MASTER_PORT", MASTER_PORT), "MASTER_ADDR"

@@ -49,7 +49,7 @@ def build(settings: Settings, socket: str, folder: str, start: Start | None = No
     argv = [*settings.vllm.command, "serve", start.model]
     argv += ["--headless"] if settings.cluster is not None and settings.cluster.is_headless else ["--uds", socket]
     for option, setting in settings.options:
-        argv += option.argv(setting.value)
+        argv += option.argv(setting.value) if setting.name not in settings.in_file else ()
     if start.model != model_name and not settings.option("served_model_name"):
         argv += ["--served-model-name", model_name]  # clients do not ask for a folder
     argv += settings.vllm_args

@@ -44,7 +44,7 @@ class ConfigFile:
     label: str
     is_named: bool = True  # else it lay in the current folder
     content: dict[str, Any] = field(default_factory=dict)
-    typed_content: dict[str, Any] = field(default_factory=dict)  # of vLLM's own file alone, as YAML made the values
+    typed_content: dict[str, Any] = field(default_factory=dict)  # of vLLM's own file alone, as YAML and vLLM have it
     knobs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -73,8 +73,7 @@ def read_unnamed(report: Report) -> ConfigFile:
 
 def read_vllm_config(source: str, value: object, report: Report) -> ConfigFile:
     """Looks into the file of vLLM's own `--config`, which vLLM reads itself, for what concerns us."""
-    path = str(value).strip()
-    file = ConfigFile(f"{path} ({source})")
+    file = ConfigFile(f"{(path := str(value).strip())} ({source})")
     with _report_errors(report.problems, file.label):
         if Path(path).suffix not in (".yaml", ".yml"):  # vLLM's own rule
             raise MalformedError("is no YAML file, such as /path/vllm.yaml")
@@ -130,7 +129,7 @@ def _parse_own_content(text: str) -> dict[str, Any] | None:
 
 def _parse_mapping(text: str, *, keep_types: bool = False) -> dict[str, Any]:
     """Returns what a file of settings says, as it is written; only objects, which are JSON, have YAML's numbers and the
-    like. `keep_types` takes all as YAML and vLLM do: `1.10` is 1.1, and `no` is false. Raises MalformedError."""
+    like. `keep_types` takes all as YAML and vLLM do: `1.10` is 1.1, `no` is false. Keys stay. Raises MalformedError."""
     import yaml  # noqa: PLC0415  # takes 30 ms, and most starts have no file
 
     class Loader(yaml.SafeLoader):
@@ -161,6 +160,9 @@ def _parse_mapping(text: str, *, keep_types: bool = False) -> dict[str, Any]:
         reason = nesting or getattr(error, "problem", None) or error
         raise MalformedError(f"is not valid YAML{line}: {reason}") from None
     if not isinstance(content, dict | None):
-        kind = "text" if isinstance(content, str) else "list"
-        raise MalformedError(f"must be a mapping, such as 'max_model_len: 4096', not a {kind}")
-    return _normalize_keys(content or {})
+        raise MalformedError(
+            f"must be a mapping, such as 'seed: 1', not a {'text' if isinstance(content, str) else 'list'}"
+        )
+    if keep_types and content is None:
+        raise MalformedError("is empty, at which vLLM fails: write a line into it, or don't name it")
+    return (content if keep_types else _normalize_keys(content or {})) or {}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from supervisor.bounded import read_file
-from supervisor.settings.names import HOST_ADVICE, advice
+from supervisor.settings.names import advice
 from supervisor.vllm.values import BadValue, clean, read_bool, read_choice
 
 
@@ -119,7 +119,7 @@ def read_host(value: str) -> str:
         elif not re.fullmatch(rf"(?!\*|\d+$){HOST_NAME.pattern}\.?", value, re.IGNORECASE):
             raise OSError
         return value
-    raise BadValue(advice(HOST_ADVICE, value))
+    raise BadValue(advice("no hosts", value))
 
 
 def choice_reader(*names: str) -> Callable[[str], str]:

@@ -8,14 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from supervisor.bounded import try_bounded
-from supervisor.settings.names import DEFAULTS, GGUF_MESSAGE, MODEL_ADVICE, advice
+from supervisor.settings.names import DEFAULTS, MESSAGES, advice
 from supervisor.vllm.catalogue import Catalogue
 from supervisor.vllm.installed import Vllm
 from supervisor.vllm.values import BadValue
 
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "demo" / "model"
-# A disk has so many seconds to tell whether something is there. A network volume may hang.
-DISK_PATIENCE = 3.0
+DISK_PATIENCE = 3.0  # seconds for a disk to tell whether something is there; a network volume may hang
 HUB_NAME = re.compile(r"(?!models--|-|(?i:true|false|yes|no|on|off|none|null)$)[\w.-]+(/[\w.-]+)?", re.ASCII)
 BUCKET_URL = re.compile(r"(s3|gs|az)://.+", re.DOTALL)  # vLLM reads from these itself
 # This is Ollama's form, and llama.cpp's: `org/name:Q4_K_M`.
@@ -36,9 +35,9 @@ def read(name: str, vllm: Vllm, catalogue: Catalogue, environ: Mapping[str, str]
         formats = [row.names for row in catalogue.by_key.values() if row.key in ("load_format", "quantization")]
         lacks_gguf = any(formats) and not any("gguf" in names for names in formats)  # it may have it where nobody knows
         if is_gguf and lacks_gguf and not vllm.may_have_plugins(environ):
-            raise BadValue(GGUF_MESSAGE.format(version=vllm.version))
+            raise BadValue(MESSAGES["gguf"].format(version=vllm.version))
         return path
-    raise BadValue(advice(MODEL_ADVICE, name))
+    raise BadValue(advice("instead", name))
 
 
 def find_demo_obstacle(environ: Mapping[str, str]) -> str | None:

@@ -19,10 +19,10 @@ _TABLE = read_table("names.json")
 DEFAULTS = read_table("defaults.json")  # by the name of the source
 
 
-def advice(table: dict[str, str], text: str) -> str:
-    """Returns the message of the first pattern that fits the text, and an empty text where none does."""
-    matches = ((re.fullmatch(pattern, text, re.ASCII | re.DOTALL), message) for pattern, message in table.items())
-    return next((message.format(**match.groupdict()) for match, message in matches if match), "")
+def advice(part: str, text: str) -> str:
+    """Returns that part's message of the first pattern that fits the text, and an empty text where none does."""
+    matches = ((re.fullmatch(pattern, text, re.ASCII | re.DOTALL), told) for pattern, told in _TABLE[part].items())
+    return next((told.format(**match.groupdict()) for match, told in matches if match), "")
 
 
 def _read_removed(part: str) -> dict[str, str]:
@@ -33,12 +33,10 @@ ALIASES: dict[str, tuple[str, ...]] = {ours: tuple(names) for ours, names in _TA
 BY_ALIAS = {alias: ours for ours, names in ALIASES.items() for alias in names}
 OWNED: dict[str, str] = _TABLE["owned"]
 ZERO_MEANS_UNSET = frozenset(_TABLE["zero means unset"])
+RESPELLED: dict[str, dict[str, str]] = _TABLE["respelled"]
 FORMER: dict[str, str] = _TABLE["former"]
-MODEL_ADVICE: dict[str, str] = _TABLE["instead"]
-HOST_ADVICE: dict[str, str] = _TABLE["no hosts"]
-GGUF_MESSAGE: str = _TABLE["no gguf"]
+MESSAGES: dict[str, str] = _TABLE["messages"]
 NEAR_MISSES: dict[str, Any] = _TABLE["near misses"]
-OPTION_ADVICE: dict[str, str] = _TABLE["no options"]
 WITHHELD, WITHHELD_PREFIXES = frozenset(_TABLE["not passed on"]["names"]), tuple(_TABLE["not passed on"]["prefixes"])
 # Options are found by key (`swap_space`), and variables by name.
 REMOVED, REMOVED_VARIABLES = _read_removed("removed options"), _read_removed("removed variables")

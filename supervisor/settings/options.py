@@ -8,25 +8,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from supervisor.settings import platform
-from supervisor.settings.config_file import ConfigFile
-from supervisor.settings.names import OWNED, QUIET_NAMES, SM_PREFIX, ZERO_MEANS_UNSET
+from supervisor.settings.names import MESSAGES, OWNED, QUIET_NAMES, RESPELLED, SM_PREFIX, ZERO_MEANS_UNSET
 from supervisor.settings.sources import Entry, Report, Setting, Source, find_all
-from supervisor.settings.typos import missing_hint
 from supervisor.vllm.catalogue import Catalogue, Option, key_of
-from supervisor.vllm.values import json_object, read_bool
+from supervisor.vllm.values import json_object, read_bool, unfold
 
 Options = tuple[tuple[Option, Setting], ...]
-# vLLM's draft by n-grams had this for its model's name; it has a method of its own now.
-NGRAM = "[ngram]"
-TEXTS, LISTS = ("str", "folded", "csv", "json_or_str"), ("list", "append")  # types and kinds of options
-ZERO_REASON = "worker-vllm read 0 as 'not set', and vLLM can't run with it"
+NGRAM = "[ngram]"  # vLLM's draft by n-grams had this for its model's name; it has a method of its own now
 
 
 def keys(catalogue: Catalogue) -> list[str]:
     """Returns the keys by which options may be named, in config.yaml, or in capitals as variables."""
-    all_options = catalogue.by_key.values()
-    other_keys = [key for option in all_options for key in (*map(key_of, option.also), option.opposite) if key]
-    return ["model", *catalogue.by_key, *other_keys]
+    others = [key for row in catalogue.by_key.values() for key in (*map(key_of, row.also), row.opposite) if key]
+    return ["model", *catalogue.by_key, *others]
 
 
 def resolve(
@@ -64,10 +58,13 @@ def _meanings(option: Option, sources: Sequence[Source], environ: Mapping[str, s
         respelling = respell(option, value)
         if respelling != value:
             report.warnings.append(f"{source}={value} is read as {respelling}, which is how vLLM has it today")
-        if option.variable in ZERO_MEANS_UNSET and str(respelling).strip() == "0":
-            report.warnings.append(f"{source}=0 is taken for not set: {ZERO_REASON}")
+        if option.variable.endswith("LOG_LEVEL") and not unfold(str(respelling).strip(), option.choices):
+            known = f"expected one of {', '.join(option.choices)}"  # other programs have levels of their own
+            report.warnings.append(f"{source}={report.show(value)} is not passed to vLLM: {known}")
+        elif option.variable in ZERO_MEANS_UNSET and str(respelling).strip() == "0":
+            report.warnings.append(f"{source}=0 is taken for not set: {MESSAGES['zero']}")
         elif option.variable == "TENSOR_PARALLEL_SIZE" and str(respelling).strip().lower() in platform.AUTO_WORDS:
-            yield Entry(f"{source}={respelling}", str(platform.count_gpus(environ) or 1))
+            yield Entry(f"{source}={respelling}", str(platform.share_gpus(environ, sources)))
         elif not option.is_unset(respelling) and (option.variable, str(respelling).strip()) != ("SPEC_MODEL", NGRAM):
             yield Entry(source, respelling)
     if option.variable == "SPEC_METHOD":
@@ -90,28 +87,4 @@ def respell(option: Option, value: object) -> object:
         config = {"level": int(text)} if re.fullmatch(r"[0-3]", text) else json_object(text) or {}
         level = {"mode": config.pop("level")} if "level" in config else {}
         return json.dumps(level | config) if level else value  # where both were there, vLLM took `mode`
-    # Worker-vllm's templates offer float32. Adapters have the model's own type then.
-    return "auto" if (option.variable, text.lower()) == ("LORA_DTYPE", "float32") else value
-
-
-def read_vllm_file(file: ConfigFile, catalogue: Catalogue, report: Report) -> dict[str, Setting]:
-    """Returns what the file of vLLM's own --config says, by variable. vLLM reads that file itself. What it may not say,
-    or what vLLM would not take, is a problem."""
-    settings = {}
-    for key, value in file.typed_content.items():
-        option, forms = catalogue.find(key), (value, file.content.get(key))
-        typed_words, written_words = ([*map(str, each)] if isinstance(each, list) else [str(each)] for each in forms)
-        if key in OWNED:
-            report.problems.append(f"{file.label}: {key} can't be set there: {OWNED[key]}")
-        elif option is None:
-            hint, text = missing_hint(key, catalogue), f"{file.label}: vLLM {catalogue.version} has no option {key}"
-            (report.problems if hint else report.warnings).append(text + (hint or ", and most likely ends at it"))
-        elif isinstance(value, list) and (option.kind not in LISTS or any(isinstance(each, dict) for each in value)):
-            hint = f"to vLLM a list there is plain words: put what is JSON in quotes, such as '{json.dumps(value)}'"
-            report.problems.append(f"{file.label}: {key}: {hint}")
-        elif key != "model" and option.type in TEXTS and not option.is_switch and typed_words != written_words:
-            hint = f"YAML makes {' '.join(typed_words)} of {' '.join(written_words)}: put it in quotes"
-            report.problems.append(f"{file.label}: {key}: {hint}")
-        elif key != "model" and not option.is_unset(value):
-            settings[option.variable] = report.read(option.variable, [Entry(f"{file.label} {key}", value)], option.read)
-    return {variable: setting for variable, setting in settings.items() if setting is not None}
+    return RESPELLED.get(option.variable, {}).get(text.lower(), value)

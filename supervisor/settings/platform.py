@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 from supervisor.settings.sources import Entry, Source, presets
@@ -24,6 +25,22 @@ def count_gpus(environ: Mapping[str, str]) -> int | None:
     if devices is not None:
         return 0 if devices.strip() in NO_DEVICES else len([part for part in devices.split(",") if part.strip()])
     return sum(re.fullmatch(r"nvidia\d+", path.name) is not None for path in DEVICES.glob("nvidia*")) or None
+
+
+def list_sizes(names: Container[str]) -> list[str]:
+    """Returns the settings whose product is the number of GPUs that this machine needs. `names` are those that are set:
+    a replica with a rank of its own is alone here, and several machines share the replicas."""
+    replicas = "DATA_PARALLEL_SIZE_LOCAL" if "DATA_PARALLEL_SIZE_LOCAL" in names else "DATA_PARALLEL_SIZE"
+    return ["TENSOR_PARALLEL_SIZE", "PIPELINE_PARALLEL_SIZE", *([] if "DATA_PARALLEL_RANK" in names else [replicas])]
+
+
+def share_gpus(environ: Mapping[str, str], sources: Sequence[Source]) -> int:
+    """Returns what TENSOR_PARALLEL_SIZE=auto means: this machine's GPUs, or the share of one part of the model."""
+    texts = {name: str(said.value).strip() for each in reversed(sources) for name, said in each.items() if said.value}
+    sizes = {name: int(texts[name]) for name in ("NNODES", *list_sizes(texts)) if texts.get(name, "").isdecimal()}
+    has_ray = "ray" in (texts.get("DISTRIBUTED_EXECUTOR_BACKEND"), texts.get("DATA_PARALLEL_BACKEND"))
+    gpu_count, nodes = count_gpus(environ) or 1, sizes.pop("NNODES", 1)
+    return gpu_count if has_ray else max(1, min(gpu_count, gpu_count * nodes // (math.prod(sizes.values()) or 1)))
 
 
 def defaults(mode: str, environ: Mapping[str, str]) -> Source:

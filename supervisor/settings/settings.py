@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from supervisor.bounded import try_bounded
-from supervisor.secrets import Mask
+from supervisor.secrets import SECRET_NAME, Mask
 from supervisor.settings import checks, config_file, models, options, platform, raw, typos
 from supervisor.settings import cluster as clusters
 from supervisor.settings import volume as volumes
 from supervisor.settings.config_file import ConfigFile
 from supervisor.settings.knobs import KNOBS, Keys, Knob, Knobs
-from supervisor.settings.names import ALIASES, BY_ALIAS, REMOVED, SM_PREFIX
+from supervisor.settings.names import ALIASES, BY_ALIAS, MESSAGES, REMOVED, SM_PREFIX
 from supervisor.settings.options import Options
 from supervisor.settings.sources import Arguments, Entry, Facts, Report, Setting, Source, env_sources, find_all, presets
 from supervisor.vllm import catalogue as catalogues
 from supervisor.vllm import installed
-from supervisor.vllm.catalogue import Catalogue, Option
+from supervisor.vllm.catalogue import Catalogue
 from supervisor.vllm.installed import Vllm, VllmError
 
 __all__ = ["Arguments", "Setting", "Settings", "SettingsError", "gather"]
@@ -42,7 +42,8 @@ class Settings:
     model: Setting
     mode: str  # http or queue
     options: Options
-    raw_options: Options  # the options that are in `vllm_args`
+    raw_options: Options  # those in `vllm_args`, and what of vLLM's own file no other option can beat
+    in_file: frozenset[str]  # variables of `options` that vLLM itself reads there
     knobs: Knobs
     knob_settings: tuple[Setting, ...]  # and which file of settings was named, if any
     vllm_args: tuple[str, ...]
@@ -79,16 +80,15 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     files = find_all(knob_sources, "SUPERVISOR_CONFIG")
     report = Report(Mask(environ))
     file = config_file.read(*files[0], report) if files else config_file.read_unnamed(report)
-    secrets = [str(file.knobs.get(knob.field, "")) for knob in KNOBS if knob.is_secret]
+    secrets = [str(file.knobs.get(knob.field, "")) for knob in KNOBS if SECRET_NAME.search(knob.variable)]
     report.mask.add([*secrets, *(part.strip() for text in secrets for part in text.split(","))])
     knob_names = ((knob.variable, knob.field) for knob in KNOBS)
     knob_sources += [{name: Entry(f"{file.label} supervisor.{key}", file.knobs.get(key)) for name, key in knob_names}]
     mode_setting = _read_knob(KNOBS[0], knob_sources, file, report)  # the platform's defaults depend on it
-    health_check = environ.get("PORT_HEALTH") or environ.get("HEALTH_CHECK_PATH")  # RunPod may name a queue as well
-    platform_mode = "queue" if environ.get("RUNPOD_WEBHOOK_GET_JOB") and not health_check else "http"
+    has_health_check = any(environ.get(name, "").strip() for name in ("PORT_HEALTH", "HEALTH_CHECK_PATH"))
+    platform_mode = "queue" if environ.get("RUNPOD_WEBHOOK_GET_JOB") and not has_health_check else "http"
     mode = str(mode_setting.value) if mode_setting.value in ("http", "queue") else platform_mode
-    platform_defaults = platform.defaults(mode, environ)
-    knob_sources += [platform_defaults]
+    knob_sources += [platform_defaults := platform.defaults(mode, environ)]
     knob_settings = (mode_setting, *(_read_knob(knob, knob_sources, file, report) for knob in KNOBS[1:]))
     knobs = Knobs(**{knob.field: setting.value for knob, setting in zip(KNOBS, knob_settings, strict=True)})
     _check_keys({knob.field for knob in KNOBS}, file.knobs, file, report, "supervisor.")
@@ -104,21 +104,26 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     environ = report.clean_environment(environ, catalogue)
     entries = {key.upper(): Entry(f"{file.label} {key}", file.content[key]) for key in file.content}
     sources = [*env_sources(environ), {name: entry for name, entry in entries.items() if name not in BY_ALIAS}]
-    raw_by_name: dict[str, tuple[Option, Setting]] = {}
+    vllm_args, raw_by_name = (*(knobs.extra_args or ()), *arguments.vllm_args), raw.ByName()
+    if vllm_args.count("--config") > 1:
+        report.problems.append("--config stands twice among vLLM's arguments, and vLLM takes one file: leave one out")
     if catalogue.by_key:
         (extra_args,) = [setting for setting in knob_settings if setting.name == "SUPERVISOR_EXTRA_ARGS"]
         raw_by_name = raw.read(extra_args.value or (), extra_args.source, catalogue, report)
         raw_by_name |= raw.read(arguments.vllm_args, "command line", catalogue, report)
         _check_keys(options.keys(catalogue), file.content, file, report)
         report.warnings += typos.check_unread(environ, _known_names(catalogue, environ), catalogue)
-    all_sources = [{name: Entry(setting.source, setting.value) for name, (_, setting) in raw_by_name.items()}, *sources]
-    vllm_configs = find_all(all_sources, "CONFIG") if catalogue.by_key else []
+    raw_source: Source = {name: Entry(each.source, each.value) for name, (_, each) in raw_by_name.items()}
+    vllm_configs = find_all([raw_source, *sources], "CONFIG") if catalogue.by_key else []
     vllm_file = config_file.read_vllm_config(*vllm_configs[0], report) if vllm_configs else ConfigFile("")
     model_source = {"MODEL": Entry(vllm_file.label, vllm_file.content.get("model"))}
     model = _read_model([arguments.source, *sources, model_source, platform_defaults], environ, report, vllm, catalogue)
     is_demo = model is not None and try_bounded(models.DISK_PATIENCE, Path(model.value).resolve) == models.DEMO_MODEL
-    vllm_file_settings = options.read_vllm_file(vllm_file, catalogue, report)
-    sources += [clusters.derive(environ, all_sources)]
+    file_options = raw.read_vllm_file(vllm_file, catalogue, report)
+    # vLLM puts parts of objects (`x.y: 1`) behind all that is whole, wherever they stand, and adds up what adds up.
+    raw_by_name = {name: row for name, row in file_options.items() if name.startswith("-")} | raw_by_name
+    file_source = {name: Entry(each.source, each.value) for name, (_, each) in file_options.items()}
+    sources += [file_source, clusters.derive(environ, [raw_source, *sources, file_source])]
     sources += [presets("SUPERVISOR_ACCESS_LOG")] if knobs.access_log else []
     sources += [presets("demo model")] if is_demo else []
     winners, raw_options = options.resolve(catalogue, sources, environ, report, raw_options=tuple(raw_by_name.values()))
@@ -133,17 +138,18 @@ def gather(arguments: Arguments, environ: Mapping[str, str]) -> Settings:
     values["read-only volume"] = volume.path if volume and not volume.is_writable else None
     findings = (Setting(name, value, "") for name, value in values.items())
     settings = (*(each for _, each in (*winners, *raw_options)), *knob_settings, *([model] if model else []), *findings)
-    facts = replace(facts, settings=vllm_file_settings | {each.name: each for each in settings})
+    facts = replace(facts, settings={each.name: each for each in settings})
     report.problems += [line for rule in checks.PROBLEMS for line in rule(facts)]
     report.warnings += [line for rule in checks.WARNINGS for line in rule(facts)]
     problems, warnings = list(map(report.mask, report.problems)), list(map(report.mask, report.warnings))
     if problems or model is None:
         raise SettingsError(problems, warnings)
     config = [Setting("SUPERVISOR_CONFIG", file.label, source, report.describe(files[1:])) for source, _ in files[:1]]
+    in_file = frozenset(setting.name for _, setting in winners if setting.source.startswith(f"{vllm_file.label} "))
     return Settings(
-        model=model, mode=mode, options=winners, raw_options=raw_options, knobs=knobs,
-        knob_settings=(*config, *knob_settings), vllm_args=(*(knobs.extra_args or ()), *arguments.vllm_args), vllm=vllm,
-        is_demo=is_demo, cluster=cluster, volume=volume, cache=cache, warnings=tuple(warnings), environ=dict(environ),
+        model=model, mode=mode, options=winners, raw_options=raw_options, in_file=in_file, knobs=knobs, vllm=vllm,
+        knob_settings=(*config, *knob_settings), vllm_args=vllm_args, is_demo=is_demo, cluster=cluster, volume=volume,
+        cache=cache, warnings=tuple(warnings), environ=dict(environ),
     )  # fmt: skip
 
 
@@ -163,11 +169,8 @@ def _read_knob(knob: Knob, sources: Sequence[Source], file: ConfigFile, report: 
     entries += [Entry("default", knob.default)] if knob.default is not None else []
     file_source = f"{file.label} supervisor.{knob.field}"
     if entries and knob.is_program and not file.is_named and entries[0].source == file_source:
-        entries = []
-        report.problems.append(  # the current folder may be anybody's
-            f"{file_source} is not obeyed, for it names a program and nobody named the file: "
-            f"name it with --config (or SUPERVISOR_CONFIG), or set {knob.variable}"
-        )
+        entries = []  # the current folder may be anybody's
+        report.problems.append(MESSAGES["a program"].format(source=file_source, variable=knob.variable))
     flags = {"secret": knob.is_secret, "template": knob.is_template, "command": knob.is_program}
     setting = report.read(knob.variable, entries, lambda value: knob.read(str(value)), **flags) if entries else None
     return setting or Setting(knob.variable, None, entries[0].source if entries else "default")

@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from supervisor.secrets import MASK, Mask
-from supervisor.settings.names import ALIASES, BY_ALIAS, DEFAULTS, SM_PREFIX
+from supervisor.settings.names import ALIASES, BY_ALIAS, DEFAULTS, MESSAGES, SM_PREFIX
 from supervisor.vllm.catalogue import Catalogue
 from supervisor.vllm.installed import Vllm
 from supervisor.vllm.values import BadValue, clean, read_bool, read_word
 
-COMMENT_HINT = "docker's --env-file keeps what stands behind a #"
 LONGEST_VALUE = 200  # characters that are shown of a value, in a line that tells what is wrong with it
 # vLLM and its libraries read these variables themselves, and fail where one is set to nothing, as compose's `${VAR:-}`
 # and RunPod's Hub do: nine of thirteen that were tried ended vLLM with an error that names no variable.
@@ -103,8 +102,10 @@ class Facts:
 
 
 def env_sources(environ: Mapping[str, str]) -> list[Source]:
-    """Returns the environment as it is, and the variables that SageMaker's prefix stands before, without it."""
-    texts = {name: Entry(f"environment {name}", text) for name, text in environ.items()}
+    """Returns the environment, and the variables that SageMaker's prefix stands before, without it. A service may have
+    any name, such as master: what Kubernetes makes for it is left out."""
+    names = [name for name, text in environ.items() if not (name.endswith("_PORT") and "://" in text)]
+    texts = {name: Entry(f"environment {name}", environ[name]) for name in names}
     return [texts, {name[len(SM_PREFIX) :]: texts[name] for name in texts if name.startswith(SM_PREFIX)}]
 
 
@@ -144,11 +145,11 @@ class Report:
         try:
             value = read(clean(raw, **flags))
         except BadValue as error:
-            hint = f"; {COMMENT_HINT}" if comment else ""
+            hint = f"; {MESSAGES['comment']}" if comment else ""
             self.problems.append(f"{name}={MASK if secret else self.show(raw)} ({source}): expected {error}{hint}")
             return None
         if comment and source.startswith("environment") and not (secret or flags.get("template")):
-            self.warnings.append(f"{name}={self.show(raw)} ({source}): {COMMENT_HINT}")
+            self.warnings.append(f"{name}={self.show(raw)} ({source}): {MESSAGES['comment']}")
         return Setting(name, value, source, self.describe(overridden, secret=secret), secret)
 
     def clean_environment(self, environ: Mapping[str, str], catalogue: Catalogue) -> dict[str, str]:
@@ -156,6 +157,7 @@ class Report:
         meant: vLLM reads some as yes or no by a number, and `false` would end it."""
         variables = {}
         for name, value in environ.items():
+            self.warnings += [MESSAGES[words]] if (words := f"{name}={value.strip()}") in MESSAGES else []
             is_engine_name = ENGINE_NAME.match(name) and name not in BY_ALIAS
             read = _read_switch if name in catalogue.switches else str
             setting = self.read(name, [Entry(f"environment {name}", value)], read) if is_engine_name else None

@@ -20,8 +20,7 @@ from supervisor.vllm.values import FALSE_WORDS, read_bool
 SERVICE_LINK = re.compile(NEAR_MISSES["service links"])
 PREFIXES, FILLERS, LOOKALIKES = (tuple[str, ...](NEAR_MISSES[part]) for part in ("prefixes", "fillers", "others"))
 MIN_LIKENESS = 0.8  # of a misspelt name to a known one, from 0 to 1
-# LMI puts this before the names of vLLM's options.
-LMI_PREFIX = "OPTION_"
+LMI_PREFIX = "OPTION_"  # LMI puts this before the names of vLLM's options
 
 
 class KnownNames(frozenset[str]):
@@ -42,9 +41,7 @@ class KnownNames(frozenset[str]):
     def guess(self, name: str) -> str | None:
         """Returns the known name that `name` is most probably meant to be, if any."""
         upper = name.upper().replace("-", "_")
-        if upper in self:
-            return upper
-        if found := self.by_letters.get(upper.replace("_", "")):  # MAXMODELLEN
+        if found := upper if upper in self else self.by_letters.get(upper.replace("_", "")):  # MAXMODELLEN
             return found
         for prefix in PREFIXES:
             rest = upper.removeprefix(prefix)

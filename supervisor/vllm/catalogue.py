@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from supervisor.vllm.installed import Vllm, VllmError, run_program, write_cache
-from supervisor.vllm.values import ITEM_READERS, READERS, BadValue, clean, read_bool, read_choice, split_items
+from supervisor.vllm.values import ITEM_READERS, READERS, BadValue, clean, read_bool, read_choice, split_items, unfold
 
 FLAGS = Path(__file__).parent / "flags"
 DUMP_TIMEOUT = 300.0
@@ -98,9 +98,11 @@ class Option:
         clean(text, template=self.is_template)
         if self.none and text in ("", "None"):
             return
+        if self.type == "json" and isinstance(self.default, list) and not text.lstrip().startswith(("[", "{")):
+            raise BadValue(f"JSON: write '{json.dumps(split_items(text))}'")
         value = self._read_item(text, READERS)
-        if self.choices and value != text and self.type != "folded":
-            raise BadValue(f"{value}, in these capitals")
+        if (self.choices or self.names) and value != text and self.type != "folded":
+            raise BadValue(f"{value}, in these capitals and without blanks")
 
     def argv(self, value: object) -> list[str]:
         """Returns how vLLM's command line has a value that `read` returned."""
@@ -122,6 +124,7 @@ class Option:
         if self.choices:
             return read_choice(given, self.choices)
         text = readers[self.type](given)
+        text = unfold(text, self.names) or text
         if self.bounds and text != "auto":
             number = float(text[:-1]) * SUFFIXES[text[-1]] if text[-1] in SUFFIXES else float(text)
             if not all(BOUNDS[name][1](number, bound) for name, bound in self.bounds):
@@ -151,10 +154,17 @@ class Catalogue:
     environment: frozenset[str] = frozenset()
     switches: frozenset[str] = frozenset()  # of these, the ones that are yes or no by a number
 
-    def find(self, key: str) -> Option | None:
-        """Returns the option of that key, under any of its long names; None where there is none."""
-        name = f"--{key.replace('_', '-')}"
-        return self.by_key.get(key) or next((row for row in self.by_key.values() if name in row.also), None)
+    def match(self, name: str) -> tuple[Option | None, bool]:
+        """Returns the option that argparse takes `name` for, and whether it is a form that switches it off. A beginning
+        that only one option has stands for the whole."""
+        options, key = self.by_key.values(), key_of(name)
+        if not name.startswith("--") or name != name.lower():  # of capitals vLLM knows those of short names alone
+            return next((option for option in options if name in option.short), None), False
+        forms = {key_of(form): (option, False) for option in options for form in (option.name, *option.also)}
+        forms |= {f"no_{option.key}": (option, True) for option in options if option.kind == "pair"}
+        forms |= {key_of(form): (option, True) for option in options for form in option.off}
+        found = [forms[key]] if key in forms else [forms[form] for form in forms if form.startswith(key)]
+        return found[0] if len(found) == 1 else (None, False)
 
 
 @lru_cache(4)

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from supervisor.bounded import FILE_PATIENCE, try_bounded
+
 # The image is built on this version, the tests run it, and its catalogue is shipped.
 PINNED = "0.32.0"
 VERSION_TIMEOUT = 120.0
@@ -116,10 +118,10 @@ def find_beside(program: Path, pattern: str) -> Iterator[Path]:
 def _cached_version(command: tuple[str, ...], cache: Path) -> str:
     """Returns what `--version` says. As that takes 10 s, it is remembered as long as the program is the same file."""
     cache_file = cache / "versions" / _fingerprint(command)
-    with contextlib.suppress(OSError):
-        return cache_file.read_text()
-    version = _ask_version(command)
-    write_cache(cache_file, version)
+    version = try_bounded(FILE_PATIENCE, cache_file.read_text)
+    if version is None:
+        found = version = _ask_version(command)
+        try_bounded(FILE_PATIENCE, lambda: write_cache(cache_file, found))
     return version
 
 

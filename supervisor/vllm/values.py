@@ -22,8 +22,7 @@ FALSE_WORDS = frozenset({"false", "0", "no", "off"})
 HUMAN_INT = re.compile(r"\d+(\.\d+)?[kmgt]|\d+[KMGT]")
 HUMAN_INT_IN_JSON = re.compile(r'("(?:[^"\\]|\\.)*")|\b(?:\d+(?:\.\d+)?[kmgt]|\d+[KMGT])\b')
 JSON_OBJECT = 'a JSON object, such as {"key": "value"}'
-# More choices than this are not all printed.
-CHOICES_SHOWN = 12
+CHOICES_SHOWN = 12  # more choices than this are not all printed
 
 
 class BadValue(ValueError):
@@ -111,16 +110,19 @@ def _split_objects(text: str) -> list[object]:
 def read_choice(given: object, choices: Sequence[str]) -> str:
     """Returns the choice that is meant, whatever its capitals and hyphens."""
     text = read_word(given)
-    if text in choices:
-        return text
-    folded_matches = [choice for choice in choices if _fold(choice) == _fold(text)]
-    if len(folded_matches) == 1:
-        return folded_matches[0]
+    if match := unfold(text, choices):
+        return match
     close_matches = difflib.get_close_matches(text.lower(), choices, 3)
     hint = f"; did you mean {close_matches[0]}?" if close_matches else ""
     if len(choices) <= CHOICES_SHOWN:
         raise BadValue(f"one of {', '.join(choices)}{hint}")
     raise BadValue(f"one of {len(choices)} names, such as {', '.join(close_matches or choices[:3])}{hint}")
+
+
+def unfold(text: str, choices: Sequence[str]) -> str | None:
+    """Returns the one choice that differs in capitals and hyphens at most."""
+    matches = [text] if text in choices else [each for each in choices if _fold(each) == _fold(text)]
+    return matches[0] if len(matches) == 1 else None
 
 
 def _fold(word: str) -> str:

@@ -44,11 +44,8 @@ TRIES = 5  # in a row, without a byte more than before
 OUTSIDE_PARTS = {"..", "/", "//"}  # a path with one of these leads out of a folder
 # Another process may fill the disk, too: so many bytes stay free, or a tenth of what comes, where that is less.
 SPARE_BYTES = 200_000_000
-# So many bytes take longer to come than vLLM's import, and longer than a moment to be read.
-LARGE_BYTES = 500_000_000
-# The first text tells how one try ended, the second how all of them did.
-HUB_TROUBLE = ("the hub did not answer", "The hub could not be reached")
-DOWNLOAD_TROUBLE = ("the download broke off", "The download broke off, again and again")
+LARGE_BYTES = 500_000_000  # so many bytes take longer to come than vLLM's import, and longer than a moment to be read
+HUB_TROUBLE, DOWNLOAD_TROUBLE = refusals.REFUSALS["troubles"]
 
 
 def say(text: str) -> None:
@@ -67,6 +64,7 @@ class Download:
         self.setting, self.placeholder = row.get("setting", "MODEL"), row.get("place", "{weights}")
         self.where = "REVISION" if self.setting == "MODEL" else self.setting  # the setting that names the revision
         self.load_format, self.is_gguf = row.get("load_format", "auto"), row.get("gguf", False)
+        self.ignored = row.get("ignore", ())
         self.folder = Path(row["have"]) if row.get("have") else None
         self.cache, self.path = cache, cache / f"models--{self.repo.replace('/', '--')}"
         self.blobs, self.ref = self.path / "blobs", self.path / "refs" / (self.revision or "main")
@@ -112,6 +110,7 @@ class Download:
         rows = HfApi().list_repo_tree(self.repo, recursive=True, revision=commit)
         # A name that leads out of the folder is none of the hub's own; this matters, for damaged files are deleted.
         files = {row.path: row for row in rows if hasattr(row, "size") and not OUTSIDE_PARTS & {*Path(row.path).parts}}
+        files = {name: row for name, row in files.items() if not snapshot.matches_any(name, self.ignored)}
         weights = snapshot.weights(files, self.load_format, partial(hf_hub_download, self.repo, **options))
         if not weights and snapshot.PATTERNS[self.load_format] and any(name.endswith(".gguf") for name in files):
             return check_gguf(self.repo, self.setting)  # a plugin knows which of them is wanted
@@ -237,13 +236,11 @@ def check_room(repo: str, needed: int, cache: Path) -> None:
 def check_gguf(repo: str, setting: str) -> None:
     """Raises UnavailableError where vLLM reads no GGUF: since 0.24 it takes a plugin. vLLM is not imported here."""
     found, allowed = util.find_spec("vllm"), os.environ.get("VLLM_PLUGINS")
-    for folder in (found and found.submodule_search_locations) or ():
-        if Path(folder, "model_executor/model_loader/gguf_loader.py").exists():
-            return
-    for plugin in metadata.entry_points(group="vllm.general_plugins"):
-        if "gguf" in plugin.value and (allowed is None or plugin.name in allowed.split(",")):
-            return
-    raise refusals.unavailable("gguf", repo=repo, setting=setting)
+    folders = map(Path, (found and found.submodule_search_locations) or ())
+    has_loader = any((folder / "model_executor/model_loader/gguf_loader.py").exists() for folder in folders)
+    plugins = [each for each in metadata.entry_points(group="vllm.general_plugins") if "gguf" in each.value]
+    if not has_loader and not any(allowed is None or each.name in allowed.split(",") for each in plugins):
+        raise refusals.unavailable("gguf", repo=repo, setting=setting)
 
 
 def fetch_all(downloads: list[Download], stall: float, command: list[str]) -> None:

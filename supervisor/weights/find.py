@@ -54,23 +54,26 @@ def find(
     if not REPOSITORY_NAME.fullmatch(model) or is_gguf or environ.get("VLLM_USE_MODELSCOPE", "").lower() in TRUE_WORDS:
         return Weights("left to vLLM", is_gguf=is_gguf)  # s3://..., another hub
     rejections = []
-    offline = (environ.get("HF_HUB_OFFLINE") or environ.get("TRANSFORMERS_OFFLINE", "")).lower() in TRUE_WORDS
     is_known_format = load_format in PATTERNS
     for place in places:
         snapshot = find_snapshot(place.cache, model, revision)
         if snapshot is None or not (is_known_format or place.is_pinned):
             continue
-        fault = find_fault(snapshot, load_format)
-        if fault is not None:
+        if (fault := find_fault(snapshot, load_format)) is not None:
             rejections.append(f"{model} is {place.name} ({snapshot}), but not whole: {fault}")
             continue
-        needs_download = not (place.is_pinned or offline or COMMIT_HASH.fullmatch(revision or ""))
+        needs_download = not (place.is_pinned or is_offline(environ) or COMMIT_HASH.fullmatch(revision or ""))
         return Weights(f"{place.name}, {snapshot}", snapshot, needs_download, tuple(rejections))
     if not is_known_format:
         return Weights(f"left to vLLM, whose {load_format} has them in a way of its own")
-    if offline and rejections:  # vLLM may get along with what is there
+    if is_offline(environ) and rejections:  # vLLM may get along with what is there
         return Weights("left to vLLM, for the hub may not be asked", None, False, tuple(rejections))
     return Weights("the hub", None, True, tuple(rejections))  # the downloader says at once where it is offline
+
+
+def is_offline(environ: Mapping[str, str]) -> bool:
+    """Returns whether the hub's client may not ask the hub, by its own rule."""
+    return (environ.get("HF_HUB_OFFLINE") or environ.get("TRANSFORMERS_OFFLINE", "")).lower() in TRUE_WORDS
 
 
 def find_snapshot(cache: Path, model: str, revision: str | None) -> Path | None:

@@ -12,8 +12,7 @@ from typing import Any, NoReturn
 
 EXIT_PERMANENT, EXIT_TRANSIENT = 3, 4
 REFUSALS: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_bytes())
-# These variables lead to the hub, or past it.
-ROUTE_VARIABLES = ("HF_ENDPOINT", "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
+ROUTE_VARIABLES = ("HF_ENDPOINT", "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")  # they lead to the hub, or past it
 
 
 class UnavailableError(Exception):

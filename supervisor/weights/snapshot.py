@@ -15,13 +15,11 @@ from typing import Any, BinaryIO
 
 # Patterns of names tell which files vLLM reads; the table has the reasons.
 FILES: dict[str, Any] = json.loads(Path(__file__).with_name("files.json").read_bytes())
-# The patterns of weights, by --load-format.
-PATTERNS: dict[str, list[str]] = FILES["weights"]
+PATTERNS: dict[str, list[str]] = FILES["weights"]  # by --load-format
 CONSOLIDATED = "consolidated*.safetensors"
 LFS_POINTER = b"version https://git-lfs"
 PART_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
-# The header of a safetensors file has at most so many bytes; a larger one is none.
-HEADER_LIMIT = 100_000_000
+HEADER_LIMIT = 100_000_000  # bytes; a larger header of a safetensors file is none
 
 
 def matches_any(name: str, patterns: Iterable[str]) -> bool:
@@ -58,7 +56,7 @@ def _model_weights(names: set[str], patterns: Iterable[str], locate: Callable[[s
         if pattern == "*.safetensors" and index not in candidates:
             found = {name for name in found if not fnmatch(name, CONSOLIDATED)} or found
         if found:
-            return found | {part for name in found for part in _all_parts(name)}
+            return found | {part for name in found for part in _all_parts(name, found)}
     return set()
 
 
@@ -70,13 +68,14 @@ def _read_json(path: str | Path) -> dict[str, Any]:
     return {}
 
 
-def _all_parts(name: str) -> set[str]:
-    """Returns the names of all parts of a file that comes in parts."""
+def _all_parts(name: str, names: set[str]) -> list[str]:
+    """Returns the names of all parts of a file that comes in parts, which are counted from 0 where `names` has that."""
     part = PART_NAME.fullmatch(name)
     if part is None:
-        return set()
+        return []
     count = int(part["count"])
-    return {f"{part['stem']}-{number:05}-of-{count:05}{part['suffix']}" for number in range(1, count + 1)}
+    parts = [f"{part['stem']}-{number:05}-of-{count:05}{part['suffix']}" for number in range(count + 1)]
+    return parts[:-1] if parts[0] in names else parts[1:]
 
 
 def find_fault(folder: Path, load_format: str = "auto") -> str | None:
@@ -124,5 +123,6 @@ def _expected_size(prefix: bytes, file: BinaryIO) -> int:
 
 
 def is_self_contained(folder: Path) -> bool:
-    """Returns whether its files name no code of another repository, which only the hub could give."""
-    return not any("--" in json.dumps(_read_json(path).get("auto_map")) for path in folder.glob("*config.json"))
+    """Returns whether its files name nothing of another repository, which only the hub could give: code, or a model."""
+    rows = map(_read_json, folder.glob("*config.json"))
+    return not any("--" in json.dumps(row.get("auto_map")) or any(map(row.get, FILES["elsewhere"])) for row in rows)

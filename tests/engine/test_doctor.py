@@ -10,6 +10,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -269,6 +270,12 @@ def test_what_size_of_shm_is_small(
     assert machine.check_shared_memory(found).verdict == verdict
 
 
+def test_the_folder_for_downloads_may_lie_in_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    environ = {"SUPERVISOR_VLLM": str(FAKE), "DOWNLOAD_DIR": "~/models"}
+    assert make_patient(Arguments(model="org/tiny"), environ).download_path == tmp_path / "models"
+
+
 def test_folders_that_can_not_be_written_and_a_disk_that_is_too_small(tmp_path: Path, hub: Hub) -> None:
     for name in ("ro", "hub"):
         (tmp_path / name).mkdir()
@@ -281,16 +288,17 @@ def test_folders_that_can_not_be_written_and_a_disk_that_is_too_small(tmp_path: 
     assert found["downloads"]["verdict"] == OK
     assert found["disk"]["verdict"] == FAIL
     assert re.search(r"org/tiny takes \d+ MB, and 1 MB are free", found["disk"]["found"])
-    found = mounted(tmp_path, hub, mounts, HF_HOME=f"{tmp_path}/ro", TMPDIR=f"{tmp_path}/ro")
+    with tempfile.TemporaryDirectory() as short:  # a longer name is no place for sockets
+        mounts += f"; mount -t tmpfs -o size=1m,ro x {short}"
+        found = mounted(tmp_path, hub, mounts, HF_HOME=f"{tmp_path}/ro", TMPDIR=short)
     assert found["downloads"]["verdict"] == found["temporary"]["verdict"] == FAIL
 
 
 def test_a_temporary_folder_from_which_no_code_can_be_loaded(tmp_path: Path, hub: Hub) -> None:
     """Docker mounts a tmpfs so, where nobody says `exec`. Weights and archives need no more."""
-    (tmp_path / "tmp").mkdir()
-    there = str(tmp_path / "tmp")
-    mount = f"mount -t tmpfs -o noexec x {shlex.quote(there)}"
-    found = mounted(tmp_path, hub, mount, TMPDIR=there, HF_HOME=there, SUPERVISOR_CACHE_DIR=there)
+    with tempfile.TemporaryDirectory() as there:  # a longer name is no place for sockets
+        mount = f"mount -t tmpfs -o noexec x {there}"
+        found = mounted(tmp_path, hub, mount, TMPDIR=there, HF_HOME=there, SUPERVISOR_CACHE_DIR=there)
     assert found["downloads"]["verdict"] == found["cache"]["verdict"] == OK
     assert found["temporary"]["verdict"] == FAIL
     assert "noexec" in found["temporary"]["found"]
@@ -335,6 +343,19 @@ def test_a_hub_that_takes_the_question_and_says_nothing(tmp_path: Path, monkeypa
     row = model.check_hub(found)
     assert row.verdict == FAIL
     assert "timed out" in row.text
+
+
+@pytest.mark.parametrize(
+    ("hub", "transformers", "expected"),
+    [("1", "", True), ("", "1", True), ("0", "1", False), ("", "0", False), ("1", "0", True), ("yes", "", True)],
+)
+def test_what_is_offline_to_the_hubs_client(hub: str, transformers: str, expected: bool) -> None:
+    environ = {"HF_HUB_OFFLINE": hub, "TRANSFORMERS_OFFLINE": transformers, "SUPERVISOR_VLLM": str(FAKE)}
+    assert make_patient(Arguments(model="org/tiny"), environ).is_offline is expected
+
+
+def test_what_is_around_a_variable_is_read_as_the_start_reads_it(doctor: Doctor, hub: Hub) -> None:
+    assert doctor("org/tiny", HF_ENDPOINT=f"{hub.url}\n")["hub"]["verdict"] == OK
 
 
 def test_nothing_is_asked_offline(doctor: Doctor, hub: Hub) -> None:

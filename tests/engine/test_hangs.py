@@ -154,6 +154,15 @@ def test_a_driver_that_hangs_at_the_start_is_not_waited_for(driver: Path) -> Non
         stop(supervisor)
 
 
+@pytest.mark.slow
+def test_a_queue_worker_whose_driver_hangs_is_not_fit(driver: Path) -> None:
+    driver.touch()
+    environ = {"PYTHONPATH": str(STAND_INS / "nvml"), "NVML_HANGS_WHEN": str(driver), "RUNPOD_GPU_COUNT": "1"}
+    with Supervisor("m", "--mode", "queue", environ=environ) as supervisor:
+        supervisor.says("not fit \\(gpu\\): RunPod gave 1 GPUs, and the driver does not answer in 5 s")
+        assert supervisor.exit_code() == 3
+
+
 def test_sigterm_is_heard_while_the_driver_hangs(driver: Path) -> None:
     driver.touch()
     with with_a_driver(driver, plan=[{"load_seconds": 60}]) as supervisor:

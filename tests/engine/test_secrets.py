@@ -27,6 +27,9 @@ PLANTED = {
     "planted'quote\\12": "a password that must be escaped in JSON and in a shell",
     "rpa_planted131313": "RUNPOD_API_KEY",
     "planted-admin-key-14": "SUPERVISOR_ADMIN_KEYS",
+    "planted-part-15": "a part of JSON behind --",
+    "planted-part-16": "a part of JSON in SUPERVISOR_EXTRA_ARGS",
+    "planted-auth-17": "auth in JSON",
 }
 ENVIRON = {
     "HF_TOKEN": "hf_plantedtoken1",
@@ -41,9 +44,11 @@ ENVIRON = {
     "SOME_PASSWORD": "planted'quote\\12",
     "TOOL_SERVER": "planted'quote\\12",
     "RUNPOD_API_KEY": "rpa_planted131313",
+    "SUPERVISOR_EXTRA_ARGS": "--ec-transfer-config.ec_connector_extra_config.password planted-part-16",
+    "DIFFUSION_CONFIG": json.dumps({"auth": "planted-auth-17"}),
 }
 CONFIG = "supervisor:\nkv_transfer_config: {kv_connector: x, kv_connector_extra_config: {api_key: planted-in-yaml-9}}\n"
-RAW = ("--", "--revision", "hf_plantedraw10")
+RAW = ("--", "--revision", "hf_plantedraw10", "--watermark-config.s3_secret", "planted-part-15")
 
 
 def leaks(text: str) -> list[str]:

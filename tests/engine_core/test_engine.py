@@ -17,7 +17,7 @@ from supervisor.around.phases import Waterfall
 from supervisor.engine.diagnosis import Diagnosis
 from supervisor.engine.lifecycle import Event, State
 from supervisor.engine.run import Change, Observer, Run
-from tests.engine_core.world import LIMITS, World
+from tests.engine_core.world import LIMITS, ScriptedVllm, World
 
 COUNTERS = b'vllm:iteration_tokens_total_count{engine="0"} %d\n'
 
@@ -531,3 +531,126 @@ def test_a_fault_in_what_happens_beside_ends_nothing(what: str, monkeypatch: pyt
         world.settle()
         assert world.over
         assert world.told("a fault of the supervisor's own") == (0 if what == "metrics" else 1)
+
+
+# What fails of our own, and a pause of everything
+
+
+def fails_to_end(vllm: ScriptedVllm, times: int) -> None:
+    ending, left = vllm.end, [OSError(24, "Too many open files")] * times
+
+    async def end() -> list[int]:
+        if left:
+            raise left.pop()
+        return await ending()
+
+    vllm.end = end  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("times", [1, 9])
+def test_what_an_engine_leaves_is_cleared_away_by_more_than_one_try(times: int) -> None:
+    with World() as world:
+        vllm = world.serves()
+        fails_to_end(vllm, times)
+        vllm.exits(1)
+        world.passes(20)
+        assert vllm.removed
+        assert world.launched().alive
+
+
+def test_where_it_can_not_be_cleared_away_we_end_and_the_guard_does_it() -> None:
+    with pytest.raises(ExceptionGroup, match="unhandled errors"), World() as world:
+        vllm = world.serves()
+        fails_to_end(vllm, 10)
+        vllm.exits(1)
+        world.passes(20)
+        assert world.over
+
+
+def test_a_start_that_no_thread_can_be_had_for_is_tried_again() -> None:
+    with World() as world:
+        launch, left = world.engine.launch, [RuntimeError("can't start new thread")]
+
+        def launch_later() -> Any:
+            if left:
+                raise left.pop()
+            return launch()
+
+        world.engine.launch = launch_later
+        world.serves().exits(1)
+        world.passes(30)
+        assert world.launched().alive
+        assert any("can't start new thread" in record.getMessage() for record in world.log)
+
+
+@pytest.mark.parametrize("fault", ["finding the cause", "all of it"])
+def test_an_end_that_can_not_be_judged_has_one_all_the_same(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    with World() as world:
+        if fault == "all of it":
+            monkeypatch.setattr(world.engine._restarts, "wait_for_retry", None)
+        else:
+            monkeypatch.setattr("supervisor.engine.diagnosis.diagnose", None)
+        world.serves().exits(1)
+        world.passes(30)
+        assert (world.over, world.engine.state) == (
+            (True, State.FAILED) if fault == "all of it" else (False, State.STARTING)
+        )
+        assert not world.over or world.exit_code == 4
+
+
+class Frozen:
+    """A vLLM and its supervisor are stopped for an hour while the supervisor waits for an answer, or for a moment."""
+
+    def __init__(self, world: World, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+        ask = world.engine.ask
+        self.done = False
+
+        async def ask_and_freeze(asked: str, body: bytes, patience: float) -> tuple[int, bytes] | None:
+            if asked == path and not self.done:
+                self.done = True
+                world.loop.clock.now += 3600
+                return None
+            return await ask(asked, body, patience)
+
+        monkeypatch.setattr(world.engine, "ask", ask_and_freeze)
+
+
+def test_a_start_that_stood_still_for_an_hour_has_its_time_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    with World(limits(startup=60.0)) as world:
+        vllm = world.launched()
+        world.passes(20)
+        frozen = Frozen(world, monkeypatch, "/health")
+        world.passes(3600 + 20)
+        assert frozen.done
+        assert vllm.alive
+        vllm.answers()
+        world.passes(2)
+        assert world.engine.state is State.READY
+
+
+def test_an_engine_that_stood_still_while_it_was_scraped_does_not_hang(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with World(limits(stall=20.0)) as world:
+        vllm = world.serves()
+        vllm.metrics = COUNTERS % 1
+        world.front.waiting = [object()]
+        world.passes(9)
+        frozen = Frozen(world, monkeypatch, "/metrics")
+        world.passes(3600 + 9)
+        assert frozen.done
+        assert vllm.alive
+        world.passes(30)  # then it hangs
+        assert not vllm.alive
+
+
+def test_a_start_that_never_answers_has_no_more_than_its_time() -> None:
+    for asks in (0, 503):
+        with World(limits(startup=60.0)) as world:
+            vllm = world.launched()
+            if asks:
+                vllm.answers(asks)
+            world.passes(58)
+            assert vllm.alive
+            world.passes(5)
+            assert not vllm.alive

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -24,6 +25,16 @@ def expecting(body: bytes = b"{}") -> bytes:
     return post(CHAT, body, "Expect: 100-continue")[: -len(body)]
 
 
+def least_seconds(call: Callable[[], object]) -> float:
+    """Of five calls: others may take the machine's time meanwhile."""
+    found = []
+    for _ in range(5):
+        began = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - began)
+    return min(found)
+
+
 # An opened prefix, and what vLLM's server does not see of a path
 
 
@@ -38,13 +49,9 @@ def test_an_admin_route_stays_closed_however_it_is_written(behind: str, opened: 
 
 
 def test_a_path_is_looked_up_in_a_time_that_its_length_does_not_decide() -> None:
-    routes, took = Routes(), []
-    for path in (b"/" * 1000, b"/" * 8000):
-        began = time.perf_counter()
-        for _ in range(20):
-            routes.find(path)
-        took.append(time.perf_counter() - began)
-    assert took[1] < 20 * took[0]  # 64 times as long it was
+    routes = Routes()
+    short, long = (least_seconds(partial(routes.find, b"/" * length)) for length in (1000, 8000))
+    assert long < 20 * short  # 64 times as long it was
 
 
 # A page of another's, and a WebSocket, which knows no CORS
@@ -191,17 +198,16 @@ def test_a_post_behind_an_own_route_is_answered_however_long_it_is() -> None:
 
 
 def test_many_small_chunks_behind_an_own_route_take_a_time_that_grows_as_they_do() -> None:
-    took = []
-    for count in (5_000, 40_000):
+    def sends(count: int) -> None:
         with World(keys=["client-key"]) as world:
             client = world.client()
             client.garbage = True
-            chunks = post(CHAT, b"", "Transfer-Encoding: chunked").replace(b"Content-Length: 0\r\n", b"")
-            began = time.perf_counter()
+            head = post(CHAT, b"", "Transfer-Encoding: chunked").replace(b"Content-Length: 0\r\n", b"")
             with world.at_once():
-                client.sends(get("/ping") + chunks + b"1\r\nx\r\n" * count)
-            took.append(time.perf_counter() - began)
-    assert took[1] < 24 * took[0]  # 64 times as long it was, beside what is linear
+                client.sends(get("/ping") + head + b"1\r\nx\r\n" * count)
+
+    few, many = (least_seconds(partial(sends, count)) for count in (5_000, 40_000))
+    assert many < 24 * few  # 64 times as long it was, beside what is linear
 
 
 # The cache

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import aiohttp
+import psutil
 import pytest
 
 from supervisor.around import fitness
 from supervisor.kept import FIRST_BACKOFF, KeptProgram
-from supervisor.queue.child import worker_environment
+from supervisor.queue.child import QueueWorker, worker_environment
 from supervisor.queue.delivery import PostRefusal, RunPod
 
 RUNPODS = {
@@ -136,3 +138,49 @@ def test_it_is_no_orphan_and_its_end_is_heard() -> None:
 
     asyncio.run(asyncio.wait_for(run(), 30))
     assert ends == [("killed by SIGKILL", FIRST_BACKOFF)]
+
+
+@pytest.mark.parametrize("missing", ["files", "threads"])
+def test_one_that_can_not_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    """It ended the supervisor, and a healthy engine with it."""
+    ends = []
+
+    async def run() -> None:
+        over = asyncio.Event()
+
+        def died(how: str, again: float) -> None:
+            ends.append(how)
+            kept.stop_requested.set()
+            over.set()
+
+        def refuse(*_: object, **__: object) -> None:
+            raise OSError(24, "Too many open files") if missing == "files" else RuntimeError("can't start new thread")
+
+        kept = KeptProgram(["timeit", "-n1", "-r1", "-s", "import time", "time.sleep(60)"], {}, died)
+        place = "supervisor.kept.subprocess.Popen" if missing == "files" else "supervisor.kept.Call"
+        monkeypatch.setattr(place, refuse)
+        running = asyncio.create_task(kept.run())
+        await over.wait()
+        await running
+        assert kept.child is None
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+    reason = "[Errno 24] Too many open files" if missing == "files" else "can't start new thread"
+    assert ends == [f"it can't be run: {reason}"]
+    assert not [each for each in psutil.Process().children() if "timeit" in each.cmdline()]
+
+
+def test_the_jobs_of_a_worker_that_had_to_be_killed_at_the_end_are_lost(caplog: pytest.LogCaptureFixture) -> None:
+    lost = []
+
+    async def run() -> None:
+        worker = QueueWorker({**os.environ, "SUPERVISOR_QUEUE": "{}"}, print, lambda: lost.append(1))
+        worker.command = [sys.executable, "-c", "import time; time.sleep(60)"]
+        running = asyncio.create_task(worker.run())
+        await asyncio.sleep(0)
+        await worker.finish(0, 0)
+        await running
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+    assert lost == [1]
+    assert "the queue worker did not end: killed, and the jobs it had are lost" in caplog.text

@@ -214,3 +214,12 @@ def test_no_poll_is_opened_by_one_who_leaves(sdk: Any) -> None:
         await link._take_jobs()
 
     within(sdk, Posts(), act)
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"jobsToStop": 1}', b'{"jobsToStop": "abc"}', b'{"jobsToStop": {"a": 1}}', b"[1]", b"", b"7"]
+)
+def test_what_names_no_jobs_stops_none(body: bytes) -> None:
+    from supervisor.queue.sdk import read_stops  # noqa: PLC0415  # 2 s, as above
+
+    assert read_stops(body) == []

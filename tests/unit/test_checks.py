@@ -54,6 +54,13 @@ def lora(folder: Path, name: str, rank: object) -> str:
             {"SPECULATIVE_CONFIG": '{"num_speculative_tokens": 3}'},
             "it names neither a method, such as ngram, nor a model",
         ),
+        (
+            {"SPECULATIVE_CONFIG": '{"method": "ngram", "num_speculative_tokens": 3}', "NUM_SPECULATIVE_TOKENS": "5"},
+            "SPEC_TOKENS=5 (environment NUM_SPECULATIVE_TOKENS): SPECULATIVE_CONFIG has num_speculative_tokens as well"
+            ", and vLLM takes it from one of them alone: remove one",
+        ),
+        ({"SPECULATIVE_CONFIG": '{"method": "ngram"}', "SPEC_METHOD": "suffix"}, "SPECULATIVE_CONFIG has a method"),
+        ({"SPECULATIVE_CONFIG": '{"model": "org/d"}', "SPECULATIVE_MODEL": "org/d"}, "SPECULATIVE_CONFIG has a model"),
         ({"MAX_LORAS": "4", "MAX_CPU_LORAS": "2"}, "expected at least MAX_LORAS, which is 4"),
         ({"HF_ENDPOINT": "hf-mirror.com"}, "expected an address such as https://hf-mirror.com"),
         (
@@ -78,6 +85,11 @@ def test_what_fails_after_minutes_is_told_now(folder: Path, environ: dict[str, s
         {"ENABLE_AUTO_TOOL_CHOICE": "true", "SUPERVISOR_EXTRA_ARGS": "--tool-call-parser hermes"},
         {"ENABLE_AUTO_TOOL_CHOICE": "false"},
         {"LORA_MODULES": "sql=org/sql-lora", "ENABLE_LORA": "true"},
+        {"SPECULATIVE_CONFIG": '{"num_speculative_tokens": 3}', "SPEC_METHOD": "ngram"},
+        {"SPECULATIVE_CONFIG": '{"num_speculative_tokens": 3}', "SPECULATIVE_MODEL": "[ngram]"},
+        {"SPECULATIVE_CONFIG": '{"num_speculative_tokens": 3}', "SPEC_MODEL": "org/draft"},
+        {"SPECULATIVE_CONFIG": '{"model": "org/draft", "draft": {"method": "x"}}', "SPEC_METHOD": "eagle"},
+        {"CHAT_TEMPLATE": "template_chatml.jinja"},  # of vLLM's own folder
         {"LORA_MODULES": '{"name": "a", "path": "org/b"}', "SUPERVISOR_EXTRA_ARGS": "--enable-lora"},
         {"CHAT_TEMPLATE": "{{ messages }}"},
         {"CHAT_TEMPLATE": "template_of_vllms_own"},

@@ -698,3 +698,22 @@ def test_a_program_may_be_a_list(folder: Path) -> None:
     (folder / "a.yaml").write_text(f"supervisor: {{vllm: [{program}, '-x y'], cache_dir: {folder}}}\n")
     settings = gather(Arguments(model="m", config="a.yaml"), {"PATH": os.environ["PATH"]})
     assert settings.vllm.command == (str(program), "-x y")
+
+
+# Secrets in it
+
+
+@pytest.mark.parametrize("where", ["file", "environment"])
+def test_a_key_of_tls_that_is_no_path_is_not_shown(folder: Path, where: str) -> None:
+    texts = {"cert": "-----BEGIN CERTIFICATE-----\nAAAA\n", "key": "-----BEGIN PRIVATE KEY-----\nMIIEsecret\n"}
+    if where == "file":
+        (folder / "config.yaml").write_text(
+            f"supervisor: {json.dumps({f'tls_{name}': texts[name] for name in texts})}\n"
+        )
+        (problem,) = problems(folder)
+    else:
+        (problem,) = problems(folder, **{f"SUPERVISOR_TLS_{name.upper()}": texts[name] for name in texts})
+    assert problem == (
+        "SUPERVISOR_TLS_CERT=-----BEGIN CERTIFICATE-----, SUPERVISOR_TLS_KEY=****: expected files with a certificate "
+        "and its key in PEM, such as /tls/tls.crt and /tls/tls.key (No such file or directory)"
+    )

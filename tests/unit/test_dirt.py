@@ -61,6 +61,13 @@ VALUES = {
     "CUDA_VISIBLE_DEVICES": "0,1",
 }
 IN_FILES = {variable for variable in VALUES if variable.lower() in CATALOGUE.by_key} - {"MODEL", "PORT", "HF_TOKEN"}
+# What is told of these in vLLM's own file, whose white space and quotes vLLM does not take away.
+TO_THE_LETTER = {
+    "ALLOWED_ORIGINS": "expected JSON",
+    "DISABLE_LOG_STATS": "write true, without quotes",
+    "DTYPE": "without blanks",
+    "ENFORCE_EAGER": "write true, without quotes",
+}
 # One of each way in which a value is read; the others take a while.
 QUICK = {
     "MAX_MODEL_LEN", "DTYPE", "REVISION", "SERVED_MODEL_NAME", "ENFORCE_EAGER", "HF_OVERRIDES", "PORT", "MODEL",
@@ -137,11 +144,14 @@ def test_a_placeholder_is_refused_wherever_it_stands(folder: Path, variable: str
 
 @pytest.mark.parametrize("variable", [each for each in EACH if each.values[0] in IN_FILES])
 def test_the_files_are_read_as_variables_are(folder: Path, variable: str) -> None:
-    """config.yaml, and the file of vLLM's own --config, which vLLM reads itself."""
+    """config.yaml, and the file of vLLM's own --config, which vLLM reads itself: it takes some values to the letter."""
     key, value = variable.lower(), VALUES[variable]
     for name, environ in (("config.yaml", {}), ("vllm.yaml", {"CONFIG": "vllm.yaml"})):
         text = "supervisor:\n" if name == "config.yaml" else ""
         dirt = {f"{value}\n": None, f'"{value}"' if '"' not in value else f"'{value}'": "quotes", "${X}": "${NAME}"}
+        if name == "vllm.yaml" and variable in TO_THE_LETTER:
+            dirt = {given: TO_THE_LETTER[variable] if value == "true" else told for given, told in dirt.items()}
+            dirt[f"{value}\n"] = TO_THE_LETTER[variable]
         for given, told in dirt.items():
             (folder / name).write_text(f"{text}{key}: {json.dumps(given)}\n")
             if told is None:
@@ -300,7 +310,7 @@ def test_names_and_stores_pass(folder: Path, name: str) -> None:
         ("my model", "a folder that is there"),
         ("org//model", "set MODEL=org/model"),
         ("org/model/", "set MODEL=org/model"),
-        ("/org/model", "set MODEL=org/model"),
+        ("/org/model", "a folder that is there"),
         ("org\\model", "set MODEL=org/model"),
         ("models--org--model", "set MODEL=org/model"),
         ("/no/such/hub/models--org--my-model", "set MODEL=org/my-model"),

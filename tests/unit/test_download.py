@@ -153,10 +153,8 @@ def test_an_older_client_has_neither_xet_nor_checksums(client: Client, tmp_path:
 # What comes
 
 
-def test_a_name_that_leads_out_of_the_folder_is_none(client: Client, tmp_path: Path) -> None:
-    outside = tmp_path / "outside.json"
-    outside.write_text("somebody else's")
-    names = ["config.json", "model.safetensors", str(outside), f"/{outside}", "../../../../outside.json"]
+def listing(client: Client, *names: str) -> None:
+    """The hub has these files."""
     rows = [SimpleNamespace(path=name, size=1, lfs=None, blob_id="0" * 40) for name in names]
 
     class HfApi:
@@ -171,6 +169,20 @@ def test_a_name_that_leads_out_of_the_folder_is_none(client: Client, tmp_path: P
         return [SimpleNamespace(filename=name, will_download=True) for name in allow_patterns]
 
     client.hub.__dict__.update(HfApi=HfApi, snapshot_download=snapshot_download, hf_hub_download=print)
+
+
+def test_files_that_are_to_be_ignored_do_not_come(client: Client, tmp_path: Path) -> None:
+    listing(client, "config.json", "model.safetensors", "model.fp16.safetensors", "extra/config.json")
+    repository = download.Download(tmp_path, {"repo": "org/name", "ignore": ["*.fp16.safetensors", "extra/*"]})
+    repository.ask()
+    assert list(repository.files) == ["config.json", "model.safetensors"]
+
+
+def test_a_name_that_leads_out_of_the_folder_is_none(client: Client, tmp_path: Path) -> None:
+    outside = tmp_path / "outside.json"
+    outside.write_text("somebody else's")
+    names = ["config.json", "model.safetensors", str(outside), f"/{outside}", "../../../../outside.json"]
+    listing(client, *names)
     repository = download.Download(tmp_path / "cache", {"repo": "org/name"})
     repository.ask()
     assert list(repository.files) == ["config.json", "model.safetensors"]

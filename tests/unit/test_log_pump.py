@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+from typing import Any
 
 import pytest
 
 from supervisor.engine.diagnosis import diagnose
-from supervisor.engine.log_pump import TAIL_LINES, LogBuffer
+from supervisor.engine.log_pump import TAIL_LINES, LogBuffer, LogPump
+from supervisor.lines import LineStyle
+from supervisor.secrets import Mask
 
 CORE = [
     "EngineCore encountered a fatal error.",
@@ -128,3 +132,45 @@ def test_the_ranks_that_only_follow_do_not_push_the_cause_out() -> None:
             [f"frame #{number}: <unknown function> + 0xd6df4 (0x7f (in /venv/libtorch_cuda.so)" for number in range(45)]
         )
     assert "memory" in diagnose(-6, lines.tail).cause
+
+
+class Collected:
+    """An output that keeps what it is given."""
+
+    descriptor = 1
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def put(self, data: bytes, lines: int) -> None:
+        self.data += data
+
+
+def pumped(data: bytes, **environ: str) -> bytes:
+    reader, writer = os.pipe()
+    output: Any = Collected()
+    source = open(reader, "rb", buffering=0)  # noqa: SIM115  # the pump closes it
+    pump = LogPump(source, output, LogBuffer(), LineStyle(mask=Mask(environ)))
+    with open(writer, "wb", buffering=0) as file:
+        left = memoryview(data)
+        while left:
+            left = left[file.write(left) :]
+    pump.thread.join(10)
+    return bytes(output.data)
+
+
+@pytest.mark.parametrize("before", [b"x" * 131_056 + b" ", b"x " * 65_528, b"x" * 131_056 + b"=", b'"' * 131_056])
+def test_a_secret_at_the_seam_of_a_long_line_is_masked(before: bytes) -> None:
+    token = "hf_" + "Q7wErTy9" * 4
+    found = pumped(before + token.encode() + b" behind\n", HF_TOKEN=token)
+    assert b"Q7wErTy9" not in found
+    assert found.endswith(b"**** behind\n")
+    assert len(found) < len(before) + 100
+
+
+def test_a_long_line_without_a_blank_is_cut_all_the_same() -> None:
+    assert pumped(b"x" * 500_000 + b"\n").replace(b"\n", b"") == b"x" * 500_000
+
+
+def test_a_secret_of_other_letters_is_masked() -> None:
+    assert pumped("a gehéim-pässwort b\n".encode(), S3_PASSWORD="gehéim-pässwort") == b"a **** b\n"

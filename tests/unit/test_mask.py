@@ -164,8 +164,8 @@ def test_what_the_engine_looks_for_in_a_line_costs_what_its_length_does(name: st
 
 _FIELD = (
     r"(?:(?:[\w.-]*(?:hf|hub|auth|access|api|session|refresh|security|bearer)[_-]?)?token"
-    r"|[\w.-]*(?:secret|passw(?:or)?d|passphrase|credential|api[_-]?key|access[_-]?key|private[_-]?key|signature)"
-    r"(?:[_-](?:id|key|value))?s?)"
+    r"|[\w.-]*(?:secret|passw(?:or)?d|passphrase|credential|api[_-]?key|access[_-]?key|private[_-]?key"
+    r"|auth[_-]?key|signature)(?:[_-](?:id|key|value))?s?)"
 )
 WORD = r"(?!(?:[a-z]{8,15}|[a-z]{1,20}(?:_[a-z]{1,20}){1,6})\b)"  # `hf_overrides` is an option
 PLAIN = (
@@ -174,7 +174,7 @@ PLAIN = (
     re.compile(r"(?i)(?P<keep>\bbearer +)[A-Za-z0-9._~+/=-]{6,}"),
     re.compile(r"(?P<keep>\w://)(?:[^/\s'\"]+|[^/\s'\":\[]*:(?!\d{2,5}/)(?:[^/\s'\"]|/(?!/))+)(?=@)"),
     re.compile(rf"(?i)(?P<keep>[?&;](?:{_FIELD}|sig|key|auth)=)[^&\s'\";]+"),
-    re.compile(rf"(?i)(?P<keep>[\"'](?:{_FIELD}|authorization)\\?[\"']\s*:\s*\\?[\"'])(?:\\.|[^\"'\\])+"),
+    re.compile(rf"(?i)(?P<keep>[\"'](?:{_FIELD}|auth(?:orization)?)\\?[\"']\s*:\s*\\?[\"'])(?:\\.|[^\"'\\])+"),
     re.compile(rf"(?i)(?P<keep>--(?:{_FIELD}|api-key|hf-token)[ =]'?)[^\s'\-(][^\s']*"),
 )
 KNOWN = ("aaaaaaaa", "aaaaaaaa=b", "token: a", 'a"token')
@@ -276,3 +276,15 @@ def test_what_follows_an_option_with_a_secrets_name_is_one() -> None:
         "vllm serve m --zz-password '****' --aws-secret-access-key '****' --max-num-seqs 4 "
         "--tokenizer org/name --max-num-batched-tokens 99 --hf-token --x"
     )
+
+
+def test_a_field_of_json_that_lets_in_is_masked() -> None:
+    for name in ("auth", "auth_key", "authKey", "Authorization", "redis_auth_key"):
+        assert (
+            Mask({})(f'{{"{name}": "plain", "auth_type": "basic"}}') == f'{{"{name}": "{MASK}", "auth_type": "basic"}}'
+        )
+    assert Mask({})('{"author": "somebody", "auth": true}') == '{"author": "somebody", "auth": true}'
+
+
+def test_a_secret_is_masked_without_the_white_space_around_it() -> None:
+    assert Mask({"MY_SECRET": " plain-secret\n"})("a plain-secret b") == f"a {MASK} b"

@@ -17,6 +17,9 @@ def read(folder: Path, **environ: str) -> Settings:
     return gather(Arguments(model="m"), {"SUPERVISOR_VLLM": str(folder.parent / "vllm/bin/vllm")} | environ)
 
 
+FOUR = {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+
+
 @pytest.mark.parametrize(
     ("where", "environ", "expected"),
     [
@@ -56,6 +59,38 @@ def read(folder: Path, **environ: str) -> Settings:
             [],
         ),
         ({"CUDA_VISIBLE_DEVICES": "0,1"}, {"TENSOR_PARALLEL_SIZE": "auto"}, []),
+        (FOUR, {"TENSOR_PARALLEL_SIZE": "auto", "PIPELINE_PARALLEL_SIZE": "2"}, []),
+        (FOUR, {"TENSOR_PARALLEL_SIZE": "auto", "DATA_PARALLEL_SIZE": "2"}, []),
+        (
+            FOUR,
+            {"TENSOR_PARALLEL_SIZE": "auto", "PIPELINE_PARALLEL_SIZE": "8"},
+            ["PIPELINE_PARALLEL_SIZE=8: only 4 GPUs are here; set sizes"],
+        ),
+        (
+            FOUR,
+            {"TENSOR_PARALLEL_SIZE": "auto", "SUPERVISOR_EXTRA_ARGS": "-pp 2"},
+            ["TENSOR_PARALLEL_SIZE=4 x PIPELINE_PARALLEL_SIZE=2: only 4 GPUs are here; set sizes"],
+        ),
+        (
+            FOUR,
+            {"TENSOR_PARALLEL_SIZE": "4", "DATA_PARALLEL_SIZE": "2"},
+            [
+                "TENSOR_PARALLEL_SIZE=4 x DATA_PARALLEL_SIZE=2: only 4 GPUs are here; "
+                "set sizes whose product is no more; TENSOR_PARALLEL_SIZE=auto is what the others leave"
+            ],
+        ),
+        (
+            FOUR,
+            {
+                "TENSOR_PARALLEL_SIZE": "4",
+                "DATA_PARALLEL_SIZE": "2",
+                "DATA_PARALLEL_SIZE_LOCAL": "1",
+                "DATA_PARALLEL_ADDRESS": "127.0.0.1",
+            },
+            [],
+        ),
+        (FOUR, {"TENSOR_PARALLEL_SIZE": "4", "DATA_PARALLEL_SIZE": "2", "DATA_PARALLEL_BACKEND": "ray"}, []),
+        (FOUR, {"TENSOR_PARALLEL_SIZE": "4", "DATA_PARALLEL_SIZE": "2", "DATA_PARALLEL_RANK": "1"}, []),
     ],
 )
 def test_limits(folder: Path, where: dict[str, str], environ: dict[str, str], expected: list[str]) -> None:
@@ -86,6 +121,28 @@ def test_all_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch, visible: str | 
     assert settings.option("tensor_parallel_size") == expected
     (setting,) = [setting for _, setting in settings.options]
     assert setting.source == "environment TENSOR_PARALLEL_SIZE=auto"
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({"PIPELINE_PARALLEL_SIZE": "2"}, "2"),
+        ({"PIPELINE_PARALLEL_SIZE": "3"}, "1"),
+        ({"PIPELINE_PARALLEL_SIZE": "8"}, "1"),
+        ({"DATA_PARALLEL_SIZE": "2"}, "2"),
+        ({"DATA_PARALLEL_SIZE": "2", "PIPELINE_PARALLEL_SIZE": "2"}, "1"),
+        ({"DATA_PARALLEL_SIZE": "4", "DATA_PARALLEL_SIZE_LOCAL": "2", "DATA_PARALLEL_ADDRESS": "127.0.0.1"}, "2"),
+        ({"DATA_PARALLEL_SIZE": "4", "DATA_PARALLEL_RANK": "1"}, "4"),
+        ({"PIPELINE_PARALLEL_SIZE": "2", "NNODES": "2", "MASTER_ADDR": "127.0.0.1"}, "4"),
+        ({"PIPELINE_PARALLEL_SIZE": "4", "NNODES": "2", "MASTER_ADDR": "127.0.0.1"}, "2"),
+        ({"PIPELINE_PARALLEL_SIZE": "2", "DISTRIBUTED_EXECUTOR_BACKEND": "ray"}, "4"),
+    ],
+)
+def test_all_gpus_are_shared_by_what_else_they_are_spread_over(
+    folder: Path, environ: dict[str, str], expected: str
+) -> None:
+    settings = read(folder, TENSOR_PARALLEL_SIZE="auto", **FOUR, **environ)
+    assert settings.option("tensor_parallel_size") == expected
 
 
 # SageMaker

@@ -30,6 +30,7 @@ def problems(folder: Path, raw: str, **environ: str) -> list[str]:
         ("--max_model_len 4096", {"MAX_MODEL_LEN": "4096"}),
         ("--max-model-len -1", {"MAX_MODEL_LEN": "-1"}),
         ("--max-model 4096", {"MAX_MODEL_LEN": "4096"}),  # argparse takes a beginning
+        ("--no-enable-prefix", {"ENABLE_PREFIX_CACHING": "false"}),
         ("-tp 2", {"TENSOR_PARALLEL_SIZE": "2"}),
         ("-tp=2", {"TENSOR_PARALLEL_SIZE": "2"}),
         ("--enable-lora", {"ENABLE_LORA": "true"}),
@@ -89,7 +90,13 @@ def test_several_add_up_where_vllm_adds_them_up(folder: Path) -> None:
         ("--max-model-len", "--max-model-len (command line): a value is missing"),
         ("--max-model-len --seed 3", "--max-model-len (command line): a value is missing"),
         ("--dtype BFLOAT16", "expected bfloat16, in these capitals"),
+        ("--tool-call-parser Hermes", "expected hermes, in these capitals"),
         ("--dtype float8", "did you mean float"),
+        (
+            "--Max-Model-Len 4",
+            "--Max-Model-Len (command line): vLLM 0.32.0 has no such option; did you mean max-model-len?",
+        ),
+        ("--allowed-origins https://a,https://b", """expected JSON: write '["https://a", "https://b"]'"""),
         ("--seed 1 2", "2 (command line): there is no option before it that takes it"),
         ("--seed 1 -2", "-2 (command line): there is no option before it that takes it"),
         ("stray", "stray (command line): there is no option before it that takes it"),

@@ -382,6 +382,12 @@ def test_a_folder_that_does_not_exist(folder: Path, name: str) -> None:
     assert name in problem
 
 
+@pytest.mark.parametrize("name", ["./missing", "../missing", "/models/llama", "./models/llama"])
+def test_a_missing_folder_is_no_name_of_the_hub(folder: Path, name: str) -> None:
+    (problem,) = problems(folder, Arguments(model=name))
+    assert problem == f"MODEL={name} (command line): expected a folder that is there, or a name such as org/model"
+
+
 def test_no_model_on_a_platform_names_the_variable(folder: Path) -> None:
     (problem,) = problems(folder, Arguments(), RUNPOD_POD_ID="x")
     assert "set MODEL" in problem
@@ -411,6 +417,7 @@ def test_no_model_on_a_laptop_is_the_demo(folder: Path, monkeypatch: pytest.Monk
         ("http", {"RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1/", "PORT_HEALTH": "80"}),
         ("http", {"RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1/", "HEALTH_CHECK_PATH": "/ping"}),
         ("http", {"RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1/", "SUPERVISOR_MODE": "http"}),
+        ("queue", {"RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1/", "PORT_HEALTH": " ", "HEALTH_CHECK_PATH": "\n"}),
     ],
 )
 def test_mode(folder: Path, mode: str, environ: dict[str, str]) -> None:
@@ -627,7 +634,7 @@ def test_vllms_file_is_looked_at_wherever_it_is_named(folder: Path, where: str) 
     elif where == "extra":
         found = problems(folder, SUPERVISOR_EXTRA_ARGS="--config v.yaml")
     else:
-        found = problems(folder, Arguments(model="m", vllm_args=("--config=v.yaml",)))
+        found = problems(folder, Arguments(model="m", vllm_args=("--config", "v.yaml")))
     assert [line.split(": ")[0].rpartition("(")[0].strip() for line in found] == ["MAX_NUM_SEQS=0 (v.yaml", "v.yaml"]
     assert "at least 1" in found[0]
 

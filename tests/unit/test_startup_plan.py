@@ -14,6 +14,8 @@ import pytest
 from supervisor.around.caches import CacheKeeper
 from supervisor.around.startup_plan import NOTE, StartupPlan, make_startup_plan
 from supervisor.engine.diagnosis import SIGNALS, Diagnosis
+from supervisor.engine.lifecycle import State
+from supervisor.engine.run import Change
 from supervisor.settings.settings import Arguments, Settings, gather
 from tests.harness import FAKE, wait_until
 
@@ -139,3 +141,24 @@ def test_a_start_that_we_ended_forgets_it(plan_file: Path) -> None:
     plan = StartupPlan(settings())
     assert plan.is_suspect(run(plan_file, TAKEN, code=-9, broken="vLLM was not ready after 4 s"), OTHER)
     assert not plan.is_suspect(run(plan_file, TAKEN, code=-9), OTHER)
+
+
+def test_one_that_can_not_be_deleted_is_suspected_once(
+    tmp_path: Path, plan_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start that is suspected does not count: with a cache that can't be written there was no end of them."""
+    monkeypatch.setattr("supervisor.around.startup_plan.shutil.rmtree", lambda *_, **__: None)
+    plan = StartupPlan(settings())
+    keeper = CacheKeeper(None, plan)
+    plan.discard_stale(run(tmp_path))
+    assert plan.forget() == (
+        f"what an earlier start measured of the GPU's memory can't be forgotten: delete {plan_file.parent}"
+    )
+    suspected = []
+    for served in (False, False, True, False):
+        failed = run(tmp_path, TAKEN)
+        keeper.run_judged(failed, NO_MEMORY)
+        suspected.append(failed.has_suspect_start)
+        if served:
+            keeper.state_changed(Change(State.STARTING, State.READY, ""))
+    assert suspected == [True, False, False, True]

@@ -147,6 +147,8 @@ def test_no_quantization(folder: Path, value: str) -> None:
         ),
         ("COMPILATION_CONFIG", '{"level": 0, "mode": 3}', '{"mode": 3}'),
         ("LORA_DTYPE", "float32", "auto"),
+        ("LOG_LEVEL", "warn", "WARNING"),
+        ("UVICORN_LOG_LEVEL", "warn", "warning"),
     ],
 )
 def test_a_value_as_it_was_written_once(folder: Path, variable: str, old: str, today: str) -> None:

@@ -160,6 +160,44 @@ def test_kubernetes_makes_variables_for_services_of_any_name() -> None:
     assert told(**services) == []
 
 
+def test_what_supervisord_tells_its_programs_is_not_ours() -> None:
+    names = ("ENABLED", "PROCESS_NAME", "GROUP_NAME", "SERVER_URL")
+    assert told(**{f"SUPERVISOR_{name}": "x" for name in names}) == []
+
+
+@pytest.mark.parametrize("empty", ["", " "])
+def test_no_plugins_at_all_is_said_by_a_word(folder: Path, empty: str) -> None:
+    """To vLLM nothing means none of them, and in compose's `${VLLM_PLUGINS:-}` that nobody set it."""
+    settings = gather_with(folder, CATALOGUE, VLLM_PLUGINS=empty)
+    assert "VLLM_PLUGINS" not in settings.environ
+    (warning,) = settings.warnings
+    assert warning == (
+        "VLLM_PLUGINS is empty, which is taken for not set, and vLLM loads all plugins: set VLLM_PLUGINS=none for none "
+        "of them, or remove it for all"
+    )
+
+
+def test_what_kubernetes_makes_for_a_service_is_no_value(folder: Path) -> None:
+    """These services are named master, grpc, and data-parallel-rpc."""
+    link = "tcp://10.0.0.1:8000"
+    settings = gather_with(folder, CATALOGUE, MASTER_PORT=link, GRPC_PORT=link, DATA_PARALLEL_RPC_PORT=link)
+    assert settings.options == ()
+    assert settings.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("given", "level"),
+    [("warn", "WARNING"), ("Trace", "DEBUG"), ("FATAL", "CRITICAL"), ("info", "INFO"), ("20", None), ("verbose", None)],
+)
+def test_a_level_that_other_programs_share(folder: Path, given: str, level: str | None) -> None:
+    """A ConfigMap may have it for all of its pods."""
+    settings = gather_with(folder, CATALOGUE, LOG_LEVEL=given)
+    assert settings.option("log_level") == level
+    if level is None:
+        known = "CRITICAL, ERROR, WARNING, INFO, DEBUG, NOTSET"
+        assert settings.warnings == (f"environment LOG_LEVEL={given} is not passed to vLLM: expected one of {known}",)
+
+
 def test_vllms_own_variables_are_checked_against_those_it_reads() -> None:
     near, unknown = told(VLLM_USE_DEEPGEMM="1", VLLM_LOGGING_LEVEL="INFO", VLLM_OF_A_PLUGIN="1")
     assert "VLLM_USE_DEEPGEMM" in near

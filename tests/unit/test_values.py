@@ -23,6 +23,13 @@ def option(kind: str, type_: str = "str", **more: object) -> Option:
     [
         # lists: JSON, commas, spaces; objects; what contains commas is not torn
         ("served_model_name", "a", ["--served-model-name", "a"]),
+        # vLLM's names, in other capitals and with other dashes
+        ("tool_call_parser", "Hermes", ["--tool-call-parser", "hermes"]),
+        ("tool_call_parser", "qwen3-Coder", ["--tool-call-parser", "qwen3_coder"]),
+        ("tool_call_parser", "My-Own", ["--tool-call-parser", "My-Own"]),
+        ("reasoning_parser", "Qwen3", ["--reasoning-parser", "qwen3"]),
+        ("load_format", "SafeTensors", ["--load-format", "safetensors"]),
+        ("quantization", "Compressed_Tensors", ["--quantization", "compressed-tensors"]),
         ("served_model_name", "a, b", ["--served-model-name", "a", "b"]),
         ("served_model_name", "a b", ["--served-model-name", "a", "b"]),
         ("served_model_name", '["a b", "c,d"]', ["--served-model-name", "a b", "c,d"]),

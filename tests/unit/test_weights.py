@@ -47,6 +47,7 @@ def parts(stem: str, count: int, suffix: str = "safetensors") -> list[str]:
 
 
 TWO = parts("model", 2)
+ZERO = [f"model-{number:05}-of-00003.safetensors" for number in range(3)]
 MISTRAL = ["consolidated.safetensors", "params.json", "config.json", INDEX, *TWO]
 
 
@@ -61,6 +62,8 @@ MISTRAL = ["consolidated.safetensors", "params.json", "config.json", INDEX, *TWO
         ([INDEX, *TWO], "auto", b"[]", TWO),
         ([INDEX, *TWO], "auto", b'{"weight_map": {}}', TWO),
         ([TWO[1]], "auto", None, TWO),  # no index, but a row
+        (ZERO, "auto", None, ZERO),  # some count from 0
+        ([ZERO[0], ZERO[2]], "auto", None, ZERO),
         (parts("a", 1) + parts("b", 2)[:1], "auto", None, parts("a", 1) + parts("b", 2)),
         (MISTRAL, "auto", index_of(*TWO), ["consolidated.safetensors"]),
         (MISTRAL, "mistral", index_of(*TWO), ["consolidated.safetensors"]),
@@ -115,7 +118,7 @@ def test_what_is_read_beside_the_weights() -> None:
         "config.json", "params.json", "tekken.json", "tokenizer.model", "sentencepiece.bpe.model", "source.spm",
         "merges.txt", "vocab.txt", "bpe.codes", "qwen.tiktoken", "chat_template.jinja", "modeling_x.py", INDEX,
         "additional_chat_templates/rag.jinja", "1_Pooling/config.json", "speech_tokenizer/preprocessor_config.json",
-        "remote/config.yaml",
+        "remote/config.yaml", "tokenizer.model.v3", "tokenizer.model.v7m1", "tokenizer.model.v11", "vocab.bpe",
     )  # fmt: skip
     unread = (
         "README.md", "LICENSE", ".gitattributes", "model.safetensors", "m.nemo", "m.ckpt", "m.npz", "m.tar.gz", "m.zip",
@@ -212,6 +215,10 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
         ({"config.json": '{"auto_map": {"AutoModel": "org/other--modeling_x.X"}}'}, False),
         ({"tokenizer_config.json": '{"auto_map": {"AutoTokenizer": ["org/other--tokenization.T", null]}}'}, False),
         ({"preprocessor_config.json": '{"auto_map": {"AutoProcessor": "org/other--processing.P"}}'}, False),
+        ({"config.json": '{"text_model_id": "org/text", "audio_model_id": null}'}, False),
+        ({"config.json": '{"text_model_id": null, "audio_model_id": "org/audio"}'}, False),
+        ({"config.json": '{"text_model_id": null, "audio_model_id": null}'}, True),
+        ({"config.json": '{"speculators_config": {"verifier": {"name_or_path": "org/verifier"}}}'}, False),
     ],
 )
 def test_self_contained(tmp_path: Path, files: dict[str, str], expected: bool) -> None:
@@ -390,9 +397,15 @@ def test_places(tmp_path: Path) -> None:
         ({"HOME": "/u", "HF_HOME": "/h", "HUGGINGFACE_HUB_CACHE": "/old"}, "/old"),
         ({"HOME": "/u", "HF_HUB_CACHE": "/c", "HUGGINGFACE_HUB_CACHE": "/old"}, "/c"),
         ({"HF_HOME": ""}, "/tmp/.cache/huggingface/hub"),
+        ({"HOME": "/u", "HF_HOME": "$HOME/hf"}, "/u/hf/hub"),
+        ({"DATA": "/d", "HF_HUB_CACHE": "$DATA/hub"}, "/d/hub"),
+        ({"HF_HUB_CACHE": "$NOWHERE/hub"}, "$NOWHERE/hub"),
+        ({"HF_HOME": "~/hf"}, "/me/hf/hub"),
     ],
 )
-def test_the_hubs_own_cache(environ: dict[str, str], expected: str) -> None:
+def test_the_hubs_own_cache(environ: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the client reads it: with variables, and with the home."""
+    monkeypatch.setenv("HOME", "/me")
     assert hub_cache(environ) == Path(expected)
 
 

@@ -18,18 +18,25 @@ DUMP = Path(__file__).resolve().parents[2] / "supervisor/vllm/flags/dump.py"
 
 
 def make_parser() -> Any:
+    """Returns the parser of all of `vllm`: that of `serve` alone reads a file of options otherwise."""
     spec = importlib.util.spec_from_file_location("dump", DUMP)
     assert spec is not None and spec.loader is not None
     dump = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(dump)
-    return dump.make_parser()
+    dump.set_device_type()
+    serve = importlib.import_module("vllm.entrypoints.cli.serve")
+    parser = importlib.import_module("vllm.utils.argparse_utils").FlexibleArgumentParser()
+    subparsers = parser.add_subparsers(dest="subparser")
+    for command in serve.cmd_init():
+        command.subparser_init(subparsers)
+    return parser
 
 
 def parse(parser: Any, arguments: list[str]) -> dict[str, object]:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            parsed = parser.parse_args(arguments)
+            parsed = parser.parse_args(["serve", *arguments])
     except SystemExit:
         return {"error": said.getvalue().strip().splitlines()[-1]}
     except Exception as error:  # noqa: BLE001  # whatever vLLM raises is the finding

