@@ -13,10 +13,17 @@ set -eu
 supervisor=${0%/*}/bin/supervisor
 
 # A user without a name (`--user 1234`), or a root that is read only: vLLM wants a home to write to, and torch a name.
-if [ ! -w "${HOME:-/}" ] && mkdir -p "${TMPDIR:-/tmp}/home" 2>/dev/null; then
-    export HOME="${TMPDIR:-/tmp}/home"
+# The manifests name a home on a volume, where nobody has made it yet.
+mkdir -p "${HOME:-/}" 2>/dev/null || true
+if [ ! -w "${HOME:-/}" ]; then
+    home="${TMPDIR:-/tmp}/home"
+    mkdir -p "$home" 2>/dev/null || true
+    if [ -d "$home" ] && [ -w "$home" ] || home=$(mktemp -d 2>/dev/null); then
+        export HOME="$home"
+    fi
 fi
-export USER="${USER:-$(id -un 2>/dev/null || id -u)}"
+[ "${USER:-}" ] || USER=$(id -un 2>/dev/null) || USER=$(id -u)
+export USER
 
 case ${1:-up} in
     up | explain | doctor | status | job | fetch | -h | --help | -V | --version)
@@ -28,7 +35,7 @@ case ${1:-up} in
         export SAGEMAKER_BIND_TO_PORT="${SAGEMAKER_BIND_TO_PORT:-8080}"
         exec "$supervisor" up "$@"
         ;;
-    -*)
+    -* | *.[gG][gG][uU][fF] | *.safetensors) # a model's file may be executable, as all are on many a mount
         exec "$supervisor" up "$@"
         ;;
 esac

@@ -8,6 +8,7 @@ import io
 import os
 import signal
 import sys
+import time
 from typing import NoReturn
 
 from supervisor.secrets import complain
@@ -109,9 +110,12 @@ def main(argv: list[str] | None = None) -> None:
         try:
             code = query(parsed, arguments) if parsed.verb in QUERIES else run(parsed, gather(arguments, os.environ))
         except SettingsError as error:
-            from supervisor import explain  # noqa: PLC0415
+            if parsed.verb == "up" and os.environ.get("SUPERVISOR_LOG_FORMAT", "").strip().lower() == "json":
+                log_problems(error)
+            else:
+                from supervisor import explain  # noqa: PLC0415
 
-            explain.show_problems(error, as_json=getattr(parsed, "json", False))
+                explain.show_problems(error, as_json=getattr(parsed, "json", False))
         if parsed.verb not in ("up", "fetch"):
             sys.stdout.flush()
     except KeyboardInterrupt:  # nothing was started yet; afterwards the signal has a handler
@@ -122,6 +126,15 @@ def main(argv: list[str] | None = None) -> None:
         code = 1 if isinstance(error, BrokenPipeError) else f"supervisor: its output can't be written: {error.strerror}"
     _forget_closed_output()
     sys.exit(code)
+
+
+def log_problems(error: SettingsError) -> None:
+    """Prints what ended the start of `up` as lines of its log, which is JSON."""
+    from supervisor.lines import LineStyle  # noqa: PLC0415  # most starts have no problem
+
+    for level, lines in (("ERROR", error.problems), ("WARNING", error.warnings)):
+        for line in lines:
+            print(LineStyle(str, as_json=True).line(level, "supervisor", line, time.time()), file=sys.stderr)
 
 
 def _forget_closed_output() -> None:

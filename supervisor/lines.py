@@ -22,6 +22,7 @@ BOILERPLATE = re.compile(
     r"INFO [^\[]*\[[\w.]+:\d+\] (?:$|.*[█▄▀]|Initializing a V1 LLM engine|Available routes are|Route: /)|"
     r"INFO: +(?:Started server process|Waiting for application startup|Application startup complete)"
 )
+COLOUR_CODE = re.compile(r"\x1b\[[\d;]*m")  # vLLM may be told to colour its lines
 TRACEBACK = re.compile(r"(?:\([^()]*\) )*Traceback \(most recent call last\)")
 
 
@@ -74,6 +75,7 @@ class VllmLines:
         self.level = "INFO"
 
     def __call__(self, raw: bytes, text: str) -> bytes:
+        text = COLOUR_CODE.sub("", text) if "\x1b" in text else text
         if self.fold and (not text.strip() or BOILERPLATE.search(f"{text} ")):
             self.folded_count += text.strip() != ""
             return b""

@@ -155,8 +155,9 @@ def has_secret_name(option: str) -> bool:
 
 
 def complain(line: str, environ: Mapping[str, str]) -> None:
-    """Prints a line on standard error. It is masked, for it may show what somebody typed."""
-    print(f"supervisor: {Mask(environ)(line)}", file=sys.stderr)
+    """Prints a line on standard error. It is masked, for it may show what somebody typed, and stays one line."""
+    text = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in Mask(environ)(line))
+    print(f"supervisor: {text}", file=sys.stderr)
 
 
 def _lower(text: str) -> str:

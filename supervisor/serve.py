@@ -298,6 +298,8 @@ class Supervisor(Observer):
         self.launch.mask.add((*api_keys, *admin_keys))
         self.access.forget()
         self.gateway.set_keys(api_keys, admin_keys)
+        if self.runpod is not None:
+            self.runpod.say(f"keys {','.join((*api_keys, *admin_keys))}")
         message = "keys read again: %d for clients, %d for administrators"
         self.log.info(message, len(api_keys), len(admin_keys))
 

@@ -159,11 +159,13 @@ def _ask_socket(path: Path) -> dict[str, Any]:
 
 
 def _parse(code: int, body: bytes) -> dict[str, Any]:
-    """Returns a status. Raises StatusError where a key is asked for, or where what answers is no supervisor."""
+    """Returns a status. Raises StatusError where it refuses, or where what answers is no supervisor."""
     if code == HTTPStatus.UNAUTHORIZED:
         raise StatusError("it asks for a key: set SUPERVISOR_API_KEYS to one of its keys")
     try:
         status: dict[str, Any] = json.loads(body)
+        if code in (HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS) and isinstance(status["error"], str):
+            raise StatusError(status["error"])
         summary(status)
     except (ValueError, KeyError, TypeError):
         raise StatusError(f"what answers is no supervisor (status {code})") from None

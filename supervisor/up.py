@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from supervisor.bounded import Call
 from supervisor.engine.guard import Guard
 from supervisor.engine.workspace import Workspace, clean_leftovers, temporary_folder
 from supervisor.launch import SIGNALS, Launch
+from supervisor.lines import LineStyle
 from supervisor.listen import bind
 from supervisor.repositories import python
 from supervisor.settings.settings import Settings, SettingsError
@@ -104,6 +106,9 @@ def _is_fit(settings: Settings, folder: Path) -> bool:
     if found is None:
         return True
     name, reason = found
-    print(f"supervisor: this machine is not fit ({name}): {reason}", file=sys.stderr)
+    style = LineStyle(settings.mask, as_json=settings.knobs.log_format == "json", queue_mode=True)
+    print(
+        style.line("ERROR", "supervisor", f"this machine is not fit ({name}): {reason}", time.time()), file=sys.stderr
+    )
     fitness.report(settings.environ, name, reason)
     return False

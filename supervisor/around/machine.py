@@ -90,11 +90,12 @@ class Machine(NamedTuple):
 
 
 def disk(folder: Path) -> dict[str, object]:
-    """Returns `folder`, and `free` and `total` in bytes, as the nearest folder has them that is there."""
+    """Returns `folder`, and of the nearest one that exists `free` and `total` in bytes, whether it is `noexec`."""
     with contextlib.suppress(OSError):
         stats = os.statvfs(nearest_folder(folder))
         free, total = stats.f_bavail * stats.f_frsize, stats.f_blocks * stats.f_frsize
-        return {"folder": str(folder), "free": free, "total": total}
+        noexec = stats.f_flag & os.ST_NOEXEC != 0
+        return {"folder": str(folder), "free": free, "total": total, "noexec": noexec}
     return {"folder": str(folder)}
 
 

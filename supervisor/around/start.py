@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import logging
 import shlex
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -21,7 +22,7 @@ from supervisor.settings.settings import Settings
 from supervisor.terminal import REDRAW_INTERVAL, Terminal
 
 BAR, SPINNER, CHECK_MARK = "━", "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "✓"
-NAME_WIDTH, BAR_WIDTH = 29, 32
+NAME_WIDTH, BAR_WIDTH, OTHER_WIDTH = 29, 32, 42  # the bar has less where a terminal has no room for it beside the rest
 
 
 class StartDisplay(Observer):
@@ -88,14 +89,15 @@ def draw_waterfall(phases: Sequence[Mapping[str, object]], note: str = "", *, ru
     dim, highlight, plain = (DIM, COLOURS["INFO"], RESET) if colour else ("", "", "")
     durations = [float(str(row["seconds"])) for row in phases]
     total = max(sum(durations), 0.001)
+    width = max(0, min(BAR_WIDTH, shutil.get_terminal_size().columns - OTHER_WIDTH))
     lines, elapsed = [], 0.0
     for index, (row, seconds) in enumerate(zip(phases, durations, strict=True)):
         is_last = index == len(durations) - 1
         sign = SPINNER[int(time.monotonic() / REDRAW_INTERVAL) % len(SPINNER)] if is_last and running else CHECK_MARK
-        start, end = round(BAR_WIDTH * elapsed / total), round(BAR_WIDTH * (elapsed + seconds) / total)
-        bar = " " * start + BAR * max(1, end - start)
+        start, end = round(width * elapsed / total), round(width * (elapsed + seconds) / total)
+        bar = " " * start + BAR * max(min(1, width), end - start)
         suffix = f"  {note}" if is_last and note else ""
         name = f"{row['name']!s:<{NAME_WIDTH}}"
-        lines.append(f"{highlight}{sign}{plain} {name}{dim}{seconds:6.1f} s{plain}  {bar}{suffix}")
+        lines.append(f"{highlight}{sign}{plain} {name}{dim}{seconds:6.1f} s{plain}  {bar}{suffix}".rstrip())
         elapsed += seconds
     return lines

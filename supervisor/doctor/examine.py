@@ -65,8 +65,8 @@ CHECKS: dict[str, Check] = {
         machine.check_write, lambda patient: patient.download_path, "Set HF_HOME to a folder that can be written.", FAIL
     ),
     "temporary": partial(
-        machine.check_write, lambda patient: temporary_folder(patient.environ), "Set TMPDIR, or mount a tmpfs on /tmp.",
-        FAIL,
+        machine.check_write, lambda patient: temporary_folder(patient.environ),
+        "Set TMPDIR, or mount a tmpfs on /tmp (--tmpfs /tmp:exec).", FAIL, for_code=True,
     ),
     "hub": model.check_hub,
     "model": model.check_access,
@@ -98,8 +98,7 @@ def make_patient(
     arguments: Arguments, environ: Mapping[str, str], host: Machine | None = None, patience: float = SETTINGS_PATIENCE
 ) -> Patient:
     """Returns a patient with the settings, which are read in a thread that may stay behind."""
-    host = host or Machine()
-    patient = partial(Patient, environ, host, Hub(environ))
+    patient = partial(Patient, environ, host := host or Machine(), Hub(environ))
     reading = Call(partial(gather, arguments, environ))
     if not reading.wait(patience):
         return patient(None, (LATE_SETTINGS.format(patience),))
@@ -107,8 +106,8 @@ def make_patient(
         settings = reading.result()
     except SettingsError as error:
         return patient(None, tuple(error.problems), tuple(error.warnings))
-    environ = settings.environ  # as the start reads it, without what is around a value
-    return Patient(environ, host, Hub(environ), settings, (), tuple(settings.warnings))
+    hub = Hub(settings.environ)  # the environment as the start reads it, without what is around a value
+    return Patient(settings.environ, host, hub, settings, (), tuple(settings.warnings))
 
 
 def examine(patient: Patient, checks: Mapping[str, Check], patience: float) -> list[Row]:

@@ -21,6 +21,7 @@ DEFAULT_SHM = 64 << 20  # Docker gives this much where nobody asks for more
 SHM_REMEDY = (
     "Start the container with --ipc=host or --shm-size=8g (Kubernetes: an emptyDir with medium: Memory on /dev/shm)."
 )
+Pick = Callable[[Patient], Path | None]
 CLASH_REMEDY = "Each overwrites the other's files: give vllm-supervisor an environment of its own."
 
 
@@ -86,9 +87,7 @@ def check_gpu_memory(patient: Patient) -> Row | None:
     text = f"{amount(each['used'])} of {amount(each['total'])} are in use"
     if each["used"] <= (each["total"] - each.get("reserved", 0)) * (1 - share):
         return Row(OK, text)
-    remedy = (
-        "End what uses it (`nvidia-smi` names it; a supervisor that runs is fine), or lower GPU_MEMORY_UTILIZATION."
-    )
+    remedy = "End what uses it (`nvidia-smi` names it; a running supervisor is fine), or lower GPU_MEMORY_UTILIZATION."
     return Row(WARN, f"{text}, and vLLM wants {share:g} of it", remedy)
 
 
@@ -160,8 +159,8 @@ def check_port(patient: Patient) -> Row | None:
     return Row(OK, f"free: {text}" if text else "none is needed for RunPod's queue")
 
 
-def check_write(pick: Callable[[Patient], Path | None], remedy: str, verdict: str, patient: Patient) -> Row | None:
-    """Checks by trying that a folder can be written, or the nearest one above it that exists."""
+def check_write(pick: Pick, remedy: str, verdict: str, patient: Patient, *, for_code: bool = False) -> Row | None:
+    """Checks by trying that a folder, or the nearest above it, can be written; `for_code`: that code can run there."""
     if (folder := pick(patient)) is None:
         return None
     nearest = nearest_folder(folder)
@@ -169,5 +168,7 @@ def check_write(pick: Callable[[Patient], Path | None], remedy: str, verdict: st
         return Row(verdict, f"{folder} can't be made: {nearest} is no folder", remedy)
     if not volume.can_write(nearest):
         return Row(verdict, f"{folder} can't be written", remedy)
+    if for_code and disk(folder).get("noexec"):
+        return Row(verdict, f"{folder} is mounted noexec: what vLLM compiles there can't be loaded", remedy)
     free = disk(folder).get("free")
     return Row(OK, f"{folder}" + (f", {amount(free)} free" if isinstance(free, int) else ""))

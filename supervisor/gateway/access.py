@@ -139,5 +139,5 @@ def _number(ten_thousandths: int) -> str:
 
 @lru_cache(MAX_PARTS)
 def _size(count: int) -> str:
-    power = min((len(str(count)) - 1) // 3, len(UNITS) - 1)
-    return f"{count / 1000**power:.3g} {UNITS[power]}"
+    power = next((power for power in range(3) if count < 999.5 * 1000**power), 3)  # 999.5 kB are 1 MB, in three digits
+    return f"{count / 1000**power:{'.3g' if count < 999.5e9 else '.0f'}} {UNITS[power]}"

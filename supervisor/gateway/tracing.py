@@ -133,10 +133,12 @@ class Tracing:
             "http.request.method": method if method in KNOWN_METHODS else "_OTHER",
             "http.route": route if route != OTHER else "",
             "http.response.status_code": status if status != CLIENT_GONE else 0,  # it is not sent to anybody
-            "url.path": shown_path(self.mask, request.path),
+            "url.path": shown_path(self.mask, request.path)
+            if request.path != b"-"
+            else "",  # "-": it could not be read
             "url.scheme": "https" if record.door.tls else "http",
             "error.type": (cut or str(status)) if failed else "",
-            "vllm_supervisor.request_id": record.request_id.decode("latin-1"),
+            "vllm_supervisor.request_id": self.mask(record.request_id.decode("latin-1")),
             "vllm_supervisor.code": cut,
             "vllm_supervisor.cache": record.cache_word,
             "vllm_supervisor.client_gone": record.client_left,

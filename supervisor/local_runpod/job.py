@@ -18,7 +18,6 @@ import httpx
 from supervisor import asking, secrets, status
 
 ANSWER_TIMEOUT = 30.0  # seconds for an answer; /stream waits up to one for news
-EXIT_FAILURE = 1
 OPEN_STATES = ("IN_QUEUE", "IN_PROGRESS")
 START_HINT = "start one with `supervisor up MODEL --mode queue`"
 KEYS = ("SUPERVISOR_API_KEYS", "SUPERVISOR_ADMIN_KEYS")  # the simulated RunPod asks for one of these, too
@@ -31,7 +30,7 @@ class SendError(Exception):
 
 
 def run(source: str, url: str | None, environ: Mapping[str, str], *, stream: bool) -> int:
-    """Sends the job and prints its result. Returns 0 where the job is completed, else 1. Ctrl-C cancels it."""
+    """Sends the job and prints its result. Returns 0 where it is completed, else 1. Who does not wait cancels it."""
     try:
         job = read_job(source)
         if stream:
@@ -39,7 +38,7 @@ def run(source: str, url: str | None, environ: Mapping[str, str], *, stream: boo
         return _send_job(Endpoint(url or find_url(environ), status.authorization(environ, *KEYS)), job, stream=stream)
     except (SendError, status.StatusError) as error:
         secrets.complain(str(error), environ)
-        return EXIT_FAILURE
+        return 1
 
 
 def read_job(source: str) -> dict[str, Any]:
@@ -125,24 +124,25 @@ def _send_job(endpoint: Endpoint, job: Mapping[str, Any], *, stream: bool) -> in
         if len(interrupts) > 1:
             raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, note_interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note_interrupt)
     try:
         return _follow(endpoint, job_id, interrupts, stream=stream)
-    except KeyboardInterrupt:
-        if can_cancel := len(interrupts) == 1:
+    except (KeyboardInterrupt, BrokenPipeError):  # the latter where nobody reads what it prints
+        if can_cancel := len(interrupts) < 2:
             endpoint.ask("POST", f"/cancel/{job_id}")
         print(f"supervisor: the job was {'' if can_cancel else 'not '}cancelled", file=sys.stderr)
         raise
 
 
 def _follow(endpoint: Endpoint, job_id: str, interrupts: Sequence[int], *, stream: bool) -> int:
-    """Reads the job's chunks until it is over, and prints its result. /stream answers when there is news."""
+    """Reads the job's chunks until it is over, and prints its result. Raises SendError where it failed."""
     printer = StreamPrinter()
     news: dict[str, Any] = {"status": "IN_QUEUE"}
     while news.get("status") in OPEN_STATES or news.get("stream"):
         if interrupts:
             raise KeyboardInterrupt
-        news = endpoint.ask("GET", f"/stream/{job_id}")
+        news = endpoint.ask("GET", f"/stream/{job_id}")  # it answers when there is news
         for chunk in news.get("stream") or ():
             if stream:
                 printer.print_chunk(chunk.get("output"))
@@ -151,8 +151,7 @@ def _follow(endpoint: Endpoint, job_id: str, interrupts: Sequence[int], *, strea
         print(flush=True)
     if result.get("status") != "COMPLETED" or printer.error:
         error = printer.error or result.get("error") or f"it is {result.get('status')}"
-        print(f"supervisor: the job failed: {describe_error(error)}", file=sys.stderr)
-        return EXIT_FAILURE
+        raise SendError(f"the job failed: {describe_error(error)}")
     if not printer.has_written:
         print(json.dumps(result.get("output"), ensure_ascii=False, indent=2 if sys.stdout.isatty() else None))
     return 0

@@ -78,9 +78,7 @@ class KeyGuard:
     """Asks workers for the worker's key, and everybody else for one of the clients', where there are any."""
 
     def __init__(self, app: ASGIApp, client_keys: Sequence[str], worker_keys: Sequence[str]) -> None:
-        self.app = app
-        self.client_keys = client_keys
-        self.worker_keys = worker_keys
+        self.app, self.client_keys, self.worker_keys = app, client_keys, worker_keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -277,9 +275,11 @@ class Server(uvicorn.Server):
         os._exit(0)
 
 
-def _leave_with_parent() -> None:
-    while os.read(0, 65536):
-        pass
+def _follow_parent(guard: KeyGuard) -> None:
+    """Takes other keys for clients from standard input (`keys KEY,KEY`), and leaves where that ends."""
+    for line in sys.stdin:
+        if line.startswith("keys "):
+            guard.client_keys = line.split()[1].split(",")
     os._exit(0)
 
 
@@ -293,8 +293,6 @@ def main(simulator_class: type[Simulator] = Simulator) -> None:
     parser.add_argument("--lost-after", type=float, default=40.0, help="seconds without a ping that names the job (40)")
     parser.add_argument("--with-parent", action="store_true", help="leave when standard input ends")
     options = parser.parse_args()
-    if options.with_parent:
-        threading.Thread(target=_leave_with_parent, daemon=True).start()
     # Made of its number, a socket asks for its protocol, which `create_server` and uvicorn leave out: asyncio turns
     # Nagle off only where it sees TCP, and answers written in two parts would take 40 ms.
     listener = socket.socket(fileno=_listen(options.host, options.port) if options.fd is None else options.fd)
@@ -303,8 +301,11 @@ def main(simulator_class: type[Simulator] = Simulator) -> None:
     sys.setrecursionlimit(20_000)
     sys.set_int_max_str_digits(0)
     clients, workers = (list(filter(None, os.environ.get(name, "").split(","))) for name in (CLIENT_KEYS, WORKER_KEY))
+    guard = KeyGuard(simulator_class(Queue(options.hold, options.lost_after)).app(options.endpoint), clients, workers)
+    if options.with_parent:
+        threading.Thread(target=_follow_parent, args=(guard,), daemon=True).start()
     config = uvicorn.Config(
-        KeyGuard(simulator_class(Queue(options.hold, options.lost_after)).app(options.endpoint), clients, workers),
+        guard,
         http=WireProtocol,
         ws="none",
         loop="asyncio",  # it writes at once, so that a closed connection shows in the write

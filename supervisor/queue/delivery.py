@@ -198,4 +198,4 @@ class Delivery:
         reason = f": {self.reason}" if level != "INFO" else ""
         line = f"job {self.state.value} after {seconds:.2f} s{first_byte}, {count} POST{'s' * (count != 1)}{reason}"
         job = {"id": self.job_id, "outcome": self.state.value, "seconds": round(seconds, 4), "posts": self.posts}
-        tell_supervisor(line, level, job)
+        tell_supervisor("".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line), level, job)

@@ -201,4 +201,4 @@ def _known_names(catalogue: Catalogue, environ: Mapping[str, str]) -> set[str]:
     names = {"MODEL", "SUPERVISOR_CONFIG", *(knob.variable for knob in KNOBS), *map(str.upper, options.keys(catalogue))}
     names |= {alias for name in names & ALIASES.keys() for alias in ALIASES[name]}
     prefixes = ("", SM_PREFIX) if any(name.startswith(SM_PREFIX) for name in environ) else ("",)
-    return {"HF_TOKEN", "SUPERVISOR_IMAGE"} | {prefix + name for prefix in prefixes for name in names}
+    return {"HF_TOKEN", "SUPERVISOR_IMAGE", "SUPERVISOR_DEMO"} | {each + name for each in prefixes for name in names}

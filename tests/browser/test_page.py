@@ -408,6 +408,15 @@ def test_an_answer_that_is_an_error_is_told(tabs: Tabs, slow: Supervisor) -> Non
     tabs.faults[:] = [fault for fault in tabs.faults if "status of 400" not in fault]
 
 
+def test_a_servers_clock_that_steps_back_begins_the_curves_anew(tabs: Tabs, slow: Supervisor) -> None:
+    """Samples of the future would stay until the clock is there again, and rates would be of no time."""
+    page = tabs.open(address(slow))
+    expect(state(page)).to_have_text("ready")
+    page.evaluate("samples.forEach(one => { one.at += 3600; })")
+    wait_until(lambda: page.evaluate("samples.every(one => one.at <= last.now)"), "samples of this time alone")
+    expect(page.locator("#plots svg").first).to_have_attribute("aria-label", re.compile("Requests per second"))
+
+
 # Who may see it, and where from
 
 
@@ -421,6 +430,11 @@ def test_it_asks_for_the_key(tabs: Tabs) -> None:
         field.fill("the-wrong-key")
         page.keyboard.press("Enter")
         expect(page.get_by_text("This key is not valid.")).to_be_visible()
+        for impossible in ("the-right-key\N{EURO SIGN}", "the right key"):  # a header can't have the first
+            field.fill(impossible)
+            page.keyboard.press("Enter")
+            expect(page.get_by_text("A key has printable ASCII characters alone, and no blanks.")).to_be_visible()
+            assert page.evaluate("sessionStorage.length") == 0
         field.fill("the-right-key")
         page.keyboard.press("Enter")
         expect(state(page)).to_have_text("ready")
@@ -437,6 +451,7 @@ def test_it_asks_for_the_key(tabs: Tabs) -> None:
 
 
 WITHHELD = "The log and the settings are shown to an admin key."
+UNSHOWN = "This key does not show them."
 
 
 def withheld(page: Any) -> None:
@@ -493,6 +508,11 @@ def test_with_admin_keys_alone_everybody_sees_the_rest(tabs: Tabs, tmp_path: Pat
         expect(page.locator("#failure")).to_contain_text("signal 9")
         expect(page.locator("#failure details")).to_have_count(0)
         expect(state(page)).to_have_text("ready")
+        assert UNSHOWN not in page.inner_text("#withheld")
+        page.get_by_role("button", name="Enter a key").click()
+        page.get_by_label("an admin key").fill("no-admin-key")
+        page.keyboard.press("Enter")
+        expect(page.locator("#withheld")).to_contain_text(UNSHOWN)
         page.get_by_role("button", name="Enter a key").click()
         page.get_by_label("an admin key").fill("the-admin-key")
         page.keyboard.press("Enter")

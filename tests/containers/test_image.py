@@ -368,7 +368,7 @@ def test_nobody_on_a_read_only_root(served: Container) -> None:
         served.stop()
     options = (
         "--user=1234:1234", "--cap-drop=all", "--security-opt=no-new-privileges",
-        "--read-only", "--read-only-tmpfs=false", "--tmpfs=/tmp",
+        "--read-only", "--read-only-tmpfs=false", "--tmpfs=/tmp:exec",
         "--shm-size=1g", f"--volume={volume('nobody')}:/cache",
     )  # fmt: skip
     environ = {"SUPERVISOR_CACHE_DIR": "/cache", "MAX_MODEL_LEN": "2048"}

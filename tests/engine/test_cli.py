@@ -209,6 +209,21 @@ def test_port_in_use_names_the_variable(tmp_path: Path) -> None:
     assert "in use" in done.stderr
 
 
+def test_what_ends_a_start_is_json_where_the_log_is(asked: Asked, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("trainer: {max_steps: 3}\n")
+    environ = {"SUPERVISOR_LOG_FORMAT": "json"}
+    done = asked("up", "m", "--port", "none", **environ)
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert (done.returncode, done.stdout) == (2, "")
+    assert [line["level"] for line in lines] == ["ERROR", "WARNING"]
+    assert lines[0]["message"].startswith("PORT=none (command line --port): expected a port")
+    assert all(line["logger"] == "supervisor" and line["time"].endswith("Z") for line in lines)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        (line,) = asked("up", "m", "--port", str(taken.getsockname()[1]), **environ).stderr.splitlines()[-1:]
+    assert "set PORT" in json.loads(line)["message"]
+    assert asked("explain", "m", "--port", "none", **environ).stderr.startswith("supervisor: PORT=none")
+
+
 @pytest.mark.parametrize("host", ["203.0.113.7", "no.such.host.invalid", "2001:db8::7"])
 def test_an_address_that_is_not_ours(host: str) -> None:
     settings = gather(Arguments(model="m", host=host), clean_environment(SUPERVISOR_VLLM=str(FAKE), PORT="0"))

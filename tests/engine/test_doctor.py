@@ -294,6 +294,17 @@ def test_folders_that_can_not_be_written_and_a_disk_that_is_too_small(tmp_path: 
     assert found["downloads"]["verdict"] == found["temporary"]["verdict"] == FAIL
 
 
+def test_a_temporary_folder_from_which_no_code_can_be_loaded(tmp_path: Path, hub: Hub) -> None:
+    """Docker mounts a tmpfs so, where nobody says `exec`. Weights and archives need no more."""
+    with tempfile.TemporaryDirectory() as there:  # a longer name is no place for sockets
+        mount = f"mount -t tmpfs -o noexec x {there}"
+        found = mounted(tmp_path, hub, mount, TMPDIR=there, HF_HOME=there, SUPERVISOR_CACHE_DIR=there)
+    assert found["downloads"]["verdict"] == found["cache"]["verdict"] == OK
+    assert found["temporary"]["verdict"] == FAIL
+    assert "noexec" in found["temporary"]["found"]
+    assert "--tmpfs /tmp:exec" in found["temporary"]["remedy"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "token", "check", "verdict", "said"),

@@ -96,20 +96,25 @@ def test_a_job_that_fails(send: Send, queue: str, folder: Path, more: tuple[str,
     assert "status 404" in line
 
 
-def test_ctrl_c_cancels_it(queue: str, folder: Path) -> None:
+@pytest.mark.parametrize("end", ["SIGINT", "SIGTERM", "no reader"])
+def test_who_does_not_wait_for_the_end_cancels_it(queue: str, folder: Path, end: str) -> None:
     """One that would take a minute."""
     slow = {"route": "/v1/chat/completions", "headers": {"X-Fake": json.dumps({"token_interval": 1})}}
     content = {**slow, "body": {**CHAT, "max_tokens": 60, "stream": True}}
     with subprocess.Popen(
         command(json.dumps(content), "--stream"), env=clean_environment(TMPDIR=str(folder)),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as sent:  # fmt: skip
         assert sent.stdout is not None
+        assert sent.stderr is not None
         assert sent.stdout.read(1)  # it streams
-        sent.send_signal(signal.SIGINT)
-        _, said = sent.communicate(timeout=15)
-    assert sent.returncode == 130
-    assert said == "supervisor: the job was cancelled\n"
+        if end == "no reader":  # as of `| head -c 1`
+            sent.stdout.close()
+        else:
+            sent.send_signal(signal.Signals[end])
+        said = sent.stderr.read()
+        assert sent.wait(15) == (1 if end == "no reader" else 130)
+    assert said == b"supervisor: the job was cancelled\n"
     health = f"{queue}/health"
     wait_until(lambda: http.get(health).json()["jobs"]["inProgress"] == 0, "the end of the job")
 
@@ -117,6 +122,21 @@ def test_ctrl_c_cancels_it(queue: str, folder: Path) -> None:
 def test_an_interrupt_is_noticed_at_the_next_look() -> None:
     with pytest.raises(KeyboardInterrupt):
         job._follow(job.Endpoint("http://127.0.0.1:9"), "id", [signal.SIGINT], stream=True)
+
+
+def test_what_a_failed_job_says_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may be the words of whoever sent the job, and a terminal obeys some of them."""
+    answers = {"status": "FAILED", "error": json.dumps({"message": "no\n\x1b[2Jforged\u2028caf\xe9"}), "id": "7"}
+    monkeypatch.setattr(job.Endpoint, "ask", lambda *_: answers)
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        assert job.run("{}", "http://127.0.0.1:9", {}, stream=False) == 1
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+    assert capsys.readouterr().err == r"supervisor: the job failed: no\n\x1b[2Jforged\u2028caf" + "\xe9\n"
 
 
 @pytest.mark.parametrize(("presses", "told"), [(1, "was cancelled"), (2, "was not cancelled")])
@@ -129,12 +149,13 @@ def test_who_presses_twice_waits_for_nobody(presses: int, told: str, capsys: pyt
             signal.raise_signal(signal.SIGINT)
         return {"id": "7", "status": "IN_PROGRESS"}
 
-    before = signal.getsignal(signal.SIGINT)
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
         with pytest.raises(KeyboardInterrupt):
             job._send_job(SimpleNamespace(ask=ask), {}, stream=True)  # type: ignore[arg-type]
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before:
+            signal.signal(number, handler)
     assert asked == ["/run", "/stream/7"] + ["/cancel/7"] * (presses == 1)
     assert told in capsys.readouterr().err
 

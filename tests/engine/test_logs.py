@@ -287,3 +287,14 @@ def test_without_colours_the_foot_has_none(
     for running in (True, False):
         (line,) = draw_waterfall([{"name": "importing vLLM", "seconds": 1.0}], running=running, colour=form.colour)
         assert bool(re.search(r"\x1b\[\d*m", line)) is colour
+
+
+@pytest.mark.parametrize(("columns", "bar"), [("118", 32), ("60", 18), ("42", 0), ("40", 0)])
+def test_the_picture_of_a_start_is_no_wider_than_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, columns: str, bar: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    rows = [{"name": "importing vLLM", "seconds": 10.0}, {"name": "starting the API server", "seconds": 0.01}]
+    for lines in (draw_waterfall(rows, running=running, colour=False) for running in (True, False)):
+        assert [len(line) <= int(columns) for line in lines] == [True, True]
+        assert [line.count("\N{BOX DRAWINGS HEAVY HORIZONTAL}") for line in lines] == [bar, min(bar, 1)]

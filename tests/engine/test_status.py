@@ -11,8 +11,10 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 
+from supervisor import asking, status
 from tests.engine.conftest import Call
 from tests.harness import SUPERVISOR, Supervisor, clean_environment, self_signed, wait_until
 from tests.queue.conftest import RunPod, in_queue_mode
@@ -103,6 +105,26 @@ def test_a_url_that_does_not_answer(ask: Ask, tmp_path: Path, url: str) -> None:
     (line,) = done.stderr.splitlines()
     assert line.startswith("supervisor: ")
     assert url in line
+
+
+@pytest.mark.parametrize(
+    ("code", "body", "said"),
+    [
+        (429, b'{"error": "Too many requests: at most 3 a minute."}', "Too many requests: at most 3 a minute."),
+        (403, b'{"error": "The host gpu1 is not allowed."}', "The host gpu1 is not allowed."),
+        (429, b'{"error": "a\\nb"}', r"a\nb"),
+        (429, b'{"error": {"message": "another\'s"}}', "what answers is no supervisor (status 429)"),
+        (403, b"<html>", "what answers is no supervisor (status 403)"),
+        (200, b'{"error": "x"}', "what answers is no supervisor (status 200)"),
+    ],
+)
+def test_a_supervisor_that_refuses_says_why(
+    code: int, body: bytes, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = httpx.MockTransport(lambda _: httpx.Response(code, content=body))
+    monkeypatch.setattr(asking, "client", lambda url, *_, **__: httpx.Client(base_url=url, transport=answers))
+    assert status.show("http://gpu1:8000", {}, as_json=False) == 1
+    assert capsys.readouterr().err == f"supervisor: {said}\n"
 
 
 @pytest.mark.slow

@@ -244,6 +244,27 @@ def test_what_is_refused_says_why(collector: Collector, client: httpx.Client) ->
     assert (attributes(server)["http.response.status_code"], [span.name for span in below]) == (400, ["relay"])
 
 
+def test_a_secret_in_a_clients_id_is_masked_as_in_the_log(collector: Collector, client: httpx.Client) -> None:
+    token = f"hf_{'abcdefghij' * 3}1234"
+    client.get(f"/v1/models/{token}", headers=named(token))
+    server, _ = collector.trace_of("****")
+    assert attributes(server)["url.path"] == "/v1/models/****"
+    assert not [raw for raw in collector.raw if token.encode() in raw]
+
+
+def test_where_no_request_could_be_read_there_is_no_path(collector: Collector, supervisor: Supervisor) -> None:
+    with supervisor.connect() as raw:
+        raw.send(b"what is this\r\n\r\n")
+
+        def found() -> list[dict[str, object]]:
+            spans = map(attributes, collector.spans)
+            return [each for each in spans if each.get("vllm_supervisor.code") == "bad_request"]
+
+        (facts,) = wait_until(found, "its span")
+    assert "url.path" not in facts
+    assert facts["http.request.method"] == "_OTHER"
+
+
 def test_a_client_that_goes(collector: Collector, client: httpx.Client) -> None:
     body = {"prompt": PROMPT, "stream": True, "max_tokens": 1000}
     headers = named("gone") | fault(token_interval=0.05)

@@ -242,3 +242,13 @@ def test_no_word_of_a_clients_mistake_is_in_the_log(ends: Ends) -> None:
     """vLLM's quote what was sent."""
     deliver(lambda: Scripted(error=JobError("no such thing as SECRET", 400)), Listener())
     assert ends()[1].endswith(": 400, invalid_request_error")
+
+
+def test_what_an_error_says_makes_no_line_and_no_colour(ends: Ends) -> None:
+    """vLLM's words may be a client's. RunPod gets them as they are."""
+    runpod = Listener()
+    words = "no\n03:45:11 supervisor: forged\x1b[2J\u2028caf\xe9"
+    deliver(lambda: Scripted(error=JobError(words, 500)), runpod)
+    _, line = ends()
+    assert line.endswith(r": 500, no\n03:45:11 supervisor: forged\x1b[2J\u2028caf" + "\xe9")
+    assert json.loads(runpod.got[-1][1]["error"])["message"] == words

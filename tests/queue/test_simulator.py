@@ -652,6 +652,23 @@ def test_it_leaves_with_its_parent() -> None:
         assert simulator.process.wait(10) == 0
 
 
+def test_its_parent_gives_it_other_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RUNPOD_KEYS", "the-old-key,a-second-one")
+    monkeypatch.setenv("LOCAL_RUNPOD_WORKER_KEY", "the-workers")
+    with Simulator() as simulator:
+
+        def ask(key: str, path: str = "health") -> int:
+            return simulator.client.get(f"/{path}", headers={"Authorization": f"Bearer {key}"}).status_code
+
+        assert [ask(key) for key in ("the-old-key", "a-second-one", "the-new-key")] == [200, 200, 401]
+        assert simulator.process.stdin is not None
+        simulator.process.stdin.write("keys the-new-key,a-second-one\n")
+        simulator.process.stdin.flush()
+        wait_until(lambda: ask("the-new-key") == 200, "the new key")
+        assert [ask(key) for key in ("the-old-key", "a-second-one")] == [401, 200]
+        assert ask("the-workers", "ping/w") == 200
+
+
 def test_the_simulator_of_the_product_has_no_faults() -> None:
     command = [sys.executable, "-m", "supervisor.local_runpod.simulator", "--port", "0", "--with-parent"]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:

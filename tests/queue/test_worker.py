@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -640,10 +642,13 @@ def test_what_the_hub_would_ask(endpoint: Supervisor, runpod: RunPod, test: dict
     assert runpod.done(test["input"])
 
 
-def test_a_machine_without_its_gpus_is_reported_and_left() -> None:
-    with RunPod() as runpod, in_queue_mode(runpod, environ={"RUNPOD_GPU_COUNT": "99"}) as supervisor:
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_machine_without_its_gpus_is_reported_and_left(form: str) -> None:
+    environ = {"RUNPOD_GPU_COUNT": "99", "SUPERVISOR_LOG_FORMAT": form}
+    with RunPod() as runpod, in_queue_mode(runpod, environ=environ) as supervisor:
         assert supervisor.exit_code() == 3
         assert "this machine is not fit (gpu): RunPod gave 99 GPUs" in supervisor.output
+        assert form == "text" or json.loads(supervisor.output)["requestId"] is None
         assert "importing vLLM" not in supervisor.output
         (ping,) = runpod.log("ping")
         assert "status=unhealthy&check=gpu&reason=RunPod+gave+99+GPUs" in ping["target"]
@@ -716,6 +721,32 @@ def test_a_simulated_runpod_is_for_this_machine_and_asks_for_the_keys_that_there
         without = asks()
         assert without.returncode == 1
         assert "SUPERVISOR_API_KEYS" in without.stderr
+
+
+@pytest.mark.slow
+def test_keys_that_are_read_again_are_the_simulated_runpods_too(tmp_path: Path) -> None:
+    """For the one that runs, and for the one after it."""
+    (keys := tmp_path / "keys").write_text("the-old-key\n")
+    with Supervisor("m", "--mode", "queue", environ={"SUPERVISOR_API_KEYS": f"@{keys}"}) as supervisor:
+        url = supervisor.says(r"ready: a simulated RunPod endpoint, (\S+)\n", 20)[1]
+
+        def ask(key: str) -> int:
+            with suppress(httpx.TransportError):
+                return httpx.get(f"{url}/health", headers={"Authorization": f"Bearer {key}"}).status_code
+            return 0
+
+        assert (ask("the-old-key"), ask("the-new-key")) == (200, 401)
+        keys.write_text("the-new-key\n")
+        supervisor.signal(signal.SIGHUP)
+        supervisor.says("keys read again")
+        wait_until(lambda: ask("the-new-key") == 200, "the new key")
+        assert ask("the-old-key") == 401
+        children = psutil.Process(supervisor.process.pid).children()
+        (simulator,) = (child for child in children if "supervisor.local_runpod.simulator" in child.cmdline())
+        simulator.kill()
+        supervisor.says("the simulated RunPod ended")
+        wait_until(lambda: ask("the-new-key") == 200, "the next one")
+        assert ask("the-old-key") == 401
 
 
 @pytest.mark.slow

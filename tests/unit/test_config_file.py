@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from supervisor import explain
+from supervisor.settings import models
 from supervisor.settings.settings import Arguments, Settings, SettingsError, gather
 from tests.unit.test_settings import argv, problems, read
 
@@ -329,132 +330,74 @@ def test_pyyaml_is_imported_only_where_there_is_a_file_to_look_into(
     assert done.stdout == f"{expected}\n"
 
 
-# scripts/up
+# scripts/up, which asks for the demo model where nothing names one (SUPERVISOR_DEMO)
 
 
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """A checkout that is set up, in which `supervisor` says what it was called with."""
-    root = tmp_path / "checkout"
-    (root / "scripts").mkdir(parents=True)
-    (root / ".venv/bin").mkdir(parents=True)
-    (root / "scripts/up").write_text((ROOT / "scripts/up").read_text())
-    for path, text in (("scripts/setup", "exit 0"), (".venv/bin/supervisor", 'echo "$@"')):
-        (root / path).write_text(f"#!/bin/sh\n{text}\n")
-        (root / path).chmod(0o755)
-    return root
+@pytest.mark.parametrize("given", ["", "org/name --mode queue", "--config a.yaml -- --seed 1", "--port"])
+def test_scripts_up_guesses_nothing(tmp_path: Path, folder: Path, given: str) -> None:
+    """What it is given goes to `supervisor up` as it is; of files it opens none, not even a pipe."""
+    for path, text in (("scripts/setup", "exit 0"), (".venv/bin/supervisor", 'echo "$@"; echo "$SUPERVISOR_DEMO"')):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / path).chmod(0o755)
+    (tmp_path / "scripts/up").write_text((ROOT / "scripts/up").read_text())
+    for name in ("config.yaml", "a.yaml"):
+        os.mkfifo(folder / name)
+    done = subprocess.run(
+        ["bash", str(tmp_path / "scripts/up"), *given.split()],
+        env={"PATH": os.environ["PATH"]}, cwd=folder, capture_output=True, text=True, check=True, timeout=10,
+    )  # fmt: skip
+    assert done.stdout == f"{' '.join(('up', *given.split()))}\n1\n"
+    assert done.stderr == ""
 
 
-DEMO = "up {root}/supervisor/demo/model\n"
+DEMO = str(models.DEMO_MODEL)
+OURS = "config.yaml"
 
 
 @pytest.mark.parametrize(
     ("files", "environ", "expected"),
     [
         ({}, {}, DEMO),
-        ({}, {"MODEL": "m"}, "up\n"),
-        ({"config.yaml": "model: gpt\ntrainer: {}\n"}, {}, DEMO),
-        ({"config.yaml": "model: gpt\nx: {supervisor: {}}\n"}, {}, DEMO),
-        ({"config.yaml": "model: gpt\nx:\n  supervisor:\n"}, {}, DEMO),
-        ({"config.yaml": "model: gpt\nsupervisor: {}\n"}, {}, "up\n"),
-        ({"config.yaml": "supervisor:\nmodel : gpt\n"}, {}, "up\n"),
-        ({"config.yaml": f"{SCHEMA}model: gpt\n"}, {}, "up\n"),
-        ({"config.yaml": f"#\n{SCHEMA}model: gpt\n"}, {}, DEMO),
-        ({"config.yaml": "supervisor:\nseed: 3\n"}, {}, DEMO),
-        ({"config.yaml": "supervisor:\n# model: m\n"}, {}, DEMO),
-        ({"a.yaml": "model: gpt\n"}, {"SUPERVISOR_CONFIG": "a.yaml"}, "up\n"),
+        ({}, {"MODEL": "org/name"}, "org/name"),
+        ({}, {"SM_VLLM_LLM_MODEL": "org/name"}, "org/name"),
+        ({OURS: "model: gpt\ntrainer: {}\n"}, {}, DEMO),
+        ({OURS: "model: gpt\nx:\n  supervisor:\n"}, {}, DEMO),
+        ({OURS: "model: gpt\nsupervisor: {}\n"}, {}, "gpt"),
+        ({OURS: f"{SCHEMA}model: gpt\n"}, {}, "gpt"),
+        ({OURS: f"\ufeff{SCHEMA}model: gpt\n"}, {}, "gpt"),
+        ({OURS: "supervisor:\nseed: 3\n# model: m\n"}, {}, DEMO),
+        ({"a.yaml": "model : gpt\n"}, {"SUPERVISOR_CONFIG": "a.yaml"}, "gpt"),
+        ({"a.yaml": '"model": gpt\n'}, {"SUPERVISOR_CONFIG": "a.yaml"}, "gpt"),
+        ({"a.yaml": "MODEL: gpt\n"}, {"SUPERVISOR_CONFIG": "a.yaml"}, "gpt"),
+        ({"a.yaml": '{"model": "gpt"}'}, {"SUPERVISOR_CONFIG": "a.yaml"}, "gpt"),
+        ({"a.yaml": "\ufeffmodel: gpt\n"}, {"SUPERVISOR_CONFIG": "a.yaml"}, "gpt"),
+        ({"a.yaml": "model: gpt\n"}, {"SUPERVISOR_CONFIG": "~/a.yaml"}, "gpt"),
         ({"a.yaml": "model: gpt\n"}, {"SUPERVISOR_CONFIG": ""}, DEMO),
-        ({"a.yaml": "seed: 3\n", "config.yaml": "supervisor:\nmodel: m\n"}, {"SUPERVISOR_CONFIG": "a.yaml"}, DEMO),
-        ({"config.yaml": "model: gpt\n"}, {"SUPERVISOR_CONFIG": "config.yaml"}, "up\n"),
-        ({"v.yaml": "model: gpt\n"}, {"CONFIG": "v.yaml"}, "up\n"),
-        ({"v.yaml": "model: gpt\n"}, {"VLLM_CONFIG_FILE": "v.yaml"}, "up\n"),
-        ({"v.yaml": "seed: 3\n", "config.yaml": "supervisor:\nmodel: m\n"}, {"CONFIG": "v.yaml"}, "up\n"),
-        ({"v.yaml": "seed: 3\n", "config.yaml": "model: m\n"}, {"CONFIG": "v.yaml"}, DEMO),
+        ({"a.yaml": "seed: 3\n", OURS: "supervisor:\nmodel: m\n"}, {"SUPERVISOR_CONFIG": "a.yaml"}, DEMO),
+        ({"v.yaml": "model: gpt\n"}, {"CONFIG": "v.yaml"}, "gpt"),
+        ({"v.yaml": "model: gpt\n"}, {"VLLM_CONFIG_FILE": "v.yaml"}, "gpt"),
+        ({"v.yaml": "seed: 3\n", OURS: "model: m\n"}, {"CONFIG": "v.yaml"}, DEMO),
     ],
 )
-def test_scripts_up_serves_the_demo_where_no_file_that_is_read_names_a_model(
-    checkout: Path, folder: Path, files: dict[str, str], environ: dict[str, str], expected: str
+def test_the_demo_is_served_where_it_is_asked_for_and_nothing_names_a_model(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], environ: dict[str, str], expected: str
 ) -> None:
+    """Even where a missing model is a mistake, as in a container or beside a GPU."""
+    monkeypatch.setenv("HOME", str(folder))
     for name, text in files.items():
         (folder / name).write_text(text)
-    done = subprocess.run(
-        ["bash", str(checkout / "scripts/up")],
-        env={"PATH": os.environ["PATH"], **environ}, cwd=folder, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert done.stdout == expected.format(root=checkout)
-    assert done.stderr == ""
+    for arguments in (Arguments(), Arguments(vllm_args=("--seed", "1"))):
+        settings = read(folder, arguments, SUPERVISOR_DEMO="1", SUPERVISOR_IMAGE="1", **environ)
+        assert settings.model.value == expected
+        assert settings.is_demo is (expected == DEMO)
+        assert not [warning for warning in settings.warnings if "SUPERVISOR_DEMO" in warning]
 
 
-DEMO_AND = "up {root}/supervisor/demo/model %s\n"
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ("--mode queue", DEMO_AND % "--mode queue"),
-        ("--port 9000", DEMO_AND % "--port 9000"),
-        ("--port=9000 --host=::1", DEMO_AND % "--port=9000 --host=::1"),
-        ("--host 127.0.0.1 --port 9000 --mode http", DEMO_AND % "--host 127.0.0.1 --port 9000 --mode http"),
-        ("-- --max-model-len 512", DEMO_AND % "-- --max-model-len 512"),
-        ("--port 9000 -- --served-model-name x", DEMO_AND % "--port 9000 -- --served-model-name x"),
-        ("--config seed.yaml", DEMO_AND % "--config seed.yaml"),
-        ("--config=seed.yaml", DEMO_AND % "--config=seed.yaml"),
-        ("-- --config seed.yaml", DEMO_AND % "-- --config seed.yaml"),
-        ("--port", DEMO_AND % "--port"),  # the supervisor says what is missing
-        ("--help", DEMO_AND % "--help"),
-        # There is a model.
-        ("org/name", "up org/name\n"),
-        ("org/name --mode queue", "up org/name --mode queue\n"),
-        ("--mode queue org/name", "up --mode queue org/name\n"),
-        ("--port=9000 ./folder -- --seed 1", "up --port=9000 ./folder -- --seed 1\n"),
-        ("--config model.yaml", "up --config model.yaml\n"),
-        ("--config=model.yaml --port 9000", "up --config=model.yaml --port 9000\n"),
-        ("--port 9000 -- --config model.yaml", "up --port 9000 -- --config model.yaml\n"),
-        ("-- --config=model.yaml", "up -- --config=model.yaml\n"),
-    ],
-)
-def test_scripts_up_looks_for_a_model_among_its_arguments(
-    checkout: Path, folder: Path, given: str, expected: str
-) -> None:
-    (folder / "seed.yaml").write_text("seed: 3\n")
-    (folder / "model.yaml").write_text("model: gpt\n")
-    done = subprocess.run(
-        ["bash", str(checkout / "scripts/up"), *given.split()],
-        env={"PATH": os.environ["PATH"]}, cwd=folder, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert done.stdout == expected.format(root=checkout)
-    assert done.stderr == ""
-
-
-@pytest.mark.parametrize("name", ["MODEL", "MODEL_NAME", "LLM_MODEL", "SM_VLLM_MODEL", "SM_VLLM_MODEL_NAME"])
-def test_scripts_up_leaves_a_model_of_the_environment_alone(checkout: Path, folder: Path, name: str) -> None:
-    done = subprocess.run(
-        ["bash", str(checkout / "scripts/up"), "--mode", "queue"],
-        env={"PATH": os.environ["PATH"], name: "org/name"}, cwd=folder, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert done.stdout == "up --mode queue\n"
-
-
-def test_a_config_on_the_command_line_wins_over_others_for_scripts_up(checkout: Path, folder: Path) -> None:
-    """As for the supervisor: of the files of settings only one is read."""
-    (folder / "seed.yaml").write_text("seed: 3\n")
-    (folder / "model.yaml").write_text("model: gpt\n")
-    (folder / "config.yaml").write_text("supervisor:\nmodel: m\n")
-    done = subprocess.run(
-        ["bash", str(checkout / "scripts/up"), "--config", "seed.yaml"],
-        env={"PATH": os.environ["PATH"], "SUPERVISOR_CONFIG": "model.yaml"},
-        cwd=folder, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert done.stdout == (DEMO_AND % "--config seed.yaml").format(root=checkout)
-
-
-def test_scripts_up_does_not_wait_for_a_pipe(checkout: Path, folder: Path) -> None:
-    os.mkfifo(folder / "config.yaml")
-    done = subprocess.run(
-        ["bash", str(checkout / "scripts/up")],
-        env={"PATH": os.environ["PATH"]}, cwd=folder, capture_output=True, text=True, check=True, timeout=10,
-    )  # fmt: skip
-    assert done.stdout == DEMO.format(root=checkout)
+def test_a_model_of_the_command_line_is_no_wish_for_the_demo(folder: Path) -> None:
+    (folder / "v.yaml").write_text("model: gpt\n")
+    assert read(folder, Arguments(model="m"), SUPERVISOR_DEMO="1").model.value == "m"
+    assert read(folder, Arguments(vllm_args=("--config", "v.yaml")), SUPERVISOR_DEMO="1").model.value == "gpt"
 
 
 # Values that JSON has not

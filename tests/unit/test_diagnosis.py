@@ -345,6 +345,14 @@ QUOTED = (
     Row("RuntimeError: Gloo connectFullMesh failed with [gloo/transport/tcp/pair.cc:152] timed out connecting: "
         "SO_ERROR: Connection refused, remote=[10.77.0.1]:28081$1", "rank at 10.77.0.1 does not answer", "all ports",
         permanent=False),
+    # torch.compile's own, on a tmpfs as Docker mounts one
+    Row("torch._inductor.exc.InductorError: OSError: /tmp/x/inductor/5o/c5oi2d.main.so: failed to map segment from "
+        "shared object.  The most common reason this may occur is if the /tmp/x folder is mounted with noexec (e.g., "
+        "by default Docker mounts tmp file systems as noexec).", "/tmp/x/inductor/5o/c5oi2d.main.so can't be loaded",
+        "--tmpfs /tmp:exec"),
+    # glibc's, of a module that Triton made
+    Row("ImportError: /tmp/x/triton/F4/cuda_utils.so: failed to map segment from shared object: Operation not "
+        "permitted", "mounted noexec", "TMPDIR"),
     # torch's own, where the store or one of the ranks is gone while they gather
     Row("torch.distributed.DistNetworkError: failed to recv, got 0 bytes", "did not come together: failed to recv",
         "MASTER_ADDR", permanent=False),

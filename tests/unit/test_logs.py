@@ -318,6 +318,17 @@ def test_vllms_lines_keep_their_level(line: str, level: str) -> None:
     assert (content["level"], content["logger"], content["message"]) == (level, "vllm", line)
 
 
+def test_vllms_own_colours_hide_no_level_and_are_not_in_json() -> None:
+    """VLLM_LOGGING_COLOR=1 and FORCE_COLOR=1 have it colour its lines, though it writes into a pipe."""
+    line = "\x1b[1;36m(APIServer pid=7)\x1b[0;0m \x1b[33mWARNING\x1b[0m \x1b[90m11-26 03:16:45\x1b[39m [core.py:7] slow"
+    content = json.loads(VllmLines(JSON, is_terminal=False)(line.encode(), line))
+    told = (content["level"], content["message"])
+    assert told == ("WARNING", "(APIServer pid=7) WARNING 11-26 03:16:45 [core.py:7] slow")
+    shown = VllmLines(TEXT, is_terminal=True)(line.encode(), line).decode()
+    assert shown == f"\x1b[33m{line}\x1b[0m\n"
+    assert VllmLines(TEXT, is_terminal=False)(line.encode(), line).decode() == f"{line}\n"
+
+
 def test_what_follows_a_traceback_has_its_level_until_another_comes() -> None:
     lines = ["(A pid=1) Traceback (most recent call last):", '  File "x.py"', "ValueError: no", "INFO 11-26 [x] on"]
     shown = VllmLines(JSON, is_terminal=False)
@@ -440,6 +451,10 @@ def lines_of(form: LineStyle, *records: Any) -> list[str]:
          " WARNING: POST /v1/completions 503 in 1.500 s, 2.5 MB, 12.0 s held, engine_unavailable (request abc)"),
         ({"path": b"/\xff\x1b[31m\n", "first": 0.0, "sent": 0},
          r": POST /\\xff\x1b[31m\n 200 in 1.500 s, 0 B, from 10.0.0.3 (request abc)"),
+        ({"first": 0.0, "sent": 999_499}, ": POST /v1/completions 200 in 1.500 s, 999 kB, from 10.0.0.3 (request abc)"),
+        ({"first": 0.0, "sent": 999_500}, ": POST /v1/completions 200 in 1.500 s, 1 MB, from 10.0.0.3 (request abc)"),
+        ({"first": 0.0, "sent": 5 * 10**12},
+         ": POST /v1/completions 200 in 1.500 s, 5000 GB, from 10.0.0.3 (request abc)"),
         ({"path": b"/very-secret-value", "first": 0.0},
          ": POST /**** 200 in 1.500 s, 13.4 kB, from 10.0.0.3 (request abc)"),
     ],
@@ -498,8 +513,8 @@ def documented(form: LineStyle, one: Any) -> str:
 
 
 def size(count: int) -> str:
-    unit = next((unit for unit in range(3) if count < 1000 ** (unit + 1)), 3)
-    return f"{count / 1000**unit:.3g} {('B', 'kB', 'MB', 'GB')[unit]}"
+    unit = next((unit for unit in range(3) if count < 999.5 * 1000**unit), 3)
+    return f"{count / 1000**unit:{'.3g' if count < 999.5e9 else '.0f'}} {('B', 'kB', 'MB', 'GB')[unit]}"
 
 
 # Letters that mean something to whoever makes lines by parts, and some that mean nothing.
