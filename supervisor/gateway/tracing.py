@@ -133,9 +133,7 @@ class Tracing:
             "http.request.method": method if method in KNOWN_METHODS else "_OTHER",
             "http.route": route if route != OTHER else "",
             "http.response.status_code": status if status != CLIENT_GONE else 0,  # it is not sent to anybody
-            "url.path": shown_path(self.mask, request.path)
-            if request.path != b"-"
-            else "",  # "-": it could not be read
+            "url.path": shown_path(self.mask, request.path).removeprefix("-"),  # a dash: it could not be read
             "url.scheme": "https" if record.door.tls else "http",
             "error.type": (cut or str(status)) if failed else "",
             "vllm_supervisor.request_id": self.mask(record.request_id.decode("latin-1")),

@@ -279,7 +279,7 @@ def _follow_parent(guard: KeyGuard) -> None:
     """Takes other keys for clients from standard input (`keys KEY,KEY`), and leaves where that ends."""
     for line in sys.stdin:
         if line.startswith("keys "):
-            guard.client_keys = line.split()[1].split(",")
+            guard.client_keys = list(filter(None, line[5:].strip().split(",")))
     os._exit(0)
 
 
