@@ -165,7 +165,7 @@ def _run_nvidia_smi() -> str | None:
     if program is None:
         return None
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        result = subprocess.run([program], capture_output=True, text=True, timeout=GPU_PATIENCE, check=False)
+        result = subprocess.run([program], capture_output=True, errors="replace", timeout=GPU_PATIENCE, check=False)
         return result.stdout or result.stderr
     return "it did not answer"
 

@@ -34,7 +34,7 @@ class Stacks(Observer):
             try:
                 result = subprocess.run(
                     [program, "dump", "--nonblocking", "--pid", str(pid)],
-                    capture_output=True, text=True, timeout=10, check=False,
+                    capture_output=True, errors="replace", timeout=10, check=False,
                 )  # fmt: skip
             except (OSError, subprocess.TimeoutExpired) as error:
                 self.log.warning("no stacks of %s: %s", name, error)

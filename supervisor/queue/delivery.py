@@ -34,8 +34,7 @@ class State(Enum):
     ANSWERING = "its answer comes, and is posted as it comes"
     RESULT = "its result is posted"
     ERROR = "its error is posted"
-    # These say how the job ended.
-    COMPLETED = "completed"
+    COMPLETED = "completed"  # this one and those below say how the job ended
     FAILED = "failed"
     CANCELLED = "cancelled"
     UNDELIVERED = "undelivered"
@@ -77,8 +76,7 @@ class PostRefusal(PostError):
 
 
 class RunPod(NamedTuple):
-    """Where results go. `done_url` and `stream_url` have `$ID` in place of the job's id. In the Hub's tests,
-    where nobody reads streams, `stream_url` is no address."""
+    """Where results go: `$ID` stands for the job's id. In the Hub's tests nobody reads streams: `stream_url` is none."""
 
     session: aiohttp.ClientSession
     done_url: str
@@ -133,6 +131,8 @@ class Delivery:
                 event = Event.DONE
             except JobError as error:
                 self.error, event = error, Event.BROKEN
+            except RecursionError:  # JSON that could just be read, and not be written with what is around it
+                self.error, event = JobError("The result is nested too deeply.", 502), Event.REFUSED
             except PostError as error:
                 part = "a part of the stream" if self.state is State.ANSWERING else "the result"
                 self.error = self.error or JobError(f"RunPod did not take {part} ({error}).", 502)
@@ -177,9 +177,8 @@ class Delivery:
             try:
                 await self.runpod.post(template, self.job_id, body, f"{self.attempt_id}{key}", stream=stream)
             except PostError as error:
-                is_refusal = isinstance(error, PostRefusal)
-                self.posts[f"{kind} {'refused' if is_refusal else 'failed'}"] += 1
-                if is_refusal or (tries and time.monotonic() > deadline):
+                self.posts[f"{kind} {'refused' if isinstance(error, PostRefusal) else 'failed'}"] += 1
+                if isinstance(error, PostRefusal) or (tries and time.monotonic() > deadline):
                     raise
                 await asyncio.sleep(random.uniform(0, min(FIRST_PAUSE * 2**tries, LONGEST_PAUSE)))  # noqa: S311
             else:

@@ -17,8 +17,7 @@ from supervisor.queue.jobs import JSON, JobError, omit, parse_object
 
 FIELDS = tomllib.loads(Path(__file__).with_name("fields.toml").read_text(encoding="utf-8"))
 GONE, CONSTRAINTS, LLM, OWN_FIELDS = FIELDS["gone"], FIELDS["constraints"], FIELDS["llm"], frozenset(FIELDS["workers"])
-OLD_FIELDS = frozenset(CONSTRAINTS).union(GONE)
-LLM_FIELDS = OWN_FIELDS.union(LLM["own"])
+OLD_FIELDS, LLM_FIELDS = frozenset(CONSTRAINTS).union(GONE), OWN_FIELDS.union(LLM["own"])
 MARKS = ("mode", *LLM["constraining"])  # each of these fields marks a request as runpod-LLM's
 
 

@@ -50,7 +50,6 @@ from supervisor.queue.shapes import Reader
 from supervisor.queue.worker import Answer, GatewayClient, tell_supervisor
 
 T = TypeVar("T")
-
 PR_SET_PDEATHSIG = 1
 # Orders are the supervisor's words (queue/child.py). Jobs are taken with the first ones, and none after the others.
 JOIN_ORDERS = frozenset({"ready", "failed"})  # with `failed`, jobs are taken only to be told why
@@ -58,8 +57,7 @@ END_ORDERS = frozenset({"draining", "expire", "gone"})  # `gone`: the supervisor
 LAST_REPORTS = 3.0  # seconds that jobs have to be reported as failed once the supervisor is gone
 POLL_TIMEOUT = aiohttp.ClientTimeout(total=85, sock_connect=10)  # RunPod holds a poll for up to half a minute
 # An answer without a job that comes sooner than this was no long poll: the next one waits, longer each time.
-SHORTEST_LONG_POLL = 0.5
-LONGEST_POLL_PAUSE = 10.0
+SHORTEST_LONG_POLL, LONGEST_POLL_PAUSE = 0.5, 10.0
 STDIN = open(0, "rb", buffering=0, closefd=False)  # noqa: SIM115  # it is open as long as we live
 
 

@@ -128,7 +128,7 @@ class Reader:
             text = f"{target} is the supervisor's own and not open to jobs. Ask for a route of the model's, such as "
             raise JobError(f"{text}/v1/models.", 403, param="route", code="route_not_open")
         if isinstance(query, dict):
-            query = urlencode(query, doseq=True, errors="surrogatepass")
+            query = urlencode([row for row in query.items() if row[1] is not None], doseq=True, errors="surrogatepass")
         if not isinstance(query, str | None):
             raise JobError("query must be an object or text.", param="query")
         if query:
@@ -159,7 +159,7 @@ class Reader:
 
 
 def _read_headers(content: object) -> CIMultiDict[str]:
-    pairs = parse_object(content, "headers")
+    pairs = {name: value for name, value in parse_object(content, "headers").items() if value is not None}
     for name in pairs:
         if not HEADER_NAME.fullmatch(name):
             raise JobError(f"{name!r} is no name of a header.", param="headers")

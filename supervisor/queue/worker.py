@@ -28,8 +28,7 @@ CHUNK_LIMIT = 256 * 1024  # bytes; RunPod takes more, but that would only delay 
 # A single event that is longer than this is cut, between two characters: quotes and backslashes double in JSON.
 EVENT_LIMIT = 450_000
 FIRST_EVENT, ALL_EVENTS = re.compile(rb".*?\n\r?\n", re.S), re.compile(rb".*\n\r?\n", re.S)  # an empty line ends each
-# Such an event says that the answer is broken off: the gateway's, or vLLM's own, in the dialects of both. It begins a
-# line, as no text of a model's can: line ends and quotes are escaped there.
+# Such an event, in both dialects, breaks the answer off. It begins a line, as no text of a model's can.
 ERROR_EVENT = re.compile(
     r'^data: ?(?=\{"error")(.*)$|^event: ?error\r?\ndata: ?(.*)$|^data:.*"finish_reason": ?"(?:abort|error)"', re.M
 )
@@ -129,16 +128,21 @@ class Answer:
 
     async def _ask_batch(self, items: tuple[Callable[[], Plan], ...]) -> list[object]:
         """Returns all results. Raises JobError where the engine failed each: what is the same for all is the job's."""
-        slots = asyncio.Semaphore(BATCH_CONCURRENCY)
+        results: list[object] = [None] * len(items)
+        pending = iter(enumerate(items))
 
-        async def ask_item(index: int, read: Callable[[], Plan]) -> object:
-            plan = read()
-            assert plan.request is not None
-            async with slots, self.gateway.ask(plan.request, f"{self.job.job_id}-{index}") as response:
-                return await self._read_body(response, plan)
+        async def ask_items() -> None:
+            for index, read in pending:
+                await asyncio.sleep(0)  # an item that can't be read must not hold up other jobs
+                try:
+                    plan = read()
+                    assert plan.request is not None
+                    async with self.gateway.ask(plan.request, f"{self.job.job_id}-{index}") as response:
+                        results[index] = await self._read_body(response, plan)
+                except Exception as error:  # noqa: BLE001  # whatever it is, it is this item's result
+                    results[index] = _convert_error(error.with_traceback(None))
 
-        answers = await asyncio.gather(*(ask_item(*pair) for pair in enumerate(items)), return_exceptions=True)
-        results = [_convert_error(answer) if isinstance(answer, Exception) else answer for answer in answers]
+        await asyncio.gather(*(ask_items() for _ in range(min(BATCH_CONCURRENCY, len(items)))))
         failures = [result for result in results if isinstance(result, JobError) and result.status >= 500]
         if len(failures) == len(results):
             raise failures[0]

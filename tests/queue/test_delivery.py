@@ -252,3 +252,20 @@ def test_what_an_error_says_makes_no_line_and_no_colour(ends: Ends) -> None:
     _, line = ends()
     assert line.endswith(r": 500, no\n03:45:11 supervisor: forged\x1b[2J\u2028caf" + "\xe9")
     assert json.loads(runpod.got[-1][1]["error"])["message"] == words
+
+
+def nested(depth: int) -> list[Any]:
+    found: list[Any] = []
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_a_result_that_can_not_be_written_is_an_error(ends: Ends, as_list: bool) -> None:
+    """JSON could just be read at this depth, and not be written within a result: the job was never reported."""
+    runpod = Listener()
+    deliver(lambda: Scripted(nested(200_000), as_list=as_list), runpod)
+    ((where, posted),) = runpod.got
+    assert (where, json.loads(posted["error"])["message"]) == ("done", "The result is nested too deeply.")
+    assert ends()[0] == "failed"

@@ -1175,3 +1175,16 @@ def test_the_error_of_an_event(event: object, expected: tuple[str, str, int]) ->
 
 def test_an_errors_text_keeps_its_letters() -> None:
     assert "日本" in JobError("日本").text
+
+
+def test_what_is_null_in_headers_and_query_is_missing() -> None:
+    content = {
+        "route": "/x",
+        "headers": {"Content-Type": None, "X-A": "b"},
+        "query": {"a": None, "b": 1},
+        "body": '{"c": 1}',
+    }
+    request = READER.read(content).request
+    assert request is not None
+    assert request.path == "/x?b=1"
+    assert dict(request.headers) == {"X-A": "b", "Content-Type": "application/json"}

@@ -43,7 +43,7 @@ def of_the_application(arguments: list[str], tasks: tuple[str, ...]) -> Iterator
     from vllm.entrypoints.launchers.app import build_app  # noqa: PLC0415  # takes seconds, and reads the environment
 
     pooling: Any = SimpleNamespace(get_pooling_task=lambda _: "embed", hf_config=None)
-    application = build_app(make_parser().parse_args(["model", *arguments]), tasks, pooling)
+    application = build_app(make_parser().parse_args(["serve", "model", *arguments]), tasks, pooling)
     yield from walk(application.routes)
 
 
