@@ -76,7 +76,7 @@ class PostRefusal(PostError):
 
 
 class RunPod(NamedTuple):
-    """Where results go: `$ID` stands for the job's id. In the Hub's tests nobody reads streams: `stream_url` is none."""
+    """Where results go: `$ID` is the job's id. In the Hub's tests nobody reads streams: `stream_url` is none."""
 
     session: aiohttp.ClientSession
     done_url: str
