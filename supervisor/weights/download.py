@@ -194,8 +194,7 @@ class Download:
     def give_up(self, error: refusals.UnavailableError) -> None:
         """Returns only where there is something to serve all the same; else ends the program."""
         if self.folder is None or snapshot.find_fault(self.folder, self.load_format):  # damaged files have been deleted
-            now = " now" if error.exit_code == refusals.EXIT_TRANSIENT else ""
-            say(f"cannot be had{now}: {error.cause} | {error.remedy}")
+            say(f"cannot be had{' now' * (error.exit_code == refusals.EXIT_TRANSIENT)}: {error.cause} | {error.remedy}")
             os._exit(error.exit_code)  # the client's threads may be waiting for the network
         say(f"{error.cause} Serving what is in the cache: {self.folder}")
         self.files, self.missing_bytes = {}, 0

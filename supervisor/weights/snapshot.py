@@ -91,19 +91,20 @@ def find_fault(folder: Path, load_format: str = "auto") -> str | None:
     needed = weights(names, load_format, folder.joinpath)
     if not needed and PATTERNS.get(load_format):
         return "there are no weights"
-    faults = ((name, find_damage(folder / name)) for name in needed)
+    faults = ((name, find_damage(folder / name)) for name in (*sorted(filter(is_read, names)), *needed))
     return next((f"{name} {fault}" for name, fault in faults if fault is not None), None)
 
 
 def find_damage(path: Path) -> str | None:
-    """Returns what is wrong with one file of weights, as far as its beginning and its size tell."""
+    """Returns what is wrong with one file, as far as its beginning and its size tell."""
+    least_size = int(path.name in FILES["never empty"] or not is_read(path.name))
     try:
         size = path.stat().st_size  # it is that of the file that a link leads to
         with path.open("rb") as file:
             prefix = file.read(8)
-            if prefix == LFS_POINTER[:8]:
+            if (prefix + file.peek(len(LFS_POINTER))).startswith(LFS_POINTER):
                 return "is only a Git LFS pointer"
-            expected_size = _expected_size(prefix, file) if path.suffix == ".safetensors" else 1
+            expected_size = _expected_size(prefix, file) if path.suffix == ".safetensors" else least_size
     except FileNotFoundError:
         return "is missing"
     except OSError as error:

@@ -735,6 +735,8 @@ def damage(path: Path, how: str) -> None:
     blob = path.resolve()
     if how == "cut short":
         os.truncate(blob, 1000)
+    elif how == "emptied":
+        os.truncate(blob, 0)
     elif how == "garbage":
         blob.write_bytes(b"\xff" * blob.stat().st_size)
     elif how == "pointer":
@@ -765,6 +767,16 @@ def test_a_start_from_a_cache_that_is_not_whole(user: User, hub: Hub, large: Pat
         supervisor.says(rf"org/large is in the hub's cache \(\S+\), but not whole: {why}")
         supervisor.ready()
         assert user.has("org/large", large)
+
+
+@pytest.mark.parametrize(("how", "why"), [("dangling", "missing"), ("emptied", "not complete: 0 of 1 bytes")])
+def test_a_configuration_that_is_gone_comes_again(user: User, hub: Hub, how: str, why: str) -> None:
+    assert user.run(hub, "org/tiny").returncode == 0
+    damage(user.snapshot("org/tiny") / "config.json", how)
+    with user.up(hub, "org/tiny") as supervisor:
+        supervisor.says(rf"org/tiny is in the hub's cache \(\S+\), but not whole: config\.json is {why}")
+        supervisor.ready()
+        assert user.has("org/tiny", DEMO)
 
 
 def test_files_of_an_unfinished_download_are_checked_by_the_next(user: User, hub: Hub, large: Path) -> None:
