@@ -26,7 +26,7 @@ CHUNK_BYTES = 1 << 20
 ABANDONED_SECONDS = 60.0
 
 
-def keep(say: Callable[[str], object]) -> None:
+def keep(say: Callable[[str], None]) -> None:
     """Steps between the client and its files; says so where this client does not let it."""
     from huggingface_hub import __version__, constants, file_download  # noqa: PLC0415  # not every environment has it
 
@@ -34,8 +34,7 @@ def keep(say: Callable[[str], object]) -> None:
     original: Any = getattr(file_download, "http_get", None)
     warning = f"what breaks off begins anew: huggingface_hub {__version__} takes files in a way that is new to us"
     if not callable(original) or not {"resume_size", "expected_size"} <= inspect.signature(original).parameters.keys():
-        say(warning)
-        return
+        return say(warning)
 
     def http_get(url: str, temp_file: Any, **options: Any) -> None:
         path = str(temp_file.name)
@@ -46,10 +45,11 @@ def keep(say: Callable[[str], object]) -> None:
             original(url=url, temp_file=temp_file, **options)
             return
         half = Path(match["blob"] + KEPT_SUFFIX)
-        with half.open("a+b") as file:
-            if file.tell() > (options.get("expected_size") or 0):
-                file.seek(0)
-                file.truncate()
+        half.touch()
+        # Where locks hold nobody off, two write to this file: at positions, and so the same bytes.
+        with half.open("r+b") as file:
+            if file.seek(0, 2) > (options.get("expected_size") or 0):
+                file.truncate(file.seek(0))
             original(url=url, temp_file=file, **options | {"resume_size": file.tell()})
         half.replace(path)
 

@@ -81,6 +81,26 @@ def test_a_half_that_is_too_long_is_begun_anew(client: Client, tmp_path: Path) -
     assert (tmp_path / "blob").read_bytes() == b"1" * 200
 
 
+def test_two_workers_without_a_lock_write_the_same_file(client: Client, tmp_path: Path) -> None:
+    """On a volume whose locks hold nobody off. The slower one's file is gone at its end; its next try has it."""
+    content, whole = bytes(range(200)), tmp_path / "blob"
+
+    def slower(url: str, temp_file: Any, *, resume_size: int, expected_size: int) -> None:
+        temp_file.write(content[:50])
+        temp_file.flush()
+        client.takes(content)
+        halves.keep(lambda _: None)
+        client.download(whole, 200)
+        temp_file.write(content[50:])
+
+    client.file_download.http_get = slower
+    halves.keep(lambda _: None)
+    with pytest.raises(FileNotFoundError):
+        client.download(whole, 200)
+    assert whole.read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["blob"]
+
+
 def fetch(url: str, temp_file: Any, *, start: int = 0) -> None:
     """A way to take files that we do not know."""
 
