@@ -41,7 +41,6 @@ else:  # these lie beside this file; the package itself can't be had: the superv
 REPORT_INTERVAL = 5.0  # seconds
 ASK_TIMEOUT = 10.0
 TRIES = 5  # in a row, without a byte more than before
-OUTSIDE_PARTS = {"..", "/", "//"}  # a path with one of these leads out of a folder
 # Another process may fill the disk, too: so many bytes stay free, or a tenth of what comes, where that is less.
 SPARE_BYTES = 200_000_000
 LARGE_BYTES = 500_000_000  # so many bytes take longer to come than vLLM's import, and longer than a moment to be read
@@ -100,7 +99,9 @@ class Download:
     def _ask_hub(self) -> None:
         from huggingface_hub import HfApi, hf_hub_download, snapshot_download  # noqa: PLC0415
 
-        commit = HfApi().model_info(self.repo, revision=self.revision, timeout=ASK_TIMEOUT).sha
+        commit = HfApi().model_info(self.repo, revision=self.revision, timeout=ASK_TIMEOUT).sha or ""
+        if not snapshot.COMMIT_HASH.fullmatch(commit):  # it becomes a folder's name
+            raise ValueError("the hub names no commit")
         self.snapshot = self.path / "snapshots" / commit
         if self.folder and self.folder.name != commit:
             say(f"the hub has a newer {self.repo}: {commit[:12]}, not {self.folder.name[:12]}")
@@ -109,7 +110,7 @@ class Download:
         options: dict[str, Any] = {"revision": commit, "cache_dir": str(self.cache)}
         rows = HfApi().list_repo_tree(self.repo, recursive=True, revision=commit)
         # A name that leads out of the folder is none of the hub's own; this matters, for damaged files are deleted.
-        files = {row.path: row for row in rows if hasattr(row, "size") and not OUTSIDE_PARTS & {*Path(row.path).parts}}
+        files = {row.path: row for row in rows if hasattr(row, "size") and not snapshot.OUTSIDE.fullmatch(row.path)}
         files = {name: row for name, row in files.items() if not snapshot.matches_any(name, self.ignored)}
         weights = snapshot.weights(files, self.load_format, partial(hf_hub_download, self.repo, **options))
         if not weights and snapshot.PATTERNS[self.load_format] and any(name.endswith(".gguf") for name in files):

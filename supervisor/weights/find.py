@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from supervisor.weights.snapshot import PATTERNS, find_fault
+from supervisor.weights.snapshot import COMMIT_HASH, PATTERNS, find_fault
 
 REPOSITORY_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # It names one of a repository's many models, which vLLM's GGUF plugin knows by its quantization; or a file.
 GGUF_NAME = re.compile(r"[\w.-]+/[\w.-]+:[\w.-]+|.+\.gguf")
-COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
 TRUE_WORDS = ("1", "true", "yes", "on")
 
 

@@ -18,6 +18,8 @@ FILES: dict[str, Any] = json.loads(Path(__file__).with_name("files.json").read_b
 PATTERNS: dict[str, list[str]] = FILES["weights"]  # by --load-format
 CONSOLIDATED = "consolidated*.safetensors"
 LFS_POINTER = b"version https://git-lfs"
+OUTSIDE = re.compile(r"(.*[/\\])?(\.\.)?([/\\].*)?", re.DOTALL)  # a path with a part that leads out, or none
+COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
 PART_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 HEADER_LIMIT = 100_000_000  # bytes; a larger header of a safetensors file is none
 

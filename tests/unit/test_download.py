@@ -173,13 +173,13 @@ def test_an_older_client_has_neither_xet_nor_checksums(client: Client, tmp_path:
 # What comes
 
 
-def listing(client: Client, *names: str) -> None:
+def listing(client: Client, *names: str, sha: str | None = "a" * 40) -> None:
     """The hub has these files."""
     rows = [SimpleNamespace(path=name, size=1, lfs=None, blob_id="0" * 40) for name in names]
 
     class HfApi:
         def model_info(self, _repo: str, **_: object) -> SimpleNamespace:
-            return SimpleNamespace(sha="a" * 40)
+            return SimpleNamespace(sha=sha)
 
         def list_repo_tree(self, _repo: str, **_: object) -> list[SimpleNamespace]:
             return [*rows, SimpleNamespace(path="folder")]
@@ -202,12 +202,29 @@ def test_a_name_that_leads_out_of_the_folder_is_none(client: Client, tmp_path: P
     outside = tmp_path / "outside.json"
     outside.write_text("somebody else's")
     names = ["config.json", "model.safetensors", str(outside), f"/{outside}", "../../../../outside.json"]
+    names += ["..\\outside.json", "a\\..\\..\\outside.json", "\\outside.json", "a//../outside.json"]
     listing(client, *names)
     repository = download.Download(tmp_path / "cache", {"repo": "org/name"})
     repository.ask()
     assert list(repository.files) == ["config.json", "model.safetensors"]
     assert repository.missing_bytes == 2
     assert outside.read_text() == "somebody else's"
+
+
+@pytest.mark.parametrize("sha", [None, "", "main", "../../../outside", "A" * 40, "a" * 40 + "\n"])
+def test_a_commit_that_is_none_is_no_folder(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sha: str | None
+) -> None:
+    """It may come right at the next try, as with anything else that a proxy says in the hub's place."""
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    listing(client, "config.json", "model.safetensors", sha=sha)
+    repository = download.Download(tmp_path, {"repo": "org/name"})
+    with pytest.raises(
+        refusals.UnavailableError, match="The hub could not be reached: the hub names no commit"
+    ) as error:
+        repository.ask()
+    assert error.value.exit_code == 4
+    assert list(tmp_path.iterdir()) == []
 
 
 # How far it is
