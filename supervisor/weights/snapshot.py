@@ -64,7 +64,7 @@ def _model_weights(names: set[str], patterns: Iterable[str], locate: Callable[[s
 
 def _read_json(path: str | Path) -> dict[str, Any]:
     """Returns the object in a small file of JSON; an empty one where there is none."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         content = json.loads(Path(path).read_bytes())
         return content if isinstance(content, dict) else {}
     return {}

@@ -157,6 +157,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 100\n
         ({INDEX: None, TWO[0]: None}, "auto", f"{TWO[0]} is missing"),
         ({INDEX: index_of("other.safetensors")}, "auto", "other.safetensors is missing"),
         ({INDEX: b"{"}, "auto", None),  # then all that are there
+        ({INDEX: b"[" * 200_000}, "auto", None),
         ({TWO[0]: POINTER}, "auto", f"{TWO[0]} is only a Git LFS pointer"),
         ({TWO[0]: safetensors()[:-1]}, "auto", f"{TWO[0]} is not complete: {SIZE - 1} of {SIZE} bytes"),
         ({TWO[0]: safetensors()[:40]}, "auto", f"{TWO[0]} is damaged"),
