@@ -11,8 +11,9 @@ import contextlib
 import fcntl
 import inspect
 import re
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,7 @@ def keep(say: Callable[[str], None]) -> None:
             return
         half = Path(match["blob"] + KEPT_SUFFIX)
         half.touch()
-        # Where locks hold nobody off, two write to this file: at positions, and so the same bytes.
-        with half.open("r+b") as file:
+        with half.open("r+b") as file:  # where locks hold nobody off, two write at positions, and so the same bytes
             if file.seek(0, 2) > (options.get("expected_size") or 0):
                 file.truncate(file.seek(0))
             original(url=url, temp_file=file, **options | {"resume_size": file.tell()})
@@ -56,18 +56,18 @@ def keep(say: Callable[[str], None]) -> None:
     file_download.http_get = http_get
 
 
-def sweep(repository: Path, missing_blobs: set[str]) -> int:
-    """Removes what killed processes left, but for halves that are still to be completed. Returns the bytes of these."""
-    kept_bytes = 0
+def sweep(repository: Path, missing: Mapping[Path, int]) -> dict[Path, int]:
+    """Removes what killed processes left, but for halves of blobs with `missing` sizes. Returns what is to come."""
+    missing_bytes = dict(missing)
     for path in (repository / "blobs").glob("*.incomplete"):
-        blob = path.name.partition(".")[0]
-        lock = repository.parent / ".locks" / repository.name / f"{blob}.lock"
+        blob = path.with_name(path.name.partition(".")[0])
+        lock = repository.parent / ".locks" / repository.name / f"{blob.name}.lock"
         with contextlib.suppress(OSError):
-            status = path.stat()
-            if path.name.endswith(KEPT_SUFFIX) and blob in missing_blobs:
-                kept_bytes += status.st_size
-            elif time.time() - status.st_mtime > ABANDONED_SECONDS:
+            status, free = path.stat(), shutil.disk_usage(repository).free
+            if path.name.endswith(KEPT_SUFFIX) and blob in missing:
+                missing_bytes[blob] -= status.st_size
+            elif time.time() - status.st_mtime > ABANDONED_SECONDS or sum(missing_bytes.values()) * 1.1 > free:
                 with lock.open("ab") as file:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     path.unlink()
-    return kept_bytes
+    return missing_bytes

@@ -44,9 +44,9 @@ PARTS = [f"model-{number:05}-of-00003.safetensors" for number in (1, 2, 3)]
 CHAT = {"model": "org/large", "messages": [{"role": "user", "content": "hi"}]}
 
 
-def told(repo: str) -> str:
+def told(*repos: str) -> str:
     """What the downloading program is told to fetch."""
-    return json.dumps({"repositories": [{"repo": repo}], "stall": 60})
+    return json.dumps({"repositories": [{"repo": repo} for repo in repos], "stall": 60})
 
 
 def safetensors(size: int, seed: int = 0) -> bytes:
@@ -703,6 +703,30 @@ def test_what_is_there_already_needs_no_room(user: User, large: Path) -> None:
         (folder / "generation_config.json").write_text("{}")
         assert user.run(hub, "org/moves").returncode == 0
         assert user.has("org/moves", folder)
+
+
+def test_what_was_killed_a_moment_ago_takes_no_room(user: User, hub: Hub, large: Path) -> None:
+    blobs = user.cache / "models--org--large/blobs"
+    with mounted(user.home / "hf", "-t", "tmpfs", "-o", "size=12m", "tmpfs"):
+        blobs.mkdir(parents=True)
+        (user.cache / ".locks/models--org--large").mkdir(parents=True)
+        (blobs / f"{hashlib.sha256((large / PARTS[0]).read_bytes()).hexdigest()}.0123abcd.incomplete").write_bytes(
+            bytes(5 * MB)
+        )
+        done = user.run(hub, "org/large")
+        assert done.returncode == 0, done.stdout
+        assert user.has("org/large", large)
+
+
+def test_a_repository_that_is_named_twice_comes_once(user: User, hub: Hub, large: Path) -> None:
+    with mounted(user.home / "hf", "-t", "tmpfs", "-o", "size=12m", "tmpfs"):
+        words, environ = [PYTHON, DOWNLOAD, told("org/large", "org/large")], clean_environment(**user.environ(hub))
+        done = subprocess.run(words, env=environ, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 0, done.stdout
+        assert done.stdout.count("weights: Downloading weights: org/large, ") == 1
+        assert done.stdout.count(f"weights: {user.snapshot('org/large')}\n") == 2
+        assert user.has("org/large", large)
+        assert hub.sent() < 3 * (PART + 1000)
 
 
 def test_a_cache_that_is_read_only(user: User, hub: Hub) -> None:
