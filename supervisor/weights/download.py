@@ -201,10 +201,11 @@ class Download:
 def sizes(repository: Path) -> dict[Path, int]:
     """Returns the size of each file in a cache, whichever way and by whomever it comes."""
     size_by_path = {}
-    for path in repository.glob("blobs/*"):
+    for path in (*repository.glob("blobs/*"), *repository.glob("snapshots/**/*")):  # the latter, without links
         with contextlib.suppress(OSError):  # only what is allotted counts: a client may write a file's end first
             status = path.stat()
-            size_by_path[path] = min(status.st_size, status.st_blocks * 512 or status.st_size)
+            if path.is_file() and not path.is_symlink():
+                size_by_path[path] = min(status.st_size, status.st_blocks * 512 or status.st_size)
     return size_by_path
 
 

@@ -321,6 +321,19 @@ def test_what_others_left_is_no_progress(
     assert "Downloading weights: 6.0 MB of 10.0 MB, 0.0 MB/s" in capsys.readouterr().out.splitlines()[1]
 
 
+def test_files_that_are_no_links_count_as_well(tmp_path: Path) -> None:
+    """A volume that can't have links has finished files where these would be."""
+    repository = download.Download(tmp_path, {"repo": "org/name"})
+    commit = repository.path / "snapshots" / ("a" * 40)
+    (commit / "folder").mkdir(parents=True)
+    repository.blobs.mkdir()
+    blob, file = repository.blobs / "blob", commit / "folder/model.safetensors"
+    blob.write_bytes(bytes(1000))
+    (commit / "config.json").symlink_to(blob)
+    file.write_bytes(bytes(2000))
+    assert download.sizes(repository.path) == {blob: 1000, file: 2000}
+
+
 def test_what_has_come_by_now_is_not_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -720,7 +720,8 @@ def test_what_was_killed_a_moment_ago_takes_no_room(user: User, hub: Hub, large:
 
 def test_a_repository_that_is_named_twice_comes_once(user: User, hub: Hub, large: Path) -> None:
     with mounted(user.home / "hf", "-t", "tmpfs", "-o", "size=12m", "tmpfs"):
-        words, environ = [PYTHON, DOWNLOAD, told("org/large", "org/large")], clean_environment(**user.environ(hub))
+        words: list[str | Path] = [PYTHON, DOWNLOAD, told("org/large", "org/large")]
+        environ = clean_environment(**user.environ(hub))
         done = subprocess.run(words, env=environ, capture_output=True, text=True, check=False, timeout=60)
         assert done.returncode == 0, done.stdout
         assert done.stdout.count("weights: Downloading weights: org/large, ") == 1
