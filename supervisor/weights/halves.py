@@ -20,9 +20,8 @@ from typing import Any
 # The client writes to a file of this name (newer clients make one for each try); what came is kept in one of ours.
 TEMPORARY_NAME = re.compile(r"(?P<blob>.*/[^./]+)(\.[0-9a-f]{8})?\.incomplete")
 KEPT_SUFFIX = ".kept.incomplete"
-# So many bytes are written at once. The client's own 10 MB are lost whenever a connection breaks off, and on a slow
-# line they come so seldom that the download seems to stand still.
-CHUNK_BYTES = 1 << 20
+# Bytes written at once; less is lost when a connection breaks off. Of the client's own 10 MB a bad line brings none.
+CHUNK_BYTES = 1 << 16
 # So long after its last byte a half-written file belongs to nobody; on some network volumes locks do not tell.
 ABANDONED_SECONDS = 60.0
 
