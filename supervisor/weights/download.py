@@ -22,7 +22,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from importlib import metadata, util
@@ -38,10 +38,8 @@ else:  # these lie beside this file; the package itself can't be had: the superv
     import refusals
     import snapshot
 
-REPORT_INTERVAL = 5.0  # seconds
-ASK_TIMEOUT = 10.0
+REPORT_INTERVAL, ASK_TIMEOUT = 5.0, 10.0  # seconds
 TRIES = 5  # in a row, without a byte more than before
-OUTSIDE_PARTS = {"..", "/", "//"}  # a path with one of these leads out of a folder
 # Another process may fill the disk, too: so many bytes stay free, or a tenth of what comes, where that is less.
 SPARE_BYTES = 200_000_000
 LARGE_BYTES = 500_000_000  # so many bytes take longer to come than vLLM's import, and longer than a moment to be read
@@ -64,14 +62,13 @@ class Download:
         self.setting, self.placeholder = row.get("setting", "MODEL"), row.get("place", "{weights}")
         self.where = "REVISION" if self.setting == "MODEL" else self.setting  # the setting that names the revision
         self.load_format, self.is_gguf = row.get("load_format", "auto"), row.get("gguf", False)
-        self.ignored = row.get("ignore", ())
-        self.folder = Path(row["have"]) if row.get("have") else None
+        self.ignored, self.folder = row.get("ignore", ()), Path(row["have"]) if row.get("have") else None
         self.cache, self.path = cache, cache / f"models--{self.repo.replace('/', '--')}"
         self.blobs, self.ref = self.path / "blobs", self.path / "refs" / (self.revision or "main")
         self.snapshot = self.path  # it becomes what the hub has today
         self.files: dict[str, Any] = {}  # those that vLLM reads, as the hub lists them; none where all is done
-        self.missing_sizes: list[int] = []  # of those files that are not here
-        self.missing_bytes = 0  # of these sizes, less what the cache has of them
+        self.missing: dict[Path, Any] = {}  # those of them that are not here, by their blobs
+        self.missing_bytes: dict[Path, int] = {}  # of these, less what the cache has of them
 
     def ask(self) -> None:
         """Asks the hub what it has, and finds out what of that is to come. Raises UnavailableError."""
@@ -90,7 +87,7 @@ class Download:
                 raise
             except Exception as error:  # noqa: BLE001  # they are told apart there: the client's, its HTTP library's, the disk's
                 refusals.raise_known(error, vars(self))
-                loaded_bytes = sum(sizes(self.blobs).values())
+                loaded_bytes = sum(sizes(self.path).values())
                 attempts, most_bytes = (1, loaded_bytes) if loaded_bytes > most_bytes else (attempts + 1, most_bytes)
                 if attempts >= tries:
                     refusals.raise_unreachable(trouble[1], error)
@@ -100,16 +97,18 @@ class Download:
     def _ask_hub(self) -> None:
         from huggingface_hub import HfApi, hf_hub_download, snapshot_download  # noqa: PLC0415
 
-        commit = HfApi().model_info(self.repo, revision=self.revision, timeout=ASK_TIMEOUT).sha
+        commit = HfApi().model_info(self.repo, revision=self.revision, timeout=ASK_TIMEOUT).sha or ""
+        if not snapshot.COMMIT_HASH.fullmatch(commit):  # it becomes a folder's name
+            raise ValueError("the hub names no commit")
         self.snapshot = self.path / "snapshots" / commit
         if self.folder and self.folder.name != commit:
             say(f"the hub has a newer {self.repo}: {commit[:12]}, not {self.folder.name[:12]}")
         elif self.folder and self.ref.is_file() and self.ref.read_text() == commit:
             return
         options: dict[str, Any] = {"revision": commit, "cache_dir": str(self.cache)}
-        rows = HfApi().list_repo_tree(self.repo, recursive=True, revision=commit)
+        tree = HfApi().list_repo_tree(self.repo, recursive=True, revision=commit)
         # A name that leads out of the folder is none of the hub's own; this matters, for damaged files are deleted.
-        files = {row.path: row for row in rows if hasattr(row, "size") and not OUTSIDE_PARTS & {*Path(row.path).parts}}
+        files = {row.path: row for row in tree if hasattr(row, "size") and not snapshot.OUTSIDE.fullmatch(row.path)}
         files = {name: row for name, row in files.items() if not snapshot.matches_any(name, self.ignored)}
         weights = snapshot.weights(files, self.load_format, partial(hf_hub_download, self.repo, **options))
         if not weights and snapshot.PATTERNS[self.load_format] and any(name.endswith(".gguf") for name in files):
@@ -124,46 +123,45 @@ class Download:
                 delete(path)
         self.load = partial(snapshot_download, self.repo, allow_patterns=[*map(glob.escape, self.files)], **options)
         if has_dry_run := "dry_run" in inspect.signature(snapshot_download).parameters:
-            missing = {row.filename for row in self.load(dry_run=True) if row.will_download}
+            rows = [self.files[row.filename] for row in self.load(dry_run=True) if row.will_download]
         else:
             say("this huggingface_hub can't tell beforehand what comes; whether there is room is not looked at")
-            missing = {name for name in self.files if not (self.snapshot / name).exists()}
-        missing_rows = [self.files[name] for name in missing]
-        self.missing_sizes = [row.size for row in missing_rows]
-        kept_bytes = halves.sweep(self.path, {row.lfs.sha256 if row.lfs else row.blob_id for row in missing_rows})
-        self.missing_bytes = sum(self.missing_sizes) - kept_bytes if has_dry_run else 0
+            rows = [row for name, row in self.files.items() if not (self.snapshot / name).exists()]
+        self.missing = {self.blobs / (row.lfs.sha256 if row.lfs else row.blob_id): row for row in rows}
+        missing_bytes = halves.sweep(self.path, {blob: row.size for blob, row in self.missing.items()})
+        self.missing_bytes = missing_bytes if has_dry_run else {}
 
     def fetch(self, stall: float) -> None:
         """Downloads the files that are missing, and checks them. Raises UnavailableError."""
         if not self.files:
             return
-        started_at, total = time.monotonic(), sum(self.missing_sizes)
-        if self.missing_sizes:
-            say(f"Downloading weights: {self.repo}, {len(self.missing_sizes)} files, {amount(total)}, to {self.cache}")
-        bytes_before = sum(count for name, count in sizes(self.blobs).items() if not name.endswith(".incomplete"))
-        self._retry(partial(self._load, stall, bytes_before), DOWNLOAD_TROUBLE)
+        there = sizes(self.path).keys()  # by now: a repository may be named twice
+        self.missing = {blob: row for blob, row in self.missing.items() if not there & {blob, self.snapshot / row.path}}
+        started_at, total = time.monotonic(), sum(row.size for row in self.missing.values())
+        if self.missing:
+            say(f"Downloading weights: {self.repo}, {len(self.missing)} files, {amount(total)}, to {self.cache}")
+        others = {path for path in there if not path.name.endswith(halves.KEPT_SUFFIX)}
+        self._retry(partial(self._load, stall, total, others), DOWNLOAD_TROUBLE)
         self._retry(self._check, HUB_TROUBLE)
-        if self.missing_sizes:
+        if self.missing:
             seconds = max(time.monotonic() - started_at, 0.001)
             say(f"downloaded {amount(total)} in {seconds:.0f} s, {amount(total / seconds)}/s")
         self.folder = self.snapshot
 
-    def _load(self, stall: float, bytes_before: int) -> None:
-        """Downloads, and says every few seconds how far it is. Raises UnavailableError where not a byte comes. The
-        cache had `bytes_before`, which are none of the download's."""
-        total, last_sizes = sum(self.missing_sizes), sizes(self.blobs)
-        last_progress, moved_at = sum(last_sizes.values()), time.monotonic()
-        reported_at = moved_at
+    def _load(self, stall: float, total: int, others: Set[Path]) -> None:
+        """Downloads, and says how far it is, without these `others`. Raises UnavailableError where not a byte comes."""
+        last_sizes, moved_at = sizes(self.path), time.monotonic()
+        last_progress, reported_at = sum(last_sizes[path] for path in last_sizes.keys() - others), moved_at
         future = ThreadPoolExecutor(1).submit(self.load)
         while not wait([future], min(1.0, stall / 4)).done:
-            now, current_sizes = time.monotonic(), sizes(self.blobs)
+            now, current_sizes = time.monotonic(), sizes(self.path)
             if current_sizes != last_sizes:
                 moved_at, last_sizes = now, current_sizes
             elif now - moved_at > stall:
                 raise refusals.unavailable("stalled", stall=stall)
             if total and now - reported_at >= REPORT_INTERVAL:
-                progress = sum(current_sizes.values())
-                done, rate = min(progress - bytes_before, total), max(0, progress - last_progress) / (now - reported_at)
+                progress = sum(current_sizes[path] for path in current_sizes.keys() - others)
+                done, rate = min(progress, total), max(0, progress - last_progress) / (now - reported_at)
                 last_progress, reported_at = progress, now
                 time_left = f", {(total - done) / rate:.0f} s left" if rate > 1000 else ""
                 say(f"Downloading weights: {amount(done)} of {amount(total)}, {amount(rate)}/s{time_left}")
@@ -194,21 +192,21 @@ class Download:
     def give_up(self, error: refusals.UnavailableError) -> None:
         """Returns only where there is something to serve all the same; else ends the program."""
         if self.folder is None or snapshot.find_fault(self.folder, self.load_format):  # damaged files have been deleted
-            now = " now" if error.exit_code == refusals.EXIT_TRANSIENT else ""
-            say(f"cannot be had{now}: {error.cause} | {error.remedy}")
+            say(f"cannot be had{' now' * (error.exit_code == refusals.EXIT_TRANSIENT)}: {error.cause} | {error.remedy}")
             os._exit(error.exit_code)  # the client's threads may be waiting for the network
         say(f"{error.cause} Serving what is in the cache: {self.folder}")
-        self.files, self.missing_bytes = {}, 0
+        self.files, self.missing_bytes = {}, {}
 
 
-def sizes(blobs: Path) -> dict[str, int]:
+def sizes(repository: Path) -> dict[Path, int]:
     """Returns the size of each file in a cache, whichever way and by whomever it comes."""
-    size_by_name = {}
-    for path in blobs.glob("*"):
+    size_by_path = {}
+    for path in (*repository.glob("blobs/*"), *repository.glob("snapshots/**/*")):  # the latter, without links
         with contextlib.suppress(OSError):  # only what is allotted counts: a client may write a file's end first
             status = path.stat()
-            size_by_name[path.name] = min(status.st_size, status.st_blocks * 512 or status.st_size)
-    return size_by_name
+            if path.is_file() and not path.is_symlink():
+                size_by_path[path] = min(status.st_size, status.st_blocks * 512 or status.st_size)
+    return size_by_path
 
 
 def uses_xet(rows: Iterable[Any]) -> bool:
@@ -225,12 +223,17 @@ def delete(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def check_room(repo: str, needed: int, cache: Path) -> None:
-    """Raises UnavailableError where so many bytes find no room."""
-    folder = next(path for path in (cache, *cache.parents) if path.exists())
+def check_room(download: Download, downloads: list[Download]) -> int:
+    """Returns how many bytes are missing of all of them. Raises UnavailableError where these find no room."""
+    folder = next(path for path in (download.cache, *download.cache.parents) if path.exists())
+    needed = sum({blob: count for each in downloads for blob, count in each.missing_bytes.items()}.values())
     free = shutil.disk_usage(folder).free
-    if needed > 0 and needed + min(SPARE_BYTES, needed // 10) > free:
-        raise refusals.unavailable("room", repo=repo, needed=amount(needed), folder=folder, free=amount(free))
+    lacking = needed + min(SPARE_BYTES, needed // 10) - free
+    if lacking > 0:
+        left = sum(count for path, count in sizes(download.path).items() if halves.TEMPORARY_NAME.fullmatch(str(path)))
+        name, words = "room" if lacking > left else "room now", {"needed": amount(needed), "free": amount(free)}
+        raise refusals.unavailable(name, repo=download.repo, folder=folder, **words)
+    return needed
 
 
 def check_gguf(repo: str, setting: str) -> None:
@@ -246,17 +249,16 @@ def check_gguf(repo: str, setting: str) -> None:
 def fetch_all(downloads: list[Download], stall: float, command: list[str]) -> None:
     """Asks the hub about all of them before the first byte of any comes, then fetches them."""
     halves.keep(say)
-    reader, is_hub_silent = None, False
+    reader, is_hub_silent, needed = None, False, 0
     for download in downloads:
         try:
             if not (is_hub_silent and download.folder):  # one question to a hub that does not answer has to do
                 download.ask()
-            check_room(download.repo, sum(other.missing_bytes for other in downloads), download.cache)
+            needed = check_room(download, downloads)
         except refusals.UnavailableError as error:
             download.give_up(error)
             is_hub_silent = error.exit_code == refusals.EXIT_TRANSIENT
-    if command and sum(download.missing_bytes for download in downloads) >= LARGE_BYTES:
-        # vLLM's libraries come off the disk while the network is waited for.
+    if command and needed >= LARGE_BYTES:  # vLLM's libraries come off the disk while the network is waited for
         with contextlib.suppress(OSError):
             words = ["nice", "-n", "10", sys.executable, "-c", "import vllm.entrypoints.openai.api_server"]
             reader = Popen(words, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL)

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from supervisor.weights.snapshot import PATTERNS, find_fault
+from supervisor.weights.snapshot import COMMIT_HASH, PATTERNS, find_fault
 
 REPOSITORY_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # It names one of a repository's many models, which vLLM's GGUF plugin knows by its quantization; or a file.
 GGUF_NAME = re.compile(r"[\w.-]+/[\w.-]+:[\w.-]+|.+\.gguf")
-COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
 TRUE_WORDS = ("1", "true", "yes", "on")
 
 
@@ -53,8 +52,7 @@ def find(
         return Weights(f"the folder {model}", Path(model), is_gguf=is_gguf)
     if not REPOSITORY_NAME.fullmatch(model) or is_gguf or environ.get("VLLM_USE_MODELSCOPE", "").lower() in TRUE_WORDS:
         return Weights("left to vLLM", is_gguf=is_gguf)  # s3://..., another hub
-    rejections = []
-    is_known_format = load_format in PATTERNS
+    rejections, is_known_format = list[str](), load_format in PATTERNS
     for place in places:
         snapshot = find_snapshot(place.cache, model, revision)
         if snapshot is None or not (is_known_format or place.is_pinned):
@@ -84,8 +82,7 @@ def find_snapshot(cache: Path, model: str, revision: str | None) -> Path | None:
     repository = cache / f"models--{model.replace('/', '--')}"
     with contextlib.suppress(OSError):  # somebody else's folder, too long a name
         if not repository.is_dir():
-            entries = {path.name.lower(): path for path in cache.iterdir()}
-            repository = entries.get(repository.name.lower(), repository)
+            repository = {path.name.lower(): path for path in cache.iterdir()}.get(repository.name.lower(), repository)
         snapshots, commit = repository / "snapshots", revision if COMMIT_HASH.fullmatch(revision or "") else None
         with contextlib.suppress(OSError, ValueError):
             commit = (repository / "refs" / (revision or "main")).read_text().strip()

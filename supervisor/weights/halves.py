@@ -11,22 +11,22 @@ import contextlib
 import fcntl
 import inspect
 import re
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 # The client writes to a file of this name (newer clients make one for each try); what came is kept in one of ours.
 TEMPORARY_NAME = re.compile(r"(?P<blob>.*/[^./]+)(\.[0-9a-f]{8})?\.incomplete")
 KEPT_SUFFIX = ".kept.incomplete"
-# So many bytes are written at once. The client's own 10 MB are lost whenever a connection breaks off, and on a slow
-# line they come so seldom that the download seems to stand still.
-CHUNK_BYTES = 1 << 20
+# Bytes written at once; less is lost when a connection breaks off. Of the client's own 10 MB a bad line brings none.
+CHUNK_BYTES = 1 << 16
 # So long after its last byte a half-written file belongs to nobody; on some network volumes locks do not tell.
 ABANDONED_SECONDS = 60.0
 
 
-def keep(say: Callable[[str], object]) -> None:
+def keep(say: Callable[[str], None]) -> None:
     """Steps between the client and its files; says so where this client does not let it."""
     from huggingface_hub import __version__, constants, file_download  # noqa: PLC0415  # not every environment has it
 
@@ -34,8 +34,7 @@ def keep(say: Callable[[str], object]) -> None:
     original: Any = getattr(file_download, "http_get", None)
     warning = f"what breaks off begins anew: huggingface_hub {__version__} takes files in a way that is new to us"
     if not callable(original) or not {"resume_size", "expected_size"} <= inspect.signature(original).parameters.keys():
-        say(warning)
-        return
+        return say(warning)
 
     def http_get(url: str, temp_file: Any, **options: Any) -> None:
         path = str(temp_file.name)
@@ -46,28 +45,28 @@ def keep(say: Callable[[str], object]) -> None:
             original(url=url, temp_file=temp_file, **options)
             return
         half = Path(match["blob"] + KEPT_SUFFIX)
-        with half.open("a+b") as file:
-            if file.tell() > (options.get("expected_size") or 0):
-                file.seek(0)
-                file.truncate()
+        half.touch()
+        with half.open("r+b") as file:  # where locks hold nobody off, two write at positions, and so the same bytes
+            if file.seek(0, 2) > (options.get("expected_size") or 0):
+                file.truncate(file.seek(0))
             original(url=url, temp_file=file, **options | {"resume_size": file.tell()})
         half.replace(path)
 
     file_download.http_get = http_get
 
 
-def sweep(repository: Path, missing_blobs: set[str]) -> int:
-    """Removes what killed processes left, but for halves that are still to be completed. Returns the bytes of these."""
-    kept_bytes = 0
+def sweep(repository: Path, missing: Mapping[Path, int]) -> dict[Path, int]:
+    """Removes what killed processes left, but for halves of blobs with `missing` sizes. Returns what is to come."""
+    missing_bytes = dict(missing)
     for path in (repository / "blobs").glob("*.incomplete"):
-        blob = path.name.partition(".")[0]
-        lock = repository.parent / ".locks" / repository.name / f"{blob}.lock"
+        blob = path.with_name(path.name.partition(".")[0])
+        lock = repository.parent / ".locks" / repository.name / f"{blob.name}.lock"
         with contextlib.suppress(OSError):
-            status = path.stat()
-            if path.name.endswith(KEPT_SUFFIX) and blob in missing_blobs:
-                kept_bytes += status.st_size
-            elif time.time() - status.st_mtime > ABANDONED_SECONDS:
+            status, free = path.stat(), shutil.disk_usage(repository).free
+            if path.name.endswith(KEPT_SUFFIX) and blob in missing:
+                missing_bytes[blob] -= status.st_size
+            elif time.time() - status.st_mtime > ABANDONED_SECONDS or sum(missing_bytes.values()) * 1.1 > free:
                 with lock.open("ab") as file:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     path.unlink()
-    return kept_bytes
+    return missing_bytes

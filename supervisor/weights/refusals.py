@@ -69,5 +69,4 @@ def _code(error: BaseException) -> Any:
         return int(found[1])
     if isinstance(error, PermissionError) and error.filename is None:  # it is the network's: a firewall
         return 0
-    status = getattr(getattr(error, "response", None), "status_code", 0)
-    return status or getattr(error, "errno", None) or 0
+    return getattr(getattr(error, "response", None), "status_code", 0) or getattr(error, "errno", None) or 0

@@ -18,6 +18,8 @@ FILES: dict[str, Any] = json.loads(Path(__file__).with_name("files.json").read_b
 PATTERNS: dict[str, list[str]] = FILES["weights"]  # by --load-format
 CONSOLIDATED = "consolidated*.safetensors"
 LFS_POINTER = b"version https://git-lfs"
+OUTSIDE = re.compile(r"(.*[/\\])?(\.\.)?([/\\].*)?", re.DOTALL)  # a path with a part that leads out, or none
+COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
 PART_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 HEADER_LIMIT = 100_000_000  # bytes; a larger header of a safetensors file is none
 
@@ -62,7 +64,7 @@ def _model_weights(names: set[str], patterns: Iterable[str], locate: Callable[[s
 
 def _read_json(path: str | Path) -> dict[str, Any]:
     """Returns the object in a small file of JSON; an empty one where there is none."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         content = json.loads(Path(path).read_bytes())
         return content if isinstance(content, dict) else {}
     return {}
@@ -91,19 +93,20 @@ def find_fault(folder: Path, load_format: str = "auto") -> str | None:
     needed = weights(names, load_format, folder.joinpath)
     if not needed and PATTERNS.get(load_format):
         return "there are no weights"
-    faults = ((name, find_damage(folder / name)) for name in needed)
+    faults = ((name, find_damage(folder / name)) for name in (*sorted(filter(is_read, names)), *needed))
     return next((f"{name} {fault}" for name, fault in faults if fault is not None), None)
 
 
 def find_damage(path: Path) -> str | None:
-    """Returns what is wrong with one file of weights, as far as its beginning and its size tell."""
+    """Returns what is wrong with one file, as far as its beginning and its size tell."""
+    least_size = int(path.name in FILES["never empty"] or not is_read(path.name))
     try:
         size = path.stat().st_size  # it is that of the file that a link leads to
         with path.open("rb") as file:
             prefix = file.read(8)
-            if prefix == LFS_POINTER[:8]:
+            if (prefix + file.peek(len(LFS_POINTER))).startswith(LFS_POINTER):
                 return "is only a Git LFS pointer"
-            expected_size = _expected_size(prefix, file) if path.suffix == ".safetensors" else 1
+            expected_size = _expected_size(prefix, file) if path.suffix == ".safetensors" else least_size
     except FileNotFoundError:
         return "is missing"
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import sys
 import threading
@@ -81,6 +82,26 @@ def test_a_half_that_is_too_long_is_begun_anew(client: Client, tmp_path: Path) -
     assert (tmp_path / "blob").read_bytes() == b"1" * 200
 
 
+def test_two_workers_without_a_lock_write_the_same_file(client: Client, tmp_path: Path) -> None:
+    """On a volume whose locks hold nobody off. The slower one's file is gone at its end; its next try has it."""
+    content, whole = bytes(range(200)), tmp_path / "blob"
+
+    def slower(url: str, temp_file: Any, *, resume_size: int, expected_size: int) -> None:
+        temp_file.write(content[:50])
+        temp_file.flush()
+        client.takes(content)
+        halves.keep(lambda _: None)
+        client.download(whole, 200)
+        temp_file.write(content[50:])
+
+    client.file_download.http_get = slower
+    halves.keep(lambda _: None)
+    with pytest.raises(FileNotFoundError):
+        client.download(whole, 200)
+    assert whole.read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["blob"]
+
+
 def fetch(url: str, temp_file: Any, *, start: int = 0) -> None:
     """A way to take files that we do not know."""
 
@@ -153,13 +174,13 @@ def test_an_older_client_has_neither_xet_nor_checksums(client: Client, tmp_path:
 # What comes
 
 
-def listing(client: Client, *names: str) -> None:
+def listing(client: Client, *names: str, sha: str | None = "a" * 40) -> None:
     """The hub has these files."""
-    rows = [SimpleNamespace(path=name, size=1, lfs=None, blob_id="0" * 40) for name in names]
+    rows = [SimpleNamespace(path=name, size=1, lfs=None, blob_id=f"{number:040}") for number, name in enumerate(names)]
 
     class HfApi:
         def model_info(self, _repo: str, **_: object) -> SimpleNamespace:
-            return SimpleNamespace(sha="a" * 40)
+            return SimpleNamespace(sha=sha)
 
         def list_repo_tree(self, _repo: str, **_: object) -> list[SimpleNamespace]:
             return [*rows, SimpleNamespace(path="folder")]
@@ -182,12 +203,78 @@ def test_a_name_that_leads_out_of_the_folder_is_none(client: Client, tmp_path: P
     outside = tmp_path / "outside.json"
     outside.write_text("somebody else's")
     names = ["config.json", "model.safetensors", str(outside), f"/{outside}", "../../../../outside.json"]
+    names += ["..\\outside.json", "a\\..\\..\\outside.json", "\\outside.json", "a//../outside.json"]
     listing(client, *names)
     repository = download.Download(tmp_path / "cache", {"repo": "org/name"})
     repository.ask()
     assert list(repository.files) == ["config.json", "model.safetensors"]
-    assert repository.missing_bytes == 2
+    assert download.check_room(repository, [repository]) == 2
     assert outside.read_text() == "somebody else's"
+
+
+@pytest.mark.parametrize("sha", [None, "", "main", "../../../outside", "A" * 40, "a" * 40 + "\n"])
+def test_a_commit_that_is_none_is_no_folder(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sha: str | None
+) -> None:
+    """It may come right at the next try, as with anything else that a proxy says in the hub's place."""
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    listing(client, "config.json", "model.safetensors", sha=sha)
+    repository = download.Download(tmp_path, {"repo": "org/name"})
+    with pytest.raises(
+        refusals.UnavailableError, match="The hub could not be reached: the hub names no commit"
+    ) as error:
+        repository.ask()
+    assert error.value.exit_code == 4
+    assert list(tmp_path.iterdir()) == []
+
+
+# What has room
+
+
+@pytest.fixture
+def left(tmp_path: Path) -> Path:
+    """What a download that was killed a moment ago left of a file; its lock's folder is there."""
+    blob = tmp_path / "models--org--name/blobs" / ("1" * 64)
+    blob.parent.mkdir(parents=True)
+    (tmp_path / ".locks/models--org--name").mkdir(parents=True)
+    path = blob.with_name(f"{blob.name}.0123abcd.incomplete")
+    path.write_bytes(bytes(5000))
+    return path
+
+
+def test_what_was_killed_a_moment_ago_is_removed_only_where_its_room_is_needed(
+    tmp_path: Path, left: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blob = left.with_name("1" * 64)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100_000))
+    assert halves.sweep(left.parent.parent, {blob: 9000}) == {blob: 9000}
+    assert left.exists()
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=8000))
+    halves.sweep(left.parent.parent, {blob: 9000})
+    assert not left.exists()
+
+
+@pytest.mark.parametrize(("size", "code"), [(9000, 4), (90_000, 3)])
+def test_room_that_another_download_takes_may_become_free(
+    tmp_path: Path, left: Path, monkeypatch: pytest.MonkeyPatch, size: int, code: int
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=8000))
+    repository = download.Download(tmp_path, {"repo": "org/name"})
+    with (tmp_path / f".locks/models--org--name/{'1' * 64}.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        repository.missing_bytes = halves.sweep(repository.path, {repository.blobs / ("1" * 64): size})
+    assert left.exists()
+    with pytest.raises(refusals.UnavailableError, match="org/name needs ") as error:
+        download.check_room(repository, [repository])
+    assert error.value.exit_code == code
+
+
+def test_a_repository_that_is_named_twice_needs_its_room_once(client: Client, tmp_path: Path) -> None:
+    listing(client, "config.json", "model.safetensors")
+    both = [download.Download(tmp_path, {"repo": "org/name", "place": place}) for place in ("{a}", "{b}")]
+    for repository in both:
+        repository.ask()
+    assert download.check_room(both[0], both) == 2
 
 
 # How far it is
@@ -200,7 +287,8 @@ class Partial(download.Download):
         super().__init__(cache, given)
         self.blobs.mkdir(parents=True)
         (self.blobs / "large.kept.incomplete").write_bytes(bytes(6_000_000))
-        self.files, self.missing_sizes = {"large": SimpleNamespace(lfs=LARGE, size=10_000_000)}, [10_000_000]
+        self.files = {"large": SimpleNamespace(path="large", lfs=LARGE, size=10_000_000)}
+        self.missing = {self.blobs / "large": self.files["large"]}
         self.over = threading.Event()
         self.load: Any = partial(self.over.wait, seconds)
 
@@ -216,16 +304,51 @@ def test_what_came_before_is_no_speed(
         repository.over.set()
 
     monkeypatch.setattr(download, "say", say)
-    repository._load(stall=60, bytes_before=0)
+    repository._load(stall=60, total=10_000_000, others=set())
     first = capsys.readouterr().out.splitlines()[0]
     assert first == "Downloading weights: 6.0 MB of 10.0 MB, 0.0 MB/s"
+
+
+def test_what_others_left_is_no_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(download, "REPORT_INTERVAL", 0)
+    monkeypatch.setattr(download.Download, "_check", lambda _: None)
+    repository = Partial(tmp_path, {"repo": "org/name"}, 0.6)
+    (repository.blobs / "large.0123abcd.incomplete").write_bytes(bytes(3_000_000))
+    (repository.blobs / "older").write_bytes(bytes(3_000_000))
+    repository.fetch(stall=0.8)
+    assert "Downloading weights: 6.0 MB of 10.0 MB, 0.0 MB/s" in capsys.readouterr().out.splitlines()[1]
+
+
+def test_files_that_are_no_links_count_as_well(tmp_path: Path) -> None:
+    """A volume that can't have links has finished files where these would be."""
+    repository = download.Download(tmp_path, {"repo": "org/name"})
+    commit = repository.path / "snapshots" / ("a" * 40)
+    (commit / "folder").mkdir(parents=True)
+    repository.blobs.mkdir()
+    blob, file = repository.blobs / "blob", commit / "folder/model.safetensors"
+    blob.write_bytes(bytes(1000))
+    (commit / "config.json").symlink_to(blob)
+    file.write_bytes(bytes(2000))
+    assert download.sizes(repository.path) == {blob: 1000, file: 2000}
+
+
+def test_what_has_come_by_now_is_not_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(download.Download, "_check", lambda _: None)
+    repository = Partial(tmp_path, {"repo": "org/name"}, 0)
+    (repository.blobs / "large.kept.incomplete").rename(repository.blobs / "large")
+    repository.fetch(stall=60)
+    assert capsys.readouterr().out == ""
 
 
 def test_what_a_try_raises_in_its_thread_is_told(tmp_path: Path) -> None:
     repository = Partial(tmp_path, {"repo": "org/name"})
     repository.load = partial(int, "nothing")
     with pytest.raises(ValueError, match="nothing"):
-        repository._load(stall=60, bytes_before=0)
+        repository._load(stall=60, total=10_000_000, others=set())
 
 
 def test_a_newer_one_that_stands_still_keeps_nothing_else_from_coming(
@@ -252,9 +375,9 @@ def test_what_is_given_up_needs_no_room(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(halves, "keep", lambda _: None)
     (tmp_path / "config.json").write_text("{}")
     newer = download.Download(tmp_path, {"repo": "org/1", "have": str(tmp_path), "load_format": "dummy"})
-    newer.missing_bytes = 10**18
+    newer.missing_bytes = {newer.blobs: 10**18}
     small = download.Download(tmp_path, {"repo": "org/2"})
-    small.missing_bytes = 1000
+    small.missing_bytes = {small.blobs: 1000}
     download.fetch_all([newer, small], 60, [])
     assert newer.folder == tmp_path
 

@@ -134,7 +134,7 @@ def test_what_is_read_beside_the_weights() -> None:
 
 def link(path: Path, content: bytes) -> None:
     """As a hub's cache has it."""
-    blob = path.parent / "blobs" / path.name
+    blob = path.parent / "blobs" / f"{path.name}.blob"
     blob.parent.mkdir(exist_ok=True)
     blob.write_bytes(content)
     path.symlink_to(blob)
@@ -157,6 +157,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 100\n
         ({INDEX: None, TWO[0]: None}, "auto", f"{TWO[0]} is missing"),
         ({INDEX: index_of("other.safetensors")}, "auto", "other.safetensors is missing"),
         ({INDEX: b"{"}, "auto", None),  # then all that are there
+        ({INDEX: b"[" * 200_000}, "auto", None),
         ({TWO[0]: POINTER}, "auto", f"{TWO[0]} is only a Git LFS pointer"),
         ({TWO[0]: safetensors()[:-1]}, "auto", f"{TWO[0]} is not complete: {SIZE - 1} of {SIZE} bytes"),
         ({TWO[0]: safetensors()[:40]}, "auto", f"{TWO[0]} is damaged"),
@@ -182,6 +183,18 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 100\n
         ({TWO[0]: "folder"}, "auto", f"{TWO[0]} can't be read (Is a directory)"),
         ({TWO[0]: "dangling"}, "auto", f"{TWO[0]} is missing"),
         ({TWO[0]: "loop"}, "auto", f"{TWO[0]} can't be read (Too many levels of symbolic links)"),
+        ({"config.json": "dangling"}, "auto", "config.json is missing"),
+        ({"config.json": "dangling"}, "tensorizer", "config.json is missing"),
+        ({"config.json": b""}, "auto", "config.json is not complete: 0 of 1 bytes"),
+        ({"adapter_config.json": b"", "adapter_model.safetensors": safetensors()}, "lora",
+         "adapter_config.json is not complete: 0 of 1 bytes"),
+        ({"tokenizer.json": "dangling"}, "auto", "tokenizer.json is missing"),
+        ({"tokenizer.json": "dangling"}, "tokenizer", "tokenizer.json is missing"),
+        ({"tokenizer.json": POINTER}, "auto", "tokenizer.json is only a Git LFS pointer"),
+        ({"1_Pooling/config.json": "dangling"}, "auto", "1_Pooling/config.json is missing"),
+        ({"README.md": "dangling", "image.png": "dangling", "onnx/config.json": "dangling"}, "auto", None),
+        ({"tokens.txt": b"version control"}, "auto", None),
+        ({"merges.txt": b"", "__init__.py": b"", "generation_config.json": b""}, "auto", None),
     ],
 )  # fmt: skip
 def test_what_a_folder_lacks(
@@ -189,6 +202,7 @@ def test_what_a_folder_lacks(
 ) -> None:
     for name, content in (WHOLE | changes).items():
         path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
         if isinstance(content, bytes):
             link(path, content)
         elif content == "folder":
