@@ -318,7 +318,7 @@ def docs(options: Catalogue) -> str:
         "| text | as it is | as it is |",
         "",
         "Names in `config.yaml` have hyphens or underscores, as you like. The supervisor's own settings stand under",
-        "`supervisor:`, in lower case and without `SUPERVISOR_`. Choices, and vLLM's names of parsers and formats, may be",
+        "`supervisor:`, in lower case and without `SUPERVISOR_`. Choices, and vLLM's names of formats of weights, may be",
         "written in capitals or not, with `-` or `_`. A value is what is written: `served_model_name: 1.10` stays this text,",
         "though YAML makes 1.1 of it. In objects, which are JSON, YAML's numbers, `true` and `no` are what they are to YAML.",
         "The supervisor's own settings may be lists as well: `extra_args: [--seed, 1]`.",

@@ -109,7 +109,7 @@ def python(settings: Settings) -> tuple[str, ...]:
 
 def fetch_command(settings: Settings, repositories: list[Repository], *, offline: bool = False) -> tuple[str, ...]:
     """Returns the command that downloads these in vLLM's environment. `offline`: what it becomes asks no hub."""
-    ignored = settings.option("ignore_patterns") or ()
+    ignored = settings.option("ignore_patterns") or ()  # vLLM has it hold for weights, and not for adapters'
     rows = [
         {
             "repo": each.name,
@@ -119,7 +119,7 @@ def fetch_command(settings: Settings, repositories: list[Repository], *, offline
             "setting": each.setting,
             "have": each.weights.folder and str(each.weights.folder),
             "gguf": each.weights.is_gguf,
-            "ignore": [f"{each}*" if each[-1:] == "/" else each for each in ignored],  # as the client reads them
+            "ignore": [f"{text}*" if text[-1:] == "/" else text for text in ignored if each.load_format != "lora"],
         }
         for each in repositories
     ]

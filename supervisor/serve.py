@@ -63,8 +63,9 @@ CLOSE_PATIENCE = 5  # after the last relayed request, our own routes and the cli
 # vLLM leaves 0.6 s to 2 s after SIGTERM when nothing is in flight; one that is still there after this time is killed.
 # Who wants a short drain wants a short end, too.
 TERMINATE_PATIENCE = 10.0
-# At most so much of the drain timeout is kept to report RunPod's jobs that are not done as failed.
-LAST_REPORTS_PATIENCE = 5.0
+# At most so much of the drain timeout is kept to report RunPod's jobs that are not done as failed, and after a second
+# signal so much.
+LAST_REPORTS_PATIENCE, FORCED_PATIENCE = 5.0, 2.0
 # The queue worker is told of these states; `finish` tells it of the end.
 REPORTED_STATES = frozenset({State.STARTING, State.READY, State.RESTARTING, State.FAILED})
 TRACING_PATIENCE = 30.0  # a collector of traces has so many seconds to answer at the start
@@ -243,7 +244,7 @@ class Supervisor(Observer):
             group.create_task(self.gateway.run_on(sockets))
             code = await self.engine.run(self, self._make_observers())
             if self.worker is not None:
-                patience = 0.0 if code > 128 else LAST_REPORTS_PATIENCE  # a second signal waits for nobody
+                patience = FORCED_PATIENCE if self.engine.was_forced else LAST_REPORTS_PATIENCE
                 await self.worker.finish(patience, patience)
             if self.runpod is not None:
                 self.runpod.stop()

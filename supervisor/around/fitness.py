@@ -15,6 +15,7 @@ from supervisor.bounded import Call
 
 # The driver has so many seconds to answer. One that hung in nvmlInit kept the supervisor deaf to every signal.
 DRIVER_PATIENCE = 5.0
+GPU_PATIENCE = 20.0  # seconds for a first look, in which the driver may have to begin on each of eight GPUs
 # A start needs this at the very least; weights and caches have larger wants of their own.
 MIN_DISK_BYTES = 200 * 1024 * 1024
 REPORT_TIMEOUT = 2.0
@@ -26,8 +27,8 @@ def check(environ: Mapping[str, str], folder: Path) -> tuple[str, str] | None:
     expected = environ.get("RUNPOD_GPU_COUNT", "")
     if expected.isdigit() and int(expected) > 0:
         call = Call(lambda: _check_gpus(int(expected)))
-        silence = f"RunPod gave {expected} GPUs, and the driver does not answer in {DRIVER_PATIENCE:g} s"
-        if problem := call.result() if call.wait(DRIVER_PATIENCE) else silence:
+        silence = f"RunPod gave {expected} GPUs, and the driver does not answer in {GPU_PATIENCE:g} s"
+        if problem := call.result() if call.wait(GPU_PATIENCE) else silence:
             return "gpu", problem
     with contextlib.suppress(OSError):
         free = shutil.disk_usage(folder).free

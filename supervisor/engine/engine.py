@@ -66,6 +66,7 @@ class Engine:
         self.observers = Observers(self.log)
         self.state = State.STARTING
         self.was_ready = False
+        self.was_forced = False  # a second signal has come, which waits for nobody
         self.exit_code = 0
         self._signal = signal.SIGTERM
         self._loop = asyncio.get_running_loop()
@@ -82,7 +83,7 @@ class Engine:
         """Drains and leaves, because a signal arrived; a second one skips the wait."""
         self._signal = signal.Signals(signal_number)
         if self.state in (State.DRAINING, State.STOPPING):
-            self.exit_code = 128 + signal_number
+            self.was_forced, self.exit_code = True, 128 + signal_number
         self._events.put_nowait((Event.STOP, self._signal.name, None, ""))
 
     # The owner's loop

@@ -18,7 +18,7 @@ from supervisor.output import Output
 
 TAIL_LINES = 2000  # eight ranks write 70 each about one error, and native stacks
 LONGEST_LINE = 64 * 1024
-BETWEEN_WORDS = re.compile(rb".*[^\w.-]", re.S)
+BETWEEN_WORDS = re.compile(rb".*\s", re.S)
 TAIL_LINE_LENGTH = 4000  # characters
 # This many lines may wait for the event loop; where it falls behind, the oldest of them are for the log alone.
 QUEUED_LINES = 10_000

@@ -60,7 +60,7 @@ class Cache:
         self.size = 0  # bytes that the kept answers take
         self.recordings: dict[bytes, Recording] = {}  # by key: those that may be joined, and kept when they are whole
         self.was_changed = False  # whether an administrator has changed an engine's weights or adapters
-        self.is_unsure = False  # whether nobody knows if the last change is done: its client has left, for one
+        self.unsure_engine = -1  # the gate's number of the engine of which nobody knows whether a change is done
         self.results: Counter[str] = Counter(dict.fromkeys(RESULTS, 0))
 
     def deliver(self, exchange: Exchange, head: bytes) -> BaseDelivery:
@@ -115,7 +115,7 @@ class Cache:
         if self.recordings.get(key) is not recording:
             return  # somebody asked afresh since, or an administrator changed the model
         del self.recordings[key]
-        if kept is None or self.is_unsure:
+        if kept is None or self.unsure_engine == recording.door.gate.generation:
             return
         if (before := self.kept.pop(key, None)) is not None:
             self.size -= before.size
@@ -126,9 +126,11 @@ class Cache:
 
     def request_ended(self, record: Record) -> None:
         """Forgets all answers after the use of an admin route: both doors call it with each request, as a watcher."""
-        verdict = record.verdict
-        if verdict.route in ADMIN_ROUTES and record.request.method != b"GET" and verdict.refusal is None:
-            self.was_changed, self.is_unsure = True, record.client_left or record.is_ours
+        delivery, method = record.delivery, record.request.method
+        was_asked = delivery is not None and delivery.was_sent and method != b"GET"
+        if record.verdict.route in ADMIN_ROUTES and was_asked:
+            has_no_answer = record.client_left or record.is_ours
+            self.was_changed, self.unsure_engine = True, record.door.gate.generation if has_no_answer else -1
             self.recordings.clear()  # vLLM may have other weights now, or another adapter
             self.kept.clear()
             self.size = 0

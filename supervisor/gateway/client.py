@@ -198,6 +198,8 @@ class ClientConnection(RequestReader):
             self.linger()
         elif self.flow.read_paused and not self.unparsed_is_full:
             self.flow.resume_reading()
+        if self.lingering or self.transport.is_closing():
+            self.waiting.clear()  # as in `answer_done`
         self._advance()
 
     def _advance(self) -> None:

@@ -304,10 +304,9 @@ class Exchange(Record, Recipient):
         self.client.write(b"".join((*lines, b"X-Request-Id: ", self.request_id, b"\r\n\r\n")))
         self._send(data)
         self.client.become_tunnel(self)
-        early, self.early_frames = self.early_frames, ()
+        early, self.early_frames = b"".join(self.early_frames), ()
         self.client.resume()  # before the frames, which may pause it
-        for frames in early:
-            self.pass_frames(frames)
+        self.pass_frames(early)
 
     def request_refused(self, refusal: Refusal) -> None:
         if self.body is not None:
@@ -375,8 +374,9 @@ class Exchange(Record, Recipient):
     def _after_answer(self) -> AfterAnswer:
         if self.keep_alive:
             return AfterAnswer.KEEP
-        still_sends = not self.request_complete or self.discards_request or self.request.has_unknown_end
-        return AfterAnswer.LINGER if still_sends else AfterAnswer.CLOSE
+        still_sends = not self.request_complete and (self.request.chunked or self.request.length)
+        lingers = still_sends or self.discards_request or self.request.has_unknown_end
+        return AfterAnswer.LINGER if lingers else AfterAnswer.CLOSE
 
     def _leave(self, after: AfterAnswer | None = None) -> None:
         """Called once for each exchange that has begun. `after` is None where the client's connection is gone."""

@@ -129,7 +129,7 @@ def _send_job(endpoint: Endpoint, job: Mapping[str, Any], *, stream: bool) -> in
     try:
         return _follow(endpoint, job_id, interrupts, stream=stream)
     except (KeyboardInterrupt, BrokenPipeError):  # the latter where nobody reads what it prints
-        if can_cancel := len(interrupts) < 2:
+        if can_cancel := len(interrupts) < 2 and endpoint.ask("GET", f"/status/{job_id}").get("status") in OPEN_STATES:
             endpoint.ask("POST", f"/cancel/{job_id}")
         print(f"supervisor: the job was {'' if can_cancel else 'not '}cancelled", file=sys.stderr)
         raise

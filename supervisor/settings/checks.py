@@ -67,11 +67,11 @@ def check_names(facts: Facts) -> Iterator[str]:
     has_plugin = facts["TOOL_PARSER_PLUGIN"].value or facts["REASONING_PARSER_PLUGIN"].value
     for option in (option for option in facts.catalogue.by_key.values() if option.names):
         setting = facts[option.variable]
-        value, known_values = setting.shown.lower(), ("", "none", *map(str.lower, option.names))
-        if value not in known_values and not has_plugin and not facts.vllm.may_have_plugins(facts.environ):
-            hint = REMOVED_VALUES.get(value) or nearest_hint(value, option.names)
-            choices = ", ".join(option.names)
-            yield f"{setting.named}: vLLM {facts.vllm.version} has none of that name{hint}; it has {choices}"
+        value, fold = setting.shown, str.lower if option.type == "folded" else str
+        known_values = ("", "None", "none", *map(fold, option.names))
+        if fold(value) not in known_values and not has_plugin and not facts.vllm.may_have_plugins(facts.environ):
+            hint = REMOVED_VALUES.get(value.lower()) or nearest_hint(value, option.names)
+            yield f"{setting.named}: vLLM {facts.vllm.version} has no such name{hint}; it has {', '.join(option.names)}"
 
 
 def check_loras(facts: Facts) -> Iterator[str]:

@@ -45,4 +45,4 @@ def find_demo_obstacle(environ: Mapping[str, str]) -> str | None:
     signs = DEFAULTS["no laptop"]
     reasons = [f"{variable} is set" for variable in signs["variables"] if environ.get(variable)]
     reasons += [reason for name, reason in signs["files"].items() if Path(name).exists()]
-    return reasons[0] if reasons and not environ.get("SUPERVISOR_DEMO") else None  # scripts/up asks for it
+    return reasons[0] if reasons and environ.get("SUPERVISOR_DEMO") != "1" else None  # scripts/up asks for it

@@ -101,7 +101,7 @@ class Option:
         if self.type == "json" and isinstance(self.default, list) and not text.lstrip().startswith(("[", "{")):
             raise BadValue(f"JSON: write '{json.dumps(split_items(text))}'")
         value = self._read_item(text, READERS)
-        if (self.choices or self.names) and value != text and self.type != "folded":
+        if self.choices and value != text and self.type != "folded":
             raise BadValue(f"{value}, in these capitals and without blanks")
 
     def argv(self, value: object) -> list[str]:
@@ -124,7 +124,7 @@ class Option:
         if self.choices:
             return read_choice(given, self.choices)
         text = readers[self.type](given)
-        text = unfold(text, self.names) or text
+        text = (self.type == "folded" and unfold(text, self.names)) or text  # a plugin's parser may be called Hermes
         if self.bounds and text != "auto":
             number = float(text[:-1]) * SUFFIXES[text[-1]] if text[-1] in SUFFIXES else float(text)
             if not all(BOUNDS[name][1](number, bound) for name, bound in self.bounds):

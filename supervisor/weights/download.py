@@ -109,7 +109,8 @@ class Download:
         tree = HfApi().list_repo_tree(self.repo, recursive=True, revision=commit)
         # A name that leads out of the folder is none of the hub's own; this matters, for damaged files are deleted.
         files = {row.path: row for row in tree if hasattr(row, "size") and not snapshot.OUTSIDE.fullmatch(row.path)}
-        files = {name: row for name, row in files.items() if not snapshot.matches_any(name, self.ignored)}
+        ignored = {name for name in files if snapshot.matches_any(name, self.ignored) and not snapshot.is_read(name)}
+        files = {name: row for name, row in files.items() if name not in ignored}
         weights = snapshot.weights(files, self.load_format, partial(hf_hub_download, self.repo, **options))
         if not weights and snapshot.PATTERNS[self.load_format] and any(name.endswith(".gguf") for name in files):
             return check_gguf(self.repo, self.setting)  # a plugin knows which of them is wanted

@@ -159,7 +159,7 @@ def test_a_queue_worker_whose_driver_hangs_is_not_fit(driver: Path) -> None:
     driver.touch()
     environ = {"PYTHONPATH": str(STAND_INS / "nvml"), "NVML_HANGS_WHEN": str(driver), "RUNPOD_GPU_COUNT": "1"}
     with Supervisor("m", "--mode", "queue", environ=environ) as supervisor:
-        supervisor.says("not fit \\(gpu\\): RunPod gave 1 GPUs, and the driver does not answer in 5 s")
+        supervisor.says("not fit \\(gpu\\): RunPod gave 1 GPUs, and the driver does not answer in 20 s")
         assert supervisor.exit_code() == 3
 
 

@@ -156,7 +156,7 @@ def test_who_presses_twice_waits_for_nobody(presses: int, told: str, capsys: pyt
     finally:
         for number, handler in before:
             signal.signal(number, handler)
-    assert asked == ["/run", "/stream/7"] + ["/cancel/7"] * (presses == 1)
+    assert asked == ["/run", "/stream/7"] + ["/status/7", "/cancel/7"] * (presses == 1)
     assert told in capsys.readouterr().err
 
 

@@ -654,3 +654,19 @@ def test_a_start_that_never_answers_has_no_more_than_its_time() -> None:
             assert vllm.alive
             world.passes(5)
             assert not vllm.alive
+
+
+def test_only_a_second_signal_forces() -> None:
+    """What died in a drain has the code of a signal, too, but jobs that were lost with it are still to be reported."""
+    with World() as world:
+        vllm = world.serves()
+        world.stop()
+        vllm.exits(1)
+        world.passes(5)
+        assert (world.exit_code, world.engine.was_forced) == (143, False)
+    with World() as world:
+        world.serves()
+        world.stop()
+        world.stop()
+        world.passes(30)
+        assert (world.exit_code, world.engine.was_forced) == (143, True)

@@ -44,8 +44,8 @@ def lora(folder: Path, name: str, rank: object) -> str:
         ({"CHAT_TEMPLATE": "chat.jinja"}, "expected a file that is there"),
         ({"TOOL_PARSER_PLUGIN": "/no/such.py"}, "expected a file that is there"),
         ({"ALLOWED_LOCAL_MEDIA_PATH": "/no/such"}, "expected a folder that is there"),
-        ({"QUANTIZATION": "bitsandbytes"}, "vLLM 0.32.0 has none of that name, which an older one had; it has "),
-        ({"LOAD_FORMAT": "gguf"}, "vLLM 0.32.0 has none of that name: since 0.24 a plugin has it; it has "),
+        ({"QUANTIZATION": "bitsandbytes"}, "vLLM 0.32.0 has no such name, which an older one had; it has "),
+        ({"LOAD_FORMAT": "gguf"}, "vLLM 0.32.0 has no such name: since 0.24 a plugin has it; it has "),
         ({"QUANTIZATION": "awk"}, "did you mean awq?"),
         ({"TOOL_CALL_PARSER": "herms"}, "did you mean hermes?"),
         ({"REASONING_PARSER": "qwen33"}, "did you mean qwen3?"),
@@ -152,7 +152,7 @@ def test_values_in_vllms_file_are_checked_as_all_others(folder: Path) -> None:
         "vLLM 0.32.0 has no option max_modle_len; did you mean max_model_len?",
         "vLLM 0.32.0 has no option swap_space any more: ",
         "port can't be set there: set PORT",
-        "QUANTIZATION=bitsandbytes (vllm.yaml (environment VLLM_CONFIG_FILE) quantization): vLLM 0.32.0 has none",
+        "QUANTIZATION=bitsandbytes (vllm.yaml (environment VLLM_CONFIG_FILE) quantization): vLLM 0.32.0 has no such name",
         "ENABLE_AUTO_TOOL_CHOICE=true (vllm.yaml (environment VLLM_CONFIG_FILE) enable_auto_tool_choice): it needs",
     ):
         assert [problem for problem in found if told in problem], (told, found)

@@ -47,7 +47,7 @@ ARROWS = {
 # Those that wire the rooms together, and the verbs of the command.
 ABOVE = {"cli", "up", "serve", "explain", "fetch", "status", "doctor", "__main__"}
 # In lines of Python: scripts/lines prints them.
-LONGEST_FILE, ALL_OF_IT = 400, 16_839
+LONGEST_FILE, ALL_OF_IT = 400, 16_847
 
 
 @cache

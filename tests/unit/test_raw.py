@@ -90,7 +90,7 @@ def test_several_add_up_where_vllm_adds_them_up(folder: Path) -> None:
         ("--max-model-len", "--max-model-len (command line): a value is missing"),
         ("--max-model-len --seed 3", "--max-model-len (command line): a value is missing"),
         ("--dtype BFLOAT16", "expected bfloat16, in these capitals"),
-        ("--tool-call-parser Hermes", "expected hermes, in these capitals"),
+        ("--tool-call-parser Hermes", "did you mean hermes?"),
         ("--dtype float8", "did you mean float"),
         (
             "--Max-Model-Len 4",

@@ -138,7 +138,7 @@ def test_each_value_that_a_tag_documents_is_taken(folder: Path) -> None:
         for value in values:
             environ = ({} if name in MODELS else {"MODEL": "m"}) | WITH.get(name, {}) | {name: value}
             if value in GONE.get(name, ()):
-                with pytest.raises(SettingsError, match=f"{name}={value} .* vLLM 0.32.0 has none of that name"):
+                with pytest.raises(SettingsError, match=f"{name}={value} .* vLLM 0.32.0 has no such name"):
                     read(folder, environ)
             else:
                 assert lost(read(folder, environ), environ) == [], environ

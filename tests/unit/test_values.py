@@ -23,11 +23,9 @@ def option(kind: str, type_: str = "str", **more: object) -> Option:
     [
         # lists: JSON, commas, spaces; objects; what contains commas is not torn
         ("served_model_name", "a", ["--served-model-name", "a"]),
-        # vLLM's names, in other capitals and with other dashes
-        ("tool_call_parser", "Hermes", ["--tool-call-parser", "hermes"]),
-        ("tool_call_parser", "qwen3-Coder", ["--tool-call-parser", "qwen3_coder"]),
-        ("tool_call_parser", "My-Own", ["--tool-call-parser", "My-Own"]),
-        ("reasoning_parser", "Qwen3", ["--reasoning-parser", "qwen3"]),
+        # vLLM's formats, in other capitals and with other dashes; a plugin's parser may differ by these alone
+        ("tool_call_parser", "qwen3-Coder", ["--tool-call-parser", "qwen3-Coder"]),
+        ("reasoning_parser", "Qwen3", ["--reasoning-parser", "Qwen3"]),
         ("load_format", "SafeTensors", ["--load-format", "safetensors"]),
         ("quantization", "Compressed_Tensors", ["--quantization", "compressed-tensors"]),
         ("served_model_name", "a, b", ["--served-model-name", "a", "b"]),
