@@ -152,7 +152,7 @@ def test_values_in_vllms_file_are_checked_as_all_others(folder: Path) -> None:
         "vLLM 0.32.0 has no option max_modle_len; did you mean max_model_len?",
         "vLLM 0.32.0 has no option swap_space any more: ",
         "port can't be set there: set PORT",
-        "QUANTIZATION=bitsandbytes (vllm.yaml (environment VLLM_CONFIG_FILE) quantization): vLLM 0.32.0 has no such name",
+        "QUANTIZATION=bitsandbytes (vllm.yaml (environment VLLM_CONFIG_FILE) quantization): vLLM 0.32.0 has no such",
         "ENABLE_AUTO_TOOL_CHOICE=true (vllm.yaml (environment VLLM_CONFIG_FILE) enable_auto_tool_choice): it needs",
     ):
         assert [problem for problem in found if told in problem], (told, found)
